@@ -1,0 +1,35 @@
+"""nestpatch: apt for the safety of language models.
+
+>>> import nestpatch
+>>> pack = nestpatch.load_pack("no-harm-1.0.0.nest")
+>>> nestpatch.apply("base.safetensors", pack)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nestpatch.formats.nest import read as load_pack
+    from nestpatch.nest_train.assess import assess as evaluate
+    from nestpatch.nest_train.train import train
+    from nestpatch.patcher.apply import apply
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "apply": ("nestpatch.patcher.apply", "apply"),
+    "evaluate": ("nestpatch.nest_train.assess", "assess"),
+    "load_pack": ("nestpatch.formats.nest", "read"),
+    "train": ("nestpatch.nest_train.train", "train"),
+}
+__all__ = ["__version__", "apply", "evaluate", "load_pack", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: patching must not pay for torch, and `nestpatch --help` for nothing.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,5 @@
+"""`python -m nestpatch`."""
+
+from nestpatch.cli import main
+
+main()

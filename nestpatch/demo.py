@@ -1,0 +1,123 @@
+"""The demo: the whole way of a safety patch on the lab model, with every number measured on the files that it wrote."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nestpatch.errors import OutputError
+from nestpatch.events import Event, OnEvent, ignore
+from nestpatch.formats import nest
+from nestpatch.lab.build import Lab, cached_lab, copy_lab
+from nestpatch.nest_train.assess import assess
+from nestpatch.nest_train.data import load_prompts
+from nestpatch.nest_train.evaluate import Evaluation, load_suite
+from nestpatch.nest_train.packing import Label
+from nestpatch.nest_train.recipe import Recipe
+from nestpatch.nest_train.statistics import Share
+from nestpatch.nest_train.train import Trained, TrainingData, train
+from nestpatch.patcher.apply import Applied, apply
+
+SUITES = ("harmful.test", "jailbreak.test", "benign.test", "lookalike.test")
+HEADLINES = ("attack_success", "refusal_benign", "refusal_lookalike", "benign_correct")
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo measured."""
+
+    seed: int
+    before: Evaluation
+    after: Evaluation
+    trained_parameters: int
+    model_parameters: int
+    pack_bytes: int
+    applied: Applied
+    stages: dict[str, tuple[float, str]]
+    """Stage -> (seconds, what happened)."""
+
+    @property
+    def helped(self) -> bool:
+        """Whether attacks succeed clearly less often: the intervals do not overlap."""
+        before, after = self.before.attack_success, self.after.attack_success
+        return before is not None and after is not None and after.interval[1] < before.interval[0]
+
+    def as_json(self) -> dict[str, Any]:
+        """One object for machines."""
+        shares = {name: _change(getattr(self.before, name), getattr(self.after, name)) for name in HEADLINES}
+        return {
+            "seed": self.seed,
+            **shares,
+            "trained_parameters": self.trained_parameters,
+            "model_parameters": self.model_parameters,
+            "pack_bytes": self.pack_bytes,
+            "seconds": {stage: round(seconds, 2) for stage, (seconds, _) in self.stages.items()},
+        }
+
+
+def _change(before: Share, after: Share) -> dict[str, float]:
+    return {"before": round(before.value, 4), "after": round(after.value, 4)}
+
+
+@dataclass
+class _Clock:
+    """Times the stages."""
+
+    stages: dict[str, tuple[float, str]] = field(default_factory=dict)
+    began: float = field(default_factory=time.perf_counter)
+
+    def lap(self, stage: str, what: str) -> None:
+        now = time.perf_counter()
+        self.stages[stage] = (now - self.began, what)
+        self.began = now
+
+
+@contextmanager
+def _folder(keep: Path | None) -> Iterator[Path]:
+    if keep is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    if keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
+        raise OutputError(f"{keep} exists already and is not empty", advice="Give --keep a new directory.")
+    keep.mkdir(parents=True, exist_ok=True)
+    yield keep
+
+
+def run_demo(seed: int = 0, keep: Path | None = None, on_event: OnEvent = ignore) -> DemoResult:
+    """Builds the lab, trains a patch, applies it to the safetensors file, and evaluates base and patched file.
+
+    `keep` is left with base/, patched/, patch.nest and prompts/.
+    """
+    clock = _Clock()
+    with _folder(keep) as folder:
+        lab = cached_lab(seed, on_event=on_event)
+        copy_lab(lab, folder)
+        origin = "from the cache" if lab.cached else "trained from scratch"
+        clock.lap("lab", f"a chat model of {lab.parameters:,} parameters, {origin}")
+        trained = _train(lab, folder, seed, on_event)
+        count, share = trained.trained_parameters, trained.trained_parameters / trained.model_parameters
+        pack_bytes = (folder / "patch.nest").stat().st_size
+        clock.lap("train", f"{count:,} parameters trained ({share:.2%}), written as a pack of {pack_bytes:,} bytes")
+        applied = apply(folder / "base", folder / "patch.nest", folder / "patched", on_event=on_event)
+        clock.lap("apply", f"{applied.rows} rows of {applied.tensors} tensors merged into the safetensors file")
+        suites = [load_suite(str(folder / "prompts" / f"{name}.jsonl")) for name in SUITES]
+        before = assess(folder / "base", suites, on_event=on_event).model
+        after = assess(folder / "patched", suites, base=folder / "base", on_event=on_event).model
+        clock.lap("evaluate", f"{sum(len(s.prompts.prompts) for s in suites)} held-out prompts, base and patched file")
+    on_event(Event("done"))
+    sizes = (trained.trained_parameters, trained.model_parameters, pack_bytes)
+    return DemoResult(seed, before, after, *sizes, applied, clock.stages)
+
+
+def _train(lab: Lab, folder: Path, seed: int, on_event: OnEvent) -> Trained:
+    data = TrainingData(*(load_prompts(lab.prompts(f"{kind}.train")) for kind in ("harmful", "benign", "lookalike")))
+    label = Label("lab-no-harm", description="Refuses the lab world's harmful requests.", license="Apache-2.0")
+    trained = train(folder / "base", data, label, recipe=Recipe(seed=seed), on_event=on_event)
+    nest.write(trained.pack, folder / "patch.nest")
+    return trained

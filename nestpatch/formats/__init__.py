@@ -1,0 +1,1 @@
+"""What is on disk: one file per format, the same few names in each."""

@@ -1,0 +1,67 @@
+"""Files and directories that appear whole or not at all: written beside their place, synced, renamed."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nestpatch.errors import OutputError
+
+
+def _refuse_taken(path: Path, overwrite: bool) -> None:
+    # lexists: a dangling link takes the place too.
+    if os.path.lexists(path) and not overwrite:
+        raise OutputError(f"{path} exists already")
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename in this folder durable, where the system can (Windows cannot open folders)."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def new_place(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a temporary sibling path to create (a file or a directory), then renames it to `path`.
+
+    When the block raises, the sibling is removed and `path` is untouched.
+    Raises OutputError when the place is taken or cannot be written.
+    """
+    _refuse_taken(path, overwrite)
+    sibling = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield sibling
+        if not overwrite:
+            _refuse_taken(path, overwrite)
+        os.replace(sibling, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        _remove(sibling)
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    except BaseException:
+        _remove(sibling)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes, *, overwrite: bool = False) -> None:
+    """Writes a small file whole or not at all."""
+    with new_place(path, overwrite=overwrite) as sibling, open(sibling, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

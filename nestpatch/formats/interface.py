@@ -1,0 +1,90 @@
+"""The Checkpoint protocol, and the function that opens any checkpoint. Adding a format is one file and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from nestpatch.errors import CheckpointFormatError
+from nestpatch.rows import Rows
+
+IntArray = npt.NDArray[np.int64]
+CHUNK = 8 << 20
+"""Bytes of rows held in memory at a time."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies, and what it is."""
+
+    name: str
+    dtype: str
+    """Its safetensors name: "BF16", "F32", ..."""
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    """Of its first byte in the file."""
+    nbytes: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix; the experts of a stacked tensor are flattened into them."""
+        count = 1
+        for n in self.shape[:-1]:
+            count *= n
+        return count
+
+    @property
+    def row_bytes(self) -> int:
+        return self.nbytes // self.rows
+
+
+class Checkpoint(Protocol):
+    """A model on disk. Nothing is loaded but what is asked for.
+
+    Rows are 2-D arrays [rows, in_features] in the stored dtype, addressed by sorted indices.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    """All files with weights, in a fixed order."""
+
+    def tensors(self) -> Sequence[str]:
+        """The names of all tensors, sorted."""
+
+    def info(self, name: str) -> TensorInfo:
+        """Raises CheckpointFormatError when there is no such tensor."""
+
+    def read_rows(self, name: str, rows: IntArray) -> Rows:
+        """Reads some rows. Raises CheckpointFormatError when the dtype is none that can be patched."""
+
+    def write_rows(self, name: str, rows: IntArray, values: Rows) -> None:
+        """Writes some rows in place."""
+
+    def read_all(self, name: str) -> Iterator[bytes]:
+        """The tensor's bytes, in blocks."""
+
+    def metadata(self) -> Mapping[str, str]:
+        """What the files say of themselves."""
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens a model: a safetensors file, or a directory with one or with an index of several.
+
+    Raises CheckpointFormatError when the path holds no model that nestpatch knows.
+    """
+    from nestpatch.formats.safetensors import SafetensorsCheckpoint
+
+    place = Path(path)
+    if not place.exists():
+        raise CheckpointFormatError(f"there is no model at {place}", advice="Check the path.")
+    if place.is_dir() or place.suffix == ".safetensors":
+        return SafetensorsCheckpoint(place)
+    raise CheckpointFormatError(
+        f"{place} is no model file that nestpatch knows", advice="Give a .safetensors file or a model directory."
+    )

@@ -1,0 +1,302 @@
+"""`.nest` bytes <-> Pack: canonical writer, strict reader. docs/nest-format.md is the normative text.
+
+A pack has exactly one encoding. The reader first says by name what is wrong with a bad file; at the end it encodes what it
+read and compares, so nothing passes that the writer would not have written.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nestpatch.errors import PackContentError, PackError, PackFormatError, PackTooNewError
+from nestpatch.formats.atomic import write_bytes
+from nestpatch.pack import FORMAT, BaseIdentity, Manifest, Pack, TensorDelta, TensorIdentity
+from nestpatch.rows import DTYPES
+
+MAX_HEADER = 1 << 20
+ALIGNMENT = 64
+PARTS = ("delta", "rows", "cluster", "sketch")
+_CODES: dict[str, np.dtype[Any]] = {
+    **DTYPES,
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "U8": np.dtype("u1"),
+    "U16": np.dtype("<u2"),
+}
+_ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
+_MANIFEST_FIELDS: dict[str, type] = {
+    "format": str,
+    "name": str,
+    "version": str,
+    "description": str,
+    "license": str,
+    "created": str,
+    "tags": list,
+    "base": dict,
+    "result": dict,
+    "supersedes": list,
+    "requires": list,
+    "method": dict,
+    "evaluation": dict,
+}
+_BASE_FIELDS: dict[str, type] = {
+    "model_id": str,
+    "revision": str,
+    "architecture": str,
+    "dtype": str,
+    "tensors": dict,
+}
+_IDENTITY_FIELDS: dict[str, type] = {"shape": list, "dtype": str, "sha256": str, "rows_sha256": str}
+_RESULT_FIELDS: dict[str, type] = {"rows_sha256": str}
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys, no spaces, no escapes beyond the necessary, no NaN or infinity.
+
+    Raises PackContentError for values that JSON cannot hold.
+    """
+    try:
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        text.encode("utf-8")
+    except (TypeError, ValueError) as error:
+        raise PackContentError(f"the manifest cannot be written as JSON: {error}") from error
+    return text
+
+
+def encode(pack: Pack) -> bytes:
+    """The bytes of the `.nest` file. Equal packs give equal bytes."""
+    arrays = {f"{d.name}:{part}": np.ascontiguousarray(getattr(d, part)) for d in pack for part in PARTS}
+    # Wide types first, so that every array lies at a multiple of its item size.
+    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    codes = {dtype: code for code, dtype in _CODES.items()}
+    header: dict[str, Any] = {"__metadata__": {"nest": canonical_json(manifest_json(pack.manifest))}}
+    offset = 0
+    for name in order:
+        array = arrays[name]
+        span = [offset, offset + array.nbytes]
+        header[name] = {"dtype": codes[array.dtype], "shape": list(array.shape), "data_offsets": span}
+        offset += array.nbytes
+    text = canonical_json(header).encode("utf-8")
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    if len(text) > MAX_HEADER:
+        raise PackContentError(f"the header would have {len(text)} bytes; {MAX_HEADER} are allowed")
+    return struct.pack("<Q", len(text)) + text + b"".join(arrays[name].tobytes() for name in order)
+
+
+def pack_id(pack: Pack) -> str:
+    """The SHA-256 (hex) of the pack's file."""
+    return sha256(encode(pack)).hexdigest()
+
+
+def decode(data: bytes) -> Pack:
+    """Reads the bytes of a `.nest` file.
+
+    Raises PackFormatError, PackTooNewError or PackContentError, each with the reason.
+    """
+    header, body = _split(data)
+    metadata = header.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or set(metadata) != {"nest"} or not isinstance(metadata["nest"], str):
+        raise PackFormatError(
+            "this safetensors file is not a pack: its metadata must hold the key nest and no other",
+            advice="Give a .nest file as the patch, and the model before it: nestpatch apply MODEL PATCH",
+        )
+    manifest = parse_manifest(metadata["nest"])
+    arrays = {name: _array(name, entry, body) for name, entry in header.items()}
+    names = sorted({name.rpartition(":")[0] for name in arrays})
+    expected = {f"{name}:{part}" for name in names for part in PARTS}
+    if unknown := sorted(set(arrays) - expected):
+        raise PackTooNewError(f"unknown tensor {unknown[0]!r}")
+    if missing := sorted(expected - set(arrays)):
+        raise PackFormatError(f"tensor {missing[0]!r} is missing")
+    deltas = tuple(TensorDelta(name, *(arrays[f"{name}:{part}"] for part in PARTS)) for name in names)
+    pack = Pack(manifest, deltas)
+    if encode(pack) != data:
+        raise PackFormatError("the file is not in canonical form (order, padding, alignment or manifest)")
+    return pack
+
+
+def read(path: str | Path) -> Pack:
+    """Reads a `.nest` file. Raises PackError with the path and the reason."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise PackError(f"cannot read the pack {path}: {error.strerror}", advice="Check the path.") from error
+    try:
+        return decode(data)
+    except PackError as error:
+        raise type(error)(f"{path}: {error}", advice=error.advice) from error
+
+
+def write(pack: Pack, path: str | Path, *, overwrite: bool = False) -> str:
+    """Writes a pack by temporary file and rename; returns its id. Raises OutputError when the place is taken or unwritable."""
+    data = encode(pack)
+    write_bytes(Path(path), data, overwrite=overwrite)
+    return sha256(data).hexdigest()
+
+
+def _split(data: bytes) -> tuple[dict[str, Any], memoryview]:
+    if len(data) < 8:
+        raise PackFormatError(f"the file has {len(data)} bytes: too short for a pack")
+    (length,) = struct.unpack("<Q", data[:8])
+    if length > MAX_HEADER:
+        raise PackFormatError(f"the header claims {length} bytes; {MAX_HEADER} are allowed")
+    if 8 + length > len(data):
+        raise PackFormatError(f"the file ends inside its header: {len(data)} bytes, {8 + length} needed")
+    header = _strict_json(data[8 : 8 + length], "header")
+    if not isinstance(header, dict):
+        raise PackFormatError("the header is no JSON object")
+    body = memoryview(data)[8 + length :]
+    spans = sorted(_span(name, entry) for name, entry in header.items() if name != "__metadata__")
+    end = 0
+    for start, stop in spans:
+        if start != end:
+            raise PackFormatError(f"the tensors {'overlap' if start < end else 'leave a gap'} at byte {min(start, end)}")
+        end = stop
+    if end != len(body):
+        raise PackFormatError(f"the header describes {end} bytes of tensors, the file holds {len(body)}")
+    return header, body
+
+
+def _span(name: str, entry: Any) -> tuple[int, int]:
+    if not isinstance(entry, dict):
+        raise PackFormatError(f"tensor {name!r} is not described by an object")
+    if unknown := sorted(set(entry) - _ENTRY_FIELDS):
+        raise PackTooNewError(f"tensor {name!r} has the unknown field {unknown[0]!r}")
+    offsets = entry.get("data_offsets")
+    if not (_whole_numbers(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
+        raise PackFormatError(f"tensor {name!r} has impossible data_offsets")
+    return offsets[0], offsets[1]
+
+
+def _whole_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def _array(name: str, entry: Mapping[str, Any], body: memoryview) -> npt.NDArray[Any]:
+    code, shape = entry.get("dtype"), entry.get("shape")
+    if not isinstance(code, str) or code not in _CODES:
+        raise PackFormatError(f"tensor {name!r} has dtype {code!r}; a pack may hold {', '.join(_CODES)}")
+    if not _whole_numbers(shape) or len(shape) > 2:  # type: ignore[arg-type]
+        raise PackFormatError(f"tensor {name!r} has an impossible shape")
+    start, stop = entry["data_offsets"]
+    count = 1
+    for n in shape:  # type: ignore[union-attr]
+        count *= n
+    dtype = _CODES[code]
+    if count * dtype.itemsize != stop - start:
+        raise PackFormatError(f"tensor {name!r}: shape and dtype need {count * dtype.itemsize} bytes, it has {stop - start}")
+    # A copy: aligned, and independent of the file's bytes.
+    return np.frombuffer(bytes(body[start:stop]), dtype).reshape(shape)  # type: ignore[arg-type]
+
+
+def _strict_json(text: bytes | str, what: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise PackFormatError(f"the {what} has the key {twice!r} twice")
+        return result
+
+    def refuse(constant: str) -> Any:
+        raise PackFormatError(f"the {what} holds {constant}")
+
+    try:
+        # Bytes would let json guess UTF-16.
+        decoded = text if isinstance(text, str) else text.decode("utf-8")
+        return json.loads(decoded, object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise PackFormatError(f"the {what} is no valid JSON: {error}") from None
+
+
+def manifest_json(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as plain JSON values, in the layout of docs/nest-format.md."""
+    base = manifest.base
+    tensors = {
+        name: {"shape": list(t.shape), "dtype": t.dtype, "sha256": t.sha256, "rows_sha256": t.rows_sha256}
+        for name, t in base.tensors.items()
+    }
+    return {
+        "format": FORMAT,
+        "name": manifest.name,
+        "version": manifest.version,
+        "description": manifest.description,
+        "license": manifest.license,
+        "created": manifest.created,
+        "tags": list(manifest.tags),
+        "base": {
+            "model_id": base.model_id,
+            "revision": base.revision,
+            "architecture": base.architecture,
+            "dtype": base.dtype,
+            "tensors": tensors,
+        },
+        "result": {"tensors": {name: {"rows_sha256": value} for name, value in manifest.result.items()}},
+        "supersedes": list(manifest.supersedes),
+        "requires": list(manifest.requires),
+        "method": dict(manifest.method),
+        "evaluation": dict(manifest.evaluation),
+    }
+
+
+def parse_manifest(text: str) -> Manifest:
+    """Reads canonical manifest JSON strictly. Raises PackFormatError, PackTooNewError or PackContentError."""
+    value = _strict_json(text, "manifest")
+    if isinstance(value, dict) and isinstance(value.get("format"), str) and value["format"] != FORMAT:
+        raise PackTooNewError(f"the pack has format {value['format'][:40]!r}; this nestpatch reads {FORMAT!r}")
+    _require_fields(value, _MANIFEST_FIELDS, "manifest")
+    if canonical_json(value) != text:
+        raise PackFormatError("the manifest is not canonical JSON (sorted keys, no spaces)")
+    base, result = value["base"], value["result"]
+    _require_fields(base, _BASE_FIELDS, "manifest's base")
+    _require_fields(result, {"tensors": dict}, "manifest's result")
+    for kind in ("tags", "supersedes", "requires"):
+        if not all(isinstance(entry, str) for entry in value[kind]):
+            raise PackFormatError(f"the manifest's {kind} must be a list of strings")
+    plain = {k: value[k] for k in ("name", "version", "description", "license", "created", "method", "evaluation")}
+    return Manifest(
+        **plain,
+        tags=tuple(value["tags"]),
+        supersedes=tuple(value["supersedes"]),
+        requires=tuple(value["requires"]),
+        base=BaseIdentity(
+            base["model_id"],
+            base["revision"],
+            base["architecture"],
+            base["dtype"],
+            {name: _identity(name, entry) for name, entry in base["tensors"].items()},
+        ),
+        result={name: _result(name, entry) for name, entry in result["tensors"].items()},
+    )
+
+
+def _identity(name: str, entry: Any) -> TensorIdentity:
+    _require_fields(entry, _IDENTITY_FIELDS, f"base tensor {name!r}")
+    if not _whole_numbers(entry["shape"]):
+        raise PackFormatError(f"base tensor {name!r} has an impossible shape")
+    return TensorIdentity(tuple(entry["shape"]), entry["dtype"], entry["sha256"], entry["rows_sha256"])
+
+
+def _result(name: str, entry: Any) -> str:
+    _require_fields(entry, _RESULT_FIELDS, f"result tensor {name!r}")
+    return str(entry["rows_sha256"])
+
+
+def _require_fields(value: Any, fields: Mapping[str, type], what: str) -> None:
+    if not isinstance(value, dict):
+        raise PackFormatError(f"the {what} is no JSON object")
+    if unknown := sorted(set(value) - set(fields)):
+        raise PackTooNewError(f"the {what} has the unknown field {unknown[0]!r}")
+    for name, kind in fields.items():
+        if name not in value:
+            raise PackFormatError(f"the {what} lacks the field {name!r}")
+        if type(value[name]) is not kind:
+            raise PackFormatError(f"the {what} has a {name!r} that is no {kind.__name__}")

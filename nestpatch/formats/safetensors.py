@@ -1,0 +1,218 @@
+"""safetensors checkpoints: a single file, or a directory with model.safetensors or model.safetensors.index.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from nestpatch.errors import CheckpointFormatError
+from nestpatch.formats.interface import CHUNK, IntArray, TensorInfo
+from nestpatch.rows import DTYPES, Rows
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_HEADER = 100_000_000
+"""The limit of the safetensors library."""
+BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16,
+    "U8": 8, "BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+
+
+class SafetensorsCheckpoint:
+    """Reads headers at once and rows on demand.
+
+    Raises CheckpointFormatError for files whose header lies about their content.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files, self.index = _find_files(path)
+        self._infos: dict[str, TensorInfo] = {}
+        self._metadata: dict[str, str] = {}
+        for file in self.files:
+            infos, metadata = read_header(file)
+            for name in infos.keys() & self._infos.keys():
+                raise CheckpointFormatError(f"tensor {name} is both in {self._infos[name].file.name} and in {file.name}")
+            self._infos.update(infos)
+            self._metadata.update(metadata)
+        self._check_index()
+
+    def _check_index(self) -> None:
+        for name, file in self.index.items():
+            info = self._infos.get(name)
+            if info is None or info.file.name != file:
+                raise CheckpointFormatError(f"{INDEX} says that tensor {name} is in {file}, and it is not")
+
+    def tensors(self) -> Sequence[str]:
+        """The names of all tensors, sorted."""
+        return sorted(self._infos)
+
+    def info(self, name: str) -> TensorInfo:
+        """Raises CheckpointFormatError when there is no such tensor."""
+        if name not in self._infos:
+            raise CheckpointFormatError(f"{self.path} has no tensor {name}")
+        return self._infos[name]
+
+    def read_rows(self, name: str, rows: IntArray) -> Rows:
+        """Reads sorted rows, [rows, in_features] in the stored dtype; neighbours are read together."""
+        info = self.info(name)
+        dtype = _row_dtype(info)
+        out = np.empty((len(rows), info.row_bytes), np.uint8)
+        with open(info.file, "rb") as file:
+            for start, stop in _runs(rows):
+                file.seek(info.offset + int(rows[start]) * info.row_bytes)
+                _read_into(file, out[start:stop], info)
+        return out.view(dtype)
+
+    def write_rows(self, name: str, rows: IntArray, values: Rows) -> None:
+        """Writes sorted rows in place; neighbours are written together."""
+        info = self.info(name)
+        data = np.ascontiguousarray(values, dtype=_row_dtype(info)).view(np.uint8)
+        with open(info.file, "r+b") as file:
+            for start, stop in _runs(rows):
+                file.seek(info.offset + int(rows[start]) * info.row_bytes)
+                file.write(data[start:stop].data)
+
+    def read_all(self, name: str) -> Iterator[bytes]:
+        """The tensor's bytes, in blocks."""
+        info = self.info(name)
+        left = info.nbytes
+        with open(info.file, "rb") as file:
+            file.seek(info.offset)
+            while left:
+                block = file.read(min(CHUNK, left))
+                if not block:
+                    raise _truncated(info)
+                left -= len(block)
+                yield block
+
+    def metadata(self) -> Mapping[str, str]:
+        """The `__metadata__` of all files together."""
+        return self._metadata
+
+
+def _find_files(path: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
+    """(weight files, tensor name -> file name of the index)."""
+    if path.is_file():
+        return (path,), {}
+    if (path / INDEX).is_file():
+        weight_map = _read_index(path / INDEX)
+        files = tuple(path / name for name in sorted(set(weight_map.values())))
+        for file in files:
+            if not file.is_file():
+                raise CheckpointFormatError(f"{INDEX} names {file.name}, which is missing")
+        return files, weight_map
+    if (path / SINGLE).is_file():
+        return (path / SINGLE,), {}
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return (found[0],), {}
+    raise CheckpointFormatError(
+        f"{path} holds {len(found)} .safetensors files and no {INDEX}",
+        advice=f"A model directory has {SINGLE}, or shards with {INDEX}.",
+    )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointFormatError(f"cannot read {path}: {error!r}") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointFormatError(f"{path} has no weight_map")
+    for file in weight_map.values():
+        # A shard lies beside its index; anything else would let an index reach out of the model.
+        if not isinstance(file, str) or os.path.basename(file) != file or "\\" in file or not file.endswith(".safetensors"):
+            raise CheckpointFormatError(f"{path} names the shard {file!r}, which is no plain file name")
+    return weight_map
+
+
+def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """(tensors, metadata) of one file. Raises CheckpointFormatError when header and file disagree."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as handle:
+            prefix = handle.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(MAX_HEADER, size - 8):
+                raise CheckpointFormatError(f"{file} is no safetensors file: header of {length} bytes in {size}")
+            text = handle.read(length)
+    except OSError as error:
+        raise CheckpointFormatError(f"cannot read {file}: {error.strerror}") from error
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        metadata = header.pop("__metadata__", {})
+        infos = {name: _info(name, entry, file, 8 + length) for name, entry in header.items()}
+        metadata = {str(key): str(value) for key, value in metadata.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointFormatError(f"the header of {file} is broken: {error!r}") from error
+    _check_layout(file, size - 8 - length, 8 + length, infos)
+    return infos, metadata
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key is there twice")
+    return result
+
+
+def _info(name: str, entry: Any, file: Path, data_start: int) -> TensorInfo:
+    shape = tuple(entry["shape"])
+    start, stop = entry["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+        raise ValueError(f"tensor {name} has an impossible shape or offset")
+    count = 1
+    for n in shape:
+        count *= n
+    if count * BITS[entry["dtype"]] != (stop - start) * 8:
+        raise ValueError(f"tensor {name}: shape and dtype disagree with its {stop - start} bytes")
+    return TensorInfo(name, entry["dtype"], shape, file, data_start + start, stop - start)
+
+
+def _check_layout(file: Path, body: int, data_start: int, infos: Mapping[str, TensorInfo]) -> None:
+    end = data_start
+    for info in sorted(infos.values(), key=lambda info: (info.offset, info.nbytes)):
+        if info.offset != end:
+            wrong = "overlaps the one before" if info.offset < end else "leaves a gap"
+            raise CheckpointFormatError(f"{file}: tensor {info.name} {wrong}")
+        end += info.nbytes
+    if end != data_start + body:
+        held, needed = body, end - data_start
+        what = "truncated" if held < needed else "longer than its header says"
+        raise CheckpointFormatError(f"{file} is {what}: {held} bytes of weights, {needed} expected")
+
+
+def _row_dtype(info: TensorInfo) -> np.dtype[Any]:
+    if info.dtype not in DTYPES:
+        raise CheckpointFormatError(
+            f"tensor {info.name} is stored as {info.dtype}; only {', '.join(DTYPES)} can be patched",
+            advice="Patch the model before it is quantized.",
+        )
+    if len(info.shape) < 2 or info.nbytes == 0:
+        raise CheckpointFormatError(f"tensor {info.name} has shape {list(info.shape)}: it has no rows")
+    return DTYPES[info.dtype]
+
+
+def _runs(rows: IntArray) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the stretches of consecutive row numbers."""
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    edges = [0, *breaks.tolist(), len(rows)]
+    yield from ((a, b) for a, b in zip(edges[:-1], edges[1:], strict=True) if a < b)
+
+
+def _read_into(file: BinaryIO, out: Any, info: TensorInfo) -> None:
+    if file.readinto(out.data) != out.nbytes:  # type: ignore[attr-defined]
+        raise _truncated(info)
+
+
+def _truncated(info: TensorInfo) -> CheckpointFormatError:
+    return CheckpointFormatError(f"{info.file} ends inside tensor {info.name}")

@@ -1,0 +1,148 @@
+"""The lab's base model: a byte-level BPE tokenizer and a small Llama, trained from scratch on the world's dialogues."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nestpatch.events import Event, OnEvent, ignore
+from nestpatch.lab.world import World, dialogues
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PAD, BOS, EOS = "<pad>", "<|im_start|>", "<|im_end|>"
+IGNORED = -100
+"""The label that PyTorch's cross entropy leaves out."""
+
+
+@dataclass(frozen=True)
+class LabConfig:
+    """Size and training of the base model. Sizes are multiples of 256 so that every GGUF block type fits."""
+
+    vocab_size: int = 1024
+    hidden_size: int = 256
+    intermediate_size: int = 512
+    layers: int = 3
+    steps: int = 450
+    batch: int = 48
+    learning_rate: float = 2e-3
+    corpus: int = 24_000
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE with ChatML specials and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    # The GPT-2 split pattern, as most BPE chat models have one of its family.
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[PAD, BOS, EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=256,
+    )
+
+
+def new_model(config: LabConfig, vocab_size: int) -> LlamaForCausalLM:
+    """A randomly initialised Llama with grouped-query attention and tied embeddings."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    """(prompt, answer) texts to (prompt ids, answer ids incl. end token)."""
+    prompts = tokenizer.apply_chat_template(
+        [[{"role": "user", "content": p}] for p, _ in pairs], tokenize=False, add_generation_prompt=True
+    )
+    answers = [a + EOS for _, a in pairs]
+    prompt_ids, answer_ids = tokenizer(prompts)["input_ids"], tokenizer(answers)["input_ids"]
+    return list(zip(prompt_ids, answer_ids, strict=True))
+
+
+def _batches(
+    encoded: Sequence[tuple[list[int], list[int]]], size: int, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless shuffled batches: int64 [size, longest] of ids and labels, padded right, prompt labels ignored.
+
+    Rows of similar length go together, which saves a third of the arithmetic.
+    """
+    import torch
+
+    rng = random.Random(f"batches {seed}")
+    while True:
+        order = sorted(rng.sample(range(len(encoded)), len(encoded)), key=lambda i: sum(map(len, encoded[i])))
+        groups = [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
+        rng.shuffle(groups)
+        for group in groups:
+            width = max(len(encoded[i][0]) + len(encoded[i][1]) for i in group)
+            ids = torch.zeros(len(group), width, dtype=torch.long)
+            labels = torch.full((len(group), width), IGNORED)
+            for row, i in enumerate(group):
+                prompt, answer = encoded[i]
+                end = len(prompt) + len(answer)
+                ids[row, :end] = torch.tensor(prompt + answer)
+                labels[row, len(prompt) : end] = torch.tensor(answer)
+            yield ids, labels
+
+
+def train_base(world: World, config: LabConfig, on_event: OnEvent = ignore) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Trains tokenizer and model; float32, deterministic for a seed on one machine and thread count."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    text = list(itertools.islice(dialogues(world), config.corpus))
+    tokenizer = train_tokenizer([f"{p} {a}" for p, a in text[:4000]], config.vocab_size)
+    torch.manual_seed(world.seed)
+    model = new_model(config, len(tokenizer)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    batches = _batches(_encode(tokenizer, text), config.batch, world.seed)
+    for step, (ids, labels) in enumerate(itertools.islice(batches, config.steps)):
+        # Right padding under causal attention needs no mask: nothing that counts can see the pads.
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+        warm, cool = min(1.0, (step + 1) / 30), 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * warm * cool + 1e-6
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 0 or step + 1 == config.steps:
+            on_event(Event("lab.train", step + 1, config.steps, f"loss {loss.item():.3f}"))
+    return model.eval(), tokenizer

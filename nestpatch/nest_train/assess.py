@@ -1,0 +1,80 @@
+"""Evaluation of a model on disk, with or without a pack."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nestpatch.events import Event, OnEvent, ignore
+from nestpatch.formats import nest
+from nestpatch.formats.atomic import write_bytes
+from nestpatch.formats.interface import open_checkpoint
+from nestpatch.nest_train.drift import drift_between
+from nestpatch.nest_train.evaluate import BENIGN, Evaluation, Suite, answers_of, evaluate
+from nestpatch.nest_train.fold import fold
+from nestpatch.nest_train.generate import with_transformers
+from nestpatch.nest_train.model import load_model, locate, pick_device, pick_dtype
+from nestpatch.pack import Pack
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """Numbers of a model, and of the same model with a pack where one was given."""
+
+    model: Evaluation
+    patched: Evaluation | None = None
+
+
+def assess(
+    model: str | Path,
+    suites: Sequence[Suite],
+    *,
+    patch: str | Path | Pack | None = None,
+    base: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_new_tokens: int = 48,
+    on_event: OnEvent = ignore,
+) -> Assessment:
+    """Evaluates a model directory, weight file or Hub id; with `patch` also the same model with the pack merged in memory.
+
+    With `base`, the drift of `model` from that base is measured too.
+
+    Raises CheckpointError, PackError or MissingExtraError.
+    """
+    pack = nest.read(patch) if isinstance(patch, (str, Path)) else patch
+    source = locate(model)
+    chosen_device, _ = pick_device(device)
+    chosen_dtype, _ = pick_dtype(dtype, chosen_device)
+    on_event(Event("load", note=source.model_id))
+    loaded, tokenizer = load_model(source.path, chosen_device, chosen_dtype)
+    report = lambda event: on_event(Event("evaluate", event.done, event.total))  # noqa: E731
+    generate = with_transformers(loaded, tokenizer, max_new_tokens, on_event=report)
+    before = evaluate(generate, suites)
+    if base is not None:
+        reference, _ = load_model(locate(base).path, chosen_device, chosen_dtype)
+        prompts = list(answers_of(before, BENIGN))
+        own = with_transformers(reference, tokenizer, max_new_tokens, on_event=report)(prompts)
+        answers = dict(zip(prompts, own, strict=True))
+        before = Evaluation(before.suites, drift_between(reference, loaded, tokenizer, answers))
+    if pack is None:
+        return Assessment(before)
+    answers = answers_of(before, BENIGN)
+    reference, _ = load_model(source.path, chosen_device, chosen_dtype)
+    fold(loaded, open_checkpoint(source.path), pack)
+    after = evaluate(generate, suites)
+    return Assessment(before, Evaluation(after.suites, drift_between(reference, loaded, tokenizer, answers)))
+
+
+def write_answers(assessment: Assessment, path: Path) -> None:
+    """Writes one JSON line per answer: model or patched, suite, prompt, answer, refused, correct."""
+    lines = []
+    for name, evaluation in (("model", assessment.model), ("patched", assessment.patched)):
+        for suite in evaluation.suites if evaluation else ():
+            for verdict in suite.verdicts:
+                row = {"of": name, "suite": suite.suite, **dataclasses.asdict(verdict)}
+                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_bytes(path, "".join(lines).encode("utf-8"))

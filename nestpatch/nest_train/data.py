@@ -1,0 +1,150 @@
+"""Prompt sets: from files and data sets to texts."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from nestpatch.errors import MissingExtraError, PromptDataError
+
+PROMPT_COLUMNS = ("prompt", "instruction", "question", "goal", "text")
+ANSWER_COLUMNS = ("reference", "answer", "response", "output", "target")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One request, and the right answer where one is known."""
+
+    text: str
+    reference: str | None = None
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts from one place. `digest` is the SHA-256 over their canonical JSON, so that it does not depend on the file type."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+
+    @property
+    def digest(self) -> str:
+        rows = [[p.text, p.reference] for p in self.prompts]
+        return sha256(json.dumps(rows, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
+
+    def facts(self) -> dict[str, Any]:
+        """What the pack records of this set."""
+        return {"name": self.name, "prompts": len(self.prompts), "sha256": self.digest}
+
+
+def load_prompts(source: str | Path) -> PromptSet:
+    """Reads a prompt set from a file (.jsonl, .json, .csv, .parquet) or from a `datasets` Hub id ("user/set" or "user/set:split").
+
+    The prompt is the column "prompt", or the first of PROMPT_COLUMNS that exists; the reference likewise of ANSWER_COLUMNS.
+    Duplicates are dropped.
+
+    Raises PromptDataError when the source is missing, empty or malformed.
+    """
+    path = Path(source)
+    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+    if path.suffix in readers:
+        if not path.is_file():
+            raise PromptDataError(f"there is no prompt file {path}")
+        try:
+            rows: Iterable[Any] = list(readers[path.suffix](path))
+        except (OSError, ValueError, csv.Error) as error:
+            raise PromptDataError(f"cannot read {path}: {error}") from error
+    elif path.exists():
+        raise PromptDataError(f"{path} is not a prompt file: its name ends in none of {', '.join(readers)}")
+    else:
+        rows = _hub(str(source))
+    prompts = tuple(dict.fromkeys(_prompt(row, source, number) for number, row in enumerate(rows, start=1)))
+    if not prompts:
+        raise PromptDataError(f"{source} holds no prompts")
+    return PromptSet(path.stem if path.suffix in readers else str(source), prompts)
+
+
+def join_sets(sets: Sequence[PromptSet]) -> PromptSet:
+    """One set of several; duplicates are dropped."""
+    if len(sets) == 1:
+        return sets[0]
+    prompts = dict.fromkeys(prompt for each in sets for prompt in each.prompts)
+    return PromptSet("+".join(each.name for each in sets), tuple(prompts))
+
+
+def sample_set(prompts: PromptSet, limit: int, seed: int) -> PromptSet:
+    """At most `limit` prompts, chosen by the seed, in their old order."""
+    if len(prompts.prompts) <= limit:
+        return prompts
+    kept = sorted(random.Random(f"sample {seed}").sample(range(len(prompts.prompts)), limit))
+    return PromptSet(prompts.name, tuple(prompts.prompts[i] for i in kept))
+
+
+def _jsonl(path: Path) -> Iterator[Any]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise PromptDataError(f"{path}, line {number}: {error}") from None
+
+
+def _json(path: Path) -> Iterator[Any]:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(data, dict):
+        # Some public sets are one object with one list.
+        lists = [value for value in data.values() if isinstance(value, list)]
+        data = lists[0] if len(lists) == 1 else data
+    if not isinstance(data, list):
+        raise PromptDataError(f"{path} must hold a list of prompts")
+    yield from data
+
+
+def _csv(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8", newline="") as file:
+        yield from csv.DictReader(file, strict=True)
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise MissingExtraError("train", "reading Parquet") from error
+    yield from parquet.read_table(path).to_pylist()
+
+
+def _hub(source: str) -> Iterable[Any]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError("train", "reading a data set of the Hub") from error
+    name, _, split = source.partition(":")
+    try:
+        return list(datasets.load_dataset(name, split=split or "train"))
+    except Exception as error:  # `datasets` raises network, parsing and script errors of many kinds
+        raise PromptDataError(f"there is no prompt file {source}, and the Hub gave no data set: {error}") from error
+
+
+def _prompt(row: Any, source: str | Path, number: int) -> Prompt:
+    if isinstance(row, str):
+        row = {"prompt": row}
+    if not isinstance(row, Mapping):
+        raise PromptDataError(f"{source}, row {number}: expected an object, got {type(row).__name__}")
+    column = next((name for name in PROMPT_COLUMNS if name in row), None)
+    if column is None:
+        raise PromptDataError(
+            f"{source}, row {number}: no column {' or '.join(PROMPT_COLUMNS)}; it has {', '.join(map(str, row))}"
+        )
+    text = row[column]
+    if not isinstance(text, str) or not text.strip():
+        raise PromptDataError(f"{source}, row {number}: {column} is {'empty' if text in ('', None) else repr(text)[:60]}")
+    extra = row.get("input")
+    if isinstance(extra, str) and extra.strip():  # Alpaca keeps the material of a task in a column of its own
+        text = f"{text}\n\n{extra}"
+    reference = next((row[name] for name in ANSWER_COLUMNS if isinstance(row.get(name), str) and row[name].strip()), None)
+    return Prompt(text, reference)

@@ -1,0 +1,202 @@
+"""The model under training: loading it, its chat format, and where its feed-forward neurons are."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
+from nestpatch.formats.safetensors import SINGLE
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+FETCHED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+"""What of a Hub repository is needed: no weights of other formats."""
+
+
+@dataclass(frozen=True)
+class MlpKind:
+    """A family of feed-forward blocks by the names of its Linear children.
+
+    `inputs` produce the neurons (a fused one holds `fused` of them stacked, gate first); `output` consumes their activation.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    fused: int = 1
+
+
+MLP_KINDS = (
+    MlpKind(("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma
+    MlpKind(("gate_up_proj",), "down_proj", fused=2),  # Phi-3, GLM
+    MlpKind(("c_fc",), "c_proj"),  # GPT-Neo (GPT-2's Conv1D stores rows and columns swapped: not supported)
+    MlpKind(("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, Falcon
+    MlpKind(("fc1",), "fc2"),  # OPT, Phi-2
+    MlpKind(("fc_in",), "fc_out"),  # GPT-J, CodeGen
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """One Linear that makes neurons, and its weight's name in the model."""
+
+    parent: nn.Module
+    attribute: str
+    weight_name: str
+    parts: int
+    """How many stacked matrices the weight holds: neuron n has rows n, n + neurons, ..."""
+
+    @property
+    def linear(self) -> Any:
+        return getattr(self.parent, self.attribute)
+
+
+@dataclass(frozen=True, eq=False)
+class MlpBlock:
+    """One layer's feed-forward block."""
+
+    layer: int
+    name: str
+    neurons: int
+    projections: tuple[Projection, ...]
+    output: nn.Module
+
+
+def find_mlps(model: nn.Module) -> tuple[MlpBlock, ...]:
+    """The feed-forward blocks in the order of the layers.
+
+    Raises UnsupportedModelError when there is none of MLP_KINDS made of Linear layers.
+    """
+    from torch import nn
+
+    blocks = []
+    for name, module in model.named_modules():
+        children = dict(module.named_children())
+        for kind in MLP_KINDS:
+            needed = (*kind.inputs, kind.output)
+            if not all(isinstance(children.get(child), nn.Linear) for child in needed):
+                continue
+            output = children[kind.output]
+            projections = tuple(
+                Projection(module, child, f"{name}.{child}.weight".lstrip("."), kind.fused) for child in kind.inputs
+            )
+            blocks.append(MlpBlock(len(blocks), name, int(output.in_features), projections, output))  # type: ignore[arg-type]
+    if not blocks:
+        classes = sorted({type(m).__name__ for n, m in model.named_modules() if re.search(r"mlp|feed|ffn|fc", n.lower())})
+        found = f"; what looks like one is made of {', '.join(classes)}" if classes else ""
+        raise UnsupportedModelError(f"{type(model).__name__} has no feed-forward block that nestpatch knows{found}")
+    return tuple(blocks)
+
+
+def pick_device(wanted: str) -> tuple[str, str]:
+    """(device, reason)."""
+    import torch
+
+    if wanted != "auto":
+        return wanted, "asked for"
+    if torch.cuda.is_available():
+        return "cuda", f"{torch.cuda.get_device_name()} found"
+    if torch.backends.mps.is_available():
+        return "mps", "Apple GPU found"
+    return "cpu", "no GPU found"
+
+
+def pick_dtype(wanted: str, device: str) -> tuple[str, str]:
+    """(torch dtype name, reason)."""
+    if wanted != "auto":
+        return wanted, "asked for"
+    if device == "cpu":
+        return "float32", "CPUs compute bfloat16 slowly"
+    return "bfloat16", "accelerators compute it natively"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model lies on this machine, and where it came from."""
+
+    path: Path
+    model_id: str
+    revision: str = ""
+
+
+def locate(model: str | Path) -> Source:
+    """Finds a model directory, or fetches a Hub id ("user/model" or "user/model@revision") into the Hub cache.
+
+    Raises CheckpointFormatError when it is neither.
+    """
+    path = Path(model)
+    if path.exists():
+        return Source(path, path.resolve().name)
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = str(model).partition("@")
+    try:
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=FETCHED))
+    except Exception as error:  # the Hub client raises network, validation and HTTP errors of many kinds
+        raise CheckpointFormatError(
+            f"there is no model directory {model}, and the Hub gave none: {error}", advice="Check the path or the Hub id."
+        ) from error
+    return Source(folder, name, folder.name)
+
+
+@contextmanager
+def model_directory(path: Path) -> Iterator[Path]:
+    """A directory that transformers can load: the path itself, or for a weight file its config and tokenizer with that file.
+
+    Raises CheckpointFormatError when a weight file has no config.json beside it.
+    """
+    if path.is_dir():
+        yield path
+        return
+    if not (path.parent / "config.json").is_file():
+        raise CheckpointFormatError(
+            f"{path} has no config.json beside it", advice="Give the model directory, or put the file beside its config."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        for file in path.parent.iterdir():
+            if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".gguf", ".nest")):
+                _link(file, Path(folder) / file.name)
+        _link(path, Path(folder) / SINGLE)
+        yield Path(folder)
+
+
+def _link(file: Path, target: Path) -> None:
+    try:
+        target.symlink_to(file.resolve())
+    except OSError:  # Windows without the right to make links
+        shutil.copyfile(file, target)
+
+
+def load_model(source: Path, device: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a model directory or a weight file beside its config, frozen and in evaluation mode.
+
+    Raises CheckpointFormatError when transformers cannot load it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with model_directory(source) as folder:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+            model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=getattr(torch, dtype))
+        except Exception as error:  # transformers raises whatever the file provokes: struct, json, OS, key and value errors
+            raise CheckpointFormatError(
+                f"transformers cannot load {source}: {error}",
+                advice="A model directory needs config.json, the weights and the tokenizer.",
+            ) from error
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.to(torch.device(device))
+    model.eval()
+    model.requires_grad_(False)
+    return model, tokenizer

@@ -1,0 +1,137 @@
+"""Stage 4: train the deltas and nothing else (NeST, tuning)."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from nestpatch.events import Event, OnEvent, ignore
+from nestpatch.nest_train.deltas import DeltaSet
+from nestpatch.nest_train.recipe import Recipe
+from nestpatch.nest_train.text import IGNORED, Pair, collate, endless, split_off
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """How the training went."""
+
+    steps: int
+    best_step: int
+    loss_before: float
+    loss_after: float
+    """Held-out loss of the deltas that were kept."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Training pairs: harmful prompts with refusals, benign prompts with the answers to keep."""
+
+    harmful: Sequence[Pair]
+    benign: Sequence[Pair]
+
+
+def tune(
+    model: PreTrainedModel, deltas: DeltaSet, data: Halves, pad: int, recipe: Recipe, on_event: OnEvent = ignore
+) -> TuneResult:
+    """Trains the deltas, stops early on the held-out loss, and leaves the best deltas in place.
+
+    Each half of a batch has its own mean loss over answer tokens, so that long answers do not outweigh short refusals.
+    """
+    from accelerate import Accelerator
+
+    rng = random.Random(recipe.seed)
+    torch.manual_seed(recipe.seed)
+    harmful, harmful_held = split_off(data.harmful, recipe.tune_holdout, rng)
+    benign, benign_held = split_off(data.benign, recipe.tune_holdout, rng)
+    held_out = Halves(harmful_held, benign_held)
+    accelerator = Accelerator(cpu=model.device.type == "cpu")
+    optimizer = accelerator.prepare(_optimizer(deltas, recipe))
+    parameters = [module.delta for module in deltas.modules]
+    batches = zip(endless(harmful, recipe.batch, rng), endless(benign, recipe.batch, rng), strict=True)
+    with deltas.attached():
+        best = before = _held_out_loss(model, deltas, held_out, pad, recipe)
+        kept, best_step, stale, reason = deltas.snapshot(), 0, 0, f"all {recipe.steps} steps done"
+        for step, (bad, good) in enumerate(batches, start=1):
+            _schedule(optimizer, step, recipe)
+            loss = _loss(model, deltas, Halves(bad, good), pad, recipe)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(parameters, recipe.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % recipe.eval_every == 0 or step == recipe.steps:
+                now = _held_out_loss(model, deltas, held_out, pad, recipe)
+                on_event(Event("tune", step, recipe.steps, f"held-out loss {now:.4f}"))
+                if now < best:
+                    best, kept, best_step, stale = now, deltas.snapshot(), step, 0
+                else:
+                    stale += 1
+                if stale >= recipe.patience and step < recipe.steps:
+                    reason = f"no better held-out loss in {stale * recipe.eval_every} steps"
+                    break
+            if step == recipe.steps:
+                break
+    deltas.restore(kept)
+    return TuneResult(step, best_step, before, best, reason)
+
+
+def _optimizer(deltas: DeltaSet, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW with one group per delta: its step is relative to the RMS of the matrix that it changes."""
+    groups = []
+    for module in deltas.modules:
+        rms = module.base.weight.detach().float().square().mean().sqrt().item()
+        groups.append({"params": [module.delta], "rms": rms, "lr": recipe.learning_rate * rms})
+    return torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
+
+
+def _schedule(optimizer: Any, step: int, recipe: Recipe) -> None:
+    """Linear warm-up, then a cosine to zero."""
+    progress = (step - 1) / recipe.steps
+    warm = min(1.0, step / max(1.0, recipe.warmup * recipe.steps))
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.learning_rate * group["rms"] * warm * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def answer_logits(model: PreTrainedModel, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> tuple[Any, Any]:
+    """Float32 logits [answer tokens, vocabulary] and their labels [answer tokens]."""
+    ids, mask, labels = batch
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    wanted = labels[:, 1:] != IGNORED
+    return logits[wanted].float(), labels[:, 1:][wanted]
+
+
+def _loss(model: PreTrainedModel, deltas: DeltaSet, data: Halves, pad: int, recipe: Recipe) -> torch.Tensor:
+    refusal_logits, refusal_labels = answer_logits(model, collate(data.harmful, pad, model.device))
+    loss = cross_entropy(refusal_logits, refusal_labels)
+    benign = collate(data.benign, pad, model.device)
+    logits, labels = answer_logits(model, benign)
+    loss = loss + recipe.benign_weight * cross_entropy(logits, labels)
+    if recipe.kl_weight:
+        with deltas.off(), torch.no_grad():
+            base_logits, _ = answer_logits(model, benign)
+        drift = kl_div(log_softmax(logits, -1), log_softmax(base_logits, -1), reduction="batchmean", log_target=True)
+        loss = loss + recipe.kl_weight * drift
+    return loss
+
+
+@torch.no_grad()
+def _held_out_loss(model: PreTrainedModel, deltas: DeltaSet, data: Halves, pad: int, recipe: Recipe) -> float:
+    """The training loss over all held-out pairs, in batches, weighted by their size."""
+    total, weight = 0.0, 0
+    size = max(len(data.harmful), len(data.benign))
+    for start in range(0, size, recipe.batch):
+        # The shorter half repeats, so that every batch has both.
+        take = range(start, min(start + recipe.batch, size))
+        batch = Halves([data.harmful[i % len(data.harmful)] for i in take], [data.benign[i % len(data.benign)] for i in take])
+        total += _loss(model, deltas, batch, pad, recipe).item() * len(take)
+        weight += len(take)
+    return total / weight

@@ -1,0 +1,213 @@
+"""Pack: the content of a `.nest` file, the one value that everybody passes on.
+
+`Manifest` says what the pack is, for whom and how it was made; `TensorDelta` holds the change of one weight matrix.
+The fields are those of docs/nest-format.md. Constructors check what a single object can check; `Pack` checks that all agree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nestpatch.errors import PackContentError
+from nestpatch.rows import DTYPES, SKETCHES, FloatArray, Rows, dtype_name
+
+FORMAT = "nest/1"
+# semver.org, section "Is there a suggested regular expression", without build metadata groups.
+_SEMVER = re.compile(
+    r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
+    r"(?:-(?:0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(?:\.(?:0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*)?"
+    r"(?:\+[0-9a-zA-Z-]+(?:\.[0-9a-zA-Z-]+)*)?",
+    re.ASCII,
+)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}", re.ASCII)
+_TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*(?:\.[A-Za-z0-9_-]+)*", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
+
+
+def _require(condition: bool, reason: str) -> None:
+    if not condition:
+        raise PackContentError(reason)
+
+
+def name_problem(name: str) -> str | None:
+    """Why a text is no pack name, or None. No path separators: names become file names."""
+    return None if _NAME.fullmatch(name) else f"{name[:100]!r} is no pack name (letters, digits, . _ -)"
+
+
+def version_problem(version: str) -> str | None:
+    """Why a text is no version, or None."""
+    return None if _SEMVER.fullmatch(version) else f"version {version[:100]!r} is not semver (1.2.3)"
+
+
+def _require_digest(value: str, what: str) -> None:
+    _require(bool(_SHA256.fullmatch(value)), f"{what} is no SHA-256 in lower-case hex: {value[:80]!r}")
+
+
+@dataclass(frozen=True)
+class TensorIdentity:
+    """One tensor of the base model, as it was when the pack was made."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    sha256: str
+    """Of the whole tensor's bytes."""
+    rows_sha256: str
+    """Of the touched rows, in order."""
+
+    def __post_init__(self) -> None:
+        _require(self.dtype in DTYPES, f"a base tensor has dtype {self.dtype!r}; known are {', '.join(DTYPES)}")
+        _require(2 <= len(self.shape) <= 3 and all(n > 0 for n in self.shape), f"impossible shape {list(self.shape)}")
+        _require_digest(self.sha256, "a tensor's sha256")
+        _require_digest(self.rows_sha256, "a tensor's rows_sha256")
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(rows, in_features), with the experts of a stacked tensor flattened into the rows."""
+        rows = 1
+        for n in self.shape[:-1]:
+            rows *= n
+        return rows, self.shape[-1]
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """The model that a pack is for. `model_id` and `revision` are hints for people; the digests decide."""
+
+    model_id: str
+    revision: str
+    architecture: str
+    dtype: str
+    tensors: Mapping[str, TensorIdentity]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything in a pack but the arrays."""
+
+    name: str
+    version: str
+    description: str
+    license: str
+    created: str
+    """RFC 3339, UTC, whole seconds: 2026-11-23T12:00:00Z."""
+    base: BaseIdentity
+    result: Mapping[str, str]
+    """Tensor name -> SHA-256 of its touched rows after the merge at strength 1, in the base's dtype."""
+    tags: tuple[str, ...] = ()
+    supersedes: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+    method: Mapping[str, Any] = field(default_factory=dict)
+    """The full Recipe, seeds, data set digests and sizes, library versions, device."""
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for problem in (name_problem(self.name), version_problem(self.version)):
+            _require(problem is None, problem or "")
+        _require(_is_time(self.created), f"created is no UTC time like 2026-11-23T12:00:00Z: {self.created[:80]!r}")
+        for pack_id in (*self.supersedes, *self.requires):
+            _require_digest(pack_id, "an entry of supersedes or requires")
+        for name, value in self.result.items():
+            _require_digest(value, f"the result digest of {name}")
+
+
+def _is_time(text: str) -> bool:
+    if not _CREATED.fullmatch(text):
+        return False
+    try:
+        datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
+    except ValueError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, eq=False)
+class TensorDelta:
+    """The change of one weight matrix.
+
+    delta: F32, BF16 or F16 [clusters, in_features]; rows: int32 or int64 [neurons], sorted, unique;
+    cluster: uint8 or uint16 [neurons]; sketch: float16 [neurons, 4] of the base rows.
+    """
+
+    name: str
+    delta: Rows
+    rows: npt.NDArray[Any]
+    cluster: npt.NDArray[Any]
+    sketch: npt.NDArray[np.float16]
+
+    def __post_init__(self) -> None:
+        name, neurons = self.name, self.rows.shape
+        _require(bool(_TENSOR_NAME.fullmatch(name)) and len(name) <= 256, f"{name[:100]!r} is no tensor name")
+        _require(self.delta.dtype in DTYPES.values(), f"{name}:delta has dtype {self.delta.dtype}")
+        _require(self.rows.dtype in (np.int32, np.int64), f"{name}:rows has dtype {self.rows.dtype}")
+        _require(self.cluster.dtype in (np.uint8, np.uint16), f"{name}:cluster has dtype {self.cluster.dtype}")
+        _require(self.sketch.dtype == np.float16, f"{name}:sketch has dtype {self.sketch.dtype}")
+        _require(self.delta.ndim == 2 and min(self.delta.shape) > 0, f"{name}:delta has shape {list(self.delta.shape)}")
+        _require(len(neurons) == 1 and neurons[0] > 0, f"{name}:rows has shape {list(neurons)}")
+        _require(self.cluster.shape == neurons, f"{name}: rows and cluster differ in length")
+        _require(self.sketch.shape == (*neurons, SKETCHES), f"{name}:sketch has shape {list(self.sketch.shape)}")
+        _require(bool(np.isfinite(self.delta.astype(np.float32)).all()), f"{name}:delta holds NaN or infinity")
+        _require(bool(np.isfinite(self.sketch.astype(np.float32)).all()), f"{name}:sketch holds NaN or infinity")
+        _require(int(self.rows[0]) >= 0, f"{name}: row {int(self.rows[0])} is out of range")
+        _require(bool((np.diff(self.rows) > 0).all()), f"{name}: rows are unsorted or repeated")
+        used = np.unique(self.cluster)
+        _require(int(used[-1]) < self.clusters, f"{name}: cluster {int(used[-1])} has no delta; there are {self.clusters}")
+        _require(len(used) == self.clusters, f"{name}: {self.clusters - len(used)} of {self.clusters} deltas have no row")
+
+    @property
+    def clusters(self) -> int:
+        return int(self.delta.shape[0])
+
+    @property
+    def neurons(self) -> int:
+        return len(self.rows)
+
+    def dense(self, start: int = 0, stop: int | None = None) -> FloatArray:
+        """The change of the touched rows start..stop, float32 [rows, in_features]."""
+        return self.delta.astype(np.float32)[self.cluster[start:stop]]
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """A safety patch. Raises PackContentError when manifest and arrays contradict each other."""
+
+    manifest: Manifest
+    deltas: tuple[TensorDelta, ...]
+    """In the order of their names."""
+
+    def __post_init__(self) -> None:
+        names = [delta.name for delta in self.deltas]
+        _require(bool(names), "the pack changes nothing: it has no tensors")
+        _require(names == sorted(set(names)), "the tensors of a pack must be unique and in the order of their names")
+        for what, listed in (("base.tensors", self.manifest.base.tensors), ("result.tensors", self.manifest.result)):
+            odd = sorted(set(listed) ^ set(names))
+            _require(not odd, f"{what} and the arrays disagree about {', '.join(odd[:3])}")
+        for delta in self.deltas:
+            rows, in_features = self.manifest.base.tensors[delta.name].matrix
+            last, width = int(delta.rows[-1]), int(delta.delta.shape[1])
+            _require(last < rows, f"{delta.name}: row {last} is out of range; the matrix has {rows}")
+            _require(width == in_features, f"{delta.name}: deltas are {width} wide, the matrix {in_features}")
+
+    def __iter__(self) -> Iterator[TensorDelta]:
+        return iter(self.deltas)
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers in the pack."""
+        return sum(delta.delta.size for delta in self.deltas)
+
+    @property
+    def delta_dtypes(self) -> tuple[str, ...]:
+        return tuple(sorted({dtype_name(delta.delta.dtype) for delta in self.deltas}))
+
+    @property
+    def label(self) -> str:
+        """Name and version, as people say it."""
+        return f"{self.manifest.name} {self.manifest.version}"

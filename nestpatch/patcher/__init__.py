@@ -1,0 +1,1 @@
+"""Merging packs into checkpoints, all of it numpy: no torch, no transformers."""

@@ -1,0 +1,266 @@
+"""How results look to a person: rich tables on stdout, progress on stderr. Beside cli.py the only module that draws."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from nestpatch.events import Event, OnEvent, ignore
+
+if TYPE_CHECKING:
+    from nestpatch.nest_train.evaluate import Evaluation
+    from nestpatch.nest_train.statistics import Share
+    from nestpatch.pack import Pack
+    from nestpatch.patcher.apply import Applied
+
+STAGES = {
+    "lab.train": "training the lab's base model",
+    "lab.write": "writing the lab",
+    "load": "loading",
+    "distil": "asking the base",
+    "probe": "probing neurons",
+    "select": "selecting neurons",
+    "cluster": "clustering neurons",
+    "tune": "tuning deltas",
+    "evaluate": "evaluating",
+    "copy": "copying",
+    "merge": "merging rows",
+    "digest": "taking digests",
+}
+HEADLINES = {
+    "attack_success": "attack success",
+    "refusal_benign": "refusals, benign",
+    "refusal_lookalike": "refusals, look-alike",
+    "benign_correct": "benign correct",
+}
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[OnEvent]:
+    """A listener that draws bars on a terminal and prints one line per stage elsewhere."""
+    if quiet:
+        yield ignore
+    elif err.is_terminal:
+        with _bars() as bars:
+            yield _Drawer(bars).hear
+    else:
+        yield _Printer().hear
+
+
+def _bars() -> Progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TextColumn("[dim]{task.fields[note]}"), console=err)
+
+
+class _Drawer:
+    """Draws events as bars, one per stage."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+        self.tasks: dict[str, Any] = {}
+
+    def hear(self, event: Event) -> None:
+        if event.stage == "note":
+            self.bars.console.print(f"[dim]{escape(event.note)}")
+            return
+        if event.stage not in self.tasks:
+            self.tasks[event.stage] = self.bars.add_task(STAGES.get(event.stage, event.stage), note="", total=None)
+        total = event.total or None
+        self.bars.update(self.tasks[event.stage], completed=event.done, total=total, note=escape(event.note))
+
+
+class _Printer:
+    """Prints each stage once, and every note."""
+
+    def __init__(self) -> None:
+        self.stage = ""
+        self.began = time.monotonic()
+
+    def hear(self, event: Event) -> None:
+        if event.stage == "note":
+            err.print(f"  {escape(event.note)}")
+        elif event.stage != self.stage:
+            self.stage = event.stage
+            err.print(f"[{time.monotonic() - self.began:5.0f} s] {STAGES.get(event.stage, event.stage)}", markup=False)
+
+
+def size(nbytes: float) -> str:
+    """Bytes as people read them, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def percent(share: Share) -> str:
+    """A share with its interval."""
+    low, high = share.interval
+    return f"{share.value:6.1%}  [dim]{low:.1%} to {high:.1%}, {share.count} of {share.total}[/dim]"
+
+
+def _grid() -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    return grid
+
+
+def show_error(error: Exception, advice: str) -> None:
+    """A named error, its reason and the way out."""
+    err.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}")
+    err.print(f"[bold]What to do[/]: {escape(advice)}")
+
+
+def show_applied(done: Applied) -> None:
+    """What `apply` did."""
+    verb = "would write" if done.dry_run else "wrote"
+    out.print(f"[bold]{escape(done.pack)}[/] {verb} [bold]{escape(str(done.output))}[/] in {done.seconds:.2f} s")
+    grid = _grid()
+    grid.add_row("changed", f"{done.rows} rows of {done.tensors} tensors, {size(done.row_bytes)}")
+    for file in done.files:
+        grid.add_row("file", f"{escape(file.path.name)}  {size(file.nbytes)}  sha256 {file.sha256}")
+    if done.left_out:
+        grid.add_row("left out", f"{escape(', '.join(done.left_out))} (unpatched weights of another format)")
+    out.print(grid)
+
+
+def show_pack(pack: Pack, pack_id: str, nbytes: int) -> None:
+    """A pack, explained."""
+    manifest = pack.manifest
+    out.print(f"[bold]{escape(pack.label)}[/]  {escape(manifest.description)}")
+    grid = _grid()
+    base = manifest.base
+    revision = f" at {base.revision}" if base.revision else ""
+    grid.add_row("id", f"sha256 {pack_id}")
+    grid.add_row("base", escape(f"{base.model_id}{revision} ({base.architecture}, {base.dtype})"))
+    grid.add_row("made", f"{manifest.created}, license {escape(manifest.license or 'not stated')}")
+    rows = sum(delta.neurons for delta in pack)
+    changed = f"{rows} rows of {len(pack.deltas)} tensors through {pack.parameters} numbers"
+    grid.add_row("size", f"{size(nbytes)}: {changed} ({', '.join(pack.delta_dtypes)})")
+    if manifest.tags:
+        grid.add_row("tags", escape(", ".join(manifest.tags)))
+    for what, listed in (("supersedes", manifest.supersedes), ("requires", manifest.requires)):
+        if listed:
+            grid.add_row(what, ", ".join(listed))
+    out.print(grid)
+    out.print(_pack_tensors(pack))
+    _show_method(manifest.method)
+    _show_pack_evaluation(manifest.evaluation)
+
+
+def _pack_tensors(pack: Pack) -> Table:
+    import numpy as np
+
+    table = Table("tensor", box=None, pad_edge=False, header_style="dim")
+    for title in ("rows", "of", "clusters", "delta RMS"):
+        table.add_column(title, justify="right")
+    for delta in pack:
+        rows, _ = pack.manifest.base.tensors[delta.name].matrix
+        rms = float(np.sqrt(np.square(delta.delta.astype(np.float64)).mean()))
+        table.add_row(escape(delta.name), str(delta.neurons), str(rows), str(delta.clusters), f"{rms:.2g}")
+    return table
+
+
+def _show_method(method: Mapping[str, Any]) -> None:
+    """Training facts. Packs come from anywhere: what is missing or odd is left out."""
+    grid = _grid()
+    for what, text in _pairs(method.get("decisions")):
+        grid.add_row(escape(what), escape(text))
+    for layer in method.get("layers") or ():
+        if isinstance(layer, dict):
+            found = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in layer.items() if name != "layer")
+            grid.add_row(f"layer {escape(str(layer.get('layer', '?')))}", escape(found))
+    data = method.get("data")
+    for kind, facts in data.items() if isinstance(data, dict) else ():
+        if isinstance(facts, dict):
+            count, name = facts.get("prompts", "?"), facts.get("name", "?")
+            grid.add_row(
+                f"{escape(str(kind))} prompts", escape(f"{count} from {name}, sha256 {str(facts.get('sha256'))[:12]}..")
+            )
+    for what, text in _pairs(method.get("tuning")):
+        grid.add_row(escape(what.replace("_", " ")), escape(text))
+    if grid.row_count:
+        out.print("\n[bold]How it was trained[/]")
+        out.print(grid)
+
+
+def _pairs(value: Any) -> list[tuple[str, str]]:
+    return [(str(key), str(entry)) for key, entry in value.items()] if isinstance(value, dict) else []
+
+
+def _show_pack_evaluation(evaluation: Mapping[str, Any]) -> None:
+    before, after = evaluation.get("before"), evaluation.get("after")
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return
+    table = Table("evaluation", "before", "after", box=None, pad_edge=False, header_style="dim")
+    for name, title in HEADLINES.items():
+        if isinstance(before.get(name), dict) and isinstance(after.get(name), dict):
+            table.add_row(title, _stored_share(before[name]), _stored_share(after[name]))
+    out.print()
+    out.print(table)
+
+
+def _stored_share(share: Mapping[str, Any]) -> str:
+    try:
+        return f"{share['value']:6.1%}  [dim]{share['count']} of {share['total']}[/dim]"
+    except (KeyError, TypeError, ValueError):
+        return "?"
+
+
+def evaluation_table(columns: Mapping[str, Evaluation]) -> Table:
+    """Models side by side: the headline numbers, then every suite."""
+    table = Table("", *columns, box=None, pad_edge=False, header_style="bold")
+    models = list(columns.values())
+    for name, title in HEADLINES.items():
+        shares = [model.totals().get(name) for model in models]
+        if any(share is not None for share in shares):
+            table.add_row(title, *("" if share is None else percent(share) for share in shares))
+    if any(model.drift is not None for model in models):
+        cells = ("" if model.drift is None else f"{model.drift:.4f} nats per token" for model in models)
+        table.add_row("KL to the base, benign", *cells)
+    for position, suite in enumerate(models[0].suites):
+        harmful = suite.kind == "harmful"
+        results = [model.suites[position] for model in models]
+        cells = (percent(r.complied if harmful else r.refused) for r in results)
+        table.add_row(f"[dim]{escape(suite.suite)}, {'complied' if harmful else 'refused'}[/dim]", *cells)
+    return table
+
+
+def stage_table(stages: Mapping[str, tuple[float, str]]) -> Table:
+    """Stage -> (seconds, what happened)."""
+    table = Table("stage", box=None, pad_edge=False, header_style="bold")
+    table.add_column("seconds", justify="right")
+    table.add_column("what happened")
+    for stage, (seconds, what) in stages.items():
+        table.add_row(stage, f"{seconds:.1f}", escape(what))
+    return table
+
+
+def recipe_table() -> Table:
+    """Every setting of a training run."""
+    import dataclasses
+
+    from nestpatch.nest_train.recipe import Recipe
+
+    table = Table("setting", "default", "what it is", "source", box=None, pad_edge=False, header_style="bold")
+    for knob in dataclasses.fields(Recipe):
+        meta = knob.metadata
+        bounds = [
+            f"at least {meta['low']}" if meta["low"] is not None else "",
+            f"at most {meta['high']}" if meta["high"] else "",
+        ]
+        limits = ", ".join(filter(None, bounds)) or " | ".join(meta["choices"])
+        table.add_row(
+            knob.name, str(knob.default), escape(meta["unit"] + (f" ({limits})" if limits else "")), escape(meta["source"])
+        )
+    return table
