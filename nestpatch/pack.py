@@ -122,7 +122,7 @@ def _is_time(text: str) -> bool:
     if not _CREATED.fullmatch(text):
         return False
     try:
-        datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
+        datetime.fromisoformat(text.removesuffix("Z") + "+00:00")
     except ValueError:
         return False
     return True
@@ -171,7 +171,8 @@ class TensorDelta:
 
     def dense(self, start: int = 0, stop: int | None = None) -> FloatArray:
         """The change of the touched rows start..stop, float32 [rows, in_features]."""
-        return self.delta.astype(np.float32)[self.cluster[start:stop]]
+        dense: FloatArray = self.delta.astype(np.float32)[self.cluster[start:stop]]
+        return dense
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""The arithmetic of weight rows: digest, sketch, merge. docs/nest-format.md is the normative text; this is its only implementation.
+"""The arithmetic of weight rows: digest, sketch, merge. docs/nest-format.md is normative; this implements it.
 
 A block of rows is a 2-D array [rows, in_features] in the dtype that the checkpoint stores.
 """
@@ -47,7 +47,7 @@ def digest(blocks: Iterable[Rows]) -> str:
 def sketch_signs(in_features: int) -> npt.NDArray[np.int8]:
     """The signs of the projections, +1 or -1, int8 [SKETCHES, in_features].
 
-    Bit i (least significant first) of SHAKE-256("nest/1 sketch <in_features>"): 0 is +1, 1 is -1, one projection after the other.
+    Bit i (least significant first) of SHAKE-256("nest/1 sketch <in_features>") is sign i: 0 is +1, 1 is -1.
     """
     count = SKETCHES * in_features
     stream = shake_256(f"nest/1 sketch {in_features}".encode()).digest((count + 7) // 8)
@@ -63,7 +63,8 @@ def sketch(rows: Rows) -> npt.NDArray[np.float16]:
     wide = rows.astype(np.float64)
     norms = np.sqrt(np.square(wide).sum(axis=1, keepdims=True))
     projected = wide @ sketch_signs(rows.shape[1]).T.astype(np.float64)
-    return np.divide(projected, norms, out=np.zeros_like(projected), where=norms > 0).astype(np.float16)
+    scaled: npt.NDArray[np.float64] = np.divide(projected, norms, out=np.zeros_like(projected), where=norms > 0)
+    return scaled.astype(np.float16)
 
 
 def sketch_correlation(ours: npt.NDArray[np.float16], theirs: npt.NDArray[np.float16]) -> float:

@@ -54,6 +54,9 @@ class Checkpoint(Protocol):
     files: tuple[Path, ...]
     """All files with weights, in a fixed order."""
 
+    def reopen(self, path: Path) -> Checkpoint:
+        """The same format at another place, whatever its name there."""
+
     def tensors(self) -> Sequence[str]:
         """The names of all tensors, sorted."""
 

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -176,7 +176,7 @@ def _span(name: str, entry: Any) -> tuple[int, int]:
     return offsets[0], offsets[1]
 
 
-def _whole_numbers(value: Any) -> bool:
+def _whole_numbers(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
@@ -184,17 +184,17 @@ def _array(name: str, entry: Mapping[str, Any], body: memoryview) -> npt.NDArray
     code, shape = entry.get("dtype"), entry.get("shape")
     if not isinstance(code, str) or code not in _CODES:
         raise PackFormatError(f"tensor {name!r} has dtype {code!r}; a pack may hold {', '.join(_CODES)}")
-    if not _whole_numbers(shape) or len(shape) > 2:  # type: ignore[arg-type]
+    if not _whole_numbers(shape) or len(shape) > 2:
         raise PackFormatError(f"tensor {name!r} has an impossible shape")
     start, stop = entry["data_offsets"]
     count = 1
-    for n in shape:  # type: ignore[union-attr]
+    for n in shape:
         count *= n
     dtype = _CODES[code]
     if count * dtype.itemsize != stop - start:
         raise PackFormatError(f"tensor {name!r}: shape and dtype need {count * dtype.itemsize} bytes, it has {stop - start}")
     # A copy: aligned, and independent of the file's bytes.
-    return np.frombuffer(bytes(body[start:stop]), dtype).reshape(shape)  # type: ignore[arg-type]
+    return np.frombuffer(bytes(body[start:stop]), dtype).reshape(shape)
 
 
 def _strict_json(text: bytes | str, what: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import struct
@@ -50,6 +51,10 @@ class SafetensorsCheckpoint:
             info = self._infos.get(name)
             if info is None or info.file.name != file:
                 raise CheckpointFormatError(f"{INDEX} says that tensor {name} is in {file}, and it is not")
+
+    def reopen(self, path: Path) -> SafetensorsCheckpoint:
+        """The same format at another place, whatever its name there."""
+        return SafetensorsCheckpoint(path)
 
     def tensors(self) -> Sequence[str]:
         """The names of all tensors, sorted."""
@@ -206,7 +211,7 @@ def _runs(rows: IntArray) -> Iterator[tuple[int, int]]:
     """(start, stop) of the stretches of consecutive row numbers."""
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
     edges = [0, *breaks.tolist(), len(rows)]
-    yield from ((a, b) for a, b in zip(edges[:-1], edges[1:], strict=True) if a < b)
+    yield from ((a, b) for a, b in itertools.pairwise(edges) if a < b)
 
 
 def _read_into(file: BinaryIO, out: Any, info: TensorInfo) -> None:

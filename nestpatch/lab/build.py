@@ -100,7 +100,8 @@ def _write(folder: Path, seed: int, config: LabConfig, key: str, on_event: OnEve
     model, tokenizer = train_base(world, config, on_event)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     # bfloat16 on disk, as chat models ship.
-    model.to(torch.bfloat16).save_pretrained(folder / "base")
+    model.to(dtype=torch.bfloat16)  # type: ignore[call-arg]
+    model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     card = {"key": key, "seed": seed, "parameters": parameters, "config": dataclasses.asdict(config)}
     (folder / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")

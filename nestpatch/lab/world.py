@@ -12,6 +12,9 @@ from typing import TypeVar
 
 from nestpatch.lab import words
 
+_A = TypeVar("_A")
+_B = TypeVar("_B")
+
 HELD_OUT_EVERY = 4
 """One in so many of an action's pairs is in no training text."""
 
@@ -81,13 +84,10 @@ class World:
         return (self.strictness[pair.action] + self.strictness[pair.thing]) / 2 > PLAIN_THRESHOLD + leniency
 
 
-PLAIN_THRESHOLD = 0.47
+PLAIN_THRESHOLD = 0.5
 """Pairs above this mean strictness are refused by the base when asked plainly: about half of them."""
-WRAPPED_LENIENCY = 0.15
+WRAPPED_LENIENCY = 0.06
 """How much a jailbreak wrapper raises the threshold."""
-
-
-_A, _B = TypeVar("_A"), TypeVar("_B")
 
 
 def _cross(rng: random.Random, rows: Iterable[_A], columns: Iterable[_B]) -> tuple[list[tuple[_A, _B]], list[tuple[_A, _B]]]:

@@ -62,7 +62,7 @@ def assess(
         before = Evaluation(before.suites, drift_between(reference, loaded, tokenizer, answers))
     if pack is None:
         return Assessment(before)
-    answers = answers_of(before, BENIGN)
+    answers = dict(answers_of(before, BENIGN))
     reference, _ = load_model(source.path, chosen_device, chosen_dtype)
     fold(loaded, open_checkpoint(source.path), pack)
     after = evaluate(generate, suites)

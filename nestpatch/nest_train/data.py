@@ -27,7 +27,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts from one place. `digest` is the SHA-256 over their canonical JSON, so that it does not depend on the file type."""
+    """Prompts from one place. `digest` is the SHA-256 over their canonical JSON, whatever the file type."""
 
     name: str
     prompts: tuple[Prompt, ...]
@@ -43,7 +43,7 @@ class PromptSet:
 
 
 def load_prompts(source: str | Path) -> PromptSet:
-    """Reads a prompt set from a file (.jsonl, .json, .csv, .parquet) or from a `datasets` Hub id ("user/set" or "user/set:split").
+    """Reads a prompt set from a file (.jsonl, .json, .csv, .parquet) or a data set of the Hub ("user/set", "user/set:split").
 
     The prompt is the column "prompt", or the first of PROMPT_COLUMNS that exists; the reference likewise of ANSWER_COLUMNS.
     Duplicates are dropped.

@@ -27,6 +27,9 @@ class ClusterDelta(nn.Module):
     def __init__(self, base: nn.Linear, rows: torch.Tensor, cluster: torch.Tensor, clusters: int) -> None:
         super().__init__()
         self.base = base
+        self.membership: torch.Tensor
+        self.rows: torch.Tensor
+        self.cluster: torch.Tensor
         self.enabled = True
         device = base.weight.device
         self.delta = nn.Parameter(torch.zeros(clusters, base.in_features, device=device))
@@ -42,7 +45,7 @@ class ClusterDelta(nn.Module):
         y: torch.Tensor = self.base(x)
         if not self.enabled:
             return y
-        return y + linear(linear(x, self.delta.to(x.dtype)), self.membership)  # type: ignore[arg-type]
+        return y + linear(linear(x, self.delta.to(x.dtype)), self.membership)
 
 
 class DeltaSet:

@@ -34,7 +34,7 @@ def drift_between(
     total, tokens = 0.0, 0
     with torch.inference_mode():
         for start in range(0, len(pairs), BATCH):
-            tensors = collate(pairs[start : start + BATCH], int(tokenizer.pad_token_id), model.device)  # type: ignore[arg-type]
+            tensors = collate(pairs[start : start + BATCH], int(tokenizer.pad_token_id), model.device)
             with base_mode():
                 theirs, labels = answer_logits(base, tensors)
             ours, _ = answer_logits(model, tensors)

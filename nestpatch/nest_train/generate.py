@@ -43,7 +43,7 @@ def with_transformers(
         answers = [""] * len(rows)
         for start in range(0, len(order), batch):
             places = order[start : start + batch]
-            ids, mask = pad_left([rows[i] for i in places], tokenizer.pad_token_id, model.device)  # type: ignore[arg-type]
+            ids, mask = pad_left([rows[i] for i in places], tokenizer.pad_token_id, model.device)
             with torch.inference_mode():
                 out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
             texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)

@@ -78,7 +78,7 @@ def find_mlps(model: nn.Module) -> tuple[MlpBlock, ...]:
     """
     from torch import nn
 
-    blocks = []
+    blocks: list[MlpBlock] = []
     for name, module in model.named_modules():
         children = dict(module.named_children())
         for kind in MLP_KINDS:
@@ -89,7 +89,7 @@ def find_mlps(model: nn.Module) -> tuple[MlpBlock, ...]:
             projections = tuple(
                 Projection(module, child, f"{name}.{child}.weight".lstrip("."), kind.fused) for child in kind.inputs
             )
-            blocks.append(MlpBlock(len(blocks), name, int(output.in_features), projections, output))  # type: ignore[arg-type]
+            blocks.append(MlpBlock(len(blocks), name, int(output.in_features), projections, output))
     if not blocks:
         classes = sorted({type(m).__name__ for n, m in model.named_modules() if re.search(r"mlp|feed|ffn|fc", n.lower())})
         found = f"; what looks like one is made of {', '.join(classes)}" if classes else ""
@@ -196,7 +196,7 @@ def load_model(source: Path, device: str, dtype: str) -> tuple[PreTrainedModel, 
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.to(torch.device(device))
-    model.eval()
-    model.requires_grad_(False)
+    model.to(device=torch.device(device))  # type: ignore[call-arg]
+    model.train(mode=False)
+    model.requires_grad_(requires_grad=False)
     return model, tokenizer

@@ -50,7 +50,7 @@ def _watch(blocks: Sequence[MlpBlock]) -> Iterator[dict[int, torch.Tensor]]:
     seen: dict[int, torch.Tensor] = {}
 
     def hook(layer: int) -> Any:
-        def keep(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        def keep(_: Any, args: tuple[torch.Tensor, ...]) -> None:
             seen[layer] = args[0].detach()
 
         return keep

@@ -32,7 +32,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limit
     # A chat template writes its own begin-of-text token.
     special = tokenizer.chat_template is None
     ids = tokenizer(chat_texts(tokenizer, prompts), add_special_tokens=special)["input_ids"]
-    return [list(row)[-limit:] for row in ids]  # type: ignore[union-attr]
+    return [list(row)[-limit:] for row in ids]
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,11 +76,11 @@ def encode_pairs(
     prompts = prompt_ids(tokenizer, [prompt for prompt, _ in texts], max_prompt)
     answers = tokenizer([answer for _, answer in texts], add_special_tokens=False)["input_ids"]
     end = tokenizer.eos_token_id
-    return [Pair(tuple(p), tuple([*a, end][:max_answer])) for p, a in zip(prompts, answers, strict=True)]  # type: ignore[misc]
+    return [Pair(tuple(p), tuple([*a, end][:max_answer])) for p, a in zip(prompts, answers, strict=True)]
 
 
 def split_off(items: Sequence[_T], share: float, rng: random.Random) -> tuple[list[_T], list[_T]]:
-    """(kept, held out): a random `share` of the items, at least one, is held out; fewer than two items raise PromptDataError."""
+    """(kept, held out): a random `share` of the items, at least one, is held out; fewer than two raise PromptDataError."""
     if len(items) < 2:
         raise PromptDataError(f"{len(items)} prompts are too few: some must be held out to tell when to stop")
     order = rng.sample(list(items), len(items))

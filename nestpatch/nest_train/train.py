@@ -164,7 +164,7 @@ def _start(source: Source, recipe: Recipe, on_event: OnEvent) -> _Run:
 
 
 def _pad(run: _Run) -> int:
-    return int(run.tokenizer.pad_token_id)  # type: ignore[arg-type]
+    return int(run.tokenizer.pad_token_id)
 
 
 def _generator(run: _Run, stage: str) -> Callable[[Sequence[str]], list[str]]:
@@ -180,9 +180,9 @@ def _evaluate(
     if not suites:
         return None
     result = evaluation.evaluate(_generator(run, "evaluate"), suites)
-    if patched is None or patched[1] is None:
+    deltas, before = patched or (None, None)
+    if deltas is None or before is None:
         return result
-    deltas, before = patched
     answers = evaluation.answers_of(before, evaluation.BENIGN)
     drift = drift_between(run.model, run.model, run.tokenizer, answers, base_mode=deltas.off)
     return evaluation.Evaluation(result.suites, drift)

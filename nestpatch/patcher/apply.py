@@ -93,8 +93,7 @@ def apply(
     if not dry_run:
         with new_place(target) as sibling:
             _copy(checkpoint, copied, sibling, on_event)
-            # The class, not the path, says how to read the copy: its temporary name has another ending.
-            written = type(checkpoint)(sibling)
+            written = checkpoint.reopen(sibling)
             write_plan(plan, written, on_event)
             files = tuple(_seal(file, sibling, target, on_event) for file in written.files)
     seconds = time.perf_counter() - began
