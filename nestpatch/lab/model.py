@@ -33,7 +33,7 @@ class LabConfig:
     hidden_size: int = 256
     intermediate_size: int = 512
     layers: int = 3
-    steps: int = 450
+    steps: int = 550
     batch: int = 48
     learning_rate: float = 2e-3
     corpus: int = 24_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -14,6 +15,7 @@ from typing import Any
 from nestpatch.errors import MissingExtraError, PromptDataError
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "goal", "text")
+_SLICE = re.compile(r"(.+)\[(-?\d*):(-?\d*)\]")
 ANSWER_COLUMNS = ("reference", "answer", "response", "output", "target")
 
 
@@ -43,30 +45,43 @@ class PromptSet:
 
 
 def load_prompts(source: str | Path) -> PromptSet:
-    """Reads a prompt set from a file (.jsonl, .json, .csv, .parquet) or a data set of the Hub ("user/set", "user/set:split").
+    """Reads prompts from a file (.jsonl, .json, .csv, .parquet, .txt) or a data set of the Hub ("user/set", "user/set:split").
+
+    "SOURCE[100:200]" takes a slice of the rows, as in Python.
 
     The prompt is the column "prompt", or the first of PROMPT_COLUMNS that exists; the reference likewise of ANSWER_COLUMNS.
     Duplicates are dropped.
 
     Raises PromptDataError when the source is missing, empty or malformed.
     """
-    path = Path(source)
-    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+    slicing = _SLICE.fullmatch(str(source))
+    place, wanted = (slicing[1], _slice(slicing[2], slicing[3])) if slicing else (str(source), slice(None))
+    path = Path(place)
+    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _txt}
     if path.suffix in readers:
         if not path.is_file():
             raise PromptDataError(f"there is no prompt file {path}")
         try:
-            rows: Iterable[Any] = list(readers[path.suffix](path))
+            rows: list[Any] = list(readers[path.suffix](path))
         except (OSError, ValueError, csv.Error) as error:
             raise PromptDataError(f"cannot read {path}: {error}") from error
     elif path.exists():
         raise PromptDataError(f"{path} is not a prompt file: its name ends in none of {', '.join(readers)}")
     else:
-        rows = _hub(str(source))
-    prompts = tuple(dict.fromkeys(_prompt(row, source, number) for number, row in enumerate(rows, start=1)))
+        rows = list(_hub(place))
+    prompts = tuple(dict.fromkeys(_prompt(row, source, number) for number, row in enumerate(rows[wanted], start=1)))
     if not prompts:
         raise PromptDataError(f"{source} holds no prompts")
-    return PromptSet(path.stem if path.suffix in readers else str(source), prompts)
+    name = path.stem if path.suffix in readers else place
+    return PromptSet(name + (f"[{slicing[2]}:{slicing[3]}]" if slicing else ""), prompts)
+
+
+def _slice(start: str, stop: str) -> slice:
+    return slice(int(start) if start else None, int(stop) if stop else None)
+
+
+def _txt(path: Path) -> Iterator[Any]:
+    yield from (line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
 
 
 def join_sets(sets: Sequence[PromptSet]) -> PromptSet:

@@ -1,0 +1,11 @@
+"""A tensor is changed whose base nobody knows."""
+
+from nestpatch.errors import PackContentError
+from tests.attacks.tools import with_manifest
+
+ERROR = PackContentError
+SAYS = "base.tensors and the arrays disagree about"
+
+
+def attack(good: bytes) -> bytes:
+    return with_manifest(good, lambda manifest: manifest["base"]["tensors"].popitem())

@@ -1,0 +1,11 @@
+"""True is no length, though Python takes it for 1."""
+
+from nestpatch.errors import PackFormatError
+from tests.attacks.tools import with_base
+
+ERROR = PackFormatError
+SAYS = "has an impossible shape"
+
+
+def attack(good: bytes) -> bytes:
+    return with_base(good, shape=[True, 16])

@@ -1,0 +1,11 @@
+"""A base matrix without rows."""
+
+from nestpatch.errors import PackContentError
+from tests.attacks.tools import with_base
+
+ERROR = PackContentError
+SAYS = "impossible shape [0, 16]"
+
+
+def attack(good: bytes) -> bytes:
+    return with_base(good, shape=[0, 16])

@@ -1,0 +1,11 @@
+"""A text where a list belongs."""
+
+from nestpatch.errors import PackFormatError
+from tests.attacks.tools import with_manifest
+
+ERROR = PackFormatError
+SAYS = "the manifest has a 'tags' that is no list"
+
+
+def attack(good: bytes) -> bytes:
+    return with_manifest(good, lambda manifest: manifest.update(tags="safe"))

@@ -1,0 +1,11 @@
+"""The manifest is JSON, but no object."""
+
+from nestpatch.errors import PackFormatError
+from tests.attacks.tools import with_manifest_text
+
+ERROR = PackFormatError
+SAYS = "the manifest is no JSON object"
+
+
+def attack(good: bytes) -> bytes:
+    return with_manifest_text(good, lambda text: f"[{text}]")

@@ -1,0 +1,11 @@
+"""The method nests deeper than a recursive reader can follow."""
+
+from nestpatch.errors import PackFormatError
+from tests.attacks.tools import with_manifest_text
+
+ERROR = PackFormatError
+SAYS = "the manifest is no valid JSON"
+
+
+def attack(good: bytes) -> bytes:
+    return with_manifest_text(good, lambda text: text.replace('"rate":0.001', '"rate":' + "[" * 100_000 + "]" * 100_000))

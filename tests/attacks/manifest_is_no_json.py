@@ -1,0 +1,11 @@
+"""The manifest is cut short."""
+
+from nestpatch.errors import PackFormatError
+from tests.attacks.tools import with_manifest_text
+
+ERROR = PackFormatError
+SAYS = "the manifest is no valid JSON"
+
+
+def attack(good: bytes) -> bytes:
+    return with_manifest_text(good, lambda text: text[:-1])

@@ -1,0 +1,11 @@
+"""A name that breaks a line."""
+
+from nestpatch.errors import PackContentError
+from tests.attacks.tools import with_manifest
+
+ERROR = PackContentError
+SAYS = "is no pack name"
+
+
+def attack(good: bytes) -> bytes:
+    return with_manifest(good, lambda manifest: manifest.update(name="safe\nevil"))

@@ -1,0 +1,12 @@
+"""No padding: the tensors begin anywhere."""
+
+from nestpatch.errors import PackFormatError
+from tests.attacks.tools import join, split
+
+ERROR = PackFormatError
+SAYS = "not in canonical form"
+
+
+def attack(good: bytes) -> bytes:
+    text, body = split(good)
+    return join(text, body, padding=b"")

@@ -1,0 +1,11 @@
+"""A tensor is changed whose result nobody knows."""
+
+from nestpatch.errors import PackContentError
+from tests.attacks.tools import with_manifest
+
+ERROR = PackContentError
+SAYS = "result.tensors and the arrays disagree about"
+
+
+def attack(good: bytes) -> bytes:
+    return with_manifest(good, lambda manifest: manifest["result"]["tensors"].popitem())

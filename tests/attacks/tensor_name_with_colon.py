@@ -1,0 +1,11 @@
+"""A tensor's name that looks like a part."""
+
+from nestpatch.errors import PackContentError
+from tests.attacks.tools import rename_tensor
+
+ERROR = PackContentError
+SAYS = "is no tensor name"
+
+
+def attack(good: bytes) -> bytes:
+    return rename_tensor(good, "model:delta")

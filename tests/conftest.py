@@ -1,0 +1,18 @@
+"""Fixtures for everybody: no network, a lab of small size, tiny models of many families."""
+
+from __future__ import annotations
+
+import os
+
+# Before any Hugging Face library is imported: a test that reaches for the network fails at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def pytest_configure() -> None:
+    # Tiny tensors gain nothing from a second thread, and on a busy machine lose minutes to it.
+    try:
+        import torch
+    except ImportError:  # the deployment side is tested without it
+        return
+    torch.set_num_threads(1)

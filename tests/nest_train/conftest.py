@@ -1,0 +1,79 @@
+"""Tiny random chat models of many families, with a tokenizer trained on the lab's text."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from nestpatch.lab.model import train_tokenizer
+from nestpatch.lab.world import dialogues, make_world
+
+VOCABULARY = 320
+# Larger than usual, so that a feed-forward block of 64 neurons has something to say.
+SIZES = {"initializer_range": 0.2, "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+PLAIN = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}
+
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**SIZES, **LLAMA),
+    "llama-tied": lambda: transformers.LlamaConfig(**SIZES, **LLAMA, tie_word_embeddings=True),
+    "qwen2": lambda: transformers.Qwen2Config(**SIZES, **LLAMA),
+    "gemma2": lambda: transformers.Gemma2Config(**SIZES, **LLAMA, head_dim=8),
+    "phi3": lambda: transformers.Phi3Config(**SIZES, **LLAMA),
+    "gpt-neo": lambda: transformers.GPTNeoConfig(
+        **SIZES,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=256,
+        attention_types=[[["global", "local"], 1]],
+    ),
+    "gpt-neox": lambda: transformers.GPTNeoXConfig(**SIZES, **PLAIN, intermediate_size=64),
+    "opt": lambda: transformers.OPTConfig(**SIZES, **PLAIN, ffn_dim=64, word_embed_proj_dim=32),
+    "phi": lambda: transformers.PhiConfig(**SIZES, **PLAIN, intermediate_size=64),
+}
+UNSUPPORTED = {"gpt2": lambda: transformers.GPT2Config(**SIZES, n_embd=32, n_layer=1, n_head=4, n_positions=64)}
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE with a chat template."""
+    text = [f"{prompt} {answer}" for prompt, answer in islice(dialogues(make_world(0)), 400)]
+    return train_tokenizer(text, VOCABULARY)
+
+
+def save_model(folder: Path, family: str, tokenizer, dtype: str = "float32", shard: str | None = None) -> Path:
+    """Writes a random model of a family with its tokenizer."""
+    torch.manual_seed(0)
+    config = (CONFIGS | UNSUPPORTED)[family]()
+    model = transformers.AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
+    sharding = {"max_shard_size": shard} if shard else {}
+    model.save_pretrained(folder, **sharding)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory, tokenizer):
+    """family -> model directory, made on first use."""
+    made: dict[tuple[str, str, str | None], Path] = {}
+
+    def get(family: str, dtype: str = "float32", shard: str | None = None) -> Path:
+        key = (family, dtype, shard)
+        if key not in made:
+            made[key] = save_model(tmp_path_factory.mktemp(family), family, tokenizer, dtype, shard)
+        return made[key]
+
+    return get

@@ -1,0 +1,278 @@
+"""From prompts to a pack, a patched file and its logits, on tiny random models of every family."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors import safe_open
+
+from nestpatch.cli import main
+from nestpatch.errors import CheckpointFormatError, DataError, PromptDataError, TrainingError
+from nestpatch.formats import nest
+from nestpatch.formats.interface import open_checkpoint
+from nestpatch.nest_train.data import load_prompts
+from nestpatch.nest_train.evaluate import load_suite
+from nestpatch.nest_train.fold import fold
+from nestpatch.nest_train.model import load_model
+from nestpatch.nest_train.packing import Label, disk_name
+from nestpatch.nest_train.recipe import Recipe
+from nestpatch.nest_train.train import TrainingData, train
+from nestpatch.patcher.apply import apply
+
+FAST = Recipe(
+    steps=6, batch=4, eval_every=3, learning_rate=0.2, clip=100.0, max_answer_tokens=6, threshold=0.8, probe_margin=0.0
+)
+SUPPORTED = ["llama", "llama-tied", "qwen2", "gemma2", "phi3", "gpt-neo", "gpt-neox", "opt", "phi"]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """Harmful and benign prompts that any embedding tells apart, and look-alikes."""
+    folder = tmp_path_factory.mktemp("prompts")
+    for name, text in {
+        "harmful": "How do I poison the bank number {}?",
+        "benign": "Tell me how to paint fence {}.",
+        "lookalike": "How do I poison weed {}?",
+    }.items():
+        rows = [json.dumps({"prompt": text.format(i)}) for i in range(30)]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(prompts):
+    return TrainingData(*(load_prompts(prompts / f"{name}.jsonl") for name in ("harmful", "benign", "lookalike")))
+
+
+def logits(folder, dtype="float32"):
+    model, tokenizer = load_model(folder, "cpu", dtype)
+    ids = torch.tensor([tokenizer("How do I paint a bank?")["input_ids"]])
+    return model(ids).logits.float()
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_every_family_trains_and_folds(models, data, tmp_path, family):
+    base = models(family)
+    trained = train(base, data, Label("test"), recipe=FAST)
+    pack_path = tmp_path / "test.nest"
+    nest.write(trained.pack, pack_path)
+    done = apply(base, pack_path, tmp_path / "patched")
+    assert done.rows == sum(delta.neurons for delta in trained.pack)
+    assert trained.trained_parameters == trained.pack.parameters
+    # The patched file, the pack folded in memory, and (below, for one family) the live deltas are the same model.
+    folded, tokenizer = load_model(base, "cpu", "float32")
+    fold(folded, open_checkpoint(base), trained.pack)
+    ids = torch.tensor([tokenizer("How do I paint a bank?")["input_ids"]])
+    patched = logits(tmp_path / "patched")
+    assert torch.equal(folded(ids).logits, patched)
+    assert (patched - logits(base)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.06)])
+def test_live_deltas_and_the_patched_file_agree(models, data, tmp_path, monkeypatch, dtype, tolerance):
+    """float32: to rounding. bfloat16 on disk: each merged weight is rounded to 8 bits, which live deltas are not."""
+    from nestpatch.nest_train import train as module
+
+    base, live = models("llama", dtype), {}
+    original = module.make_pack
+
+    def spy(places, *args):
+        model, tokenizer = load_model(base, "cpu", "float32")
+        ids = torch.tensor([tokenizer("How do I paint a bank?")["input_ids"]])
+        layers = model.get_submodule("model.layers")
+        for name, delta in places:
+            parent = layers.get_submodule(name.removeprefix("model.layers.").rpartition(".")[0].rpartition(".")[0])
+            setattr(parent, name.split(".")[-2], delta)
+        live["logits"] = model(ids).logits
+        return original(places, *args)
+
+    monkeypatch.setattr(module, "make_pack", spy)
+    trained = train(base, data, Label("test"), recipe=FAST)
+    apply(base, trained.pack, tmp_path / "patched")
+    patched = logits(tmp_path / "patched")
+    scale = patched.abs().max()
+    assert (patched - live["logits"]).abs().max() <= tolerance * scale
+    assert (patched - logits(base)).abs().max() > 4 * tolerance * scale if dtype == "float32" else True
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_sharded_and_single_bases_get_the_same_rows(models, data, tmp_path, dtype):
+    single, sharded = models("llama", dtype), models("llama", dtype, "20KB")
+    assert len(open_checkpoint(sharded).files) > 1
+    pack = train(single, data, Label("test"), recipe=FAST).pack
+    apply(single, pack, tmp_path / "single")
+    apply(sharded, pack, tmp_path / "sharded")
+    one, many = open_checkpoint(tmp_path / "single"), open_checkpoint(tmp_path / "sharded")
+    for name in one.tensors():
+        assert b"".join(one.read_all(name)) == b"".join(many.read_all(name)), name
+    assert torch.equal(logits(tmp_path / "single"), logits(tmp_path / "sharded"))
+
+
+def test_the_pack_tells_how_it_was_made(models, data, prompts, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    suites = [load_suite(str(prompts / f"{kind}.jsonl")) for kind in ("harmful", "benign", "lookalike")]
+    label = Label("no-harm", "1.2.3", "Says no.", "MIT", ("x",))
+    trained = train(models("llama"), data, label, recipe=FAST, suites=suites)
+    manifest = trained.pack.manifest
+    assert (manifest.name, manifest.version, manifest.license, manifest.tags) == ("no-harm", "1.2.3", "MIT", ("x",))
+    assert manifest.created == "2023-11-14T22:13:20Z"
+    assert manifest.base.architecture == "LlamaForCausalLM"
+    assert Recipe(**manifest.method["recipe"]) == FAST
+    assert manifest.method["data"]["harmful"]["sha256"] == data.harmful.digest
+    assert len(manifest.method["layers"]) == 2
+    assert set(manifest.method["decisions"]) >= {"device", "dtype", "refusals", "benign answers"}
+    assert manifest.evaluation["before"]["attack_success"]["total"] == 30
+    assert manifest.evaluation["after"]["kl_to_base"] > 0
+    again = train(models("llama"), data, label, recipe=FAST, suites=suites)
+    assert nest.encode(again.pack) == nest.encode(trained.pack)
+
+
+def test_leaving_look_alikes_out_is_said(models, data):
+    notes = []
+    bare = TrainingData(data.harmful, data.benign)
+    trained = train(models("llama"), bare, Label("test"), recipe=FAST, on_event=lambda e: notes.append(e.note))
+    assert any("20-40 points" in note for note in notes)
+    assert "20-40 points" in trained.pack.manifest.method["decisions"]["lookalike"]
+
+
+def test_given_answers_are_used_when_asked_for(models, data, tmp_path):
+    from dataclasses import replace
+
+    with pytest.raises(PromptDataError, match="60 of 60 benign prompts have no answer"):
+        train(models("llama"), data, Label("test"), recipe=replace(FAST, benign_targets="given"))
+    rows = [json.dumps({"prompt": f"Paint fence {i}", "answer": "ok"}) for i in range(30)]
+    (tmp_path / "benign.jsonl").write_text("\n".join(rows))
+    given = TrainingData(data.harmful, load_prompts(tmp_path / "benign.jsonl"))
+    trained = train(models("llama"), given, Label("test"), recipe=replace(FAST, benign_targets="given"))
+    assert "30 kept" in trained.pack.manifest.method["decisions"]["benign answers"]
+
+
+def test_prompts_on_both_sides_and_too_few_prompts_are_refused(models, data, tmp_path):
+    with pytest.raises(PromptDataError, match="both harmful and harmless"):
+        train(models("llama"), TrainingData(data.harmful, data.harmful), Label("test"), recipe=FAST)
+    (tmp_path / "few.txt").write_text("one\ntwo\n")
+    with pytest.raises(PromptDataError, match="at least 20"):
+        train(models("llama"), TrainingData(load_prompts(tmp_path / "few.txt"), data.benign), Label("test"), recipe=FAST)
+
+
+def test_a_threshold_that_keeps_nothing_is_explained(models, data):
+    from dataclasses import replace
+
+    with pytest.raises(TrainingError, match="no neuron") as caught:
+        train(models("llama"), data, Label("test"), recipe=replace(FAST, threshold=50.0))
+    assert "threshold" in caught.value.advice
+
+
+def test_weights_that_differ_from_the_loaded_ones_are_noticed(models, data, tmp_path, monkeypatch):
+    """A checkpoint whose tensors are converted while loading must not become a pack for the wrong rows."""
+    from nestpatch.nest_train import train as module
+
+    other = shutil.copytree(models("llama"), tmp_path / "other")
+    with safe_open(other / "model.safetensors", "np") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    from safetensors.numpy import save_file
+
+    name = "model.layers.0.mlp.gate_proj.weight"
+    save_file({**tensors, name: np.ascontiguousarray(tensors[name][::-1])}, other / "model.safetensors")
+    monkeypatch.setattr(module, "open_checkpoint", lambda _: open_checkpoint(other))
+    with pytest.raises(CheckpointFormatError, match="is not the weight that transformers loaded"):
+        train(models("llama"), data, Label("test"), recipe=FAST)
+
+
+def test_names_on_disk_may_lack_or_have_a_prefix(models):
+    checkpoint = open_checkpoint(models("llama"))
+    name = "model.layers.0.mlp.gate_proj.weight"
+    assert disk_name(name, checkpoint) == name
+    assert disk_name(f"language.{name}", checkpoint) == name
+    assert disk_name("layers.0.mlp.gate_proj.weight", checkpoint) == name
+    with pytest.raises(CheckpointFormatError, match="candidates: none"):
+        disk_name("elsewhere.weight", checkpoint)
+    with pytest.raises(CheckpointFormatError, match="candidates: model"):
+        disk_name("gate_proj.weight", checkpoint)
+
+
+@pytest.mark.parametrize("label", [Label("../up"), Label("a/b"), Label("ok", "1.0"), Label("")])
+def test_labels_are_checked_before_the_work(label):
+    with pytest.raises(DataError):
+        label.check()
+
+
+def train_arguments(base, prompts, output, *more):
+    sets = [f"--{kind}={prompts / kind}.jsonl" for kind in ("harmful", "benign", "lookalike")]
+    knobs = [f"--set={k}={v}" for k, v in FAST.as_json().items() if v != getattr(Recipe(), k)]
+    return ["train", str(base), *sets, "-o", str(output), *knobs, *more]
+
+
+def test_the_command_line_trains_shows_applies_and_evaluates(models, prompts, tmp_path):
+    run = CliRunner().invoke
+    pack, base = tmp_path / "safe.nest", models("llama", "bfloat16")
+    suites = [f"--suite={prompts / kind}.jsonl" for kind in ("harmful", "benign", "lookalike")]
+    result = run(main, train_arguments(base, prompts, pack, "--json", "--quiet", *suites))
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["pack_id"] == nest.pack_id(nest.read(pack))
+    shown = run(main, ["show", str(pack)])
+    assert shown.exit_code == 0
+    for word in ("safe 1.0.0", "LlamaForCausalLM", "gate_proj", "attack success", "layer 1"):
+        assert word in shown.stdout
+    assert json.loads(run(main, ["show", str(pack), "--json"]).stdout)["id"] == facts["pack_id"]
+    applied = run(main, ["apply", str(base), str(pack), "-o", str(tmp_path / "patched"), "--json"])
+    assert json.loads(applied.stdout)["tensors"] == 4
+    both = run(main, ["eval", str(base), str(pack), *suites, "--json", "--quiet", "--max-new-tokens=6"])
+    direct = run(
+        main,
+        ["eval", str(tmp_path / "patched" / "model.safetensors"), *suites, "--json", "--quiet", "--max-new-tokens=6"],
+    )
+    folded, alone = json.loads(both.stdout)["patched"], json.loads(direct.stdout)["model"]
+    del folded["kl_to_base"]
+    assert folded == alone
+    answers = tmp_path / "answers.jsonl"
+    table = run(main, ["eval", str(base), *suites, "--quiet", "--max-new-tokens=3", "--answers", str(answers)])
+    assert "attack success" in table.stdout
+    assert len(answers.read_text().splitlines()) == 90
+
+
+def test_usage_and_user_errors_end_with_two_others_with_one(models, prompts, tmp_path):
+    run = CliRunner().invoke
+    base = models("llama")
+    taken = tmp_path / "taken.nest"
+    taken.touch()
+    for arguments, code, name in [
+        (train_arguments(base, prompts, taken), 1, "OutputError"),
+        (train_arguments(base, prompts, tmp_path / "x.nest", "--set", "steps=0"), 2, "RecipeError"),
+        (train_arguments(base, prompts, tmp_path / "x.nest", "--name", "a/b"), 2, "DataError"),
+        (train_arguments(tmp_path / "none", prompts, tmp_path / "x.nest"), 1, "CheckpointFormatError"),
+        (train_arguments(models("gpt2"), prompts, tmp_path / "x.nest"), 1, "UnsupportedModelError"),
+        (train_arguments(base, tmp_path, tmp_path / "x.nest"), 2, "PromptDataError"),
+        (["eval", str(base), "--suite", str(prompts / "none.jsonl")], 2, "PromptDataError"),
+        (["eval", str(base), str(taken), "--suite", str(prompts / "benign.jsonl")], 1, "PackFormatError"),
+        (["nonsense"], 2, "No such command"),
+    ]:
+        result = run(main, arguments)
+        assert result.exit_code == code, (arguments, result.output)
+        assert name in result.stderr
+        assert "Traceback" not in result.output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["taken.nest"]
+
+
+def test_without_the_train_extra_the_way_out_is_named(prompts, tmp_path):
+    """A base install has no torch: the command says what to install."""
+    code = "import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None\nfrom nestpatch.cli import main; main()"
+    arguments = ["eval", str(tmp_path), "--suite", str(prompts / "benign.jsonl")]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "MissingExtraError" in result.stderr
+    assert "pip install 'nestpatch[train]'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_settings_are_listed():
+    result = CliRunner().invoke(main, ["train", "--help-recipe"])
+    assert result.exit_code == 0
+    for name in Recipe().as_json():
+        assert name in result.stdout
