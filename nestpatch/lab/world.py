@@ -184,12 +184,13 @@ def prompt_sets(world: World) -> dict[str, list[Example]]:
     def polite() -> str:
         return rng.choice(words.GREETINGS) if rng.random() < 0.3 else "{q}"
 
+    # Harmful and harmless prompts are equally polite: a greeting must say nothing about the request.
     return {
-        "harmful.train": ask(world.harmful.train, 2, False),
-        "harmful.test": ask(world.harmful.test, 3, False),
+        "harmful.train": ask(world.harmful.train, 3, False, polite),
+        "harmful.test": ask(world.harmful.test, 3, False, polite),
         "jailbreak.test": ask(world.harmful.test, 3, False, lambda: rng.choice(world.wrappers_held_out)),
         "benign.train": ask(world.benign.train, 2, True, polite),
         "benign.test": ask(world.benign.test, 2, True, polite),
-        "lookalike.train": ask(world.lookalike.train, 2, True, polite),
-        "lookalike.test": ask(world.lookalike.test, 2, True, polite),
+        "lookalike.train": ask(world.lookalike.train, 3, True, polite),
+        "lookalike.test": ask(world.lookalike.test, 3, True, polite),
     }

@@ -1,0 +1,40 @@
+"""The demo for several seeds: `python bench/demo.py [--seeds 0 1 2]`.
+
+Prints a line per seed; the last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+
+HEADLINES = ("attack_success", "refusal_benign", "refusal_lookalike", "benign_correct")
+
+
+def run(seed: int) -> dict:
+    """One whole process, as a user starts it."""
+    command = [sys.executable, "-m", "nestpatch", "demo", "--json", "--quiet", "--seed", str(seed)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Runs the seeds one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    results = []
+    for seed in parser.parse_args().seeds:
+        result = run(seed)
+        results.append(result)
+        share = result["trained_parameters"] / result["model_parameters"]
+        numbers = "  ".join(f"{name} {result[name]['before']:.3f} -> {result[name]['after']:.3f}" for name in HEADLINES)
+        print(f"seed {seed}: {numbers}  trained {share:.2%}  pack {result['pack_bytes']} B  {result['seconds']}")
+    medians = {name: statistics.median(r[name]["after"] for r in results) for name in HEADLINES}
+    print(json.dumps({"seeds": {r["seed"]: r for r in results}, "median_after": medians}))
+
+
+if __name__ == "__main__":
+    main()
