@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ import click
 
 from nestpatch import __version__
 from nestpatch.errors import DataError, MissingExtraError, NestpatchError
+from nestpatch.events import OnEvent, ignore
 
 F = TypeVar("F", bound=Callable[..., Any])
 PathType = click.Path(path_type=Path)
@@ -151,24 +153,147 @@ def train(
 @click.argument("model", type=PathType)
 @click.argument("patch", type=PathType)
 @click.option("-o", "--output", type=PathType, help="Where to write.  [default: beside the model, named after the patch]")
+@click.option("--in-place", is_flag=True, help="Change the model's own files, crash-safe and revertible.")
 @click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies the patch, over 0 and up to 1.5.")
+@click.option("--allow-overlap", is_flag=True, help="In place: add up with another pack that changes the same rows.")
+@click.option("--allow-downgrade", is_flag=True, help="In place: replace a newer version.")
+@click.option("--allow-base-mismatch", is_flag=True, help="Patch a model that is not the pack's base. Recorded in the ledger.")
+@click.option("--detach", is_flag=True, help="In place: replace links by files of the model's own first.")
 @click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
 @quiet_option
 @json_option
-def apply(model: Path, patch: Path, output: Path | None, strength: float, dry_run: bool, quiet: bool, as_json: bool) -> None:
-    """Merge PATCH into a copy of MODEL, a safetensors file or a model directory.
+def apply(
+    model: Path,
+    patch: Path,
+    output: Path | None,
+    in_place: bool,
+    strength: float,
+    allow_overlap: bool,
+    allow_downgrade: bool,
+    allow_base_mismatch: bool,
+    detach: bool,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Merge PATCH into MODEL, a safetensors file or a model directory: into a copy, or --in-place.
 
     The model is checked first: a patch only fits the base that it was made for.
     """
-    from nestpatch import views
-    from nestpatch.patcher.apply import apply as run
+    if in_place and output is not None:
+        raise click.UsageError("--in-place changes the model itself; leave -o out")
+    if not in_place and (allow_overlap or allow_downgrade or detach):
+        raise click.UsageError("--allow-overlap, --allow-downgrade and --detach go with --in-place")
+    if allow_base_mismatch:
+        click.echo("WARNING: --allow-base-mismatch: the result is not what the pack's evaluation measured", err=True)
+    with _progress(quiet or as_json) as on_event:
+        if in_place:
+            from nestpatch.patcher.inplace import apply_in_place
 
-    with views.progress(quiet or as_json) as on_event:
-        done = run(model, patch, output, strength=strength, dry_run=dry_run, on_event=on_event)
+            done: Any = apply_in_place(
+                model,
+                patch,
+                strength=strength,
+                allow_overlap=allow_overlap,
+                allow_downgrade=allow_downgrade,
+                allow_base_mismatch=allow_base_mismatch,
+                detach=detach,
+                dry_run=dry_run,
+                on_event=on_event,
+            )
+        else:
+            from nestpatch.patcher.apply import apply as run
+
+            options = {"strength": strength, "dry_run": dry_run, "allow_base_mismatch": allow_base_mismatch}
+            done = run(model, patch, output, on_event=on_event, **options)  # type: ignore[arg-type]
+    _report(done, "show_changed" if in_place else "show_applied", as_json)
+
+
+def _progress(quiet: bool) -> AbstractContextManager[OnEvent]:
+    """Progress on stderr; without it, without the cost of loading what draws."""
+    if quiet:
+        from contextlib import nullcontext
+
+        return nullcontext(ignore)
+    from nestpatch import views
+
+    return views.progress(quiet=False)
+
+
+def _report(result: Any, view: str, as_json: bool) -> None:
+    """A result value as JSON, or drawn by the view of that name."""
+    if as_json:
+        _print_json(dataclasses.asdict(result))
+        return
+    from nestpatch import views
+
+    getattr(views, view)(result)
+
+
+@main.command()
+@click.argument("model", type=PathType)
+@click.option("--to", default="base", show_default=True, metavar="base|VERSION", help="What to go back to.")
+@click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
+@quiet_option
+@json_option
+def revert(model: Path, to: str, dry_run: bool, quiet: bool, as_json: bool) -> None:
+    """Undo what was applied to MODEL in place, bit for bit."""
+    from nestpatch.patcher.inplace import revert as run
+
+    with _progress(quiet or as_json) as on_event:
+        done = run(model, to, dry_run=dry_run, on_event=on_event)
+    _report(done, "show_changed", as_json)
+
+
+@main.command()
+@click.argument("model", type=PathType)
+@json_option
+def recover(model: Path, as_json: bool) -> None:
+    """End an interrupted change of MODEL: roll it back, or finish it. Every other command does this too."""
+    from nestpatch.patcher.transaction import recover_model
+
+    done = recover_model(model)
     if as_json:
         _print_json(dataclasses.asdict(done))
     else:
-        views.show_applied(done)
+        click.echo(f"{model}: {'nothing to recover' if done.action == 'none' else done.action}")
+
+
+@main.command()
+@click.argument("model", type=PathType)
+@json_option
+def status(model: Path, as_json: bool) -> None:
+    """Tell what is applied to MODEL, since when and by what."""
+    from nestpatch.patcher.ledger import read_ledger
+    from nestpatch.patcher.transaction import open_model
+
+    checkpoint, place = open_model(model)
+    ledger = read_ledger(place.ledger)
+    if as_json:
+        _print_json({"model": str(checkpoint.path), **ledger.as_json()})
+        return
+    from nestpatch import views
+
+    views.show_status(checkpoint.path, ledger)
+
+
+@main.command()
+@click.argument("model", type=PathType)
+@click.argument("patch", type=PathType, required=False)
+@click.option("--full", is_flag=True, help="Also hash the whole tensors, not the patched rows alone.")
+@json_option
+def verify(model: Path, patch: Path | None, full: bool, as_json: bool) -> None:
+    """Tell which state MODEL is in: base, patched, half patched or altered. Exit code 0 for base and patched, 1 otherwise."""
+    from nestpatch.patcher.verify import verify as run
+
+    result = run(model, patch, full=full)
+    if as_json:
+        _print_json(dataclasses.asdict(result) | {"verdict": result.verdict.value, "known": result.known})
+    else:
+        from nestpatch import views
+
+        views.show_verification(model, result)
+    sys.exit(0 if result.known else 1)
 
 
 @main.command()

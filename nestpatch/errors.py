@@ -10,6 +10,16 @@ NestpatchError
 │   ├── BaseMismatchError       a sound model, but not the one that the pack was made for
 │   └── UnsupportedModelError   an architecture without an MLP that we know
 ├── OutputError             the place that was to be written
+│   ├── InPlaceError            the model's own files cannot be changed where they are
+│   └── BusyError               another process is writing this model
+├── StateError              what nestpatch keeps beside a model
+│   ├── LedgerError             the ledger is broken
+│   ├── JournalError            a leftover journal does not fit the model
+│   └── UndoError               an undo record is missing or broken
+├── ChainError              versions and packs that do not go together
+│   ├── DowngradeError          an older version than the applied one
+│   ├── OverlapError            two packs change the same rows
+│   └── RequirementError        a pack that another one needs
 ├── DataError               prompt files and recipes
 │   ├── PromptDataError         a prompt file is missing, empty or malformed
 │   └── RecipeError             an unknown knob, or a value outside its range
@@ -79,6 +89,60 @@ class OutputError(NestpatchError):
     """The output cannot be written."""
 
     advice = "Choose another place with -o; nothing was written."
+
+
+class InPlaceError(OutputError):
+    """The model's files cannot be changed where they are: links, read-only, full disk."""
+
+    advice = "Write a patched copy instead, with -o OUTPUT. The model is as it was."
+
+
+class BusyError(OutputError):
+    """Another process is writing this model."""
+
+    advice = "Wait until it has finished, then run the command again."
+
+
+class StateError(NestpatchError):
+    """Something is wrong with what nestpatch keeps beside a model."""
+
+    advice = "Get the model again from where it came from. The file that the message names is no longer needed then."
+
+
+class LedgerError(StateError):
+    """The ledger of a model is broken, or of a newer nestpatch."""
+
+
+class JournalError(StateError):
+    """A leftover journal does not fit the model."""
+
+
+class UndoError(StateError):
+    """An undo record is missing or broken."""
+
+
+class ChainError(NestpatchError):
+    """Packs or versions that do not go together. Nothing was changed."""
+
+    advice = "`nestpatch status MODEL` shows what is applied."
+
+
+class DowngradeError(ChainError):
+    """The pack is older than what is applied."""
+
+    advice = "Pass --allow-downgrade to go back on purpose."
+
+
+class OverlapError(ChainError):
+    """Two packs change the same rows."""
+
+    advice = "Pass --allow-overlap to add both changes up, or revert the other pack first."
+
+
+class RequirementError(ChainError):
+    """A required pack is not applied, or would be taken away."""
+
+    advice = "Apply the required pack first, or revert the one that needs it."
 
 
 class DataError(NestpatchError):

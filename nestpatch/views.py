@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from nestpatch.nest_train.statistics import Share
     from nestpatch.pack import Pack
     from nestpatch.patcher.apply import Applied
+    from nestpatch.patcher.inplace import Changed
+    from nestpatch.patcher.ledger import Ledger
+    from nestpatch.patcher.verify import Verification
 
 STAGES = {
     "lab.train": "training the lab's base model",
@@ -32,6 +35,7 @@ STAGES = {
     "evaluate": "evaluating",
     "copy": "copying",
     "merge": "merging rows",
+    "undo": "undoing rows",
     "digest": "taking digests",
 }
 HEADLINES = {
@@ -132,6 +136,50 @@ def show_applied(done: Applied) -> None:
     if done.left_out:
         grid.add_row("left out", f"{escape(', '.join(done.left_out))} (unpatched weights of another format)")
     out.print(grid)
+
+
+def show_changed(done: Changed) -> None:
+    """What an in-place command did."""
+    if not done.steps:
+        out.print(f"{escape(str(done.model))}: nothing to do, {escape(', '.join(done.applied) or 'base')} is there already")
+        return
+    verb = "would change" if done.dry_run else "changed"
+    counts = f"{done.rows} rows of {done.tensors} tensors, {size(done.row_bytes)}"
+    out.print(f"[bold]{escape(str(done.model))}[/] {verb} in place: {counts}, in {done.seconds:.2f} s")
+    grid = _grid()
+    for step in done.steps:
+        grid.add_row("step", escape(step))
+    if not done.dry_run:
+        grid.add_row("now", escape(", ".join(done.applied) or "base"))
+    out.print(grid)
+
+
+def show_status(model: Any, ledger: Ledger) -> None:
+    """A ledger, for a person."""
+    out.print(f"[bold]{escape(str(model))}[/]: {escape(', '.join(e.label for e in ledger.applied) or 'nothing applied')}")
+    grid = _grid()
+    for entry in ledger.applied:
+        rows = sum(record.rows for record in entry.tensors.values())
+        strength = f" at strength {entry.strength:g}" if entry.strength != 1 else ""
+        loud = " [bold red]onto another base than its own[/]" if entry.base_mismatch_allowed else ""
+        facts = f"{escape(entry.label)}{strength}: {rows} rows, pack sha256 {entry.pack_id[:12]}.., by {escape(entry.tool)}"
+        grid.add_row(entry.when, facts + loud)
+    for event in ledger.history:
+        what = f"{event.get('what')} {event.get('name')} {event.get('version')}"
+        grid.add_row(f"[dim]{escape(str(event.get('when')))}", f"[dim]{escape(what)}")
+    out.print(grid)
+
+
+def show_verification(model: Any, found: Verification) -> None:
+    """The state of a model."""
+    colour = "green" if found.known else "bold red"
+    out.print(f"[{colour}]{found.verdict.value}[/]  {escape(str(model))}: {escape(found.detail)}")
+    for difference in found.differences[:10]:
+        out.print(f"  {escape(difference.tensor)}: {escape(difference.detail)}")
+    if len(found.differences) > 10:
+        out.print(f"  and {len(found.differences) - 10} more tensors")
+    what = "whole tensors" if found.full else "patched rows"
+    out.print(f"[dim]{what} of {found.tensors} tensors read in {found.seconds:.2f} s")
 
 
 def show_pack(pack: Pack, pack_id: str, nbytes: int) -> None:

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from nestpatch.cli import main
 from nestpatch.errors import PackError
 from nestpatch.formats import nest
+from tests.attacks.tools import with_manifest
 from tests.helpers import tiny_checkpoint, tiny_pack, tree_digest
 
 ATTACKS = sorted({file.stem for file in (Path(__file__).parent / "attacks").glob("*.py")} - {"__init__", "tools"})
@@ -57,3 +58,14 @@ def test_the_good_pack_is_accepted(model: Path, good: bytes, tmp_path: Path) -> 
     result = CliRunner().invoke(main, ["apply", str(model), str(patch), "-o", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_pack_cannot_drive_the_terminal(good: bytes, tmp_path: Path) -> None:
+    """`show` prints what strangers wrote: their escape sequences must not reach the screen."""
+    patch = tmp_path / "x.nest"
+    text = "\x1b]0;owned\x07\x1b[2J"
+    hostile = with_manifest(good, lambda manifest: manifest.update(description=text, license=text, tags=[text]))
+    patch.write_bytes(hostile)
+    result = CliRunner().invoke(main, ["show", str(patch)])
+    assert result.exit_code == 0
+    assert {c for c in result.output if ord(c) < 32} <= {"\n"}

@@ -44,6 +44,12 @@ class TensorInfo:
         return self.nbytes // self.rows
 
 
+def row_blocks(rows: int, row_bytes: int) -> Iterator[slice]:
+    """Slices of rows that fit into CHUNK bytes."""
+    size = max(1, CHUNK // max(1, row_bytes))
+    yield from (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
 class Checkpoint(Protocol):
     """A model on disk. Nothing is loaded but what is asked for.
 

@@ -112,9 +112,10 @@ def _jsonl(path: Path) -> Iterator[Any]:
 def _json(path: Path) -> Iterator[Any]:
     data = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(data, dict):
-        # Some public sets are one object with one list.
-        lists = [value for value in data.values() if isinstance(value, list)]
-        data = lists[0] if len(lists) == 1 else data
+        # Some public sets are one object of parallel lists.
+        lists = {name: value for name, value in data.items() if isinstance(value, list)}
+        named = next((lists[f"{name}s"] for name in PROMPT_COLUMNS if f"{name}s" in lists), None)
+        data = named or (next(iter(lists.values())) if len(lists) == 1 else data)
     if not isinstance(data, list):
         raise PromptDataError(f"{path} must hold a list of prompts")
     yield from data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import time
@@ -12,16 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from nestpatch.errors import BaseMismatchError, DataError, OutputError
+from nestpatch.errors import BaseMismatchError, OutputError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats import nest
 from nestpatch.formats.atomic import new_place
-from nestpatch.formats.interface import Checkpoint, open_checkpoint
+from nestpatch.formats.interface import Checkpoint
 from nestpatch.formats.safetensors import INDEX
 from nestpatch.pack import Pack
-from nestpatch.patcher.plan import Plan, make_plan, merged_blocks
+from nestpatch.patcher.plan import Plan, check_strength, make_plan, merged_blocks
+from nestpatch.patcher.transaction import open_model
 
-MAX_STRENGTH = 1.5
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".onnx_data", ".msgpack", ".h5", ".ckpt", ".safetensors")
 """Endings of files that would carry unpatched weights into the output if they were copied along."""
 
@@ -70,6 +69,7 @@ def apply(
     output: str | Path | None = None,
     *,
     strength: float = 1.0,
+    allow_base_mismatch: bool = False,
     dry_run: bool = False,
     on_event: OnEvent = ignore,
 ) -> Applied:
@@ -81,13 +81,12 @@ def apply(
     Raises PackError, CheckpointError or OutputError; then nothing was written.
     """
     began = time.perf_counter()
-    if not (math.isfinite(strength) and 0 < strength <= MAX_STRENGTH):
-        raise DataError(f"strength must be over 0 and at most {MAX_STRENGTH}, got {strength}")
+    check_strength(strength)
     pack = patch if isinstance(patch, Pack) else nest.read(patch)
-    checkpoint = open_checkpoint(model)
+    checkpoint, _ = open_model(model)
     target = Path(output) if output is not None else default_output(checkpoint.path, pack)
     _check_target(checkpoint, target)
-    plan = make_plan(pack, checkpoint, strength)
+    plan = make_plan(pack, checkpoint, strength, allow_mismatch=allow_base_mismatch)
     copied, left_out = _companions(checkpoint)
     files: tuple[WrittenFile, ...] = ()
     if not dry_run:

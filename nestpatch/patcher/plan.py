@@ -5,6 +5,7 @@ Only the touched rows are read, a few megabytes at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -12,11 +13,12 @@ from hashlib import sha256
 
 import numpy as np
 
-from nestpatch.errors import BaseMismatchError
-from nestpatch.formats.interface import CHUNK, Checkpoint, TensorInfo
+from nestpatch.errors import BaseMismatchError, DataError
+from nestpatch.formats.interface import Checkpoint, TensorInfo, row_blocks
 from nestpatch.pack import Pack, TensorDelta, TensorIdentity
 from nestpatch.rows import DTYPES, SKETCH_MATCH, Rows, merge, sketch, sketch_correlation
 
+MAX_STRENGTH = 1.5
 SHOWN = 3
 """Differing tensors that a message names."""
 ROW_TOLERANCE = 0.05
@@ -45,6 +47,8 @@ class Finding:
     name: str
     state: State
     detail: str = ""
+    rows: tuple[int, ...] = ()
+    """The rows that differ from the base, as far as sketches tell."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,12 +84,6 @@ class Plan:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def blocks(delta: TensorDelta, row_bytes: int) -> Iterator[slice]:
-    """Slices of the touched rows that fit into CHUNK bytes."""
-    size = max(1, CHUNK // max(1, row_bytes))
-    yield from (slice(start, min(start + size, delta.neurons)) for start in range(0, delta.neurons, size))
-
-
 def examine(pack: Pack, checkpoint: Checkpoint) -> list[Finding]:
     """Finds out, tensor by tensor, what a checkpoint holds where the pack would change it."""
     names = set(checkpoint.tensors())
@@ -115,15 +113,13 @@ def _examine_rows(delta: TensorDelta, identity: TensorIdentity, result: str, che
     info = checkpoint.info(delta.name)
     stored, narrowed = sha256(), sha256()
     wider = info.dtype != identity.dtype
-    found_sketch = np.empty_like(delta.sketch)
-    for part in blocks(delta, info.row_bytes):
+    for part in row_blocks(delta.neurons, info.row_bytes):
         rows = checkpoint.read_rows(delta.name, delta.rows[part].astype(np.int64))
         stored.update(rows.view(np.uint8).data)
         narrow = _narrow(rows, identity.dtype) if wider else None
         wider = narrow is not None
         if narrow is not None:
             narrowed.update(narrow.view(np.uint8).data)
-        found_sketch[part] = sketch(rows)
     digest = stored.hexdigest()
     if info.dtype == identity.dtype and digest == identity.rows_sha256:
         return Finding(delta.name, State.BASE)
@@ -131,24 +127,37 @@ def _examine_rows(delta: TensorDelta, identity: TensorIdentity, result: str, che
         return Finding(delta.name, State.WIDENED, f"{info.dtype} instead of {identity.dtype}")
     if digest == result:
         return Finding(delta.name, State.PATCHED)
-    return _describe_stranger(delta, identity, digest, found_sketch)
+    return _describe_stranger(delta, identity, digest, checkpoint)
 
 
-def _describe_stranger(delta: TensorDelta, identity: TensorIdentity, digest: str, found: Rows) -> Finding:
+def _describe_stranger(delta: TensorDelta, identity: TensorIdentity, digest: str, checkpoint: Checkpoint) -> Finding:
+    # Only now: sketches take longer than digests.
+    parts = row_blocks(delta.neurons, checkpoint.info(delta.name).row_bytes)
+    found = np.concatenate([sketch(checkpoint.read_rows(delta.name, delta.rows[part].astype(np.int64))) for part in parts])
     likeness = sketch_correlation(delta.sketch, found)
     off = np.flatnonzero(np.abs(delta.sketch.astype(np.float32) - found.astype(np.float32)).max(axis=1) > ROW_TOLERANCE)
     where = f", first at row {int(delta.rows[off[0]])}, {len(off)} of {delta.neurons} rows differ" if len(off) else ""
     detail = f"rows sha256 {digest[:12]}.. instead of {identity.rows_sha256[:12]}.., likeness {likeness:.2f}{where}"
-    return Finding(delta.name, State.CHANGED if likeness >= SKETCH_MATCH else State.FOREIGN, detail)
+    rows = tuple(int(row) for row in delta.rows[off])
+    return Finding(delta.name, State.CHANGED if likeness >= SKETCH_MATCH else State.FOREIGN, detail, rows)
 
 
-def make_plan(pack: Pack, checkpoint: Checkpoint, strength: float = 1.0) -> Plan:
+def check_strength(strength: float) -> None:
+    """Raises DataError for a strength that makes no sense."""
+    if not (math.isfinite(strength) and 0 < strength <= MAX_STRENGTH):
+        raise DataError(f"strength must be over 0 and at most {MAX_STRENGTH}, got {strength}")
+
+
+def make_plan(pack: Pack, checkpoint: Checkpoint, strength: float = 1.0, *, allow_mismatch: bool = False) -> Plan:
     """Checks that the checkpoint is the pack's base and plans the merge.
+
+    `allow_mismatch` accepts other content of the right shape.
 
     Raises BaseMismatchError, naming tensors and rows, when it is not.
     """
     findings = examine(pack, checkpoint)
-    if any(finding.state not in APPLICABLE for finding in findings):
+    accepted = (*APPLICABLE, State.CHANGED, State.FOREIGN) if allow_mismatch else APPLICABLE
+    if any(finding.state not in accepted for finding in findings):
         raise _mismatch(pack, checkpoint, findings)
     tensors = []
     for delta, finding in zip(pack, findings, strict=True):
@@ -183,6 +192,6 @@ def _mismatch(pack: Pack, checkpoint: Checkpoint, findings: list[Finding]) -> Ba
 def merged_blocks(tensor: TensorPlan, strength: float, checkpoint: Checkpoint) -> Iterator[tuple[slice, Rows]]:
     """The new content of a tensor's touched rows, block by block, from what the checkpoint holds now."""
     delta = tensor.delta
-    for part in blocks(delta, tensor.info.row_bytes):
+    for part in row_blocks(delta.neurons, tensor.info.row_bytes):
         rows = checkpoint.read_rows(delta.name, delta.rows[part].astype(np.int64))
         yield part, merge(rows, delta.dense(part.start, part.stop), strength)

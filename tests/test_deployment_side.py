@@ -1,0 +1,191 @@
+"""A host that patches needs numpy alone; inside the package every import points down."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import nestpatch
+from nestpatch.formats import nest
+from tests.helpers import tiny_checkpoint, tiny_pack
+
+PACKAGE = Path(nestpatch.__file__).parent
+HEAVY = {"torch", "transformers", "click", "sklearn", "accelerate", "datasets", "rich", "scipy", "pandas", "huggingface_hub"}
+LAYERS = [
+    {"nestpatch"},  # the root holds __version__; its own imports happen on first use
+    {"nestpatch.errors"},
+    {"nestpatch.events"},
+    {"nestpatch.rows"},
+    {"nestpatch.pack"},
+    {"nestpatch.formats"},
+    {"nestpatch.patcher"},
+    {"nestpatch.nest_train"},
+    {"nestpatch.lab"},
+    {"nestpatch.demo", "nestpatch.views"},
+    {"nestpatch.cli"},
+    {"nestpatch.__main__"},
+]
+
+
+def modules_after(code: str, *arguments: str) -> set[str]:
+    """The top-level modules that a fresh Python holds after some code, which prints nothing itself."""
+    report = "\nimport json, sys; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code + report, *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+DEPLOYED = [name for name in FILES if name.startswith(("nestpatch.formats", "nestpatch.patcher"))]
+
+
+def test_the_modules_are_found() -> None:
+    """An empty list would make every test below pass."""
+    assert {"nestpatch.formats.nest", "nestpatch.formats.safetensors", "nestpatch.patcher.apply"} <= set(DEPLOYED)
+    assert len(FILES) > 20
+
+
+def test_importing_the_deployment_side_stays_light() -> None:
+    names = ["nestpatch.errors", "nestpatch.events", "nestpatch.rows", "nestpatch.pack", *DEPLOYED]
+    loaded = modules_after("\n".join(f"import {name}" for name in names))
+    assert "numpy" in loaded
+    assert not loaded & HEAVY
+
+
+def test_applying_stays_light(tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "base", sharded=True)
+    nest.write(tiny_pack(model), tmp_path / "x.nest")
+    code = "import sys, nestpatch\nnestpatch.apply(*sys.argv[1:])\nnestpatch.load_pack(sys.argv[2])"
+    loaded = modules_after(code, str(model), str(tmp_path / "x.nest"), str(tmp_path / "out"))
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert not loaded & HEAVY
+
+
+def test_importing_the_package_loads_nothing() -> None:
+    assert not modules_after("import nestpatch") & (HEAVY | {"numpy", "ml_dtypes", "safetensors"})
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["apply", "--help"], ["train", "--help"], ["--version"]])
+def test_help_loads_only_click(arguments: list[str]) -> None:
+    code = """
+import contextlib, io, sys
+from nestpatch.cli import main
+text = io.StringIO()
+with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+    main(sys.argv[1:], prog_name="nestpatch")
+assert "nestpatch" in text.getvalue(), text.getvalue()
+"""
+    loaded = modules_after(code, *arguments)
+    assert "click" in loaded
+    assert not loaded & ((HEAVY - {"click"}) | {"numpy", "ml_dtypes", "safetensors"})
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """The modules of this package that one statement imports; `from a import b` may name the module a.b."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "relative imports are not followed here"
+        names = [f"{node.module}.{alias.name}" for alias in node.names]
+        names = [name if name in FILES else str(node.module) for name in names]
+    else:
+        return
+    yield from (name for name in names if name in FILES)
+
+
+def statements(node: ast.AST, *, lazy: bool) -> Iterator[ast.AST]:
+    """Everything below a node; without `lazy` only what runs when the module is imported."""
+    for child in ast.iter_child_nodes(node):
+        if not lazy and (isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) or is_type_checking(child)):
+            continue
+        yield child
+        yield from statements(child, lazy=lazy)
+
+
+@cache
+def imports_of(name: str, *, lazy: bool) -> frozenset[str]:
+    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+    return frozenset(found for node in statements(tree, lazy=lazy) for found in imported(node)) - {name}
+
+
+def layer(name: str) -> int:
+    """The layer of a module: that of its longest known prefix."""
+    while True:
+        for number, members in enumerate(LAYERS):
+            if name in members:
+                return number
+        name = name.rpartition(".")[0]
+        assert name != "nestpatch", "a new top-level module: give it a layer"
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "nestpatch"])
+def test_imports_point_down(name: str) -> None:
+    """Imports inside functions and for type checkers count too: they are dependencies as well."""
+    upward = [other for other in imports_of(name, lazy=True) if layer(other) > layer(name)]
+    assert not upward, f"{name} imports {', '.join(upward)} from a higher layer"
+
+
+@pytest.mark.parametrize("one", ["demo", "views"])
+def test_neighbours_of_a_layer_do_not_know_each_other(one: str) -> None:
+    other = {"demo": "views", "views": "demo"}[one]
+    assert f"nestpatch.{other}" not in imports_of(f"nestpatch.{one}", lazy=True)
+
+
+def test_the_root_imports_nothing_when_it_is_imported() -> None:
+    assert imports_of("nestpatch", lazy=False) == frozenset()
+
+
+def test_only_the_registry_of_formats_looks_back() -> None:
+    """No cycle among the imports that run at import time; among all, only open_checkpoint knows its formats."""
+    assert cycles(lazy=False) == set()
+    assert cycles(lazy=True) <= {("nestpatch.formats.interface", f"nestpatch.formats.{f}") for f in ("safetensors",)}
+
+
+def cycles(*, lazy: bool) -> set[tuple[str, str]]:
+    """Pairs (a, b) where a imports b, and b reaches a again. The root's lazy doors lead everywhere and are left out."""
+
+    def reach(name: str) -> set[str]:
+        seen: set[str] = set()
+        todo = [name]
+        while todo:
+            fresh = imports_of(todo.pop(), lazy=lazy) - seen - {"nestpatch"}
+            seen |= fresh
+            todo += fresh
+        return seen
+
+    pairs = {(a, b) for a in FILES for b in imports_of(a, lazy=lazy) - {"nestpatch"} if a != "nestpatch" and a in reach(b)}
+    # Either direction names the same cycle.
+    return {tuple(sorted(pair)) for pair in pairs}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["nestpatch.errors", "nestpatch.events", "nestpatch.rows", "nestpatch.pack", *DEPLOYED])
+def test_the_deployment_side_names_no_heavy_package(name: str) -> None:
+    """Not even lazily: an import inside a function would fail on a host without the package."""
+    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+    named = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            named |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            named.add(str(node.module).partition(".")[0])
+    assert not named & HEAVY
