@@ -155,8 +155,9 @@ def train(
 @click.option("-o", "--output", type=PathType, help="Where to write.  [default: beside the model, named after the patch]")
 @click.option("--in-place", is_flag=True, help="Change the model's own files, crash-safe and revertible.")
 @click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies the patch, over 0 and up to 1.5.")
-@click.option("--allow-overlap", is_flag=True, help="In place: add up with another pack that changes the same rows.")
-@click.option("--allow-downgrade", is_flag=True, help="In place: replace a newer version.")
+@click.option("--hard-link", is_flag=True, help="Copy: let untouched shards share their files with the base.")
+@click.option("--allow-overlap", is_flag=True, help="Add up with another pack that changes the same rows.")
+@click.option("--allow-downgrade", is_flag=True, help="Replace a newer version.")
 @click.option("--allow-base-mismatch", is_flag=True, help="Patch a model that is not the pack's base. Recorded in the ledger.")
 @click.option("--detach", is_flag=True, help="In place: replace links by files of the model's own first.")
 @click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
@@ -168,6 +169,7 @@ def apply(
     output: Path | None,
     in_place: bool,
     strength: float,
+    hard_link: bool,
     allow_overlap: bool,
     allow_downgrade: bool,
     allow_base_mismatch: bool,
@@ -182,30 +184,24 @@ def apply(
     """
     if in_place and output is not None:
         raise click.UsageError("--in-place changes the model itself; leave -o out")
-    if not in_place and (allow_overlap or allow_downgrade or detach):
-        raise click.UsageError("--allow-overlap, --allow-downgrade and --detach go with --in-place")
+    if not in_place and detach:
+        raise click.UsageError("--detach goes with --in-place")
+    if in_place and hard_link:
+        raise click.UsageError("--hard-link goes with a copy, not with --in-place")
+    flags = {"allow_overlap": allow_overlap, "allow_downgrade": allow_downgrade, "allow_base_mismatch": allow_base_mismatch}
     if allow_base_mismatch:
         click.echo("WARNING: --allow-base-mismatch: the result is not what the pack's evaluation measured", err=True)
     with _progress(quiet or as_json) as on_event:
         if in_place:
             from nestpatch.patcher.inplace import apply_in_place
 
-            done: Any = apply_in_place(
-                model,
-                patch,
-                strength=strength,
-                allow_overlap=allow_overlap,
-                allow_downgrade=allow_downgrade,
-                allow_base_mismatch=allow_base_mismatch,
-                detach=detach,
-                dry_run=dry_run,
-                on_event=on_event,
-            )
+            common = {"strength": strength, "dry_run": dry_run, "on_event": on_event}
+            done: Any = apply_in_place(model, patch, detach=detach, **common, **flags)  # type: ignore[arg-type]
         else:
             from nestpatch.patcher.apply import apply as run
 
-            options = {"strength": strength, "dry_run": dry_run, "allow_base_mismatch": allow_base_mismatch}
-            done = run(model, patch, output, on_event=on_event, **options)  # type: ignore[arg-type]
+            common = {"strength": strength, "dry_run": dry_run, "on_event": on_event}
+            done = run(model, patch, output, hard_link=hard_link, **common, **flags)  # type: ignore[arg-type]
     _report(done, "show_changed" if in_place else "show_applied", as_json)
 
 

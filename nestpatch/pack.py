@@ -156,7 +156,7 @@ class TensorDelta:
         _require(bool(np.isfinite(self.delta.astype(np.float32)).all()), f"{name}:delta holds NaN or infinity")
         _require(bool(np.isfinite(self.sketch.astype(np.float32)).all()), f"{name}:sketch holds NaN or infinity")
         _require(int(self.rows[0]) >= 0, f"{name}: row {int(self.rows[0])} is out of range")
-        _require(bool((np.diff(self.rows) > 0).all()), f"{name}: rows are unsorted or repeated")
+        _require(bool((self.rows[1:] > self.rows[:-1]).all()), f"{name}: rows are unsorted or repeated")
         used = np.unique(self.cluster)
         _require(int(used[-1]) < self.clusters, f"{name}: cluster {int(used[-1])} has no delta; there are {self.clusters}")
         _require(len(used) == self.clusters, f"{name}: {self.clusters - len(used)} of {self.clusters} deltas have no row")

@@ -61,10 +61,12 @@ def sketch(rows: Rows) -> npt.NDArray[np.float16]:
     Survives quantization (rounding noise averages out) and tells rows apart that a digest could not compare any more.
     """
     wide = rows.astype(np.float64)
-    norms = np.sqrt(np.square(wide).sum(axis=1, keepdims=True))
-    projected = wide @ sketch_signs(rows.shape[1]).T.astype(np.float64)
-    scaled: npt.NDArray[np.float64] = np.divide(projected, norms, out=np.zeros_like(projected), where=norms > 0)
-    return scaled.astype(np.float16)
+    # A damaged model may hold infinities; its sketch is then NaN, which matches nothing.
+    with np.errstate(invalid="ignore", over="ignore"):
+        norms = np.sqrt(np.square(wide).sum(axis=1, keepdims=True))
+        projected = wide @ sketch_signs(rows.shape[1]).T.astype(np.float64)
+        scaled: npt.NDArray[np.float64] = np.divide(projected, norms, out=np.zeros_like(projected), where=norms > 0)
+        return scaled.astype(np.float16)
 
 
 def sketch_correlation(ours: npt.NDArray[np.float16], theirs: npt.NDArray[np.float16]) -> float:

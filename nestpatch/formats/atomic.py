@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nestpatch.errors import OutputError
@@ -56,7 +56,9 @@ def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        # A name that was too long to be made is too long to be removed.
+        with suppress(OSError):
+            path.unlink()
 
 
 def write_bytes(path: Path, data: bytes, *, overwrite: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     from nestpatch.formats.safetensors import SafetensorsCheckpoint
 
     place = Path(path)
-    if not place.exists():
+    # os.path answers no where Path.exists raises: for names too long, with a NUL, or in folders that may not be read.
+    if not os.path.exists(place):  # noqa: PTH110
         raise CheckpointFormatError(f"there is no model at {place}", advice="Check the path.")
     if place.is_dir() or place.suffix == ".safetensors":
         return SafetensorsCheckpoint(place)

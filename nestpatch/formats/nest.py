@@ -23,6 +23,8 @@ from nestpatch.rows import DTYPES
 
 MAX_HEADER = 1 << 20
 ALIGNMENT = 64
+MAX_SIDE = 1 << 31
+"""Rows or columns, at most: with no other side, an empty tensor could claim any number of them."""
 PARTS = ("delta", "rows", "cluster", "sketch")
 _CODES: dict[str, np.dtype[Any]] = {
     **DTYPES,
@@ -193,6 +195,8 @@ def _array(name: str, entry: Mapping[str, Any], body: memoryview) -> npt.NDArray
     dtype = _CODES[code]
     if count * dtype.itemsize != stop - start:
         raise PackFormatError(f"tensor {name!r}: shape and dtype need {count * dtype.itemsize} bytes, it has {stop - start}")
+    if max(shape, default=0) >= MAX_SIDE:
+        raise PackFormatError(f"tensor {name!r} has an impossible shape")
     # A copy: aligned, and independent of the file's bytes.
     return np.frombuffer(bytes(body[start:stop]), dtype).reshape(shape)
 

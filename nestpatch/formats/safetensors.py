@@ -112,7 +112,7 @@ def _find_files(path: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
         weight_map = _read_index(path / INDEX)
         files = tuple(path / name for name in sorted(set(weight_map.values())))
         for file in files:
-            if not file.is_file():
+            if not os.path.isfile(file):  # noqa: PTH113 - Path.is_file raises for names too long
                 raise CheckpointFormatError(f"{INDEX} names {file.name}, which is missing")
         return files, weight_map
     if (path / SINGLE).is_file():
@@ -129,7 +129,7 @@ def _find_files(path: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
 def _read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointFormatError(f"cannot read {path}: {error!r}") from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointFormatError(f"{path} has no weight_map")

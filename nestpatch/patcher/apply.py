@@ -1,26 +1,33 @@
-"""Carries a Plan out: into a copy of the model that appears whole or not at all."""
+"""Applying a pack into a copy of the model that appears whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-import numpy as np
-
-from nestpatch.errors import BaseMismatchError, OutputError
+from nestpatch.errors import ChainError, OutputError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats import nest
 from nestpatch.formats.atomic import new_place
+from nestpatch.formats.copying import copy_file
 from nestpatch.formats.interface import Checkpoint
 from nestpatch.formats.safetensors import INDEX
 from nestpatch.pack import Pack
-from nestpatch.patcher.plan import Plan, check_strength, make_plan, merged_blocks
-from nestpatch.patcher.transaction import open_model
+from nestpatch.patcher.chain import Do
+from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
+from nestpatch.patcher.place import LEDGER, Place, place_of
+from nestpatch.patcher.plan import check_strength
+from nestpatch.patcher.transaction import Transaction, open_model
+from nestpatch.patcher.work import Work, plan_work
 
+MAX_NAME = 200
+"""Bytes of a file name: 255 less what temporary names and the ledger's name add."""
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".onnx_data", ".msgpack", ".h5", ".ckpt", ".safetensors")
 """Endings of files that would carry unpatched weights into the output if they were copied along."""
 
@@ -69,51 +76,83 @@ def apply(
     output: str | Path | None = None,
     *,
     strength: float = 1.0,
+    allow_overlap: bool = False,
+    allow_downgrade: bool = False,
     allow_base_mismatch: bool = False,
+    hard_link: bool = False,
     dry_run: bool = False,
     on_event: OnEvent = ignore,
 ) -> Applied:
     """Merges a pack into a copy of a model: a safetensors file or a directory, sharded or not.
 
     The base is checked on the touched rows first. Untouched bytes are copied as they are; the result is checked against the
-    digests in the pack before it gets its name.
+    digests in the pack before it gets its name. The copy carries a ledger and undo records, so it can be verified and reverted.
+    With `hard_link`, shards without touched rows share their file with the base.
 
-    Raises PackError, CheckpointError or OutputError; then nothing was written.
+    Raises PackError, CheckpointError, ChainError or OutputError; then nothing was written.
     """
     began = time.perf_counter()
     check_strength(strength)
     pack = patch if isinstance(patch, Pack) else nest.read(patch)
-    checkpoint, _ = open_model(model)
+    checkpoint, place = open_model(model)
     target = Path(output) if output is not None else default_output(checkpoint.path, pack)
     _check_target(checkpoint, target)
-    plan = make_plan(pack, checkpoint, strength, allow_mismatch=allow_base_mismatch)
-    copied, left_out = _companions(checkpoint)
+    ledger = read_ledger(place.ledger)
+    work = plan_work(place, ledger, pack, strength, allow_overlap=allow_overlap, allow_downgrade=allow_downgrade)
+    if not work.steps:
+        raise ChainError(f"{pack.label} is applied to {model} already", advice="Nothing to do: copy the model as it is.")
+    if work.steps[0].do is Do.CHECK:
+        Transaction(place, checkpoint, work.packs, allow_base_mismatch).check(work.steps[0].link)
+    companions, left_out = _companions(checkpoint)
     files: tuple[WrittenFile, ...] = ()
     if not dry_run:
-        with new_place(target) as sibling:
-            _copy(checkpoint, copied, sibling, on_event)
-            written = checkpoint.reopen(sibling)
-            write_plan(plan, written, on_event)
-            files = tuple(_seal(file, sibling, target, on_event) for file in written.files)
+        linked = _untouched(checkpoint, work) if hard_link else frozenset()
+        with _new_model(target, directory=checkpoint.path.is_dir()) as (sibling, own):
+            _copy(checkpoint, companions, sibling, linked, on_event)
+            _copy_state(place, own, ledger)
+            copy = checkpoint.reopen(sibling)
+            Transaction(own, copy, work.packs, allow_base_mismatch, on_event, journaled=False).run(ledger, work.steps)
+            files = tuple(_seal(file, sibling, target, on_event) for file in copy.files)
+    size = work.size(checkpoint)
     seconds = time.perf_counter() - began
-    counts = (len(plan.tensors), plan.rows, plan.nbytes)
-    return Applied(pack.label, nest.pack_id(pack), strength, target, files, left_out, *counts, seconds, dry_run)
+    return Applied(
+        pack.label,
+        nest.pack_id(pack),
+        strength,
+        target,
+        files,
+        left_out,
+        size.tensors,
+        size.rows,
+        size.row_bytes,
+        seconds,
+        dry_run,
+    )
 
 
 def _check_target(checkpoint: Checkpoint, target: Path) -> None:
+    if len(os.fsencode(target.name)) > MAX_NAME:
+        raise OutputError(
+            f"the name {target.name[:40]}... is too long for a file system", advice="Choose a shorter one with -o."
+        )
     if os.path.lexists(target):
         raise OutputError(f"{target} exists already")
     if not target.absolute().parent.is_dir():
         raise OutputError(f"there is no directory {target.absolute().parent}")
     if checkpoint.path.is_dir() and checkpoint.path.resolve() in target.resolve().parents:
         raise OutputError(f"{target} lies inside the model {checkpoint.path}")
+    if not checkpoint.path.is_dir():
+        place = place_of(target)
+        for taken in (place.ledger, place.folder):
+            if os.path.lexists(taken):
+                raise OutputError(f"{taken} exists already: it belongs to a model that was once at {target}")
 
 
 def _companions(checkpoint: Checkpoint) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """(files to copy along, names of weight files to leave out) of a model directory."""
     if not checkpoint.path.is_dir():
         return (), ()
-    weights = {file.name for file in checkpoint.files}
+    weights = {file.name for file in checkpoint.files} | {LEDGER}
     others = [file for file in sorted(checkpoint.path.iterdir()) if file.name not in weights and file.is_file()]
     left_out = [file.name for file in others if _is_weights(file)]
     return tuple(file for file in others if not _is_weights(file)), tuple(left_out)
@@ -124,41 +163,63 @@ def _is_weights(file: Path) -> bool:
     return name.endswith(OTHER_WEIGHTS) and file.name != INDEX
 
 
-def _copy(checkpoint: Checkpoint, companions: tuple[Path, ...], target: Path, on_event: OnEvent) -> None:
+def _untouched(checkpoint: Checkpoint, work: Work) -> frozenset[Path]:
+    """The weight files that no step changes."""
+    touched = {checkpoint.info(name).file for name in work.names}
+    return frozenset(file for file in checkpoint.files if file not in touched)
+
+
+@contextmanager
+def _new_model(target: Path, *, directory: bool) -> Iterator[tuple[Path, Place]]:
+    """A temporary sibling of `target` and the place of what nestpatch keeps of it; both get their names together at the end.
+
+    A directory carries its own place inside; that of a single file lies beside it and is named first, so that a file that has
+    its name has its ledger too.
+    """
+    with new_place(target) as sibling:
+        if directory:
+            sibling.mkdir()
+            yield sibling, place_of(sibling)
+            return
+        beside, final = place_of(sibling), place_of(target)
+        try:
+            yield sibling, beside
+            beside.folder.rename(final.folder)
+            beside.ledger.rename(final.ledger)
+        except BaseException:
+            shutil.rmtree(beside.folder, ignore_errors=True)
+            beside.ledger.unlink(missing_ok=True)
+            raise
+
+
+def _copy(
+    checkpoint: Checkpoint, companions: tuple[Path, ...], target: Path, linked: frozenset[Path], on_event: OnEvent
+) -> None:
     if not checkpoint.path.is_dir():
-        shutil.copyfile(checkpoint.files[0], target)
-        shutil.copymode(checkpoint.files[0], target)
+        on_event(Event("copy", note=copy_file(checkpoint.files[0], target)))
         return
-    target.mkdir()
     files = (*checkpoint.files, *companions)
     for number, file in enumerate(files, start=1):
-        shutil.copyfile(file, target / file.name)
-        shutil.copymode(file, target / file.name)
+        if file in linked:
+            os.link(file.resolve(), target / file.name)
+        else:
+            copy_file(file, target / file.name)
         on_event(Event("copy", number, len(files), file.name))
 
 
-def write_plan(plan: Plan, checkpoint: Checkpoint, on_event: OnEvent = ignore) -> None:
-    """Merges the plan's rows into a checkpoint that holds the base, in place.
-
-    Raises BaseMismatchError when the rows that were written are not those that the pack promised.
-    """
-    for number, tensor in enumerate(plan.tensors, start=1):
-        after = sha256()
-        for part, rows in merged_blocks(tensor, plan.strength, checkpoint):
-            checkpoint.write_rows(tensor.delta.name, tensor.delta.rows[part].astype(np.int64), rows)
-            after.update(rows.view(np.uint8).data)
-        if tensor.after is not None and after.hexdigest() != tensor.after:
-            raise BaseMismatchError(
-                f"{tensor.delta.name}: the merged rows are not those that {plan.pack.label} promises; "
-                "the model changed while it was being copied, or the pack is wrong",
-                advice="Nothing was kept. Run the command again when nothing else writes the model.",
-            )
-        on_event(Event("merge", number, len(plan.tensors), tensor.delta.name))
+def _copy_state(place: Place, own: Place, ledger: Ledger) -> None:
+    """What is kept of the packs that the base has already, so that the copy can revert them too."""
+    own.folder.mkdir()
+    for entry in ledger.applied:
+        shutil.copyfile(place.undo(entry.undo), own.undo(entry.undo))
+        shutil.copyfile(place.pack(entry.pack_id), own.pack(entry.pack_id))
+    if ledger.applied:
+        write_ledger(own.ledger, ledger)
 
 
 def _seal(file: Path, sibling: Path, target: Path, on_event: OnEvent) -> WrittenFile:
     """Syncs one written file and takes its digest; reports it under its final name."""
-    with open(file, "r+b") as handle:
+    with open(file, "rb") as handle:
         os.fsync(handle.fileno())
         on_event(Event("digest", note=file.name))
         state = sha256()

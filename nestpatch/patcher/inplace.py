@@ -5,24 +5,23 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from nestpatch.errors import ChainError, UndoError
+from nestpatch.errors import ChainError
 from nestpatch.events import OnEvent, ignore
 from nestpatch.formats import nest
 from nestpatch.formats.atomic import new_place
 from nestpatch.formats.interface import Checkpoint, open_checkpoint
 from nestpatch.pack import Pack
-from nestpatch.patcher.chain import Do, Link, Step, plan_apply, plan_revert
-from nestpatch.patcher.ledger import Entry, Ledger, read_ledger
+from nestpatch.patcher.chain import Do
+from nestpatch.patcher.ledger import Ledger, read_ledger
 from nestpatch.patcher.place import Place, locked, place_of
 from nestpatch.patcher.plan import check_strength
 from nestpatch.patcher.transaction import Transaction, recover, require_writable
+from nestpatch.patcher.work import Work, plan_return, plan_work
 
 
 @dataclass(frozen=True)
@@ -56,28 +55,6 @@ def _writing(path: str | Path) -> Iterator[tuple[Checkpoint, Place, Ledger]]:
             shutil.rmtree(place.folder, ignore_errors=True)
 
 
-def load_packs(place: Place, entries: Sequence[Entry]) -> dict[str, Pack]:
-    """The kept copies of applied packs, by id. Raises UndoError when one is missing or altered."""
-    packs = {}
-    for entry in entries:
-        path = place.pack(entry.pack_id)
-        pack = nest.read(path) if path.exists() else None
-        if pack is None or nest.pack_id(pack) != entry.pack_id:
-            raise UndoError(f"{path}, the kept copy of {entry.label}, is missing or altered")
-        packs[entry.pack_id] = pack
-    return packs
-
-
-def _overlap(packs: Mapping[str, Pack]) -> dict[tuple[str, str], bool]:
-    """Whether two packs change rows in common, for every pair."""
-    rows = {pack_id: {delta.name: delta.rows for delta in pack} for pack_id, pack in packs.items()}
-
-    def shared(a: str, b: str) -> bool:
-        return any(len(np.intersect1d(rows[a][name], rows[b][name])) > 0 for name in rows[a].keys() & rows[b].keys())
-
-    return {(a, b): shared(a, b) for a in rows for b in rows}
-
-
 def apply_in_place(
     model: str | Path,
     patch: str | Path | Pack,
@@ -100,21 +77,11 @@ def apply_in_place(
     began = time.perf_counter()
     check_strength(strength)
     pack = patch if isinstance(patch, Pack) else nest.read(patch)
-    manifest = pack.manifest
-    link = Link(nest.pack_id(pack), manifest.name, manifest.version, strength, manifest.supersedes, manifest.requires)
     with _writing(model) as (checkpoint, place, ledger):
-        packs = load_packs(place, ledger.applied) | {link.pack_id: pack}
-        shared = _overlap(packs)
-        steps = plan_apply(
-            [entry.link for entry in ledger.applied],
-            link,
-            lambda a, b: shared[a.pack_id, b.pack_id],
-            allow_overlap=allow_overlap,
-            allow_downgrade=allow_downgrade,
-        )
+        work = plan_work(place, ledger, pack, strength, allow_overlap=allow_overlap, allow_downgrade=allow_downgrade)
         own = _detach(checkpoint) if detach and not dry_run else checkpoint
-        transaction = Transaction(place, own, packs, allow_base_mismatch, on_event)
-        return _carry_out(transaction, ledger, steps, began, dry_run=dry_run)
+        transaction = Transaction(place, own, work.packs, allow_base_mismatch, on_event)
+        return _carry_out(transaction, ledger, work, began, dry_run=dry_run)
 
 
 def revert(model: str | Path, to: str = "base", *, dry_run: bool = False, on_event: OnEvent = ignore) -> Changed:
@@ -126,62 +93,22 @@ def revert(model: str | Path, to: str = "base", *, dry_run: bool = False, on_eve
     with _writing(model) as (checkpoint, place, ledger):
         if not ledger.applied:
             raise ChainError(f"nothing is applied to {model}: it is at its base, as far as its ledger knows")
-        packs = load_packs(place, ledger.applied)
-        applied = [entry.link for entry in ledger.applied]
-        if to == "base":
-            steps = plan_revert(applied, applied, lambda a, b: True)  # noqa: ARG005
-        else:
-            link = _earlier(ledger, to)
-            packs[link.pack_id] = _load_earlier(place, link)
-            shared = _overlap(packs)
-            overlap = lambda a, b: shared[a.pack_id, b.pack_id]  # noqa: E731
-            steps = plan_apply(applied, link, overlap, allow_overlap=True, allow_downgrade=True)
-        transaction = Transaction(place, checkpoint, packs, on_event=on_event)
-        return _carry_out(transaction, ledger, steps, began, dry_run=dry_run)
+        work = plan_return(place, ledger, to)
+        transaction = Transaction(place, checkpoint, work.packs, on_event=on_event)
+        return _carry_out(transaction, ledger, work, began, dry_run=dry_run)
 
 
-def _earlier(ledger: Ledger, version: str) -> Link:
-    """The pack of that version in the model's history."""
-    names = {entry.name for entry in ledger.applied}
-    found = [e for e in ledger.history if e.get("version") == version and e.get("name") in names and e.get("what") == "applied"]
-    if not found:
-        known = sorted({str(e.get("version")) for e in ledger.history if e.get("name") in names})
-        raise ChainError(
-            f"version {version} was never applied to this model",
-            advice=f"Known versions: {', '.join(known) or 'none'}; or --to base.",
-        )
-    event = found[-1]
-    return Link(str(event["pack_id"]), str(event["name"]), str(event["version"]))
-
-
-def _load_earlier(place: Place, link: Link) -> Pack:
-    path = place.pack(link.pack_id)
-    if not path.exists():
-        raise UndoError(
-            f"{path}, the kept copy of {link.label}, is missing", advice="Apply that version's pack with --allow-downgrade."
-        )
-    return nest.read(path)
-
-
-def _carry_out(transaction: Transaction, ledger: Ledger, steps: Sequence[Step], began: float, *, dry_run: bool) -> Changed:
-    checkpoint, packs = transaction.checkpoint, transaction.packs
-    deltas = [delta for step in steps if step.do is not Do.CHECK for delta in packs[step.link.pack_id]]
+def _carry_out(transaction: Transaction, ledger: Ledger, work: Work, began: float, *, dry_run: bool) -> Changed:
+    checkpoint, steps = transaction.checkpoint, work.steps
     if dry_run:
-        require_writable(checkpoint, sorted({delta.name for delta in deltas}))
+        require_writable(checkpoint, sorted(work.names))
         if steps and steps[0].do is Do.CHECK:
             transaction.check(steps[0].link)
     elif steps:
         ledger = transaction.run(ledger, steps)
-    return Changed(
-        model=checkpoint.path,
-        steps=tuple(f"{step.do.value} {step.link.label}" for step in steps if step.do is not Do.CHECK),
-        applied=tuple(entry.label for entry in ledger.applied),
-        tensors=len({delta.name for delta in deltas}),
-        rows=sum(delta.neurons for delta in deltas),
-        row_bytes=sum(delta.neurons * checkpoint.info(delta.name).row_bytes for delta in deltas),
-        seconds=time.perf_counter() - began,
-        dry_run=dry_run,
-    )
+    size, applied = work.size(checkpoint), tuple(entry.label for entry in ledger.applied)
+    seconds = time.perf_counter() - began
+    return Changed(checkpoint.path, work.told, applied, size.tensors, size.rows, size.row_bytes, seconds, dry_run)
 
 
 def _detach(checkpoint: Checkpoint) -> Checkpoint:

@@ -58,8 +58,6 @@ class TensorPlan:
     info: TensorInfo
     delta: TensorDelta
     state: State
-    after: str | None
-    """Digest of the rows after the merge, where the pack knows it (its base dtype, strength 1)."""
 
     @property
     def nbytes(self) -> int:
@@ -112,7 +110,7 @@ def _narrow(rows: Rows, dtype: str) -> Rows | None:
 def _examine_rows(delta: TensorDelta, identity: TensorIdentity, result: str, checkpoint: Checkpoint) -> Finding:
     info = checkpoint.info(delta.name)
     stored, narrowed = sha256(), sha256()
-    wider = info.dtype != identity.dtype
+    wider = DTYPES.get(info.dtype, DTYPES[identity.dtype]).itemsize > DTYPES[identity.dtype].itemsize
     for part in row_blocks(delta.neurons, info.row_bytes):
         rows = checkpoint.read_rows(delta.name, delta.rows[part].astype(np.int64))
         stored.update(rows.view(np.uint8).data)
@@ -144,7 +142,8 @@ def _describe_stranger(delta: TensorDelta, identity: TensorIdentity, digest: str
 
 def check_strength(strength: float) -> None:
     """Raises DataError for a strength that makes no sense."""
-    if not (math.isfinite(strength) and 0 < strength <= MAX_STRENGTH):
+    # As the merge rule sees it: some positive numbers are zero in float32.
+    if not (math.isfinite(strength) and np.float32(0) < np.float32(strength) and strength <= MAX_STRENGTH):
         raise DataError(f"strength must be over 0 and at most {MAX_STRENGTH}, got {strength}")
 
 
@@ -161,9 +160,7 @@ def make_plan(pack: Pack, checkpoint: Checkpoint, strength: float = 1.0, *, allo
         raise _mismatch(pack, checkpoint, findings)
     tensors = []
     for delta, finding in zip(pack, findings, strict=True):
-        exact = finding.state is State.BASE and strength == 1.0
-        after = pack.manifest.result[delta.name] if exact else None
-        tensors.append(TensorPlan(checkpoint.info(delta.name), delta, finding.state, after))
+        tensors.append(TensorPlan(checkpoint.info(delta.name), delta, finding.state))
     return Plan(pack, strength, tuple(tensors))
 
 

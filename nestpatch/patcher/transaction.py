@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from nestpatch import __version__
-from nestpatch.errors import BaseMismatchError, InPlaceError, JournalError, UndoError
+from nestpatch.errors import BaseMismatchError, InPlaceError, JournalError, PackContentError, UndoError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats import nest
 from nestpatch.formats.interface import Checkpoint, open_checkpoint, row_blocks
@@ -123,6 +123,8 @@ class Transaction:
     """Pack id -> pack, for every step."""
     allow_base_mismatch: bool = False
     on_event: OnEvent = ignore
+    journaled: bool = True
+    """False where the files are nobody's yet: a copy that is thrown away when anything fails."""
 
     def run(self, ledger: Ledger, steps: Sequence[Step]) -> Ledger:
         """Carries the steps out and returns the new ledger.
@@ -135,17 +137,21 @@ class Transaction:
         if steps and steps[0].do is Do.CHECK:
             # The common case: a wrong base is refused before anything is written anywhere.
             self.check(steps[0].link)
-        self._open_journal(identity, steps)
+        if self.journaled:
+            self._open_journal(identity, steps)
         try:
             for step in steps:
                 ledger = self._do(step, ledger, identity)
-            sync_files(sorted({self.checkpoint.info(name).file for name in names}))
+            if self.journaled:
+                sync_files(sorted({self.checkpoint.info(name).file for name in names}))
             ledger = replace(ledger, transaction=identity)
             write_ledger(self.place.ledger, ledger)
         except BaseException as error:
-            self._close_journal(error, identity)
+            if self.journaled:
+                self._close_journal(error, identity)
             raise
-        remove_journal(self.place.journal)
+        if self.journaled:
+            remove_journal(self.place.journal)
         _sweep(self.place, ledger)
         return ledger
 
@@ -222,10 +228,17 @@ class Transaction:
             writer = UndoWriter(file)
             for number, delta in enumerate(pack, start=1):
                 records[delta.name] = self._merge(delta, link.strength, writer)
+                self._keep_promise(pack, delta.name, records[delta.name], link.strength)
                 self.on_event(Event("merge", number, len(pack.deltas), delta.name))
             file.flush()
             os.fsync(file.fileno())
         return replace(entry, tensors=records)
+
+    def _keep_promise(self, pack: Pack, name: str, record: TensorRecord, strength: float) -> None:
+        """Where a pack says what the merge must give, it must have given that."""
+        promised = record.before == pack.manifest.base.tensors[name].rows_sha256 and strength == 1.0
+        if promised and record.after != pack.manifest.result[name]:
+            raise PackContentError(f"{name}: the merged rows are not those that {pack.label} promises")
 
     def _merge(self, delta: TensorDelta, strength: float, writer: UndoWriter) -> TensorRecord:
         before, after = sha256(), sha256()

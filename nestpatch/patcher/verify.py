@@ -16,12 +16,12 @@ from nestpatch.errors import PackError
 from nestpatch.formats import nest
 from nestpatch.formats.interface import Checkpoint, IntArray, row_blocks
 from nestpatch.pack import Pack, TensorDelta
-from nestpatch.patcher.inplace import load_packs
 from nestpatch.patcher.ledger import Entry, read_ledger
 from nestpatch.patcher.place import Place
 from nestpatch.patcher.plan import Finding, State, examine
 from nestpatch.patcher.transaction import open_model
 from nestpatch.patcher.undo import UndoReader, checksums, restored
+from nestpatch.patcher.work import load_packs
 from nestpatch.rows import Rows
 
 SHOWN_ROWS = 5

@@ -1,0 +1,251 @@
+"""What differs between two checkpoints, by tensor and row, or between two packs.
+
+Checkpoints are read side by side in blocks, so memory does not grow with them; equal bytes are passed over. Only the weights
+are compared: no configuration, no tokenizer.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from nestpatch.errors import CheckpointFormatError, DataError
+from nestpatch.events import Event, OnEvent, ignore
+from nestpatch.formats import nest
+from nestpatch.formats.interface import Checkpoint, IntArray, TensorInfo, row_blocks
+from nestpatch.formats.safetensors import read_header
+from nestpatch.pack import Pack, TensorDelta
+from nestpatch.patcher.transaction import open_model
+from nestpatch.rows import DTYPES, Rows
+
+SHOWN_ROWS = 5
+"""Row numbers that a result names."""
+MAX_DEPTH = 8
+"""Levels of a manifest that are compared field by field; what lies deeper is compared as a whole."""
+_VALUES: dict[str, np.dtype[Any]] = {
+    **DTYPES,
+    "F64": np.dtype("<f8"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+"""Dtypes with norms, and that compare with each other by value. Others are bytes."""
+# The number of a layer stands between separators: model.layers.7.mlp, blk.7.ffn_up, h/7/fc.
+_LAYER = re.compile(r"(?:^|[./])(\d{1,6})(?=[./]|$)", re.ASCII)
+
+FloatSums = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A tensor that the two do not have alike."""
+
+    name: str
+    what: str
+    """"only in A", "only in B", "shape", "dtype" (values compared) or "dtype, not compared"."""
+    a: str
+    """The shape or dtype in A; empty where A has no such tensor."""
+    b: str
+
+
+@dataclass(frozen=True)
+class TensorDiff:
+    """A tensor with other values. Norms are Euclidean, over the changed rows; None where there is no finite number."""
+
+    name: str
+    dtype: str
+    """In A."""
+    shape: tuple[int, ...]
+    rows: int
+    """All rows of the tensor; one of a single dimension is one row, experts are flattened."""
+    changed: int
+    first_rows: tuple[int, ...]
+    relative: float | None
+    """||B - A|| / ||A||."""
+    largest: float | None
+    """||B - A|| of the row that changed most, and its number."""
+    largest_row: int
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """The tensors of one layer together."""
+
+    stack: str
+    """What comes before the number in the names: "model.layers"."""
+    layer: int
+    changed: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class CheckpointDiff:
+    """What differs between the weights of two models."""
+
+    a: Path
+    b: Path
+    compared: int
+    """Tensors whose values were compared."""
+    mismatches: tuple[Mismatch, ...]
+    changed: tuple[TensorDiff, ...]
+    layers: tuple[LayerChange, ...]
+    """All layers of all stacks, changed or not, in order."""
+    seconds: float
+
+    @property
+    def identical(self) -> bool:
+        return not self.mismatches and not self.changed
+
+    @property
+    def rows(self) -> int:
+        """Changed rows of all tensors."""
+        return sum(tensor.changed for tensor in self.changed)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"kind": "checkpoints", "identical": self.identical, "rows": self.rows, **asdict(self)}
+
+
+def is_pack(path: str | Path) -> bool:
+    """Whether a path is, or claims to be, a pack: by its name, or by its header. Reads no more than that."""
+    if Path(path).suffix == ".nest":
+        return True
+    # os.path answers no where Path.is_file raises.
+    if not os.path.isfile(path):  # noqa: PTH113
+        return False
+    try:
+        return set(read_header(Path(path))[1]) == {"nest"}
+    except CheckpointFormatError:
+        return False
+
+
+def diff(a: str | Path, b: str | Path, *, on_event: OnEvent = ignore) -> CheckpointDiff | PackDiff:
+    """Compares two models or two packs.
+
+    Raises DataError for a pack and a model, PackError, CheckpointError, BusyError or JournalError.
+    """
+    packs = [is_pack(path) for path in (a, b)]
+    if packs[0] != packs[1]:
+        pack, model = (a, b) if packs[0] else (b, a)
+        raise DataError(
+            f"{pack} is a pack and {model} is a model: they cannot be compared",
+            advice="Give two models or two packs. What a pack has to do with a model: nestpatch verify MODEL PATCH",
+        )
+    if packs[0]:
+        return compare_packs(nest.read(a), nest.read(b))
+    return compare(open_model(a)[0], open_model(b)[0], on_event=on_event)
+
+
+def compare(a: Checkpoint, b: Checkpoint, *, on_event: OnEvent = ignore) -> CheckpointDiff:
+    """Compares the weights of two open models, however they are cut into files. Raises CheckpointFormatError."""
+    began = time.perf_counter()
+    ours, theirs = set(a.tensors()), set(b.tensors())
+    mismatches = [Mismatch(name, "only in A", _told(a.info(name)), "") for name in ours - theirs]
+    mismatches += [Mismatch(name, "only in B", "", _told(b.info(name))) for name in theirs - ours]
+    changed: list[TensorDiff] = []
+    rows: dict[str, tuple[int, int]] = {}
+    common = sorted(ours & theirs)
+    for number, name in enumerate(common, start=1):
+        mismatch = _mismatch(a.info(name), b.info(name))
+        if mismatch is not None:
+            mismatches.append(mismatch)
+        if mismatch is None or mismatch.what == "dtype":
+            found = _compare_tensor(a, b, name)
+            changed += [found] if found is not None else []
+            rows[name] = found.changed if found is not None else 0, a.info(name).rows
+        on_event(Event("compare", number, len(common), name))
+    mismatches.sort(key=lambda mismatch: mismatch.name)
+    seconds = time.perf_counter() - began
+    return CheckpointDiff(a.path, b.path, len(rows), tuple(mismatches), tuple(changed), _layers(rows), seconds)
+
+
+def changed_rows(a: Checkpoint, b: Checkpoint, name: str) -> IntArray:
+    """The numbers of the rows that differ, int64, sorted. The tensor must have the same shape in both."""
+    found = [rows for rows, _, _ in _differences(a, b, name)]
+    return np.concatenate([np.empty(0, np.int64), *found])
+
+
+def _told(info: TensorInfo) -> str:
+    return f"{info.dtype} {list(info.shape)}"
+
+
+def _mismatch(ours: TensorInfo, theirs: TensorInfo) -> Mismatch | None:
+    if ours.shape != theirs.shape:
+        return Mismatch(ours.name, "shape", str(list(ours.shape)), str(list(theirs.shape)))
+    if ours.dtype != theirs.dtype:
+        comparable = ours.dtype in _VALUES and theirs.dtype in _VALUES
+        return Mismatch(ours.name, "dtype" if comparable else "dtype, not compared", ours.dtype, theirs.dtype)
+    return None
+
+
+def _layers(rows: Mapping[str, tuple[int, int]]) -> tuple[LayerChange, ...]:
+    """Sums (changed, rows) of tensors by the first number in their names."""
+    sums: dict[tuple[str, int], tuple[int, int]] = {}
+    for name, (changed, total) in rows.items():
+        if found := _LAYER.search(name):
+            key = name[: found.start()], int(found[1])
+            before = sums.get(key, (0, 0))
+            sums[key] = before[0] + changed, before[1] + total
+    return tuple(LayerChange(*key, *sums[key]) for key in sorted(sums))
+
+
+def _compare_tensor(a: Checkpoint, b: Checkpoint, name: str) -> TensorDiff | None:
+    info = a.info(name)
+    count, first = 0, list[int]()
+    change = base = 0.0
+    largest, largest_row = -1.0, 0
+    for rows, changes, bases in _differences(a, b, name):
+        count += len(rows)
+        first += rows[: SHOWN_ROWS - len(first)].tolist()
+        change, base = change + float(changes.sum()), base + float(bases.sum())
+        # A row that became NaN changed most of all.
+        sizes = np.where(np.isnan(changes), np.inf, changes)
+        if sizes.max() > largest:
+            largest, largest_row = float(sizes.max()), int(rows[sizes.argmax()])
+    if not count:
+        return None
+    relative = _finite(math.sqrt(change / base)) if base > 0 else None
+    total = _shape(info)[0]
+    return TensorDiff(
+        name, info.dtype, info.shape, total, count, tuple(first), relative, _finite(math.sqrt(largest)), largest_row
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _shape(info: TensorInfo) -> tuple[int, int]:
+    """(rows, elements per row), in bytes where the dtype is none of _VALUES; one row where rows end inside a byte."""
+    if not info.nbytes:
+        return 0, 0
+    size = _unit(info).itemsize
+    rows = info.rows if info.nbytes % (info.rows * size) == 0 else 1
+    return rows, info.nbytes // (rows * size)
+
+
+def _unit(info: TensorInfo) -> np.dtype[Any]:
+    return _VALUES.get(info.dtype, np.dtype(np.uint8))
+
+
+_Difference = tuple[IntArray, FloatSums, FloatSums]
+"""Numbers of changed rows, and for each the sums of squares of B - A and of A; NaN where there are no values."""
+
+
+def _differences(a: Checkpoint, b: Checkpoint, name: str) -> Iterator[_Difference]:
+    infos = a.info(name), b.info(name)
+    rows, width = _shape(infos[0])
+    sides = _Side(a, infos[0]), _Side(b, infos[1])
+    # Norms take several arrays of eight bytes per element: an eighth of the usual block keeps all of them as small as one.
+    parts = list(row_blocks(1, 8 * width * max(side.unit.itemsize for side in sides)))
+    del parts
+    yield from _by_rows(sides, rows, width)
