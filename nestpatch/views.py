@@ -47,6 +47,9 @@ HEADLINES = {
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+if not out.is_terminal:
+    # Into a file or a pipe: nothing to fit into.
+    out.width = 160
 
 
 def escape(text: str) -> str:

@@ -31,7 +31,8 @@ def test_the_order_of_versions_is_that_of_semver():
     order = ["1.0.0-alpha", "1.0.0-alpha.1", "1.0.0-alpha.beta", "1.0.0-beta", "1.0.0-beta.2", "1.0.0-beta.11", "1.0.0-rc.1"]
     order += ["1.0.0", "1.0.1", "1.2.0", "1.10.0", "2.0.0"]
     versions = [Version.parse(text) for text in order]
-    assert sorted(versions[::-1]) == versions
+    falling = versions[::-1]
+    assert sorted(falling) == versions
     assert all(a < b for a, b in itertools.pairwise(versions))
     assert Version.parse("1.0.0+build.5") == Version.parse("1.0.0")
 

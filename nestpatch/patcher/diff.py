@@ -22,7 +22,7 @@ import numpy.typing as npt
 from nestpatch.errors import CheckpointFormatError, DataError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats import nest
-from nestpatch.formats.interface import Checkpoint, IntArray, TensorInfo, row_blocks
+from nestpatch.formats.interface import CHUNK, Checkpoint, IntArray, TensorInfo, row_blocks
 from nestpatch.formats.safetensors import read_header
 from nestpatch.pack import Pack, TensorDelta
 from nestpatch.patcher.transaction import open_model
@@ -105,14 +105,9 @@ class CheckpointDiff:
     def identical(self) -> bool:
         return not self.mismatches and not self.changed
 
-    @property
-    def rows(self) -> int:
-        """Changed rows of all tensors."""
-        return sum(tensor.changed for tensor in self.changed)
-
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"kind": "checkpoints", "identical": self.identical, "rows": self.rows, **asdict(self)}
+        return {"kind": "checkpoints", "identical": self.identical, **asdict(self)}
 
 
 def is_pack(path: str | Path) -> bool:
@@ -149,8 +144,8 @@ def compare(a: Checkpoint, b: Checkpoint, *, on_event: OnEvent = ignore) -> Chec
     """Compares the weights of two open models, however they are cut into files. Raises CheckpointFormatError."""
     began = time.perf_counter()
     ours, theirs = set(a.tensors()), set(b.tensors())
-    mismatches = [Mismatch(name, "only in A", _told(a.info(name)), "") for name in ours - theirs]
-    mismatches += [Mismatch(name, "only in B", "", _told(b.info(name))) for name in theirs - ours]
+    mismatches = [Mismatch(name, "only in A", str(list(a.info(name).shape)), "") for name in ours - theirs]
+    mismatches += [Mismatch(name, "only in B", "", str(list(b.info(name).shape))) for name in theirs - ours]
     changed: list[TensorDiff] = []
     rows: dict[str, tuple[int, int]] = {}
     common = sorted(ours & theirs)
@@ -161,7 +156,7 @@ def compare(a: Checkpoint, b: Checkpoint, *, on_event: OnEvent = ignore) -> Chec
         if mismatch is None or mismatch.what == "dtype":
             found = _compare_tensor(a, b, name)
             changed += [found] if found is not None else []
-            rows[name] = found.changed if found is not None else 0, a.info(name).rows
+            rows[name] = found.changed if found is not None else 0, _shape(a.info(name))[0]
         on_event(Event("compare", number, len(common), name))
     mismatches.sort(key=lambda mismatch: mismatch.name)
     seconds = time.perf_counter() - began
@@ -172,10 +167,6 @@ def changed_rows(a: Checkpoint, b: Checkpoint, name: str) -> IntArray:
     """The numbers of the rows that differ, int64, sorted. The tensor must have the same shape in both."""
     found = [rows for rows, _, _ in _differences(a, b, name)]
     return np.concatenate([np.empty(0, np.int64), *found])
-
-
-def _told(info: TensorInfo) -> str:
-    return f"{info.dtype} {list(info.shape)}"
 
 
 def _mismatch(ours: TensorInfo, theirs: TensorInfo) -> Mismatch | None:
@@ -214,10 +205,8 @@ def _compare_tensor(a: Checkpoint, b: Checkpoint, name: str) -> TensorDiff | Non
     if not count:
         return None
     relative = _finite(math.sqrt(change / base)) if base > 0 else None
-    total = _shape(info)[0]
-    return TensorDiff(
-        name, info.dtype, info.shape, total, count, tuple(first), relative, _finite(math.sqrt(largest)), largest_row
-    )
+    norms = relative, _finite(math.sqrt(largest)), largest_row
+    return TensorDiff(name, info.dtype, info.shape, _shape(info)[0], count, tuple(first), *norms)
 
 
 def _finite(value: float) -> float | None:
@@ -241,11 +230,187 @@ _Difference = tuple[IntArray, FloatSums, FloatSums]
 """Numbers of changed rows, and for each the sums of squares of B - A and of A; NaN where there are no values."""
 
 
+class _Side:
+    """One tensor of one model, read from its first element to its last."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self.info = checkpoint.info(name)
+        self.unit = _unit(self.info)
+        self._blocks = checkpoint.read_all(name)
+        self._rest = memoryview(b"")
+
+    def take(self, count: int) -> bytes:
+        """The bytes of the next `count` elements. Formats cut their blocks as they like."""
+        parts, lacking = [], count * self.unit.itemsize
+        while lacking:
+            if not self._rest:
+                self._rest = memoryview(next(self._blocks, b""))
+            if not self._rest:
+                raise CheckpointFormatError(f"{self.info.file} ends inside tensor {self.info.name}")
+            parts.append(self._rest[:lacking])
+            self._rest = self._rest[len(parts[-1]) :]
+            lacking -= len(parts[-1])
+        return b"".join(parts)
+
+
 def _differences(a: Checkpoint, b: Checkpoint, name: str) -> Iterator[_Difference]:
-    infos = a.info(name), b.info(name)
-    rows, width = _shape(infos[0])
-    sides = _Side(a, infos[0]), _Side(b, infos[1])
-    # Norms take several arrays of eight bytes per element: an eighth of the usual block keeps all of them as small as one.
-    parts = list(row_blocks(1, 8 * width * max(side.unit.itemsize for side in sides)))
-    del parts
-    yield from _by_rows(sides, rows, width)
+    ours, theirs = _Side(a, name), _Side(b, name)
+    rows, width = _shape(ours.info)
+    # Norms take several arrays of eight bytes per element; so much smaller blocks keep each of them below CHUNK.
+    size = 8 * max(ours.unit.itemsize, theirs.unit.itemsize)
+    if width * size > CHUNK:
+        yield from _wide_differences(ours, theirs, rows, width)
+        return
+    for part in row_blocks(rows, width * size):
+        data = [side.take((part.stop - part.start) * width) for side in (ours, theirs)]
+        if ours.unit == theirs.unit and data[0] == data[1]:
+            continue
+        x, y = np.frombuffer(data[0], ours.unit).reshape(-1, width), np.frombuffer(data[1], theirs.unit).reshape(-1, width)
+        where = np.flatnonzero(_unlike(x, y).any(axis=1))
+        if len(where):
+            yield part.start + where, *_squares(x[where], y[where])
+
+
+def _wide_differences(ours: _Side, theirs: _Side, rows: int, width: int) -> Iterator[_Difference]:
+    """For rows that are longer than a block, such as a tensor of one huge dimension."""
+    for row in range(rows):
+        differs, change, base = False, np.zeros(1), np.zeros(1)
+        for part in row_blocks(width, 8 * max(ours.unit.itemsize, theirs.unit.itemsize)):
+            x, y = (np.frombuffer(side.take(part.stop - part.start), side.unit)[None] for side in (ours, theirs))
+            differs |= bool(_unlike(x, y).any())
+            changes, bases = _squares(x, y)
+            change, base = change + changes, base + bases
+        if differs:
+            yield np.array([row]), change, base
+
+
+def _unlike(ours: Rows, theirs: Rows) -> npt.NDArray[np.bool_]:
+    """Where elements differ: in their bits, or across dtypes in their values."""
+    if ours.dtype == theirs.dtype:
+        bits = f"u{ours.dtype.itemsize}"
+        return np.asarray(ours.view(bits) != theirs.view(bits))
+    wide = ours.astype(np.float64), theirs.astype(np.float64)
+    return np.asarray((wide[0] != wide[1]) & ~(np.isnan(wide[0]) & np.isnan(wide[1])))
+
+
+def _squares(ours: Rows, theirs: Rows) -> tuple[FloatSums, FloatSums]:
+    """Sums of squares of B - A and of A, per row."""
+    if ours.dtype == np.uint8:  # bytes of who knows what
+        return np.full(len(ours), np.nan), np.full(len(ours), np.nan)
+    with np.errstate(over="ignore", invalid="ignore"):
+        base = ours.astype(np.float64)
+        change = theirs.astype(np.float64) - base
+        return np.einsum("ij,ij->i", change, change), np.einsum("ij,ij->i", base, base)
+
+
+@dataclass(frozen=True)
+class PackTensorDiff:
+    """How one tensor's change differs between two packs."""
+
+    name: str
+    kept: int
+    """Rows that both change."""
+    added: int
+    removed: int
+    changed: int
+    """Kept rows with another delta."""
+    relative: float | None
+    """||B - A|| / ||A|| of the deltas of the kept rows; None where they cannot be compared."""
+    clusters: tuple[int, int]
+    first_added: tuple[int, ...]
+    first_removed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FieldDiff:
+    """A fact of the manifest that differs. Lists are given as JSON text; None where a pack lacks the fact."""
+
+    field: str
+    """Dotted: "method.recipe.threshold"."""
+    a: str | float | bool | None
+    b: str | float | bool | None
+
+
+@dataclass(frozen=True)
+class PackDiff:
+    """What an update changes."""
+
+    a: str
+    """Name and version."""
+    b: str
+    ids: tuple[str, str]
+    same_base: bool | None
+    """Whether the tensors that both change have the same digests in both bases; None where there is no such tensor."""
+    foreign: tuple[str, ...]
+    """The tensors whose digests, shapes or dtypes differ."""
+    tensors: tuple[PackTensorDiff, ...]
+    fields: tuple[FieldDiff, ...]
+
+    @property
+    def identical(self) -> bool:
+        return self.ids[0] == self.ids[1]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"kind": "packs", "identical": self.identical, **asdict(self)}
+
+
+def compare_packs(a: Pack, b: Pack) -> PackDiff:
+    """The audit of an update from pack A to pack B."""
+    ours, theirs = ({delta.name: delta for delta in pack} for pack in (a, b))
+    common = sorted(ours.keys() & theirs.keys())
+    # The digest of the touched rows depends on which rows those are; the other three are facts of the base.
+    facts = [{name: (i.shape, i.dtype, i.sha256) for name, i in pack.manifest.base.tensors.items()} for pack in (a, b)]
+    foreign = tuple(name for name in common if facts[0][name] != facts[1][name])
+    tensors = tuple(_compare_deltas(name, ours.get(name), theirs.get(name)) for name in sorted(ours.keys() | theirs.keys()))
+    ids = nest.pack_id(a), nest.pack_id(b)
+    same_base = not foreign if common else None
+    return PackDiff(a.label, b.label, ids, same_base, foreign, tensors, _compare_manifests(a, b))
+
+
+def _compare_deltas(name: str, ours: TensorDelta | None, theirs: TensorDelta | None) -> PackTensorDiff:
+    none = np.empty(0, np.int64)
+    before, after = (none if delta is None else delta.rows.astype(np.int64) for delta in (ours, theirs))
+    kept, *where = np.intersect1d(before, after, assume_unique=True, return_indices=True)
+    added, removed = np.setdiff1d(after, before), np.setdiff1d(before, after)
+    changed, relative = 0, None
+    if ours is not None and theirs is not None and len(kept):
+        changed, relative = _compare_kept(ours, theirs, where)
+    clusters = 0 if ours is None else ours.clusters, 0 if theirs is None else theirs.clusters
+    first = [tuple(found[:SHOWN_ROWS].tolist()) for found in (added, removed)]
+    return PackTensorDiff(name, len(kept), len(added), len(removed), changed, relative, clusters, *first)
+
+
+def _compare_kept(ours: TensorDelta, theirs: TensorDelta, where: list[IntArray]) -> tuple[int, float | None]:
+    """(rows with another delta, relative norm of the change). `where` holds the kept rows' places in each."""
+    if ours.delta.shape[1] != theirs.delta.shape[1]:
+        return len(where[0]), None
+    count, change, base = 0, 0.0, 0.0
+    for part in row_blocks(len(where[0]), 8 * ours.delta.shape[1]):
+        pair = [d.delta[d.cluster[w[part]]].astype(np.float32) for d, w in zip((ours, theirs), where, strict=True)]
+        count += int((pair[0] != pair[1]).any(axis=1).sum())
+        changes, bases = _squares(*pair)
+        change, base = change + float(changes.sum()), base + float(bases.sum())
+    return count, _finite(math.sqrt(change / base)) if base > 0 else None
+
+
+def _compare_manifests(a: Pack, b: Pack) -> tuple[FieldDiff, ...]:
+    """Everything but name, version and what the arrays and digests say."""
+    facts: list[dict[str, Any]] = []
+    for pack in (a, b):
+        manifest = nest.manifest_json(pack.manifest)
+        for told_elsewhere in ("name", "version", "result"):
+            del manifest[told_elsewhere]
+        del manifest["base"]["tensors"]
+        facts.append(dict(_flat(manifest)))
+    names = sorted(facts[0].keys() | facts[1].keys())
+    pairs = ((name, facts[0].get(name), facts[1].get(name)) for name in names)
+    return tuple(FieldDiff(*pair) for pair in pairs if pair[1] != pair[2])
+
+
+def _flat(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value and depth < MAX_DEPTH:
+        for key, entry in value.items():
+            yield from _flat(entry, f"{path}.{key}" if path else key, depth + 1)
+    else:
+        yield path, nest.canonical_json(value) if isinstance(value, (dict, list)) else value

@@ -30,7 +30,7 @@ def test_later_sources_win(tmp_path):
         ("steps=1.5", "steps must be int"),
         ("threshold=nan", "threshold must be between"),
         ("refusals=loud", "refusals must be one of"),
-        ("k_min=9", "more than k_max"),
+        ("k_min=99", "more than k_max"),
         ("k_max=257", "k_max must be between"),
     ],
 )

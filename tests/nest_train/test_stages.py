@@ -99,7 +99,7 @@ def chosen(neurons):
 def test_clusters_are_the_planted_groups_whatever_their_scale():
     groups = [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 3, 3]
     acts = profiles(groups)
-    found = cluster(chosen(range(12)), acts, Recipe())
+    found = cluster(chosen(range(12)), acts, Recipe(k_min=2))
     assert found.k == 4
     assert found.labels.tolist() == groups
     assert found.silhouette > 0.9
@@ -107,7 +107,7 @@ def test_clusters_are_the_planted_groups_whatever_their_scale():
 
 def test_k_stays_within_its_bounds():
     acts = profiles([0, 1, 2, 3, 4, 5] * 4)
-    assert cluster(chosen(range(24)), acts, Recipe(k_max=3)).k <= 3
+    assert cluster(chosen(range(24)), acts, Recipe(k_min=2, k_max=3)).k <= 3
     assert cluster(chosen(range(24)), acts, Recipe(k_min=7, k_max=7)).k == 7
     assert cluster(chosen(range(24)), acts, Recipe(k_min=1, k_max=1)).k == 1
 

@@ -1,0 +1,1 @@
+"""Kills nestpatch, and makes its disk fail, at every single system call."""

@@ -1,0 +1,161 @@
+"""Starts nestpatch commands that stop, tear a write, or meet an error at a call of choice, and kills them from outside."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+MOST_CALLS = 2000
+"""No command here makes so many: a sweep that gets there runs in circles."""
+
+
+def compiler() -> str | None:
+    """A C compiler, if this machine has one."""
+    return shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+
+
+def build_shim(folder: Path) -> Path:
+    """Compiles the shim."""
+    shim = folder / "shim.so"
+    command = [compiler(), "-shared", "-fPIC", "-O1", "-o", str(shim), str(HERE / "shim.c"), "-ldl"]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return shim
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to a command, and at which of its calls under the watched folder, counted from 1. 0: never."""
+
+    stop_at: int = 0
+    tear: bool = False
+    """Stop in the middle of the stop_at-th write instead of before the stop_at-th call."""
+    fail_at: int = 0
+    error: int = 0
+    dead: bool = False
+    """All calls from fail_at on fail."""
+    powerless: bool = False
+    """Root's right to write read-only files is taken away."""
+
+
+@dataclass(frozen=True)
+class End:
+    """How far a command got."""
+
+    how: str
+    """"stopped", "killed" or "ended"."""
+    code: int = 0
+    crash: str = ""
+    """The traceback of anything that the command line did not turn into a message."""
+    out: str = ""
+    err: str = ""
+
+    @property
+    def stopped(self) -> bool:
+        return self.how == "stopped"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One line of a log."""
+
+    kind: str
+    path: str
+    """Relative to the watched folder."""
+    size: int
+
+
+class Victim:
+    """A started command."""
+
+    def __init__(self, killer: Killer, child: int) -> None:
+        self.killer, self.child = killer, child
+
+    def wait(self) -> End:
+        """Until it stops or ends."""
+        return End(**self.killer.ask("wait", child=self.child))
+
+    def kill(self) -> None:
+        """SIGKILL, from outside."""
+        self.killer.ask("send", child=self.child, signal=int(signal.SIGKILL))
+        assert self.wait().how == "killed"
+
+    def go_on(self) -> None:
+        """Continues one that stopped."""
+        self.killer.ask("send", child=self.child, signal=int(signal.SIGCONT))
+
+
+class Killer:
+    """The process that forks the victims."""
+
+    def __init__(self, shim: Path) -> None:
+        paths = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.victim"],
+            env={**os.environ, **one_thread, "LD_PRELOAD": str(shim), "PYTHONPATH": paths},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, do: str, **request: Any) -> dict[str, Any]:
+        """One request, one answer."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"do": do, **request}) + "\n")
+        self.process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return answer
+
+    def start(self, args: Sequence[str], folder: Path, fault: Fault, *, log: Path | None = None) -> Victim:
+        """Starts a command; calls under `folder` are counted."""
+        target = {"args": list(args), "folder": str(folder), "log": str(log) if log else ""}
+        return Victim(self, self.ask("start", **target, **vars(fault))["child"])
+
+    def run(self, args: Sequence[str], folder: Path, fault: Fault | None = None) -> End:
+        """Runs a command until it stops or ends."""
+        return self.start(args, folder, fault or Fault()).wait()
+
+    def calls(self, args: Sequence[str], folder: Path, log: Path) -> list[Call]:
+        """The calls that a command makes when nothing goes wrong."""
+        end = self.start(args, folder, Fault(), log=log).wait()
+        assert end.code == 0, end
+        lines = [line.split("\t") for line in log.read_text(encoding="utf-8").splitlines()]
+        log.unlink()
+        return [Call(kind, path.removeprefix("/"), int(size)) for kind, path, size in lines]
+
+    def kill_at_each(
+        self, args: Callable[[Path], Sequence[str]], fresh: Callable[[], Path], *, tear: bool = False, after: Fault | None = None
+    ) -> Iterator[tuple[int, Path]]:
+        """Kills a command at its first call, at its second, and so on, each time on a fresh folder: (number, folder) of each.
+
+        `after`: the command also meets this fault, and is killed at the calls from there on.
+        """
+        also = after or Fault()
+        for number in itertools.count(also.fail_at + 1):
+            assert number < MOST_CALLS, "the command makes more and more calls"
+            folder = fresh()
+            fault = Fault(number, tear, also.fail_at, also.error, also.dead, also.powerless)
+            victim = self.start(args(folder), folder, fault)
+            if not victim.wait().stopped:
+                return
+            victim.kill()
+            yield number, folder
+
+    def close(self) -> None:
+        """Ends the process; victims die with it."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
