@@ -2,7 +2,9 @@
 
 >>> import nestpatch
 >>> pack = nestpatch.load_pack("no-harm-1.0.0.nest")
->>> nestpatch.apply("base.safetensors", pack)
+>>> nestpatch.apply_in_place("path/to/model", pack)
+>>> nestpatch.verify("path/to/model").verdict
+>>> nestpatch.revert("path/to/model")
 """
 
 from __future__ import annotations
@@ -15,16 +17,21 @@ if TYPE_CHECKING:
     from nestpatch.nest_train.assess import assess as evaluate
     from nestpatch.nest_train.train import train
     from nestpatch.patcher.apply import apply
+    from nestpatch.patcher.inplace import apply_in_place, revert
+    from nestpatch.patcher.verify import verify
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "apply": ("nestpatch.patcher.apply", "apply"),
+    "apply_in_place": ("nestpatch.patcher.inplace", "apply_in_place"),
     "evaluate": ("nestpatch.nest_train.assess", "assess"),
     "load_pack": ("nestpatch.formats.nest", "read"),
+    "revert": ("nestpatch.patcher.inplace", "revert"),
     "train": ("nestpatch.nest_train.train", "train"),
+    "verify": ("nestpatch.patcher.verify", "verify"),
 }
-__all__ = ["__version__", "apply", "evaluate", "load_pack", "train"]
+__all__ = ["__version__", "apply", "apply_in_place", "evaluate", "load_pack", "revert", "train", "verify"]
 
 
 def __getattr__(name: str) -> Any:

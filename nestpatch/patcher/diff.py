@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ SHOWN_ROWS = 5
 """Row numbers that a result names."""
 MAX_DEPTH = 8
 """Levels of a manifest that are compared field by field; what lies deeper is compared as a whole."""
+_TOLD_ELSEWHERE = ("name", "version", "base.tensors.", "result.tensors.")
 _VALUES: dict[str, np.dtype[Any]] = {
     **DTYPES,
     "F64": np.dtype("<f8"),
@@ -42,7 +42,9 @@ _VALUES: dict[str, np.dtype[Any]] = {
 # The number of a layer stands between separators: model.layers.7.mlp, blk.7.ffn_up, h/7/fc.
 _LAYER = re.compile(r"(?:^|[./])(\d{1,6})(?=[./]|$)", re.ASCII)
 
-FloatSums = npt.NDArray[np.float64]
+_Sums = npt.NDArray[np.float64]
+_Difference = tuple[IntArray, _Sums, _Sums]
+"""Numbers of changed rows, and for each the sums of squares of B - A and of A; NaN where there are no values."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,6 @@ class CheckpointDiff:
     changed: tuple[TensorDiff, ...]
     layers: tuple[LayerChange, ...]
     """All layers of all stacks, changed or not, in order."""
-    seconds: float
 
     @property
     def identical(self) -> bool:
@@ -128,21 +129,18 @@ def diff(a: str | Path, b: str | Path, *, on_event: OnEvent = ignore) -> Checkpo
 
     Raises DataError for a pack and a model, PackError, CheckpointError, BusyError or JournalError.
     """
-    packs = [is_pack(path) for path in (a, b)]
-    if packs[0] != packs[1]:
-        pack, model = (a, b) if packs[0] else (b, a)
+    if is_pack(a) and is_pack(b):
+        return compare_packs(nest.read(a), nest.read(b))
+    if is_pack(a) or is_pack(b):
         raise DataError(
-            f"{pack} is a pack and {model} is a model: they cannot be compared",
+            f"one of {a} and {b} is a pack, the other a model: they cannot be compared",
             advice="Give two models or two packs. What a pack has to do with a model: nestpatch verify MODEL PATCH",
         )
-    if packs[0]:
-        return compare_packs(nest.read(a), nest.read(b))
     return compare(open_model(a)[0], open_model(b)[0], on_event=on_event)
 
 
 def compare(a: Checkpoint, b: Checkpoint, *, on_event: OnEvent = ignore) -> CheckpointDiff:
     """Compares the weights of two open models, however they are cut into files. Raises CheckpointFormatError."""
-    began = time.perf_counter()
     ours, theirs = set(a.tensors()), set(b.tensors())
     mismatches = [Mismatch(name, "only in A", str(list(a.info(name).shape)), "") for name in ours - theirs]
     mismatches += [Mismatch(name, "only in B", "", str(list(b.info(name).shape))) for name in theirs - ours]
@@ -151,16 +149,14 @@ def compare(a: Checkpoint, b: Checkpoint, *, on_event: OnEvent = ignore) -> Chec
     common = sorted(ours & theirs)
     for number, name in enumerate(common, start=1):
         mismatch = _mismatch(a.info(name), b.info(name))
-        if mismatch is not None:
-            mismatches.append(mismatch)
+        mismatches += [mismatch] if mismatch is not None else []
         if mismatch is None or mismatch.what == "dtype":
             found = _compare_tensor(a, b, name)
             changed += [found] if found is not None else []
             rows[name] = found.changed if found is not None else 0, _shape(a.info(name))[0]
         on_event(Event("compare", number, len(common), name))
     mismatches.sort(key=lambda mismatch: mismatch.name)
-    seconds = time.perf_counter() - began
-    return CheckpointDiff(a.path, b.path, len(rows), tuple(mismatches), tuple(changed), _layers(rows), seconds)
+    return CheckpointDiff(a.path, b.path, len(rows), tuple(mismatches), tuple(changed), _layers(rows))
 
 
 def changed_rows(a: Checkpoint, b: Checkpoint, name: str) -> IntArray:
@@ -209,10 +205,6 @@ def _compare_tensor(a: Checkpoint, b: Checkpoint, name: str) -> TensorDiff | Non
     return TensorDiff(name, info.dtype, info.shape, _shape(info)[0], count, tuple(first), *norms)
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _shape(info: TensorInfo) -> tuple[int, int]:
     """(rows, elements per row), in bytes where the dtype is none of _VALUES; one row where rows end inside a byte."""
     if not info.nbytes:
@@ -222,12 +214,12 @@ def _shape(info: TensorInfo) -> tuple[int, int]:
     return rows, info.nbytes // (rows * size)
 
 
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 def _unit(info: TensorInfo) -> np.dtype[Any]:
     return _VALUES.get(info.dtype, np.dtype(np.uint8))
-
-
-_Difference = tuple[IntArray, FloatSums, FloatSums]
-"""Numbers of changed rows, and for each the sums of squares of B - A and of A; NaN where there are no values."""
 
 
 class _Side:
@@ -293,7 +285,7 @@ def _unlike(ours: Rows, theirs: Rows) -> npt.NDArray[np.bool_]:
     return np.asarray((wide[0] != wide[1]) & ~(np.isnan(wide[0]) & np.isnan(wide[1])))
 
 
-def _squares(ours: Rows, theirs: Rows) -> tuple[FloatSums, FloatSums]:
+def _squares(ours: Rows, theirs: Rows) -> tuple[_Sums, _Sums]:
     """Sums of squares of B - A and of A, per row."""
     if ours.dtype == np.uint8:  # bytes of who knows what
         return np.full(len(ours), np.nan), np.full(len(ours), np.nan)
@@ -358,13 +350,13 @@ class PackDiff:
 def compare_packs(a: Pack, b: Pack) -> PackDiff:
     """The audit of an update from pack A to pack B."""
     ours, theirs = ({delta.name: delta for delta in pack} for pack in (a, b))
-    common = sorted(ours.keys() & theirs.keys())
+    names, common = sorted(ours.keys() | theirs.keys()), sorted(ours.keys() & theirs.keys())
     # The digest of the touched rows depends on which rows those are; the other three are facts of the base.
     facts = [{name: (i.shape, i.dtype, i.sha256) for name, i in pack.manifest.base.tensors.items()} for pack in (a, b)]
     foreign = tuple(name for name in common if facts[0][name] != facts[1][name])
-    tensors = tuple(_compare_deltas(name, ours.get(name), theirs.get(name)) for name in sorted(ours.keys() | theirs.keys()))
-    ids = nest.pack_id(a), nest.pack_id(b)
+    tensors = tuple(_compare_deltas(name, ours.get(name), theirs.get(name)) for name in names)
     same_base = not foreign if common else None
+    ids = nest.pack_id(a), nest.pack_id(b)
     return PackDiff(a.label, b.label, ids, same_base, foreign, tensors, _compare_manifests(a, b))
 
 
@@ -395,17 +387,9 @@ def _compare_kept(ours: TensorDelta, theirs: TensorDelta, where: list[IntArray])
 
 
 def _compare_manifests(a: Pack, b: Pack) -> tuple[FieldDiff, ...]:
-    """Everything but name, version and what the arrays and digests say."""
-    facts: list[dict[str, Any]] = []
-    for pack in (a, b):
-        manifest = nest.manifest_json(pack.manifest)
-        for told_elsewhere in ("name", "version", "result"):
-            del manifest[told_elsewhere]
-        del manifest["base"]["tensors"]
-        facts.append(dict(_flat(manifest)))
-    names = sorted(facts[0].keys() | facts[1].keys())
-    pairs = ((name, facts[0].get(name), facts[1].get(name)) for name in names)
-    return tuple(FieldDiff(*pair) for pair in pairs if pair[1] != pair[2])
+    ours, theirs = (dict(_flat(nest.manifest_json(pack.manifest))) for pack in (a, b))
+    pairs = ((name, ours.get(name), theirs.get(name)) for name in sorted(ours.keys() | theirs.keys()))
+    return tuple(FieldDiff(*pair) for pair in pairs if pair[1] != pair[2] and not pair[0].startswith(_TOLD_ELSEWHERE))
 
 
 def _flat(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:

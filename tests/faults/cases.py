@@ -1,0 +1,175 @@
+"""Models in known states, the commands that lead from one to the other, and the proof that a model is in one of the two."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+from nestpatch.formats import nest
+from nestpatch.patcher.inplace import apply_in_place, revert
+from nestpatch.patcher.ledger import read_ledger
+from nestpatch.patcher.place import place_of
+from nestpatch.patcher.transaction import recover_model
+from nestpatch.patcher.verify import Verdict, verify
+from tests.helpers import tiny_checkpoint, tiny_pack
+
+LAYOUTS = {"bf16-sharded": ("BF16", True, ""), "f32-single": ("F32", False, ""), "f16-named": ("F16", False, "m.safetensors")}
+"""Name -> (dtype, sharded, name of the weight file when the model is that file instead of its directory)."""
+
+
+def digests(model: Path) -> dict[str, str]:
+    """Weight file -> SHA-256."""
+    folder = model if model.is_dir() else model.parent
+    return {file.name: sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.safetensors"))}
+
+
+@dataclass(frozen=True)
+class State:
+    """What a model may be found as."""
+
+    name: str
+    weights: dict[str, str]
+    applied: tuple[str, ...]
+    """Labels in the ledger, bottom first."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command on a model that is in the first of two states."""
+
+    name: str
+    template: Path
+    """The folder of the model; never changed."""
+    inside: str
+    """The model's path in it; "" for the folder itself."""
+    args: Callable[[Path], Sequence[str]]
+    """Model -> the command line."""
+    before: State
+    after: State
+    original: dict[str, str]
+    """The weights before anything was ever applied."""
+    pack: Path
+    """A pack for the model, by which `verify` knows a base that has no ledger."""
+
+    def model(self, folder: Path) -> Path:
+        return folder / self.inside if self.inside else folder
+
+    def command(self, folder: Path) -> Sequence[str]:
+        """The command line for the model in this folder."""
+        return self.args(self.model(folder))
+
+    def fresh(self, folder: Path) -> Path:
+        """A new copy of the template there, in place of what was there."""
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self.template, folder, symlinks=True)
+        return folder
+
+    def state_of(self, folder: Path) -> State | None:
+        """Which of the two states the weight files are in; None for neither."""
+        found = digests(self.model(folder))
+        return next((state for state in (self.before, self.after) if state.weights == found), None)
+
+    def settle(self, folder: Path) -> State:
+        """Recovers the model, proves that it is whole and in one of the two states, reverts it, and returns the state.
+
+        Raises AssertionError.
+        """
+        recover_model(self.model(folder))
+        state = self.prove(folder)
+        if state.applied:
+            revert(self.model(folder))
+        found = digests(self.model(folder))
+        assert found == self.original, f"{state.name}, but reverted to {found} instead of {self.original}"
+        return state
+
+    def prove(self, folder: Path) -> State:
+        """The state of a model that needs no recovery. Raises AssertionError when anything about it is not in order."""
+        model = self.model(folder)
+        state = self.state_of(folder)
+        assert state, f"neither state: found {digests(model)}, before {self.before.weights}, after {self.after.weights}"
+        place = place_of(model)
+        ledger = read_ledger(place.ledger)
+        assert tuple(entry.label for entry in ledger.applied) == state.applied, f"{state.name}, but the ledger differs"
+        assert not place.journal.exists(), f"{state.name}, but a journal is left"
+        needed = {place.undo(entry.undo).name for entry in ledger.applied}
+        assert {file.name for file in place.folder.glob("*.undo")} == needed, f"{state.name}, but with other undo records"
+        litter = [str(file) for file in folder.rglob("*.tmp")]
+        assert not litter, f"{state.name}, but {litter} is left"
+        found = verify(model, None if state.applied else self.pack, full=True)
+        expected = (Verdict.PATCHED if state.applied else Verdict.BASE, state.applied)
+        assert (found.verdict, found.packs) == expected, f"{state.name}, but verify says {found}"
+        return state
+
+
+@dataclass(frozen=True)
+class Packs:
+    """Pack files for one model: two versions of one pack, and another pack that shares rows with both."""
+
+    one: Path
+    two: Path
+    other: Path
+
+
+def write_packs(folder: Path, model: Path) -> Packs:
+    """Makes the packs of a model."""
+    kinds = {"one": ("no-harm", "1.0.0", 1), "two": ("no-harm", "2.0.0", 2), "other": ("no-spam", "1.0.0", 3)}
+    for file, (name, version, seed) in kinds.items():
+        nest.write(tiny_pack(model, name=name, version=version, seed=seed), folder / f"{file}.nest")
+    return Packs(*(folder / f"{file}.nest" for file in kinds))
+
+
+def make_case(folder: Path, operation: str, layout: str) -> Case:
+    """Builds the template of a case in an empty folder. The state after the command is found by running it undisturbed."""
+    dtype, sharded, inside = LAYOUTS[layout]
+    template = tiny_checkpoint(folder / "template", dtype=dtype, sharded=sharded)
+    packs = write_packs(folder, template)
+    if inside:
+        (template / "model.safetensors").rename(template / inside)
+    if operation == "detach":
+        _share(template, folder / "hub")
+    model = template / inside if inside else template
+    original = digests(model)
+    for pack in {"apply": [], "detach": [], "stacked": [packs.one, packs.other]}.get(operation, [packs.one]):
+        apply_in_place(model, pack, allow_overlap=True)
+    if operation == "downgrade":
+        apply_in_place(model, packs.two)
+    before = State("before", digests(model), _applied(model))
+    name = f"{operation} {layout}"
+    case = Case(name, template, inside, _command(operation, packs), before, before, original, packs.one)
+    return replace(case, after=_run_undisturbed(case, operation, packs, folder / "after"))
+
+
+def _share(template: Path, cache: Path) -> None:
+    """Makes one weight file a link into another folder, as in a Hub cache."""
+    cache.mkdir()
+    file = min(template.glob("*.safetensors"))
+    file.rename(cache / file.name)
+    file.symlink_to(cache / file.name)
+
+
+def _applied(model: Path) -> tuple[str, ...]:
+    return tuple(entry.label for entry in read_ledger(place_of(model).ledger).applied)
+
+
+def _command(operation: str, packs: Packs) -> Callable[[Path], Sequence[str]]:
+    pack = packs.one if operation in ("apply", "detach") else packs.two
+    options = {"revert": ["revert"], "downgrade": ["revert", "--to", "1.0.0"]}.get(operation, [])
+    if options:
+        return lambda model: [*options, str(model), "--json"]
+    flags = {"stacked": ["--allow-overlap"], "detach": ["--detach"]}.get(operation, [])
+    return lambda model: ["apply", str(model), str(pack), "--in-place", "--json", *flags]
+
+
+def _run_undisturbed(case: Case, operation: str, packs: Packs, folder: Path) -> State:
+    model = case.model(case.fresh(folder))
+    if operation in ("revert", "downgrade"):
+        revert(model, "base" if operation == "revert" else "1.0.0")
+    else:
+        pack = packs.one if operation in ("apply", "detach") else packs.two
+        apply_in_place(model, pack, allow_overlap=operation == "stacked", detach=operation == "detach")
+    state = State("after", digests(model), _applied(model))
+    shutil.rmtree(folder)
+    return state
