@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench fuzz clean
 
 # Set-up and the main job: train, apply and evaluate a patch on the lab model.
 demo: $(STAMP)
@@ -22,6 +22,9 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz_readers --seconds 60
 
 bench: $(STAMP)
 	$(BIN)/python bench/demo.py

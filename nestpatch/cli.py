@@ -293,6 +293,55 @@ def verify(model: Path, patch: Path | None, full: bool, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("a", type=PathType)
+@click.argument("b", type=PathType)
+@click.option("-o", "--output", type=PathType, help="Extract the pack that makes B of A, and write it here.")
+@click.option("--name", help="Of the extracted pack.  [default: the output's file name]")
+@click.option("--version", "pack_version", help="Of the extracted pack (semver).  [default: 1.0.0]")
+@click.option("--description", help="One sentence for people.")
+@click.option("--license", "license_", help="License of the extracted pack (SPDX).")
+@quiet_option
+@json_option
+def diff(
+    a: Path,
+    b: Path,
+    output: Path | None,
+    name: str | None,
+    pack_version: str | None,
+    description: str | None,
+    license_: str | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Compare two models, tensor by tensor and row by row, or two packs.
+
+    Exit code 0: identical, 1: different, as diff has it; a failure also ends with 1, and says so on stderr. With -o it is 0 once
+    the pack is written. Of models only the weights are compared.
+    """
+    facts = {"version": pack_version, "description": description, "license": license_}
+    given = {what: value for what, value in facts.items() if value is not None}
+    with _progress(quiet or as_json) as on_event:
+        if output is not None:
+            from nestpatch.patcher.extract import PackLabel, extract_to
+
+            label = PackLabel(name or output.name.removesuffix(".nest"), **given)
+            found: Any = extract_to(a, b, output, label, on_event=on_event)
+        elif name is not None or given:
+            raise click.UsageError("--name, --version, --description and --license go with -o")
+        else:
+            from nestpatch.patcher.diff import diff as run
+
+            found = run(a, b, on_event=on_event)
+    if as_json:
+        _print_json(found.as_json())
+    else:
+        from nestpatch import views
+
+        views.show_diff(found)
+    sys.exit(0 if output is not None or found.identical else 1)
+
+
+@main.command()
 @click.argument("patch", type=PathType)
 @json_option
 def show(patch: Path, as_json: bool) -> None:

@@ -8,7 +8,8 @@ NestpatchError
 ├── CheckpointError         the model on disk
 │   ├── CheckpointFormatError   broken or unsupported file
 │   ├── BaseMismatchError       a sound model, but not the one that the pack was made for
-│   └── UnsupportedModelError   an architecture without an MLP that we know
+│   ├── UnsupportedModelError   an architecture without an MLP that we know
+│   └── ExtractionError         two models whose difference is no pack
 ├── OutputError             the place that was to be written
 │   ├── InPlaceError            the model's own files cannot be changed where they are
 │   └── BusyError               another process is writing this model
@@ -83,6 +84,12 @@ class UnsupportedModelError(CheckpointError):
     """The model has no feed-forward layers of a kind that nestpatch knows."""
 
     advice = "Supported: gate_proj/up_proj, fused gate_up_proj, and fc1/fc_in/c_fc/dense_h_to_4h made of Linear layers."
+
+
+class ExtractionError(CheckpointError):
+    """Two sound models, but no pack makes the one of the other."""
+
+    advice = "A pack changes rows of F32, BF16 or F16 matrices and nothing else. Publish the tuned model as a whole."
 
 
 class OutputError(NestpatchError):

@@ -228,12 +228,13 @@ def test_overwriting_is_said_aloud(tmp_path: Path) -> None:
     assert tree_digest(tmp_path) == {"x.nest": pack_id}
 
 
-@pytest.mark.parametrize("parent", ["missing", "a-file"])
-def test_write_to_a_place_that_cannot_be(tmp_path: Path, parent: str) -> None:
+@pytest.mark.parametrize("place", ["missing/x.nest", "a-file/x.nest", "x" * 250, "x" * 300])
+def test_write_to_a_place_that_cannot_be(tmp_path: Path, place: str) -> None:
+    """A name of 250 characters fits, but the temporary name beside it does not."""
     (tmp_path / "a-file").write_bytes(b"precious")
     before = tree_digest(tmp_path)
     with pytest.raises(OutputError, match="cannot write"):
-        nest.write(fixed_pack(), tmp_path / parent / "x.nest")
+        nest.write(fixed_pack(), tmp_path / place)
     assert tree_digest(tmp_path) == before
 
 

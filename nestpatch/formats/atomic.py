@@ -53,11 +53,11 @@ def new_place(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        # A name that was too long to be made is too long to be removed.
-        with suppress(OSError):
+    # A name that was too long to be made is too long to be looked at.
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink()
 
 

@@ -128,7 +128,11 @@ def decode(data: bytes) -> Pack:
 def read(path: str | Path) -> Pack:
     """Reads a `.nest` file. Raises PackError with the path and the reason."""
     try:
-        data = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            # A model given in the patch's place would be gigabytes: look at the header's length first.
+            prefix = file.read(8)
+            whole = len(prefix) < 8 or struct.unpack("<Q", prefix)[0] <= MAX_HEADER
+            data = prefix + file.read() if whole else prefix + bytes(1)
     except OSError as error:
         raise PackError(f"cannot read the pack {path}: {error.strerror}", advice="Check the path.") from error
     try:

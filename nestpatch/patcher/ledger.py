@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,13 @@ class Ledger:
 
     def as_json(self) -> dict[str, Any]:
         """The file's content."""
-        return {
+        content = {
             "format": FORMAT,
             "transaction": self.transaction,
             "applied": [asdict(entry) for entry in self.applied],
             "history": [dict(event) for event in self.history],
         }
+        return {**content, "sha256": _digest(content)}
 
     def with_event(self, what: str, entry: Entry, when: str) -> Ledger:
         """Adds a line to the history."""
@@ -97,10 +99,17 @@ def read_ledger(path: Path) -> Ledger:
                 f"the ledger {path} has format {value['format']!r}; this nestpatch reads {FORMAT!r}",
                 advice="Upgrade nestpatch: pip install -U nestpatch",
             )
+        if value.pop("sha256") != _digest(value):
+            raise LedgerError(f"the ledger {path} was changed by something other than nestpatch")
         applied = tuple(_entry(entry) for entry in value["applied"])
         return Ledger(str(value["transaction"]), applied, tuple(value["history"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LedgerError(f"the ledger {path} is broken: {error!r}") from error
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """Finds accidents: a ledger decides what a revert writes."""
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _entry(value: dict[str, Any]) -> Entry:

@@ -120,8 +120,9 @@ class UndoReader:
             for _ in range(2):
                 (length,) = struct.unpack("<Q", file.read(8))
                 spans.append((file.tell(), length))
-                if file.seek(length, 1) > size:
+                if length > size - file.tell():
                     raise UndoError(f"the undo record {self.path} is truncated")
+                file.seek(length, 1)
             parts.append(UndoPart(*spans))
         if file.tell() != size:
             raise UndoError(f"the undo record {self.path} is longer than its model's tensors need")
@@ -155,5 +156,8 @@ class UndoReader:
         offset, length = self.parts[tensor].checksums
         with open(self.path, "rb") as file:
             file.seek(offset)
-            table = np.frombuffer(file.read(length), "<u8").reshape(2, -1)
-        return table[0], table[1]
+            table = file.read(length)
+        if len(table) % 16:
+            raise UndoError(f"the undo record {self.path} is damaged: its checksums are cut")
+        both = np.frombuffer(table, "<u8").reshape(2, -1)
+        return both[0], both[1]

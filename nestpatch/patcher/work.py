@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nestpatch.errors import ChainError, UndoError
+from nestpatch.errors import ChainError, LedgerError, UndoError
 from nestpatch.formats import nest
 from nestpatch.formats.interface import Checkpoint
 from nestpatch.pack import Pack
@@ -50,13 +50,15 @@ class Work:
 
 
 def load_packs(place: Place, entries: Sequence[Entry]) -> dict[str, Pack]:
-    """The kept copies of applied packs, by id. Raises UndoError when one is missing or altered."""
+    """The kept copies of applied packs, by id. Raises UndoError or LedgerError when one is missing or altered."""
     packs = {}
     for entry in entries:
         path = place.pack(entry.pack_id)
         pack = nest.read(path) if path.exists() else None
         if pack is None or nest.pack_id(pack) != entry.pack_id:
             raise UndoError(f"{path}, the kept copy of {entry.label}, is missing or altered")
+        if {delta.name: delta.neurons for delta in pack} != {name: record.rows for name, record in entry.tensors.items()}:
+            raise LedgerError(f"the ledger and the kept copy of {entry.label} disagree about what it changes")
         packs[entry.pack_id] = pack
     return packs
 

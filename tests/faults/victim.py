@@ -7,6 +7,7 @@ this process, which stands outside, kills it or lets it go on.
 from __future__ import annotations
 
 import ctypes
+import gc
 import io
 import json
 import os
@@ -94,6 +95,7 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
+    gc.freeze()  # children that never collect what they share with this process need not copy it
     for line in sys.stdin:
         request = json.loads(line)
         answer = {"start": start, "wait": wait, "send": send}[request["do"]](request)

@@ -1,0 +1,194 @@
+"""Time-boxed fuzzing of everything that reads bytes from elsewhere: `python -m tests.fuzz_readers [--seconds 60] [--seed N]`.
+
+Valid files are mutated (bits, cuts, copies, numbers and words of their JSON) and read again. A reader may accept a file or raise a
+NestpatchError; any other exception, and any pack that is accepted but would be written otherwise, ends the run with the input kept.
+`pytest` runs it for a moment; `make fuzz` for a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from nestpatch.errors import NestpatchError
+from nestpatch.formats import nest
+from nestpatch.formats.safetensors import INDEX, SafetensorsCheckpoint
+from nestpatch.patcher.inplace import apply_in_place
+from nestpatch.patcher.journal import read_transaction
+from nestpatch.patcher.ledger import read_ledger
+from nestpatch.patcher.place import place_of
+from nestpatch.patcher.transaction import recover_model
+from nestpatch.patcher.undo import UndoReader
+from nestpatch.patcher.verify import verify
+from tests.helpers import tiny_checkpoint, tiny_pack
+
+NUMBERS = [b"0", b"-1", b"1e999", b"18446744073709551615", b"9" * 400, b"true", b"null", b"[]", b'"x"', b"{}", b"NaN"]
+Reader = Callable[[Path, bytes], None]
+
+
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    """One to four small injuries."""
+    for _ in range(rng.randint(1, 4)):
+        data = rng.choice(INJURIES)(data, rng)
+    return data
+
+
+def _flip(data: bytes, rng: random.Random) -> bytes:
+    if not data:
+        return data
+    at = rng.randrange(len(data))
+    return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
+
+
+def _cut(data: bytes, rng: random.Random) -> bytes:
+    start = rng.randrange(len(data) + 1)
+    return data[:start] + data[start + rng.choice([1, 8, 100, len(data)]) :]
+
+
+def _copy(data: bytes, rng: random.Random) -> bytes:
+    start = rng.randrange(len(data) + 1)
+    piece = data[start : start + rng.choice([1, 8, 64])]
+    at = rng.randrange(len(data) + 1)
+    return data[:at] + piece + data[at:]
+
+
+def _number(data: bytes, rng: random.Random) -> bytes:
+    """Replaces a number of the JSON part by something else."""
+    found = list(re.finditer(rb"\d+", data[:4000]))
+    if not found:
+        return data
+    match = rng.choice(found)
+    return data[: match.start()] + rng.choice(NUMBERS) + data[match.end() :]
+
+
+def _swap_words(data: bytes, rng: random.Random) -> bytes:
+    found = list(re.finditer(rb'"[^"\\]*"', data[:4000]))
+    if len(found) < 2:
+        return data
+    one, other = rng.sample(found, 2)
+    return data[: one.start()] + other.group() + data[one.end() :]
+
+
+INJURIES = [_flip, _flip, _cut, _copy, _number, _number, _swap_words]
+
+
+def read_pack(folder: Path, data: bytes) -> None:
+    """A pack that is accepted must be the canonical one."""
+    pack = nest.decode(data)
+    assert nest.encode(pack) == data, "accepted, but not canonical"
+
+
+def read_checkpoint(folder: Path, data: bytes) -> None:
+    """Headers may lie about anything."""
+    path = folder / "x.safetensors"
+    path.write_bytes(data)
+    checkpoint = SafetensorsCheckpoint(path)
+    for name in checkpoint.tensors():
+        for _ in checkpoint.read_all(name):
+            pass
+
+
+def in_model(name: str) -> Reader:
+    """A reader of a model in which one file is replaced."""
+
+    def read(folder: Path, data: bytes) -> None:
+        path = folder / "model" / name
+        whole = path.read_bytes()
+        try:
+            path.write_bytes(data)
+            verify(folder / "model")
+        finally:
+            path.write_bytes(whole)
+
+    return read
+
+
+def read_undo(folder: Path, data: bytes) -> None:
+    """Residuals and checksums of an undo record."""
+    path = folder / "x.undo"
+    path.write_bytes(data)
+    reader = UndoReader(path, ["a", "b", "c", "d"])
+    for name in ("a", "b", "c", "d"):
+        for _ in reader.residuals(name, iter([100, 60, 20])):
+            pass
+        reader.checksums(name)
+
+
+def read_journal(folder: Path, data: bytes) -> None:
+    """A damaged journal is not whole, and changes nothing."""
+    model = folder / "model"
+    place = place_of(model)
+    weights = {file: file.read_bytes() for file in model.glob("*.safetensors")}
+    place.journal.write_bytes(data)
+    assert read_transaction(place.journal) is None, "a damaged journal passed its checksum"
+    assert recover_model(model).action == "nothing was changed"
+    assert weights == {file: file.read_bytes() for file in model.glob("*.safetensors")}
+
+
+def prepare(folder: Path) -> dict[str, tuple[bytes, Reader]]:
+    """A patched model and, per reader, a valid input."""
+    model = tiny_checkpoint(folder / "model", sharded=True)
+    pack = tiny_pack(model)
+    apply_in_place(model, pack)
+    place = place_of(model)
+    (undo,) = place.folder.glob("*.undo")
+    shard = next(model.glob("*.safetensors"))
+    journal = b"nestpatch-journal/1\n" + bytes(8) + b"{}" + bytes(32)
+    assert read_ledger(place.ledger).applied
+    return {
+        "pack": (nest.encode(pack), read_pack),
+        "checkpoint": (shard.read_bytes(), read_checkpoint),
+        "index": ((model / INDEX).read_bytes(), in_model(INDEX)),
+        "ledger": (place.ledger.read_bytes(), in_model(place.ledger.name)),
+        "undo": (undo.read_bytes(), read_undo),
+        "journal": (journal, read_journal),
+    }
+
+
+def fuzz(seconds: float, seed: int) -> dict[str, Counter[str]]:
+    """Reader -> outcome -> how often. Raises what a reader should not have raised; the input is then in fuzz-failure.bin."""
+    rng = random.Random(seed)
+    outcomes: dict[str, Counter[str]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        inputs = prepare(folder)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for reader, (valid, read) in inputs.items():
+                data = mutate(valid, rng)
+                if data == valid:
+                    continue
+                try:
+                    read(folder, data)
+                    outcome = "accepted"
+                except NestpatchError as error:
+                    outcome = type(error).__name__
+                    assert error.advice
+                except BaseException:
+                    Path("fuzz-failure.bin").write_bytes(data)
+                    print(f"{reader} failed with seed {seed}; the input is in fuzz-failure.bin", file=sys.stderr)
+                    raise
+                outcomes.setdefault(reader, Counter())[outcome] += 1
+    return outcomes
+
+
+def main() -> None:
+    """Fuzzes and prints what happened."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    options = parser.parse_args()
+    for reader, outcomes in fuzz(options.seconds, options.seed).items():
+        told = ", ".join(f"{name} {count}" for name, count in outcomes.most_common())
+        print(f"{reader}: {outcomes.total()} inputs: {told}")
+
+
+if __name__ == "__main__":
+    main()
