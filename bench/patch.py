@@ -9,11 +9,13 @@ This process imports nothing big: on Linux a child's peak RSS is at least that o
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import statistics
 import struct
@@ -21,16 +23,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SHARE, CLUSTERS = 0.015, 6
 """Neurons of each layer that the pack changes, and deltas of each projection."""
 WEIGHT_STD, DELTA_STD = 0.02, 0.0006
 """Deltas have 3 % of the weights' RMS."""
 LORA_RANK = 8
+"""On the same projections, with random factors."""
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
 MODELS = {
     "full": (2048, 5632, 22, 32, 4, 32000),
@@ -91,48 +95,40 @@ def write_pack(model: Path, path: Path) -> None:
     import numpy as np
 
     from nestpatch.formats import nest
-    from nestpatch.formats.interface import open_checkpoint
+    from nestpatch.formats.opening import open_checkpoint
     from nestpatch.pack import BaseIdentity, Manifest, Pack, TensorDelta, TensorIdentity
     from nestpatch.rows import DTYPES, digest, merge, sketch
 
     checkpoint, random = open_checkpoint(model), np.random.default_rng(1)
     deltas, identities, results = [], {}, {}
     for name in (name for name in checkpoint.tensors() if "gate_proj" in name or "up_proj" in name):
-        info, whole = checkpoint.info(name), sha256()
-        for block in checkpoint.read_all(name):
-            whole.update(block)
+        info = checkpoint.info(name)
         neurons = round(SHARE * info.rows)
         rows = np.sort(random.choice(info.rows, neurons, replace=False)).astype(np.int32)
         old = checkpoint.read_rows(name, rows)
         change = (DELTA_STD * random.standard_normal((CLUSTERS, info.shape[1]))).astype(DTYPES["BF16"])
         delta = TensorDelta(name, change, rows, (np.arange(neurons) % CLUSTERS).astype(np.uint8), sketch(old))
         deltas.append(delta)
-        identities[name] = TensorIdentity(info.shape, "BF16", whole.hexdigest(), digest([old]))
+        identities[name] = TensorIdentity(info.shape, "BF16", digest_of(checkpoint.read_all(name)), digest([old]))
         results[name] = digest([merge(old, delta.dense())])
     base = BaseIdentity("bench/random", "", "LlamaForCausalLM", "BF16", identities)
     manifest = Manifest("bench", "1.0.0", "random", "Apache-2.0", "2026-01-01T00:00:00Z", base, results)
     nest.write(Pack(manifest, tuple(deltas)), path, overwrite=True)
 
 
-def write_adapter(model: Path, folder: Path) -> None:
-    """A LoRA on the same projections, with random factors."""
+def load(model: Path) -> Any:
+    """The model in PEFT's hands."""
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-    config = LoraConfig(r=LORA_RANK, target_modules=["gate_proj", "up_proj"], init_lora_weights=False)
-    get_peft_model(base, config).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
 
 
 def merge_adapter(model: Path, adapter: Path, output: Path) -> None:
     """The contender: what PEFT's documentation tells to do."""
-    import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-    PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(output)
+    PeftModel.from_pretrained(load(model), adapter).merge_and_unload().save_pretrained(output)
 
 
 def prepare(size: str) -> None:
@@ -142,7 +138,7 @@ def prepare(size: str) -> None:
     sizes = MODELS[size]
     folder = cache_folder() / "bench" / "-".join(map(str, sizes))
     model, card = folder / "base", folder / "base.sha256"
-    if not card.is_file() or card.read_text() != digest_file(model / "model.safetensors"):
+    if not card.is_file() or card.read_text() != digest_file(model / "model.safetensors"):  # the card is written last
         shutil.rmtree(folder, ignore_errors=True)
         model.mkdir(parents=True)
         write_model(model, sizes, sparse=size == "large")
@@ -150,18 +146,25 @@ def prepare(size: str) -> None:
     forget(model)
     write_pack(model, folder / "patch.nest")
     if size != "large" and importlib.util.find_spec("peft") and not (folder / "lora").is_dir():
-        write_adapter(model, folder / "lora")
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=LORA_RANK, target_modules=["gate_proj", "up_proj"], init_lora_weights=False)
+        get_peft_model(load(model), config).save_pretrained(folder / "lora")
     print(folder)
 
 
-def digest_file(path: Path) -> str:
-    """SHA-256 of a file, the empty digest of one that is missing."""
+def digest_of(blocks: Iterable[bytes]) -> str:
+    """SHA-256 of consecutive blocks."""
     state = sha256()
-    if path.is_file():
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                state.update(block)
+    for block in blocks:
+        state.update(block)
     return state.hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return digest_of(iter(lambda: file.read(1 << 20), b""))
 
 
 class Run(NamedTuple):
@@ -170,6 +173,7 @@ class Run(NamedTuple):
     seconds: float
     rss_mb: float
     written_mb: float
+    """What it gave to write calls. The bytes that Linux counts as dirtied are whole folios, many times the rows."""
 
 
 def measure(command: list[object]) -> tuple[Run, str]:
@@ -179,16 +183,18 @@ def measure(command: list[object]) -> tuple[Run, str]:
         began = time.perf_counter()
         process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=told, text=True)
         said = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         seconds = time.perf_counter() - began
+        io = Path(f"/proc/{process.pid}/io")  # still there until the process is waited for
+        written = int(io.read_text().split()[3]) / 1e6 if io.exists() else 0.0
+        _, status, usage = os.wait4(process.pid, 0)
         process.stdout.close()
         process.returncode = os.waitstatus_to_exitcode(status)
+        told.seek(0)
         if process.returncode:
-            told.seek(0)
             sys.exit(f"{command} failed:\n{told.read()[-3000:]}")
     rss = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    # Linux counts the bytes of dirtied pages as output blocks of 512.
-    return Run(seconds, rss / 1e6, usage.ru_oublock * 512 / 1e6), (said.splitlines() or [""])[-1]
+    return Run(seconds, rss / 1e6, written), (said.splitlines() or [""])[-1]
 
 
 def contenders(folder: Path, *, large: bool) -> dict[str, list[object]]:
@@ -242,9 +248,9 @@ def measure_all(size: str, rounds: int) -> dict[str, Run]:
 
 def entry(answer: dict, results: dict[str, Run]) -> str:
     """The dated block for the log."""
-    cpu, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
-    if cpu.exists():
-        name = next((line.split(": ")[1] for line in cpu.read_text().splitlines() if line.startswith("model name")), name)
+    cpu = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.+)$", cpu.read_text(), re.MULTILINE) if cpu.exists() else None
+    name = found[1] if found else platform.machine()
     rows = [f"| {who} | {run.seconds:.3f} | {run.rss_mb:.0f} | {run.written_mb:.1f} |" for who, run in results.items()]
     ratios = ", ".join(f"{name} {value:.2f}" for name, value in answer["ratios"].items() if value is not None)
     return f"""## {datetime.now(timezone.utc):%Y-%m-%d}: patching {answer["parameters"] / 1e9:.2f} B parameters
@@ -271,9 +277,10 @@ def main() -> None:
     """Measures, prints the table and the JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="about 0.1 B parameters instead of 1.1 B")
-    parser.add_argument("--large", action="store_true", help="also a sparse model of 4 B parameters, in place only")
-    parser.add_argument("--log", action="store_true", help="add the result to bench/LOG.md")
+    flag = functools.partial(parser.add_argument, action="store_true")
+    flag("--quick", help="about 0.1 B parameters instead of 1.1 B")
+    flag("--large", help="also a sparse model of 4 B parameters, in place only")
+    flag("--log", help="add the result to bench/LOG.md")
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nestpatch.nest_train.statistics import Share
     from nestpatch.pack import Pack
     from nestpatch.patcher.apply import Applied
-    from nestpatch.patcher.diff import CheckpointDiff, FieldDiff, LayerChange, PackDiff
+    from nestpatch.patcher.diff import CheckpointDiff, LayerChange, PackDiff
     from nestpatch.patcher.extract import Extracted
     from nestpatch.patcher.inplace import Changed
     from nestpatch.patcher.ledger import Ledger
@@ -235,9 +235,8 @@ def _changed_tensors(found: CheckpointDiff, most: int = 40) -> Table:
     table.add_column("first rows")
     for tensor in found.changed[:most]:
         first = ", ".join(map(str, tensor.first_rows)) + (", .." if tensor.changed > len(tensor.first_rows) else "")
-        largest = f"{_number(tensor.largest)} in row {tensor.largest_row}"
-        counts = str(tensor.changed), str(tensor.rows)
-        table.add_row(escape(tensor.name), *counts, _number(tensor.relative), largest, first)
+        norms = _number(tensor.relative), f"{_number(tensor.largest)} in row {tensor.largest_row}"
+        table.add_row(escape(tensor.name), str(tensor.changed), str(tensor.rows), *norms, first)
     if len(found.changed) > most:
         table.add_row(f"and {len(found.changed) - most} more")
     return table
@@ -269,7 +268,10 @@ def _show_pack_diff(found: PackDiff) -> None:
         None: "no tensor in common",
     }
     grid.add_row("base", base[found.same_base])
-    for field in _told_fields(found):
+    for field in found.fields:
+        # Of the evaluation only the headline numbers; --json has all.
+        if field.field.startswith("evaluation.") and (".suites." in field.field or not field.field.endswith(".value")):
+            continue
         grid.add_row(escape(field.field), f"{escape(str(field.a)[:200])} [dim]to[/] {escape(str(field.b)[:200])}")
     out.print(grid)
     table = Table("tensor", box=None, pad_edge=False, header_style="dim")
@@ -280,15 +282,6 @@ def _show_pack_diff(found: PackDiff) -> None:
         clusters = f"{tensor.clusters[0]} to {tensor.clusters[1]}"
         table.add_row(escape(tensor.name), *map(str, counts), _number(tensor.relative), clusters)
     out.print(table)
-
-
-def _told_fields(found: PackDiff) -> list[FieldDiff]:
-    """Of the evaluation only the headline numbers; --json has all."""
-
-    def headline(name: str) -> bool:
-        return name.endswith(".value") and ".suites." not in name
-
-    return [field for field in found.fields if not field.field.startswith("evaluation.") or headline(field.field)]
 
 
 def show_pack(pack: Pack, pack_id: str, nbytes: int) -> None:

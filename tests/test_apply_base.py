@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from nestpatch.cli import main
 from nestpatch.errors import BaseMismatchError, ChainError, CheckpointFormatError
 from nestpatch.formats import nest
-from nestpatch.formats.interface import open_checkpoint
+from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack
 from nestpatch.patcher.apply import apply
 from nestpatch.patcher.plan import State, examine, make_plan

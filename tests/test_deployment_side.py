@@ -30,6 +30,7 @@ LAYERS = [
     {"nestpatch.nest_train"},
     {"nestpatch.lab"},
     {"nestpatch.demo", "nestpatch.views"},
+    {"nestpatch.commands"},
     {"nestpatch.cli"},
     {"nestpatch.__main__"},
 ]

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from nestpatch.cli import main
 from nestpatch.errors import CheckpointFormatError
 from nestpatch.formats import nest
-from nestpatch.formats.interface import open_checkpoint
+from nestpatch.formats.opening import open_checkpoint
 from tests.attacks.tools import join
 from tests.helpers import places, tiny_checkpoint, tiny_pack, tree_digest
 

@@ -21,7 +21,7 @@ from nestpatch.errors import (
     UndoError,
 )
 from nestpatch.formats import nest
-from nestpatch.formats.interface import open_checkpoint
+from nestpatch.formats.opening import open_checkpoint
 from nestpatch.patcher.apply import apply
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.ledger import read_ledger

@@ -1,8 +1,7 @@
-"""The Checkpoint protocol, and the function that opens any checkpoint. Adding a format is one file and one line here."""
+"""The Checkpoint protocol: what patching needs of a format."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from nestpatch.errors import CheckpointFormatError
 from nestpatch.rows import Rows
 
 IntArray = npt.NDArray[np.int64]
@@ -81,21 +79,3 @@ class Checkpoint(Protocol):
 
     def metadata(self) -> Mapping[str, str]:
         """What the files say of themselves."""
-
-
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a model: a safetensors file, or a directory with one or with an index of several.
-
-    Raises CheckpointFormatError when the path holds no model that nestpatch knows.
-    """
-    from nestpatch.formats.safetensors import SafetensorsCheckpoint
-
-    place = Path(path)
-    # os.path answers no where Path.exists raises: for names too long, with a NUL, or in folders that may not be read.
-    if not os.path.exists(place):  # noqa: PTH110
-        raise CheckpointFormatError(f"there is no model at {place}", advice="Check the path.")
-    if place.is_dir() or place.suffix == ".safetensors":
-        return SafetensorsCheckpoint(place)
-    raise CheckpointFormatError(
-        f"{place} is no model file that nestpatch knows", advice="Give a .safetensors file or a model directory."
-    )

@@ -11,7 +11,7 @@ from pathlib import Path
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats import nest
 from nestpatch.formats.atomic import write_bytes
-from nestpatch.formats.interface import open_checkpoint
+from nestpatch.formats.opening import open_checkpoint
 from nestpatch.nest_train.drift import drift_between
 from nestpatch.nest_train.evaluate import BENIGN, Evaluation, Suite, answers_of, evaluate
 from nestpatch.nest_train.fold import fold

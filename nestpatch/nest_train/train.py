@@ -16,7 +16,7 @@ import torch
 
 from nestpatch.errors import PromptDataError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.formats.interface import open_checkpoint
+from nestpatch.formats.opening import open_checkpoint
 from nestpatch.nest_train import evaluate as evaluation
 from nestpatch.nest_train.cluster import Clusters, cluster
 from nestpatch.nest_train.data import PromptSet, sample_set

@@ -350,7 +350,7 @@ class PackDiff:
 def compare_packs(a: Pack, b: Pack) -> PackDiff:
     """The audit of an update from pack A to pack B."""
     ours, theirs = ({delta.name: delta for delta in pack} for pack in (a, b))
-    names, common = sorted(ours.keys() | theirs.keys()), sorted(ours.keys() & theirs.keys())
+    names, common = sorted({*ours, *theirs}), sorted(ours.keys() & theirs.keys())
     # The digest of the touched rows depends on which rows those are; the other three are facts of the base.
     facts = [{name: (i.shape, i.dtype, i.sha256) for name, i in pack.manifest.base.tensors.items()} for pack in (a, b)]
     foreign = tuple(name for name in common if facts[0][name] != facts[1][name])
@@ -361,8 +361,7 @@ def compare_packs(a: Pack, b: Pack) -> PackDiff:
 
 
 def _compare_deltas(name: str, ours: TensorDelta | None, theirs: TensorDelta | None) -> PackTensorDiff:
-    none = np.empty(0, np.int64)
-    before, after = (none if delta is None else delta.rows.astype(np.int64) for delta in (ours, theirs))
+    before, after = (np.empty(0, np.int64) if d is None else d.rows.astype(np.int64) for d in (ours, theirs))
     kept, *where = np.intersect1d(before, after, assume_unique=True, return_indices=True)
     added, removed = np.setdiff1d(after, before), np.setdiff1d(before, after)
     changed, relative = 0, None

@@ -14,7 +14,8 @@ from nestpatch.errors import ChainError
 from nestpatch.events import OnEvent, ignore
 from nestpatch.formats import nest
 from nestpatch.formats.atomic import new_place
-from nestpatch.formats.interface import Checkpoint, open_checkpoint
+from nestpatch.formats.interface import Checkpoint
+from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack
 from nestpatch.patcher.chain import Do
 from nestpatch.patcher.ledger import Ledger, read_ledger

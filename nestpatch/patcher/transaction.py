@@ -22,7 +22,8 @@ from nestpatch import __version__
 from nestpatch.errors import BaseMismatchError, InPlaceError, JournalError, PackContentError, UndoError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats import nest
-from nestpatch.formats.interface import Checkpoint, open_checkpoint, row_blocks
+from nestpatch.formats.interface import Checkpoint, row_blocks
+from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack, TensorDelta
 from nestpatch.patcher.chain import Do, Link, Step
 from nestpatch.patcher.journal import Region, read_transaction, remove_journal, roll_back, sync_files, write_journal

@@ -63,6 +63,13 @@ class End:
     def stopped(self) -> bool:
         return self.how == "stopped"
 
+    @property
+    def trouble(self) -> str:
+        """The end of the traceback, if there is one: the last places in nestpatch, innermost last, and the error."""
+        lines = self.crash.strip().splitlines()
+        frames = [line.split("nestpatch/")[-1].replace('"', "") for line in lines if "nestpatch/" in line and ", line " in line]
+        return f"{lines[-1]} at {'; '.join(frames[-3:])}" if lines else ""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -135,7 +142,12 @@ class Killer:
         return [Call(kind, path.removeprefix("/"), int(size)) for kind, path, size in lines]
 
     def kill_at_each(
-        self, args: Callable[[Path], Sequence[str]], fresh: Callable[[], Path], *, tear: bool = False, after: Fault | None = None
+        self,
+        args: Callable[[Path], Sequence[str]],
+        fresh: Callable[[], Path],
+        *,
+        tear: bool = False,
+        after: Fault | None = None,
     ) -> Iterator[tuple[int, Path]]:
         """Kills a command at its first call, at its second, and so on, each time on a fresh folder: (number, folder) of each.
 

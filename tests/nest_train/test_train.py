@@ -14,7 +14,7 @@ from safetensors import safe_open
 from nestpatch.cli import main
 from nestpatch.errors import CheckpointFormatError, DataError, PromptDataError, TrainingError
 from nestpatch.formats import nest
-from nestpatch.formats.interface import open_checkpoint
+from nestpatch.formats.opening import open_checkpoint
 from nestpatch.nest_train.data import load_prompts
 from nestpatch.nest_train.evaluate import load_suite
 from nestpatch.nest_train.fold import fold

@@ -1,0 +1,113 @@
+"""Commands that only look: show, status, verify, diff."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nestpatch.commands.options import PathType, json_option, print_json, progress, quiet_option
+
+
+@click.command()
+@click.argument("patch", type=PathType)
+@json_option
+def show(patch: Path, as_json: bool) -> None:
+    """Explain PATCH: what it changes, what it is for, how it was trained and measured."""
+    from nestpatch import views
+    from nestpatch.formats import nest
+
+    pack = nest.read(patch)
+    if as_json:
+        print_json({"id": nest.pack_id(pack), "manifest": nest.manifest_json(pack.manifest)})
+    else:
+        views.show_pack(pack, nest.pack_id(pack), patch.stat().st_size)
+
+
+@click.command()
+@click.argument("model", type=PathType)
+@json_option
+def status(model: Path, as_json: bool) -> None:
+    """Tell what is applied to MODEL, since when and by what."""
+    from nestpatch.patcher.ledger import read_ledger
+    from nestpatch.patcher.transaction import open_model
+
+    checkpoint, place = open_model(model)
+    ledger = read_ledger(place.ledger)
+    if as_json:
+        print_json({"model": str(checkpoint.path), **ledger.as_json()})
+        return
+    from nestpatch import views
+
+    views.show_status(checkpoint.path, ledger)
+
+
+@click.command()
+@click.argument("model", type=PathType)
+@click.argument("patch", type=PathType, required=False)
+@click.option("--full", is_flag=True, help="Also hash the whole tensors, not the patched rows alone.")
+@json_option
+def verify(model: Path, patch: Path | None, full: bool, as_json: bool) -> None:
+    """Tell which state MODEL is in: base, patched, half patched or altered. Exit code 0 for base and patched, 1 otherwise."""
+    from nestpatch.patcher.verify import verify as run
+
+    result = run(model, patch, full=full)
+    if as_json:
+        print_json(dataclasses.asdict(result) | {"verdict": result.verdict.value, "known": result.known})
+    else:
+        from nestpatch import views
+
+        views.show_verification(model, result)
+    sys.exit(0 if result.known else 1)
+
+
+@click.command()
+@click.argument("a", type=PathType)
+@click.argument("b", type=PathType)
+@click.option("-o", "--output", type=PathType, help="Extract the pack that makes B of A, and write it here.")
+@click.option("--name", help="Of the extracted pack.  [default: the output's file name]")
+@click.option("--version", "pack_version", help="Of the extracted pack (semver).  [default: 1.0.0]")
+@click.option("--description", help="One sentence for people.")
+@click.option("--license", "license_", help="License of the extracted pack (SPDX).")
+@quiet_option
+@json_option
+def diff(
+    a: Path,
+    b: Path,
+    output: Path | None,
+    name: str | None,
+    pack_version: str | None,
+    description: str | None,
+    license_: str | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Compare two models, tensor by tensor and row by row, or two packs.
+
+    Exit code 0: identical, 1: different, as diff has it. A failure also ends with 1, and says so on stderr. With -o, 0: a pack
+    was written. Of models only the weights are compared.
+    """
+    facts = {"version": pack_version, "description": description, "license": license_}
+    given = {what: value for what, value in facts.items() if value is not None}
+    with progress(quiet or as_json) as on_event:
+        if output is not None:
+            from nestpatch.patcher.extract import PackLabel, extract_to
+
+            label = PackLabel(name or output.name.removesuffix(".nest"), **given)
+            found: Any = extract_to(a, b, output, label, on_event=on_event)
+        elif name is not None or given:
+            raise click.UsageError("--name, --version, --description and --license go with -o")
+        else:
+            from nestpatch.patcher.diff import diff as run
+
+            found = run(a, b, on_event=on_event)
+    if as_json:
+        print_json(found.as_json())
+    else:
+        from nestpatch import views
+
+        views.show_diff(found)
+    sys.exit(0 if output is not None or found.identical else 1)

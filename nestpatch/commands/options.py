@@ -1,0 +1,53 @@
+"""What commands share: options, progress, and how a result is printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from nestpatch.events import OnEvent, ignore
+
+F = TypeVar("F", bound=Callable[..., Any])
+PathType = click.Path(path_type=Path)
+
+
+def json_option(command: F) -> F:
+    """--json, on every command that answers something."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)
+
+
+def quiet_option(command: F) -> F:
+    """--quiet, on every command that takes time."""
+    return click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")(command)
+
+
+def print_json(value: Any) -> None:
+    """One object on one line of stdout."""
+    click.echo(json.dumps(value, default=str, ensure_ascii=False))
+
+
+def progress(quiet: bool) -> AbstractContextManager[OnEvent]:
+    """Progress on stderr; without it, without the cost of loading what draws."""
+    if quiet:
+        from contextlib import nullcontext
+
+        return nullcontext(ignore)
+    from nestpatch import views
+
+    return views.progress(quiet=False)
+
+
+def report(result: Any, view: str, as_json: bool) -> None:
+    """A result value as JSON, or drawn by the view of that name."""
+    if as_json:
+        print_json(dataclasses.asdict(result))
+        return
+    from nestpatch import views
+
+    getattr(views, view)(result)

@@ -1,0 +1,96 @@
+"""Commands that change models: apply, revert, recover."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nestpatch.commands.options import PathType, json_option, print_json, progress, quiet_option, report
+
+
+@click.command()
+@click.argument("model", type=PathType)
+@click.argument("patch", type=PathType)
+@click.option("-o", "--output", type=PathType, help="Where to write.  [default: beside the model, named after the patch]")
+@click.option("--in-place", is_flag=True, help="Change the model's own files, crash-safe and revertible.")
+@click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies the patch, over 0 and up to 1.5.")
+@click.option("--hard-link", is_flag=True, help="Copy: let untouched shards share their files with the base.")
+@click.option("--allow-overlap", is_flag=True, help="Add up with another pack that changes the same rows.")
+@click.option("--allow-downgrade", is_flag=True, help="Replace a newer version.")
+@click.option("--allow-base-mismatch", is_flag=True, help="Patch a model that is not the pack's base. Recorded in the ledger.")
+@click.option("--detach", is_flag=True, help="In place: replace links by files of the model's own first.")
+@click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
+@quiet_option
+@json_option
+def apply(
+    model: Path,
+    patch: Path,
+    output: Path | None,
+    in_place: bool,
+    strength: float,
+    hard_link: bool,
+    allow_overlap: bool,
+    allow_downgrade: bool,
+    allow_base_mismatch: bool,
+    detach: bool,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Merge PATCH into MODEL, a safetensors file or a model directory: into a copy, or --in-place.
+
+    The model is checked first: a patch only fits the base that it was made for.
+    """
+    if in_place and output is not None:
+        raise click.UsageError("--in-place changes the model itself; leave -o out")
+    if not in_place and detach:
+        raise click.UsageError("--detach goes with --in-place")
+    if in_place and hard_link:
+        raise click.UsageError("--hard-link goes with a copy, not with --in-place")
+    flags = {"allow_overlap": allow_overlap, "allow_downgrade": allow_downgrade, "allow_base_mismatch": allow_base_mismatch}
+    if allow_base_mismatch:
+        click.echo("WARNING: --allow-base-mismatch: the result is not what the pack's evaluation measured", err=True)
+    with progress(quiet or as_json) as on_event:
+        if in_place:
+            from nestpatch.patcher.inplace import apply_in_place
+
+            common = {"strength": strength, "dry_run": dry_run, "on_event": on_event}
+            done: Any = apply_in_place(model, patch, detach=detach, **common, **flags)  # type: ignore[arg-type]
+        else:
+            from nestpatch.patcher.apply import apply as run
+
+            common = {"strength": strength, "dry_run": dry_run, "on_event": on_event}
+            done = run(model, patch, output, hard_link=hard_link, **common, **flags)  # type: ignore[arg-type]
+    report(done, "show_changed" if in_place else "show_applied", as_json)
+
+
+@click.command()
+@click.argument("model", type=PathType)
+@click.option("--to", default="base", show_default=True, metavar="base|VERSION", help="What to go back to.")
+@click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
+@quiet_option
+@json_option
+def revert(model: Path, to: str, dry_run: bool, quiet: bool, as_json: bool) -> None:
+    """Undo what was applied to MODEL in place, bit for bit."""
+    from nestpatch.patcher.inplace import revert as run
+
+    with progress(quiet or as_json) as on_event:
+        done = run(model, to, dry_run=dry_run, on_event=on_event)
+    report(done, "show_changed", as_json)
+
+
+@click.command()
+@click.argument("model", type=PathType)
+@json_option
+def recover(model: Path, as_json: bool) -> None:
+    """End an interrupted change of MODEL: roll it back, or finish it. Every other command does this too."""
+    from nestpatch.patcher.transaction import recover_model
+
+    done = recover_model(model)
+    if as_json:
+        print_json(dataclasses.asdict(done))
+    else:
+        click.echo(f"{model}: {'nothing to recover' if done.action == 'none' else done.action}")

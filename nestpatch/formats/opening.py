@@ -1,0 +1,26 @@
+"""Opens any checkpoint. Adding a format is one file and one line here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nestpatch.errors import CheckpointFormatError
+from nestpatch.formats.interface import Checkpoint
+from nestpatch.formats.safetensors import SafetensorsCheckpoint
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens a model: a safetensors file, or a directory with one or with an index of several.
+
+    Raises CheckpointFormatError when the path holds no model that nestpatch knows.
+    """
+    place = Path(path)
+    # os.path answers no where Path.exists raises: for names too long, with a NUL, or in folders that may not be read.
+    if not os.path.exists(place):  # noqa: PTH110
+        raise CheckpointFormatError(f"there is no model at {place}", advice="Check the path.")
+    if place.is_dir() or place.suffix == ".safetensors":
+        return SafetensorsCheckpoint(place)
+    raise CheckpointFormatError(
+        f"{place} is no model file that nestpatch knows", advice="Give a .safetensors file or a model directory."
+    )
