@@ -9,7 +9,6 @@ This process imports nothing big: on Linux a child's peak RSS is at least that o
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.util
 import json
 import math
@@ -35,6 +34,7 @@ WEIGHT_STD, DELTA_STD = 0.02, 0.0006
 """Deltas have 3 % of the weights' RMS."""
 LORA_RANK = 8
 """On the same projections, with random factors."""
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False, "dtype": "bfloat16"}
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
 MODELS = {
     "full": (2048, 5632, 22, 32, 4, 32000),
@@ -43,12 +43,6 @@ MODELS = {
 }
 """The large one is zeros, and holes on disk: does memory grow with the model?"""
 LOG = Path(__file__).with_name("LOG.md")
-
-
-def config_of(sizes: tuple[int, ...]) -> dict:
-    """config.json of a Llama."""
-    fixed = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False, "dtype": "bfloat16"}
-    return fixed | dict(zip(SIZES, sizes, strict=True))
 
 
 def shapes_of(sizes: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -87,7 +81,7 @@ def write_model(folder: Path, sizes: tuple[int, ...], *, sparse: bool) -> None:
             norm = len(shape) == 1
             values = np.ones(shape) if norm else random.standard_normal(shape, np.float32) * np.float32(WEIGHT_STD)
             file.write(values.astype(ml_dtypes.bfloat16).view(np.uint8).data)
-    (folder / "config.json").write_text(json.dumps(config_of(sizes)))
+    (folder / "config.json").write_text(json.dumps(CONFIG | dict(zip(SIZES, sizes, strict=True))))
 
 
 def write_pack(model: Path, path: Path) -> None:
@@ -97,7 +91,7 @@ def write_pack(model: Path, path: Path) -> None:
     from nestpatch.formats import nest
     from nestpatch.formats.opening import open_checkpoint
     from nestpatch.pack import BaseIdentity, Manifest, Pack, TensorDelta, TensorIdentity
-    from nestpatch.rows import DTYPES, digest, merge, sketch
+    from nestpatch.rows import DTYPES, merge, sketch
 
     checkpoint, random = open_checkpoint(model), np.random.default_rng(1)
     deltas, identities, results = [], {}, {}
@@ -109,8 +103,8 @@ def write_pack(model: Path, path: Path) -> None:
         change = (DELTA_STD * random.standard_normal((CLUSTERS, info.shape[1]))).astype(DTYPES["BF16"])
         delta = TensorDelta(name, change, rows, (np.arange(neurons) % CLUSTERS).astype(np.uint8), sketch(old))
         deltas.append(delta)
-        identities[name] = TensorIdentity(info.shape, "BF16", digest_of(checkpoint.read_all(name)), digest([old]))
-        results[name] = digest([merge(old, delta.dense())])
+        identities[name] = TensorIdentity(info.shape, "BF16", digest(checkpoint.read_all(name)), digest([old.tobytes()]))
+        results[name] = digest([merge(old, delta.dense()).tobytes()])
     base = BaseIdentity("bench/random", "", "LlamaForCausalLM", "BF16", identities)
     manifest = Manifest("bench", "1.0.0", "random", "Apache-2.0", "2026-01-01T00:00:00Z", base, results)
     nest.write(Pack(manifest, tuple(deltas)), path, overwrite=True)
@@ -145,7 +139,7 @@ def prepare(size: str) -> None:
         card.write_text(digest_file(model / "model.safetensors"))
     forget(model)
     write_pack(model, folder / "patch.nest")
-    if size != "large" and importlib.util.find_spec("peft") and not (folder / "lora").is_dir():
+    if size != "large" and importlib.util.find_spec("peft") and not (folder / "lora" / "adapter_config.json").is_file():
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(r=LORA_RANK, target_modules=["gate_proj", "up_proj"], init_lora_weights=False)
@@ -153,18 +147,18 @@ def prepare(size: str) -> None:
     print(folder)
 
 
-def digest_of(blocks: Iterable[bytes]) -> str:
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return digest(iter(lambda: file.read(1 << 20), b""))
+
+
+def digest(blocks: Iterable[bytes]) -> str:
     """SHA-256 of consecutive blocks."""
     state = sha256()
     for block in blocks:
         state.update(block)
     return state.hexdigest()
-
-
-def digest_file(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return digest_of(iter(lambda: file.read(1 << 20), b""))
 
 
 class Run(NamedTuple):
@@ -179,7 +173,7 @@ class Run(NamedTuple):
 def measure(command: list[object]) -> tuple[Run, str]:
     """Runs a command to its end; gives its last line too."""
     os.sync()
-    with tempfile.TemporaryFile("w+") as told:
+    with tempfile.NamedTemporaryFile() as told:
         began = time.perf_counter()
         process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=told, text=True)
         said = process.stdout.read()
@@ -190,9 +184,8 @@ def measure(command: list[object]) -> tuple[Run, str]:
         _, status, usage = os.wait4(process.pid, 0)
         process.stdout.close()
         process.returncode = os.waitstatus_to_exitcode(status)
-        told.seek(0)
         if process.returncode:
-            sys.exit(f"{command} failed:\n{told.read()[-3000:]}")
+            sys.exit(f"{command} failed:\n{Path(told.name).read_text()[-3000:]}")
     rss = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Run(seconds, rss / 1e6, written), (said.splitlines() or [""])[-1]
 
@@ -209,7 +202,7 @@ def contenders(folder: Path, *, large: bool) -> dict[str, list[object]]:
         found["copy"] = [*tool, "apply", model, pack, "-o", out, "--json"]
         found["cp"] = ["cp", "-r", model, out]
         found["cp_sync"] = ["sh", "-c", 'cp -r "$1" "$2" && sync "$2"/*', "sh", model, out]
-        if (folder / "lora").is_dir():
+        if importlib.util.find_spec("peft"):
             found["peft"] = [sys.executable, __file__, "--step", "merge", model, folder / "lora", out]
     return found
 
@@ -226,7 +219,7 @@ def one_round(folder: Path, commands: dict[str, list[object]]) -> dict[str, Run]
     for name, command in commands.items():
         results[name], said = measure(command)
         if name == "verify" and json.loads(said)["verdict"] != "patched":
-            sys.exit(f"not patched: {said}")
+            sys.exit(said)
         if name not in ("in_place", "verify"):
             forget(model)
         shutil.rmtree(folder / "out", ignore_errors=True)
@@ -249,13 +242,12 @@ def measure_all(size: str, rounds: int) -> dict[str, Run]:
 def entry(answer: dict, results: dict[str, Run]) -> str:
     """The dated block for the log."""
     cpu = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.+)$", cpu.read_text(), re.MULTILINE) if cpu.exists() else None
-    name = found[1] if found else platform.machine()
+    found = re.search(r"^model name\s*: (.+)$", cpu.read_text() if cpu.exists() else "", re.MULTILINE)
     rows = [f"| {who} | {run.seconds:.3f} | {run.rss_mb:.0f} | {run.written_mb:.1f} |" for who, run in results.items()]
-    ratios = ", ".join(f"{name} {value:.2f}" for name, value in answer["ratios"].items() if value is not None)
+    ratios = ", ".join(f"{name} {value:.2f}" for name, value in answer["ratios"].items())
     return f"""## {datetime.now(timezone.utc):%Y-%m-%d}: patching {answer["parameters"] / 1e9:.2f} B parameters
 
-`python bench/patch.py {" ".join(sys.argv[1:])}` on {name}, {os.cpu_count()} cores, Python {platform.python_version()}.
+`python bench/patch.py {" ".join(sys.argv[1:])}` on {found[1] if found else platform.machine()}, {os.cpu_count()} cores.
 Whole processes in turn, medians of {answer["rounds"]} rounds, page cache warm after a round that was not counted. The nestpatch
 commands sync what they write, and `cp_sync`; `cp` and `peft` do not. After revert the model's SHA-256 was the original.
 
@@ -277,16 +269,10 @@ def main() -> None:
     """Measures, prints the table and the JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    flag = functools.partial(parser.add_argument, action="store_true")
-    flag("--quick", help="about 0.1 B parameters instead of 1.1 B")
-    flag("--large", help="also a sparse model of 4 B parameters, in place only")
-    flag("--log", help="add the result to bench/LOG.md")
-    parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="about 0.1 B parameters instead of 1.1 B")
+    parser.add_argument("--large", action="store_true", help="also a sparse model of 4 B parameters, in place only")
+    parser.add_argument("--log", action="store_true", help="add the result to bench/LOG.md")
     options = parser.parse_args()
-    if options.step:
-        name, *arguments = options.step
-        {"prepare": prepare, "merge": merge_adapter}[name](*arguments)
-        return
     size = "quick" if options.quick else "full"
     results = measure_all(size, options.rounds)
     if "peft" not in results:
@@ -307,5 +293,7 @@ def main() -> None:
     print(json.dumps(answer))
 
 
-if __name__ == "__main__":
+if sys.argv[1:2] == ["--step"]:
+    {"prepare": prepare, "merge": merge_adapter}[sys.argv[2]](*sys.argv[3:])
+elif __name__ == "__main__":
     main()

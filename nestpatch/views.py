@@ -272,7 +272,8 @@ def _show_pack_diff(found: PackDiff) -> None:
         # Of the evaluation only the headline numbers; --json has all.
         if field.field.startswith("evaluation.") and (".suites." in field.field or not field.field.endswith(".value")):
             continue
-        grid.add_row(escape(field.field), f"{escape(str(field.a)[:200])} [dim]to[/] {escape(str(field.b)[:200])}")
+        sides = ["nothing" if side in (None, "") else escape(str(side)[:200]) for side in (field.a, field.b)]
+        grid.add_row(escape(field.field), " [dim]to[/] ".join(sides))
     out.print(grid)
     table = Table("tensor", box=None, pad_edge=False, header_style="dim")
     for title in ("rows kept", "added", "removed", "with other deltas", "relative norm", "clusters"):

@@ -16,8 +16,12 @@ from nestpatch.patcher.transaction import recover_model
 from nestpatch.patcher.verify import Verdict, verify
 from tests.helpers import tiny_checkpoint, tiny_pack
 
-LAYOUTS = {"bf16-sharded": ("BF16", True, ""), "f32-single": ("F32", False, ""), "f16-named": ("F16", False, "m.safetensors")}
-"""Name -> (dtype, sharded, name of the weight file when the model is that file instead of its directory)."""
+LAYOUTS = {
+    # Name -> (dtype, sharded, name of the weight file when the model is that file instead of its directory)
+    "bf16-sharded": ("BF16", True, ""),
+    "f32-single": ("F32", False, ""),
+    "f16-named": ("F16", False, "m[1].safetensors"),
+}
 
 
 def digests(model: Path) -> dict[str, str]:
@@ -124,7 +128,8 @@ def write_packs(folder: Path, model: Path) -> Packs:
 def make_case(folder: Path, operation: str, layout: str) -> Case:
     """Builds the template of a case in an empty folder. The state after the command is found by running it undisturbed."""
     dtype, sharded, inside = LAYOUTS[layout]
-    template = tiny_checkpoint(folder / "template", dtype=dtype, sharded=sharded)
+    layers = 2 if operation in ("apply", "upgrade", "revert") else 1
+    template = tiny_checkpoint(folder / "template", dtype=dtype, sharded=sharded, layers=layers)
     packs = write_packs(folder, template)
     if inside:
         (template / "model.safetensors").rename(template / inside)

@@ -133,10 +133,10 @@ class Killer:
         """Runs a command until it stops or ends."""
         return self.start(args, folder, fault or Fault()).wait()
 
-    def calls(self, args: Sequence[str], folder: Path, log: Path) -> list[Call]:
-        """The calls that a command makes when nothing goes wrong."""
+    def calls(self, args: Sequence[str], folder: Path, log: Path, *, code: int = 0) -> list[Call]:
+        """The calls that a command makes when nothing is done to it. It must end with that exit code."""
         end = self.start(args, folder, Fault(), log=log).wait()
-        assert end.code == 0, end
+        assert (end.how, end.code) == ("ended", code), end
         lines = [line.split("\t") for line in log.read_text(encoding="utf-8").splitlines()]
         log.unlink()
         return [Call(kind, path.removeprefix("/"), int(size)) for kind, path, size in lines]
