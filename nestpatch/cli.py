@@ -13,7 +13,7 @@ import click
 
 from nestpatch import __version__
 from nestpatch.commands import inspecting, patching, training
-from nestpatch.errors import DataError, MissingExtraError, NestpatchError
+from nestpatch.errors import DataError, FileSystemError, MissingExtraError, NestpatchError
 
 
 class Group(click.Group):
@@ -28,6 +28,12 @@ class Group(click.Group):
 
             show_error(error, error.advice)
             ctx.exit(2 if isinstance(error, DataError) else 1)
+        except OSError as error:
+            from nestpatch.views import show_error
+
+            refused = FileSystemError(str(error))
+            show_error(refused, refused.advice)
+            ctx.exit(1)
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("nestpatch"):
                 raise

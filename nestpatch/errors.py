@@ -21,6 +21,7 @@ NestpatchError
 │   ├── DowngradeError          an older version than the applied one
 │   ├── OverlapError            two packs change the same rows
 │   └── RequirementError        a pack that another one needs
+├── FileSystemError         the system refused to read or write
 ├── DataError               prompt files and recipes
 │   ├── PromptDataError         a prompt file is missing, empty or malformed
 │   └── RecipeError             an unknown knob, or a value outside its range
@@ -150,6 +151,12 @@ class RequirementError(ChainError):
     """A required pack is not applied, or would be taken away."""
 
     advice = "Apply the required pack first, or revert the one that needs it."
+
+
+class FileSystemError(NestpatchError):
+    """The system refused to read or write a file."""
+
+    advice = "Check the disk, the path and its permissions. Nothing is half written."
 
 
 class DataError(NestpatchError):

@@ -82,8 +82,9 @@ def merge(rows: Rows, delta: Rows, strength: float = 1.0) -> Rows:
     rows, delta: [rows, in_features]. Raises PackContentError when a sum leaves the range of the dtype.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        summed = rows.astype(np.float32) + np.float32(strength) * delta.astype(np.float32)
+        summed = rows.astype(np.float32) + np.float32(strength) * delta.astype(np.float32, copy=False)
         merged = summed.astype(rows.dtype)
-    if not np.isfinite(merged.astype(np.float32)).all():
+        finite = bool(np.isfinite(merged.astype(np.float32, copy=False)).all())
+    if not finite:
         raise PackContentError(f"the merged weights leave the range of {dtype_name(rows.dtype)}")
     return merged

@@ -7,8 +7,9 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,8 @@ class SafetensorsCheckpoint:
         info = self.info(name)
         dtype = _row_dtype(info)
         out = np.empty((len(rows), info.row_bytes), np.uint8)
-        with open(info.file, "rb") as file:
+        # Unbuffered: a buffer would read twice what a row needs.
+        with open(info.file, "rb", buffering=0) as file:
             for start, stop in _runs(rows):
                 file.seek(info.offset + int(rows[start]) * info.row_bytes)
                 _read_into(file, out[start:stop], info)
@@ -81,10 +83,10 @@ class SafetensorsCheckpoint:
         """Writes sorted rows in place; neighbours are written together."""
         info = self.info(name)
         data = np.ascontiguousarray(values, dtype=_row_dtype(info)).view(np.uint8)
-        with open(info.file, "r+b") as file:
+        with open(info.file, "r+b", buffering=0) as file:
             for start, stop in _runs(rows):
                 file.seek(info.offset + int(rows[start]) * info.row_bytes)
-                file.write(data[start:stop].data)
+                _write_all(file, memoryview(data[start:stop]).cast("B"))
 
     def read_all(self, name: str) -> Iterator[bytes]:
         """The tensor's bytes, in blocks."""
@@ -214,9 +216,18 @@ def _runs(rows: IntArray) -> Iterator[tuple[int, int]]:
     yield from ((a, b) for a, b in itertools.pairwise(edges) if a < b)
 
 
-def _read_into(file: BinaryIO, out: Any, info: TensorInfo) -> None:
-    if file.readinto(out.data) != out.nbytes:  # type: ignore[attr-defined]
-        raise _truncated(info)
+def _read_into(file: FileIO, out: Any, info: TensorInfo) -> None:
+    left = memoryview(out).cast("B")
+    while left:  # raw reads and writes may be short
+        count = file.readinto(left)
+        if not count:
+            raise _truncated(info)
+        left = left[count:]
+
+
+def _write_all(file: FileIO, data: memoryview) -> None:
+    while data:
+        data = data[file.write(data) :]
 
 
 def _truncated(info: TensorInfo) -> CheckpointFormatError:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from glob import escape
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -58,19 +60,24 @@ def recover(place: Place, checkpoint: Checkpoint) -> Recovery:
             roll_back(place.journal, checkpoint)
             action = "rolled back"
         remove_journal(place.journal)
-    _sweep(place, read_ledger(place.ledger))
+    _sweep(place, checkpoint, read_ledger(place.ledger))
     return Recovery(action)
 
 
-def _sweep(place: Place, ledger: Ledger) -> None:
-    """Removes undo records that no applied entry needs, and temporary files of interrupted writes."""
+def _sweep(place: Place, checkpoint: Checkpoint, ledger: Ledger) -> None:
+    """Removes undo records that no applied entry needs, and temporary files of interrupted writes. The lock must be held.
+
+    What cannot be removed now is no harm: the next command tries again.
+    """
     needed = {place.undo(entry.undo) for entry in ledger.applied}
-    for pattern in ("*.undo", ".*.tmp"):
-        for file in place.folder.glob(pattern):
-            if file not in needed:
-                file.unlink(missing_ok=True)
-    for file in place.ledger.parent.glob(f".{place.ledger.name}.*.tmp"):
-        file.unlink(missing_ok=True)
+    patterns = [(place.folder, "*.undo"), (place.folder, ".*.tmp")]
+    # The temporary names of formats/atomic.py, for the files that are replaced as a whole.
+    patterns += [(file.parent, f".{escape(file.name)}.????????.tmp") for file in (place.ledger, *checkpoint.files)]
+    with suppress(OSError):
+        for folder, pattern in patterns:
+            for file in folder.glob(pattern):
+                if file not in needed:
+                    file.unlink(missing_ok=True)
 
 
 def open_model(path: str | Path) -> tuple[Checkpoint, Place]:
@@ -141,7 +148,10 @@ class Transaction:
         if self.journaled:
             self._open_journal(identity, steps)
         try:
-            for step in steps:
+            for number, step in enumerate(steps):
+                # A check that comes first has been made, under the same lock. A copy is checked again: it was made since.
+                if number == 0 and step.do is Do.CHECK and self.journaled:
+                    continue
                 ledger = self._do(step, ledger, identity)
             if self.journaled:
                 sync_files(sorted({self.checkpoint.info(name).file for name in names}))
@@ -152,15 +162,18 @@ class Transaction:
                 self._close_journal(error, identity)
             raise
         if self.journaled:
-            remove_journal(self.place.journal)
-        _sweep(self.place, ledger)
+            # Committed: a journal that cannot be removed now is removed by the next command.
+            with suppress(OSError):
+                remove_journal(self.place.journal)
+        _sweep(self.place, self.checkpoint, ledger)
         return ledger
 
     def _open_journal(self, identity: str, steps: Sequence[Step]) -> None:
         try:
             write_journal(self.place.journal, identity, self.checkpoint, self._regions(steps))
         except OSError as error:
-            remove_journal(self.place.journal)
+            with suppress(OSError):
+                remove_journal(self.place.journal)
             raise InPlaceError(f"cannot write the journal {self.place.journal}: {error.strerror}") from error
 
     def _close_journal(self, cause: BaseException, identity: str) -> None:
@@ -170,7 +183,7 @@ class Transaction:
         try:
             roll_back(self.place.journal, self.checkpoint)
             remove_journal(self.place.journal)
-            _sweep(self.place, read_ledger(self.place.ledger))
+            _sweep(self.place, self.checkpoint, read_ledger(self.place.ledger))
         except OSError as error:
             raise JournalError(
                 f"the change failed ({cause}), and could not be rolled back now: {error.strerror}",
