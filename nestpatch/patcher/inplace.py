@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nestpatch.errors import ChainError
+from nestpatch.errors import ChainError, InPlaceError
 from nestpatch.events import OnEvent, ignore
 from nestpatch.formats import nest
 from nestpatch.formats.atomic import new_place
@@ -19,7 +19,7 @@ from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack
 from nestpatch.patcher.chain import Do
 from nestpatch.patcher.ledger import Ledger, read_ledger
-from nestpatch.patcher.place import Place, locked, place_of
+from nestpatch.patcher.place import Place, locked, place_of, tidy
 from nestpatch.patcher.plan import check_strength
 from nestpatch.patcher.transaction import Transaction, recover, require_writable
 from nestpatch.patcher.work import Work, plan_return, plan_work
@@ -46,14 +46,16 @@ class Changed:
 def _writing(path: str | Path) -> Iterator[tuple[Checkpoint, Place, Ledger]]:
     checkpoint, place = open_checkpoint(path), place_of(path)
     fresh = not place.folder.exists()
-    try:
-        with locked(place):
-            recover(place, checkpoint)
+    with locked(place):
+        recover(place, checkpoint)
+        try:
             yield checkpoint, place, read_ledger(place.ledger)
-    finally:
-        if fresh and place.folder.is_dir() and not place.ledger.exists() and not place.journal.exists():
-            # Nothing came of it: leave the model's folder as it was.
-            shutil.rmtree(place.folder, ignore_errors=True)
+        except OSError as error:
+            raise InPlaceError(f"cannot change the model: {error.strerror or error} ({error.filename})") from error
+        finally:
+            if fresh and not place.ledger.exists() and not place.journal.exists():
+                # Nothing came of it: leave the model's folder as it was.
+                tidy(place)
 
 
 def apply_in_place(

@@ -13,7 +13,6 @@ import json
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -25,7 +24,8 @@ from nestpatch.errors import JournalError
 from nestpatch.formats.atomic import sync_folder
 from nestpatch.formats.interface import CHUNK, Checkpoint, IntArray, TensorInfo, row_blocks
 
-MAGIC = b"nestpatch-journal/1\n"
+FAMILY = b"nestpatch-journal/"
+MAGIC = FAMILY + b"1\n"
 DIGEST = 32
 
 
@@ -58,7 +58,10 @@ def write_journal(path: Path, transaction: str, checkpoint: Checkpoint, regions:
         {"file": r.info.file.name, "offset": r.info.offset, "row_bytes": r.info.row_bytes, "rows": len(r.rows)} for r in regions
     ]
     sizes = {file.name: file.stat().st_size for file in checkpoint.files}
-    header = json.dumps({"transaction": transaction, "sizes": sizes, "regions": described}).encode()
+    spans = [span for region in regions if (span := _untouched(region))]
+    witness = {"spans": spans, "sha256": _digest(spans, {file.name: file for file in checkpoint.files})}
+    facts = {"transaction": transaction, "sizes": sizes, "witness": witness, "regions": described}
+    header = json.dumps(facts).encode()
     with open(path, "wb") as file:
         out = _Hashed(file)
         out.write(MAGIC + struct.pack("<Q", len(header)) + header)
@@ -70,6 +73,25 @@ def write_journal(path: Path, transaction: str, checkpoint: Checkpoint, regions:
         file.flush()
         os.fsync(file.fileno())
     sync_folder(path.parent)
+    # The folder may be as new as the journal.
+    sync_folder(path.parent.parent)
+
+
+def _untouched(region: Region) -> tuple[str, int, int] | None:
+    """(file, offset, bytes) of the tensor's first row that stays as it is: by such rows the model is known again."""
+    gaps = np.flatnonzero(region.rows != np.arange(len(region.rows)))
+    row = int(gaps[0]) if len(gaps) else len(region.rows)
+    info = region.info
+    return (info.file.name, info.offset + row * info.row_bytes, info.row_bytes) if row < info.rows else None
+
+
+def _digest(spans: Sequence[tuple[str, int, int]], files: Mapping[str, Path]) -> str:
+    state = sha256()
+    for name, offset, nbytes in spans:
+        with open(files[name], "rb") as file:
+            file.seek(offset)
+            state.update(file.read(nbytes))
+    return state.hexdigest()
 
 
 def remove_journal(path: Path) -> None:
@@ -79,10 +101,18 @@ def remove_journal(path: Path) -> None:
 
 
 def read_transaction(path: Path) -> str | None:
-    """The transaction of a whole journal; None for one whose writing was interrupted."""
+    """The transaction of a whole journal; None for one whose writing was interrupted.
+
+    Raises JournalError for one of another version: removing it could leave a model half patched.
+    """
     size = path.stat().st_size
     with open(path, "rb") as file:
-        if size < len(MAGIC) + 8 + DIGEST or file.read(len(MAGIC)) != MAGIC:
+        magic = file.read(len(MAGIC))
+        if magic != MAGIC and magic.startswith(FAMILY) and magic.endswith(b"\n"):
+            raise JournalError(
+                f"the journal {path} is of another nestpatch", advice="Run the command with the version that wrote it."
+            )
+        if size < len(MAGIC) + 8 + DIGEST or magic != MAGIC:
             return None
         file.seek(0)
         state, left = sha256(), size - DIGEST
@@ -117,6 +147,8 @@ def roll_back(path: Path, checkpoint: Checkpoint) -> None:
             # Only plain names of the model's own weight files: a journal must not reach out of the model.
             if name not in files or files[name].stat().st_size != size:
                 raise JournalError(f"the journal {path} was written for another {name}")
+        if _digest(header["witness"]["spans"], files) != header["witness"]["sha256"]:
+            raise JournalError(f"the journal {path} was written for a model with other weights")
         for region in header["regions"]:
             rows = np.frombuffer(journal.read(8 * region["rows"]), "<i8")
             with open(files[region["file"]], "r+b") as file:
@@ -134,5 +166,5 @@ def _restore(journal: BinaryIO, file: BinaryIO, region: Mapping[str, Any], rows:
 def sync_files(files: Sequence[Path]) -> None:
     """Makes all writes to these files durable."""
     for file in files:
-        with suppress(FileNotFoundError), open(file, "r+b") as handle:
+        with open(file, "r+b") as handle:
             os.fsync(handle.fileno())

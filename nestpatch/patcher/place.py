@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,17 +59,41 @@ def locked(place: Place) -> Iterator[None]:
 
     Raises BusyError when another process holds it, InPlaceError when the place cannot be written.
     """
+    handle = _take_lock(place)
     try:
-        place.folder.mkdir(exist_ok=True)
-        handle = os.open(place.lock, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise InPlaceError(f"cannot write beside the model, in {place.folder}: {error.strerror}") from error
-    try:
-        if not _try_lock(handle):
-            raise BusyError(f"another nestpatch is writing the model of {place.ledger}")
         yield
     finally:
         os.close(handle)
+
+
+def _take_lock(place: Place) -> int:
+    while True:
+        try:
+            place.folder.mkdir(exist_ok=True)
+            handle = os.open(place.lock, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            if place.folder.parent.is_dir():
+                continue  # tidied up in between
+            raise InPlaceError(f"the folder of the model is gone: {place.folder.parent}") from None
+        except OSError as error:
+            raise InPlaceError(f"cannot write beside the model, in {place.folder}: {error.strerror}") from error
+        if not _try_lock(handle):
+            os.close(handle)
+            raise BusyError(f"another nestpatch is writing the model of {place.ledger}")
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), place.lock.stat()):
+                return handle
+        os.close(handle)  # the lock of one who tidied up: locks on a removed file exclude nobody
+
+
+def tidy(place: Place) -> None:
+    """Removes the folder of a model that nothing was done to. The lock must be held; it goes last."""
+    with suppress(OSError):
+        for file in place.folder.iterdir():
+            if file != place.lock:
+                file.unlink()
+        place.lock.unlink()
+        place.folder.rmdir()
 
 
 def _try_lock(handle: int) -> bool:

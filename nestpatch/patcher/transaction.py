@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 
 from nestpatch import __version__
-from nestpatch.errors import BaseMismatchError, InPlaceError, JournalError, PackContentError, UndoError
+from nestpatch.errors import BaseMismatchError, InPlaceError, JournalError, OutputError, PackContentError, UndoError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats import nest
+from nestpatch.formats.atomic import sync_folder
 from nestpatch.formats.interface import Checkpoint, row_blocks
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack, TensorDelta
@@ -49,6 +50,16 @@ def recover(place: Place, checkpoint: Checkpoint) -> Recovery:
 
     Raises JournalError when the journal does not fit the model.
     """
+    try:
+        return _recover(place, checkpoint)
+    except OSError as error:
+        raise JournalError(
+            f"an interrupted change of {checkpoint.path} cannot be ended: {error.strerror or error} ({error.filename})",
+            advice="The journal holds all that is needed: run `nestpatch recover MODEL` when the files can be written again.",
+        ) from error
+
+
+def _recover(place: Place, checkpoint: Checkpoint) -> Recovery:
     action = "none"
     if place.journal.exists():
         transaction = read_transaction(place.journal)
@@ -155,6 +166,7 @@ class Transaction:
                 ledger = self._do(step, ledger, identity)
             if self.journaled:
                 sync_files(sorted({self.checkpoint.info(name).file for name in names}))
+                sync_folder(self.place.folder)
             ledger = replace(ledger, transaction=identity)
             write_ledger(self.place.ledger, ledger)
         except BaseException as error:
@@ -179,6 +191,11 @@ class Transaction:
     def _close_journal(self, cause: BaseException, identity: str) -> None:
         if read_ledger(self.place.ledger).transaction == identity:
             # The commit stands; only what follows it failed, and the next command does that.
+            if isinstance(cause, (OSError, OutputError)):
+                raise InPlaceError(
+                    f"the change is made, but the disk did not confirm it: {cause}",
+                    advice="When the disk works again, `nestpatch verify MODEL` tells which state the model is in.",
+                ) from cause
             return
         try:
             roll_back(self.place.journal, self.checkpoint)
