@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nestpatch.nest_train.assess import assess as evaluate
     from nestpatch.nest_train.train import train
     from nestpatch.patcher.apply import apply
+    from nestpatch.patcher.diff import diff
     from nestpatch.patcher.inplace import apply_in_place, revert
     from nestpatch.patcher.verify import verify
 
@@ -25,13 +26,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "apply": ("nestpatch.patcher.apply", "apply"),
     "apply_in_place": ("nestpatch.patcher.inplace", "apply_in_place"),
+    "diff": ("nestpatch.patcher.diff", "diff"),
     "evaluate": ("nestpatch.nest_train.assess", "assess"),
     "load_pack": ("nestpatch.formats.nest", "read"),
     "revert": ("nestpatch.patcher.inplace", "revert"),
     "train": ("nestpatch.nest_train.train", "train"),
     "verify": ("nestpatch.patcher.verify", "verify"),
 }
-__all__ = ["__version__", "apply", "apply_in_place", "evaluate", "load_pack", "revert", "train", "verify"]
+__all__ = ["__version__", "apply", "apply_in_place", "diff", "evaluate", "load_pack", "revert", "train", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,10 +14,10 @@ from nestpatch.errors import OutputError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats import nest
 from nestpatch.lab.build import Lab, cached_lab, copy_lab
+from nestpatch.label import Label
 from nestpatch.nest_train.assess import assess
 from nestpatch.nest_train.data import load_prompts
 from nestpatch.nest_train.evaluate import Evaluation, load_suite
-from nestpatch.nest_train.packing import Label
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.nest_train.statistics import Share
 from nestpatch.nest_train.train import Trained, TrainingData, train

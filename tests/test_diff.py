@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from nestpatch.cli import main
 from nestpatch.errors import CheckpointFormatError, DataError, ExtractionError, OutputError, PackError
 from nestpatch.formats import nest
+from nestpatch.label import Label
 from nestpatch.pack import Pack
 from nestpatch.patcher import extract as extraction
 from nestpatch.patcher.apply import apply
 from nestpatch.patcher.diff import CheckpointDiff, LayerChange, Mismatch, PackDiff, compare, compare_packs, diff
-from nestpatch.patcher.extract import Extracted, Groups, PackLabel, delta_bounds, extract_to, floats, places
+from nestpatch.patcher.extract import Extracted, Groups, delta_bounds, extract_to, floats, places
 from nestpatch.patcher.transaction import open_model
 from nestpatch.rows import merge
 from tests.helpers import DTYPES, FLOATS, PROPERTY, load_tensors, tiny_checkpoint, tiny_pack, tiny_tensors, write_checkpoint
@@ -312,7 +313,7 @@ def test_groups_are_first_fit_and_meet_in_every_element() -> None:
 
 
 def extracted(tmp_path: Path, a: Path, b: Path, **facts: Any) -> tuple[Pack, Extracted]:
-    done = extract_to(a, b, tmp_path / "x.nest", PackLabel("x", **facts))
+    done = extract_to(a, b, tmp_path / "x.nest", Label("x", **facts))
     pack = nest.read(tmp_path / "x.nest")
     assert nest.pack_id(pack) == done.pack_id
     return pack, done
@@ -411,7 +412,7 @@ def test_the_blocks_make_no_difference(tmp_path: Path, monkeypatch: pytest.Monke
     nest.write(tiny_pack(a), tmp_path / "real.nest")
     apply(a, tmp_path / "real.nest", tmp_path / "b")
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-    label = PackLabel("x")
+    label = Label("x")
     whole = extract_to(a, tmp_path / "b", tmp_path / "whole.nest", label)
     small_blocks(monkeypatch, 100)
     parts = extract_to(a, tmp_path / "b", tmp_path / "parts.nest", label)
@@ -451,7 +452,7 @@ def test_what_is_no_pack_is_refused_by_name(tmp_path: Path, change: Any, reason:
     change(after)
     a, b = models(tmp_path, after)
     with pytest.raises(ExtractionError, match=reason) as caught:
-        extract_to(a, b, tmp_path / "x.nest", PackLabel("x"))
+        extract_to(a, b, tmp_path / "x.nest", Label("x"))
     assert caught.value.advice
     assert not (tmp_path / "x.nest").exists()
 
@@ -466,35 +467,35 @@ def test_a_pack_stays_small(tmp_path: Path, limit: str, value: int, reason: str,
     a, b = models(tmp_path, after)
     monkeypatch.setattr(extraction, limit, value)
     with pytest.raises(ExtractionError, match=reason):
-        extract_to(a, b, tmp_path / "x.nest", PackLabel("x"))
+        extract_to(a, b, tmp_path / "x.nest", Label("x"))
 
 
 def test_tensor_names_that_no_pack_can_hold(tmp_path: Path) -> None:
     a = write_checkpoint(tmp_path / "a", {"a b": np.zeros((2, 2), np.float32)})
     b = write_checkpoint(tmp_path / "b", {"a b": np.ones((2, 2), np.float32)})
     with pytest.raises(ExtractionError, match="'a b' is no tensor name"):
-        extract_to(a, b, tmp_path / "x.nest", PackLabel("x"))
+        extract_to(a, b, tmp_path / "x.nest", Label("x"))
 
 
 def test_the_label_and_the_place_are_checked_before_the_models(tmp_path: Path) -> None:
     nowhere = tmp_path / "a", tmp_path / "b"
     with pytest.raises(DataError, match="no pack name"):
-        extract_to(*nowhere, tmp_path / "x.nest", PackLabel("a/b"))
+        extract_to(*nowhere, tmp_path / "x.nest", Label("a/b"))
     with pytest.raises(DataError, match="not semver"):
-        extract_to(*nowhere, tmp_path / "x.nest", PackLabel("x", "1"))
+        extract_to(*nowhere, tmp_path / "x.nest", Label("x", "1"))
     with pytest.raises(OutputError, match="or its directory does not"):
-        extract_to(*nowhere, tmp_path / "no" / "x.nest", PackLabel("x"))
+        extract_to(*nowhere, tmp_path / "no" / "x.nest", Label("x"))
     (tmp_path / "x.nest").touch()
     with pytest.raises(OutputError, match="exists already"):
-        extract_to(*nowhere, tmp_path / "x.nest", PackLabel("x"))
+        extract_to(*nowhere, tmp_path / "x.nest", Label("x"))
     with pytest.raises(DataError, match="is a pack"):
-        extract_to(tmp_path / "x.nest", tmp_path / "b", tmp_path / "y.nest", PackLabel("x"))
+        extract_to(tmp_path / "x.nest", tmp_path / "b", tmp_path / "y.nest", Label("x"))
 
 
 def test_a_broken_clock_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
     with pytest.raises(DataError, match="SOURCE_DATE_EPOCH"):
-        extract_to(tmp_path / "a", tmp_path / "b", tmp_path / "x.nest", PackLabel("x"))
+        extract_to(tmp_path / "a", tmp_path / "b", tmp_path / "x.nest", Label("x"))
 
 
 # --- two packs

@@ -94,9 +94,10 @@ def diff(
     given = {what: value for what, value in facts.items() if value is not None}
     with progress(quiet or as_json) as on_event:
         if output is not None:
-            from nestpatch.patcher.extract import PackLabel, extract_to
+            from nestpatch.label import Label
+            from nestpatch.patcher.extract import extract_to
 
-            label = PackLabel(name or output.name.removesuffix(".nest"), **given)
+            label = Label(name or output.name.removesuffix(".nest"), **given)  # type: ignore[arg-type]
             found: Any = extract_to(a, b, output, label, on_event=on_event)
         elif name is not None or given:
             raise click.UsageError("--name, --version, --description and --license go with -o")
@@ -107,7 +108,7 @@ def diff(
     if as_json:
         print_json(found.as_json())
     else:
-        from nestpatch import views
+        from nestpatch.views_diff import show_diff
 
-        views.show_diff(found)
+        show_diff(found)
     sys.exit(0 if output is not None or found.identical else 1)

@@ -63,9 +63,9 @@ def train(
     from nestpatch import views
     from nestpatch.errors import OutputError
     from nestpatch.formats import nest
+    from nestpatch.label import Label
     from nestpatch.nest_train.data import join_sets, load_prompts
     from nestpatch.nest_train.evaluate import load_suite
-    from nestpatch.nest_train.packing import Label
     from nestpatch.nest_train.recipe import make_recipe
     from nestpatch.nest_train.train import TrainingData
     from nestpatch.nest_train.train import train as run

@@ -86,7 +86,7 @@ class SafetensorsCheckpoint:
         with open(info.file, "r+b", buffering=0) as file:
             for start, stop in _runs(rows):
                 file.seek(info.offset + int(rows[start]) * info.row_bytes)
-                _write_all(file, memoryview(data[start:stop]).cast("B"))
+                _write_all(file, data[start:stop].data.cast("B"))
 
     def read_all(self, name: str) -> Iterator[bytes]:
         """The tensor's bytes, in blocks."""

@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from hashlib import sha256
 from typing import Any
 
 import numpy as np
 import torch
 
-from nestpatch.errors import CheckpointFormatError, DataError
+from nestpatch.errors import CheckpointFormatError
 from nestpatch.formats.interface import Checkpoint
+from nestpatch.label import Label, now
 from nestpatch.nest_train.deltas import ClusterDelta
-from nestpatch.pack import BaseIdentity, Manifest, Pack, TensorDelta, TensorIdentity, name_problem, version_problem
+from nestpatch.pack import BaseIdentity, Manifest, Pack, TensorDelta, TensorIdentity
 from nestpatch.rows import DTYPES, digest, merge, sketch
-
-
-@dataclass(frozen=True)
-class Label:
-    """What a publisher says of a pack."""
-
-    name: str
-    version: str = "1.0.0"
-    description: str = ""
-    license: str = ""
-    tags: tuple[str, ...] = ()
-    supersedes: tuple[str, ...] = ()
-    requires: tuple[str, ...] = ()
-
-    def check(self) -> None:
-        """Raises DataError, before any work, for what a manifest would refuse at the end."""
-        if problem := name_problem(self.name) or version_problem(self.version):
-            raise DataError(problem)
 
 
 @dataclass(frozen=True)
@@ -44,13 +25,6 @@ class BaseHints:
     model_id: str
     revision: str
     architecture: str
-
-
-def _now() -> str:
-    """The time of making, or SOURCE_DATE_EPOCH where a build has to give the same bytes again."""
-    epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    moment = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def disk_name(weight: str, checkpoint: Checkpoint) -> str:
@@ -115,7 +89,7 @@ def make_pack(
         version=label.version,
         description=label.description,
         license=label.license,
-        created=_now(),
+        created=now(),
         base=BaseIdentity(hints.model_id, hints.revision, hints.architecture, dtype, identities),
         result=results,
         tags=label.tags,

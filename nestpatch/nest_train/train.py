@@ -17,6 +17,7 @@ import torch
 from nestpatch.errors import PromptDataError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats.opening import open_checkpoint
+from nestpatch.label import Label
 from nestpatch.nest_train import evaluate as evaluation
 from nestpatch.nest_train.cluster import Clusters, cluster
 from nestpatch.nest_train.data import PromptSet, sample_set
@@ -25,7 +26,7 @@ from nestpatch.nest_train.drift import drift_between
 from nestpatch.nest_train.generate import with_transformers
 from nestpatch.nest_train.judge import is_refusal
 from nestpatch.nest_train.model import Source, find_mlps, load_model, locate, pick_device, pick_dtype
-from nestpatch.nest_train.packing import BaseHints, Label, make_pack
+from nestpatch.nest_train.packing import BaseHints, make_pack
 from nestpatch.nest_train.probe import Selection, collect, require_neurons, select
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.nest_train.refusals import choose_refusals

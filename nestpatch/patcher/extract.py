@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ from nestpatch.errors import DataError, ExtractionError, OutputError, PackConten
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats import nest
 from nestpatch.formats.interface import Checkpoint, IntArray, row_blocks
-from nestpatch.pack import BaseIdentity, Manifest, Pack, TensorDelta, TensorIdentity, name_problem, version_problem
+from nestpatch.label import Label, now
+from nestpatch.pack import BaseIdentity, Manifest, Pack, TensorDelta, TensorIdentity
 from nestpatch.patcher.diff import CheckpointDiff, TensorDiff, changed_rows, compare, is_pack
 from nestpatch.patcher.transaction import open_model
 from nestpatch.rows import DTYPES, FloatArray, Rows, digest, merge, sketch
@@ -38,22 +38,6 @@ _PROBES = 16
 """Elements of a row that are compared with all groups before the others are compared with the few that are left."""
 _TOP = int(np.finfo(np.float32).max.view(np.int32))
 """Place of the largest finite float32; that of the lowest is -1 - _TOP."""
-
-
-@dataclass(frozen=True)
-class PackLabel:
-    """What a publisher says of an extracted pack."""
-
-    name: str
-    version: str = "1.0.0"
-    description: str = ""
-    license: str = ""
-
-    def check(self) -> None:
-        """Raises DataError, before any work, for what a manifest would refuse at the end."""
-        if problem := name_problem(self.name) or version_problem(self.version):
-            raise DataError(problem)
-        _now()
 
 
 @dataclass(frozen=True)
@@ -75,7 +59,7 @@ class Extracted:
 
 
 def extract_to(
-    base: str | Path, tuned: str | Path, output: str | Path, label: PackLabel, *, on_event: OnEvent = ignore
+    base: str | Path, tuned: str | Path, output: str | Path, label: Label, *, on_event: OnEvent = ignore
 ) -> Extracted:
     """Compares two models and writes the pack that makes `tuned` of `base`.
 
@@ -96,9 +80,7 @@ def extract_to(
     return Extracted(found, Path(output), pack_id, Path(output).stat().st_size, rows, clusters)
 
 
-def extract(
-    base: Checkpoint, tuned: Checkpoint, found: CheckpointDiff, label: PackLabel, *, on_event: OnEvent = ignore
-) -> Pack:
+def extract(base: Checkpoint, tuned: Checkpoint, found: CheckpointDiff, label: Label, *, on_event: OnEvent = ignore) -> Pack:
     """The pack that makes `tuned` of `base`; `found` is what `compare` found between them.
 
     Raises ExtractionError when no pack can do that, DataError for an impossible label.
@@ -305,7 +287,7 @@ def _reaches(wide: FloatArray, delta: IntArray, target: IntArray) -> npt.NDArray
 def _manifest(
     base: Checkpoint,
     tuned: Checkpoint,
-    label: PackLabel,
+    label: Label,
     deltas: list[TensorDelta],
     identities: Mapping[str, TensorIdentity],
     results: Mapping[str, str],
@@ -326,7 +308,7 @@ def _manifest(
         version=label.version,
         description=label.description,
         license=label.license,
-        created=_now(),
+        created=now(),
         base=BaseIdentity(names[0], "", _architecture(base.path), dtype, identities),
         result=results,
         method=method,
@@ -347,13 +329,3 @@ def _architecture(path: Path) -> str:
         return str(config["architectures"][0])
     except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError):
         return ""
-
-
-def _now() -> str:
-    """The time of making, or SOURCE_DATE_EPOCH where a build has to give the same bytes again."""
-    epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    try:
-        moment = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
-    except (ValueError, OverflowError, OSError) as error:
-        raise DataError(f"SOURCE_DATE_EPOCH is no time in seconds: {epoch!r}") from error
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

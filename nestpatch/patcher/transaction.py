@@ -132,6 +132,14 @@ def require_writable(checkpoint: Checkpoint, names: Sequence[str]) -> None:
             raise InPlaceError(f"{file} cannot be written by this user")
 
 
+def _keep_heap() -> None:
+    """Makes glibc reuse freed blocks of up to this size instead of unmapping them: a fifth less time (bench/patch.py).
+
+    Its threshold follows the largest block that was freed; this one is never touched, so it costs no memory.
+    """
+    np.empty((32 << 20) - (64 << 10), np.uint8)
+
+
 @dataclass(eq=False)
 class Transaction:
     """A change under way. The lock must be held, and leftovers recovered."""
@@ -150,6 +158,7 @@ class Transaction:
 
         Raises BaseMismatchError, UndoError or InPlaceError; then everything is as before.
         """
+        _keep_heap()
         identity = secrets.token_hex(8)
         names = {delta.name for step in steps for delta in self.packs[step.link.pack_id]}
         require_writable(self.checkpoint, sorted(names))

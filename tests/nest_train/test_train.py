@@ -15,11 +15,12 @@ from nestpatch.cli import main
 from nestpatch.errors import CheckpointFormatError, DataError, PromptDataError, TrainingError
 from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
+from nestpatch.label import Label
 from nestpatch.nest_train.data import load_prompts
 from nestpatch.nest_train.evaluate import load_suite
 from nestpatch.nest_train.fold import fold
 from nestpatch.nest_train.model import load_model
-from nestpatch.nest_train.packing import Label, disk_name
+from nestpatch.nest_train.packing import disk_name
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.nest_train.train import TrainingData, train
 from nestpatch.patcher.apply import apply
