@@ -27,7 +27,9 @@ fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz_readers --seconds 60
 
 bench: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python bench/demo.py
+	$(BIN)/python bench/patch.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
