@@ -11,13 +11,13 @@ from pathlib import Path
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats import nest
 from nestpatch.formats.atomic import write_bytes
-from nestpatch.formats.opening import open_checkpoint
 from nestpatch.nest_train.drift import drift_between
 from nestpatch.nest_train.evaluate import BENIGN, Evaluation, Suite, answers_of, evaluate
 from nestpatch.nest_train.fold import fold
 from nestpatch.nest_train.generate import with_transformers
 from nestpatch.nest_train.model import load_model, locate, pick_device, pick_dtype
 from nestpatch.pack import Pack
+from nestpatch.patcher.transaction import open_model
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ def assess(
     """
     pack = nest.read(patch) if isinstance(patch, (str, Path)) else patch
     source = locate(model)
+    checkpoint, _ = open_model(source.path)
     chosen_device, _ = pick_device(device)
     chosen_dtype, _ = pick_dtype(dtype, chosen_device)
     on_event(Event("load", note=source.model_id))
@@ -64,7 +65,7 @@ def assess(
         return Assessment(before)
     answers = dict(answers_of(before, BENIGN))
     reference, _ = load_model(source.path, chosen_device, chosen_dtype)
-    fold(loaded, open_checkpoint(source.path), pack)
+    fold(loaded, checkpoint, pack)
     after = evaluate(generate, suites)
     return Assessment(before, Evaluation(after.suites, drift_between(reference, loaded, tokenizer, answers)))
 

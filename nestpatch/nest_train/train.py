@@ -16,7 +16,6 @@ import torch
 
 from nestpatch.errors import PromptDataError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.formats.opening import open_checkpoint
 from nestpatch.label import Label
 from nestpatch.nest_train import evaluate as evaluation
 from nestpatch.nest_train.cluster import Clusters, cluster
@@ -33,6 +32,7 @@ from nestpatch.nest_train.refusals import choose_refusals
 from nestpatch.nest_train.text import encode_pairs, prompt_ids
 from nestpatch.nest_train.tune import Halves, TuneResult, tune
 from nestpatch.pack import Pack
+from nestpatch.patcher.transaction import open_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -127,6 +127,8 @@ def train(
     data.check()
     data = data.sampled(recipe.max_prompts, recipe.seed)
     source = locate(base)
+    # Before minutes of work: are these weights of a kind that a pack can be for? Ends an interrupted change, too.
+    checkpoint, _ = open_model(source.path)
     run = _start(source, recipe, on_event)
     blocks = find_mlps(run.model)
     if data.lookalike is None:
@@ -142,7 +144,7 @@ def train(
         after = _evaluate(run, suites, (deltas, before))
     pack = make_pack(
         [(projection.weight_name, module) for projection, module in deltas.places],
-        open_checkpoint(source.path),
+        checkpoint,
         recipe.delta_dtype,
         label,
         BaseHints(source.model_id, source.revision, type(run.model).__name__),

@@ -180,7 +180,7 @@ def test_weights_that_differ_from_the_loaded_ones_are_noticed(models, data, tmp_
 
     name = "model.layers.0.mlp.gate_proj.weight"
     save_file({**tensors, name: np.ascontiguousarray(tensors[name][::-1])}, other / "model.safetensors")
-    monkeypatch.setattr(module, "open_checkpoint", lambda _: open_checkpoint(other))
+    monkeypatch.setattr(module, "open_model", lambda _: (open_checkpoint(other), None))
     with pytest.raises(CheckpointFormatError, match="is not the weight that transformers loaded"):
         train(models("llama"), data, Label("test"), recipe=FAST)
 
