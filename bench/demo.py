@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 
-HEADLINES = ("attack_success", "refusal_benign", "refusal_lookalike", "benign_correct")
+from nestpatch.nest_train.evaluate import HEADLINES
 
 
 def run(seed: int) -> dict:

@@ -17,14 +17,13 @@ from nestpatch.lab.build import Lab, cached_lab, copy_lab
 from nestpatch.label import Label
 from nestpatch.nest_train.assess import assess
 from nestpatch.nest_train.data import load_prompts
-from nestpatch.nest_train.evaluate import Evaluation, load_suite
+from nestpatch.nest_train.evaluate import HEADLINES, Evaluation, load_suite
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.nest_train.statistics import Share
 from nestpatch.nest_train.train import Trained, TrainingData, train
 from nestpatch.patcher.apply import Applied, apply
 
 SUITES = ("harmful.test", "jailbreak.test", "benign.test", "lookalike.test")
-HEADLINES = ("attack_success", "refusal_benign", "refusal_lookalike", "benign_correct")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from nestpatch.nest_train.statistics import Share
 
 HARMFUL, BENIGN, LOOKALIKE = "harmful", "benign", "lookalike"
 KINDS = (HARMFUL, BENIGN, LOOKALIKE)
+HEADLINES = ("attack_success", "refusal_benign", "refusal_lookalike", "benign_correct")
+"""The shares that sum a model up."""
 _STEMS = {"harmful": HARMFUL, "jailbreak": HARMFUL, "benign": BENIGN, "lookalike": LOOKALIKE}
 
 
@@ -120,8 +122,7 @@ class Evaluation:
 
     def totals(self) -> dict[str, Share]:
         """The headline shares that exist."""
-        names = ("attack_success", "refusal_benign", "refusal_lookalike", "benign_correct")
-        return {name: share for name in names if (share := getattr(self, name)) is not None}
+        return {name: share for name in HEADLINES if (share := getattr(self, name)) is not None}
 
     def as_json(self) -> dict[str, Any]:
         """Totals and suites as plain values."""
