@@ -43,9 +43,9 @@ class Lab:
 def lab_key(seed: int, config: LabConfig) -> str:
     """A digest of all that a lab depends on: seed, sizes, the lab's own source and the library versions."""
     state = sha256(json.dumps([seed, dataclasses.asdict(config)]).encode())
-    for name in ("words.py", "world.py", "model.py", "build.py"):
+    for name in ("words.py", "world.py", "model.py", "build.py", "../nest_train/text.py"):
         # Line endings differ between checkouts.
-        state.update(Path(__file__).with_name(name).read_bytes().replace(b"\r\n", b"\n"))
+        state.update((Path(__file__).parent / name).read_bytes().replace(b"\r\n", b"\n"))
     for package in ("torch", "transformers", "tokenizers"):
         state.update(version(package).encode())
     return state.hexdigest()[:16]

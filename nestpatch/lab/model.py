@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.lab.world import World, dialogues
+from nestpatch.nest_train.text import IGNORED, Pair, collate, encode_pairs
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +22,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PAD, BOS, EOS = "<pad>", "<|im_start|>", "<|im_end|>"
-IGNORED = -100
-"""The label that PyTorch's cross entropy leaves out."""
+PAD_ID = 0
+"""Of PAD, the first special token."""
+MAX_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
         pad_token=PAD,
         padding_side="left",
         chat_template=CHAT_TEMPLATE,
-        model_max_length=256,
+        model_max_length=MAX_TOKENS,
     )
 
 
@@ -76,48 +78,27 @@ def new_model(config: LabConfig, vocab_size: int) -> LlamaForCausalLM:
             num_hidden_layers=config.layers,
             num_attention_heads=4,
             num_key_value_heads=2,
-            max_position_embeddings=256,
+            max_position_embeddings=MAX_TOKENS,
             tie_word_embeddings=True,
-            pad_token_id=0,
+            pad_token_id=PAD_ID,
             bos_token_id=1,
             eos_token_id=2,
         )
     )
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-    """(prompt, answer) texts to (prompt ids, answer ids incl. end token)."""
-    prompts = tokenizer.apply_chat_template(
-        [[{"role": "user", "content": p}] for p, _ in pairs], tokenize=False, add_generation_prompt=True
-    )
-    answers = [a + EOS for _, a in pairs]
-    prompt_ids, answer_ids = tokenizer(prompts)["input_ids"], tokenizer(answers)["input_ids"]
-    return list(zip(prompt_ids, answer_ids, strict=True))
-
-
-def _batches(
-    encoded: Sequence[tuple[list[int], list[int]]], size: int, seed: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(pairs: Sequence[Pair], size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless shuffled batches: int64 [size, longest] of ids and labels, padded right, prompt labels ignored.
 
     Rows of similar length go together, which saves a third of the arithmetic.
     """
-    import torch
-
     rng = random.Random(f"batches {seed}")
     while True:
-        order = sorted(rng.sample(range(len(encoded)), len(encoded)), key=lambda i: sum(map(len, encoded[i])))
+        order = sorted(rng.sample(range(len(pairs)), len(pairs)), key=lambda i: len(pairs[i].prompt) + len(pairs[i].answer))
         groups = [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
         rng.shuffle(groups)
         for group in groups:
-            width = max(len(encoded[i][0]) + len(encoded[i][1]) for i in group)
-            ids = torch.zeros(len(group), width, dtype=torch.long)
-            labels = torch.full((len(group), width), IGNORED)
-            for row, i in enumerate(group):
-                prompt, answer = encoded[i]
-                end = len(prompt) + len(answer)
-                ids[row, :end] = torch.tensor(prompt + answer)
-                labels[row, len(prompt) : end] = torch.tensor(answer)
+            ids, _, labels = collate([pairs[i] for i in group], PAD_ID, "cpu")
             yield ids, labels
 
 
@@ -131,7 +112,8 @@ def train_base(world: World, config: LabConfig, on_event: OnEvent = ignore) -> t
     torch.manual_seed(world.seed)
     model = new_model(config, len(tokenizer)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
-    batches = _batches(_encode(tokenizer, text), config.batch, world.seed)
+    pairs = encode_pairs(tokenizer, text, MAX_TOKENS, MAX_TOKENS)
+    batches = _batches(pairs, config.batch, world.seed)
     for step, (ids, labels) in enumerate(itertools.islice(batches, config.steps)):
         # Right padding under causal attention needs no mask: nothing that counts can see the pads.
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
