@@ -9,6 +9,7 @@ NestpatchError
 │   ├── CheckpointFormatError   broken or unsupported file
 │   ├── BaseMismatchError       a sound model, but not the one that the pack was made for
 │   ├── UnsupportedModelError   an architecture without an MLP that we know
+│   ├── QuantizationError       a quantized type whose rows cannot be written, or would lose the patch
 │   └── ExtractionError         two models whose difference is no pack
 ├── OutputError             the place that was to be written
 │   ├── InPlaceError            the model's own files cannot be changed where they are
@@ -85,6 +86,12 @@ class UnsupportedModelError(CheckpointError):
     """The model has no feed-forward layers of a kind that nestpatch knows."""
 
     advice = "Supported: gate_proj/up_proj, fused gate_up_proj, and fc1/fc_in/c_fc/dense_h_to_4h made of Linear layers."
+
+
+class QuantizationError(CheckpointError):
+    """Rows of a quantized type cannot be read or written here, or would lose what the patch adds."""
+
+    advice = "Patch the float model and quantize it anew."
 
 
 class ExtractionError(CheckpointError):

@@ -1,0 +1,128 @@
+"""The arithmetic of quantized rows: float32 to blocks of a GGUF type and back.
+
+llama.cpp's own ggml library does it where llama-cpp-python has brought it along; the `gguf` package does the types that it
+has, with the same bytes. Every row is quantized by itself, so a few rows give the bytes that the whole tensor would give.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nestpatch.errors import QuantizationError
+from nestpatch.rows import DTYPES, FloatArray
+
+Blocks = npt.NDArray[np.uint8]
+FLOATS = tuple(DTYPES)
+"""The types that hold plain numbers: their rows follow the merge rule."""
+NEEDS_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
+"""Types whose quantizer wants an importance matrix; some of them end the process when they get none."""
+_LIBRARY = {"linux": "libggml-base.so", "darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
+
+
+def _type(name: str) -> Any:
+    from gguf import GGMLQuantizationType
+
+    try:
+        return GGMLQuantizationType[name]
+    except KeyError:
+        raise QuantizationError(f"{name} is no tensor type of GGUF files") from None
+
+
+def block(name: str) -> tuple[int, int]:
+    """(elements, bytes) of one block of a type. Raises QuantizationError for unknown names."""
+    from gguf import GGML_QUANT_SIZES
+
+    elements, nbytes = GGML_QUANT_SIZES[_type(name)]
+    return int(elements), int(nbytes)
+
+
+def row_bytes(name: str, width: int) -> int:
+    """Bytes of a row of `width` elements. Raises QuantizationError where blocks do not fill it exactly."""
+    elements, nbytes = block(name)
+    if width % elements:
+        raise QuantizationError(f"rows of {width} elements do not fit into {name}, whose blocks have {elements}")
+    return width // elements * nbytes
+
+
+@lru_cache(maxsize=1)
+def _ggml() -> Any:
+    """llama.cpp's ggml library inside llama-cpp-python, or None. The package itself is not imported: that takes a second."""
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / "lib" / _LIBRARY.get(sys.platform, _LIBRARY["linux"])
+    try:
+        library = ctypes.CDLL(str(path))
+        library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    except (OSError, AttributeError):
+        return None
+    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    library.ggml_quantize_requires_imatrix.argtypes = [ctypes.c_int]
+    library.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
+    return library
+
+
+def require_quantizer(name: str) -> None:
+    """Raises QuantizationError, with the way out, when rows cannot be quantized to a type here."""
+    library, code = _ggml(), _type(name)
+    if name in NEEDS_IMATRIX or (library is not None and library.ggml_quantize_requires_imatrix(int(code))):
+        raise QuantizationError(
+            f"rows of type {name} can only be quantized with an importance matrix, which is not in the file",
+            advice="Patch the float model and quantize it anew, or load an adapter: nestpatch export PATCH --to gguf-lora",
+        )
+    if library is None:
+        import gguf
+
+        try:
+            gguf.quantize(np.zeros((1, block(name)[0]), np.float32), code)
+        except NotImplementedError:
+            reason = f"quantizing rows to {name} needs llama.cpp's library"
+            raise QuantizationError(reason, advice="pip install 'nestpatch[llama]'") from None
+
+
+def quantize(rows: FloatArray, name: str) -> Blocks:
+    """float32 [rows, width] -> blocks, uint8 [rows, row_bytes]. Also for the float types.
+
+    Raises QuantizationError when that cannot be done here.
+    """
+    if name in DTYPES:
+        return rows.astype(DTYPES[name]).view(np.uint8)
+    require_quantizer(name)
+    rows = np.ascontiguousarray(rows, np.float32)
+    library = _ggml()
+    if library is None:
+        import gguf
+
+        found: Blocks = gguf.quantize(rows, _type(name)).view(np.uint8).reshape(len(rows), -1)
+        return found
+    out = np.empty((len(rows), row_bytes(name, rows.shape[1])), np.uint8)
+    written = library.ggml_quantize_chunk(int(_type(name)), rows.ctypes.data, out.ctypes.data, 0, *rows.shape, None)
+    if written != out.nbytes:
+        raise QuantizationError(f"ggml wrote {written} bytes of {name} instead of {out.nbytes}")
+    return out
+
+
+def dequantize(blocks: Blocks, name: str) -> FloatArray:
+    """Blocks, uint8 [rows, row_bytes] -> float32 [rows, width]. Also for the float types.
+
+    Raises QuantizationError for types that hold no numbers of this kind.
+    """
+    raw = np.ascontiguousarray(blocks)
+    if name in DTYPES:
+        plain: FloatArray = raw.view(DTYPES[name]).astype(np.float32)
+        return plain
+    import gguf
+
+    try:
+        found: FloatArray = gguf.dequantize(raw, _type(name)).astype(np.float32, copy=False)
+    except NotImplementedError:
+        raise QuantizationError(f"rows of type {name} cannot be read here") from None
+    return found
