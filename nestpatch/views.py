@@ -142,7 +142,8 @@ def show_applied(done: Applied) -> None:
     grid = _grid()
     grid.add_row("changed", f"{done.rows} rows of {done.tensors} tensors, {size(done.row_bytes)}")
     for file in done.files:
-        grid.add_row("file", f"{escape(file.path.name)}  {size(file.nbytes)}  sha256 {file.sha256}")
+        digest = f"  sha256 {file.sha256}" if file.sha256 else ""
+        grid.add_row("file", f"{escape(file.path.name)}  {size(file.nbytes)}{digest}")
     if done.left_out:
         grid.add_row("left out", f"{escape(', '.join(done.left_out))} (unpatched weights of another format)")
     out.print(grid)

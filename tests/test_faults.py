@@ -35,7 +35,7 @@ CaseOf = Callable[[str, str], Case]
 KILLS = {
     # (operation, layout, in the middle of writes) -> kill points, at least
     ("apply", "bf16-sharded", False): 50,
-    ("apply", "bf16-sharded", True): 35,
+    ("apply", "bf16-sharded", True): 30,
     ("apply", "f32-single", False): 50,
     ("apply", "f16-named", False): 50,
     ("upgrade", "bf16-sharded", False): 75,

@@ -18,6 +18,8 @@ from nestpatch.commands.options import PathType, json_option, print_json, progre
 @click.option("--in-place", is_flag=True, help="Change the model's own files, crash-safe and revertible.")
 @click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies the patch, over 0 and up to 1.5.")
 @click.option("--hard-link", is_flag=True, help="Copy: let untouched shards share their files with the base.")
+@click.option("--sha256", "digest", is_flag=True, help="Copy: take the SHA-256 of every weight file.")
+@click.option("--no-sync", is_flag=True, help="Copy: leave writing to the disk to the system, as cp does.")
 @click.option("--allow-overlap", is_flag=True, help="Add up with another pack that changes the same rows.")
 @click.option("--allow-downgrade", is_flag=True, help="Replace a newer version.")
 @click.option("--allow-base-mismatch", is_flag=True, help="Patch a model that is not the pack's base. Recorded in the ledger.")
@@ -32,6 +34,8 @@ def apply(
     in_place: bool,
     strength: float,
     hard_link: bool,
+    digest: bool,
+    no_sync: bool,
     allow_overlap: bool,
     allow_downgrade: bool,
     allow_base_mismatch: bool,
@@ -48,8 +52,8 @@ def apply(
         raise click.UsageError("--in-place changes the model itself; leave -o out")
     if not in_place and detach:
         raise click.UsageError("--detach goes with --in-place")
-    if in_place and hard_link:
-        raise click.UsageError("--hard-link goes with a copy, not with --in-place")
+    if in_place and (hard_link or digest or no_sync):
+        raise click.UsageError("--hard-link, --sha256 and --no-sync go with a copy, not with --in-place")
     flags = {"allow_overlap": allow_overlap, "allow_downgrade": allow_downgrade, "allow_base_mismatch": allow_base_mismatch}
     if allow_base_mismatch:
         click.echo("WARNING: --allow-base-mismatch: the result is not what the pack's evaluation measured", err=True)
@@ -63,7 +67,8 @@ def apply(
             from nestpatch.patcher.apply import apply as run
 
             common = {"strength": strength, "dry_run": dry_run, "on_event": on_event}
-            done = run(model, patch, output, hard_link=hard_link, **common, **flags)  # type: ignore[arg-type]
+            copying = {"hard_link": hard_link, "digest": digest, "sync": not no_sync}
+            done = run(model, patch, output, **copying, **common, **flags)  # type: ignore[arg-type]
     report(done, "show_changed" if in_place else "show_applied", as_json)
 
 

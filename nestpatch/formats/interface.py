@@ -13,7 +13,7 @@ import numpy.typing as npt
 from nestpatch.rows import Rows
 
 IntArray = npt.NDArray[np.int64]
-CHUNK = 8 << 20
+CHUNK = 2 << 20
 """Bytes of rows held in memory at a time."""
 
 

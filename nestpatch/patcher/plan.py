@@ -85,19 +85,17 @@ class Plan:
 def examine(pack: Pack, checkpoint: Checkpoint) -> list[Finding]:
     """Finds out, tensor by tensor, what a checkpoint holds where the pack would change it."""
     names = set(checkpoint.tensors())
-    findings = []
-    for delta in pack:
+
+    def look(delta: TensorDelta) -> Finding:
         identity = pack.manifest.base.tensors[delta.name]
         if delta.name not in names:
-            findings.append(Finding(delta.name, State.MISSING))
-            continue
+            return Finding(delta.name, State.MISSING)
         info = checkpoint.info(delta.name)
         if info.shape != identity.shape:
-            detail = f"{list(info.shape)} instead of {list(identity.shape)}"
-            findings.append(Finding(delta.name, State.SHAPE, detail))
-            continue
-        findings.append(_examine_rows(delta, identity, pack.manifest.result[delta.name], checkpoint))
-    return findings
+            return Finding(delta.name, State.SHAPE, f"{list(info.shape)} instead of {list(identity.shape)}")
+        return _examine_rows(delta, identity, pack.manifest.result[delta.name], checkpoint)
+
+    return [look(delta) for delta in pack]
 
 
 def _narrow(rows: Rows, dtype: str) -> Rows | None:

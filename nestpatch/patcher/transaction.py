@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from glob import escape
 from hashlib import sha256
 from pathlib import Path
@@ -33,8 +34,12 @@ from nestpatch.patcher.journal import Region, read_transaction, remove_journal, 
 from nestpatch.patcher.ledger import Entry, Ledger, TensorRecord, read_ledger, write_ledger
 from nestpatch.patcher.place import Place, locked, place_of
 from nestpatch.patcher.plan import make_plan
-from nestpatch.patcher.undo import UndoReader, UndoWriter, checksums, residual, restored
-from nestpatch.rows import merge
+from nestpatch.patcher.threads import beside, meanwhile
+from nestpatch.patcher.undo import TensorPacker, UndoReader, UndoWriter, checksums, residual, restored
+from nestpatch.rows import FloatArray, Rows, merge
+
+SYNC_STRIDE = 8
+"""Tensors between two syncs."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,38 @@ def _keep_heap() -> None:
     Its threshold follows the largest block that was freed; this one is never touched, so it costs no memory.
     """
     np.empty((32 << 20) - (64 << 10), np.uint8)
+
+
+class _Change:
+    """What one tensor held before and after, as the ledger and the undo record tell it."""
+
+    def __init__(self, name: str, rows: int, strength: float) -> None:
+        self.name, self.rows, self.strength = name, rows, strength
+        self.before, self.after, self.packer = sha256(), sha256(), TensorPacker()
+
+    @staticmethod
+    def record(block: _Block) -> _Change | None:
+        """Adds a block; gives the change when it was the last one."""
+        change, old, new = block.change, block.old, block.new
+        change.before.update(old.view(np.uint8).data)
+        change.after.update(new.view(np.uint8).data)
+        change.packer.add(residual(old, new, block.dense, change.strength), checksums(old), checksums(new))
+        return change if block.last else None
+
+    @property
+    def outcome(self) -> TensorRecord:
+        return TensorRecord(self.rows, self.before.hexdigest(), self.after.hexdigest())
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Some rows of a change: [rows, in_features]."""
+
+    change: _Change
+    old: Rows
+    new: Rows
+    dense: FloatArray
+    last: bool
 
 
 @dataclass(eq=False)
@@ -264,15 +301,25 @@ class Transaction:
         kept = self.place.pack(link.pack_id)
         if not kept.exists():
             nest.write(pack, kept)
-        with open(self.place.undo(entry.undo), "wb") as file:
+        with meanwhile() as start, open(self.place.undo(entry.undo), "wb") as file:
             writer = UndoWriter(file)
-            for number, delta in enumerate(pack, start=1):
-                records[delta.name] = self._merge(delta, link.strength, writer)
-                self._keep_promise(pack, delta.name, records[delta.name], link.strength)
-                self.on_event(Event("merge", number, len(pack.deltas), delta.name))
+            for change in beside(_Change.record, self._merge(pack, link.strength)):
+                if change is None:
+                    continue
+                records[change.name] = change.outcome
+                self._keep_promise(pack, change.name, change.outcome, link.strength)
+                writer.tensor(change.packer.finish())
+                self._tell("merge", len(records), pack, start)
             file.flush()
             os.fsync(file.fileno())
         return replace(entry, tensors=records)
+
+    def _tell(self, stage: str, number: int, pack: Pack, start: Callable[[Callable[[], None]], None]) -> None:
+        """Progress; and from time to time lets the disk begin to write, while the next tensors are worked on."""
+        name = pack.deltas[number - 1].name
+        self.on_event(Event(stage, number, len(pack.deltas), name))
+        if self.journaled and number % SYNC_STRIDE == 0:
+            start(partial(sync_files, [self.checkpoint.info(name).file]))
 
     def _keep_promise(self, pack: Pack, name: str, record: TensorRecord, strength: float) -> None:
         """Where a pack says what the merge must give, it must have given that."""
@@ -280,29 +327,25 @@ class Transaction:
         if promised and record.after != pack.manifest.result[name]:
             raise PackContentError(f"{name}: the merged rows are not those that {pack.label} promises")
 
-    def _merge(self, delta: TensorDelta, strength: float, writer: UndoWriter) -> TensorRecord:
-        before, after = sha256(), sha256()
-
-        def blocks() -> Iterator[Any]:
+    def _merge(self, pack: Pack, strength: float) -> Iterator[_Block]:
+        """Writes the merged rows, block by block; gives what there is to record of each."""
+        for delta in pack:
+            change = _Change(delta.name, delta.neurons, strength)
             for part in row_blocks(delta.neurons, self.checkpoint.info(delta.name).row_bytes):
                 rows = delta.rows[part].astype(np.int64)
-                change = delta.dense(part.start, part.stop)
+                dense = delta.dense(part.start, part.stop)
                 old = self.checkpoint.read_rows(delta.name, rows)
-                new = merge(old, change, strength)
+                new = merge(old, dense, strength)
                 self.checkpoint.write_rows(delta.name, rows, new)
-                before.update(old.view(np.uint8).data)
-                after.update(new.view(np.uint8).data)
-                yield residual(old, new, change, strength), checksums(old), checksums(new)
-
-        writer.tensor(blocks())
-        return TensorRecord(delta.neurons, before.hexdigest(), after.hexdigest())
+                yield _Block(change, old, new, dense, last=part.stop == delta.neurons)
 
     def _undo(self, entry: Entry) -> None:
         pack = self.packs[entry.pack_id]
         reader = UndoReader(self.place.undo(entry.undo), [delta.name for delta in pack])
-        for number, delta in enumerate(pack, start=1):
-            self._restore(delta, entry, reader)
-            self.on_event(Event("undo", number, len(pack.deltas), delta.name))
+        with meanwhile() as start:
+            for number, delta in enumerate(pack, start=1):
+                self._restore(delta, entry, reader)
+                self._tell("undo", number, pack, start)
 
     def _restore(self, delta: TensorDelta, entry: Entry, reader: UndoReader) -> None:
         info, record = self.checkpoint.info(delta.name), entry.tensors[delta.name]
