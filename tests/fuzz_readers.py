@@ -25,7 +25,7 @@ from nestpatch.patcher.inplace import apply_in_place
 from nestpatch.patcher.journal import read_transaction
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.patcher.place import place_of
-from nestpatch.patcher.transaction import recover_model
+from nestpatch.patcher.recovery import recover_model
 from nestpatch.patcher.undo import UndoReader
 from nestpatch.patcher.verify import verify
 from tests.helpers import tiny_checkpoint, tiny_pack

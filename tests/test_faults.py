@@ -20,7 +20,7 @@ import pytest
 from nestpatch.errors import JournalError, NestpatchError
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.place import place_of
-from nestpatch.patcher.transaction import recover_model
+from nestpatch.patcher.recovery import recover_model
 from tests.faults.cases import Case, digests, make_case
 from tests.faults.killer import Call, Fault, Killer, build_shim, compiler
 from tests.helpers import tiny_checkpoint, tree_digest

@@ -210,7 +210,8 @@ def test_a_directory_without_weights(shop: Path, tmp_path: Path) -> None:
     ("name", "says"),
     [
         ("nothing", "there is no model at"),
-        ("model.gguf", "is no model file that nestpatch knows"),
+        ("model.bin", "is no model file that nestpatch knows"),
+        ("model.gguf", "the file ends inside its header"),
         ("x" * 300, "there is no model at"),
     ],
 )

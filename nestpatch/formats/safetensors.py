@@ -33,6 +33,8 @@ class SafetensorsCheckpoint:
     Raises CheckpointFormatError for files whose header lies about their content.
     """
 
+    converted = False
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files, self.index = _find_files(path)
@@ -60,6 +62,10 @@ class SafetensorsCheckpoint:
         """The names of all tensors, sorted."""
         return sorted(self._infos)
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor."""
+        return name in self._infos
+
     def info(self, name: str) -> TensorInfo:
         """Raises CheckpointFormatError when there is no such tensor."""
         if name not in self._infos:
@@ -80,7 +86,7 @@ class SafetensorsCheckpoint:
         """The tensor's bytes, in blocks."""
         return read_all_at(self.info(name))
 
-    def metadata(self) -> Mapping[str, str]:
+    def metadata(self) -> Mapping[str, Any]:
         """The `__metadata__` of all files together."""
         return self._metadata
 

@@ -12,7 +12,7 @@ from nestpatch.formats import nest
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.patcher.place import place_of
-from nestpatch.patcher.transaction import recover_model
+from nestpatch.patcher.recovery import recover_model
 from nestpatch.patcher.verify import Verdict, verify
 from tests.helpers import tiny_checkpoint, tiny_pack
 
