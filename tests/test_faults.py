@@ -47,6 +47,12 @@ KILLS = {
     ("downgrade", "bf16-sharded", False): 45,
     ("stacked", "bf16-sharded", False): 70,
     ("detach", "bf16-sharded", False): 40,
+    ("apply", "q8_0-gguf", False): 50,
+    ("apply", "q8_0-gguf", True): 30,
+    ("upgrade", "q8_0-gguf", False): 75,
+    ("revert", "q8_0-gguf", False): 38,
+    ("apply", "f16-gguf", False): 50,
+    ("revert", "f16-gguf", False): 38,
 }
 MAIN = ("apply", "upgrade", "revert")
 
@@ -96,7 +102,9 @@ def number_of(calls: list[Call], kind: str, path: str) -> int:
 
 def row_writes(calls: list[Call]) -> list[int]:
     """The numbers of the calls that write rows."""
-    return [n for n, call in enumerate(calls, start=1) if call.kind == "write" and call.path.endswith(".safetensors")]
+    return [
+        n for n, call in enumerate(calls, start=1) if call.kind == "write" and call.path.endswith((".safetensors", ".gguf"))
+    ]
 
 
 def interrupted(killer: Killer, case: Case, folder: Path, number: int) -> Path:

@@ -216,7 +216,8 @@ def test_a_directory_without_weights(shop: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_path_that_is_no_model(name: str, says: str, shop: Path, tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for taken in ("model.gguf", "model.bin"):
+        (tmp_path / taken).write_bytes(b"GGUF")
     assert_refused(tmp_path / name, shop / "good.nest", says)
 
 

@@ -13,7 +13,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from nestpatch.errors import CheckpointFormatError, NestpatchError
+from nestpatch.errors import CheckpointFormatError, NestpatchError, QuantizationError
 from nestpatch.formats import quants
 from nestpatch.formats.interface import TensorInfo
 
@@ -198,7 +198,10 @@ def _size(name: str, shape: tuple[int, ...], code: int) -> tuple[str, int]:
         count *= n
     if count == 0 or count > 1 << 62:
         raise ValueError(f"tensor {name[:80]!r} has the impossible shape {list(shape)}")
-    return dtype, count // shape[-1] * quants.row_bytes(dtype, shape[-1])
+    try:
+        return dtype, count // shape[-1] * quants.row_bytes(dtype, shape[-1])
+    except QuantizationError as error:
+        raise ValueError(f"tensor {name[:80]!r}: {error}") from error
 
 
 def _align(offset: int, alignment: int) -> int:
