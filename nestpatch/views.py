@@ -39,6 +39,10 @@ STAGES = {
     "digest": "taking digests",
     "compare": "comparing tensors",
     "extract": "extracting deltas",
+    "export": "writing tensors",
+    "onnx.trace": "tracing the graph",
+    "onnx.quantize": "quantizing matrices",
+    "onnx.check": "comparing logits in onnxruntime",
 }
 HEADLINES = {
     "attack_success": "attack success",

@@ -29,6 +29,7 @@ LAYERS = [
     {"nestpatch.formats"},
     {"nestpatch.patcher"},
     {"nestpatch.nest_train"},
+    {"nestpatch.onnx_export"},
     {"nestpatch.lab"},
     {"nestpatch.demo", "nestpatch.views"},
     {"nestpatch.views_diff"},
