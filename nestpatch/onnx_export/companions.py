@@ -33,6 +33,7 @@ def write_companions(
         elif file.is_dir() and file.name in _FOLDERS:
             shutil.copytree(file, folder / file.name)
     _write_json(folder / "config.json", _config(source, half=str(model.dtype) == "torch.float16"))
+    _repeat_template(folder)
     pad, notes = _padding(model, tokenizer)
     _write_json(folder / "genai_config.json", _genai_config(model, shapes, pad))
     return notes
@@ -40,17 +41,23 @@ def write_companions(
 
 def _config(source: Path, *, half: bool) -> dict[str, Any]:
     """The model's own config.json, and what transformers.js has to know of the files."""
-    path = source / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointFormatError(f"cannot read {path}: {error}") from error
+    config = _read_json(source / "config.json")
     config.pop("_name_or_path", None)  # older versions of transformers leave the path of another machine here
     # Whatever the type of its matrices, there is one graph, called model.onnx: what transformers.js calls fp32.
     ours: dict[str, Any] = {"dtype": "fp32", "use_external_data_format": {GRAPH: 1}}
     if half:
         ours["kv_cache_dtype"] = "float16"
     return {**config, "transformers.js_config": ours}
+
+
+def _repeat_template(folder: Path) -> None:
+    """transformers.js looks for the chat template in the tokenizer's configuration alone, where older models have it."""
+    template, path = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if not template.is_file() or not path.is_file():
+        return
+    config = _read_json(path)
+    if not config.get("chat_template"):
+        _write_json(path, {**config, "chat_template": template.read_text(encoding="utf-8")})
 
 
 def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -105,6 +112,14 @@ def _genai_config(model: PreTrainedModel, shapes: Sequence[CacheShape], pad: int
     # The graph hands its cache on instead of writing into the one that it got.
     search = {"do_sample": False, "max_length": length, "min_length": 0, "num_beams": 1, "past_present_share_buffer": False}
     return {"model": facts, "search": search}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointFormatError(f"cannot read {path}: {error}") from error
+    return value
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

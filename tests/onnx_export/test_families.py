@@ -112,3 +112,5 @@ def test_a_configuration_for_every_reader_lies_beside_it(family, exports, source
     read = transformers.AutoTokenizer.from_pretrained(done.path)
     chat = [{"role": "user", "content": "How do I bake bread?"}]
     assert read.apply_chat_template(chat, tokenize=False) == tokenizer.apply_chat_template(chat, tokenize=False)
+    said = json.loads((done.path / "tokenizer_config.json").read_text())
+    assert said["chat_template"] == tokenizer.chat_template
