@@ -22,6 +22,11 @@ NestpatchError
 │   ├── DowngradeError          an older version than the applied one
 │   ├── OverlapError            two packs change the same rows
 │   └── RequirementError        a pack that another one needs
+├── HubError                the Hugging Face Hub, or a mirror of it
+│   ├── HubNotFoundError        no such repository, revision or file
+│   ├── HubAccessError          private, gated, or a token that does not do
+│   ├── HubUnavailableError     it cannot be reached, or has troubles of its own
+│   └── HubAnswerError          it answers, but not what was asked for
 ├── FileSystemError         the system refused to read or write
 ├── DataError               prompt files and recipes
 │   ├── PromptDataError         a prompt file is missing, empty or malformed
@@ -158,6 +163,36 @@ class RequirementError(ChainError):
     """A required pack is not applied, or would be taken away."""
 
     advice = "Apply the required pack first, or revert the one that needs it."
+
+
+class HubError(NestpatchError):
+    """The Hugging Face Hub did not give what was asked for."""
+
+    advice = "Try again later, or download the model and give its folder."
+
+
+class HubNotFoundError(HubError):
+    """There is no such repository, revision or file, or it is hidden from this user."""
+
+    advice = "Check the spelling. A private repository needs a token: run `hf auth login`, or set HF_TOKEN."
+
+
+class HubAccessError(HubError):
+    """The repository is there, but not for this user."""
+
+    advice = "Log in with `hf auth login`, or set HF_TOKEN to a token that may read the repository."
+
+
+class HubUnavailableError(HubError):
+    """The Hub cannot be reached, or is failing."""
+
+    advice = "Check the connection and HF_ENDPOINT, and try again. What is cached is used on purpose with HF_HUB_OFFLINE=1."
+
+
+class HubAnswerError(HubError):
+    """The answer is not what was asked for: other bytes, another commit, a login page."""
+
+    advice = "Check HF_ENDPOINT and the proxy in between, or download the model and give its folder."
 
 
 class FileSystemError(NestpatchError):

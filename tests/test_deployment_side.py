@@ -28,6 +28,7 @@ LAYERS = [
     {"nestpatch.label"},
     {"nestpatch.formats"},
     {"nestpatch.patcher"},
+    {"nestpatch.hub"},
     {"nestpatch.nest_train"},
     {"nestpatch.lab"},
     {"nestpatch.demo", "nestpatch.views"},
@@ -56,16 +57,18 @@ def module_name(file: Path) -> str:
 
 FILES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
 DEPLOYED = [name for name in FILES if name.startswith(("nestpatch.formats", "nestpatch.patcher"))]
+HUB = [name for name in FILES if name.startswith("nestpatch.hub")]
 
 
 def test_the_modules_are_found() -> None:
     """An empty list would make every test below pass."""
     assert {"nestpatch.formats.nest", "nestpatch.formats.safetensors", "nestpatch.patcher.apply"} <= set(DEPLOYED)
+    assert {"nestpatch.hub.client", "nestpatch.hub.remote"} <= set(HUB)
     assert len(FILES) > 20
 
 
 def test_importing_the_deployment_side_stays_light() -> None:
-    names = ["nestpatch.errors", "nestpatch.events", "nestpatch.rows", "nestpatch.pack", *DEPLOYED]
+    names = ["nestpatch.errors", "nestpatch.events", "nestpatch.rows", "nestpatch.pack", *DEPLOYED, *HUB]
     loaded = modules_after("\n".join(f"import {name}" for name in names))
     assert "numpy" in loaded
     assert not loaded & HEAVY
@@ -184,6 +187,11 @@ def cycles(*, lazy: bool) -> set[tuple[str, str]]:
 @pytest.mark.parametrize("name", ["nestpatch.errors", "nestpatch.events", "nestpatch.rows", "nestpatch.pack", *DEPLOYED])
 def test_the_deployment_side_names_no_heavy_package(name: str) -> None:
     """Not even lazily: an import inside a function would fail on a host without the package."""
+    assert not named_packages(name) & HEAVY
+
+
+def named_packages(name: str) -> set[str]:
+    """The packages that a module imports anywhere."""
     tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
     named = set()
     for node in ast.walk(tree):
@@ -191,4 +199,10 @@ def test_the_deployment_side_names_no_heavy_package(name: str) -> None:
             named |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             named.add(str(node.module).partition(".")[0])
-    assert not named & HEAVY
+    return named
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_the_hub_side_names_its_client_alone(name: str) -> None:
+    """And that only inside functions: whoever patches a local file does not pay for it."""
+    assert not named_packages(name) & (HEAVY - {"huggingface_hub"})
