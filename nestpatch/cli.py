@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from nestpatch import __version__
-from nestpatch.commands import inspecting, patching, training
+from nestpatch.commands import inspecting, patching, signing, training
 from nestpatch.errors import DataError, FileSystemError, MissingExtraError, NestpatchError
 
 
@@ -66,5 +66,9 @@ for command in (
     inspecting.status,
     inspecting.verify,
     inspecting.diff,
+    signing.keygen,
+    signing.sign,
+    signing.verify_signature,
+    signing.trust,
 ):
     main.add_command(command)

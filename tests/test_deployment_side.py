@@ -19,6 +19,7 @@ from tests.helpers import tiny_checkpoint, tiny_pack
 
 PACKAGE = Path(nestpatch.__file__).parent
 HEAVY = {"torch", "transformers", "click", "sklearn", "accelerate", "datasets", "rich", "scipy", "pandas", "huggingface_hub"}
+"""Beside these, cryptography is loaded only where something is signed or verified."""
 LAYERS = [
     {"nestpatch"},  # the root holds __version__; its own imports happen on first use
     {"nestpatch.errors"},
@@ -27,12 +28,13 @@ LAYERS = [
     {"nestpatch.pack"},
     {"nestpatch.label"},
     {"nestpatch.formats"},
+    {"nestpatch.signing"},
     {"nestpatch.patcher"},
     {"nestpatch.hub"},
     {"nestpatch.nest_train"},
     {"nestpatch.lab"},
     {"nestpatch.demo", "nestpatch.views"},
-    {"nestpatch.views_diff"},
+    {"nestpatch.views_diff", "nestpatch.views_signing"},
     {"nestpatch.commands"},
     {"nestpatch.cli"},
     {"nestpatch.__main__"},
@@ -56,13 +58,18 @@ def module_name(file: Path) -> str:
 
 
 FILES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
-DEPLOYED = [name for name in FILES if name.startswith(("nestpatch.formats", "nestpatch.patcher"))]
+DEPLOYED = [name for name in FILES if name.startswith(("nestpatch.formats", "nestpatch.patcher", "nestpatch.signing"))]
 HUB = [name for name in FILES if name.startswith("nestpatch.hub")]
 
 
 def test_the_modules_are_found() -> None:
     """An empty list would make every test below pass."""
-    assert {"nestpatch.formats.nest", "nestpatch.formats.safetensors", "nestpatch.patcher.apply"} <= set(DEPLOYED)
+    assert {
+        "nestpatch.formats.nest",
+        "nestpatch.formats.safetensors",
+        "nestpatch.patcher.apply",
+        "nestpatch.signing.verify",
+    } <= set(DEPLOYED)
     assert {"nestpatch.hub.client", "nestpatch.hub.remote"} <= set(HUB)
     assert len(FILES) > 20
 
@@ -71,7 +78,7 @@ def test_importing_the_deployment_side_stays_light() -> None:
     names = ["nestpatch.errors", "nestpatch.events", "nestpatch.rows", "nestpatch.pack", *DEPLOYED, *HUB]
     loaded = modules_after("\n".join(f"import {name}" for name in names))
     assert "numpy" in loaded
-    assert not loaded & HEAVY
+    assert not loaded & (HEAVY | {"cryptography"})
 
 
 def test_applying_stays_light(tmp_path: Path) -> None:
@@ -87,7 +94,9 @@ def test_importing_the_package_loads_nothing() -> None:
     assert not modules_after("import nestpatch") & (HEAVY | {"numpy", "ml_dtypes", "safetensors"})
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["apply", "--help"], ["train", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["apply", "--help"], ["train", "--help"], ["trust", "add", "--help"], ["--version"]]
+)
 def test_help_loads_only_click(arguments: list[str]) -> None:
     code = """
 import contextlib, io, sys
