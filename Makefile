@@ -28,8 +28,8 @@ fuzz: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
-	$(BIN)/python bench/demo.py
-	$(BIN)/python bench/patch.py
+	$(BIN)/python -m bench.demo
+	$(BIN)/python -m bench.patch
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

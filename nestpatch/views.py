@@ -141,8 +141,11 @@ def show_applied(done: Applied) -> None:
     out.print(f"[bold]{escape(done.pack)}[/] {verb} [bold]{escape(str(done.output))}[/] in {done.seconds:.2f} s")
     grid = _grid()
     grid.add_row("changed", f"{done.rows} rows of {done.tensors} tensors, {size(done.row_bytes)}")
+    if done.gain is not None:
+        grid.add_row("delivered", f"{done.gain:.1%} of the patch at least, in quantized rows")
     for file in done.files:
-        grid.add_row("file", f"{escape(file.path.name)}  {size(file.nbytes)}  sha256 {file.sha256}")
+        digest = f"  sha256 {file.sha256}" if file.sha256 else ""
+        grid.add_row("file", f"{escape(file.path.name)}  {size(file.nbytes)}{digest}")
     if done.left_out:
         grid.add_row("left out", f"{escape(', '.join(done.left_out))} (unpatched weights of another format)")
     out.print(grid)
@@ -159,6 +162,8 @@ def show_changed(done: Changed) -> None:
     grid = _grid()
     for step in done.steps:
         grid.add_row("step", escape(step))
+    if done.gain is not None:
+        grid.add_row("delivered", f"{done.gain:.1%} of the patch at least, in quantized rows")
     if not done.dry_run:
         grid.add_row("now", escape(", ".join(done.applied) or "base"))
     out.print(grid)
@@ -172,8 +177,9 @@ def show_status(model: Any, ledger: Ledger) -> None:
         rows = sum(record.rows for record in entry.tensors.values())
         strength = f" at strength {entry.strength:g}" if entry.strength != 1 else ""
         loud = " [bold red]onto another base than its own[/]" if entry.base_mismatch_allowed else ""
+        rounded = f", {entry.gain:.1%} delivered {entry.rounding}" if entry.gain is not None else ""
         facts = f"{escape(entry.label)}{strength}: {rows} rows, pack sha256 {entry.pack_id[:12]}.., by {escape(entry.tool)}"
-        grid.add_row(entry.when, facts + loud)
+        grid.add_row(entry.when, facts + rounded + loud)
     for event in ledger.history:
         what = f"{event.get('what')} {event.get('name')} {event.get('version')}"
         grid.add_row(f"[dim]{escape(str(event.get('when')))}", f"[dim]{escape(what)}")

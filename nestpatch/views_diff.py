@@ -9,13 +9,15 @@ from rich.table import Table
 from nestpatch.views import _grid, escape, out, size
 
 if TYPE_CHECKING:
-    from nestpatch.patcher.diff import CheckpointDiff, LayerChange, PackDiff
+    from nestpatch.patcher.diff import CheckpointDiff, LayerChange
     from nestpatch.patcher.extract import Extracted
+    from nestpatch.patcher.pack_diff import PackDiff
 
 
 def show_diff(found: CheckpointDiff | PackDiff | Extracted) -> None:
     """What differs between two models or packs, and the pack that was made of it."""
-    from nestpatch.patcher.diff import CheckpointDiff, PackDiff
+    from nestpatch.patcher.diff import CheckpointDiff
+    from nestpatch.patcher.pack_diff import PackDiff
 
     if isinstance(found, PackDiff):
         _show_pack_diff(found)

@@ -20,14 +20,16 @@ from pathlib import Path
 
 from nestpatch.errors import NestpatchError
 from nestpatch.formats import nest
+from nestpatch.formats.gguf import GgufCheckpoint
 from nestpatch.formats.safetensors import INDEX, SafetensorsCheckpoint
 from nestpatch.patcher.inplace import apply_in_place
 from nestpatch.patcher.journal import read_transaction
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.patcher.place import place_of
-from nestpatch.patcher.transaction import recover_model
+from nestpatch.patcher.recovery import recover_model
 from nestpatch.patcher.undo import UndoReader
 from nestpatch.patcher.verify import verify
+from tests.gguf.files import gguf_of
 from tests.helpers import tiny_checkpoint, tiny_pack
 
 NUMBERS = [b"0", b"-1", b"1e999", b"18446744073709551615", b"9" * 400, b"true", b"null", b"[]", b'"x"', b"{}", b"NaN"]
@@ -96,6 +98,16 @@ def read_checkpoint(folder: Path, data: bytes) -> None:
             pass
 
 
+def read_gguf(folder: Path, data: bytes) -> None:
+    """The same of GGUF files."""
+    path = folder / "x.gguf"
+    path.write_bytes(data)
+    checkpoint = GgufCheckpoint(path)
+    for name in checkpoint.tensors():
+        for _ in checkpoint.read_all(name):
+            pass
+
+
 def in_model(name: str) -> Reader:
     """A reader of a model in which one file is replaced."""
 
@@ -141,11 +153,12 @@ def prepare(folder: Path) -> dict[str, tuple[bytes, Reader]]:
     place = place_of(model)
     (undo,) = place.folder.glob("*.undo")
     shard = next(model.glob("*.safetensors"))
-    journal = b"nestpatch-journal/1\n" + bytes(8) + b"{}" + bytes(32)
+    journal = b"nestpatch-journal/2\n" + bytes(8) + b"{}" + bytes(32)
     assert read_ledger(place.ledger).applied
     return {
         "pack": (nest.encode(pack), read_pack),
         "checkpoint": (shard.read_bytes(), read_checkpoint),
+        "gguf": (gguf_of(tiny_checkpoint(folder / "other"), folder / "m.gguf", "F16").read_bytes(), read_gguf),
         "index": ((model / INDEX).read_bytes(), in_model(INDEX)),
         "ledger": (place.ledger.read_bytes(), in_model(place.ledger.name)),
         "undo": (undo.read_bytes(), read_undo),

@@ -33,5 +33,5 @@ def compared(a: Path, b: Path) -> CheckpointDiff:
 
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
-    for module in ("formats.interface", "formats.safetensors", "patcher.diff"):
+    for module in ("formats.interface", "formats.rowio", "patcher.diff"):
         monkeypatch.setattr(f"nestpatch.{module}.CHUNK", nbytes)

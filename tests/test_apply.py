@@ -77,13 +77,22 @@ def assert_merged(model: Path, output: Path, pack: Pack, dtype: str, strength: f
         assert_same_bytes(after.read_bytes(), want, dtype)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_sync_and_digest_the_bytes_are_the_same(kind: str, tmp_path: Path) -> None:
+    model = make_model(tmp_path, kind)
+    pack = tiny_pack(model)
+    done = apply(model, pack, tmp_path / "out.safetensors", sync=False)
+    assert_merged(model, done.output, pack, "BF16")
+    assert all(file.sha256 is None for file in done.files)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_merge_byte_for_byte(kind: str, dtype: str, tmp_path: Path) -> None:
     model = make_model(tmp_path, kind, dtype)
     pack = tiny_pack(model)
     before = tree_digest(tmp_path)
-    done = apply(model, pack, tmp_path / "out.safetensors")
+    done = apply(model, pack, tmp_path / "out.safetensors", digest=True)
     assert_merged(model, done.output, pack, dtype)
     after = tree_digest(tmp_path)
     assert {name: after[name] for name in before} == before
@@ -351,7 +360,7 @@ def test_a_merge_that_leaves_the_range_of_the_dtype(tmp_path: Path) -> None:
 def test_events_name_every_stage(tmp_path: Path) -> None:
     model = make_model(tmp_path, "sharded")
     heard: list[Event] = []
-    apply(model, tiny_pack(model), on_event=heard.append)
+    apply(model, tiny_pack(model), digest=True, on_event=heard.append)
     assert [(e.stage, e.done, e.total) for e in heard] == [
         *(("copy", n, 4) for n in (1, 2, 3, 4)),
         *(("merge", n, 4) for n in (1, 2, 3, 4)),

@@ -16,7 +16,8 @@ from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack
 from nestpatch.patcher.apply import apply
-from nestpatch.patcher.plan import State, examine, make_plan
+from nestpatch.patcher.identity import State, examine
+from nestpatch.patcher.plan import make_plan
 from tests.helpers import (
     DTYPES,
     FLOATS,
@@ -261,8 +262,8 @@ def test_the_base_changes_while_it_is_copied(model: Path, pack: Pack, monkeypatc
 
     real = module.copy_file
 
-    def copy_damaged(source: Path, target: Path) -> None:
-        real(source, target)
+    def copy_damaged(source: Path, target: Path, *, flush: bool) -> None:
+        real(source, target, flush=flush)
         if target.name == "model.safetensors":
             start = places(target)[GATE][2] + int(pack.deltas[0].rows[0]) * 32
             with open(target, "r+b") as file:

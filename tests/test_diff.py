@@ -15,8 +15,9 @@ from click.testing import CliRunner, Result
 from nestpatch.cli import main
 from nestpatch.errors import CheckpointFormatError, DataError, PackError
 from nestpatch.formats import nest
-from nestpatch.patcher.diff import LayerChange, Mismatch, PackDiff, compare, compare_packs, diff
-from nestpatch.patcher.transaction import open_model
+from nestpatch.patcher.diff import LayerChange, Mismatch, compare, diff
+from nestpatch.patcher.pack_diff import PackDiff, compare_packs
+from nestpatch.patcher.recovery import open_model
 from tests.helpers import DTYPES, FLOATS, load_tensors, tiny_checkpoint, tiny_pack, write_checkpoint
 from tests.pairs import GATE, NORM, UP, compared, models, small_blocks, tensors_of
 

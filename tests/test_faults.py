@@ -20,7 +20,7 @@ import pytest
 from nestpatch.errors import JournalError, NestpatchError
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.place import place_of
-from nestpatch.patcher.transaction import recover_model
+from nestpatch.patcher.recovery import recover_model
 from tests.faults.cases import Case, digests, make_case
 from tests.faults.killer import Call, Fault, Killer, build_shim, compiler
 from tests.helpers import tiny_checkpoint, tree_digest
@@ -35,7 +35,7 @@ CaseOf = Callable[[str, str], Case]
 KILLS = {
     # (operation, layout, in the middle of writes) -> kill points, at least
     ("apply", "bf16-sharded", False): 50,
-    ("apply", "bf16-sharded", True): 35,
+    ("apply", "bf16-sharded", True): 30,
     ("apply", "f32-single", False): 50,
     ("apply", "f16-named", False): 50,
     ("upgrade", "bf16-sharded", False): 75,
@@ -47,6 +47,12 @@ KILLS = {
     ("downgrade", "bf16-sharded", False): 45,
     ("stacked", "bf16-sharded", False): 70,
     ("detach", "bf16-sharded", False): 40,
+    ("apply", "q8_0-gguf", False): 50,
+    ("apply", "q8_0-gguf", True): 30,
+    ("upgrade", "q8_0-gguf", False): 75,
+    ("revert", "q8_0-gguf", False): 38,
+    ("apply", "f16-gguf", False): 50,
+    ("revert", "f16-gguf", False): 38,
 }
 MAIN = ("apply", "upgrade", "revert")
 
@@ -96,7 +102,9 @@ def number_of(calls: list[Call], kind: str, path: str) -> int:
 
 def row_writes(calls: list[Call]) -> list[int]:
     """The numbers of the calls that write rows."""
-    return [n for n, call in enumerate(calls, start=1) if call.kind == "write" and call.path.endswith(".safetensors")]
+    return [
+        n for n, call in enumerate(calls, start=1) if call.kind == "write" and call.path.endswith((".safetensors", ".gguf"))
+    ]
 
 
 def interrupted(killer: Killer, case: Case, folder: Path, number: int) -> Path:

@@ -210,12 +210,14 @@ def test_a_directory_without_weights(shop: Path, tmp_path: Path) -> None:
     ("name", "says"),
     [
         ("nothing", "there is no model at"),
-        ("model.gguf", "is no model file that nestpatch knows"),
+        ("model.bin", "is no model file that nestpatch knows"),
+        ("model.gguf", "the file ends inside its header"),
         ("x" * 300, "there is no model at"),
     ],
 )
 def test_a_path_that_is_no_model(name: str, says: str, shop: Path, tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for taken in ("model.gguf", "model.bin"):
+        (tmp_path / taken).write_bytes(b"GGUF")
     assert_refused(tmp_path / name, shop / "good.nest", says)
 
 

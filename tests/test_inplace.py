@@ -26,7 +26,7 @@ from nestpatch.patcher.apply import apply
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.patcher.place import place_of
-from nestpatch.patcher.transaction import recover_model
+from nestpatch.patcher.recovery import recover_model
 from nestpatch.patcher.verify import Verdict, verify
 from tests.helpers import tiny_checkpoint, tiny_pack, tree_digest
 
@@ -64,7 +64,7 @@ def test_in_place_and_copy_give_the_same_bytes_and_both_revert(tmp_path, dtype, 
     model = make(tmp_path, dtype, layout)
     original = weights(model)
     (pack,) = packs(model, "safe 1.0.0 0")
-    copy = apply(model, pack, tmp_path / ("copy.safetensors" if layout == "file" else "copy"))
+    copy = apply(model, pack, tmp_path / ("copy.safetensors" if layout == "file" else "copy"), digest=True)
     done = apply_in_place(model, pack)
     assert sorted(weights(model).values()) == sorted(file.sha256 for file in copy.files)
     assert weights(model) != original
@@ -88,7 +88,7 @@ def test_everything_else_in_the_folder_is_left_alone(model):
 
 def test_an_upgrade_equals_applying_the_new_version_to_the_base(tmp_path, model):
     one, two = packs(model, "safe 1.0.0 0", "safe 1.1.0 1")
-    direct = apply(model, two, tmp_path / "direct")
+    direct = apply(model, two, tmp_path / "direct", digest=True)
     original = weights(model)
     apply_in_place(model, one)
     done = apply_in_place(model, two)
@@ -120,7 +120,7 @@ def test_stacks_add_up_and_come_apart(model):
 
 def test_the_same_pack_again_is_nothing_and_another_strength_is_a_change(tmp_path, model):
     (pack,) = packs(model, "safe 1.0.0 0")
-    half = apply(model, pack, tmp_path / "half", strength=0.5)
+    half = apply(model, pack, tmp_path / "half", strength=0.5, digest=True)
     apply_in_place(model, pack)
     patched = weights(model)
     assert apply_in_place(model, pack).steps == ()

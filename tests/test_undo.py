@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nestpatch.errors import UndoError
-from nestpatch.patcher.undo import UndoReader, UndoWriter, checksums, residual, restored
+from nestpatch.patcher.undo import TensorPacker, UndoReader, UndoWriter, checksums, residual, restored
 from nestpatch.rows import DTYPES, merge
 
 
@@ -49,7 +49,10 @@ def records(folder, tensors, block=3):
             lacking = rng.integers(0, 3, size=(rows, 10)).astype(np.uint16)
             before, after = (rng.integers(0, 2**63, size=rows).astype(np.uint64) for _ in range(2))
             parts = [slice(i, min(i + block, rows)) for i in range(0, rows, block)]
-            writer.tensor((lacking[p], before[p], after[p]) for p in parts)
+            packer = TensorPacker()
+            for p in parts:
+                packer.add(lacking[p], before[p], after[p])
+            writer.tensor(packer.finish())
             content[name] = (lacking, before, after)
     return content
 

@@ -33,7 +33,7 @@ def show(patch: Path, as_json: bool) -> None:
 def status(model: Path, as_json: bool) -> None:
     """Tell what is applied to MODEL, since when and by what."""
     from nestpatch.patcher.ledger import read_ledger
-    from nestpatch.patcher.transaction import open_model
+    from nestpatch.patcher.recovery import open_model
 
     checkpoint, place = open_model(model)
     ledger = read_ledger(place.ledger)

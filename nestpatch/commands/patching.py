@@ -8,7 +8,10 @@ from typing import Any
 
 import click
 
-from nestpatch.commands.options import PathType, json_option, print_json, progress, quiet_option, report
+from nestpatch.commands.options import PathType, json_option, opened_base, print_json, progress, quiet_option, report
+
+base_option = click.option("--base", metavar="DIR|HUB_ID", help="Quantized models: make rows exactly, from the float model.")
+dither_option = click.option("--dither", is_flag=True, help="Quantized models: noise that carries small changes through.")
 
 
 @click.command()
@@ -18,9 +21,13 @@ from nestpatch.commands.options import PathType, json_option, print_json, progre
 @click.option("--in-place", is_flag=True, help="Change the model's own files, crash-safe and revertible.")
 @click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies the patch, over 0 and up to 1.5.")
 @click.option("--hard-link", is_flag=True, help="Copy: let untouched shards share their files with the base.")
+@click.option("--sha256", "digest", is_flag=True, help="Copy: take the SHA-256 of every weight file.")
+@click.option("--no-sync", is_flag=True, help="Copy: leave writing to the disk to the system, as cp does.")
 @click.option("--allow-overlap", is_flag=True, help="Add up with another pack that changes the same rows.")
 @click.option("--allow-downgrade", is_flag=True, help="Replace a newer version.")
 @click.option("--allow-base-mismatch", is_flag=True, help="Patch a model that is not the pack's base. Recorded in the ledger.")
+@base_option
+@dither_option
 @click.option("--detach", is_flag=True, help="In place: replace links by files of the model's own first.")
 @click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
 @quiet_option
@@ -32,15 +39,19 @@ def apply(
     in_place: bool,
     strength: float,
     hard_link: bool,
+    digest: bool,
+    no_sync: bool,
     allow_overlap: bool,
     allow_downgrade: bool,
     allow_base_mismatch: bool,
+    base: str | None,
+    dither: bool,
     detach: bool,
     dry_run: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Merge PATCH into MODEL, a safetensors file or a model directory: into a copy, or --in-place.
+    """Merge PATCH into MODEL, a safetensors file, a model directory or a GGUF file: into a copy, or --in-place.
 
     The model is checked first: a patch only fits the base that it was made for.
     """
@@ -48,37 +59,44 @@ def apply(
         raise click.UsageError("--in-place changes the model itself; leave -o out")
     if not in_place and detach:
         raise click.UsageError("--detach goes with --in-place")
-    if in_place and hard_link:
-        raise click.UsageError("--hard-link goes with a copy, not with --in-place")
-    flags = {"allow_overlap": allow_overlap, "allow_downgrade": allow_downgrade, "allow_base_mismatch": allow_base_mismatch}
+    if in_place and (hard_link or digest or no_sync):
+        raise click.UsageError("--hard-link, --sha256 and --no-sync go with a copy, not with --in-place")
+    flags: dict[str, Any] = {
+        "allow_overlap": allow_overlap,
+        "allow_downgrade": allow_downgrade,
+        "allow_base_mismatch": allow_base_mismatch,
+    }
     if allow_base_mismatch:
         click.echo("WARNING: --allow-base-mismatch: the result is not what the pack's evaluation measured", err=True)
-    with progress(quiet or as_json) as on_event:
+    with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:
+        quantized: dict[str, Any] = {"base": float_model, "dither": dither}
+        common = {"strength": strength, "dry_run": dry_run, "on_event": on_event, **quantized}
         if in_place:
             from nestpatch.patcher.inplace import apply_in_place
 
-            common = {"strength": strength, "dry_run": dry_run, "on_event": on_event}
-            done: Any = apply_in_place(model, patch, detach=detach, **common, **flags)  # type: ignore[arg-type]
+            done: Any = apply_in_place(model, patch, detach=detach, **common, **flags)
         else:
             from nestpatch.patcher.apply import apply as run
 
-            common = {"strength": strength, "dry_run": dry_run, "on_event": on_event}
-            done = run(model, patch, output, hard_link=hard_link, **common, **flags)  # type: ignore[arg-type]
+            copying: dict[str, Any] = {"hard_link": hard_link, "digest": digest, "sync": not no_sync}
+            done = run(model, patch, output, **copying, **common, **flags)
     report(done, "show_changed" if in_place else "show_applied", as_json)
 
 
 @click.command()
 @click.argument("model", type=PathType)
 @click.option("--to", default="base", show_default=True, metavar="base|VERSION", help="What to go back to.")
+@base_option
+@dither_option
 @click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
 @quiet_option
 @json_option
-def revert(model: Path, to: str, dry_run: bool, quiet: bool, as_json: bool) -> None:
+def revert(model: Path, to: str, base: str | None, dither: bool, dry_run: bool, quiet: bool, as_json: bool) -> None:
     """Undo what was applied to MODEL in place, bit for bit."""
     from nestpatch.patcher.inplace import revert as run
 
-    with progress(quiet or as_json) as on_event:
-        done = run(model, to, dry_run=dry_run, on_event=on_event)
+    with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:
+        done = run(model, to, base=float_model, dither=dither, dry_run=dry_run, on_event=on_event)
     report(done, "show_changed", as_json)
 
 
@@ -87,7 +105,7 @@ def revert(model: Path, to: str, dry_run: bool, quiet: bool, as_json: bool) -> N
 @json_option
 def recover(model: Path, as_json: bool) -> None:
     """End an interrupted change of MODEL: roll it back, or finish it. Every other command does this too."""
-    from nestpatch.patcher.transaction import recover_model
+    from nestpatch.patcher.recovery import recover_model
 
     done = recover_model(model)
     if as_json:

@@ -6,19 +6,26 @@ import contextlib
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+STRETCH = 256 << 20
+"""Bytes between two flushes."""
 
 _FICLONE = 0x40049409
 """ioctl of Linux: let the target share the source's blocks (btrfs, XFS, bcachefs)."""
 
 
-def copy_file(source: Path, target: Path) -> str:
+def copy_file(source: Path, target: Path, *, flush: bool = False) -> str:
     """Copies content and mode to a new file; links are followed. Returns how: "reflink", "kernel" or "buffered".
+
+    With `flush` the disk begins to write while the copy goes on, for a caller that will sync the file.
 
     Raises OSError; the target may then be there in part.
     """
-    with open(source, "rb") as read, open(target, "xb") as write:
-        how = _reflink(read.fileno(), write.fileno()) or _in_kernel(read.fileno(), write.fileno())
+    with open(source, "rb") as read, open(target, "xb") as write, _flushing(write.fileno(), flush) as go_on:
+        how = _reflink(read.fileno(), write.fileno()) or _in_kernel(read.fileno(), write.fileno(), go_on)
         if how is None:
             read.seek(0)
             write.seek(0)
@@ -28,6 +35,26 @@ def copy_file(source: Path, target: Path) -> str:
     # A read-only base must not make its own copy unpatchable.
     target.chmod(source.stat().st_mode & 0o777 | 0o600)
     return how
+
+
+@contextmanager
+def _flushing(handle: int, flush: bool) -> Iterator[Callable[[], None]]:
+    """Gives a function that lets another thread sync the file, or that does nothing."""
+    if not flush:
+        yield lambda: None
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        started = [pool.submit(lambda: None)]
+
+        def go_on() -> None:
+            if started[-1].done():
+                started.append(pool.submit(os.fsync, handle))
+
+        yield go_on
+    for future in started:
+        future.result()
 
 
 def _reflink(read: int, write: int) -> str | None:
@@ -41,16 +68,17 @@ def _reflink(read: int, write: int) -> str | None:
     return None
 
 
-def _in_kernel(read: int, write: int) -> str | None:
+def _in_kernel(read: int, write: int, go_on: Callable[[], None]) -> str | None:
     if not hasattr(os, "copy_file_range"):
         return None
     left = os.fstat(read).st_size
     try:
         while left:
-            copied = os.copy_file_range(read, write, min(left, 1 << 30))
+            copied = os.copy_file_range(read, write, min(left, STRETCH))
             if copied == 0:
                 return None  # some file systems end early instead of failing
             left -= copied
+            go_on()
     except OSError as error:
         import errno
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from nestpatch.rows import Rows
 
 IntArray = npt.NDArray[np.int64]
-CHUNK = 8 << 20
+CHUNK = 2 << 20
 """Bytes of rows held in memory at a time."""
 
 
@@ -23,7 +23,7 @@ class TensorInfo:
 
     name: str
     dtype: str
-    """Its safetensors name: "BF16", "F32", ..."""
+    """Its name in safetensors, or in GGUF for the types that only GGUF has: "BF16", "F32", "Q4_K", ..."""
     shape: tuple[int, ...]
     file: Path
     offset: int
@@ -52,18 +52,24 @@ def row_blocks(rows: int, row_bytes: int) -> Iterator[slice]:
 class Checkpoint(Protocol):
     """A model on disk. Nothing is loaded but what is asked for.
 
-    Rows are 2-D arrays [rows, in_features] in the stored dtype, addressed by sorted indices.
+    Rows are 2-D arrays [rows, in_features] in the stored dtype, addressed by sorted indices; those of quantized types are
+    uint8 [rows, row_bytes], blocks as they are stored.
     """
 
     path: Path
     files: tuple[Path, ...]
     """All files with weights, in a fixed order."""
+    converted: bool
+    """Whether the format rounds weights when a model is brought into it, so that rows may differ from the base's a little."""
 
     def reopen(self, path: Path) -> Checkpoint:
         """The same format at another place, whatever its name there."""
 
     def tensors(self) -> Sequence[str]:
         """The names of all tensors, sorted."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor, by its own name here or by the name that packs use."""
 
     def info(self, name: str) -> TensorInfo:
         """Raises CheckpointFormatError when there is no such tensor."""
@@ -77,5 +83,5 @@ class Checkpoint(Protocol):
     def read_all(self, name: str) -> Iterator[bytes]:
         """The tensor's bytes, in blocks."""
 
-    def metadata(self) -> Mapping[str, str]:
+    def metadata(self) -> Mapping[str, Any]:
         """What the files say of themselves."""

@@ -52,12 +52,22 @@ def gguf_name(name: str, architecture: str, layers: int) -> str | None:
     return found
 
 
-def gguf_spans(name: str, shape: Sequence[int], architecture: str, layers: int) -> tuple[Span, ...]:
-    """Where the rows of a matrix [.., rows, in_features] are in a GGUF file, in their order.
+@dataclass(frozen=True)
+class GgufHome:
+    """The tensors of a GGUF file that hold a checkpoint's matrix."""
+
+    tensors: tuple[str, ...]
+    """One; or two, whose rows take turns expert by expert."""
+    expert: int | None = None
+    """Which expert of the stack the matrix is; None where it is the whole tensor."""
+
+
+def gguf_home(name: str, architecture: str, layers: int) -> GgufHome | None:
+    """Where a GGUF file holds a matrix; None where the architecture has no such tensor.
 
     `architecture` is the GGUF's ("llama", "phi3", "qwen3moe"), `layers` its block count.
 
-    Raises UnsupportedModelError when the architecture has no such tensor, or holds its rows in another order.
+    Raises UnsupportedModelError when its rows stand in another order there.
     """
     reordered = _REORDERED.get(architecture)
     if reordered is not None and reordered.fullmatch(name):
@@ -65,28 +75,31 @@ def gguf_spans(name: str, shape: Sequence[int], architecture: str, layers: int) 
             f"the rows of {name} stand in another order in a GGUF file of architecture {architecture}",
             advice="Patch the safetensors model and export it anew: nestpatch export MODEL PATCH --to gguf",
         )
+    lookups, expert = [name], None
+    if found := _EXPERT.fullmatch(name):
+        lookups, expert = [f"{found['stack']}.{found['part']}{found['suffix']}"], int(found["number"])
+    elif found := _STACKED.fullmatch(name):
+        parts = ("gate_proj", "up_proj") if found["part"] == "gate_up_proj" else (found["part"],)
+        lookups = [f"{found['stack']}.{part}.weight" for part in parts]
+    tensors = [gguf_name(lookup, architecture, layers) for lookup in lookups]
+    if None in tensors:
+        return None
+    return GgufHome(tuple(filter(None, tensors)), expert)
+
+
+def gguf_spans(name: str, shape: Sequence[int], architecture: str, layers: int) -> tuple[Span, ...]:
+    """Where the rows of a matrix [.., rows, in_features] are in a GGUF file, in their order.
+
+    Raises UnsupportedModelError when the architecture has no such tensor, or holds its rows in another order.
+    """
+    home = gguf_home(name, architecture, layers)
+    if home is None:
+        raise UnsupportedModelError(f"GGUF files of architecture {architecture} have no tensor for {name}")
     rows = 1
     for n in shape[:-1]:
         rows *= n
-    if found := _EXPERT.fullmatch(name):
-        tensor = _require(f"{found['stack']}.{found['part']}{found['suffix']}", name, architecture, layers)
-        return (Span(tensor, int(found["number"]) * rows, rows),)
-    if (found := _STACKED.fullmatch(name)) and len(shape) == 3:
-        return _stacked(found, name, shape, architecture, layers)
-    return (Span(_require(name, name, architecture, layers), 0, rows),)
-
-
-def _stacked(found: re.Match[str], name: str, shape: Sequence[int], architecture: str, layers: int) -> tuple[Span, ...]:
-    experts, rows = shape[0], shape[1]
-    if found["part"] != "gate_up_proj":
-        return (Span(_require(f"{found['stack']}.{found['part']}.weight", name, architecture, layers), 0, experts * rows),)
-    halves = [_require(f"{found['stack']}.{part}.weight", name, architecture, layers) for part in ("gate_proj", "up_proj")]
-    half = rows // 2
-    return tuple(Span(tensor, expert * half, half) for expert in range(experts) for tensor in halves)
-
-
-def _require(lookup: str, name: str, architecture: str, layers: int) -> str:
-    found = gguf_name(lookup, architecture, layers)
-    if found is None:
-        raise UnsupportedModelError(f"GGUF files of architecture {architecture} have no tensor for {name}")
-    return found
+    if len(home.tensors) == 1:
+        return (Span(home.tensors[0], (home.expert or 0) * rows, rows),)
+    experts = shape[0]
+    half = rows // experts // len(home.tensors)
+    return tuple(Span(tensor, expert * half, half) for expert in range(experts) for tensor in home.tensors)

@@ -11,7 +11,7 @@ from nestpatch.formats.safetensors import SafetensorsCheckpoint
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a model: a safetensors file, or a directory with one or with an index of several.
+    """Opens a model: a safetensors file, a directory with one or with an index of several, or a GGUF file.
 
     Raises CheckpointFormatError when the path holds no model that nestpatch knows.
     """
@@ -21,6 +21,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointFormatError(f"there is no model at {place}", advice="Check the path.")
     if place.is_dir() or place.suffix == ".safetensors":
         return SafetensorsCheckpoint(place)
+    if place.suffix == ".gguf":
+        from nestpatch.formats.gguf import GgufCheckpoint
+
+        return GgufCheckpoint(place)
     raise CheckpointFormatError(
-        f"{place} is no model file that nestpatch knows", advice="Give a .safetensors file or a model directory."
+        f"{place} is no model file that nestpatch knows", advice="Give a .safetensors file, a .gguf file or a model directory."
     )

@@ -36,6 +36,25 @@ def _type(name: str) -> Any:
         raise QuantizationError(f"{name} is no tensor type of GGUF files") from None
 
 
+def type_name(code: int) -> str | None:
+    """The name of a type by its number in GGUF files, or None."""
+    from gguf import GGMLQuantizationType
+
+    try:
+        return str(GGMLQuantizationType(code).name)
+    except ValueError:
+        return None
+
+
+def is_quantized(name: str) -> bool:
+    """Whether that is a type of GGUF files which holds numbers in blocks."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    code = getattr(GGMLQuantizationType, name, None)
+    return code is not None and GGML_QUANT_SIZES[code][0] > 1
+
+
+@lru_cache(maxsize=64)
 def block(name: str) -> tuple[int, int]:
     """(elements, bytes) of one block of a type. Raises QuantizationError for unknown names."""
     from gguf import GGML_QUANT_SIZES

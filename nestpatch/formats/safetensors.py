@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nestpatch.errors import CheckpointFormatError
-from nestpatch.formats.interface import CHUNK, IntArray, TensorInfo
+from nestpatch.formats.interface import IntArray, TensorInfo
+from nestpatch.formats.rowio import read_all_at, read_rows_at, write_rows_at
 from nestpatch.rows import DTYPES, Rows
 
 SINGLE = "model.safetensors"
@@ -34,6 +33,8 @@ class SafetensorsCheckpoint:
     Raises CheckpointFormatError for files whose header lies about their content.
     """
 
+    converted = False
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files, self.index = _find_files(path)
@@ -47,6 +48,10 @@ class SafetensorsCheckpoint:
         """The names of all tensors, sorted."""
         return sorted(self._infos)
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor."""
+        return name in self._infos
+
     def info(self, name: str) -> TensorInfo:
         """Raises CheckpointFormatError when there is no such tensor."""
         if name not in self._infos:
@@ -56,38 +61,18 @@ class SafetensorsCheckpoint:
     def read_rows(self, name: str, rows: IntArray) -> Rows:
         """Reads sorted rows, [rows, in_features] in the stored dtype; neighbours are read together."""
         info = self.info(name)
-        dtype = row_dtype(info)
-        out = np.empty((len(rows), info.row_bytes), np.uint8)
-        # Unbuffered: a buffer would read twice what a row needs.
-        with open(info.file, "rb", buffering=0) as file:
-            for start, stop in _runs(rows):
-                file.seek(info.offset + int(rows[start]) * info.row_bytes)
-                _read_into(file, out[start:stop], info)
-        return out.view(dtype)
+        return read_rows_at(info, rows, row_dtype(info))
 
     def write_rows(self, name: str, rows: IntArray, values: Rows) -> None:
         """Writes sorted rows in place; neighbours are written together."""
         info = self.info(name)
-        data = np.ascontiguousarray(values, dtype=row_dtype(info)).view(np.uint8)
-        with open(info.file, "r+b", buffering=0) as file:
-            for start, stop in _runs(rows):
-                file.seek(info.offset + int(rows[start]) * info.row_bytes)
-                _write_all(file, data[start:stop].data.cast("B"))
+        write_rows_at(info, rows, np.ascontiguousarray(values, dtype=row_dtype(info)))
 
     def read_all(self, name: str) -> Iterator[bytes]:
         """The tensor's bytes, in blocks."""
-        info = self.info(name)
-        left = info.nbytes
-        with open(info.file, "rb") as file:
-            file.seek(info.offset)
-            while left:
-                block = file.read(min(CHUNK, left))
-                if not block:
-                    raise _truncated(info)
-                left -= len(block)
-                yield block
+        return read_all_at(self.info(name))
 
-    def metadata(self) -> Mapping[str, str]:
+    def metadata(self) -> Mapping[str, Any]:
         """The `__metadata__` of all files together."""
         return self._metadata
 
@@ -230,28 +215,3 @@ def row_dtype(info: TensorInfo) -> np.dtype[Any]:
     if len(info.shape) < 2 or info.nbytes == 0:
         raise CheckpointFormatError(f"tensor {info.name} has shape {list(info.shape)}: it has no rows")
     return DTYPES[info.dtype]
-
-
-def _runs(rows: IntArray) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the stretches of consecutive row numbers."""
-    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-    edges = [0, *breaks.tolist(), len(rows)]
-    yield from ((a, b) for a, b in itertools.pairwise(edges) if a < b)
-
-
-def _read_into(file: FileIO, out: Any, info: TensorInfo) -> None:
-    left = memoryview(out).cast("B")
-    while left:  # raw reads and writes may be short
-        count = file.readinto(left)
-        if not count:
-            raise _truncated(info)
-        left = left[count:]
-
-
-def _write_all(file: FileIO, data: memoryview) -> None:
-    while data:
-        data = data[file.write(data) :]
-
-
-def _truncated(info: TensorInfo) -> CheckpointFormatError:
-    return CheckpointFormatError(f"{info.file} ends inside tensor {info.name}")

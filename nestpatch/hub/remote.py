@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
 from nestpatch.errors import CheckpointFormatError, InPlaceError
-from nestpatch.formats.interface import CHUNK, IntArray, TensorInfo
+from nestpatch.formats.interface import IntArray, TensorInfo
 from nestpatch.formats.safetensors import INDEX, SINGLE, header_length, join_headers, parse_header, parse_index, row_dtype
 from nestpatch.hub.client import Snapshot
 from nestpatch.hub.ranges import Meter, RemoteFile
@@ -26,6 +27,10 @@ GAP = 256 << 10
 """Bytes between two wanted rows that are read along rather than skipped. Skipping them costs another request: with a round
 trip of 100 ms to a CDN and PARALLEL requests at a time an eighth of that, in which a line of 20 MB/s brings 250 kB. On
 such a line, simulated, 1 % and 3 % of 8 kB rows took 4.7 and 8.4 s; with no gap 5.8 and 16.6 s, with 1 MiB 7.4 and 16.3."""
+PART = 8 << 20
+"""Bytes of one request at most, but for a single row."""
+KEPT = 256 << 20
+"""Bytes of rows kept in memory: a patch looks at its rows twice, to tell the base and to make the result."""
 FIRST = 100 << 10
 """Bytes asked for to get a header. Nearly all headers are shorter, and then one request does."""
 MAX_INDEX = 64 << 20
@@ -42,7 +47,7 @@ class Span:
     stop: int
 
 
-def spans(rows: IntArray, row_bytes: int, *, gap: int = GAP, limit: int = CHUNK) -> list[Span]:
+def spans(rows: IntArray, row_bytes: int, *, gap: int = GAP, limit: int = PART) -> list[Span]:
     """Which requests fetch sorted rows: one for those at most `gap` bytes apart, none over `limit` but for a single row."""
     found: list[Span] = []
     for position, row in enumerate(rows.tolist()):
@@ -66,6 +71,8 @@ class RemoteCheckpoint:
         self.path = Path(str(snapshot))
         """For messages: there is nothing on this disk."""
         self.meter = Meter()
+        self._kept: dict[tuple[str, bytes], Rows] = {}
+        self._lock = Lock()
         self._open: Callable[[str], RemoteFile] = lambda name: RemoteFile(snapshot, name, self.meter, endpoint=endpoint)
         names, index = self._find_files()
         self.files = tuple(self.path / name for name in names)
@@ -83,6 +90,8 @@ class RemoteCheckpoint:
         """Bytes of all weight files."""
         return sum(file.size or 0 for file in self._remote.values())
 
+    converted = False
+
     def reopen(self, path: Path) -> RemoteCheckpoint:  # noqa: ARG002 - the protocol's signature
         """Refuses: there is no other place."""
         raise self._fixed()
@@ -90,6 +99,10 @@ class RemoteCheckpoint:
     def tensors(self) -> Sequence[str]:
         """The names of all tensors, sorted."""
         return sorted(self._infos)
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor."""
+        return name in self._infos
 
     def info(self, name: str) -> TensorInfo:
         """Raises CheckpointFormatError when there is no such tensor."""
@@ -103,6 +116,14 @@ class RemoteCheckpoint:
         dtype = row_dtype(info)
         if len(rows) and not 0 <= int(rows[0]) <= int(rows[-1]) < info.rows:
             raise CheckpointFormatError(f"tensor {name} has {info.rows} rows, asked for {int(rows[0])} to {int(rows[-1])}")
+        wanted = (name, np.asarray(rows, np.int64).tobytes())
+        values = self._kept.get(wanted)
+        if values is None:
+            values = self._fetch_rows(info, rows)
+            self._keep(wanted, values)
+        return values.view(dtype).copy()
+
+    def _fetch_rows(self, info: TensorInfo, rows: IntArray) -> Rows:
         out = np.empty((len(rows), info.row_bytes), np.uint8)
 
         def fetch(span: Span) -> None:
@@ -111,7 +132,14 @@ class RemoteCheckpoint:
             out[span.first : span.last] = block[rows[span.first : span.last] - rows[span.first]]
 
         _all(fetch, spans(rows, info.row_bytes))
-        return out.view(dtype)
+        return out
+
+    def _keep(self, wanted: tuple[str, bytes], values: Rows) -> None:
+        """Keeps rows, which cannot change, and forgets the oldest when they become too many."""
+        with self._lock:
+            self._kept[wanted] = values
+            while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > KEPT:
+                del self._kept[next(iter(self._kept))]
 
     def write_rows(self, name: str, rows: IntArray, values: Rows) -> None:  # noqa: ARG002 - the protocol's signature
         """Refuses."""
@@ -120,8 +148,8 @@ class RemoteCheckpoint:
     def read_all(self, name: str) -> Iterator[bytes]:
         """The tensor's bytes, in blocks, one request each."""
         info = self.info(name)
-        for start in range(0, info.nbytes, CHUNK):
-            stop = min(start + CHUNK, info.nbytes)
+        for start in range(0, info.nbytes, PART):
+            stop = min(start + PART, info.nbytes)
             yield self._remote[info.file].read(info.offset + start, info.offset + stop)
 
     def metadata(self) -> Mapping[str, str]:

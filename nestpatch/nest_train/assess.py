@@ -17,7 +17,7 @@ from nestpatch.nest_train.fold import fold
 from nestpatch.nest_train.generate import with_transformers
 from nestpatch.nest_train.model import load_model, locate, pick_device, pick_dtype
 from nestpatch.pack import Pack
-from nestpatch.patcher.transaction import open_model
+from nestpatch.patcher.recovery import open_model
 
 
 @dataclass(frozen=True)

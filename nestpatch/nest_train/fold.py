@@ -11,6 +11,7 @@ from nestpatch.errors import CheckpointFormatError
 from nestpatch.formats.interface import Checkpoint
 from nestpatch.nest_train.packing import disk_name
 from nestpatch.pack import Pack
+from nestpatch.patcher.merging import Means
 from nestpatch.patcher.plan import make_plan, merged_blocks
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def fold(model: PreTrainedModel, checkpoint: Checkpoint, pack: Pack, strength: f
         name = tensor.delta.name
         if name not in parameters:
             raise CheckpointFormatError(f"the loaded model has no parameter for {name}")
-        for part, merged in merged_blocks(tensor, strength, checkpoint):
-            rows = torch.from_numpy(tensor.delta.rows[part].astype(np.int64)).to(parameters[name].device)
-            values = torch.from_numpy(merged.astype(np.float32))
+        for block in merged_blocks(pack, tensor.delta, strength, checkpoint, Means()):
+            rows = torch.from_numpy(tensor.delta.rows[block.part].astype(np.int64)).to(parameters[name].device)
+            values = torch.from_numpy(block.new.astype(np.float32))
             parameters[name][rows] = values.to(parameters[name].device, parameters[name].dtype)

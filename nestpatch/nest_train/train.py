@@ -32,7 +32,7 @@ from nestpatch.nest_train.refusals import choose_refusals
 from nestpatch.nest_train.text import encode_pairs, prompt_ids
 from nestpatch.nest_train.tune import Halves, TuneResult, tune
 from nestpatch.pack import Pack
-from nestpatch.patcher.transaction import open_model
+from nestpatch.patcher.recovery import open_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -21,9 +21,11 @@ from nestpatch.formats.safetensors import INDEX
 from nestpatch.pack import Pack
 from nestpatch.patcher.chain import Do
 from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
+from nestpatch.patcher.merging import means_of
 from nestpatch.patcher.place import LEDGER, Place, place_of
 from nestpatch.patcher.plan import check_strength
-from nestpatch.patcher.transaction import Transaction, open_model
+from nestpatch.patcher.recovery import open_model
+from nestpatch.patcher.transaction import Transaction
 from nestpatch.patcher.work import Work, plan_work
 
 MAX_NAME = 200
@@ -38,7 +40,8 @@ class WrittenFile:
 
     path: Path
     nbytes: int
-    sha256: str
+    sha256: str | None
+    """None where it was not asked for."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Applied:
     row_bytes: int
     """Bytes that differ from a plain copy, at most."""
     seconds: float
+    gain: float | None = None
+    """The smallest share of the pack's change that arrived in a tensor; None where no rows are quantized."""
     dry_run: bool = False
 
 
@@ -79,15 +84,21 @@ def apply(
     allow_overlap: bool = False,
     allow_downgrade: bool = False,
     allow_base_mismatch: bool = False,
+    base: str | Path | Checkpoint | None = None,
+    dither: bool = False,
     hard_link: bool = False,
+    digest: bool = False,
+    sync: bool = True,
     dry_run: bool = False,
     on_event: OnEvent = ignore,
 ) -> Applied:
-    """Merges a pack into a copy of a model: a safetensors file or a directory, sharded or not.
+    """Merges a pack into a copy of a model: a safetensors file, a directory, sharded or not, or a GGUF file.
 
     The base is checked on the touched rows first. Untouched bytes are copied as they are; the result is checked against the
     digests in the pack before it gets its name. The copy carries a ledger and undo records, so it can be verified and reverted.
-    With `hard_link`, shards without touched rows share their file with the base.
+    With `hard_link`, shards without touched rows share their file with the base. With `digest`, the SHA-256 of every weight
+    file is taken, which takes longer than copying it. Without `sync`, writing to the disk is left to the system, as `cp` does.
+    `base` and `dither` are for quantized rows, as in `apply_in_place`.
 
     Raises PackError, CheckpointError, ChainError or OutputError; then nothing was written.
     """
@@ -101,19 +112,22 @@ def apply(
     work = plan_work(place, ledger, pack, strength, allow_overlap=allow_overlap, allow_downgrade=allow_downgrade)
     if not work.steps:
         raise ChainError(f"{pack.label} is applied to {model} already", advice="Nothing to do: copy the model as it is.")
+    means = means_of(base, dither=dither)
     if work.steps[0].do is Do.CHECK:
-        Transaction(place, checkpoint, work.packs, allow_base_mismatch).check(work.steps[0].link)
+        Transaction(place, checkpoint, work.packs, allow_base_mismatch, means=means).check(work.steps[0].link)
     companions, left_out = _companions(checkpoint)
     files: tuple[WrittenFile, ...] = ()
     if not dry_run:
         linked = _untouched(checkpoint, work) if hard_link else frozenset()
         with _new_model(target, directory=checkpoint.path.is_dir()) as (sibling, own):
-            _copy(checkpoint, companions, sibling, linked, on_event)
+            _copy(checkpoint, companions, sibling, linked, on_event, flush=sync)
             _copy_state(place, own, ledger)
             copy = checkpoint.reopen(sibling)
-            Transaction(own, copy, work.packs, allow_base_mismatch, on_event, journaled=False).run(ledger, work.steps)
-            files = tuple(_seal(file, sibling, target, on_event) for file in copy.files)
+            writing = Transaction(own, copy, work.packs, allow_base_mismatch, on_event, journaled=False, means=means)
+            ledger = writing.run(ledger, work.steps)
+            files = tuple(_seal(file, sibling, target, on_event, digest=digest, sync=sync) for file in copy.files)
     size = work.size(checkpoint)
+    gain = ledger.applied[-1].gain if files else None
     seconds = time.perf_counter() - began
     return Applied(
         pack.label,
@@ -126,6 +140,7 @@ def apply(
         size.rows,
         size.row_bytes,
         seconds,
+        gain,
         dry_run,
     )
 
@@ -193,17 +208,23 @@ def _new_model(target: Path, *, directory: bool) -> Iterator[tuple[Path, Place]]
 
 
 def _copy(
-    checkpoint: Checkpoint, companions: tuple[Path, ...], target: Path, linked: frozenset[Path], on_event: OnEvent
+    checkpoint: Checkpoint,
+    companions: tuple[Path, ...],
+    target: Path,
+    linked: frozenset[Path],
+    on_event: OnEvent,
+    *,
+    flush: bool,
 ) -> None:
     if not checkpoint.path.is_dir():
-        on_event(Event("copy", note=copy_file(checkpoint.files[0], target)))
+        on_event(Event("copy", note=copy_file(checkpoint.files[0], target, flush=flush)))
         return
     files = (*checkpoint.files, *companions)
     for number, file in enumerate(files, start=1):
         if file in linked:
             os.link(file.resolve(), target / file.name)
         else:
-            copy_file(file, target / file.name)
+            copy_file(file, target / file.name, flush=flush)
         on_event(Event("copy", number, len(files), file.name))
 
 
@@ -217,14 +238,15 @@ def _copy_state(place: Place, own: Place, ledger: Ledger) -> None:
         write_ledger(own.ledger, ledger)
 
 
-def _seal(file: Path, sibling: Path, target: Path, on_event: OnEvent) -> WrittenFile:
+def _seal(file: Path, sibling: Path, target: Path, on_event: OnEvent, *, digest: bool, sync: bool) -> WrittenFile:
     """Syncs one written file and takes its digest; reports it under its final name."""
+    state = sha256()
     with open(file, "rb") as handle:
-        os.fsync(handle.fileno())
-        on_event(Event("digest", note=file.name))
-        state = sha256()
-        while block := handle.read(1 << 20):
-            state.update(block)
-        nbytes = handle.tell()
+        if sync:
+            os.fsync(handle.fileno())
+        if digest:
+            on_event(Event("digest", note=file.name))
+            while block := handle.read(1 << 20):
+                state.update(block)
     final = target if file == sibling else target / file.name
-    return WrittenFile(final, nbytes, state.hexdigest())
+    return WrittenFile(final, file.stat().st_size, state.hexdigest() if digest else None)

@@ -26,7 +26,7 @@ from nestpatch.formats.interface import Checkpoint, IntArray, row_blocks
 from nestpatch.label import Label, now
 from nestpatch.pack import BaseIdentity, Manifest, Pack, TensorDelta, TensorIdentity
 from nestpatch.patcher.diff import CheckpointDiff, TensorDiff, changed_rows, compare, is_pack
-from nestpatch.patcher.transaction import open_model
+from nestpatch.patcher.recovery import open_model
 from nestpatch.rows import DTYPES, FloatArray, Rows, digest, merge, sketch
 
 MAX_CLUSTERS = 65_535
@@ -86,6 +86,12 @@ def extract(base: Checkpoint, tuned: Checkpoint, found: CheckpointDiff, label: L
     Raises ExtractionError when no pack can do that, DataError for an impossible label.
     """
     label.check()
+    for model in (base, tuned):
+        if model.converted:
+            raise ExtractionError(
+                f"{model.path} was converted: a pack names tensors, and knows rows, as the safetensors model has them",
+                advice="Extract the pack from the safetensors models; it can be applied to converted files then.",
+            )
     _require_rows(found)
     deltas: list[TensorDelta] = []
     identities: dict[str, TensorIdentity] = {}

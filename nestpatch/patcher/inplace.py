@@ -19,9 +19,11 @@ from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack
 from nestpatch.patcher.chain import Do
 from nestpatch.patcher.ledger import Ledger, read_ledger
+from nestpatch.patcher.merging import means_of
 from nestpatch.patcher.place import Place, locked, place_of, tidy
 from nestpatch.patcher.plan import check_strength
-from nestpatch.patcher.transaction import Transaction, recover, require_writable
+from nestpatch.patcher.recovery import recover
+from nestpatch.patcher.transaction import Transaction, require_writable
 from nestpatch.patcher.work import Work, plan_return, plan_work
 
 
@@ -39,6 +41,8 @@ class Changed:
     row_bytes: int
     """Of the model, written once or more."""
     seconds: float
+    gain: float | None = None
+    """The smallest share of the pack's change that arrived in a tensor; None where no rows are quantized."""
     dry_run: bool = False
 
 
@@ -66,6 +70,8 @@ def apply_in_place(
     allow_overlap: bool = False,
     allow_downgrade: bool = False,
     allow_base_mismatch: bool = False,
+    base: str | Path | Checkpoint | None = None,
+    dither: bool = False,
     detach: bool = False,
     dry_run: bool = False,
     on_event: OnEvent = ignore,
@@ -73,7 +79,8 @@ def apply_in_place(
     """Merges a pack into a model's own files. Memory does not grow with the model.
 
     An older version of the same pack is replaced in the same transaction; packs of other names stack. A killed process leaves a
-    model that the next command makes whole: either as before or as after.
+    model that the next command makes whole: either as before or as after. `base` and `dither` are for quantized rows: the float
+    model to make them from exactly, or noise that carries small changes through the rounding.
 
     Raises ChainError, BaseMismatchError, InPlaceError, BusyError, PackError; the model is then as it was.
     """
@@ -83,12 +90,23 @@ def apply_in_place(
     with _writing(model) as (checkpoint, place, ledger):
         work = plan_work(place, ledger, pack, strength, allow_overlap=allow_overlap, allow_downgrade=allow_downgrade)
         own = _detach(checkpoint) if detach and not dry_run else checkpoint
-        transaction = Transaction(place, own, work.packs, allow_base_mismatch, on_event)
+        means = means_of(base, dither=dither)
+        transaction = Transaction(place, own, work.packs, allow_base_mismatch, on_event, means=means)
         return _carry_out(transaction, ledger, work, began, dry_run=dry_run)
 
 
-def revert(model: str | Path, to: str = "base", *, dry_run: bool = False, on_event: OnEvent = ignore) -> Changed:
+def revert(
+    model: str | Path,
+    to: str = "base",
+    *,
+    base: str | Path | Checkpoint | None = None,
+    dither: bool = False,
+    dry_run: bool = False,
+    on_event: OnEvent = ignore,
+) -> Changed:
     """Undoes what was applied, bit for bit: everything (`to="base"`), or back to an earlier version of the applied pack.
+
+    `base` and `dither` are as for `apply_in_place`: an earlier version is applied again.
 
     Raises ChainError when there is nothing to go back to, UndoError, InPlaceError, BusyError; the model is then as it was.
     """
@@ -97,7 +115,8 @@ def revert(model: str | Path, to: str = "base", *, dry_run: bool = False, on_eve
         if not ledger.applied:
             raise ChainError(f"nothing is applied to {model}: it is at its base, as far as its ledger knows")
         work = plan_return(place, ledger, to)
-        transaction = Transaction(place, checkpoint, work.packs, on_event=on_event)
+        means = means_of(base, dither=dither)
+        transaction = Transaction(place, checkpoint, work.packs, on_event=on_event, means=means)
         return _carry_out(transaction, ledger, work, began, dry_run=dry_run)
 
 
@@ -110,8 +129,10 @@ def _carry_out(transaction: Transaction, ledger: Ledger, work: Work, began: floa
     elif steps:
         ledger = transaction.run(ledger, steps)
     size, applied = work.size(checkpoint), tuple(entry.label for entry in ledger.applied)
+    new = [entry.gain for entry in ledger.applied if entry.transaction == ledger.transaction and steps]
+    gain = min((gain for gain in new if gain is not None), default=None)
     seconds = time.perf_counter() - began
-    return Changed(checkpoint.path, work.told, applied, size.tensors, size.rows, size.row_bytes, seconds, dry_run)
+    return Changed(checkpoint.path, work.told, applied, size.tensors, size.rows, size.row_bytes, seconds, gain, dry_run)
 
 
 def _detach(checkpoint: Checkpoint) -> Checkpoint:

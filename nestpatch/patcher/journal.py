@@ -3,6 +3,8 @@
 Before any row of a model changes, its present content is written here, checksummed and synced. A journal that is whole
 means: a transaction may have changed rows, and this is what they held. A journal that is not means: nothing was changed yet.
 
+Rows are read and put back by the checkpoint, so that it does not matter how a format lays them out.
+
 Layout: MAGIC, header length (u64, little endian), header JSON, then per region its row numbers (int64) and their bytes, then
 the SHA-256 of everything before.
 """
@@ -25,7 +27,7 @@ from nestpatch.formats.atomic import sync_folder
 from nestpatch.formats.interface import CHUNK, Checkpoint, IntArray, TensorInfo, row_blocks
 
 FAMILY = b"nestpatch-journal/"
-MAGIC = FAMILY + b"1\n"
+MAGIC = FAMILY + b"2\n"
 DIGEST = 32
 
 
@@ -54,12 +56,10 @@ def write_journal(path: Path, transaction: str, checkpoint: Checkpoint, regions:
 
     Raises OSError; then the journal is not whole and nothing of the model was changed.
     """
-    described = [
-        {"file": r.info.file.name, "offset": r.info.offset, "row_bytes": r.info.row_bytes, "rows": len(r.rows)} for r in regions
-    ]
+    described = [{"tensor": r.info.name, "row_bytes": r.info.row_bytes, "rows": len(r.rows)} for r in regions]
     sizes = {file.name: file.stat().st_size for file in checkpoint.files}
-    spans = [span for region in regions if (span := _untouched(region))]
-    witness = {"spans": spans, "sha256": _digest(spans, {file.name: file for file in checkpoint.files})}
+    spared = [found for region in regions if (found := _untouched(region))]
+    witness = {"rows": spared, "sha256": _digest(spared, checkpoint)}
     facts = {"transaction": transaction, "sizes": sizes, "witness": witness, "regions": described}
     header = json.dumps(facts).encode()
     with open(path, "wb") as file:
@@ -77,20 +77,17 @@ def write_journal(path: Path, transaction: str, checkpoint: Checkpoint, regions:
     sync_folder(path.parent.parent)
 
 
-def _untouched(region: Region) -> tuple[str, int, int] | None:
-    """(file, offset, bytes) of the tensor's first row that stays as it is: by such rows the model is known again."""
+def _untouched(region: Region) -> tuple[str, int] | None:
+    """(tensor, its first row that stays as it is): by such rows the model is known again."""
     gaps = np.flatnonzero(region.rows != np.arange(len(region.rows)))
     row = int(gaps[0]) if len(gaps) else len(region.rows)
-    info = region.info
-    return (info.file.name, info.offset + row * info.row_bytes, info.row_bytes) if row < info.rows else None
+    return (region.info.name, row) if row < region.info.rows else None
 
 
-def _digest(spans: Sequence[tuple[str, int, int]], files: Mapping[str, Path]) -> str:
+def _digest(rows: Sequence[tuple[str, int]], checkpoint: Checkpoint) -> str:
     state = sha256()
-    for name, offset, nbytes in spans:
-        with open(files[name], "rb") as file:
-            file.seek(offset)
-            state.update(file.read(nbytes))
+    for name, row in rows:
+        state.update(checkpoint.read_rows(name, np.array([row])).view(np.uint8).data)
     return state.hexdigest()
 
 
@@ -147,20 +144,27 @@ def roll_back(path: Path, checkpoint: Checkpoint) -> None:
             # Only plain names of the model's own weight files: a journal must not reach out of the model.
             if name not in files or files[name].stat().st_size != size:
                 raise JournalError(f"the journal {path} was written for another {name}")
-        if _digest(header["witness"]["spans"], files) != header["witness"]["sha256"]:
+        if not _fits(header, checkpoint):
             raise JournalError(f"the journal {path} was written for a model with other weights")
         for region in header["regions"]:
             rows = np.frombuffer(journal.read(8 * region["rows"]), "<i8")
-            with open(files[region["file"]], "r+b") as file:
-                for part in row_blocks(len(rows), region["row_bytes"]):
-                    _restore(journal, file, region, rows[part])
+            for part in row_blocks(len(rows), region["row_bytes"]):
+                _restore(journal, region, rows[part], checkpoint)
     sync_files(list(files.values()))
 
 
-def _restore(journal: BinaryIO, file: BinaryIO, region: Mapping[str, Any], rows: IntArray) -> None:
-    for row in rows.tolist():
-        file.seek(region["offset"] + row * region["row_bytes"])
-        file.write(journal.read(region["row_bytes"]))
+def _fits(header: Mapping[str, Any], checkpoint: Checkpoint) -> bool:
+    """Whether the model has the journal's tensors, and the rows that were to stay as they were."""
+    for region in header["regions"]:
+        if not checkpoint.has(region["tensor"]) or checkpoint.info(region["tensor"]).row_bytes != region["row_bytes"]:
+            return False
+    return _digest(header["witness"]["rows"], checkpoint) == str(header["witness"]["sha256"])
+
+
+def _restore(journal: BinaryIO, region: Mapping[str, Any], rows: IntArray, checkpoint: Checkpoint) -> None:
+    raw = np.frombuffer(journal.read(len(rows) * region["row_bytes"]), np.uint8).reshape(len(rows), -1)
+    stored = checkpoint.read_rows(region["tensor"], rows[:0]).dtype
+    checkpoint.write_rows(region["tensor"], rows, raw.view(stored))
 
 
 def sync_files(files: Sequence[Path]) -> None:

@@ -25,6 +25,8 @@ class TensorRecord:
     """SHA-256 of the rows before this pack."""
     after: str
     """SHA-256 of the same rows after it."""
+    gain: float | None = None
+    """Share of the pack's change that arrived in quantized rows; None for rows of plain numbers."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,13 @@ class Entry:
     supersedes: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     base_mismatch_allowed: bool = False
+    rounding: str = ""
+    """What quantized rows were made of; empty where all rows are plain numbers."""
+
+    @property
+    def gain(self) -> float | None:
+        """The smallest share of the pack's change that arrived in a tensor; None where no rows are quantized."""
+        return min((record.gain for record in self.tensors.values() if record.gain is not None), default=None)
 
     @property
     def link(self) -> Link:

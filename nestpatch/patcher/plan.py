@@ -8,47 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
-from hashlib import sha256
 
 import numpy as np
 
 from nestpatch.errors import BaseMismatchError, DataError
 from nestpatch.formats.interface import Checkpoint, TensorInfo, row_blocks
-from nestpatch.pack import Pack, TensorDelta, TensorIdentity
-from nestpatch.rows import DTYPES, SKETCH_MATCH, Rows, merge, sketch, sketch_correlation
+from nestpatch.pack import Pack, TensorDelta
+from nestpatch.patcher.identity import APPLICABLE, Finding, State, examine
+from nestpatch.patcher.merging import Gain, Means, merged_rows, rows_of, working_bytes
+from nestpatch.rows import DTYPES, Rows
 
 MAX_STRENGTH = 1.5
 SHOWN = 3
 """Differing tensors that a message names."""
-ROW_TOLERANCE = 0.05
-"""How far a row's sketch may lie from the pack's before the message calls the row changed."""
-
-
-class State(Enum):
-    """What the touched rows of one tensor turned out to be."""
-
-    BASE = "base"
-    WIDENED = "the base, stored in a wider dtype"
-    PATCHED = "already patched with this pack"
-    CHANGED = "near the base, but changed: fine-tuned, patched otherwise, or damaged"
-    FOREIGN = "another model"
-    MISSING = "missing"
-    SHAPE = "of another shape"
-
-
-APPLICABLE = (State.BASE, State.WIDENED)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One tensor of the pack, as found in a checkpoint."""
-
-    name: str
-    state: State
-    detail: str = ""
-    rows: tuple[int, ...] = ()
-    """The rows that differ from the base, as far as sketches tell."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +35,17 @@ class TensorPlan:
     def nbytes(self) -> int:
         """Bytes that change."""
         return self.delta.neurons * self.info.row_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class MergedBlock:
+    """Some touched rows of a tensor, as they are stored: before and after."""
+
+    part: slice
+    """Of the delta's rows."""
+    old: Rows
+    new: Rows
+    gain: Gain
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,64 +65,6 @@ class Plan:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def examine(pack: Pack, checkpoint: Checkpoint) -> list[Finding]:
-    """Finds out, tensor by tensor, what a checkpoint holds where the pack would change it."""
-    names = set(checkpoint.tensors())
-    findings = []
-    for delta in pack:
-        identity = pack.manifest.base.tensors[delta.name]
-        if delta.name not in names:
-            findings.append(Finding(delta.name, State.MISSING))
-            continue
-        info = checkpoint.info(delta.name)
-        if info.shape != identity.shape:
-            detail = f"{list(info.shape)} instead of {list(identity.shape)}"
-            findings.append(Finding(delta.name, State.SHAPE, detail))
-            continue
-        findings.append(_examine_rows(delta, identity, pack.manifest.result[delta.name], checkpoint))
-    return findings
-
-
-def _narrow(rows: Rows, dtype: str) -> Rows | None:
-    """The rows in a dtype of fewer bits, or None when that would lose something."""
-    with np.errstate(over="ignore"):
-        narrow = rows.astype(DTYPES[dtype])
-    return narrow if np.array_equal(narrow.astype(rows.dtype), rows) else None
-
-
-def _examine_rows(delta: TensorDelta, identity: TensorIdentity, result: str, checkpoint: Checkpoint) -> Finding:
-    info = checkpoint.info(delta.name)
-    stored, narrowed = sha256(), sha256()
-    wider = DTYPES.get(info.dtype, DTYPES[identity.dtype]).itemsize > DTYPES[identity.dtype].itemsize
-    for part in row_blocks(delta.neurons, info.row_bytes):
-        rows = checkpoint.read_rows(delta.name, delta.rows[part].astype(np.int64))
-        stored.update(rows.view(np.uint8).data)
-        narrow = _narrow(rows, identity.dtype) if wider else None
-        wider = narrow is not None
-        if narrow is not None:
-            narrowed.update(narrow.view(np.uint8).data)
-    digest = stored.hexdigest()
-    if info.dtype == identity.dtype and digest == identity.rows_sha256:
-        return Finding(delta.name, State.BASE)
-    if wider and narrowed.hexdigest() == identity.rows_sha256:
-        return Finding(delta.name, State.WIDENED, f"{info.dtype} instead of {identity.dtype}")
-    if digest == result:
-        return Finding(delta.name, State.PATCHED)
-    return _describe_stranger(delta, identity, digest, checkpoint)
-
-
-def _describe_stranger(delta: TensorDelta, identity: TensorIdentity, digest: str, checkpoint: Checkpoint) -> Finding:
-    # Only now: sketches take longer than digests.
-    parts = row_blocks(delta.neurons, checkpoint.info(delta.name).row_bytes)
-    found = np.concatenate([sketch(checkpoint.read_rows(delta.name, delta.rows[part].astype(np.int64))) for part in parts])
-    likeness = sketch_correlation(delta.sketch, found)
-    off = np.flatnonzero(np.abs(delta.sketch.astype(np.float32) - found.astype(np.float32)).max(axis=1) > ROW_TOLERANCE)
-    where = f", first at row {int(delta.rows[off[0]])}, {len(off)} of {delta.neurons} rows differ" if len(off) else ""
-    detail = f"rows sha256 {digest[:12]}.. instead of {identity.rows_sha256[:12]}.., likeness {likeness:.2f}{where}"
-    rows = tuple(int(row) for row in delta.rows[off])
-    return Finding(delta.name, State.CHANGED if likeness >= SKETCH_MATCH else State.FOREIGN, detail, rows)
-
-
 def check_strength(strength: float) -> None:
     """Raises DataError for a strength that makes no sense."""
     # As the merge rule sees it: some positive numbers are zero in float32.
@@ -147,14 +72,16 @@ def check_strength(strength: float) -> None:
         raise DataError(f"strength must be over 0 and at most {MAX_STRENGTH}, got {strength}")
 
 
-def make_plan(pack: Pack, checkpoint: Checkpoint, strength: float = 1.0, *, allow_mismatch: bool = False) -> Plan:
+def make_plan(
+    pack: Pack, checkpoint: Checkpoint, strength: float = 1.0, *, allow_mismatch: bool = False, base: Checkpoint | None = None
+) -> Plan:
     """Checks that the checkpoint is the pack's base and plans the merge.
 
-    `allow_mismatch` accepts other content of the right shape.
+    `allow_mismatch` accepts other content of the right shape; `base` is the float model, for rows that were rounded.
 
     Raises BaseMismatchError, naming tensors and rows, when it is not.
     """
-    findings = examine(pack, checkpoint)
+    findings = examine(pack, checkpoint, base)
     accepted = (*APPLICABLE, State.CHANGED, State.FOREIGN) if allow_mismatch else APPLICABLE
     if any(finding.state not in accepted for finding in findings):
         raise _mismatch(pack, checkpoint, findings)
@@ -186,9 +113,21 @@ def _mismatch(pack: Pack, checkpoint: Checkpoint, findings: list[Finding]) -> Ba
     )
 
 
-def merged_blocks(tensor: TensorPlan, strength: float, checkpoint: Checkpoint) -> Iterator[tuple[slice, Rows]]:
+def merged_blocks(
+    pack: Pack, delta: TensorDelta, strength: float, checkpoint: Checkpoint, means: Means
+) -> Iterator[MergedBlock]:
     """The new content of a tensor's touched rows, block by block, from what the checkpoint holds now."""
-    delta = tensor.delta
-    for part in row_blocks(delta.neurons, tensor.info.row_bytes):
-        rows = checkpoint.read_rows(delta.name, delta.rows[part].astype(np.int64))
-        yield part, merge(rows, delta.dense(part.start, part.stop), strength)
+    info, dtype = checkpoint.info(delta.name), pack.manifest.base.tensors[delta.name].dtype
+    for part in row_blocks(delta.neurons, working_bytes(info)):
+        old = checkpoint.read_rows(delta.name, rows_of(delta, part))
+        yield MergedBlock(part, old, *merged_rows(info, delta, dtype, part, old, strength, means))
+
+
+def measure(pack: Pack, strength: float, checkpoint: Checkpoint, means: Means) -> dict[str, Gain]:
+    """How much of the pack would arrive in the rows of every tensor that is stored quantized. Writes nothing."""
+    gains = {}
+    for delta in pack:
+        if checkpoint.info(delta.name).dtype not in DTYPES:
+            blocks = merged_blocks(pack, delta, strength, checkpoint, means)
+            gains[delta.name] = sum((block.gain for block in blocks), Gain())
+    return gains

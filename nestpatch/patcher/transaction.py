@@ -9,110 +9,31 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from glob import escape
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nestpatch import __version__
-from nestpatch.errors import BaseMismatchError, InPlaceError, JournalError, OutputError, PackContentError, UndoError
-from nestpatch.events import Event, OnEvent, ignore
+from nestpatch.errors import InPlaceError, JournalError, OutputError, OverlapError
+from nestpatch.events import OnEvent, ignore
 from nestpatch.formats import nest
 from nestpatch.formats.atomic import sync_folder
-from nestpatch.formats.interface import Checkpoint, row_blocks
-from nestpatch.formats.opening import open_checkpoint
-from nestpatch.pack import Pack, TensorDelta
+from nestpatch.formats.interface import Checkpoint
+from nestpatch.formats.quants import require_quantizer
+from nestpatch.pack import Pack
 from nestpatch.patcher.chain import Do, Link, Step
-from nestpatch.patcher.journal import Region, read_transaction, remove_journal, roll_back, sync_files, write_journal
-from nestpatch.patcher.ledger import Entry, Ledger, TensorRecord, read_ledger, write_ledger
-from nestpatch.patcher.place import Place, locked, place_of
-from nestpatch.patcher.plan import make_plan
-from nestpatch.patcher.undo import UndoReader, UndoWriter, checksums, residual, restored
-from nestpatch.rows import merge
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """What a leftover journal led to."""
-
-    action: str
-    """"none", "rolled back", "finished" or "nothing was changed"."""
-
-
-def recover(place: Place, checkpoint: Checkpoint) -> Recovery:
-    """Ends an interrupted transaction: rolls it back, or finishes it when it was already committed. The lock must be held.
-
-    Raises JournalError when the journal does not fit the model.
-    """
-    try:
-        return _recover(place, checkpoint)
-    except OSError as error:
-        raise JournalError(
-            f"an interrupted change of {checkpoint.path} cannot be ended: {error.strerror or error} ({error.filename})",
-            advice="The journal holds all that is needed: run `nestpatch recover MODEL` when the files can be written again.",
-        ) from error
-
-
-def _recover(place: Place, checkpoint: Checkpoint) -> Recovery:
-    action = "none"
-    if place.journal.exists():
-        transaction = read_transaction(place.journal)
-        if transaction is None:
-            action = "nothing was changed"
-        elif transaction == read_ledger(place.ledger).transaction:
-            action = "finished"
-        else:
-            roll_back(place.journal, checkpoint)
-            action = "rolled back"
-        remove_journal(place.journal)
-    _sweep(place, checkpoint, read_ledger(place.ledger))
-    return Recovery(action)
-
-
-def _sweep(place: Place, checkpoint: Checkpoint, ledger: Ledger) -> None:
-    """Removes undo records that no applied entry needs, and temporary files of interrupted writes. The lock must be held.
-
-    What cannot be removed now is no harm: the next command tries again.
-    """
-    needed = {place.undo(entry.undo) for entry in ledger.applied}
-    patterns = [(place.folder, "*.undo"), (place.folder, ".*.tmp")]
-    # The temporary names of formats/atomic.py, for the files that are replaced as a whole.
-    patterns += [(file.parent, f".{escape(file.name)}.????????.tmp") for file in (place.ledger, *checkpoint.files)]
-    with suppress(OSError):
-        for folder, pattern in patterns:
-            for file in folder.glob(pattern):
-                if file not in needed:
-                    file.unlink(missing_ok=True)
-
-
-def open_model(path: str | Path) -> tuple[Checkpoint, Place]:
-    """Opens a model for any command. An interrupted transaction is rolled back or finished first.
-
-    Raises BusyError while another process writes the model, CheckpointError, JournalError.
-    """
-    checkpoint, place = open_checkpoint(path), place_of(path)
-    if place.journal.exists():
-        with locked(place):
-            recover(place, checkpoint)
-    return checkpoint, place
-
-
-def recover_model(path: str | Path) -> Recovery:
-    """Ends an interrupted transaction, if there is one.
-
-    Raises BusyError while another process writes the model, JournalError when the journal does not fit it.
-    """
-    checkpoint, place = open_checkpoint(path), place_of(path)
-    if not place.folder.exists():
-        return Recovery("none")
-    with locked(place):
-        return recover(place, checkpoint)
+from nestpatch.patcher.changes import Changer
+from nestpatch.patcher.journal import Region, remove_journal, roll_back, sync_files, write_journal
+from nestpatch.patcher.ledger import Entry, Ledger, read_ledger, write_ledger
+from nestpatch.patcher.merging import Means, require_gain
+from nestpatch.patcher.place import Place
+from nestpatch.patcher.plan import make_plan, measure
+from nestpatch.patcher.recovery import sweep
+from nestpatch.rows import DTYPES
 
 
 def require_writable(checkpoint: Checkpoint, names: Sequence[str]) -> None:
@@ -152,6 +73,12 @@ class Transaction:
     on_event: OnEvent = ignore
     journaled: bool = True
     """False where the files are nobody's yet: a copy that is thrown away when anything fails."""
+    means: Means = field(default_factory=Means)
+    """For rows that are stored quantized."""
+
+    @property
+    def _changer(self) -> Changer:
+        return Changer(self.checkpoint, self.means, self.journaled, self.on_event)
 
     def run(self, ledger: Ledger, steps: Sequence[Step]) -> Ledger:
         """Carries the steps out and returns the new ledger.
@@ -186,7 +113,7 @@ class Transaction:
             # Committed: a journal that cannot be removed now is removed by the next command.
             with suppress(OSError):
                 remove_journal(self.place.journal)
-        _sweep(self.place, self.checkpoint, ledger)
+        sweep(self.place, self.checkpoint, ledger)
         return ledger
 
     def _open_journal(self, identity: str, steps: Sequence[Step]) -> None:
@@ -209,7 +136,7 @@ class Transaction:
         try:
             roll_back(self.place.journal, self.checkpoint)
             remove_journal(self.place.journal)
-            _sweep(self.place, self.checkpoint, read_ledger(self.place.ledger))
+            sweep(self.place, self.checkpoint, read_ledger(self.place.ledger))
         except OSError as error:
             raise JournalError(
                 f"the change failed ({cause}), and could not be rolled back now: {error.strerror}",
@@ -234,16 +161,35 @@ class Transaction:
             return ledger
         if step.do is Do.UNDO:
             entry = next(entry for entry in ledger.applied if entry.link == step.link)
-            self._undo(entry)
+            self._changer.restore(self.packs[entry.pack_id], entry, self.place.undo(entry.undo))
             kept = tuple(other for other in ledger.applied if other is not entry)
             return replace(ledger, applied=kept).with_event("undone", entry, now)
+        if step.do is Do.REDO:
+            self._require_floats(step.link)
         old = next((entry for entry in ledger.applied if entry.link == step.link), None)
         entry = self._apply(step.link, identity, now, mismatch=bool(old and old.base_mismatch_allowed))
         return replace(ledger, applied=(*ledger.applied, entry)).with_event("applied", entry, now)
 
+    def _require_floats(self, link: Link) -> None:
+        """Quantized rows are made of the base and one pack; what another one added to them would be lost."""
+        names = (delta.name for delta in self.packs[link.pack_id])
+        if odd := next((name for name in names if self.checkpoint.info(name).dtype not in DTYPES), None):
+            raise OverlapError(
+                f"{odd} is stored quantized: packs that share rows cannot be stacked in it",
+                advice="Revert the other pack first, or apply both to the float model and quantize it anew.",
+            )
+
     def check(self, link: Link) -> None:
-        """Raises BaseMismatchError when the model, as it is now, is not the base of a pack."""
-        make_plan(self.packs[link.pack_id], self.checkpoint, link.strength, allow_mismatch=self.allow_base_mismatch)
+        """Whether a pack can be applied to the model as it is now.
+
+        Raises BaseMismatchError when that is not the pack's base, QuantizationError when quantized rows would lose the pack.
+        """
+        pack = self.packs[link.pack_id]
+        make_plan(pack, self.checkpoint, link.strength, allow_mismatch=self.allow_base_mismatch, base=self.means.base)
+        for dtype in sorted({self.checkpoint.info(delta.name).dtype for delta in pack} - DTYPES.keys()):
+            require_quantizer(dtype)
+        if self.means.base is None:
+            require_gain(measure(pack, link.strength, self.checkpoint, self.means), pack.label)
 
     def _apply(self, link: Link, identity: str, now: str, *, mismatch: bool) -> Entry:
         pack = self.packs[link.pack_id]
@@ -260,68 +206,8 @@ class Transaction:
             requires=link.requires,
             base_mismatch_allowed=mismatch or self.allow_base_mismatch,
         )
-        records = {}
         kept = self.place.pack(link.pack_id)
         if not kept.exists():
             nest.write(pack, kept)
-        with open(self.place.undo(entry.undo), "wb") as file:
-            writer = UndoWriter(file)
-            for number, delta in enumerate(pack, start=1):
-                records[delta.name] = self._merge(delta, link.strength, writer)
-                self._keep_promise(pack, delta.name, records[delta.name], link.strength)
-                self.on_event(Event("merge", number, len(pack.deltas), delta.name))
-            file.flush()
-            os.fsync(file.fileno())
-        return replace(entry, tensors=records)
-
-    def _keep_promise(self, pack: Pack, name: str, record: TensorRecord, strength: float) -> None:
-        """Where a pack says what the merge must give, it must have given that."""
-        promised = record.before == pack.manifest.base.tensors[name].rows_sha256 and strength == 1.0
-        if promised and record.after != pack.manifest.result[name]:
-            raise PackContentError(f"{name}: the merged rows are not those that {pack.label} promises")
-
-    def _merge(self, delta: TensorDelta, strength: float, writer: UndoWriter) -> TensorRecord:
-        before, after = sha256(), sha256()
-
-        def blocks() -> Iterator[Any]:
-            for part in row_blocks(delta.neurons, self.checkpoint.info(delta.name).row_bytes):
-                rows = delta.rows[part].astype(np.int64)
-                change = delta.dense(part.start, part.stop)
-                old = self.checkpoint.read_rows(delta.name, rows)
-                new = merge(old, change, strength)
-                self.checkpoint.write_rows(delta.name, rows, new)
-                before.update(old.view(np.uint8).data)
-                after.update(new.view(np.uint8).data)
-                yield residual(old, new, change, strength), checksums(old), checksums(new)
-
-        writer.tensor(blocks())
-        return TensorRecord(delta.neurons, before.hexdigest(), after.hexdigest())
-
-    def _undo(self, entry: Entry) -> None:
-        pack = self.packs[entry.pack_id]
-        reader = UndoReader(self.place.undo(entry.undo), [delta.name for delta in pack])
-        for number, delta in enumerate(pack, start=1):
-            self._restore(delta, entry, reader)
-            self.on_event(Event("undo", number, len(pack.deltas), delta.name))
-
-    def _restore(self, delta: TensorDelta, entry: Entry, reader: UndoReader) -> None:
-        info, record = self.checkpoint.info(delta.name), entry.tensors[delta.name]
-        parts = list(row_blocks(delta.neurons, info.row_bytes))
-        residuals = reader.residuals(delta.name, (info.row_bytes * (part.stop - part.start) for part in parts))
-        found, back = sha256(), sha256()
-        for part, data in zip(parts, residuals, strict=True):
-            rows = delta.rows[part].astype(np.int64)
-            merged = self.checkpoint.read_rows(delta.name, rows)
-            lacking = np.frombuffer(data, f"<u{merged.dtype.itemsize}").reshape(merged.shape)
-            original = restored(merged, lacking, delta.dense(part.start, part.stop), entry.strength)
-            self.checkpoint.write_rows(delta.name, rows, original)
-            found.update(merged.view(np.uint8).data)
-            back.update(original.view(np.uint8).data)
-        if found.hexdigest() != record.after:
-            raise BaseMismatchError(
-                f"{delta.name} no longer holds what {entry.label} wrote: rows sha256 {found.hexdigest()[:12]}.. "
-                f"instead of {record.after[:12]}..",
-                advice="Something else changed the model. `nestpatch verify MODEL` names the rows. Nothing was changed now.",
-            )
-        if back.hexdigest() != record.before:
-            raise UndoError(f"the undo record of {entry.label} does not give back what {delta.name} held")
+        entry = replace(entry, tensors=self._changer.merge(pack, link.strength, self.place.undo(entry.undo)))
+        return replace(entry, rounding=self.means.told) if entry.gain is not None else entry

@@ -2,7 +2,8 @@
 
 Subtracting a delta does not give the base back: rounding loses bits of a few per cent of the elements. So the record holds, for
 every touched row, `bits(original) XOR bits(naively unpatched)`, which is zero almost everywhere and compresses well, and one
-64-bit checksum of each row before and after, by which `verify` can name a single altered row.
+64-bit checksum of each row before and after, by which `verify` can name a single altered row. Of quantized rows, which nothing
+can be subtracted from, it holds `original XOR patched`.
 
 Layout: MAGIC, then per tensor: u64 length and zlib stream of its residual, u64 length and its row checksums.
 """
@@ -42,14 +43,19 @@ def bits(rows: Rows) -> npt.NDArray[Any]:
 
 
 def residual(original: Rows, merged: Rows, delta: FloatArray, strength: float) -> npt.NDArray[Any]:
-    """What the naive inverse of `merged` lacks to be `original`: unsigned integers, mostly zero."""
-    lacking: npt.NDArray[Any] = bits(original) ^ bits(unpatched(merged, delta, strength))
+    """What the naive inverse of `merged` lacks to be `original`: unsigned integers, mostly zero.
+
+    Quantized blocks (uint8) have no inverse to start from: theirs is the difference itself.
+    """
+    near = merged if merged.dtype == np.uint8 else unpatched(merged, delta, strength)
+    lacking: npt.NDArray[Any] = bits(original) ^ bits(near)
     return lacking
 
 
 def restored(merged: Rows, lacking: npt.NDArray[Any], delta: FloatArray, strength: float) -> Rows:
     """The original rows, bit for bit."""
-    original: Rows = (bits(unpatched(merged, delta, strength)) ^ lacking).view(merged.dtype)
+    near = merged if merged.dtype == np.uint8 else unpatched(merged, delta, strength)
+    original: Rows = (bits(near) ^ lacking).view(merged.dtype)
     return original
 
 
@@ -65,31 +71,47 @@ def checksums(rows: Rows) -> Checksums:
     return total
 
 
+@dataclass(frozen=True)
+class UndoTensor:
+    """One tensor's part of a record, packed."""
+
+    residual: bytes
+    """zlib stream."""
+    checksums: bytes
+
+
+class TensorPacker:
+    """Packs one tensor's part of a record, block by block."""
+
+    def __init__(self) -> None:
+        # Runs of zeros are nearly all there is: run-length matching is faster here and packs tighter.
+        self._squeeze = zlib.compressobj(LEVEL, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
+        self._packed: list[bytes] = []
+        self._sums: tuple[list[Checksums], list[Checksums]] = [], []
+
+    def add(self, lacking: npt.NDArray[Any], before: Checksums, after: Checksums) -> None:
+        """The next rows: their residual, their checksums before and after."""
+        self._packed.append(self._squeeze.compress(lacking.data))
+        self._sums[0].append(before)
+        self._sums[1].append(after)
+
+    def finish(self) -> UndoTensor:
+        """All of it."""
+        table = np.stack([np.concatenate(sums) for sums in self._sums]).astype("<u8")
+        return UndoTensor(b"".join([*self._packed, self._squeeze.flush()]), table.tobytes())
+
+
 class UndoWriter:
-    """Writes the record of one transaction, tensor by tensor, block by block."""
+    """Writes the record of one transaction, tensor by tensor."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         file.write(MAGIC)
 
-    def tensor(self, blocks: Iterator[tuple[npt.NDArray[Any], Checksums, Checksums]]) -> None:
-        """Adds one tensor from its (residual, checksums before, checksums after) blocks."""
-        # Runs of zeros are nearly all there is: run-length matching is faster here and packs tighter.
-        squeeze = zlib.compressobj(LEVEL, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
-        start = self.file.tell()
-        self.file.write(struct.pack("<Q", 0))
-        before, after = [], []
-        for lacking, old, new in blocks:
-            self.file.write(squeeze.compress(lacking.data))
-            before.append(old)
-            after.append(new)
-        self.file.write(squeeze.flush())
-        end = self.file.tell()
-        self.file.seek(start)
-        self.file.write(struct.pack("<Q", end - start - 8))
-        self.file.seek(end)
-        table = np.stack([np.concatenate(before), np.concatenate(after)]).astype("<u8").tobytes()
-        self.file.write(struct.pack("<Q", len(table)) + table)
+    def tensor(self, packed: UndoTensor) -> None:
+        """Adds the next tensor."""
+        for part in (packed.residual, packed.checksums):
+            self.file.write(struct.pack("<Q", len(part)) + part)
 
 
 @dataclass(frozen=True)

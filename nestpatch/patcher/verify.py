@@ -16,10 +16,10 @@ from nestpatch.errors import PackError
 from nestpatch.formats import nest
 from nestpatch.formats.interface import Checkpoint, IntArray, row_blocks
 from nestpatch.pack import Pack, TensorDelta
+from nestpatch.patcher.identity import APPLICABLE, Finding, State, examine
 from nestpatch.patcher.ledger import Entry, read_ledger
 from nestpatch.patcher.place import Place
-from nestpatch.patcher.plan import Finding, State, examine
-from nestpatch.patcher.transaction import open_model
+from nestpatch.patcher.recovery import open_model
 from nestpatch.patcher.undo import UndoReader, checksums, restored
 from nestpatch.patcher.work import load_packs
 from nestpatch.rows import Rows
@@ -115,9 +115,7 @@ def _against_packs(checkpoint: Checkpoint, packs: Sequence[Pack], *, full: bool)
 def _against_pack(checkpoint: Checkpoint, pack: Pack, *, full: bool) -> _Result:
     findings = examine(pack, checkpoint)
     states = {finding.state for finding in findings}
-    differences = [
-        _difference(finding) for finding in findings if finding.state not in (State.BASE, State.WIDENED, State.PATCHED)
-    ]
+    differences = [_difference(finding) for finding in findings if finding.state not in (*APPLICABLE, State.PATCHED)]
     count = len(findings)
     if differences:
         return Verdict.ALTERED, (), count, differences, f"neither the base nor the result of {pack.label}"

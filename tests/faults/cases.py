@@ -12,8 +12,9 @@ from nestpatch.formats import nest
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.patcher.place import place_of
-from nestpatch.patcher.transaction import recover_model
+from nestpatch.patcher.recovery import recover_model
 from nestpatch.patcher.verify import Verdict, verify
+from tests.gguf.files import gguf_of
 from tests.helpers import tiny_checkpoint, tiny_pack
 
 LAYOUTS = {
@@ -21,13 +22,17 @@ LAYOUTS = {
     "bf16-sharded": ("BF16", True, ""),
     "f32-single": ("F32", False, ""),
     "f16-named": ("F16", False, "m[1].safetensors"),
+    # As GGUF files, made of the same checkpoint
+    "f16-gguf": ("BF16", False, "m.F16.gguf"),
+    "q8_0-gguf": ("BF16", False, "m.Q8_0.gguf"),
 }
 
 
 def digests(model: Path) -> dict[str, str]:
     """Weight file -> SHA-256."""
     folder = model if model.is_dir() else model.parent
-    return {file.name: sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.safetensors"))}
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")])
+    return {file.name: sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 @dataclass(frozen=True)
@@ -129,9 +134,13 @@ def make_case(folder: Path, operation: str, layout: str) -> Case:
     """Builds the template of a case in an empty folder. The state after the command is found by running it undisturbed."""
     dtype, sharded, inside = LAYOUTS[layout]
     layers = 2 if operation in ("apply", "upgrade", "revert") else 1
-    template = tiny_checkpoint(folder / "template", dtype=dtype, sharded=sharded, layers=layers)
+    # Blocks of Q8_0 have 32 elements.
+    template = tiny_checkpoint(folder / "template", dtype=dtype, sharded=sharded, layers=layers, hidden=32, inter=32)
     packs = write_packs(folder, template)
-    if inside:
+    if inside.endswith(".gguf"):
+        gguf_of(template, template / inside, inside.split(".")[1])
+        (template / "model.safetensors").unlink()
+    elif inside:
         (template / "model.safetensors").rename(template / inside)
     if operation == "detach":
         _share(template, folder / "hub")

@@ -52,6 +52,7 @@ def test_everything_equals_the_file(hub: Hub, tmp_path: Path, dtype: str, sharde
     local, there = open_checkpoint(folder), opened(hub)
     assert there.tensors() == local.tensors()
     assert there.metadata() == local.metadata()
+    assert (there.has(local.tensors()[0]), there.has("none"), there.converted) == (True, False, local.converted)
     assert [file.name for file in there.files] == [file.name for file in local.files]
     for name in local.tensors():
         ours, theirs = there.info(name), local.info(name)
@@ -82,12 +83,27 @@ def test_only_what_is_needed_is_read(hub: Hub, tmp_path: Path) -> None:
     assert there.meter.requests == 4
 
 
+def test_rows_are_fetched_once_and_may_be_changed(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(hub, wide_model(tmp_path / "model"))
+    there = opened(hub)
+    first = there.read_rows("a.weight", FEW)
+    want, requests = first.copy(), there.meter.requests
+    first[:] = 0
+    assert np.array_equal(there.read_rows("a.weight", FEW), want)
+    assert there.meter.requests == requests
+    # What is kept has a limit: other rows push these out.
+    monkeypatch.setattr(remote, "KEPT", 3 * ROW)
+    there.read_rows("a.weight", np.array([9]))
+    assert np.array_equal(there.read_rows("a.weight", FEW), want)
+    assert there.meter.requests > requests + 1
+
+
 def test_near_rows_come_in_one_request(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(hub, wide_model(tmp_path / "model"))
     there = opened(hub)
     there.read_rows("a.weight", np.arange(0, 2000, 10))
     assert there.meter.requests == 2
-    monkeypatch.setattr(remote, "CHUNK", 1 << 20)
+    monkeypatch.setattr(remote, "PART", 1 << 20)
     assert len(b"".join(there.read_all("a.weight"))) == 20_000 * ROW
     assert there.meter.requests == 5
 

@@ -1,0 +1,208 @@
+"""The header of a GGUF file, read strictly: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+
+Everything a header says is checked against the file before anything is believed. Arrays are passed over: they hold the
+vocabulary, which patching does not need.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from nestpatch.errors import CheckpointFormatError, NestpatchError, QuantizationError
+from nestpatch.formats import quants
+from nestpatch.formats.interface import TensorInfo
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+MAX_HEADER = 512 << 20
+"""Bytes. The largest vocabularies take some tens of megabytes."""
+MAX_STRING = 64 << 20
+ALIGNMENT = 32
+MAX_DIMENSIONS = 4
+STRETCH = 4 << 20
+"""Bytes read at a time."""
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF file says of itself."""
+
+    metadata: Mapping[str, Any]
+    """Numbers, strings and truth values; no arrays."""
+    tensors: Mapping[str, TensorInfo]
+
+
+class _Cursor:
+    """The file's beginning, read as far as it is needed."""
+
+    def __init__(self, file: FileIO, size: int) -> None:
+        self.file, self.size = file, size
+        self.data = bytearray()
+        self.at = 0
+
+    def need(self, count: int) -> int:
+        """Makes the next `count` bytes available; gives their position and passes over them."""
+        start, end = self.at, self.at + count
+        if end > self.size:
+            raise ValueError("the file ends inside its header")
+        if end > MAX_HEADER:
+            raise ValueError(f"the header is longer than {MAX_HEADER} bytes")
+        while end > len(self.data):
+            block = self.file.read(max(STRETCH, end - len(self.data)))
+            if not block:
+                raise ValueError("the file ends inside its header")
+            self.data += block
+        self.at = end
+        return start
+
+    def number(self, code: str) -> Any:
+        return struct.unpack_from(code, self.data, self.need(struct.calcsize(code)))[0]
+
+    def string(self) -> str:
+        length = self.number("<Q")
+        if length > MAX_STRING:
+            raise ValueError(f"a string claims {length} bytes")
+        start = self.need(length)
+        return self.data[start : start + length].decode("utf-8")
+
+    def skip_strings(self, count: int) -> None:
+        """Passes over strings; there may be hundreds of thousands."""
+        unpack, position = struct.Struct("<Q").unpack_from, self.at
+        for _ in range(count):
+            if position + 8 > len(self.data):
+                self.at = position
+                self.need(8)
+            length: int = unpack(self.data, position)[0]
+            if length > MAX_STRING:
+                raise ValueError(f"a string claims {length} bytes")
+            position += 8 + length
+        self.at = position
+        self.need(0)
+
+
+def read_header(path: Path) -> Header:
+    """Reads and checks the header. Raises CheckpointFormatError when it lies about the file, or is no GGUF header at all."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb", buffering=0) as file:
+            return _parse(_Cursor(file, size), path)
+    except OSError as error:
+        raise CheckpointFormatError(f"cannot read {path}: {error.strerror}") from error
+    except NestpatchError:
+        raise
+    except (ValueError, struct.error, MemoryError) as error:
+        raise CheckpointFormatError(f"the header of {path} is broken: {error}") from error
+
+
+def _parse(cursor: _Cursor, path: Path) -> Header:
+    if cursor.size < 4 or cursor.data[cursor.need(4) :][:4] != MAGIC:
+        raise CheckpointFormatError(f"{path} is no GGUF file")
+    version = cursor.number("<I")
+    if version not in VERSIONS:
+        swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+        what = "is a GGUF file for big-endian machines" if swapped in VERSIONS else f"has GGUF version {version}"
+        raise CheckpointFormatError(f"{path} {what}; nestpatch reads versions 2 and 3, little-endian")
+    tensors, entries = cursor.number("<Q"), cursor.number("<Q")
+    # Each takes some bytes: a count that the file cannot hold is a lie, and must not become a loop.
+    if tensors * 24 > cursor.size or entries * 13 > cursor.size:
+        raise ValueError(f"{tensors} tensors and {entries} entries do not fit into {cursor.size} bytes")
+    metadata = _metadata(cursor, entries)
+    alignment = metadata.get("general.alignment", ALIGNMENT)
+    if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
+        raise ValueError(f"general.alignment is {alignment!r}")
+    described = [_tensor(cursor) for _ in range(tensors)]
+    return Header(metadata, _place(described, path, cursor, alignment))
+
+
+def _metadata(cursor: _Cursor, entries: int) -> dict[str, Any]:
+    metadata: dict[str, Any] = {}
+    seen = set()
+    for _ in range(entries):
+        key = cursor.string()
+        if key in seen:
+            raise ValueError(f"the key {key[:80]!r} is there twice")
+        seen.add(key)
+        kind = cursor.number("<I")
+        if kind == _ARRAY:
+            _skip_array(cursor)
+        else:
+            metadata[key] = cursor.string() if kind == _STRING else cursor.number(_scalar(kind))
+    return metadata
+
+
+def _scalar(kind: int) -> str:
+    if kind not in _SCALARS:
+        raise ValueError(f"a value has the unknown type {kind}")
+    return _SCALARS[kind]
+
+
+def _skip_array(cursor: _Cursor, depth: int = 0) -> None:
+    kind, count = cursor.number("<I"), cursor.number("<Q")
+    if count > cursor.size or depth > MAX_DIMENSIONS:
+        raise ValueError(f"an array claims {count} values")
+    if kind == _STRING:
+        cursor.skip_strings(count)
+    elif kind == _ARRAY:
+        for _ in range(count):
+            _skip_array(cursor, depth + 1)
+    else:
+        cursor.need(count * struct.calcsize(_scalar(kind)))
+
+
+def _tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+    """(name, shape with the innermost dimension last, type, offset)."""
+    name, dimensions = cursor.string(), cursor.number("<I")
+    if not 1 <= dimensions <= MAX_DIMENSIONS:
+        raise ValueError(f"tensor {name[:80]!r} has {dimensions} dimensions")
+    shape = tuple(cursor.number("<Q") for _ in range(dimensions))[::-1]
+    return name, shape, cursor.number("<I"), cursor.number("<Q")
+
+
+def _place(
+    described: list[tuple[str, tuple[int, ...], int, int]], path: Path, cursor: _Cursor, alignment: int
+) -> dict[str, TensorInfo]:
+    """Where the tensors lie. They must follow each other without gaps, as llama.cpp demands too."""
+    start = _align(cursor.at, alignment)
+    infos: dict[str, TensorInfo] = {}
+    end = 0
+    for name, shape, code, offset in sorted(described, key=lambda entry: entry[3]):
+        if name in infos:
+            raise ValueError(f"tensor {name[:80]!r} is there twice")
+        dtype, nbytes = _size(name, shape, code)
+        if offset != end:
+            raise ValueError(f"tensor {name[:80]!r} {'overlaps the one before' if offset < end else 'leaves a gap'}")
+        infos[name] = TensorInfo(name, dtype, shape, path, start + offset, nbytes)
+        end = _align(offset + nbytes, alignment)
+        # The last tensor's padding may be missing.
+        if start + offset + nbytes > cursor.size:
+            raise ValueError(f"the file is truncated inside tensor {name[:80]!r}")
+    if cursor.size > start + end:
+        raise ValueError(f"the file is longer than its header says: {cursor.size} bytes, {start + end} expected")
+    return infos
+
+
+def _size(name: str, shape: tuple[int, ...], code: int) -> tuple[str, int]:
+    """(type name, bytes) of a tensor."""
+    dtype = quants.type_name(code)
+    if dtype is None:
+        raise ValueError(f"tensor {name[:80]!r} has the unknown type {code}: upgrade gguf, or the file is broken")
+    count = 1
+    for n in shape:
+        count *= n
+    if count == 0 or count > 1 << 62:
+        raise ValueError(f"tensor {name[:80]!r} has the impossible shape {list(shape)}")
+    try:
+        return dtype, count // shape[-1] * quants.row_bytes(dtype, shape[-1])
+    except QuantizationError as error:
+        raise ValueError(f"tensor {name[:80]!r}: {error}") from error
+
+
+def _align(offset: int, alignment: int) -> int:
+    return offset + -offset % alignment

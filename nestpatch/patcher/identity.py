@@ -1,0 +1,257 @@
+"""Is this the base that a pack was made for? Told tensor by tensor from the touched rows, a few megabytes at a time.
+
+Digests decide where rows can be the base's own. Rows that were rounded on the way into a file are compared with the float base
+where that is at hand, else by sketches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import Enum
+from hashlib import sha256
+
+import numpy as np
+
+from nestpatch.errors import BaseMismatchError
+from nestpatch.formats import quants
+from nestpatch.formats.interface import Checkpoint, TensorInfo, row_blocks
+from nestpatch.pack import Pack, TensorDelta, TensorIdentity
+from nestpatch.patcher.merging import rows_of, working_bytes
+from nestpatch.rows import DTYPES, SKETCH_MATCH, FloatArray, Rows, merge, sketch, sketch_correlation
+
+ROW_TOLERANCE = 0.05
+"""How far a row's sketch may lie from the pack's before the message calls the row changed."""
+COARSE_MATCH = 0.85
+"""The same for types of under four bits, whose rounding is louder."""
+SURE = 3.0
+"""Standard deviations from which rounded rows count as patched. In doubt they are the base: a patch that cannot be seen is
+refused anyway when it is made from such rows, and made from the float base it gives the same rows again."""
+ROUNDING = 1.5
+"""How much farther from the float base than plain quantization rows may be: other quantizers weigh errors otherwise."""
+
+
+class State(Enum):
+    """What the touched rows of one tensor turned out to be."""
+
+    BASE = "base"
+    WIDENED = "the base, stored in another dtype"
+    ROUNDED = "the base, as far as rounded rows tell"
+    PATCHED = "already patched with this pack"
+    CHANGED = "near the base, but changed: fine-tuned, patched otherwise, or damaged"
+    FOREIGN = "another model"
+    MISSING = "missing"
+    SHAPE = "of another shape"
+
+
+APPLICABLE = (State.BASE, State.WIDENED, State.ROUNDED)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """How much nearer rounded rows are to the base than to what the pack makes of it. Tensors add up."""
+
+    difference: float
+    """Of squared distances: positive for the base, negative for the patched base."""
+    variance: float
+    """Of that difference, by the noise of the rounding."""
+
+    @classmethod
+    def of(cls, near: float, far: float, patch: float, count: int) -> Evidence:
+        """From the squared distances to the base and to the patched base, that between the two, and the numbers compared."""
+        return cls(far - near, 4 * min(near, far) / max(1, count) * patch)
+
+    def __add__(self, other: Evidence) -> Evidence:
+        return Evidence(self.difference + other.difference, self.variance + other.variance)
+
+    @property
+    def patched(self) -> bool:
+        """Whether the pack is in the rows, beyond doubt."""
+        return self.difference < -SURE * math.sqrt(self.variance)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One tensor of the pack, as found in a checkpoint."""
+
+    name: str
+    state: State
+    detail: str = ""
+    rows: tuple[int, ...] = ()
+    """The rows that differ from the base, as far as sketches tell."""
+    evidence: Evidence | None = None
+    """Of rounded rows: whether the pack is in them."""
+
+
+def examine(pack: Pack, checkpoint: Checkpoint, base: Checkpoint | None = None) -> list[Finding]:
+    """Finds out, tensor by tensor, what a checkpoint holds where the pack would change it.
+
+    `base`: the float model, for rows that were rounded.
+
+    Raises BaseMismatchError when `base` is not the base of the pack.
+    """
+
+    def look(delta: TensorDelta) -> Finding:
+        identity = pack.manifest.base.tensors[delta.name]
+        if not checkpoint.has(delta.name):
+            return Finding(delta.name, State.MISSING)
+        info = checkpoint.info(delta.name)
+        if info.shape != identity.shape:
+            return Finding(delta.name, State.SHAPE, f"{list(info.shape)} instead of {list(identity.shape)}")
+        return _examine_rows(delta, identity, pack.manifest.result[delta.name], checkpoint, base)
+
+    findings = [look(delta) for delta in pack]
+    rounded = [finding for finding in findings if finding.state is State.ROUNDED]
+    # A single tensor's noise may be louder than a small patch; all of them together tell.
+    if sum((f.evidence for f in rounded if f.evidence is not None), Evidence(0, 0)).patched:
+        return [replace(f, state=State.PATCHED) if f.state is State.ROUNDED else f for f in findings]
+    return findings
+
+
+def _examine_rows(
+    delta: TensorDelta, identity: TensorIdentity, result: str, checkpoint: Checkpoint, base: Checkpoint | None
+) -> Finding:
+    info = checkpoint.info(delta.name)
+    digest = ""
+    if info.dtype in DTYPES:
+        state, digest = _by_digest(delta, identity, result, checkpoint)
+        if state is not None:
+            detail = f"{info.dtype} instead of {identity.dtype}" if state is State.WIDENED else ""
+            return Finding(delta.name, state, detail)
+    if info.dtype in DTYPES and (info.dtype == identity.dtype or not checkpoint.converted):
+        return _describe_stranger(delta, identity, digest, checkpoint)
+    return _by_sketch(delta, checkpoint) if base is None else _against_base(delta, identity, checkpoint, base)
+
+
+def _blocks(delta: TensorDelta, checkpoint: Checkpoint) -> Iterator[tuple[slice, Rows]]:
+    """The touched rows as they are stored."""
+    for part in row_blocks(delta.neurons, working_bytes(checkpoint.info(delta.name))):
+        yield part, checkpoint.read_rows(delta.name, rows_of(delta, part))
+
+
+def _by_digest(delta: TensorDelta, identity: TensorIdentity, result: str, checkpoint: Checkpoint) -> tuple[State | None, str]:
+    """(what the digests tell, the digest of the stored rows)."""
+    info = checkpoint.info(delta.name)
+    stored, narrowed = sha256(), sha256()
+    # A narrower safetensors copy is none: a small delta would be rounded away in it.
+    narrower = DTYPES[info.dtype].itemsize < DTYPES[identity.dtype].itemsize
+    other = info.dtype != identity.dtype and (checkpoint.converted or not narrower)
+    for _, rows in _blocks(delta, checkpoint):
+        stored.update(rows.view(np.uint8).data)
+        narrow = _narrow(rows, identity.dtype) if other else None
+        other = narrow is not None
+        if narrow is not None:
+            narrowed.update(narrow.view(np.uint8).data)
+    digest = stored.hexdigest()
+    if info.dtype == identity.dtype and digest == identity.rows_sha256:
+        return State.BASE, digest
+    if other and narrowed.hexdigest() == identity.rows_sha256:
+        return State.WIDENED, digest
+    return (State.PATCHED if digest == result else None), digest
+
+
+def _narrow(rows: Rows, dtype: str) -> Rows | None:
+    """The rows in another dtype, or None when that would lose something."""
+    with np.errstate(over="ignore"):
+        narrow = rows.astype(DTYPES[dtype])
+        return narrow if np.array_equal(narrow.astype(rows.dtype), rows) else None
+
+
+def _describe_stranger(delta: TensorDelta, identity: TensorIdentity, digest: str, checkpoint: Checkpoint) -> Finding:
+    # Only now: sketches take longer than digests.
+    found = np.concatenate([sketch(rows) for _, rows in _blocks(delta, checkpoint)])
+    likeness = sketch_correlation(delta.sketch, found)
+    off = np.flatnonzero(np.abs(delta.sketch.astype(np.float32) - found.astype(np.float32)).max(axis=1) > ROW_TOLERANCE)
+    where = f", first at row {int(delta.rows[off[0]])}, {len(off)} of {delta.neurons} rows differ" if len(off) else ""
+    detail = f"rows sha256 {digest[:12]}.. instead of {identity.rows_sha256[:12]}.., likeness {likeness:.2f}{where}"
+    rows = tuple(int(row) for row in delta.rows[off])
+    return Finding(delta.name, State.CHANGED if likeness >= SKETCH_MATCH else State.FOREIGN, detail, rows)
+
+
+def _by_sketch(delta: TensorDelta, checkpoint: Checkpoint) -> Finding:
+    """Rounded rows without their base: the sketches of the rows, and of the rows with the patch taken away."""
+    info = checkpoint.info(delta.name)
+    as_is, without = [], []
+    for part, rows in _blocks(delta, checkpoint):
+        plain = quants.dequantize(rows.view(np.uint8), info.dtype)
+        as_is.append(sketch(plain))
+        without.append(sketch(plain - delta.dense(part.start, part.stop)))
+    found, reverted = np.concatenate(as_is), np.concatenate(without)
+    likenesses = sketch_correlation(delta.sketch, found), sketch_correlation(delta.sketch, reverted)
+    detail = f"{info.dtype}, likeness {likenesses[0]:.2f}"
+    elements, nbytes = quants.block(info.dtype) if info.dtype not in DTYPES else (1, info.row_bytes)
+    match = COARSE_MATCH if 8 * nbytes < 4 * elements else SKETCH_MATCH
+    if max(likenesses) < match:
+        return Finding(delta.name, State.FOREIGN, detail)
+    if likenesses[0] < match:
+        return Finding(delta.name, State.PATCHED, f"{info.dtype}, likeness {likenesses[1]:.2f} without the patch")
+    origin, near, far = (part.astype(np.float64) for part in (delta.sketch, found, reverted))
+    to_base, to_patched, patch = (float(np.square(gap).sum()) for gap in (near - origin, far - origin, near - far))
+    return Finding(delta.name, State.ROUNDED, detail, evidence=Evidence.of(to_base, to_patched, patch, origin.size))
+
+
+def _against_base(delta: TensorDelta, identity: TensorIdentity, checkpoint: Checkpoint, base: Checkpoint) -> Finding:
+    """Rounded rows beside the float rows that they were made of."""
+    info, digest, facts = checkpoint.info(delta.name), sha256(), _Distances()
+    _require_tensor(delta.name, identity, base)
+    for part, rows in _blocks(delta, checkpoint):
+        origin = base.read_rows(delta.name, rows_of(delta, part))
+        digest.update(origin.view(np.uint8).data)
+        goal = merge(origin, delta.dense(part.start, part.stop))
+        facts.add(rows.view(np.uint8), info, origin.astype(np.float32), goal.astype(np.float32))
+    if digest.hexdigest() != identity.rows_sha256:
+        raise BaseMismatchError(
+            f"{base.path} is not the float base that the pack was made for: the rows of {delta.name} have sha256 "
+            f"{digest.hexdigest()[:12]}.. instead of {identity.rows_sha256[:12]}.."
+        )
+    return facts.finding(delta.name, info)
+
+
+def _require_tensor(name: str, identity: TensorIdentity, base: Checkpoint) -> None:
+    if not base.has(name) or (base.info(name).dtype, base.info(name).shape) != (identity.dtype, identity.shape):
+        found = f"{base.info(name).dtype} {list(base.info(name).shape)}" if base.has(name) else "nothing"
+        raise BaseMismatchError(
+            f"{base.path} is not the float base that the pack was made for: it has {found} as {name}, "
+            f"the base {identity.dtype} {list(identity.shape)}"
+        )
+
+
+class _Distances:
+    """Sums over the rows of a tensor: how far from the base, from the patched base, and what rounding costs anyway."""
+
+    def __init__(self) -> None:
+        self.plain = self.merged = True
+        self.base = self.goal = self.cost = self.patch = 0.0
+        self.count = 0
+
+    def add(self, blocks: Rows, info: TensorInfo, origin: FloatArray, goal: FloatArray) -> None:
+        """blocks: uint8 [rows, row_bytes] as stored; origin, goal: float32 [rows, in_features]."""
+        ours = quants.quantize(origin, info.dtype)
+        self.plain = self.plain and np.array_equal(ours, blocks)
+        self.merged = self.merged and np.array_equal(quants.quantize(goal, info.dtype), blocks)
+        found = quants.dequantize(blocks, info.dtype)
+        self.cost += _square(quants.dequantize(ours, info.dtype) - origin)
+        self.base += _square(found - origin)
+        self.goal += _square(found - goal)
+        self.patch += _square(goal - origin)
+        self.count += origin.size
+
+    def finding(self, name: str, info: TensorInfo) -> Finding:
+        """What the sums tell."""
+        if self.plain:
+            return Finding(name, State.BASE, info.dtype)
+        if self.merged:
+            return Finding(name, State.PATCHED, info.dtype)
+        allowed = ROUNDING**2 * self.cost
+        detail = f"{info.dtype}, {np.sqrt(self.base / self.cost) if self.cost else np.inf:.1f} times the error of rounding"
+        if min(self.base, self.goal) > allowed:
+            return Finding(name, State.CHANGED, detail)
+        if self.base > allowed:
+            return Finding(name, State.PATCHED, detail)
+        evidence = Evidence.of(self.base, self.goal, self.patch, self.count)
+        return Finding(name, State.ROUNDED, f"{detail}: quantized in another way than plainly", evidence=evidence)
+
+
+def _square(values: FloatArray) -> float:
+    return float(np.vdot(values, values))
