@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nestpatch.errors import CheckpointFormatError
+from nestpatch.errors import CheckpointFormatError, MissingExtraError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.nest_train import generate_llama, text
 from nestpatch.nest_train.drift_gguf import Logits, torch_logits
-from nestpatch.nest_train.llama import LlamaModel
+from nestpatch.nest_train.llama import LlamaModel, library
 from nestpatch.nest_train.statistics import Share
 from nestpatch.pack import Pack
 
@@ -107,6 +108,13 @@ class _Reading:
     text: str
     reference: tuple[int, ...]
     gguf: tuple[int, ...]
+
+
+def require_check() -> None:
+    """Raises MissingExtraError, before any work, where a check cannot run."""
+    if any(find_spec(name) is None for name in ("torch", "transformers")):
+        raise MissingExtraError("train,llama", "checking a GGUF file against its model")
+    library()
 
 
 def check_gguf(

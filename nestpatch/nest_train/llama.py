@@ -31,10 +31,10 @@ _callbacks: list[Any] = []
 
 
 @lru_cache(maxsize=1)
-def _library() -> Any:
+def library() -> Any:
     """llama.cpp's functions, its log going to `_said`. Raises MissingExtraError when there is none."""
     try:
-        from llama_cpp import llama_cpp as library
+        from llama_cpp import llama_cpp as found
     except ImportError as error:
         raise MissingExtraError("llama", "running a GGUF file") from error
     except (OSError, RuntimeError) as error:
@@ -42,10 +42,10 @@ def _library() -> Any:
         advice = "Install it again for this machine: pip install --force-reinstall llama-cpp-python"
         raise CheckpointError(reason, advice=advice) from error
 
-    _callbacks.append(library.llama_log_callback(_listen))
-    library.llama_log_set(_callbacks[-1], None)
-    library.llama_backend_init()
-    return library
+    _callbacks.append(found.llama_log_callback(_listen))
+    found.llama_log_set(_callbacks[-1], None)
+    found.llama_backend_init()
+    return found
 
 
 def _listen(level: int, text: bytes, _: Any) -> None:
@@ -79,7 +79,7 @@ class LlamaModel:
         self.threads = threads or len(_processors())
         self.adapted = lora is not None
         """Whether the adapter is in use; may be switched."""
-        self._library = _library()
+        self._library = library()
         self._model: Any = None
         self._adapter: Any = None
         self._load(device)

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from nestpatch.formats.opening import open_checkpoint
+from nestpatch.nest_train.fold import fold
 from nestpatch.nest_train.llama import LlamaModel
 from nestpatch.nest_train.model import load_model
 from nestpatch.patcher.adapters import export_gguf_lora, export_lora
@@ -100,6 +102,15 @@ def test_llama_cpp_gives_the_logits_of_the_merged_model(patched, tmp_path, famil
     plain = llama_logits(write_gguf(merged, tmp_path / "merged.gguf"))
     assert np.abs(adapted - plain).max() <= 1e-4
     assert np.abs(adapted - logits).max() <= (5e-3 if family.startswith("gemma") else 1e-4)
+
+
+@pytest.mark.parametrize("family", [*DENSE, *SINGLE, *STACKED])
+def test_a_pack_folded_into_a_loaded_model_is_the_merged_model(patched, family):
+    """Experts too, which transformers stacks while it loads them."""
+    base, _, pack, logits = patched(family, 1.5)
+    model, _ = load_model(base, "cpu", "float32")
+    fold(model, open_checkpoint(base), pack, 1.5)
+    assert np.array_equal(torch_logits(model), logits)
 
 
 @needs_llama

@@ -134,6 +134,14 @@ def test_a_patched_file_is_checked_against_the_patched_model(models, tmp_path, s
         check_gguf(file, models("llama"), patch=varied_pack(models("qwen2"), UP))
 
 
+def test_a_patched_mixture_is_checked_against_the_patched_model(models, tmp_path):
+    base = models("mixtral")
+    pack = varied_pack(base, ["model.layers.1.block_sparse_moe.experts.2.w1.weight"], scale=3.0)
+    apply(base, pack, tmp_path / "merged")
+    file = write_gguf(tmp_path / "merged", tmp_path / "m.gguf")
+    assert check_gguf(file, base, patch=pack).passed
+
+
 def test_an_adapter_is_checked_against_the_sum_that_it_computes(models, tmp_path):
     """bfloat16 on disk: a merged file is rounded, an adapter is not."""
     base = models("llama", "bfloat16")

@@ -174,12 +174,12 @@ def test_a_template_that_makes_nothing_of_a_prompt_is_refused(files, monkeypatch
 
 def test_without_llama_cpp_the_way_out_is_named(files, monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    llama._library.cache_clear()
+    llama.library.cache_clear()
     try:
         with pytest.raises(MissingExtraError) as caught:
             LlamaModel(files())
     finally:
-        llama._library.cache_clear()
+        llama.library.cache_clear()
     assert caught.value.advice == "pip install 'nestpatch[llama]'"
 
 
