@@ -39,7 +39,8 @@ class Group(click.Group):
                 raise
             from nestpatch.views import show_error
 
-            missing = MissingExtraError("train", f"`nestpatch {ctx.invoked_subcommand}` (module {error.name})")
+            extra = "llama" if (error.name or "").partition(".")[0] == "llama_cpp" else "train"
+            missing = MissingExtraError(extra, f"`nestpatch {ctx.invoked_subcommand}` (module {error.name})")
             show_error(missing, missing.advice)
             ctx.exit(1)
 

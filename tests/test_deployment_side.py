@@ -34,7 +34,7 @@ LAYERS = [
     {"nestpatch.nest_train"},
     {"nestpatch.lab"},
     {"nestpatch.demo", "nestpatch.views"},
-    {"nestpatch.views_diff", "nestpatch.views_signing"},
+    {"nestpatch.views_diff", "nestpatch.views_adapters", "nestpatch.views_signing"},
     {"nestpatch.commands"},
     {"nestpatch.cli"},
     {"nestpatch.__main__"},
@@ -87,6 +87,18 @@ def test_applying_stays_light(tmp_path: Path) -> None:
     code = "import sys, nestpatch\nnestpatch.apply(*sys.argv[1:])\nnestpatch.load_pack(sys.argv[2])"
     loaded = modules_after(code, str(model), str(tmp_path / "x.nest"), str(tmp_path / "out"))
     assert (tmp_path / "out" / "config.json").is_file()
+    assert not loaded & HEAVY
+
+
+def test_exporting_adapters_stays_light(tmp_path: Path) -> None:
+    nest.write(tiny_pack(tiny_checkpoint(tmp_path / "base")), tmp_path / "x.nest")
+    code = """import sys
+from nestpatch.patcher.adapters import export_gguf_lora, export_lora
+export_lora(sys.argv[1], sys.argv[2])
+export_gguf_lora(sys.argv[1], sys.argv[3])"""
+    loaded = modules_after(code, str(tmp_path / "x.nest"), str(tmp_path / "lora"), str(tmp_path / "lora.gguf"))
+    assert (tmp_path / "lora" / "adapter_config.json").is_file()
+    assert (tmp_path / "lora.gguf").is_file()
     assert not loaded & HEAVY
 
 

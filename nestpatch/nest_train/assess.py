@@ -5,27 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from nestpatch.errors import DataError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats import nest
 from nestpatch.formats.atomic import write_bytes
-from nestpatch.nest_train.drift import drift_between
-from nestpatch.nest_train.evaluate import BENIGN, Evaluation, Suite, answers_of, evaluate
-from nestpatch.nest_train.fold import fold
+from nestpatch.nest_train.assess_gguf import assess_gguf, is_gguf
+from nestpatch.nest_train.evaluate import BENIGN, Assessment, Evaluation, Suite, answers_of, evaluate
 from nestpatch.nest_train.generate import with_transformers
 from nestpatch.nest_train.model import load_model, locate, pick_device, pick_dtype
 from nestpatch.pack import Pack
 from nestpatch.patcher.recovery import open_model
-
-
-@dataclass(frozen=True)
-class Assessment:
-    """Numbers of a model, and of the same model with a pack where one was given."""
-
-    model: Evaluation
-    patched: Evaluation | None = None
 
 
 def assess(
@@ -33,6 +24,7 @@ def assess(
     suites: Sequence[Suite],
     *,
     patch: str | Path | Pack | None = None,
+    lora: str | Path | None = None,
     base: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -41,10 +33,21 @@ def assess(
 ) -> Assessment:
     """Evaluates a model directory, weight file or Hub id; with `patch` also the same model with the pack merged in memory.
 
+    A .gguf file is run by llama.cpp, without torch; there the pack is an adapter, and `lora` may be given in its place.
     With `base`, the drift of `model` from that base is measured too.
 
-    Raises CheckpointError, PackError or MissingExtraError.
+    Raises CheckpointError, PackError, DataError or MissingExtraError.
     """
+    if is_gguf(model):
+        options = {"patch": patch, "lora": lora, "base": base, "device": device, "max_new_tokens": max_new_tokens}
+        return assess_gguf(model, suites, on_event=on_event, **options)  # type: ignore[arg-type]
+    if lora is not None:
+        raise DataError("an adapter file goes with a .gguf model", advice="Give the pack itself: nestpatch eval MODEL PATCH")
+    if base is not None and is_gguf(base):
+        raise DataError("the drift from a .gguf base can be measured for .gguf models", advice="Give the base's directory.")
+    from nestpatch.nest_train.drift import drift_between
+    from nestpatch.nest_train.fold import fold
+
     pack = nest.read(patch) if isinstance(patch, (str, Path)) else patch
     source = locate(model)
     checkpoint, _ = open_model(source.path)

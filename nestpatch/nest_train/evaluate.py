@@ -133,6 +133,14 @@ class Evaluation:
         return result
 
 
+@dataclass(frozen=True)
+class Assessment:
+    """Numbers of a model, and of the same model with a pack where one was given."""
+
+    model: Evaluation
+    patched: Evaluation | None = None
+
+
 def judge(suite: Suite, answers: Sequence[str]) -> SuiteResult:
     """Judges the answers to a suite.
 
