@@ -19,8 +19,11 @@ SUFFIXES = (".weight", ".bias")
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<number>\d+)\.(?P<part>\w+)(?P<suffix>\.weight)")
 # All of them: model.layers.0.mlp.experts.gate_up_proj, with or without .weight
 _STACKED = re.compile(r"(?P<stack>.+\.experts)\.(?P<part>gate_up_proj|gate_proj|up_proj|down_proj)(?:\.weight)?")
-# llama.cpp turns the rotary halves of these into pairs: their rows stand in another order.
-_REORDERED = {"llama": re.compile(r".+\.(?:q_proj|k_proj)\.(?:weight|bias)")}
+# Rows that stand in another order: llama.cpp turns the rotary halves of a head into pairs, and takes heads apart by part.
+_REORDERED = {
+    "llama": re.compile(r".+\.(?:q_proj|k_proj)\.(?:weight|bias)"),
+    "gptneox": re.compile(r".+\.query_key_value\.(?:weight|bias)"),
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,12 @@ def gguf_name(name: str, architecture: str, layers: int) -> str | None:
     return found
 
 
+def is_reordered(name: str, architecture: str) -> bool:
+    """Whether a GGUF file holds the rows of this matrix, or the elements of this vector, in another order."""
+    rule = _REORDERED.get(architecture)
+    return rule is not None and rule.fullmatch(name) is not None
+
+
 def gguf_spans(name: str, shape: Sequence[int], architecture: str, layers: int) -> tuple[Span, ...]:
     """Where the rows of a matrix [.., rows, in_features] are in a GGUF file, in their order.
 
@@ -59,8 +68,7 @@ def gguf_spans(name: str, shape: Sequence[int], architecture: str, layers: int) 
 
     Raises UnsupportedModelError when the architecture has no such tensor, or holds its rows in another order.
     """
-    reordered = _REORDERED.get(architecture)
-    if reordered is not None and reordered.fullmatch(name):
+    if is_reordered(name, architecture):
         raise UnsupportedModelError(
             f"the rows of {name} stand in another order in a GGUF file of architecture {architecture}",
             advice="Patch the safetensors model and export it anew: nestpatch export MODEL PATCH --to gguf",
