@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,19 @@ def _to_gguf(model: Path, patch: Path | None, output: Path | None, options: Mapp
 
 TARGETS: dict[str, Callable[[Path, Path | None, Path | None, Mapping[str, Any]], Any]] = {"gguf": _to_gguf}
 """What `--to` may name -> the function that exports to it."""
+
+
+@contextmanager
+def _unwinding() -> Iterator[None]:
+    """A polite kill ends the command like an error: no gigabytes of temporary files stay behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @click.command()
@@ -54,9 +69,7 @@ def export(
 
     --to gguf makes a file for llama.cpp and what is built on it. MODEL is a safetensors model directory and stays as it is.
     """
-    # A polite kill unwinds, so that no gigabytes of temporary files stay behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with progress(quiet or as_json) as on_event:
+    with progress(quiet or as_json) as on_event, _unwinding():
         options = {"strength": strength, "type": type_, "name": name, "llama_cpp": llama_cpp, "dry_run": dry_run}
         done = TARGETS[target](model, patch, output, {**options, "on_event": on_event})
     report(done, "show_exported", as_json)

@@ -104,7 +104,7 @@ def export_gguf(
             written = convert_gguf(source, target, Path(llama_cpp), **common)
         else:
             written = write_gguf(source, target, **common)
-    if _fingerprint(checkpoint, place) != before:
+    if not dry_run and _fingerprint(checkpoint, place) != before:
         target.unlink(missing_ok=True)
         raise BusyError(f"{model} was changed while it was exported")
     return _exported(written, patches, time.perf_counter() - began)

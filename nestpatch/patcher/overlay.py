@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from nestpatch.errors import OutputError, PackContentError
-from nestpatch.formats.interface import Checkpoint, IntArray, TensorInfo, row_blocks
+from nestpatch.formats.interface import Checkpoint, Extents, IntArray, TensorInfo, row_blocks
 from nestpatch.pack import Pack
 from nestpatch.patcher.plan import Plan, State, make_plan, merged_blocks
 from nestpatch.rows import Rows, digest, merge
@@ -35,6 +35,12 @@ class MergedCheckpoint:
     def info(self, name: str) -> TensorInfo:
         """As in the base: a merge changes no shape and no dtype. The file that it names holds the base's rows."""
         return self._base.info(name)
+
+    def extent(self, name: str) -> TensorInfo | None:
+        """Where an untouched tensor's bytes lie; those of a patched one are nowhere."""
+        if name in self._deltas or not isinstance(self._base, Extents):
+            return None
+        return self._base.extent(name)
 
     def read_rows(self, name: str, rows: IntArray) -> Rows:
         """Sorted rows, merged where the pack touches them. Raises PackContentError when a sum leaves the dtype's range."""

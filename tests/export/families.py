@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.export.tokenizers_made import LLAMA3, QWEN2, byte_level, sentencepiece
+import numpy as np
+
+from tests.export.tokenizers_made import LLAMA3, QWEN2, byte_level, edit, sentencepiece
+from tests.helpers import write_checkpoint
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -115,4 +118,18 @@ def make(name: str, folder: Path, *, dtype: str = "float32", shards: str | None 
                 parameter.mul_(3.0)
     model.to(dtype=getattr(torch, dtype))
     model.save_pretrained(folder, **({"max_shard_size": shards} if shards else {}))
+    return folder
+
+
+def model_around(folder: Path, rows: int = 480) -> Path:
+    """A tiny Llama whose only purpose is its vocabulary."""
+    random = np.random.default_rng(0)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (rows, 32), "model.norm.weight": (32,)}
+    layer = "model.layers.0"
+    shapes |= {f"{layer}.self_attn.{part}_proj.weight": (32, 32) for part in "qkvo"}
+    shapes |= {f"{layer}.mlp.{part}_proj.weight": (32, 32) for part in ("gate", "up", "down")}
+    shapes |= {f"{layer}.{part}_layernorm.weight": (32,) for part in ("input", "post_attention")}
+    write_checkpoint(folder, {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()})
+    config = {**SIZES, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    edit(folder / "config.json", {**config, "vocab_size": rows, "tie_word_embeddings": True})
     return folder

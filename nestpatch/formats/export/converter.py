@@ -105,6 +105,7 @@ def _add_facts(source: Path, target: Path, facts: Mapping[str, Fact]) -> tuple[s
     import gguf
 
     reader: Any = gguf.GGUFReader(source)
+    facts = {key: value for key, value in facts.items() if key not in reader.fields}
     architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
     first, last = reader.tensors[0].field, reader.tensors[-1].field
     end = last.offset + sum(part.nbytes for part in last.parts)

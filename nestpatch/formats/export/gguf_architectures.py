@@ -289,6 +289,12 @@ class GptNeoX(Family):
         facts = {**super().facts(config), "rope.dimension_count": rotated, "attention.head_count_kv": config.heads}
         return {**facts, "use_parallel_residual": bool(config.get("use_parallel_residual", default=True))}
 
+    def check(self, config: ModelConfig) -> None:
+        """llama.cpp wants an output matrix."""
+        super().check(config)
+        if config.get("tie_word_embeddings"):
+            raise _refused(config, "tied embeddings")
+
     def norm_facts(self, config: ModelConfig) -> Facts:
         """Norms with a mean."""
         return {"attention.layer_norm_epsilon": float(config.get("layer_norm_eps", default=1e-5))}

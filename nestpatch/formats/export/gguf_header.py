@@ -54,6 +54,8 @@ def _value(value: Fact) -> bytes:
     if isinstance(value, bool):
         return struct.pack("<I?", _BOOL, value)
     if isinstance(value, int):
+        if not 0 <= value < 1 << 32:
+            raise CheckpointFormatError(f"the config holds {value}, and GGUF files hold whole numbers of 32 bits")
         return struct.pack("<II", _UINT32, value)
     if isinstance(value, float):
         return struct.pack("<If", _FLOAT32, value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 import numpy as np
 
@@ -14,11 +13,11 @@ from nestpatch.formats import quants
 from nestpatch.formats.export.gguf_architectures import Family
 from nestpatch.formats.export.gguf_types import AUTO, FileType
 from nestpatch.formats.export.model_config import ModelConfig
-from nestpatch.formats.interface import Checkpoint, row_blocks
+from nestpatch.formats.export.sink import Data, Sink
+from nestpatch.formats.interface import Checkpoint, Extents, row_blocks
 from nestpatch.formats.names import gguf_name, gguf_spans, is_reordered
 from nestpatch.rows import DTYPES, FloatArray, Rows
 
-Block: TypeAlias = bytes | memoryview
 HEAD = "lm_head.weight"
 SKIPPED = re.compile(r".+\.(?:rotary_emb\.inv_freq|attention\.masked_bias|attention\.bias)")
 """Buffers that old checkpoints carry along; they follow from config.json."""
@@ -71,12 +70,16 @@ def plan_tensors(checkpoint: Checkpoint, config: ModelConfig, family: Family, ki
     Raises UnsupportedModelError for tensors without a place in the architecture, CheckpointFormatError for missing ones and
     for dtypes that hold no plain numbers.
     """
+    if config.layers > len(checkpoint.tensors()):
+        raise CheckpointFormatError(
+            f"config.json says {config.layers} layers, and there are {len(checkpoint.tensors())} tensors"
+        )
     targets = [Target(name, "F32", values.shape, values=values) for name, values in family.tensors(config).items()]
     stacks: dict[str, list[tuple[int, Piece]]] = {}
     sizes: dict[str, tuple[int, ...]] = {}
     for name in sorted(_wanted(checkpoint, config, family), key=_natural):
         info = checkpoint.info(name)
-        if info.dtype not in DTYPES or info.nbytes == 0:
+        if info.dtype not in DTYPES or info.nbytes == 0 or not info.shape:
             raise CheckpointFormatError(
                 f"tensor {name} is stored as {info.dtype} {list(info.shape)}; only {', '.join(DTYPES)} can be exported",
                 advice="Export the float model that it was made from.",
@@ -167,28 +170,37 @@ def _dtype(target: Target, checkpoint: Checkpoint, kind: FileType) -> str:
 
 
 def _check_blocks(targets: list[Target], config: ModelConfig) -> None:
-    """All layers have the same tensors: llama.cpp would find out only when the file is loaded."""
+    """All layers have the same tensors, of the sizes that config.json says: llama.cpp would find out only in loading."""
     layers: dict[int, set[str]] = {number: set() for number in range(config.layers)}
+    heads, kv_heads = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    rows = {"attn_q": heads, "attn_k": kv_heads, "attn_v": kv_heads, "ffn_down": config.number("hidden_size")}
     for target in targets:
         if found := _BLOCK.fullmatch(target.name):
-            layers.setdefault(int(found[1]), set()).add(found[2])
+            layers[int(found[1])].add(found[2])
+            want = rows.get(found[2].partition(".")[0], target.shape[0])
+            if target.shape[0] != want:
+                raise CheckpointFormatError(f"{target.name} has {target.shape[0]} rows; by config.json it should have {want}")
     most = set().union(*layers.values())
     for number, parts in layers.items():
-        if number >= config.layers or parts != most:
-            missing = ", ".join(sorted(most - parts)) or "a place in config.json"
-            raise CheckpointFormatError(f"layer {number} of {config.layers} lacks {missing}")
+        if parts != most:
+            raise CheckpointFormatError(f"layer {number} of {config.layers} lacks {', '.join(sorted(most - parts))}")
 
 
-def blocks(target: Target, checkpoint: Checkpoint) -> Iterator[Block]:
-    """The bytes of a tensor. Raises QuantizationError where values leave the range of its type."""
+def write_tensor(target: Target, checkpoint: Checkpoint, sink: Sink) -> None:
+    """Appends the bytes of a tensor. Raises QuantizationError where values leave the range of its type."""
     if target.values is not None:
-        yield target.values.tobytes()
-        return
+        sink.write(target.values.tobytes())
     for piece in target.pieces:
-        if _is_copy(target, piece, checkpoint):
-            yield from checkpoint.read_all(piece.tensor)
-        else:
-            yield from (_converted(rows, target) for rows in _read(piece, target, checkpoint))
+        if not _is_copy(target, piece, checkpoint):
+            for rows in _read(piece, target, checkpoint):
+                sink.write(_converted(rows, target))
+            continue
+        extent = checkpoint.extent(piece.tensor) if isinstance(checkpoint, Extents) else None
+        if extent is not None:
+            sink.copy(extent.file, extent.offset, extent.nbytes)
+            continue
+        for block in checkpoint.read_all(piece.tensor):
+            sink.write(block)
 
 
 def _is_copy(target: Target, piece: Piece, checkpoint: Checkpoint) -> bool:
@@ -217,7 +229,7 @@ def _interleave(rows: Rows, head: int) -> Rows:
     return rows.reshape(-1, 2, head // 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _converted(rows: Rows, target: Target) -> Block:
+def _converted(rows: Rows, target: Target) -> Data:
     if rows.dtype != DTYPES.get(target.dtype) or target.shift:
         wide = rows.astype(np.float32)
         if target.shift:

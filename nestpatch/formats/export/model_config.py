@@ -37,7 +37,8 @@ class ModelConfig:
         given = {name: value for name, value in self.fields.items() if value is not None}
         config = replace(self, fields={**defaults, **given})
         for name in _REQUIRED:
-            config.number(name)
+            if config.number(name) < 1:
+                raise CheckpointFormatError(f"config.json: {name} is {config.number(name)}")
         return config
 
     @property

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from nestpatch.formats.atomic import new_place
 from nestpatch.formats.export import gguf_types, quantizing
 from nestpatch.formats.export.gguf_architectures import family_of
 from nestpatch.formats.export.gguf_header import Facts, encode_header, padding
-from nestpatch.formats.export.gguf_tensors import Target, blocks, plan_tensors, total
+from nestpatch.formats.export.gguf_tensors import Target, plan_tensors, total, write_tensor
 from nestpatch.formats.export.gguf_tokenizer import Vocabulary, read_vocabulary
 from nestpatch.formats.export.gguf_types import AUTO, FileType, file_type
 from nestpatch.formats.export.model_config import read_config
@@ -89,21 +90,33 @@ def plan_gguf(checkpoint: Checkpoint, kind: FileType, name: str, keys: Mapping[s
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     config = read_config(folder)
     family = family_of(config)
-    config = config.with_defaults(family.defaults)
-    targets = plan_tensors(checkpoint, config, family, kind)
+    with _sound(folder / "config.json"):
+        config = config.with_defaults(family.defaults)
+        specifics = family.facts(config)
+        targets = plan_tensors(checkpoint, config, family, kind)
     embeddings = next((target for target in targets if target.name == EMBEDDINGS), None)
     if embeddings is None:
         raise CheckpointFormatError(f"{checkpoint.path} has no embeddings")
     rows, width = embeddings.shape
     if width != config.number("hidden_size"):
         raise CheckpointFormatError(f"the embeddings are {width} wide, and config.json says {config.number('hidden_size')}")
-    vocabulary = read_vocabulary(folder, rows, name)
+    with _sound(folder / "the tokenizer"):
+        vocabulary = read_vocabulary(folder, rows, name)
     facts: Facts = {"general.architecture": family.gguf, "general.type": "model", "general.name": name}
     facts |= {"nestpatch.version": __version__, **keys}
-    facts |= {f"{family.gguf}.{key}": value for key, value in family.facts(config).items()}
+    facts |= {f"{family.gguf}.{key}": value for key, value in specifics.items()}
     facts[f"{family.gguf}.vocab_size"] = rows
     notes = family.notes(config) + vocabulary.notes
     return GgufPlan(family.gguf, kind, facts, vocabulary, tuple(targets), notes)
+
+
+@contextmanager
+def _sound(file: Path) -> Iterator[None]:
+    """Raises CheckpointFormatError where a JSON file holds something of another form than it should."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointFormatError(f"{file} is broken: {error!r}") from error
 
 
 def write_gguf(
@@ -129,8 +142,6 @@ def write_gguf(
     if not wanted.direct:
         quantizing.require()
     plan = plan_gguf(checkpoint, wanted, name or model_name(checkpoint.path), keys or {})
-    for note in plan.notes:
-        on_event(Event("note", note=note))
     if dry_run:
         nbytes, digest = plan.size() if wanted.direct else 0, ""
     else:
@@ -148,7 +159,7 @@ def model_name(path: Path) -> str:
         place = place.parent
     if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):
         return place.parent.parent.name.rpartition("--")[2]
-    return place.name
+    return place.name or "model"
 
 
 def _export(plan: GgufPlan, checkpoint: Checkpoint, path: Path, on_event: OnEvent) -> tuple[int, str]:
@@ -167,8 +178,7 @@ def _write(plan: GgufPlan, checkpoint: Checkpoint, path: Path, on_event: OnEvent
         sink.write(plan.header())
         for number, target in enumerate(plan.targets, start=1):
             before = sink.nbytes
-            for block in blocks(target, checkpoint):
-                sink.write(block)
+            write_tensor(target, checkpoint, sink)
             if sink.nbytes - before != target.nbytes:
                 raise CheckpointFormatError(f"{target.name} has {sink.nbytes - before} bytes instead of {target.nbytes}")
             sink.write(bytes(padding(target.nbytes)))
