@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nestpatch.nest_train.train import train
     from nestpatch.patcher.apply import apply
     from nestpatch.patcher.diff import diff
+    from nestpatch.patcher.export import export_gguf
     from nestpatch.patcher.inplace import apply_in_place, revert
     from nestpatch.patcher.verify import verify
 
@@ -28,12 +29,24 @@ _HOMES = {
     "apply_in_place": ("nestpatch.patcher.inplace", "apply_in_place"),
     "diff": ("nestpatch.patcher.diff", "diff"),
     "evaluate": ("nestpatch.nest_train.assess", "assess"),
+    "export_gguf": ("nestpatch.patcher.export", "export_gguf"),
     "load_pack": ("nestpatch.formats.nest", "read"),
     "revert": ("nestpatch.patcher.inplace", "revert"),
     "train": ("nestpatch.nest_train.train", "train"),
     "verify": ("nestpatch.patcher.verify", "verify"),
 }
-__all__ = ["__version__", "apply", "apply_in_place", "diff", "evaluate", "load_pack", "revert", "train", "verify"]
+__all__ = [
+    "__version__",
+    "apply",
+    "apply_in_place",
+    "diff",
+    "evaluate",
+    "export_gguf",
+    "load_pack",
+    "revert",
+    "train",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nestpatch.nest_train.statistics import Share
     from nestpatch.pack import Pack
     from nestpatch.patcher.apply import Applied
+    from nestpatch.patcher.export import Exported
     from nestpatch.patcher.inplace import Changed
     from nestpatch.patcher.ledger import Ledger
     from nestpatch.patcher.verify import Verification
@@ -39,6 +40,9 @@ STAGES = {
     "digest": "taking digests",
     "compare": "comparing tensors",
     "extract": "extracting deltas",
+    "export": "writing tensors",
+    "quantize": "quantizing in llama.cpp",
+    "convert": "converting in llama.cpp",
 }
 HEADLINES = {
     "attack_success": "attack success",
@@ -148,6 +152,21 @@ def show_applied(done: Applied) -> None:
         grid.add_row("file", f"{escape(file.path.name)}  {size(file.nbytes)}{digest}")
     if done.left_out:
         grid.add_row("left out", f"{escape(', '.join(done.left_out))} (unpatched weights of another format)")
+    out.print(grid)
+
+
+def show_exported(done: Exported) -> None:
+    """What `export` wrote."""
+    verb = "would write" if done.dry_run else "wrote"
+    out.print(f"{verb} [bold]{escape(str(done.path))}[/] in {done.seconds:.2f} s")
+    grid = _grid()
+    nbytes = f", {size(done.nbytes)}" if done.nbytes else ""
+    grid.add_row("model", f"{escape(done.architecture or '?')}, {done.tensors} tensors, {escape(done.type)}{nbytes}")
+    grid.add_row("patches", escape(", ".join(done.patches) or "none"))
+    if done.sha256:
+        grid.add_row("file", f"sha256 {done.sha256}")
+    for note in done.notes:
+        grid.add_row("note", escape(note))
     out.print(grid)
 
 
