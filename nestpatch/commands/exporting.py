@@ -69,6 +69,8 @@ def export(
 
     --to gguf makes a file for llama.cpp and what is built on it. MODEL is a safetensors model directory and stays as it is.
     """
+    if patch is None and strength != 1.0:
+        raise click.UsageError("--strength goes with a PATCH")
     with progress(quiet or as_json) as on_event, _unwinding():
         options = {"strength": strength, "type": type_, "name": name, "llama_cpp": llama_cpp, "dry_run": dry_run}
         done = TARGETS[target](model, patch, output, {**options, "on_event": on_event})
