@@ -96,6 +96,8 @@ def export(
     """
     if check and (target != "gguf" or dry_run):
         raise click.UsageError("--check runs what --to gguf wrote")
+    if patch is None and strength != 1.0:
+        raise click.UsageError("--strength goes with a PATCH")
     with progress(quiet or as_json) as on_event, _unwinding():
         options = {"strength": strength, "type": type_, "name": name, "llama_cpp": llama_cpp, "dry_run": dry_run}
         if check:

@@ -20,7 +20,7 @@ from nestpatch.formats.export.scratch import PATCHED, claimed, scratch
 from nestpatch.formats.export.to_gguf import GgufFile, model_name, write_gguf
 from nestpatch.formats.interface import Checkpoint
 from nestpatch.pack import Pack
-from nestpatch.patcher.apply import apply
+from nestpatch.patcher.apply import MAX_NAME, apply
 from nestpatch.patcher.chain import Do
 from nestpatch.patcher.ledger import Entry, read_ledger
 from nestpatch.patcher.overlay import merged_view
@@ -131,6 +131,10 @@ def _exported(written: GgufFile, patches: Sequence[dict[str, Any]], seconds: flo
 
 
 def _check_target(target: Path) -> None:
+    if len(os.fsencode(target.name)) > MAX_NAME:
+        raise OutputError(
+            f"the name {target.name[:40]}... is too long for a file system", advice="Choose a shorter one with -o."
+        )
     if os.path.lexists(target):
         raise OutputError(f"{target} exists already")
     if not target.absolute().parent.is_dir():

@@ -208,6 +208,8 @@ def test_places_and_names(models: Made, tmp_path: Path) -> None:
     assert (tmp_path / "taken.gguf").read_bytes() == b"mine"
     with pytest.raises(OutputError, match="no directory"):
         export_gguf(folder, tmp_path / "none" / "x.gguf")
+    with pytest.raises(OutputError, match="too long"):
+        export_gguf(folder, tmp_path / ("x" * 230 + ".gguf"))
     with pytest.raises(DataError, match="strength"):
         export_gguf(folder, tmp_path / "x.gguf", pack, strength=7)
     done = nestpatch.export_gguf(folder, tmp_path / "x.gguf", name="Named Otherwise")
@@ -247,6 +249,7 @@ def test_the_command_names_what_is_wrong(models: Made, tmp_path: Path) -> None:
     imatrix = run(models("llama3"), "--to", "gguf", "-o", tmp_path / "x.gguf", "--type", "iq2_xs")
     assert (imatrix.exit_code, "importance matrix" in imatrix.stderr) == (1, True)
     assert run(models("llama3"), "--to", "tarball").exit_code == 2
+    assert run(models("llama3"), "--to", "gguf", "--strength", "0.5").exit_code == 2
     assert run(models("llama3")).exit_code == 2
 
 

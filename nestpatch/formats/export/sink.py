@@ -9,6 +9,8 @@ from pathlib import Path
 from threading import Condition, Thread
 from types import TracebackType
 
+from nestpatch.errors import CheckpointFormatError
+
 Data = bytes | memoryview
 _BLOCK = 1 << 20
 _COPY = 64 << 20
@@ -25,6 +27,7 @@ class Sink:
         self._state = sha256()
         self._news = Condition()
         self._done = False
+        self._stopped = False
         self._in_kernel = hasattr(os, "copy_file_range")
         self._failure: OSError | None = None
         self._thread = Thread(target=self._hash, daemon=True)
@@ -41,12 +44,15 @@ class Sink:
         self._tell(memoryview(data).nbytes)
 
     def copy(self, file: Path, offset: int, nbytes: int) -> None:
-        """Appends a part of another file, inside the kernel where it can. Raises OSError when that file ends too early."""
+        """Appends a part of another file, inside the kernel where it can.
+
+        Raises CheckpointFormatError when that file ends too early.
+        """
         with open(file, "rb", buffering=0) as source:
             while nbytes:
                 count = self._copy_some(source.fileno(), offset, min(nbytes, _COPY))
                 if not count:
-                    raise OSError(f"{file} ends too early")
+                    raise CheckpointFormatError(f"{file} ends too early")
                 offset, nbytes = offset + count, nbytes - count
 
     def _copy_some(self, source: int, offset: int, nbytes: int) -> int:
@@ -85,6 +91,7 @@ class Sink:
             finally:
                 with self._news:
                     self._done = True
+                    self._stopped = kind is not None
                     self._news.notify()
                 self._thread.join()
         if self._failure is not None and kind is None:
@@ -97,17 +104,18 @@ class Sink:
         try:
             with open(self._path, "rb", buffering=0) as file:
                 while self._wait(hashed):
-                    count = file.readinto(buffer)
+                    if not (count := file.readinto(buffer)):
+                        raise OSError(f"{self._path} was cut off while it was written")
                     self._state.update(buffer[:count])
                     hashed += count
         except OSError as error:
             self._failure = error
 
     def _wait(self, hashed: int) -> bool:
-        """Until there is a block to hash, or all of it is written. False: there is nothing left."""
+        """Until there is a block to hash, or all of it is written. False: there is nothing left to do."""
         with self._news:
             self._news.wait_for(lambda: self._done or self.nbytes - hashed >= _BLOCK)
-            return self.nbytes > hashed
+            return self.nbytes > hashed and not self._stopped
 
 
 def seal(path: Path) -> tuple[int, str]:
