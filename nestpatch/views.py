@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +161,10 @@ def show_exported(done: Exported) -> None:
     out.print(f"{verb} [bold]{escape(str(done.path))}[/] in {done.seconds:.2f} s")
     grid = _grid()
     nbytes = f", {size(done.nbytes)}" if done.nbytes else ""
-    grid.add_row("model", f"{escape(done.architecture or '?')}, {done.tensors} tensors, {escape(done.type)}{nbytes}")
+    grid.add_row(
+        "model",
+        f"{escape(done.architecture + ', ' if done.architecture else '')}{done.tensors} tensors, {escape(done.type)}{nbytes}",
+    )
     grid.add_row("patches", escape(", ".join(done.patches) or "none"))
     if done.sha256:
         grid.add_row("file", f"sha256 {done.sha256}")
@@ -188,10 +191,14 @@ def show_changed(done: Changed) -> None:
     out.print(grid)
 
 
-def show_status(model: Any, ledger: Ledger) -> None:
-    """A ledger, for a person."""
+def show_status(model: Any, ledger: Ledger, said: Sequence[Mapping[str, Any]] = ()) -> None:
+    """A ledger, for a person; `said`: the packs that the model's files claim to have been written with."""
     out.print(f"[bold]{escape(str(model))}[/]: {escape(', '.join(e.label for e in ledger.applied) or 'nothing applied')}")
     grid = _grid()
+    for claim in said:
+        strength = "" if claim["strength"] == 1 else f" at strength {claim['strength']}"
+        label = escape(f"{claim['name']} {claim['version']}{strength}, pack sha256 {str(claim['pack_id'])[:12]}..")
+        grid.add_row("written with", f"{label} [dim](the files say so; `nestpatch verify MODEL PATCH` proves it)[/]")
     for entry in ledger.applied:
         rows = sum(record.rows for record in entry.tensors.values())
         strength = f" at strength {entry.strength:g}" if entry.strength != 1 else ""

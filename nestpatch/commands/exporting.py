@@ -24,15 +24,26 @@ def _to_gguf(model: Path, patch: Path | None, output: Path | None, options: Mapp
     return export_gguf(model, output, patch, **options)
 
 
+def _to_safetensors(model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
+    from nestpatch.patcher.export import export_safetensors
+
+    _refuse(options, "name", "llama_cpp", "type")
+    return export_safetensors(model, output, patch, **{name: options[name] for name in ("strength", "dry_run", "on_event")})
+
+
+def _refuse(options: Mapping[str, Any], *names: str) -> None:
+    """Raises UsageError for options that say something of GGUF files alone."""
+    given = [f"--{name.replace('_', '-')}" for name in names if options[name] not in (None, "auto")]
+    if given:
+        raise click.UsageError(f"{', '.join(given)} go with --to gguf")
+
+
 def _to_adapter(kind: str, model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
     """MODEL PATCH, or PATCH alone: the model is only needed to count experts."""
     from nestpatch.patcher.adapters import export_gguf_lora, export_lora
 
     write = export_gguf_lora if kind == "gguf-lora" else export_lora
-    given = [f"--{name.replace('_', '-')}" for name in ("name", "llama_cpp") if options[name] is not None]
-    given += ["--type"] if options["type"] != "auto" else []
-    if given:
-        raise click.UsageError(f"{', '.join(given)} go with --to gguf: an adapter is F32 and named after its pack")
+    _refuse(options, "name", "llama_cpp", "type")
     pack, base = (model, None) if patch is None else (patch, model)
     return write(pack, output, options["strength"], model=base, dry_run=options["dry_run"])
 
@@ -41,6 +52,7 @@ TARGETS: dict[str, Callable[[Path, Path | None, Path | None, Mapping[str, Any]],
     "gguf": _to_gguf,
     "gguf-lora": partial(_to_adapter, "gguf-lora"),
     "lora": partial(_to_adapter, "lora"),
+    "safetensors": _to_safetensors,
 }
 """What `--to` may name -> the function that exports to it."""
 
@@ -91,6 +103,8 @@ def export(
 
     --to gguf makes a file for llama.cpp and what is built on it. MODEL is a safetensors model directory and stays as it is.
 
+    --to safetensors writes a release of its own, whose files say which patches they hold; it cannot be reverted.
+
     --to lora and --to gguf-lora write PATCH as an adapter that is loaded with the base: a directory for PEFT and vLLM, a file
     for llama.cpp. Give MODEL before PATCH where it stores experts one by one, else PATCH alone.
     """
@@ -124,6 +138,6 @@ def _show(target: str, done: Any, found: Any, as_json: bool) -> None:
         return
     from nestpatch import views, views_adapters
 
-    (views.show_exported if target == "gguf" else views_adapters.show_adapter)(done)
+    (views_adapters.show_adapter if "lora" in target else views.show_exported)(done)
     if found is not None:
         views_adapters.show_check(found)

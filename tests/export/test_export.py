@@ -24,9 +24,11 @@ from nestpatch.events import Event
 from nestpatch.formats import interface, nest, rowio
 from nestpatch.formats.export.scratch import claimed, sweep
 from nestpatch.formats.opening import open_checkpoint
+from nestpatch.formats.provenance import PATCHES
 from nestpatch.pack import Pack
 from nestpatch.patcher.apply import apply
-from nestpatch.patcher.export import PATCHES_KEY, default_output, export_gguf
+from nestpatch.patcher.export import export_gguf
+from nestpatch.patcher.export_source import open_wanted
 from nestpatch.patcher.inplace import apply_in_place
 from nestpatch.patcher.overlay import merged_view
 from tests.export.expected import expected_tensors
@@ -72,7 +74,7 @@ def merged(folder: Path, pack: Pack, strength: float = 1.0) -> dict[str, np.ndar
 
 def listed(path: Path) -> list[dict[str, Any]]:
     """What an exported file says of its patches."""
-    field = GGUFReader(path).fields.get(PATCHES_KEY)
+    field = GGUFReader(path).fields.get(PATCHES)
     return json.loads(field.contents()) if field is not None else []
 
 
@@ -200,8 +202,10 @@ def test_a_model_that_changes_meanwhile_is_told(models: Made, tmp_path: Path) ->
 
 def test_places_and_names(models: Made, tmp_path: Path) -> None:
     folder, pack = models("llama3"), tiny_pack(models("llama3"))
-    assert default_output(folder, None, "AUTO") == folder.with_name("llama3.gguf")
-    assert default_output(folder, pack, "Q4_K_M") == folder.with_name("llama3-no-harm-1.0.0-Q4_K_M.gguf")
+    assert open_wanted(folder, None, 1.0).default_output(".gguf") == folder.with_name("llama3.gguf")
+    assert open_wanted(folder, pack, 1.0).default_output(".gguf", "Q4_K_M") == folder.with_name(
+        "llama3-no-harm-1.0.0-Q4_K_M.gguf"
+    )
     (tmp_path / "taken.gguf").write_bytes(b"mine")
     with pytest.raises(OutputError, match="exists already"):
         export_gguf(folder, tmp_path / "taken.gguf")

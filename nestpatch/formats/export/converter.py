@@ -21,6 +21,7 @@ from nestpatch.formats.export.scratch import CONVERTED, WHOLE, claimed, scratch,
 from nestpatch.formats.export.sink import Sink, seal
 from nestpatch.formats.export.to_gguf import GgufFile, model_name
 from nestpatch.formats.interface import CHUNK, Checkpoint
+from nestpatch.formats.provenance import VERSION
 
 SCRIPT = "convert_hf_to_gguf.py"
 _TAIL = 12
@@ -58,7 +59,7 @@ def convert_gguf(
     script, wanted = require_converter(llama_cpp), file_type(kind)
     if not wanted.direct:
         quantizing.require()
-    facts: dict[str, Fact] = {"nestpatch.version": __version__, **(keys or {})}
+    facts: dict[str, Fact] = {VERSION: __version__, **(keys or {})}
     if dry_run:
         return GgufFile(target, 0, "", 0, wanted.name, "", time.perf_counter() - began, (), dry_run=True)
     sweep(target)

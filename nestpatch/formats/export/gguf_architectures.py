@@ -14,6 +14,7 @@ import numpy as np
 from nestpatch.errors import UnsupportedModelError
 from nestpatch.formats.export.gguf_header import Facts
 from nestpatch.formats.export.model_config import ModelConfig
+from nestpatch.formats.names import GGUF_ARCHITECTURES
 from nestpatch.rows import FloatArray
 
 
@@ -21,9 +22,7 @@ class Family:
     """What most families have in common; the subclasses say how they differ."""
 
     gguf: ClassVar[str]
-    """llama.cpp's name of the architecture."""
-    classes: ClassVar[tuple[str, ...]]
-    """The transformers classes whose checkpoints these are."""
+    """llama.cpp's name of the architecture; formats/names.py tells which transformers classes it has."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """What transformers assumes where config.json is silent."""
     activations: ClassVar[tuple[str, ...]] = ("silu",)
@@ -82,7 +81,6 @@ class Llama(Family):
     """Llama 2 and 3, Mistral, Mixtral: rotary pairs are neighbours, so rows of q and k are reordered (formats/names.py)."""
 
     gguf = "llama"
-    classes = ("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM")
     ropes = ("default", "linear", "yarn", "llama3")
 
     def facts(self, config: ModelConfig) -> Facts:
@@ -112,7 +110,6 @@ class Qwen2(Family):
     """Qwen 2 and 2.5."""
 
     gguf = "qwen2"
-    classes = ("Qwen2ForCausalLM",)
 
     def notes(self, config: ModelConfig) -> tuple[str, ...]:
         """A window is used only when it is switched on."""
@@ -123,14 +120,12 @@ class Qwen3(Qwen2):
     """Qwen 3: norms on queries and keys."""
 
     gguf = "qwen3"
-    classes = ("Qwen3ForCausalLM",)
 
 
 class Qwen3Moe(Qwen2):
     """Qwen 3 with experts in every layer."""
 
     gguf = "qwen3moe"
-    classes = ("Qwen3MoeForCausalLM",)
 
     def check(self, config: ModelConfig) -> None:
         """llama.cpp wants experts in every layer, and normalised weights of the chosen ones."""
@@ -145,7 +140,6 @@ class Gemma2(Family):
     """Gemma 2: norms count from 1, logits are capped, every second layer sees a window."""
 
     gguf = "gemma2"
-    classes = ("Gemma2ForCausalLM",)
     activations = ("gelu_pytorch_tanh",)
     ropes = ("default", "linear")
     norm_shift = 1.0
@@ -200,7 +194,6 @@ class Gemma3(Gemma2):
     """Gemma 3, the text models: one layer in six sees everything, and rotates with a base of its own."""
 
     gguf = "gemma3"
-    classes = ("Gemma3ForCausalLM",)
     defaults: ClassVar[Mapping[str, Any]] = {
         "head_dim": 256,
         "sliding_window": 4096,
@@ -227,7 +220,6 @@ class Phi3(Family):
     """Phi 3 and 4: fused q/k/v and gate/up, rotary factors for long and short texts."""
 
     gguf = "phi3"
-    classes = ("Phi3ForCausalLM",)
     defaults: ClassVar[Mapping[str, Any]] = {"original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
     ropes = ("default", "longrope", "su")
 
@@ -277,7 +269,6 @@ class GptNeoX(Family):
     """GPT-NeoX and Pythia: query, key and value interleaved by head, norms with bias."""
 
     gguf = "gptneox"
-    classes = ("GPTNeoXForCausalLM",)
     activations = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # one and the same to llama.cpp
     ropes = ("default",)
     defaults: ClassVar[Mapping[str, Any]] = {"rotary_pct": 0.25}
@@ -305,10 +296,11 @@ FAMILIES: tuple[Family, ...] = (Llama(), Qwen2(), Qwen3(), Qwen3Moe(), Gemma2(),
 
 def family_of(config: ModelConfig) -> Family:
     """The family of a model. Raises UnsupportedModelError, with the list and the other route."""
-    for family in FAMILIES:
-        if config.architecture in family.classes:
-            return family
-    known = ", ".join(sorted(name for family in FAMILIES for name in family.classes))
+    families = {family.gguf: family for family in FAMILIES}
+    family = families.get(GGUF_ARCHITECTURES.get(config.architecture, ""))
+    if family is not None:
+        return family
+    known = ", ".join(sorted(name for name, gguf in GGUF_ARCHITECTURES.items() if gguf in families))
     raise UnsupportedModelError(
         f"{config.architecture} models cannot be exported to GGUF here; known are {known}",
         advice="Let llama.cpp's own converter do it: --llama-cpp DIR, where DIR is a checkout of llama.cpp.",

@@ -24,6 +24,7 @@ from nestpatch.formats.export.model_config import read_config
 from nestpatch.formats.export.scratch import WHOLE, claimed, scratch, sweep
 from nestpatch.formats.export.sink import Sink, seal
 from nestpatch.formats.interface import Checkpoint
+from nestpatch.formats.provenance import VERSION
 
 EMBEDDINGS = "token_embd.weight"
 
@@ -103,7 +104,7 @@ def plan_gguf(checkpoint: Checkpoint, kind: FileType, name: str, keys: Mapping[s
     with _sound(folder / "the tokenizer"):
         vocabulary = read_vocabulary(folder, rows, name)
     facts: Facts = {"general.architecture": family.gguf, "general.type": "model", "general.name": name}
-    facts |= {"nestpatch.version": __version__, **keys}
+    facts |= {VERSION: __version__, **keys}
     facts |= {f"{family.gguf}.{key}": value for key, value in specifics.items()}
     facts[f"{family.gguf}.vocab_size"] = rows
     notes = family.notes(config) + vocabulary.notes
