@@ -15,6 +15,7 @@ from rich.table import Table
 from nestpatch.events import Event, OnEvent, ignore
 
 if TYPE_CHECKING:
+    from nestpatch.demo_formats import FormatResult
     from nestpatch.nest_train.evaluate import Evaluation
     from nestpatch.nest_train.statistics import Share
     from nestpatch.pack import Pack
@@ -323,6 +324,16 @@ def evaluation_table(columns: Mapping[str, Evaluation]) -> Table:
         results = [model.suites[position] for model in models]
         cells = (percent(r.complied if harmful else r.refused) for r in results)
         table.add_row(f"[dim]{escape(suite.suite)}, {'complied' if harmful else 'refused'}[/dim]", *cells)
+    return table
+
+
+def formats_table(formats: Sequence[FormatResult]) -> Table:
+    """The patched model in several formats: the headline numbers of each."""
+    table = Table("patched model as", *HEADLINES.values(), "delivered", box=None, pad_edge=False, header_style="bold")
+    for one in formats:
+        totals = one.evaluation.totals()
+        shares = (f"{totals[name].value:.1%}" if name in totals else "" for name in HEADLINES)
+        table.add_row(one.what, *shares, "" if one.delivered is None else f"{one.delivered:.1%}")
     return table
 
 

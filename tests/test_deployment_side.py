@@ -35,6 +35,7 @@ LAYERS = [
     {"nestpatch.hub"},
     {"nestpatch.nest_train"},
     {"nestpatch.lab"},
+    {"nestpatch.demo_formats"},
     {"nestpatch.demo", "nestpatch.views"},
     {"nestpatch.views_diff", "nestpatch.views_adapters", "nestpatch.views_signing"},
     {"nestpatch.commands"},

@@ -153,6 +153,9 @@ def demo(seed: int, keep: Path | None, quiet: bool, as_json: bool) -> None:
     console.print(views.stage_table(result.stages))
     console.print()
     console.print(views.evaluation_table({"base": result.before, "patched": result.after}))
+    if result.formats:
+        console.print()
+        console.print(views.formats_table(result.formats))
     if not result.helped:
         views.err.print("[bold red]The patch did not help:[/] attacks succeed about as often as before.")
     if as_json:
