@@ -28,8 +28,9 @@ fuzz: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
-	$(BIN)/python bench/demo.py
-	$(BIN)/python bench/patch.py
+	$(BIN)/python -m bench.demo
+	$(BIN)/python -m bench.patch
+	$(BIN)/python -m bench.gguf
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The demo for several seeds: `python bench/demo.py [--seeds 0 1 2]`.
+"""The demo for several seeds: `python -m bench.demo [--seeds 0 1 2]`.
 
 Prints a line per seed; the last line of stdout is one JSON object.
 """

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from nestpatch import __version__
-from nestpatch.commands import inspecting, patching, training
+from nestpatch.commands import exporting, inspecting, patching, signing, training
 from nestpatch.errors import DataError, FileSystemError, MissingExtraError, NestpatchError
 
 
@@ -39,7 +39,8 @@ class Group(click.Group):
                 raise
             from nestpatch.views import show_error
 
-            missing = MissingExtraError("train", f"`nestpatch {ctx.invoked_subcommand}` (module {error.name})")
+            extra = "llama" if (error.name or "").partition(".")[0] == "llama_cpp" else "train"
+            missing = MissingExtraError(extra, f"`nestpatch {ctx.invoked_subcommand}` (module {error.name})")
             show_error(missing, missing.advice)
             ctx.exit(1)
 
@@ -62,9 +63,14 @@ for command in (
     patching.apply,
     patching.revert,
     patching.recover,
+    exporting.export,
     inspecting.show,
     inspecting.status,
     inspecting.verify,
     inspecting.diff,
+    signing.keygen,
+    signing.sign,
+    signing.verify_signature,
+    signing.trust,
 ):
     main.add_command(command)

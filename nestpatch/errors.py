@@ -23,6 +23,18 @@ NestpatchError
 │   ├── DowngradeError          an older version than the applied one
 │   ├── OverlapError            two packs change the same rows
 │   └── RequirementError        a pack that another one needs
+├── SignatureError          who made a pack
+│   ├── SignatureFormatError    the signature file is none that nestpatch reads
+│   ├── BadSignatureError       it does not belong to this file, or to the key that it names
+│   ├── UnsignedError           there is none, and the policy wants one
+│   ├── UntrustedError          signed, but not by enough of the keys that are trusted for this model
+│   ├── KeyFileError            a key file is missing, broken, of another kind, or its password is wrong
+│   └── TrustError              the store of trusted keys, or a policy file, is broken
+├── HubError                the Hugging Face Hub, or a mirror of it
+│   ├── HubNotFoundError        no such repository, revision or file
+│   ├── HubAccessError          private, gated, or a token that does not do
+│   ├── HubUnavailableError     it cannot be reached, or has troubles of its own
+│   └── HubAnswerError          it answers, but not what was asked for
 ├── FileSystemError         the system refused to read or write
 ├── DataError               prompt files and recipes
 │   ├── PromptDataError         a prompt file is missing, empty or malformed
@@ -165,6 +177,76 @@ class RequirementError(ChainError):
     """A required pack is not applied, or would be taken away."""
 
     advice = "Apply the required pack first, or revert the one that needs it."
+
+
+class SignatureError(NestpatchError):
+    """It is not proven who made a pack. Nothing was applied."""
+
+    advice = "Get the pack and its signature again from the publisher."
+
+
+class SignatureFormatError(SignatureError):
+    """The signature file is no OMS bundle made with an ECDSA P-256 key."""
+
+
+class BadSignatureError(SignatureError):
+    """The signature was made for other bytes, or with another key than it names: the pack or the signature was altered."""
+
+    advice = "Do not use this file. Get the pack and its signature again, from the publisher's own place."
+
+
+class UnsignedError(SignatureError):
+    """The pack has no signature, and the policy wants one."""
+
+    advice = "Get the signature from the publisher and lay it beside the pack, under the pack's name with .sig after it."
+
+
+class UntrustedError(SignatureError):
+    """The pack is signed, but not by enough trusted keys."""
+
+    advice = "If you know the publisher's key from a safe source: nestpatch trust add KEY.pub --name NAME"
+
+
+class KeyFileError(SignatureError):
+    """A key file cannot be used."""
+
+    advice = "Keys are ECDSA P-256 in PEM files. `nestpatch keygen` makes a pair."
+
+
+class TrustError(SignatureError):
+    """The trust store or a policy file is broken, or names what is not there."""
+
+    advice = "`nestpatch trust list` shows the keys; docs/signing.md describes the file."
+
+
+class HubError(NestpatchError):
+    """The Hugging Face Hub did not give what was asked for."""
+
+    advice = "Try again later, or download the model and give its folder."
+
+
+class HubNotFoundError(HubError):
+    """There is no such repository, revision or file, or it is hidden from this user."""
+
+    advice = "Check the spelling. A private repository needs a token: run `hf auth login`, or set HF_TOKEN."
+
+
+class HubAccessError(HubError):
+    """The repository is there, but not for this user."""
+
+    advice = "Log in with `hf auth login`, or set HF_TOKEN to a token that may read the repository."
+
+
+class HubUnavailableError(HubError):
+    """The Hub cannot be reached, or is failing."""
+
+    advice = "Check the connection and HF_ENDPOINT, and try again. What is cached is used on purpose with HF_HUB_OFFLINE=1."
+
+
+class HubAnswerError(HubError):
+    """The answer is not what was asked for: other bytes, another commit, a login page."""
+
+    advice = "Check HF_ENDPOINT and the proxy in between, or download the model and give its folder."
 
 
 class FileSystemError(NestpatchError):

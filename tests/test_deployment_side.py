@@ -15,10 +15,13 @@ import pytest
 
 import nestpatch
 from nestpatch.formats import nest
+from tests.export.families import model_around
+from tests.export.tokenizers_made import byte_level
 from tests.helpers import tiny_checkpoint, tiny_pack
 
 PACKAGE = Path(nestpatch.__file__).parent
 HEAVY = {"torch", "transformers", "click", "sklearn", "accelerate", "datasets", "rich", "scipy", "pandas", "huggingface_hub"}
+"""Beside these, cryptography is loaded only where something is signed or verified."""
 LAYERS = [
     {"nestpatch"},  # the root holds __version__; its own imports happen on first use
     {"nestpatch.errors"},
@@ -27,12 +30,15 @@ LAYERS = [
     {"nestpatch.pack"},
     {"nestpatch.label"},
     {"nestpatch.formats"},
+    {"nestpatch.signing"},
     {"nestpatch.patcher"},
+    {"nestpatch.hub"},
     {"nestpatch.nest_train"},
     {"nestpatch.onnx_export"},
     {"nestpatch.lab"},
+    {"nestpatch.demo_formats"},
     {"nestpatch.demo", "nestpatch.views"},
-    {"nestpatch.views_diff"},
+    {"nestpatch.views_diff", "nestpatch.views_adapters", "nestpatch.views_signing"},
     {"nestpatch.commands"},
     {"nestpatch.cli"},
     {"nestpatch.__main__"},
@@ -56,20 +62,27 @@ def module_name(file: Path) -> str:
 
 
 FILES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
-DEPLOYED = [name for name in FILES if name.startswith(("nestpatch.formats", "nestpatch.patcher"))]
+DEPLOYED = [name for name in FILES if name.startswith(("nestpatch.formats", "nestpatch.patcher", "nestpatch.signing"))]
+HUB = [name for name in FILES if name.startswith("nestpatch.hub")]
 
 
 def test_the_modules_are_found() -> None:
     """An empty list would make every test below pass."""
-    assert {"nestpatch.formats.nest", "nestpatch.formats.safetensors", "nestpatch.patcher.apply"} <= set(DEPLOYED)
+    assert {
+        "nestpatch.formats.nest",
+        "nestpatch.formats.safetensors",
+        "nestpatch.patcher.apply",
+        "nestpatch.signing.verify",
+    } <= set(DEPLOYED)
+    assert {"nestpatch.hub.client", "nestpatch.hub.remote"} <= set(HUB)
     assert len(FILES) > 20
 
 
 def test_importing_the_deployment_side_stays_light() -> None:
-    names = ["nestpatch.errors", "nestpatch.events", "nestpatch.rows", "nestpatch.pack", *DEPLOYED]
+    names = ["nestpatch.errors", "nestpatch.events", "nestpatch.rows", "nestpatch.pack", *DEPLOYED, *HUB]
     loaded = modules_after("\n".join(f"import {name}" for name in names))
     assert "numpy" in loaded
-    assert not loaded & HEAVY
+    assert not loaded & (HEAVY | {"cryptography"})
 
 
 def test_applying_stays_light(tmp_path: Path) -> None:
@@ -81,11 +94,36 @@ def test_applying_stays_light(tmp_path: Path) -> None:
     assert not loaded & HEAVY
 
 
+def test_exporting_adapters_stays_light(tmp_path: Path) -> None:
+    nest.write(tiny_pack(tiny_checkpoint(tmp_path / "base")), tmp_path / "x.nest")
+    code = """import sys
+from nestpatch.patcher.adapters import export_gguf_lora, export_lora
+export_lora(sys.argv[1], sys.argv[2])
+export_gguf_lora(sys.argv[1], sys.argv[3])"""
+    loaded = modules_after(code, str(tmp_path / "x.nest"), str(tmp_path / "lora"), str(tmp_path / "lora.gguf"))
+    assert (tmp_path / "lora" / "adapter_config.json").is_file()
+    assert (tmp_path / "lora.gguf").is_file()
+    assert not loaded & HEAVY
+
+
+def test_exporting_stays_light(tmp_path: Path) -> None:
+    model = model_around(tmp_path / "model")
+    byte_level(model, "gpt2")
+    nest.write(tiny_pack(model), tmp_path / "x.nest")
+    code = "import sys, nestpatch\nnestpatch.export_gguf(*sys.argv[1:])"
+    loaded = modules_after(code, str(model), str(tmp_path / "out.gguf"), str(tmp_path / "x.nest"))
+    assert (tmp_path / "out.gguf").is_file()
+    assert not loaded & (HEAVY | {"llama_cpp", "tokenizers"})
+
+
 def test_importing_the_package_loads_nothing() -> None:
     assert not modules_after("import nestpatch") & (HEAVY | {"numpy", "ml_dtypes", "safetensors"})
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["apply", "--help"], ["train", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["apply", "--help"], ["train", "--help"], ["export", "--help"], ["trust", "add", "--help"], ["--version"]],
+)
 def test_help_loads_only_click(arguments: list[str]) -> None:
     code = """
 import contextlib, io, sys
@@ -185,6 +223,11 @@ def cycles(*, lazy: bool) -> set[tuple[str, str]]:
 @pytest.mark.parametrize("name", ["nestpatch.errors", "nestpatch.events", "nestpatch.rows", "nestpatch.pack", *DEPLOYED])
 def test_the_deployment_side_names_no_heavy_package(name: str) -> None:
     """Not even lazily: an import inside a function would fail on a host without the package."""
+    assert not named_packages(name) & HEAVY
+
+
+def named_packages(name: str) -> set[str]:
+    """The packages that a module imports anywhere."""
     tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
     named = set()
     for node in ast.walk(tree):
@@ -192,4 +235,10 @@ def test_the_deployment_side_names_no_heavy_package(name: str) -> None:
             named |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             named.add(str(node.module).partition(".")[0])
-    assert not named & HEAVY
+    return named
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_the_hub_side_names_its_client_alone(name: str) -> None:
+    """And that only inside functions: whoever patches a local file does not pay for it."""
+    assert not named_packages(name) & (HEAVY - {"huggingface_hub"})

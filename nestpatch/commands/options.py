@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from nestpatch.events import OnEvent, ignore
+
+if TYPE_CHECKING:
+    from nestpatch.formats.interface import Checkpoint
 
 F = TypeVar("F", bound=Callable[..., Any])
 PathType = click.Path(path_type=Path)
@@ -41,6 +44,23 @@ def progress(quiet: bool) -> AbstractContextManager[OnEvent]:
     from nestpatch import views
 
     return views.progress(quiet=False)
+
+
+@contextmanager
+def opened_base(text: str | None, *, quiet: bool) -> Iterator[Checkpoint | None]:
+    """The float model of --base, a path or a Hub id; tells in the end what of it had to be downloaded."""
+    if text is None:
+        yield None
+        return
+    from nestpatch.hub.locate import open_base
+    from nestpatch.hub.remote import RemoteCheckpoint
+
+    base = open_base(text)
+    yield base
+    if isinstance(base, RemoteCheckpoint) and not quiet:
+        from nestpatch.views import size
+
+        click.echo(f"read {size(base.downloaded)} of the {size(base.size)} of {base.path}", err=True)
 
 
 def report(result: Any, view: str, as_json: bool) -> None:

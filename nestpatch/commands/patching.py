@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from nestpatch.commands.options import PathType, json_option, print_json, progress, quiet_option, report
+from nestpatch.commands.options import PathType, json_option, opened_base, print_json, progress, quiet_option, report
 
 base_option = click.option("--base", metavar="DIR|HUB_ID", help="Quantized models: make rows exactly, from the float model.")
 dither_option = click.option("--dither", is_flag=True, help="Quantized models: noise that carries small changes through.")
@@ -68,8 +68,8 @@ def apply(
     }
     if allow_base_mismatch:
         click.echo("WARNING: --allow-base-mismatch: the result is not what the pack's evaluation measured", err=True)
-    with progress(quiet or as_json) as on_event:
-        quantized: dict[str, Any] = {"base": base, "dither": dither}
+    with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:
+        quantized: dict[str, Any] = {"base": float_model, "dither": dither}
         common = {"strength": strength, "dry_run": dry_run, "on_event": on_event, **quantized}
         if in_place:
             from nestpatch.patcher.inplace import apply_in_place
@@ -95,8 +95,8 @@ def revert(model: Path, to: str, base: str | None, dither: bool, dry_run: bool, 
     """Undo what was applied to MODEL in place, bit for bit."""
     from nestpatch.patcher.inplace import revert as run
 
-    with progress(quiet or as_json) as on_event:
-        done = run(model, to, base=base, dither=dither, dry_run=dry_run, on_event=on_event)
+    with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:
+        done = run(model, to, base=float_model, dither=dither, dry_run=dry_run, on_event=on_event)
     report(done, "show_changed", as_json)
 
 

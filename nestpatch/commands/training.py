@@ -94,6 +94,7 @@ def train(
 @click.argument("model")
 @click.argument("patch", type=PathType, required=False)
 @click.option("--suite", multiple=True, required=True, help="[KIND=]SOURCE; kinds: harmful, benign, lookalike. Repeatable.")
+@click.option("--lora", type=PathType, help="An adapter in a .gguf file, for a .gguf MODEL: measured like PATCH.")
 @click.option("--base", help="The unpatched model: measures how far MODEL has moved from it.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or mps.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=48, show_default=True, help="Length of an answer.")
@@ -104,6 +105,7 @@ def evaluate(
     model: str,
     patch: Path | None,
     suite: tuple[str, ...],
+    lora: Path | None,
     base: str | None,
     device: str,
     max_new_tokens: int,
@@ -113,6 +115,8 @@ def evaluate(
 ) -> None:
     """Measure attack success and over-refusal of MODEL, alone or also with PATCH merged in memory.
 
+    A .gguf file is run by llama.cpp, with PATCH as an adapter; that needs no torch.
+
     A suite's kind is told by its file name (harmful*, jailbreak*, benign*, lookalike*) or said: harmful=FILE.
     """
     from nestpatch import views
@@ -120,7 +124,7 @@ def evaluate(
     from nestpatch.nest_train.evaluate import load_suite
 
     suites = [load_suite(text) for text in suite]
-    options = {"patch": patch, "base": base, "device": device, "max_new_tokens": max_new_tokens}
+    options = {"patch": patch, "lora": lora, "base": base, "device": device, "max_new_tokens": max_new_tokens}
     with progress(quiet) as on_event:
         result = assess(model, suites, on_event=on_event, **options)  # type: ignore[arg-type]
     if answers is not None:
@@ -149,6 +153,9 @@ def demo(seed: int, keep: Path | None, quiet: bool, as_json: bool) -> None:
     console.print(views.stage_table(result.stages))
     console.print()
     console.print(views.evaluation_table({"base": result.before, "patched": result.after}))
+    if result.formats:
+        console.print()
+        console.print(views.formats_table(result.formats))
     if not result.helped:
         views.err.print("[bold red]The patch did not help:[/] attacks succeed about as often as before.")
     if as_json:

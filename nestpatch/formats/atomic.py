@@ -61,9 +61,13 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-def write_bytes(path: Path, data: bytes, *, overwrite: bool = False) -> None:
-    """Writes a small file whole or not at all."""
-    with new_place(path, overwrite=overwrite) as sibling, open(sibling, "wb") as file:
+def write_bytes(path: Path, data: bytes, *, overwrite: bool = False, mode: int = 0o666) -> None:
+    """Writes a small file whole or not at all. `mode`: its permissions, less the umask, from the first byte on."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_EXCL, mode)
+
+    with new_place(path, overwrite=overwrite) as sibling, open(sibling, "wb", opener=opener) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,14 @@ def row_blocks(rows: int, row_bytes: int) -> Iterator[slice]:
     """Slices of rows that fit into CHUNK bytes."""
     size = max(1, CHUNK // max(1, row_bytes))
     yield from (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+@runtime_checkable
+class Extents(Protocol):
+    """What a checkpoint may also offer: its bytes where they lie, to be copied without being read."""
+
+    def extent(self, name: str) -> TensorInfo | None:
+        """Where the bytes of `read_all` are in a file; None where they come about in reading."""
 
 
 class Checkpoint(Protocol):

@@ -1,6 +1,6 @@
 """Packs as .onnx_adapter files, for ONNX models that were exported adapter-ready. Needs onnxruntime, no torch.
 
-Such a model says in its metadata, under ADAPTER_KEY, which weights take a patch: JSON, weight -> its shape and the SHA-256
+Such a model says in its metadata, under ADAPTER, which weights take a patch: JSON, weight -> its shape and the SHA-256
 that it had in the base. What it does with its two inputs for each of them is told in docs/onnx-export.md.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ import numpy.typing as npt
 
 from nestpatch.errors import BaseMismatchError, CheckpointFormatError, MissingExtraError, OutputError, UnsupportedModelError
 from nestpatch.formats.atomic import new_place
+from nestpatch.formats.lora import Written, sync_size
+from nestpatch.formats.nest import pack_id
+from nestpatch.formats.provenance import read_patches
 from nestpatch.pack import Pack, TensorDelta
 from nestpatch.rows import FloatArray
 
-ADAPTER_KEY = "nestpatch.adapter"
-PATCHES_KEY = "nestpatch.patches"
-"""JSON: the packs that the weights of a file hold, bottom first."""
+ADAPTER = "nestpatch.adapter"
 DELTA, MAP = ".nest_delta", ".nest_map"
 """What follows a weight's module in the names of its two inputs."""
 SUFFIX = ".onnx_adapter"
@@ -67,7 +68,7 @@ def onnx_file(model: Path) -> Path | None:
 
 
 def sites_json(sites: Mapping[str, Site]) -> str:
-    """What goes under ADAPTER_KEY."""
+    """What goes under ADAPTER."""
     listed = {name: {"shape": list(site.shape), "sha256": site.sha256} for name, site in sorted(sites.items())}
     return json.dumps({"format": "nest-adapter/1", "weights": listed})
 
@@ -87,19 +88,19 @@ def read_sites(model: Path) -> AdapterReady:
     except Exception as error:  # protobuf's and onnx's own errors have no common base
         raise CheckpointFormatError(f"cannot read {file}: {error}") from error
     facts = {entry.key: entry.value for entry in found.metadata_props}
-    if ADAPTER_KEY not in facts:
+    if ADAPTER not in facts:
         raise UnsupportedModelError(
             f"{file} takes no patches at run time",
             advice="Export it anew with --adapter-ready, or merge the patch: nestpatch apply MODEL PATCH",
         )
     types = {value.name: value.type.tensor_type.elem_type for value in found.graph.input}
     try:
-        sites = _sites(json.loads(facts[ADAPTER_KEY]), file)
-        patches = tuple(str(entry["pack_id"]) for entry in json.loads(facts.get(PATCHES_KEY, "[]")))
+        sites = _sites(json.loads(facts[ADAPTER]), file)
         dtypes = {_FLOATS[types[_module(name) + DELTA]] for name in sites}
         (dtype,) = dtypes
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointFormatError(f"what {file} says of its adapters is broken: {error!r}") from error
+    patches = tuple(str(entry["pack_id"]) for entry in read_patches(facts))
     return AdapterReady(file, sites, patches, np.dtype(dtype))
 
 
@@ -151,8 +152,6 @@ def _vectors(delta: TensorDelta, width: int, strength: float) -> FloatArray:
 
 
 def _require_base(pack: Pack, ready: AdapterReady) -> None:
-    from nestpatch.formats.nest import pack_id
-
     missing = [delta.name for delta in pack if delta.name not in ready.sites]
     if missing:
         raise UnsupportedModelError(
@@ -174,11 +173,16 @@ def _known(site: Site) -> tuple[tuple[int, int], str]:
     return site.shape, site.sha256
 
 
-def write(content: Mapping[str, npt.NDArray[Any]], ready: AdapterReady, output: Path) -> int:
-    """Writes an .onnx_adapter file, after onnxruntime has run the model with it. Returns its size in bytes.
+def write(pack: Pack, model: Path, output: Path, strength: float = 1.0, *, dry_run: bool = False) -> Written:
+    """Writes an .onnx_adapter file for an adapter-ready model, after onnxruntime has run the model with it.
 
-    Raises MissingExtraError without onnxruntime, OutputError.
+    Raises what `read_sites` and `parameters` raise, MissingExtraError without onnxruntime, OutputError.
     """
+    ready = read_sites(model)
+    content = parameters(pack, ready, strength)
+    size = Written(len(pack.deltas), max(d.clusters for d in pack), sum(values.nbytes for values in content.values()))
+    if dry_run:
+        return size
     runtime = _runtime()
     with new_place(output) as sibling:
         form = runtime.AdapterFormat()
@@ -187,9 +191,7 @@ def write(content: Mapping[str, npt.NDArray[Any]], ready: AdapterReady, output: 
         form.set_parameters({name: runtime.OrtValue.ortvalue_from_numpy(values) for name, values in content.items()})
         form.export_adapter(os.fspath(sibling))
         _check(content, ready, sibling)
-        with open(sibling, "rb") as file:
-            os.fsync(file.fileno())
-        return sibling.stat().st_size
+        return replace(size, nbytes=sync_size(sibling))
 
 
 def _runtime() -> Any:

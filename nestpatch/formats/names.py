@@ -14,13 +14,32 @@ from typing import Any
 
 from nestpatch.errors import UnsupportedModelError
 
+GGUF_ARCHITECTURES: dict[str, str] = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "MixtralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen2MoeForCausalLM": "qwen2moe",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3moe",
+    "GemmaForCausalLM": "gemma",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3",
+    "PhiForCausalLM": "phi2",
+    "Phi3ForCausalLM": "phi3",
+    "GPTNeoXForCausalLM": "gptneox",
+}
+"""The class in a model's config.json -> `general.architecture` of its GGUF file."""
 SUFFIXES = (".weight", ".bias")
 # One expert of its own: model.layers.0.mlp.experts.3.gate_proj.weight
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<number>\d+)\.(?P<part>\w+)(?P<suffix>\.weight)")
 # All of them: model.layers.0.mlp.experts.gate_up_proj, with or without .weight
 _STACKED = re.compile(r"(?P<stack>.+\.experts)\.(?P<part>gate_up_proj|gate_proj|up_proj|down_proj)(?:\.weight)?")
-# llama.cpp turns the rotary halves of these into pairs: their rows stand in another order.
-_REORDERED = {"llama": re.compile(r".+\.(?:q_proj|k_proj)\.(?:weight|bias)")}
+# Rows that stand in another order: llama.cpp turns the rotary halves of a head into pairs, and takes heads apart by part.
+_REORDERED = {
+    "llama": re.compile(r".+\.(?:q_proj|k_proj)\.(?:weight|bias)"),
+    "gptneox": re.compile(r".+\.query_key_value\.(?:weight|bias)"),
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +51,24 @@ class Span:
     start: int
     """The first row there, experts flattened."""
     rows: int
+
+
+def gguf_architecture(model_class: str) -> str:
+    """The GGUF architecture of a model class. Raises UnsupportedModelError, with the list, for a class that is not in it."""
+    if model_class not in GGUF_ARCHITECTURES:
+        known = ", ".join(name.removesuffix("ForCausalLM") for name in GGUF_ARCHITECTURES)
+        raise UnsupportedModelError(
+            f"the GGUF architecture of {model_class[:100]!r} is not known here", advice=f"Known are {known} (ForCausalLM)."
+        )
+    return GGUF_ARCHITECTURES[model_class]
+
+
+def expert_of(name: str) -> tuple[str, int, str] | None:
+    """(stack, number, part) of the matrix of a single expert: "model.layers.0.mlp.experts.3.up_proj.weight" is
+    ("model.layers.0.mlp.experts", 3, "up_proj"). None for other tensors.
+    """
+    found = _EXPERT.fullmatch(name)
+    return (found["stack"], int(found["number"]), found["part"]) if found else None
 
 
 @lru_cache(maxsize=8)
@@ -52,6 +89,12 @@ def gguf_name(name: str, architecture: str, layers: int) -> str | None:
     return found
 
 
+def is_reordered(name: str, architecture: str) -> bool:
+    """Whether a GGUF file holds the rows of this matrix, or the elements of this vector, in another order."""
+    rule = _REORDERED.get(architecture)
+    return rule is not None and rule.fullmatch(name) is not None
+
+
 @dataclass(frozen=True)
 class GgufHome:
     """The tensors of a GGUF file that hold a checkpoint's matrix."""
@@ -69,8 +112,7 @@ def gguf_home(name: str, architecture: str, layers: int) -> GgufHome | None:
 
     Raises UnsupportedModelError when its rows stand in another order there.
     """
-    reordered = _REORDERED.get(architecture)
-    if reordered is not None and reordered.fullmatch(name):
+    if is_reordered(name, architecture):
         raise UnsupportedModelError(
             f"the rows of {name} stand in another order in a GGUF file of architecture {architecture}",
             advice="Patch the safetensors model and export it anew: nestpatch export MODEL PATCH --to gguf",

@@ -47,10 +47,12 @@ def read_all_at(info: TensorInfo) -> Iterator[bytes]:
 
 def _runs(info: TensorInfo, rows: IntArray, data: Any) -> Iterator[tuple[memoryview, int]]:
     """(the part of data, its place in the file) of every stretch of consecutive row numbers. data: uint8 [rows, row_bytes]."""
+    if not len(rows):
+        return
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
     edges = [0, *breaks.tolist(), len(rows)]
     width, view = info.row_bytes, memoryview(data).cast("B")
-    offsets = (info.offset + rows[edges[:-1]] * width).tolist() if len(rows) else []
+    offsets = (info.offset + rows[edges[:-1]] * width).tolist()
     for (start, stop), offset in zip(itertools.pairwise(edges), offsets, strict=True):
         yield view[start * width : stop * width], offset
 

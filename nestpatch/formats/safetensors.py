@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +38,7 @@ class SafetensorsCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files, self.index = _find_files(path)
-        self._infos: dict[str, TensorInfo] = {}
-        self._metadata: dict[str, str] = {}
-        for file in self.files:
-            infos, metadata = read_header(file)
-            for name in infos.keys() & self._infos.keys():
-                raise CheckpointFormatError(f"tensor {name} is both in {self._infos[name].file.name} and in {file.name}")
-            self._infos.update(infos)
-            self._metadata.update(metadata)
-        self._check_index()
-
-    def _check_index(self) -> None:
-        for name, file in self.index.items():
-            info = self._infos.get(name)
-            if info is None or info.file.name != file:
-                raise CheckpointFormatError(f"{INDEX} says that tensor {name} is in {file}, and it is not")
+        self._infos, self._metadata = join_headers(map(read_header, self.files), self.index)
 
     def reopen(self, path: Path) -> SafetensorsCheckpoint:
         """The same format at another place, whatever its name there."""
@@ -72,15 +58,19 @@ class SafetensorsCheckpoint:
             raise CheckpointFormatError(f"{self.path} has no tensor {name}")
         return self._infos[name]
 
+    def extent(self, name: str) -> TensorInfo | None:
+        """Where the tensor's bytes lie."""
+        return self.info(name)
+
     def read_rows(self, name: str, rows: IntArray) -> Rows:
         """Reads sorted rows, [rows, in_features] in the stored dtype; neighbours are read together."""
         info = self.info(name)
-        return read_rows_at(info, rows, _row_dtype(info))
+        return read_rows_at(info, rows, row_dtype(info))
 
     def write_rows(self, name: str, rows: IntArray, values: Rows) -> None:
         """Writes sorted rows in place; neighbours are written together."""
         info = self.info(name)
-        write_rows_at(info, rows, np.ascontiguousarray(values, dtype=_row_dtype(info)))
+        write_rows_at(info, rows, np.ascontiguousarray(values, dtype=row_dtype(info)))
 
     def read_all(self, name: str) -> Iterator[bytes]:
         """The tensor's bytes, in blocks."""
@@ -89,6 +79,23 @@ class SafetensorsCheckpoint:
     def metadata(self) -> Mapping[str, Any]:
         """The `__metadata__` of all files together."""
         return self._metadata
+
+
+def join_headers(
+    headers: Iterable[tuple[dict[str, TensorInfo], dict[str, str]]], index: Mapping[str, str]
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """(tensors, metadata) of all files together. Raises CheckpointFormatError when they contradict each other or the index."""
+    infos: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    for more, facts in headers:
+        for name in more.keys() & infos.keys():
+            raise CheckpointFormatError(f"tensor {name} is both in {infos[name].file.name} and in {more[name].file.name}")
+        infos.update(more)
+        metadata.update(facts)
+    for name, file in index.items():
+        if name not in infos or infos[name].file.name != file:
+            raise CheckpointFormatError(f"{INDEX} says that tensor {name} is in {file}, and it is not")
+    return infos, metadata
 
 
 def _find_files(path: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
@@ -115,8 +122,17 @@ def _find_files(path: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointFormatError(f"cannot read {path}: {error!r}") from error
+    return parse_index(data, path)
+
+
+def parse_index(data: bytes, path: Path) -> dict[str, str]:
+    """Tensor name -> file name, from the bytes of an index; `path` is for messages."""
+    try:
+        weight_map = json.loads(data.decode("utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointFormatError(f"cannot read {path}: {error!r}") from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointFormatError(f"{path} has no weight_map")
@@ -132,13 +148,23 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     try:
         size = file.stat().st_size
         with open(file, "rb") as handle:
-            prefix = handle.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise CheckpointFormatError(f"{file} is no safetensors file: header of {length} bytes in {size}")
-            text = handle.read(length)
+            text = handle.read(header_length(handle.read(8), size, file))
     except OSError as error:
         raise CheckpointFormatError(f"cannot read {file}: {error.strerror}") from error
+    return parse_header(text, size, file)
+
+
+def header_length(prefix: bytes, size: int, file: Path) -> int:
+    """Bytes of the header that follows the prefix of 8 bytes, in a file of `size` bytes; `file` is for messages."""
+    length: int = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    if not 2 <= length <= min(MAX_HEADER, size - 8):
+        raise CheckpointFormatError(f"{file} is no safetensors file: header of {length} bytes in {size}")
+    return length
+
+
+def parse_header(text: bytes, size: int, file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """(tensors, metadata) from the bytes of a header, checked against the size of the whole file."""
+    length = len(text)
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
         metadata = header.pop("__metadata__", {})
@@ -183,7 +209,8 @@ def _check_layout(file: Path, body: int, data_start: int, infos: Mapping[str, Te
         raise CheckpointFormatError(f"{file} is {what}: {held} bytes of weights, {needed} expected")
 
 
-def _row_dtype(info: TensorInfo) -> np.dtype[Any]:
+def row_dtype(info: TensorInfo) -> np.dtype[Any]:
+    """The dtype of a tensor's rows. Raises CheckpointFormatError when it has none that can be patched."""
     if info.dtype not in DTYPES:
         raise CheckpointFormatError(
             f"tensor {info.name} is stored as {info.dtype}; only {', '.join(DTYPES)} can be patched",

@@ -11,20 +11,18 @@ from typing import TYPE_CHECKING
 from nestpatch.errors import BaseMismatchError, DataError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats.lora_onnx import SUFFIX, onnx_file
-from nestpatch.nest_train.drift_logits import Logits, drift, torch_logits
+from nestpatch.nest_train.drift_logits import MAX_TOKENS, Logits, drift, torch_logits
 from nestpatch.nest_train.evaluate import BENIGN, Assessment, Evaluation, Suite, answers_of, evaluate
 from nestpatch.nest_train.generate import Generate
 from nestpatch.nest_train.generate_onnx import load_tokenizer, with_onnx
 from nestpatch.nest_train.onnx_model import OnnxModel
 from nestpatch.nest_train.text import encode_pairs
 from nestpatch.pack import Pack
-from nestpatch.patcher.adapters_onnx import export_onnx_adapter
+from nestpatch.patcher.adapters import export_onnx_adapter
 from nestpatch.rows import FloatArray
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-MAX_TOKENS = 512
 
 
 def is_onnx(model: str | Path) -> bool:
@@ -91,9 +89,9 @@ def _adapter(model: str | Path, patch: str | Path | Pack | None, lora: str | Pat
 def _switched(model: OnnxModel, *, on: bool) -> Logits:
     """The model with its adapter, or without."""
 
-    def logits(ids: Sequence[int]) -> FloatArray:
+    def logits(ids: Sequence[int], start: int) -> FloatArray:
         model.adapted = on
-        return model.logits(ids)
+        return model.logits(ids, start)
 
     return logits
 

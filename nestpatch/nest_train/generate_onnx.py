@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nestpatch.errors import CheckpointFormatError, MissingExtraError
 from nestpatch.events import OnEvent, ignore
 from nestpatch.nest_train.generate import Generate
-from nestpatch.nest_train.onnx_model import OnnxModel
+from nestpatch.nest_train.onnx_model import OnnxModel, read_json
 from nestpatch.nest_train.text import prompt_ids
 
 if TYPE_CHECKING:
@@ -39,20 +37,10 @@ def load_tokenizer(model: OnnxModel) -> PreTrainedTokenizerBase:
 def ends_of(model: OnnxModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The tokens that end an answer, as the files beside the model say, in the order in which transformers asks them."""
     for name in ("generation_config.json", "config.json"):
-        found = _read(model.folder / name).get("eos_token_id")
+        found = read_json(model.folder / name).get("eos_token_id")
         if found is not None:
             return frozenset(found if isinstance(found, list) else [int(found)])
     return frozenset() if tokenizer.eos_token_id is None else frozenset([int(tokenizer.eos_token_id)])
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointFormatError(f"cannot read {path}: {error}") from error
-    return value if isinstance(value, dict) else {}
 
 
 def with_onnx(

@@ -6,6 +6,7 @@ graph wants them, and a cache that goes in as past_key_values.N.key/.value and c
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
@@ -92,7 +93,7 @@ class OnnxModel:
         odd = [name for name in self._inputs if name not in _PLAIN and not name.startswith(_PAST)]
         types = [entry.type for entry in self._inputs.values() if entry.type not in _TYPES]
         past = [entry for name, entry in self._inputs.items() if name.startswith(_PAST)]
-        vague = [entry.name for entry in past if not all(isinstance(entry.shape[i], int) for i in (1, 3))]
+        vague = [entry.name for entry in past if self._cache_shape(entry) is None]
         present = {_PRESENT + entry.name.removeprefix(_PAST) for entry in past}
         reason = None
         if "input_ids" not in self._inputs or "logits" not in self._outputs or not past:
@@ -150,15 +151,27 @@ class OnnxModel:
         """A cache of no tokens."""
         found = {}
         for name, entry in self._inputs.items():
-            if name.startswith(_PAST):
-                content = np.zeros((batch, entry.shape[1], 0, entry.shape[3]), _TYPES[entry.type])
+            if name.startswith(_PAST) and (shape := self._cache_shape(entry)) is not None:
+                content = np.zeros((batch, shape[0], 0, shape[1]), _TYPES[entry.type])
                 found[name] = self._runtime.OrtValue.ortvalue_from_numpy(content)
         return found
 
-    def logits(self, ids: Sequence[int]) -> FloatArray:
-        """float32 [ids, vocabulary]: what the model expects after each of the ids."""
+    def _cache_shape(self, entry: Any) -> tuple[int, int] | None:
+        """(heads, width) of an input of the cache, as the graph says or the files beside it; None where nothing does."""
+        if len(entry.shape) != 4:
+            return None
+        sizes: list[Any] = [entry.shape[1], entry.shape[3]]
+        if not all(isinstance(size, int) for size in sizes):
+            said = _genai_decoder(self.folder)
+            known = said.get("num_key_value_heads"), said.get("head_size")
+            sizes = [size if isinstance(size, int) else other for size, other in zip(sizes, known, strict=True)]
+        heads, width = sizes
+        return (heads, width) if isinstance(heads, int) and isinstance(width, int) else None
+
+    def logits(self, ids: Sequence[int], start: int = 0) -> FloatArray:
+        """float32 [ids - start, vocabulary]: what the model expects after each of the ids from `start` on."""
         row = np.asarray([list(ids)], np.int64)
-        found: FloatArray = self.step(row, np.ones_like(row))[0][0].astype(np.float32)
+        found: FloatArray = self.step(row, np.ones_like(row))[0][0, start:].astype(np.float32)
         return found
 
     def greedy(
@@ -208,6 +221,27 @@ class OnnxModel:
             ids = chosen[:, None]
             mask = np.concatenate([mask, np.ones_like(ids)], 1)
         return answers
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no file. Raises CheckpointFormatError for a broken one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointFormatError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointFormatError(f"{path} holds no object")
+    return value
+
+
+def _genai_decoder(folder: Path) -> dict[str, Any]:
+    """What genai_config.json says of the decoder; its builder leaves sizes of the cache out of the graph."""
+    value: Any = read_json(folder / "genai_config.json")
+    for key in ("model", "decoder"):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[IntArray, IntArray]:

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nestpatch import __version__
-from nestpatch.errors import DataError, MissingExtraError, OutputError
+from nestpatch.errors import DataError, MissingExtraError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.formats import nest
 from nestpatch.formats.atomic import new_place, sync_folder
-from nestpatch.formats.lora_onnx import ADAPTER_KEY, PATCHES_KEY, Site, sites_json
-from nestpatch.onnx_export.source import Source, find_source, load, sites_of, unchanged
+from nestpatch.formats.export.scratch import claimed, sweep
+from nestpatch.formats.export.sink import seal
+from nestpatch.formats.interface import Checkpoint
+from nestpatch.formats.lora_onnx import ADAPTER, Site, sites_json
+from nestpatch.formats.provenance import VERSION
 from nestpatch.pack import Pack
-from nestpatch.patcher.plan import check_strength
+from nestpatch.patcher.export_source import Source, Wanted, check_target, open_wanted, require_unchanged, source_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-    from nestpatch.onnx_export.graph import CacheShape
     from nestpatch.onnx_export.parity import Parity, Probe
 
-VERSION_KEY = "nestpatch.version"
 DTYPES = ("fp32", "fp16")
 BITS = (4, 8)
 NEEDED = ("torch", "transformers", "onnxscript", "onnx_ir", "onnxruntime")
@@ -74,20 +71,12 @@ class ExportedOnnx:
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _Kind:
     """What kind of export."""
 
     dtype: str
     bits: int | None
     adapter_ready: bool
-
-
-def default_output(model: Path, pack: Pack | None, kind: str) -> Path:
-    """Beside the model, named after it, the patch and the type of its matrices."""
-    place = Path(os.path.abspath(model))
-    stem = place.name if place.is_dir() else place.stem
-    patch = [pack.manifest.name, pack.manifest.version] if pack is not None else []
-    return place.with_name("-".join([stem, *patch, "onnx", kind]))
 
 
 def export_onnx(
@@ -112,34 +101,48 @@ def export_onnx(
     MissingExtraError; then nothing was written.
     """
     began = time.perf_counter()
-    check_strength(strength)
-    pack = patch if isinstance(patch, Pack) or patch is None else nest.read(patch)
-    wanted = _Wanted(dtype, bits, adapter_ready)
-    _check(wanted, pack)
-    source = find_source(model, pack, strength)
-    kind = f"int{bits}" if bits else dtype
-    target = Path(output) if output is not None else default_output(source.path, pack, kind)
-    if os.path.lexists(target):
-        raise OutputError(f"{target} exists already")
-    if not target.absolute().parent.is_dir():
-        raise OutputError(f"there is no directory {target.absolute().parent}")
-    if dry_run:
-        return _result(source, target, wanted, _Made(), time.perf_counter() - began, dry_run=True)
-    with new_place(target) as sibling, unchanged(source):
-        sibling.mkdir()
-        made = _export(source, sibling, wanted, on_event)
-    return _result(source, target, wanted, made, time.perf_counter() - began)
+    kind = _Kind(dtype, bits, adapter_ready)
+    _check(kind, patched=patch is not None)
+    from nestpatch.nest_train.model import locate
+
+    wanted = open_wanted(locate(model).path, patch, strength)
+    target = Path(output) if output is not None else wanted.default_output("", "onnx", f"int{bits}" if bits else dtype)
+    check_target(target)
+    before, made = wanted.fingerprint, _Made()
+    with source_of(wanted, target, dry_run=dry_run, on_event=on_event) as source:
+        if not dry_run:
+            sweep(target)
+            with new_place(target) as sibling:
+                sibling.mkdir()
+                with claimed(sibling):
+                    made = _export(wanted, source, sibling, kind, on_event)
+                require_unchanged(wanted, before)
+    return ExportedOnnx(
+        path=target,
+        files=made.files,
+        dtype=dtype,
+        bits=bits,
+        matrices=made.matrices,
+        architecture=made.architecture,
+        patches=source.labels,
+        adapter_weights=made.adapter_weights,
+        parity=made.parity,
+        notes=made.notes,
+        seconds=time.perf_counter() - began,
+        dry_run=dry_run,
+    )
 
 
-def _check(wanted: _Wanted, pack: Pack | None) -> None:
-    if wanted.dtype not in DTYPES:
+def _check(kind: _Kind, *, patched: bool) -> None:
+    """Refuses before any work what would fail after minutes of it."""
+    if kind.dtype not in DTYPES:
         raise DataError(
-            f"{wanted.dtype!r} is no type for an ONNX export",
+            f"{kind.dtype!r} is no type for an ONNX export",
             advice="Use fp32 or fp16: onnxruntime computes bf16 on no CPU, and fp32 holds every bf16 weight exactly.",
         )
-    if wanted.bits is not None and wanted.bits not in BITS:
-        raise DataError(f"matrices are quantized to 4 or 8 bits, not to {wanted.bits}")
-    if wanted.adapter_ready and pack is not None:
+    if kind.bits is not None and kind.bits not in BITS:
+        raise DataError(f"matrices are quantized to 4 or 8 bits, not to {kind.bits}")
+    if kind.adapter_ready and patched:
         raise DataError(
             "an adapter-ready model is the base: its patches come at run time",
             advice="Leave the patch away, and export it for the new model: nestpatch export PATCH --to onnx-adapter --for DIR",
@@ -161,59 +164,39 @@ class _Made:
     notes: tuple[str, ...] = ()
 
 
-def _result(
-    source: Source, target: Path, wanted: _Wanted, made: _Made, seconds: float, *, dry_run: bool = False
-) -> ExportedOnnx:
-    return ExportedOnnx(
-        path=target,
-        files=made.files,
-        dtype=wanted.dtype,
-        bits=wanted.bits,
-        matrices=made.matrices,
-        architecture=made.architecture,
-        patches=tuple(f"{entry['name']} {entry['version']}" for entry in source.patches),
-        adapter_weights=made.adapter_weights,
-        parity=made.parity,
-        notes=made.notes,
-        seconds=seconds,
-        dry_run=dry_run,
-    )
-
-
-def _export(source: Source, folder: Path, wanted: _Wanted, on_event: OnEvent) -> _Made:
+def _export(wanted: Wanted, source: Source, folder: Path, kind: _Kind, on_event: OnEvent) -> _Made:
     """Fills an empty directory."""
-    from nestpatch.onnx_export.companions import DATA, GRAPH
+    from nestpatch.onnx_export.companions import DATA, GRAPH, write_companions
     from nestpatch.onnx_export.graph import cache_shapes, decoder_graph
     from nestpatch.onnx_export.parity import make_probe
+    from nestpatch.onnx_export.weights import load, sites_of
 
-    scratch = folder / "patched.tmp"
-    try:
-        model, tokenizer = load(source, scratch, on_event)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    model, tokenizer = load(wanted, source, on_event)
     # Known before minutes of tracing, and the matrices are still those of the model.
-    sites = sites_of(source, model) if wanted.adapter_ready else {}
+    sites = sites_of(source.checkpoint, model) if kind.adapter_ready else {}
     probe = make_probe(model, tokenizer)
-    notes = _as_dtype(model, wanted.dtype, source)
+    notes = _as_dtype(model, kind.dtype, source.checkpoint)
     on_event(Event("onnx.trace", note=type(model).__name__))
     shapes = cache_shapes(model)
     graph = decoder_graph(model, shapes)
     _sign(graph, source, {name: site for name, (_, site) in sites.items()})
-    matrices, parity = _write(graph, folder, wanted, sites, probe, on_event)
-    notes += _companions(source, folder, model, tokenizer, shapes)
+    matrices, parity = _write(graph, folder, kind, sites, probe, on_event)
+    origin = wanted.checkpoint.path
+    notes += write_companions(origin if origin.is_dir() else origin.parent, folder, model, tokenizer, shapes)
     for note in notes:
         on_event(Event("note", note=note))
-    files = tuple(_seal(folder / name) for name in (GRAPH, DATA) if (folder / name).is_file())
+    present = [folder / name for name in (GRAPH, DATA) if (folder / name).is_file()]
+    files = tuple(OnnxFile(file.name, *seal(file)) for file in present)
     sync_folder(folder)
     return _Made(files, matrices, type(model).__name__, len(sites), tuple(parity), tuple(notes))
 
 
-def _as_dtype(model: PreTrainedModel, dtype: str, source: Source) -> list[str]:
+def _as_dtype(model: PreTrainedModel, dtype: str, checkpoint: Checkpoint) -> list[str]:
     """Converts the weights; buffers such as rotary frequencies stay float32, as when transformers loads a model."""
     import torch
 
     notes = []
-    stored = {source.checkpoint.info(name).dtype for name in source.checkpoint.tensors()}
+    stored = {checkpoint.info(name).dtype for name in checkpoint.tensors()}
     if "BF16" in stored:
         how = "which holds them exactly" if dtype == "fp32" else "which rounds small ones and cannot hold large ones"
         notes.append(f"bfloat16 weights became {dtype}, {how}: onnxruntime computes bfloat16 on no CPU")
@@ -225,17 +208,15 @@ def _as_dtype(model: PreTrainedModel, dtype: str, source: Source) -> list[str]:
 
 def _sign(graph: ir.Model, source: Source, sites: Mapping[str, Site]) -> None:
     """Writes into the file what made it, and what is in it."""
-    graph.metadata_props[VERSION_KEY] = __version__
-    if source.patches:
-        graph.metadata_props[PATCHES_KEY] = json.dumps(list(source.patches), ensure_ascii=False)
+    graph.metadata_props.update({VERSION: __version__, **source.keys()})
     if sites:
-        graph.metadata_props[ADAPTER_KEY] = sites_json(sites)
+        graph.metadata_props[ADAPTER] = sites_json(sites)
 
 
 def _write(
     graph: ir.Model,
     folder: Path,
-    wanted: _Wanted,
+    kind: _Kind,
     sites: Mapping[str, tuple[str, Site]],
     probe: Probe,
     on_event: OnEvent,
@@ -247,21 +228,21 @@ def _write(
     from nestpatch.onnx_export.quantize import quantize
 
     inputs = {name: weight for name, (weight, _) in sites.items()}
-    floats = folder / "floats.tmp" if wanted.bits else folder
+    floats = folder / "floats.tmp" if kind.bits else folder
     floats.mkdir(exist_ok=True)
-    if not wanted.bits:
+    if not kind.bits:
         add_inputs(graph, inputs)
     save(graph, floats, on_event)
-    on_event(Event("onnx.check", note=wanted.dtype))
-    parity = [compare(floats / GRAPH, wanted.dtype, probe)]
-    if not wanted.bits:
+    on_event(Event("onnx.check", note=kind.dtype))
+    parity = [compare(floats / GRAPH, kind.dtype, probe)]
+    if not kind.bits:
         return 0, parity
     shutil.rmtree(floats)
-    matrices = quantize(graph, wanted.bits, on_event)
+    matrices = quantize(graph, kind.bits, on_event)
     add_inputs(graph, inputs)
     save(graph, folder, on_event)
-    on_event(Event("onnx.check", note=f"int{wanted.bits}"))
-    return matrices, [*parity, compare(folder / GRAPH, f"int{wanted.bits}", probe)]
+    on_event(Event("onnx.check", note=f"int{kind.bits}"))
+    return matrices, [*parity, compare(folder / GRAPH, f"int{kind.bits}", probe)]
 
 
 def save(graph: ir.Model, folder: Path, on_event: OnEvent = ignore) -> None:
@@ -282,25 +263,3 @@ def save(graph: ir.Model, folder: Path, on_event: OnEvent = ignore) -> None:
         callback=tell,
         size_threshold_bytes=256,
     )
-
-
-def _companions(
-    source: Source,
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    shapes: Sequence[CacheShape],
-) -> list[str]:
-    from nestpatch.onnx_export.companions import write_companions
-
-    return write_companions(source.folder, folder, model, tokenizer, shapes)
-
-
-def _seal(path: Path) -> OnnxFile:
-    """Syncs a file and takes its digest."""
-    state = sha256()
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        while block := file.read(1 << 20):
-            state.update(block)
-        return OnnxFile(path.name, file.tell(), state.hexdigest())

@@ -115,7 +115,7 @@ def apply(
     means = means_of(base, dither=dither)
     if work.steps[0].do is Do.CHECK:
         Transaction(place, checkpoint, work.packs, allow_base_mismatch, means=means).check(work.steps[0].link)
-    companions, left_out = _companions(checkpoint)
+    companions, left_out = companions_of(checkpoint)
     files: tuple[WrittenFile, ...] = ()
     if not dry_run:
         linked = _untouched(checkpoint, work) if hard_link else frozenset()
@@ -163,7 +163,7 @@ def _check_target(checkpoint: Checkpoint, target: Path) -> None:
                 raise OutputError(f"{taken} exists already: it belongs to a model that was once at {target}")
 
 
-def _companions(checkpoint: Checkpoint) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+def companions_of(checkpoint: Checkpoint) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """(files to copy along, names of weight files to leave out) of a model directory."""
     if not checkpoint.path.is_dir():
         return (), ()

@@ -29,7 +29,7 @@ CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**SIZES, **LLAMA),
     "llama-tied": lambda: transformers.LlamaConfig(**SIZES, **LLAMA, tie_word_embeddings=True),
     "qwen2": lambda: transformers.Qwen2Config(**SIZES, **LLAMA),
-    "gemma2": lambda: transformers.Gemma2Config(**SIZES, **LLAMA, head_dim=8),
+    "gemma2": lambda: transformers.Gemma2Config(**SIZES, **LLAMA, head_dim=8, query_pre_attn_scalar=8),
     "phi3": lambda: transformers.Phi3Config(**SIZES, **LLAMA),
     "gpt-neo": lambda: transformers.GPTNeoConfig(
         **SIZES,
@@ -44,6 +44,17 @@ CONFIGS = {
     "opt": lambda: transformers.OPTConfig(**SIZES, **PLAIN, ffn_dim=64, word_embed_proj_dim=32),
     "phi": lambda: transformers.PhiConfig(**SIZES, **PLAIN, intermediate_size=64),
 }
+MIXTURE = {"head_dim": 8, "num_experts_per_tok": 2}
+MIXTURES = {
+    "mixtral": lambda: transformers.MixtralConfig(**SIZES, **LLAMA, **MIXTURE, num_local_experts=4),
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
+        **SIZES, **LLAMA, **MIXTURE, num_experts=4, moe_intermediate_size=48, norm_topk_prob=True
+    ),
+    "qwen2-moe": lambda: transformers.Qwen2MoeConfig(
+        **SIZES, **LLAMA, num_experts_per_tok=2, num_experts=4, moe_intermediate_size=48, shared_expert_intermediate_size=40
+    ),
+}
+"""Not trained yet; adapters and GGUF files know them."""
 UNSUPPORTED = {"gpt2": lambda: transformers.GPT2Config(**SIZES, n_embd=32, n_layer=1, n_head=4, n_positions=64)}
 
 
@@ -55,12 +66,13 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def save_model(folder: Path, family: str, tokenizer, dtype: str = "float32", shard: str | None = None) -> Path:
-    """Writes a random model of a family with its tokenizer."""
+    """Writes a random model of a family with its tokenizer; "-stacked" writes the experts of a layer as one tensor."""
+    family, stacked, _ = family.partition("-stacked")
     torch.manual_seed(0)
-    config = (CONFIGS | UNSUPPORTED)[family]()
+    config = (CONFIGS | MIXTURES | UNSUPPORTED)[family]()
     model = transformers.AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
     sharding = {"max_shard_size": shard} if shard else {}
-    model.save_pretrained(folder, **sharding)
+    model.save_pretrained(folder, **sharding, save_original_format=not stacked)
     tokenizer.save_pretrained(folder)
     return folder
 

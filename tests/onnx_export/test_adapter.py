@@ -12,12 +12,13 @@ import torch
 
 from nestpatch.errors import BaseMismatchError, CheckpointFormatError, DataError, OutputError, UnsupportedModelError
 from nestpatch.formats import nest
-from nestpatch.formats.lora_onnx import PATCHES_KEY, onnx_file, read_sites
+from nestpatch.formats.lora_onnx import onnx_file, read_sites
+from nestpatch.formats.provenance import PATCHES, patch_entry, patches_json
 from nestpatch.onnx_export.adapter_ready import add_inputs
 from nestpatch.onnx_export.quantize import quantize
 from nestpatch.onnx_export.to_onnx import save
 from nestpatch.pack import Pack
-from nestpatch.patcher.adapters_onnx import export_onnx_adapter
+from nestpatch.patcher.adapters import export_onnx_adapter
 from tests.helpers import tiny_pack, tree_digest
 from tests.onnx_export.runs import Run, batch, facts, reference
 
@@ -75,9 +76,9 @@ def test_the_adapter_makes_the_merged_model(family, sources, torch_model, pack, 
 def test_the_result_counts(family, pack, ready, adapter):
     matrices = 2 if family == "phi3" else 4
     assert (adapter.pack, adapter.pack_id) == ("no-harm 1.0.0", nest.pack_id(pack))
-    assert (adapter.matrices, adapter.vectors, ready.adapter_weights) == (matrices, 3, matrices)
+    assert (adapter.matrices, adapter.rank, ready.adapter_weights) == (matrices, 3, matrices)
+    assert adapter.format == "onnx-adapter"
     assert adapter.nbytes == adapter.output.stat().st_size < 10_000
-    assert adapter.model == ready.path / "model.onnx"
 
 
 def test_the_strength_is_in_the_adapter(family, sources, torch_model, pack, ready, tmp_path):
@@ -143,7 +144,7 @@ def test_a_model_that_is_not_the_base_is_refused(pack, ready, tmp_path):
 
 def test_a_model_that_has_the_pack_already_is_refused(pack, ready, tmp_path):
     model = onnx_ir.load(str(ready.path / "model.onnx"))
-    model.metadata_props[PATCHES_KEY] = f'[{{"pack_id": "{nest.pack_id(pack)}"}}]'
+    model.metadata_props[PATCHES] = patches_json([patch_entry(pack, 1.0)])
     save(model, tmp_path)
     before = tree_digest(tmp_path)
     with pytest.raises(BaseMismatchError, match=r"hold no-harm 1\.0\.0 already"):

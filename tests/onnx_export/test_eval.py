@@ -26,7 +26,7 @@ from nestpatch.nest_train.generate_onnx import ends_of, load_tokenizer, with_onn
 from nestpatch.nest_train.model import load_model
 from nestpatch.nest_train.onnx_model import OnnxModel
 from nestpatch.nest_train.text import encode_pairs
-from nestpatch.patcher.adapters_onnx import export_onnx_adapter
+from nestpatch.patcher.adapters import export_onnx_adapter
 from tests.helpers import tiny_pack
 
 PROMPTS = [prompt for prompt, _ in zip((p for p, _ in dialogues(make_world(3))), range(9), strict=False)]
@@ -75,6 +75,22 @@ def test_prompts_of_different_length_stay_apart_where_nothing_may_be_padded(expo
     model.__dict__["pads"] = False
     assert model._batches(prompts, 16) == [[1, 3], [0, 2]]
     assert model.greedy(prompts, 8, ends=()) == together
+
+
+def test_sizes_of_the_cache_may_stand_beside_the_graph(exports, tmp_path):
+    """As in what onnxruntime-genai's builder writes."""
+    folder = shutil.copytree(exports("qwen3").path, tmp_path / "model")
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    for value in model.graph.input:
+        if value.name.startswith("past_key_values"):
+            value.type.tensor_type.shape.dim[3].dim_param = "kv_cache_dim"
+    onnx.save(model, folder / "model.onnx")
+    prompts = [[5, 6, 7], [8, 9]]
+    assert OnnxModel(folder, threads=1).greedy(prompts, 6, ()) == OnnxModel(exports("qwen3").path).greedy(prompts, 6, ())
+    for broken in ("[]", "{", '{"model": []}'):
+        (folder / "genai_config.json").write_text(broken)
+        with pytest.raises(CheckpointFormatError, match=r"genai_config|past_key_values"):
+            OnnxModel(folder)
 
 
 def test_answers_end_where_the_files_say(exports, tmp_path):
@@ -137,7 +153,7 @@ def test_what_does_not_go_together_is_refused(exports, ready, sources, suites, p
         assess(exports("llama").path, suites, patch=pack)
     with pytest.raises(DataError, match="either of them"):
         assess(ready, suites, patch=pack, lora=tmp_path / "x")
-    with pytest.raises(DataError, match="goes with an ONNX model"):
+    with pytest.raises(DataError, match=r"goes with a \.gguf or an ONNX model"):
         assess(sources("llama"), suites, lora=tmp_path / "x")
     with pytest.raises(DataError, match="drift from an ONNX base"):
         assess(sources("llama"), suites, base=ready)
@@ -247,7 +263,7 @@ def test_without_onnxruntime_the_extra_is_named(exports, ready, pack, tmp_path):
     nestpatch.formats.nest.write(pack, tmp_path / "p.nest")
     code = """
 from nestpatch.nest_train.onnx_model import OnnxModel
-from nestpatch.patcher.adapters_onnx import export_onnx_adapter
+from nestpatch.patcher.adapters import export_onnx_adapter
 for call in (lambda: OnnxModel(sys.argv[1]), lambda: export_onnx_adapter(sys.argv[2], sys.argv[1], sys.argv[3])):
     try:
         call()

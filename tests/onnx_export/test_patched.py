@@ -9,11 +9,13 @@ import pytest
 
 import nestpatch
 from nestpatch.errors import BusyError, DataError, OutputError, PackContentError, ParityError, UnsupportedModelError
+from nestpatch.events import ignore
 from nestpatch.formats import nest
 from nestpatch.onnx_export import graph as graphs
-from nestpatch.onnx_export.source import find_source, load
 from nestpatch.onnx_export.to_onnx import export_onnx
+from nestpatch.onnx_export.weights import load
 from nestpatch.pack import Pack
+from nestpatch.patcher.export_source import open_wanted, source_of
 from tests.helpers import load_tensors, tiny_pack, tree_digest
 from tests.onnx_export.runs import facts, unsigned
 
@@ -54,11 +56,25 @@ def test_bfloat16_becomes_float32_and_is_told(patched):
     assert any("bfloat16 weights became fp32" in note for note in patched.notes)
 
 
+def prepared(model, pack, folder):
+    """(what is exported, the loaded model, tokenizer)."""
+    wanted = open_wanted(model, pack, 1.0)
+    with source_of(wanted, folder / "out", on_event=ignore) as source:
+        return source, *load(wanted, source)
+
+
+def assert_holds(loaded, folder):
+    """The loaded weights are those of a directory."""
+    stored = load_tensors(folder)
+    for name, value in loaded.named_parameters():
+        assert np.array_equal(value.numpy(), stored[name].astype(np.float32)), name
+
+
 def test_an_applied_pack_is_not_merged_twice(sources, pack, tmp_path):
     nestpatch.apply(sources("small", "bfloat16"), pack, tmp_path / "merged")
-    source = find_source(tmp_path / "merged", pack, 1.0)
-    assert source.steps == ()
-    assert [entry["version"] for entry in source.patches] == ["1.0.0"]
+    done, loaded, _ = prepared(tmp_path / "merged", pack, tmp_path)
+    assert done.labels == ("no-harm 1.0.0",)
+    assert_holds(loaded, tmp_path / "merged")
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["directory", "file"])
@@ -72,14 +88,12 @@ def test_an_older_version_is_undone_first(sources, pack, tmp_path, whole):
         (tmp_path / "model" / "model.safetensors").unlink()
         nestpatch.apply(base / "model.safetensors", older, model)
     before = tree_digest(tmp_path / "model")
-    source = find_source(model, pack, 1.0)
-    loaded, _ = load(source, tmp_path / "scratch")
-    assert [entry["version"] for entry in source.patches] == ["1.0.0"]
+    source, loaded, _ = prepared(model, pack, tmp_path)
+    assert source.labels == ("no-harm 1.0.0",)
     assert tree_digest(tmp_path / "model") == before
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
     nestpatch.apply(base, pack, tmp_path / "wanted")
-    wanted = load_tensors(tmp_path / "wanted")
-    for name, value in loaded.named_parameters():
-        assert np.array_equal(value.numpy(), wanted[name].astype(np.float32)), name
+    assert_holds(loaded, tmp_path / "wanted")
 
 
 def test_a_dry_run_checks_and_writes_nothing(sources, pack, tmp_path):

@@ -1,0 +1,1 @@
+"""Benchmarks: whole processes beside their peers, with dated results in LOG.md."""

@@ -1,0 +1,153 @@
+"""What repository and which commit: asked of the Hub once, so that everything after it reads one and the same commit.
+
+Every question to the Hub runs inside `explained`, which turns what huggingface_hub raises into the errors of nestpatch.
+Tokens come from its standard places: HF_TOKEN, or the file that `hf auth login` writes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from nestpatch.errors import HubAccessError, HubAnswerError, HubError, HubNotFoundError, HubUnavailableError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+SCHEME = "hub://"
+_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+_REFERENCE = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[A-Za-z0-9_][A-Za-z0-9._/+-]{{0,254}}))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """`owner/name[@revision]` as somebody typed it."""
+
+    repo_id: str
+    revision: str | None = None
+    """A branch, a tag or a commit; None: the main branch."""
+
+    def __str__(self) -> str:
+        return self.repo_id if self.revision is None else f"{self.repo_id}@{self.revision}"
+
+
+def parse_reference(text: str) -> Reference | None:
+    """Reads `owner/name[@revision]`, with or without hub:// before it; None when the text is nothing like that."""
+    found = _REFERENCE.fullmatch(text.removeprefix(SCHEME))
+    if found is None or any(bad in found[0] for bad in ("..", "--", "//")):
+        return None
+    return Reference(found["repo"], found["revision"])
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One commit of a repository. It never changes, whatever happens to branches and tags."""
+
+    repo_id: str
+    commit: str
+    files: tuple[str, ...]
+    """Paths inside the repository."""
+
+    def __str__(self) -> str:
+        return f"{self.repo_id}@{self.commit[:12]}"
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is a full commit id, which cannot move."""
+    return revision is not None and _COMMIT.fullmatch(revision) is not None
+
+
+def resolve(repo_id: str, revision: str | None = None, *, endpoint: str | None = None) -> str:
+    """The commit that a branch or tag names now. A full commit id is returned as it is, without a request.
+
+    Never answers from a cache: a dead endpoint is an error, not yesterday's commit.
+    Raises HubNotFoundError, HubAccessError, HubUnavailableError, HubAnswerError.
+    """
+    return cast("str", revision) if is_commit(revision) else look_up(repo_id, revision, endpoint=endpoint).commit
+
+
+def look_up(repo_id: str, revision: str | None = None, *, endpoint: str | None = None) -> Snapshot:
+    """The commit and the list of its files, in one request. Raises as `resolve` does."""
+    from huggingface_hub import constants
+
+    api, wanted = client(endpoint), Reference(repo_id, revision)
+    with explained(wanted, api.endpoint):
+        try:
+            wait = constants.HF_HUB_ETAG_TIMEOUT
+            facts = api.model_info(repo_id, revision=revision, expand=["sha", "siblings"], timeout=wait)
+            files = tuple(sorted(file.rfilename for file in facts.siblings or ()))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            # JSON that is none, or that lacks what every answer of a Hub has: a login page, a proxy's greeting.
+            raise HubAnswerError(
+                f"{api.endpoint} does not answer like a Hub, asked for {wanted}: {_first_line(error)}"
+            ) from error
+    if facts.sha is None or not is_commit(facts.sha) or (is_commit(revision) and facts.sha != revision):
+        raise HubAnswerError(f"{api.endpoint} names no commit, or another one, for {wanted}: {facts.sha!r}")
+    return Snapshot(repo_id, facts.sha, files)
+
+
+def client(endpoint: str | None = None) -> HfApi:
+    """huggingface_hub's client; None: the endpoint of HF_ENDPOINT."""
+    from huggingface_hub import HfApi
+
+    from nestpatch import __version__
+
+    return HfApi(endpoint=endpoint, library_name="nestpatch", library_version=__version__)
+
+
+@contextmanager
+def explained(what: Reference | Snapshot, endpoint: str) -> Iterator[None]:
+    """Turns whatever a question to the Hub may raise into a HubError that names the repository and the way out."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise HubUnavailableError(
+            f"{what} must be asked for at {endpoint}, and HF_HUB_OFFLINE is set", advice="Unset HF_HUB_OFFLINE."
+        ) from error
+    except HfHubHTTPError as error:
+        raise _refusal(error, what, endpoint) from error
+    except network_error() as error:
+        raise HubUnavailableError(f"cannot reach {endpoint} for {what}: {_first_line(error)}") from error
+
+
+def network_error() -> type[Exception]:
+    """What the HTTP library under huggingface_hub raises for anything between here and there, whichever library that is."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return cast("type[Exception]", HfHubHTTPError.__bases__[0])
+
+
+def _refusal(error: HfHubHTTPError, what: Reference | Snapshot, endpoint: str) -> HubError:
+    from huggingface_hub import errors
+
+    page = f"{endpoint}/{what.repo_id}"
+    if isinstance(error, errors.GatedRepoError):
+        advice = f"Ask for access at {page}, then log in with `hf auth login` or set HF_TOKEN."
+        return HubAccessError(f"{what.repo_id} is gated, and this user has no access to it", advice=advice)
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return HubNotFoundError(f"{endpoint} has no model repository {what.repo_id}, or hides it from this user")
+    if isinstance(error, (errors.RevisionNotFoundError, errors.EntryNotFoundError)):
+        return HubNotFoundError(f"{page} does not hold {what}: {_server_words(error)}", advice=f"See {page}.")
+    told = f"{endpoint} answered {error.response.status_code} when asked for {what}: {_server_words(error)}"
+    return _kind(error.response.status_code)(told)
+
+
+def _kind(status: int) -> type[HubError]:
+    if status in {401, 403}:
+        return HubAccessError
+    return HubUnavailableError if status in {408, 429} or status >= 500 else HubAnswerError
+
+
+def _server_words(error: HfHubHTTPError) -> str:
+    return (error.server_message or "no reason given").splitlines()[0][:200]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,156 @@
+"""Adapters: what a pack changes, in a file of its own that is loaded with the base and leaves it as it is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nestpatch.errors import CheckpointFormatError
+from nestpatch.formats import lora_gguf, lora_onnx, lora_peft, nest
+from nestpatch.formats.lora import Written
+from nestpatch.formats.names import expert_of
+from nestpatch.formats.opening import open_checkpoint
+from nestpatch.pack import Pack
+from nestpatch.patcher.plan import check_strength
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that was written, or with `dry_run` would be."""
+
+    pack: str
+    pack_id: str
+    strength: float
+    """It is in the adapter's numbers: load the adapter at scale 1."""
+    format: str
+    """"lora" (a directory for PEFT and vLLM), "gguf-lora" (a file for llama.cpp) or "onnx-adapter" (one for onnxruntime)."""
+    output: Path
+    matrices: int
+    rank: int
+    """The largest: vLLM must be started with at least this --max-lora-rank."""
+    nbytes: int
+    seconds: float
+    dry_run: bool = False
+
+
+def export_lora(
+    patch: str | Path | Pack,
+    output: str | Path | None = None,
+    strength: float = 1.0,
+    *,
+    model: str | Path | None = None,
+    dry_run: bool = False,
+) -> Adapter:
+    """Writes a pack as a PEFT adapter directory, which PeftModel.from_pretrained and vLLM load beside the base.
+
+    Without `output` it lies beside the pack's file and is named after the pack. `model` is only needed where the pack changes
+    experts that the base stores one by one: their number is counted there.
+
+    Raises PackError, DataError, UnsupportedModelError or OutputError; then nothing was written.
+    """
+    return _export("lora", lora_peft.write, patch, output, strength, model, dry_run)
+
+
+def export_gguf_lora(
+    patch: str | Path | Pack,
+    output: str | Path | None = None,
+    strength: float = 1.0,
+    *,
+    model: str | Path | None = None,
+    dry_run: bool = False,
+) -> Adapter:
+    """Writes a pack as a LoRA adapter in a GGUF file, which llama.cpp loads with the base in whatever type (`--lora`).
+
+    Without `output` it lies beside the pack's file and is named after the pack. `model`, a directory or a GGUF file, is only
+    needed where the pack changes experts that the base stores one by one.
+
+    Raises PackError, DataError, UnsupportedModelError or OutputError; then nothing was written.
+    """
+    return _export("gguf-lora", lora_gguf.write, patch, output, strength, model, dry_run)
+
+
+def export_onnx_adapter(
+    patch: str | Path | Pack,
+    model: str | Path,
+    output: str | Path | None = None,
+    strength: float = 1.0,
+    *,
+    dry_run: bool = False,
+) -> Adapter:
+    """Writes a pack as an .onnx_adapter file for an ONNX model that was exported adapter-ready, whatever its type.
+
+    The model's record of its base is compared with the pack's; then onnxruntime loads both, and runs them on two tokens.
+    Without `output` it lies beside the pack's file and is named after the pack.
+
+    Raises PackError, DataError, CheckpointFormatError, UnsupportedModelError when the model takes no such patch,
+    BaseMismatchError, OutputError or MissingExtraError; then nothing was written.
+    """
+
+    def write(pack: Pack, target: Path, factor: float, _: int | None, *, dry_run: bool) -> Written:
+        return lora_onnx.write(pack, Path(model), target, factor, dry_run=dry_run)
+
+    return _export("onnx-adapter", write, patch, output, strength, None, dry_run)
+
+
+def _export(
+    kind: str,
+    write: Callable[..., Written],
+    patch: str | Path | Pack,
+    output: str | Path | None,
+    strength: float,
+    model: str | Path | None,
+    dry_run: bool,
+) -> Adapter:
+    began = time.perf_counter()
+    check_strength(strength)
+    pack = patch if isinstance(patch, Pack) else nest.read(patch)
+    single = any(expert_of(delta.name) for delta in pack)
+    experts = count_experts(model) if single and model is not None else None
+    target = Path(output) if output is not None else default_output(patch, pack, kind)
+    written = write(pack, target, strength, experts, dry_run=dry_run)
+    return Adapter(
+        pack=pack.label,
+        pack_id=nest.pack_id(pack),
+        strength=strength,
+        format=kind,
+        output=target,
+        matrices=written.matrices,
+        rank=written.rank,
+        nbytes=written.nbytes,
+        seconds=time.perf_counter() - began,
+        dry_run=dry_run,
+    )
+
+
+def default_output(patch: str | Path | Pack, pack: Pack, kind: str) -> Path:
+    """Beside the pack's file, or in the current directory: "no-harm-1.0.0-lora", "no-harm-1.0.0-lora.gguf"."""
+    folder = Path() if isinstance(patch, Pack) else Path(patch).parent
+    ending = {"gguf-lora": "-lora.gguf", "onnx-adapter": lora_onnx.SUFFIX}.get(kind, "-lora")
+    return folder / f"{pack.manifest.name}-{pack.manifest.version}{ending}"
+
+
+def count_experts(model: str | Path) -> int | None:
+    """How many experts each layer of a model has, or None where it has none of their own.
+
+    Raises CheckpointFormatError when the model cannot be read.
+    """
+    if Path(model).suffix == ".gguf":
+        return _count_in_gguf(Path(model))
+    numbers = [found[1] for name in open_checkpoint(model).tensors() if (found := expert_of(name))]
+    return 1 + max(numbers) if numbers else None
+
+
+def _count_in_gguf(file: Path) -> int | None:
+    from gguf import GGUFReader
+
+    try:
+        fields: Any = GGUFReader(file).fields
+        architecture = fields["general.architecture"].contents()
+        count = fields.get(f"{architecture}.expert_count")
+        return int(count.contents()) if count is not None else None
+    # The reader raises whatever the bytes provoke.
+    except Exception as error:
+        raise CheckpointFormatError(f"cannot read {file}: {error}") from error

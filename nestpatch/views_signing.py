@@ -1,0 +1,53 @@
+"""How keys and signatures look to a person."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from nestpatch.views import escape, out
+
+if TYPE_CHECKING:
+    from nestpatch.signing.keys import KeyPair
+    from nestpatch.signing.trust import Policy
+    from nestpatch.signing.verify import Outcome, Signature
+
+
+def show_pair(pair: KeyPair) -> None:
+    """A new key pair."""
+    out.print(f"wrote [bold]{escape(str(pair.private))}[/]: keep it secret, and a copy of it somewhere safe")
+    out.print(f"wrote [bold]{escape(str(pair.public))}[/]: give it to everybody who is to trust your packs")
+    out.print(f"key id {pair.key_id}")
+
+
+def show_signature(done: Signature) -> None:
+    """A new signature."""
+    out.print(f"wrote [bold]{escape(str(done.file))}[/] for sha256 {done.pack_id}, with key {done.key_id[:12]}..")
+
+
+def show_outcome(patch: str, found: Outcome) -> None:
+    """Who signed a pack, or why that does not count."""
+    from nestpatch.signing.verify import Signed
+
+    if not isinstance(found, Signed):
+        out.print(f"[bold yellow]unproven[/]  {escape(found.reason)}")
+        return
+    label = found.pack.manifest
+    out.print(f"[bold green]signed[/]  {escape(patch)}: {escape(label.name)} {escape(label.version)}, sha256 {found.pack_id}")
+    for signer in found.signers:
+        out.print(f"  by [bold]{escape(signer.name)}[/], key {signer.key_id[:12]}.., in {escape(signer.file)}")
+
+
+def show_policy(policy: Policy, file: str) -> None:
+    """The trusted keys and the rules."""
+    if not policy.keys and not policy.rules:
+        out.print(f"no key is trusted yet ({escape(file)}): nestpatch trust add KEY.pub --name NAME")
+        return
+    table = Table("key", "id", "models", box=None, pad_edge=False, header_style="dim")
+    for trusted in policy.keys:
+        table.add_row(escape(trusted.name), f"{trusted.key.key_id[:12]}..", escape(", ".join(trusted.models)))
+    out.print(table)
+    for rule in policy.rules:
+        keys = f" of {', '.join(rule.keys)}" if rule.keys else ""
+        out.print(f"packs for {escape(rule.model)} need {rule.require} signatures{escape(keys)}")

@@ -1,0 +1,172 @@
+"""Signing pack files and judging what lies beside them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nestpatch.errors import BadSignatureError, OutputError, PackError, SignatureFormatError, UnsignedError, UntrustedError
+from nestpatch.formats import nest
+from nestpatch.signing.trust import Policy, Rule, TrustedKey
+from nestpatch.signing.verify import Signed, Unproven, sign_pack, signature_files, verify_signature
+from tests.signing.conftest import People, spoil
+
+
+def test_signed_by_a_trusted_key(patch: Path, people: People) -> None:
+    done = sign_pack(patch, people.acme)
+    assert done.file == patch.with_name("no-harm.nest.sig")
+    found = verify_signature(patch, people.policy("acme", "audit"))
+    assert isinstance(found, Signed)
+    assert [(s.name, s.file) for s in found.signers] == [("acme", "no-harm.nest.sig")]
+    assert found.pack_id == done.pack_id == nest.pack_id(found.pack) == nest.pack_id(nest.read(patch))
+    assert found.as_json()["verdict"] == "signed"
+
+
+def test_without_trusted_keys_nothing_is_needed_and_nothing_proven(patch: Path, people: People) -> None:
+    found = verify_signature(patch, Policy())
+    assert isinstance(found, Unproven)
+    assert found.reason == "no-harm.nest is not signed"
+    sign_pack(patch, people.acme)
+    found = verify_signature(patch, Policy())
+    assert isinstance(found, Unproven)
+    assert f"{people.acme.public.key_id[:12]}.., which is not trusted here" in found.reason
+
+
+def test_unsigned_and_untrusted(patch: Path, people: People) -> None:
+    policy = people.policy("acme")
+    with pytest.raises(UnsignedError, match=r"no-harm\.nest is not signed"):
+        verify_signature(patch, policy)
+    assert isinstance(verify_signature(patch, policy, allow_unsigned=True), Unproven)
+    sign_pack(patch, people.evil)
+    with pytest.raises(UntrustedError, match="is not trusted here") as caught:
+        verify_signature(patch, policy)
+    assert "nestpatch trust add" in caught.value.advice
+    assert isinstance(verify_signature(patch, policy, allow_unsigned=True), Unproven)
+
+
+def test_a_wrong_signature_is_never_forgiven(patch: Path, people: People) -> None:
+    sign_pack(patch, people.acme)
+    spoil(patch)
+    for policy in (Policy(), people.policy("acme"), people.policy("audit"), Policy(rules=(Rule("*", 0),))):
+        with pytest.raises(BadSignatureError, match="made for other bytes"):
+            verify_signature(patch, policy, allow_unsigned=True)
+    patch.with_name("no-harm.nest.sig").write_bytes(b"junk")
+    with pytest.raises(SignatureFormatError, match=r"no-harm\.nest\.sig"):
+        verify_signature(patch, Policy(), allow_unsigned=True)
+
+
+def test_k_of_n(patch: Path, people: People) -> None:
+    keys = people.policy("acme", "audit", "third").keys
+    policy = Policy(keys, (Rule("*", 2, ("acme", "audit")),))
+    sign_pack(patch, people.acme)
+    # Further signatures do not help: of somebody who does not count, of a stranger, and of the same key again.
+    for person in (people.third, people.evil):
+        sign_pack(patch, person)
+    again = sign_pack(patch, people.acme, patch.with_name("no-harm.nest.0123456789ab.sig"))
+    assert again.file in signature_files(patch)
+    with pytest.raises(UntrustedError, match="signed by 1 of the 2 keys that the policy wants: acme") as caught:
+        verify_signature(patch, policy)
+    assert "third, who is not trusted for this model" in str(caught.value)
+    second = sign_pack(patch, people.audit)
+    assert second.file.name == f"no-harm.nest.{people.audit.public.key_id[:12]}.sig"
+    found = verify_signature(patch, policy)
+    assert isinstance(found, Signed)
+    assert sorted(s.name for s in found.signers) == ["acme", "audit"]
+    assert found.required == 2
+    # One altered signature of many spoils it: somebody tampered with what belongs to the pack.
+    second.file.write_bytes(second.file.read_bytes().replace(b'"payload":"', b'"payload":"AAAA', 1))
+    with pytest.raises((BadSignatureError, SignatureFormatError)):
+        verify_signature(patch, policy)
+
+
+def test_a_key_for_other_models_does_not_count(patch: Path, people: People, tmp_path: Path) -> None:
+    """What the pack says of its base changes nothing: the name that the user gives decides."""
+    policy = Policy((TrustedKey("acme", people.acme.public, ("tiny/*", str(tmp_path / "team" / "*"))),))
+    sign_pack(patch, people.acme)
+    (tmp_path / "team" / "a").mkdir(parents=True)
+    (tmp_path / "b").mkdir()
+    assert isinstance(verify_signature(patch, policy, tmp_path / "team" / "a"), Signed)
+    assert isinstance(verify_signature(patch, policy, "tiny/llama@main"), Signed)
+    for other in (tmp_path / "b", "other/llama"):
+        with pytest.raises(UntrustedError, match="signed by acme, who is not trusted for this model"):
+            verify_signature(patch, policy, other)
+
+
+def test_optional_signatures_are_still_told(patch: Path, people: People) -> None:
+    policy = Policy(people.policy("acme").keys, (Rule("*", 0),))
+    assert isinstance(verify_signature(patch, policy), Unproven)
+    sign_pack(patch, people.acme)
+    assert isinstance(verify_signature(patch, policy), Signed)
+
+
+def test_signing_twice(patch: Path, people: People) -> None:
+    first = sign_pack(patch, people.acme)
+    before = first.file.read_bytes()
+    with pytest.raises(OutputError, match="exists already, by the same key"):
+        sign_pack(patch, people.acme)
+    assert first.file.read_bytes() == before
+    assert sign_pack(patch, people.acme, overwrite=True).file == first.file
+    assert first.file.read_bytes() != before
+    other = sign_pack(patch, people.audit)
+    assert sign_pack(patch, people.audit, overwrite=True).file == other.file
+    assert len(signature_files(patch)) == 2
+
+
+def test_only_packs_are_signed_and_only_packs_pass(tmp_path: Path, people: People) -> None:
+    file = tmp_path / "x.nest"
+    file.write_bytes(b"no pack")
+    with pytest.raises(PackError):
+        sign_pack(file, people.acme)
+    assert not signature_files(file)
+    with pytest.raises(PackError):
+        verify_signature(file, Policy())
+    with pytest.raises(PackError, match="cannot read the pack"):
+        verify_signature(tmp_path / "none.nest", Policy())
+
+
+def test_signatures_of_other_files_are_not_looked_at(patch: Path, people: People) -> None:
+    for name in ("no-harm.sig", "no-harm.nest.x.sig", "no-harm.nest.sig.bak", "no-harmXnest.sig", "other.nest.sig"):
+        patch.with_name(name).write_bytes(b"junk")
+    assert signature_files(patch) == []
+    for number in range(65):
+        patch.with_name(f"no-harm.nest.{number:012x}.sig").write_bytes(b"junk")
+    with pytest.raises(SignatureFormatError, match="65 signatures"):
+        verify_signature(patch, Policy())
+
+
+def test_a_huge_signature_is_refused_unread(patch: Path) -> None:
+    with patch.with_name("no-harm.nest.sig").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(SignatureFormatError, match="too long"):
+        verify_signature(patch, Policy())
+
+
+def test_it_takes_milliseconds(patch: Path, people: People) -> None:
+    sign_pack(patch, people.acme)
+    policy = people.policy("acme")
+    verify_signature(patch, policy)
+    began = time.perf_counter()
+    for _ in range(10):
+        verify_signature(patch, policy)
+    assert (time.perf_counter() - began) / 10 < 0.1
+
+
+def test_cryptography_alone_is_loaded(patch: Path, people: People) -> None:
+    sign_pack(patch, people.acme)
+    code = """
+import sys
+from pathlib import Path
+from nestpatch.signing.keys import PublicKey
+from nestpatch.signing.trust import Policy, TrustedKey
+from nestpatch.signing.verify import verify_signature
+print(type(verify_signature(sys.argv[1], Policy((TrustedKey("acme", PublicKey(sys.argv[2])),)))).__name__)
+heavy = {"torch", "transformers", "click", "rich", "huggingface_hub", "model_signing", "sigstore", "requests"}
+assert "cryptography" in sys.modules and not heavy & set(sys.modules)
+"""
+    command = [sys.executable, "-c", code, str(patch), people.acme.public.pem]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("Signed\n", "")
