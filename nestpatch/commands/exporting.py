@@ -15,27 +15,53 @@ from typing import Any
 import click
 
 from nestpatch.commands.options import PathType, json_option, print_json, progress, quiet_option
-from nestpatch.events import OnEvent
+from nestpatch.events import Event, OnEvent
 
 
 def _to_gguf(model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
     from nestpatch.patcher.export import export_gguf
 
-    return export_gguf(model, output, patch, **options)
+    own = ("strength", "type", "name", "llama_cpp", "dry_run", "on_event")
+    return export_gguf(model, output, patch, **{name: options[name] for name in own})
 
 
 def _to_safetensors(model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
     from nestpatch.patcher.export import export_safetensors
 
-    _refuse(options, "name", "llama_cpp", "type")
     return export_safetensors(model, output, patch, **{name: options[name] for name in ("strength", "dry_run", "on_event")})
 
 
-def _refuse(options: Mapping[str, Any], *names: str) -> None:
-    """Raises UsageError for options that say something of GGUF files alone."""
-    given = [f"--{name.replace('_', '-')}" for name in names if options[name] not in (None, "auto")]
-    if given:
-        raise click.UsageError(f"{', '.join(given)} go with --to gguf")
+def _to_onnx(model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
+    from nestpatch.onnx_export.to_onnx import export_onnx
+
+    own = {name: options[name] for name in ("strength", "bits", "adapter_ready", "dry_run", "on_event")}
+    return export_onnx(model, output, patch, dtype=options["dtype"] or "fp32", **own)
+
+
+def _to_onnx_adapter(model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
+    """PATCH --for ONNX, or ONNX PATCH."""
+    from nestpatch.patcher.adapters import export_onnx_adapter
+
+    pack, ready = (model, options["for_"]) if patch is None else (patch, model)
+    if ready is None or (patch is not None and options["for_"] is not None):
+        raise click.UsageError("say which ONNX model the adapter is for: nestpatch export PATCH --to onnx-adapter --for DIR")
+    return export_onnx_adapter(pack, ready, output, options["strength"], dry_run=options["dry_run"])
+
+
+_OWN = {
+    "type": "gguf", "name": "gguf", "llama_cpp": "gguf", "dtype": "onnx", "bits": "onnx", "adapter_ready": "onnx",
+    "for_": "onnx-adapter",
+}  # fmt: skip
+"""Options that one target alone understands."""
+_FLAGS = {"bits": "--int4 or --int8", "for_": "--for"}
+
+
+def _refuse_others(target: str, options: Mapping[str, Any]) -> None:
+    """Raises UsageError for options that say something of another target alone."""
+    foreign = {name: own for name, own in _OWN.items() if own != target and options[name] not in (None, False, "auto")}
+    for owner in foreign.values():
+        given = [_FLAGS.get(name, f"--{name.replace('_', '-')}") for name, own in foreign.items() if own == owner]
+        raise click.UsageError(f"{', '.join(given)} go with --to {owner}")
 
 
 def _to_adapter(kind: str, model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
@@ -43,7 +69,6 @@ def _to_adapter(kind: str, model: Path, patch: Path | None, output: Path | None,
     from nestpatch.patcher.adapters import export_gguf_lora, export_lora
 
     write = export_gguf_lora if kind == "gguf-lora" else export_lora
-    _refuse(options, "name", "llama_cpp", "type")
     pack, base = (model, None) if patch is None else (patch, model)
     return write(pack, output, options["strength"], model=base, dry_run=options["dry_run"])
 
@@ -52,20 +77,36 @@ TARGETS: dict[str, Callable[[Path, Path | None, Path | None, Mapping[str, Any]],
     "gguf": _to_gguf,
     "gguf-lora": partial(_to_adapter, "gguf-lora"),
     "lora": partial(_to_adapter, "lora"),
+    "onnx": _to_onnx,
+    "onnx-adapter": _to_onnx_adapter,
     "safetensors": _to_safetensors,
 }
 """What `--to` may name -> the function that exports to it."""
 
 
 @contextmanager
-def _unwinding() -> Iterator[None]:
-    """A polite kill ends the command like an error: no gigabytes of temporary files stay behind."""
+def _unwinding(on_event: OnEvent) -> Iterator[OnEvent]:
+    """A polite kill ends the command like an error: no gigabytes of temporary files stay behind.
+
+    torch swallows the exit at some places of its tracer; the next event then brings it back.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield on_event
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    asked = threading.Event()
+
+    def end(*_: object) -> None:
+        asked.set()
+        sys.exit(128 + signal.SIGTERM)
+
+    def hear(event: Event) -> None:
+        if asked.is_set():
+            end()
+        on_event(event)
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
-        yield
+        yield hear
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -81,6 +122,11 @@ def _unwinding() -> Iterator[None]:
 @click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies the patch, over 0 and up to 1.5.")
 @click.option("--name", help="What the file calls the model.  [default: the name of its directory]")
 @click.option("--llama-cpp", type=PathType, help="A checkout of llama.cpp: use its converter, for models unknown here.")
+@click.option("--dtype", type=click.Choice(["fp32", "fp16"]), help="Of an ONNX model's weights.  [default: fp32]")
+@click.option("--int4", "bits", flag_value=4, type=int, help="Quantize an ONNX model's matrices to 4 bits.")
+@click.option("--int8", "bits", flag_value=8, type=int, help="Quantize an ONNX model's matrices to 8 bits.")
+@click.option("--adapter-ready", is_flag=True, help="Make an ONNX model that takes patches at run time.")
+@click.option("--for", "for_", type=PathType, metavar="DIR", help="The adapter-ready ONNX model that an adapter is for.")
 @click.option("--check", is_flag=True, help="Run the file in llama.cpp and compare it with MODEL in transformers.")
 @click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
 @quiet_option
@@ -94,6 +140,10 @@ def export(
     strength: float,
     name: str | None,
     llama_cpp: Path | None,
+    dtype: str | None,
+    bits: int | None,
+    adapter_ready: bool,
+    for_: Path | None,
     check: bool,
     dry_run: bool,
     quiet: bool,
@@ -107,13 +157,18 @@ def export(
 
     --to lora and --to gguf-lora write PATCH as an adapter that is loaded with the base: a directory for PEFT and vLLM, a file
     for llama.cpp. Give MODEL before PATCH where it stores experts one by one, else PATCH alone.
+
+    --to onnx makes a directory for onnxruntime, onnxruntime-genai and transformers.js, run and compared with MODEL before it
+    gets its name. --to onnx-adapter writes PATCH for one that was made with --adapter-ready, which stays as it is.
     """
     if check and (target != "gguf" or dry_run):
         raise click.UsageError("--check runs what --to gguf wrote")
     if patch is None and strength != 1.0:
         raise click.UsageError("--strength goes with a PATCH")
-    with progress(quiet or as_json) as on_event, _unwinding():
+    with progress(quiet or as_json) as drawn, _unwinding(drawn) as on_event:
         options = {"strength": strength, "type": type_, "name": name, "llama_cpp": llama_cpp, "dry_run": dry_run}
+        options |= {"dtype": dtype, "bits": bits, "adapter_ready": adapter_ready, "for_": for_}
+        _refuse_others(target, options)
         if check:
             from nestpatch.nest_train.check import require_check
 
@@ -136,8 +191,13 @@ def _show(target: str, done: Any, found: Any, as_json: bool) -> None:
     if as_json:
         print_json(dataclasses.asdict(done) | ({"check": found.as_json()} if found is not None else {}))
         return
-    from nestpatch import views, views_adapters
+    from nestpatch import views, views_adapters, views_onnx
 
-    (views_adapters.show_adapter if "lora" in target else views.show_exported)(done)
+    if target == "onnx":
+        views_onnx.show_exported_onnx(done)
+    elif target in ("gguf", "safetensors"):
+        views.show_exported(done)
+    else:
+        views_adapters.show_adapter(done)
     if found is not None:
         views_adapters.show_check(found)

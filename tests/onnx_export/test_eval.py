@@ -58,6 +58,9 @@ def test_answers_are_those_of_transformers(exports, sources, tmp_path, chat):
         source, folder = (shutil.copytree(old, tmp_path / old.parent.name) for old in (source, folder))
         for place in (source, folder):
             (place / "chat_template.jinja").unlink()
+            config = json.loads((place / "tokenizer_config.json").read_text())
+            config.pop("chat_template", None)  # the export repeats it there
+            (place / "tokenizer_config.json").write_text(json.dumps(config))
     model, tokenizer = load_model(source, "cpu", "float32")
     wanted = with_transformers(model, tokenizer, 20)(PROMPTS)
     ours = OnnxModel(folder, threads=1)
