@@ -136,7 +136,8 @@ def require_gain(gains: dict[str, Gain], label: str) -> None:
     raise QuantizationError(
         f"rounding to quantized rows would lose {label} in {len(weak)} of {len(gains)} tensors:\n" + "\n".join(lines),
         advice="Give the float model, so that rows are made exactly: --base DIR or a Hub id. "
-        "Or load the patch beside the model: nestpatch export PATCH --to gguf-lora. Or accept noisier rows: --dither.",
+        "Or load the patch beside the model: nestpatch export PATCH --to gguf-lora, or onnx-adapter. "
+        "Or accept noisier rows: --dither.",
     )
 
 

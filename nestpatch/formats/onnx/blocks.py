@@ -16,9 +16,13 @@ ACTIVATIONS = frozenset(
     ["Sigmoid", "Gelu", "Erf", "Tanh", "QuickGelu", "FastGelu", "BiasGelu", "Swish", "Silu", "Relu", "LeakyRelu", "Elu"]
     + ["HardSwish"]
 )
-_ELEMENTWISE = frozenset({"Mul", "Cast", "Add", "Div", "Pow", "Identity", "Reshape", "Sub", "Sqrt", "Neg"}) | ACTIVATIONS
+_PASSING = frozenset({"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze"})
+"""Operations that hand on their first input."""
+_ELEMENTWISE = frozenset({"Mul", "Add", "Div", "Pow", "Sub", "Sqrt", "Neg"}) | _PASSING | ACTIVATIONS
 _BETWEEN = 64
-"""Operations and constants between the weights of a block: tanh approximations of gelu take about a dozen."""
+"""Operations between the weights of a block: tanh approximations of gelu take about a dozen."""
+_PASSED = 4
+"""Operations between a packed weight and the operation that splits its product."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class _Walk:
             elif node is None or node.op not in _ELEMENTWISE:
                 return None
             else:
-                inputs = node.inputs[:1] if node.op == "Reshape" else node.inputs
+                inputs = node.inputs[:1] if node.op in _PASSING else node.inputs
                 todo += [(value, activated or node.op in ACTIVATIONS) for value in inputs if value]
         return None if todo else {(self.products[product], part): found for (product, part), found in sources.items()}
 
@@ -91,9 +95,15 @@ class _Walk:
         if name in self.products:
             return name, 0
         node = self.makers.get(name)
-        if node is None or node.op != "Split" or len(node.outputs) != 2 or node.inputs[0] not in self.products:
+        if node is None or node.op != "Split" or len(node.outputs) != 2:
             return None
-        return node.inputs[0], 1 + node.outputs.index(name)
+        product = node.inputs[0]
+        for _ in range(_PASSED):
+            maker = self.makers.get(product)
+            if product in self.products or maker is None or maker.op not in _PASSING or not maker.inputs:
+                break
+            product = maker.inputs[0]
+        return (product, 1 + node.outputs.index(name)) if product in self.products else None
 
     def _half(self, weight: Weight, part: int) -> Half:
         rows = weight.rows if part == 0 else weight.rows // 2

@@ -16,6 +16,10 @@ from nestpatch.formats.codec import Blocks
 from nestpatch.rows import DTYPES, FloatArray
 
 BITS = (2, 4, 8)
+_WAYS = ((True, False), (True, True), (False, True))
+"""A model of half precision that onnxruntime quantized; one of bfloat16, which it widens for that; one converted later."""
+WITNESSES = 1 << 16
+"""Numbers of untouched rows by which the way of quantizing is told."""
 MATCHING = 0.5
 """Share of untouched rows that a quantizer must make as they are: others may hold another patch."""
 
@@ -34,9 +38,15 @@ class NBitsCodec:
     """Dtype of the scales."""
     zero_points: bool
     """Whether each block has one; else zero lies in the middle."""
-    narrow_late: bool = False
-    """Whether scales were narrowed when all was quantized; else the numbers were narrowed before."""
-    witnesses = 8
+    narrow_first: bool = True
+    """Whether the numbers had the scales' dtype before they were quantized."""
+    narrow_last: bool = False
+    """Whether scales were rounded to their dtype after all was quantized with wider ones."""
+
+    @property
+    def witnesses(self) -> int:
+        """Rows that `fitted` wants to see: ways of narrowing differ in one number of some hundreds."""
+        return max(8, WITNESSES // self.width)
 
     @property
     def blocks(self) -> int:
@@ -72,11 +82,11 @@ class NBitsCodec:
     def encode(self, rows: FloatArray) -> Blocks:
         """float32 [rows, width] -> uint8 [rows, row_bytes]."""
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            kept = rows if self.narrow_late else rows.astype(DTYPES[self.scale]).astype(np.float32)
+            kept = rows.astype(DTYPES[self.scale]).astype(np.float32) if self.narrow_first else rows
             values = self._blocked(kept, 0.0)
             scales, zeros = self._asymmetric(kept) if self.zero_points else self._symmetric(kept)
             stored = scales.astype(DTYPES[self.scale])
-            used = scales if self.narrow_late else stored.astype(np.float32)
+            used = scales if self.narrow_last else stored.astype(np.float32)
             inverse = np.where(used != 0, np.float32(1) / used, np.float32(0))
             numbers = _rounded(values * inverse[..., None] + zeros[..., None]).clip(0, self.steps)
             flat = numbers.reshape(len(rows), -1)
@@ -135,10 +145,12 @@ class NBitsCodec:
         return flat
 
     def fitted(self, origin: FloatArray, stored: Blocks) -> NBitsCodec:
-        """The way of narrowing scales that makes these rows; others of equal type are not known."""
-        for codec in (self, replace(self, narrow_late=not self.narrow_late)):
-            if (codec.encode(origin) == stored).all(axis=1).mean() >= MATCHING:
-                return codec
+        """The way of narrowing that makes most of these rows. Raises QuantizationError when it does not make half of them."""
+        ways = [replace(self, narrow_first=first, narrow_last=last) for first, last in _WAYS if self.scale != "F32"] or [self]
+        made = {codec: float((codec.encode(origin) == stored).all(axis=1).mean()) for codec in ways}
+        best = max(made, key=lambda codec: made[codec])
+        if made[best] >= MATCHING:
+            return best
         raise QuantizationError(
             "the model was not quantized by onnxruntime's rounding to nearest: rows made anew would not be those of quantizing "
             "the patched model",

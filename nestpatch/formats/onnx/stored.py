@@ -62,7 +62,7 @@ def _blocks(weight: Weight, tensors: Mapping[str, Initializer]) -> Stored:
         raise refusal(weight.tensor, "its zero points are not packed, which rounding to nearest does not make")
     if weight.rows <= 0 or weight.width <= 0:
         raise refusal(weight.tensor, f"its form is not known: {weight.rows} rows of {weight.width}")
-    codec = NBitsCodec(bits, block, weight.width, scales.dtype, zero_points is not None, scales.dtype == "BF16")
+    codec = NBitsCodec(bits, block, weight.width, scales.dtype, zero_points is not None, narrow_last=scales.dtype == "BF16")
     for part, nbytes in zip(parts, codec.parts, strict=False):
         if part.nbytes != nbytes * weight.rows:
             raise refusal(
