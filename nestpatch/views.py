@@ -44,6 +44,9 @@ STAGES = {
     "export": "writing tensors",
     "quantize": "quantizing in llama.cpp",
     "convert": "converting in llama.cpp",
+    "onnx.trace": "tracing the graph",
+    "onnx.quantize": "quantizing matrices",
+    "onnx.check": "comparing logits in onnxruntime",
 }
 HEADLINES = {
     "attack_success": "attack success",

@@ -34,6 +34,7 @@ LAYERS = [
     {"nestpatch.patcher"},
     {"nestpatch.hub"},
     {"nestpatch.nest_train"},
+    {"nestpatch.onnx_export"},
     {"nestpatch.lab"},
     {"nestpatch.demo_formats"},
     {"nestpatch.demo", "nestpatch.views"},
