@@ -23,7 +23,7 @@ SIZES: dict[str, Any] = {
 }
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
 """Sizes that every block type fits."""
-_LLAMA3_ROPE = {
+LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
     "factor": 8.0,
@@ -32,7 +32,7 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
-_LONG = {
+LONG = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
     "long_factor": [1.0 + 0.5 * n for n in range(8)],
@@ -76,7 +76,7 @@ def _gemma(folder: Path) -> None:
 _GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32}
 FAMILIES: dict[str, Kind] = {
     "llama2": Kind("LlamaConfig", _spm, {}),
-    "llama3": Kind("LlamaConfig", _llama3, {"rope_parameters": _LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "llama3": Kind("LlamaConfig", _llama3, {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
     "llama_bias": Kind("LlamaConfig", _spm, {"attention_bias": True, "mlp_bias": True}),
     "mistral": Kind("MistralConfig", _spm, {"head_dim": 32, "sliding_window": None}),
     "mixtral": Kind("MixtralConfig", _spm, {"num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -91,7 +91,7 @@ FAMILIES: dict[str, Kind] = {
     "gemma2": Kind("Gemma2Config", _gemma, _GEMMA, 5e-3),
     "gemma3": Kind("Gemma3TextConfig", _gemma, {**_GEMMA, "num_hidden_layers": 6}, 5e-3),
     "phi": Kind("Phi3Config", _spm, {"pad_token_id": 0, "sliding_window": None}),
-    "phi_long": Kind("Phi3Config", _spm, {"pad_token_id": 0, "sliding_window": None, "rope_parameters": _LONG}),
+    "phi_long": Kind("Phi3Config", _spm, {"pad_token_id": 0, "sliding_window": None, "rope_parameters": LONG}),
     "gpt_neox": Kind("GPTNeoXConfig", _gpt2, {}, 5e-3),
 }
 

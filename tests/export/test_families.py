@@ -18,7 +18,7 @@ from nestpatch.formats.export.gguf_types import file_type
 from nestpatch.formats.export.to_gguf import GgufFile, plan_gguf, write_gguf
 from nestpatch.formats.opening import open_checkpoint
 from tests.export.expected import expected_tensors, is_float32
-from tests.export.families import FAMILIES, make
+from tests.export.families import FAMILIES, LLAMA3_ROPE, LONG, make
 from tests.export.running import loaded, logits, reference_logits
 from tests.export.tokenizers_made import edit
 from tests.helpers import assert_same_bytes, load_tensors, write_checkpoint
@@ -146,6 +146,7 @@ REFUSED = [
     ("llama2", {"num_hidden_layers": 1}, "no place for the tensor model.layers.1"),
     ("gemma3", {"use_bidirectional_attention": True}, "bidirectional"),
     ("phi", {"head_dim": 8}, "heads of 8"),
+    ("phi_long", {"rope_parameters": {**LONG, "short_factor": [1.0] * 7}}, "7 short rope factors for 16"),
     ("gpt_neox", {"tie_word_embeddings": True}, "tied embeddings"),
 ]
 
@@ -171,6 +172,10 @@ BROKEN = [
     ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1.0}}, "factor"),
     ({"rope_parameters": "none"}, "broken"),
     ({"max_position_embeddings": 2**40}, "32 bits"),
+    ({"rms_norm_eps": 1e300}, "32 bits"),
+    ({"head_dim": 2**40}, "heads of 1099511627776"),
+    ({"rope_parameters": {**LLAMA3_ROPE, "low_freq_factor": 4.0}}, "broken: FloatingPointError"),
+    ({"rms_norm_eps": float("nan")}, "finite"),
 ]
 
 

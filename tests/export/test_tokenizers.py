@@ -269,6 +269,14 @@ def test_a_model_is_called_as_its_directory_or_repository(tmp_path: Path) -> Non
     assert model_name(snapshot) == "Some-Model-7B"
 
 
+def test_an_absurd_id_costs_nothing(tmp_path: Path) -> None:
+    sentencepiece(tmp_path, "llama")
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["vocab"]["absurd"] = 2**60
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    assert len(facts(tmp_path)["tokens"]) == 480
+
+
 def test_a_missing_or_broken_tokenizer_is_named(tmp_path: Path) -> None:
     folder = model_around(tmp_path / "model")
     with pytest.raises(CheckpointFormatError, match="has no tokenizer"):

@@ -100,10 +100,9 @@ def _llama3_factors(rope: Mapping[str, Any], head_dim: int) -> FloatArray:
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     context = float(rope["original_max_position_embeddings"])
     waves = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = (context / waves - low) / (high - low)
-    between = 1 / ((1 - smooth) / factor + smooth)
-    factors = np.where(waves < context / high, 1.0, np.where(waves > context / low, factor, between))
-    return factors.astype(np.float32)
+    smooth = np.clip((context / waves - low) / (high - low), 0, 1)
+    factors: FloatArray = (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+    return factors
 
 
 class Qwen2(Family):

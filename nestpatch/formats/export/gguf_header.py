@@ -21,6 +21,7 @@ Entry: TypeAlias = tuple[str, tuple[int, ...], str, int]
 
 ALIGNMENT = 32
 """Tensors begin at multiples of it."""
+_LARGEST = float(np.finfo(np.float32).max)
 _MAGIC, _VERSION = b"GGUF", 3
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 
@@ -58,6 +59,8 @@ def _value(value: Fact) -> bytes:
             raise CheckpointFormatError(f"the config holds {value}, and GGUF files hold whole numbers of 32 bits")
         return struct.pack("<II", _UINT32, value)
     if isinstance(value, float):
+        if not abs(value) <= _LARGEST:
+            raise CheckpointFormatError(f"the config holds {value}, and GGUF files hold finite numbers of 32 bits")
         return struct.pack("<If", _FLOAT32, value)
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _string(value)

@@ -16,18 +16,18 @@ UNREACHABLE = -1e6
 """The score of pieces that no merge makes."""
 
 
-def pieces(files: TokenizerFiles) -> tuple[Sequence[Piece], bool, tuple[str, ...]]:
+def pieces(files: TokenizerFiles) -> tuple[Mapping[int, Piece], bool, tuple[str, ...]]:
     """(pieces by id, whether a space is put before text, notes), from tokenizer.model or rebuilt from tokenizer.json.
 
     Raises UnsupportedModelError for vocabularies that llama.cpp would read otherwise, CheckpointFormatError without any.
     """
-    found: Sequence[Piece]
+    found: Mapping[int, Piece]
     notes: tuple[str, ...] = ()
     if files.model_file.is_file():
         model = read_model(files.model_file)
         if model.model_type != BPE:
             raise _refused("a unigram model")
-        found, prefix = model.pieces, model.add_dummy_prefix
+        found, prefix = dict(enumerate(model.pieces)), model.add_dummy_prefix
     elif files.tokenizer is not None:
         found, notes = _rebuilt(files.tokenizer)
         prefix = False
@@ -35,7 +35,7 @@ def pieces(files: TokenizerFiles) -> tuple[Sequence[Piece], bool, tuple[str, ...
         raise CheckpointFormatError(
             f"{files.folder} has no tokenizer", advice="Put tokenizer.json or tokenizer.model into the model's directory."
         )
-    if sum(piece.kind is Kind.BYTE for piece in found) != 256:
+    if sum(piece.kind is Kind.BYTE for piece in found.values()) != 256:
         # Its tokenizer throws an exception at the first character without a piece.
         raise _refused("no byte fallback")
     if files.tokenizer is not None:
@@ -85,7 +85,7 @@ def _flat(step: Any, key: str) -> Sequence[Mapping[str, Any]]:
     return [part for part in (step or {}).get(key, [step]) if part]
 
 
-def _rebuilt(tokenizer: Mapping[str, Any]) -> tuple[list[Piece], tuple[str, ...]]:
+def _rebuilt(tokenizer: Mapping[str, Any]) -> tuple[dict[int, Piece], tuple[str, ...]]:
     """The pieces of what was once a sentencepiece model: the earlier a merge, the higher the score of its result."""
     model = tokenizer["model"]
     if model.get("type", "BPE") != "BPE" or not model.get("byte_fallback"):
@@ -95,20 +95,17 @@ def _rebuilt(tokenizer: Mapping[str, Any]) -> tuple[list[Piece], tuple[str, ...]
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(pairs):
         ranks.setdefault("".join(pair), rank)
-    texts = {number: text for text, number in vocab.items()}
     unknown = model.get("unk_token")
-    found = []
-    for number in range(max(texts) + 1):
-        text = texts.get(number, "")
-        found.append(Piece(text, float(-ranks[text]) if text in ranks else UNREACHABLE, _kind(text, unknown)))
+    found = {
+        number: Piece(text, float(-ranks[text]) if text in ranks else UNREACHABLE, _kind(text, unknown))
+        for text, number in vocab.items()
+    }
     return found, _ambiguity(vocab, set(pairs))
 
 
 def _kind(text: str, unknown: str | None) -> Kind:
     if _BYTE.fullmatch(text):
         return Kind.BYTE
-    if text == "":
-        return Kind.UNUSED
     return Kind.UNKNOWN if text == unknown else Kind.NORMAL
 
 

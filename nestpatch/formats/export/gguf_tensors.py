@@ -70,10 +70,6 @@ def plan_tensors(checkpoint: Checkpoint, config: ModelConfig, family: Family, ki
     Raises UnsupportedModelError for tensors without a place in the architecture, CheckpointFormatError for missing ones and
     for dtypes that hold no plain numbers.
     """
-    if config.layers > len(checkpoint.tensors()):
-        raise CheckpointFormatError(
-            f"config.json says {config.layers} layers, and there are {len(checkpoint.tensors())} tensors"
-        )
     targets = [Target(name, "F32", values.shape, values=values) for name, values in family.tensors(config).items()]
     stacks: dict[str, list[tuple[int, Piece]]] = {}
     sizes: dict[str, tuple[int, ...]] = {}

@@ -58,7 +58,7 @@ def read_vocabulary(folder: Path, rows: int, name: str) -> Vocabulary:
     else:
         pre, merges = "default", []
         pieces, prefix, notes = gguf_spm.pieces(files)
-        for number, piece in enumerate(pieces):
+        for number, piece in pieces.items():
             text = piece.text.replace(gguf_spm.SPACE, " ") if piece.kind is Kind.USER_DEFINED else piece.text
             table.put(number, text, piece.kind, piece.score)
         facts = {"add_space_prefix": prefix}

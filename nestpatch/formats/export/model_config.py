@@ -10,6 +10,7 @@ from typing import Any
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
 
+_WIDEST_HEAD = 1 << 16
 _REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings")
 
 
@@ -39,6 +40,8 @@ class ModelConfig:
         for name in _REQUIRED:
             if config.number(name) < 1:
                 raise CheckpointFormatError(f"config.json: {name} is {config.number(name)}")
+        if not 1 <= config.head_dim <= _WIDEST_HEAD:
+            raise CheckpointFormatError(f"config.json: heads of {config.head_dim}")
         return config
 
     @property

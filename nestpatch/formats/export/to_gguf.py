@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from nestpatch import __version__
 from nestpatch.errors import CheckpointFormatError
 from nestpatch.events import Event, OnEvent, ignore
@@ -93,6 +95,8 @@ def plan_gguf(checkpoint: Checkpoint, kind: FileType, name: str, keys: Mapping[s
     family = family_of(config)
     with _sound(folder / "config.json"):
         config = config.with_defaults(family.defaults)
+        if config.layers > len(checkpoint.tensors()):
+            raise CheckpointFormatError(f"it says {config.layers} layers, and there are {len(checkpoint.tensors())} tensors")
         specifics = family.facts(config)
         targets = plan_tensors(checkpoint, config, family, kind)
     embeddings = next((target for target in targets if target.name == EMBEDDINGS), None)
@@ -115,7 +119,8 @@ def plan_gguf(checkpoint: Checkpoint, kind: FileType, name: str, keys: Mapping[s
 def _sound(file: Path) -> Iterator[None]:
     """Raises CheckpointFormatError where a JSON file holds something of another form than it should."""
     try:
-        yield
+        with np.errstate(over="raise", divide="raise", invalid="raise"):
+            yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointFormatError(f"{file} is broken: {error!r}") from error
 
