@@ -13,11 +13,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote, urlsplit
-from urllib.request import url2pathname
 
 from nestpatch.errors import DataError, HubAnswerError, HubNotFoundError, HubUnavailableError, SwappedFileError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.hub.client import SCHEME, Reference, Snapshot, client, parse_reference
+from nestpatch.hub.client import SCHEME, Reference, Snapshot, parse_reference
 from nestpatch.hub.fetch import Asking, fetch
 from nestpatch.hub.listing import CHANNEL_FILE, File
 from nestpatch.hub.ranges import Meter, RemoteFile
@@ -56,12 +55,18 @@ class Source(Protocol):
         """A file that the channel of that version names; at most one byte longer than it should be. Raises as `channel`."""
 
 
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT)
+
+
 @dataclass(frozen=True)
 class HubSource:
     """A model repository. Its main branch is asked for once; everything else is read from that very commit."""
 
     repo_id: str
-    endpoint: str = field(default_factory=lambda: client().endpoint)
+    endpoint: str = field(default_factory=_endpoint)
 
     @property
     def place(self) -> str:
@@ -73,10 +78,8 @@ class HubSource:
 
     def channel(self, known: str = "") -> Fetched:
         """The commit and the file come in one answer."""
-        from huggingface_hub.utils import build_hf_headers
-
         url = f"{self.endpoint}/{quote(self.repo_id)}/resolve/main/{CHANNEL_FILE}"
-        page = fetch(Asking(url, Reference(self.repo_id), MAX_BYTES, build_hf_headers(), known))
+        page = fetch(Asking(url, Reference(self.repo_id), MAX_BYTES, _greeting(), known))
         commit = page.headers.get("x-repo-commit", "")
         if not re.fullmatch(r"[0-9a-f]{40}", commit):
             raise HubAnswerError(f"{self.endpoint} names no commit for {self.repo_id}: {commit[:80]!r}")
@@ -93,6 +96,16 @@ class HubSource:
                 raise SwappedFileError(f"{remote} has {remote.size} bytes; the channel names one of {file.size}")
             on_event(Event("download", stop, file.size, file.name))
         return b"".join(parts)
+
+
+def _greeting() -> dict[str, str]:
+    """The user's token, and who asks. What huggingface_hub sends can cost a request of its own, to know its callers."""
+    from huggingface_hub import get_token
+
+    from nestpatch import __version__
+
+    token = get_token()
+    return {"User-Agent": f"nestpatch/{__version__}"} | ({"Authorization": f"Bearer {token}"} if token else {})
 
 
 @dataclass(frozen=True)
@@ -180,6 +193,8 @@ def open_source(text: str) -> Source:
     """The place that a text names, without a version. Raises DataError for what names none."""
     address = urlsplit(text)
     if address.scheme == "file" or text.startswith(("/", "./", "../")):
+        from urllib.request import url2pathname
+
         path = url2pathname(address.path) if address.scheme == "file" else text
         if address.scheme == "file" and address.netloc not in {"", "localhost"}:
             raise DataError(f"{text} names a folder of another machine", advice="Write file:///folder, with three slashes.")
