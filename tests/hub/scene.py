@@ -9,12 +9,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
+
+from nestpatch.errors import NestpatchError
 from nestpatch.formats import nest
 from nestpatch.hub import listing
 from nestpatch.hub.follow import Updated, update, utc_now
 from nestpatch.hub.listing import CHANNEL_FILE, Channel
+from nestpatch.hub.memory import recall
 from nestpatch.hub.publish import Published, push, withdraw
 from nestpatch.hub.release import issue
+from nestpatch.patcher.ledger import read_ledger
+from nestpatch.patcher.place import place_of
 from nestpatch.signing.keys import PrivateKey, generate
 from nestpatch.signing.trust import Policy, TrustedKey
 from tests.helpers import tiny_pack, tree_digest
@@ -124,3 +130,15 @@ def new_scene(hub: Hub, folder: Path, model: Path) -> Scene:
     base = folder / "base"
     shutil.copytree(model, base)
     return Scene(hub, folder, model, base, generate(), generate())
+
+
+def refused(scene: Scene, error: type[NestpatchError], match: str, *, remembered: bool = True) -> None:
+    """`update` raises this error; the model and what is kept beside it are as before."""
+    before, known = scene.state(), recall(f"hub://{REPO}")
+    with pytest.raises(error, match=match) as caught:
+        scene.update()
+    assert type(caught.value) is error
+    assert caught.value.advice
+    assert scene.state() == before
+    assert read_ledger(place_of(scene.model).ledger).applied[0].version == "1.0.0"
+    assert (recall(f"hub://{REPO}") == known) is remembered
