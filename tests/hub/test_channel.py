@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 
+from nestpatch import errors
 from nestpatch.errors import ChannelFormatError, ChannelKeyError, RevokedError, VersionError
 from nestpatch.hub.channel import Admitted, Gate, GoBack, Stay, Upgrade, choose, decide, inherit, latest
 from nestpatch.hub.listing import Channel, File, Patch, Status, parse, patch_path
@@ -241,3 +245,14 @@ def test_a_newer_format_says_so(keys: tuple[PrivateKey, ...], monkeypatch: pytes
 
 def test_only_three_statuses() -> None:
     assert {status.value for status in Status} == {"active", "superseded", "revoked"}
+
+
+def test_the_document_names_errors_and_fields_that_exist(keys: tuple[PrivateKey, ...]) -> None:
+    document = Path(__file__).parents[2] / "docs" / "fleet.md"
+    text = document.read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+Error)`", text))
+    assert len(named) > 12
+    assert all(issubclass(getattr(errors, name), errors.NestpatchError) for name in named)
+    payload = json.loads(parse(issue(channel_of(keys[0], "1.0.0"), keys[0], NOW)[1], "it")[0].payload)
+    for field in (*payload, *payload["patches"][0]):
+        assert f"`{field}`" in text or f".{field}`" in text or f"[].{field}" in text, field
