@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from nestpatch.pack import Pack
     from nestpatch.patcher.ledger import Origin
 
+CHANNELS = ("hub://", "file://", "https://", "http://")
+"""How patches begin that are named by their channel instead of by a file."""
 base_option = click.option("--base", metavar="DIR|HUB_ID", help="Quantized models: make rows exactly, from the float model.")
 dither_option = click.option("--dither", is_flag=True, help="Quantized models: noise that carries small changes through.")
 
@@ -106,12 +108,11 @@ def proven(
     patch: str, model: Path, policy_file: Path | None, on_event: OnEvent, *, allow_unsigned: bool
 ) -> tuple[Pack, Origin]:
     """The pack of a file or a channel, after its signatures were checked, and where it is from."""
-    from nestpatch.hub.sources import looks_remote
     from nestpatch.signing.trust import load_policy
     from nestpatch.signing.verify import Unproven, signers_of, verify_signature
 
     policy = load_policy(policy_file)
-    if looks_remote(patch):
+    if patch.startswith(CHANNELS):
         from nestpatch.hub.follow import fetch_patch
 
         done = fetch_patch(patch, policy, model, allow_unsigned=allow_unsigned, on_event=on_event)

@@ -14,7 +14,14 @@ from enum import Enum
 from hashlib import sha256
 from typing import Any
 
-from nestpatch.errors import ChannelFormatError, ChannelPathError, KeyFileError, SignatureFormatError, SwappedFileError
+from nestpatch.errors import (
+    ChannelFormatError,
+    ChannelPathError,
+    KeyFileError,
+    PackContentError,
+    SignatureFormatError,
+    SwappedFileError,
+)
 from nestpatch.formats.nest import canonical_json
 from nestpatch.pack import Manifest, name_problem, version_problem
 from nestpatch.patcher.chain import Version
@@ -139,9 +146,13 @@ def parse(data: bytes, source: str) -> tuple[Envelope, Channel]:
         envelope = parse_envelope(parse_json(data, source), source)
         if envelope.payload_type != PAYLOAD_TYPE:
             raise ChannelFormatError(f"{source} is no channel but {envelope.payload_type[:80]!r}")
-        return envelope, _channel(parse_json(envelope.payload, source), source)
-    except (SignatureFormatError, KeyFileError) as error:
+        channel = _channel(parse_json(envelope.payload, source), source)
+        # One content has one form: what readers that are less strict would take for something else is refused.
+        _require(payload(channel) == envelope.payload, source, "it is not in canonical form")
+    except (SignatureFormatError, KeyFileError, PackContentError, ValueError) as error:
+        # ValueError: texts that are no Unicode, numbers of thousands of digits.
         raise ChannelFormatError(str(error)) from error
+    return envelope, channel
 
 
 def write_envelope(envelope: Envelope) -> bytes:

@@ -54,7 +54,7 @@ def recall(place: str) -> Memory | None:
         roots = tuple(parse_public(str(pem).encode("utf-8"), str(file)) for pem in facts["roots"])
         seen = Seen(facts["name"], facts["serial"], facts["digest"], roots)
         return Memory(seen, facts["version"], facts["channel"].encode("utf-8"))
-    except (SignatureFormatError, KeyFileError) as error:
+    except (SignatureFormatError, KeyFileError, UnicodeError) as error:
         advice = f"Removing it ({file}) makes the next contact the first one: old channels would not be noticed then."
         raise ChannelFormatError(f"what is remembered of {place} is broken: {error}", advice=advice) from error
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from hashlib import sha256
 
-from nestpatch.errors import VersionError
+from nestpatch.errors import PublishError, VersionError
 from nestpatch.hub.channel import choose
 from nestpatch.hub.listing import (
     PAYLOAD_TYPE,
@@ -25,7 +25,7 @@ from nestpatch.hub.listing import (
     write_envelope,
 )
 from nestpatch.pack import Manifest
-from nestpatch.signing.dsse import seal
+from nestpatch.signing.dsse import MAX_BYTES, seal
 from nestpatch.signing.keys import PrivateKey, PublicKey
 
 DAYS = 30
@@ -38,10 +38,15 @@ def new_channel(name: str, root: PublicKey) -> Channel:
 
 
 def issue(channel: Channel, key: PrivateKey, now: str, days: int = DAYS) -> tuple[Channel, bytes]:
-    """The channel under its next number, good for some days, and its signed file."""
+    """The channel under its next number, good for some days, and its signed file. Raises PublishError when that is too long."""
     end = datetime.strptime(now, TIME) + timedelta(days=days)  # noqa: DTZ007 - UTC by its Z
     issued = replace(channel, serial=channel.serial + 1, issued=now, expires=end.strftime(TIME), root=key.public)
-    return issued, write_envelope(seal(PAYLOAD_TYPE, payload(issued), [key]))
+    data = write_envelope(seal(PAYLOAD_TYPE, payload(issued), [key]))
+    if len(data) > MAX_BYTES:
+        raise PublishError(
+            f"{channel.name} would have {len(data)} bytes; readers take {MAX_BYTES}", advice="Start a new channel."
+        )
+    return issued, data
 
 
 def listed(manifest: Manifest, data: bytes, signatures: Mapping[str, bytes]) -> tuple[Patch, dict[str, bytes]]:

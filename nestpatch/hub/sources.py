@@ -178,11 +178,6 @@ class FolderSource:
             raise HubUnavailableError(f"cannot read {file}: {error.strerror}", advice=advice) from error
 
 
-def looks_remote(text: str) -> bool:
-    """Whether a patch is named by its channel instead of by a file of its own."""
-    return text.startswith((SCHEME, "file://", "https://", "http://"))
-
-
 def split_version(text: str) -> tuple[str, str | None]:
     """PLACE[@VERSION], as somebody typed it."""
     place, mark, version = text.rpartition("@")

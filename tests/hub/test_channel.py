@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nestpatch import errors
-from nestpatch.errors import ChannelFormatError, ChannelKeyError, RevokedError, VersionError
+from nestpatch.errors import (
+    ChannelError,
+    ChannelFormatError,
+    ChannelKeyError,
+    PackContentError,
+    PublishError,
+    RevokedError,
+    VersionError,
+)
+from nestpatch.formats.nest import canonical_json
 from nestpatch.hub.channel import Admitted, Gate, GoBack, Stay, Upgrade, choose, decide, inherit, latest
-from nestpatch.hub.listing import Channel, File, Patch, Status, parse, patch_path
+from nestpatch.hub.listing import PAYLOAD_TYPE, Channel, File, Patch, Status, parse, patch_path, payload, write_envelope
 from nestpatch.hub.release import add, hand_over, issue, new_channel, revoke
+from nestpatch.signing.dsse import seal
 from nestpatch.signing.keys import PrivateKey, generate
 from nestpatch.signing.trust import Policy, Rule, TrustedKey
+from tests.helpers import changed
 
 NOW = "2026-11-23T12:00:00Z"
 MODEL = ("/srv/models/llama",)
@@ -253,6 +268,71 @@ def test_the_document_names_errors_and_fields_that_exist(keys: tuple[PrivateKey,
     named = set(re.findall(r"`(\w+Error)`", text))
     assert len(named) > 12
     assert all(issubclass(getattr(errors, name), errors.NestpatchError) for name in named)
-    payload = json.loads(parse(issue(channel_of(keys[0], "1.0.0"), keys[0], NOW)[1], "it")[0].payload)
-    for field in (*payload, *payload["patches"][0]):
-        assert f"`{field}`" in text or f".{field}`" in text or f"[].{field}" in text, field
+    facts = json.loads(payload(issue(channel_of(keys[0], "1.0.0"), keys[0], NOW)[0]))
+    for field in (*facts, *facts["patches"][0]):
+        assert f"`{field}" in text or f".{field}`" in text or f"[].{field}" in text, field
+
+
+def signed(key: PrivateKey, value: object) -> bytes:
+    return write_envelope(seal(PAYLOAD_TYPE, canonical_json(value).encode("utf-8"), [key]))
+
+
+def places_in(value: object, path: tuple[object, ...] = ()) -> Iterator[tuple[object, ...]]:
+    """The path of every value inside a JSON value."""
+    yield path
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in entries:
+        yield from places_in(entry, (*path, key))
+
+
+def test_no_value_of_another_kind_is_more_than_refused(keys: tuple[PrivateKey, ...]) -> None:
+    """Signed by the root key, so that nothing but the reader stands in between."""
+    channel = hand_over(channel_of(keys[0], "1.0.0", "1.1.0"), keys[0], keys[1])
+    good = json.loads(payload(issue(channel, keys[1], NOW)[0]))
+    odd = (None, True, 0, -1, 1 << 70, 1.5, "", "x" * 300, "\x00", [], {}, [[]], {"a": 1}, "9" * 5000 + ".0.0", "\ud83d")
+    for path in places_in(good):
+        for value in odd:
+            if path:
+                changed_value = changed(good, partial(put_at, path=path, value=value))
+                with suppress(UnicodeEncodeError, PackContentError):
+                    data = signed(keys[1], changed_value)
+                    check_refused_or_equal(data)
+
+
+def put_at(target: Any, path: tuple[Any, ...], value: object) -> None:
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = value
+
+
+def check_refused_or_equal(data: bytes) -> None:
+    try:
+        envelope, channel = parse(data, "it")
+    except ChannelError:
+        return
+    assert payload(channel) == envelope.payload
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        lambda good: good.replace(b'"serial":1', b'"serial": 1'),
+        lambda good: good.replace(b'"serial":1', b'"serial":1,"serial":1'),
+        lambda good: good.replace(b'"reason":""', b'"reason":"\\ud83d"'),
+        lambda good: good.replace(b'"reason":""', b'"reason":"\\u0041"'),
+        lambda good: good.replace(b'"serial":1', b'"serial":1e0'),
+        lambda good: good + b" ",
+        lambda good: good.decode().encode("utf-16"),
+    ],
+)
+def test_only_the_canonical_form_is_read(keys: tuple[PrivateKey, ...], text: Callable[[bytes], bytes]) -> None:
+    good = payload(issue(channel_of(keys[0], "1.0.0"), keys[0], NOW)[0])
+    assert text(good) != good
+    with pytest.raises(ChannelFormatError):
+        parse(write_envelope(seal(PAYLOAD_TYPE, text(good), [keys[0]])), "it")
+
+
+def test_a_channel_that_nobody_could_read_is_not_issued(keys: tuple[PrivateKey, ...]) -> None:
+    channel = revoke(channel_of(keys[0], "1.0.0"), "1.0.0", "x" * (1 << 20))
+    with pytest.raises(PublishError, match="readers take 1048576"):
+        issue(channel, keys[0], NOW)
