@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +109,7 @@ def proven(
     patch: str, model: Path, policy_file: Path | None, on_event: OnEvent, *, allow_unsigned: bool
 ) -> tuple[Pack, Origin]:
     """The pack of a file or a channel, after its signatures were checked, and where it is from."""
+    from nestpatch.errors import PackError
     from nestpatch.signing.trust import load_policy
     from nestpatch.signing.verify import Unproven, signers_of, verify_signature
 
@@ -120,7 +122,12 @@ def proven(
     else:
         from nestpatch.patcher.ledger import Origin
 
-        outcome = verify_signature(patch, policy, model, allow_unsigned=allow_unsigned)
+        try:
+            outcome = verify_signature(patch, policy, model, allow_unsigned=allow_unsigned)
+        except PackError as error:
+            if not Path(patch).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", patch):
+                error.advice = f"Check the path. A channel of the Hub is named with its scheme: hub://{patch}"
+            raise
         origin = Origin(signers_of(outcome))
     if isinstance(outcome, Unproven) and outcome.required:
         click.echo(f"WARNING: --allow-unsigned: {outcome.reason}", err=True)

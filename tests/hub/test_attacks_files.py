@@ -210,6 +210,26 @@ def test_a_channel_that_leads_to_another_host(scene: Scene) -> None:
     assert len(scene.hub.seen("cdn")) == count, "nothing was asked of it"
 
 
+def moved(scene: Scene) -> None:
+    """The Hub may send readers of small files to a cache of its own, on the same host, and names the commit where it does."""
+    commit = scene.repo.resolve("main")
+    headers = {"Location": f"/api/resolve-cache/{CHANNEL_FILE}", "X-Repo-Commit": commit}
+    scene.hub.fault(f"resolve/main/{CHANNEL_FILE}", faults.replayed(Answer(307, headers)))
+    scene.hub.fault("resolve-cache", faults.replayed(Answer(200, {}, scene.read(CHANNEL_FILE))))
+
+
+def test_the_hub_s_own_cache_is_followed_when_there_is_something_new(scene: Scene) -> None:
+    scene.publish("1.1.0", 1)
+    moved(scene)
+    scene.hub.log.clear()
+    assert scene.update(check=True).after == "1.1.0"
+    assert [seen.status for seen in scene.hub.log] == [307, 200]
+    assert {seen.token for seen in scene.hub.log} == {"hf_writer"}, "it is the same host: private repositories need the token"
+    scene.hub.log.clear()
+    assert scene.update(check=True).state == "available"
+    assert [seen.status for seen in scene.hub.log] == [307], "this commit is known"
+
+
 def test_a_channel_that_leads_in_a_circle(scene: Scene) -> None:
     scene.hub.fault(CHANNEL_FILE, faults.redirected(f"{scene.hub.url}/{REPO}/resolve/main/{CHANNEL_FILE}"))
     refused(scene, HubAnswerError, "leads from one address to the next")

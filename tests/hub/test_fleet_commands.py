@@ -19,6 +19,7 @@ from nestpatch.formats import nest
 from nestpatch.hub.card import MARK, model_card
 from nestpatch.hub.follow import update
 from nestpatch.hub.listing import CHANNEL_FILE, parse
+from nestpatch.hub.memory import recall, remember
 from nestpatch.hub.release import add, listed, new_channel
 from nestpatch.patcher.inplace import apply_in_place
 from nestpatch.patcher.ledger import Ledger, Origin, read_ledger
@@ -26,7 +27,8 @@ from nestpatch.patcher.place import place_of
 from nestpatch.signing.keys import PrivateKey, generate
 from nestpatch.signing.trust import Policy, TrustedKey, load_policy, save_policy
 from nestpatch.signing.verify import sign_pack
-from tests.helpers import tiny_pack, weight_files
+from tests.gguf.files import gguf_of
+from tests.helpers import tiny_checkpoint, tiny_pack, weight_files
 from tests.hub.scene import REPO, Scene
 from tests.hubserver.machine import Machine
 
@@ -162,6 +164,24 @@ def test_nothing_new_is_one_small_request(scene: Scene, machine: Any) -> None:
     assert seen.sent < 4000
 
 
+def test_a_channel_without_its_scheme(scene: Scene, base: Path) -> None:
+    told = run("apply", base, REPO, "--in-place")
+    assert (told.exit_code, f"hub://{REPO}" in told.stderr) == (1, True)
+
+
+def test_two_updates_at_once_remember_the_newer_channel(scene: Scene) -> None:
+    place = f"hub://{REPO}"
+    old = recall(place)
+    scene.publish("1.1.0", 1)
+    scene.update(check=True)
+    new = recall(place)
+    assert old is not None
+    assert new is not None
+    remember(place, old)
+    assert recall(place) == new
+    assert new.seen.serial == 2 > old.seen.serial
+
+
 def test_check_says_with_its_exit_code(scene: Scene) -> None:
     save_policy(scene.policy)
     assert answer("update", scene.model, "--check")["channels"][0]["state"] == "current"
@@ -209,6 +229,21 @@ def test_other_packs_stay_where_they_are(scene: Scene) -> None:
     assert (left.name, left.signers) == ("other", {"me": "1" * 64})
     apply_in_place(scene.base, other)
     assert weights(scene.model) == weights(scene.base)
+
+
+def test_a_quantized_model_is_updated_from_its_float_base(scene: Scene, tmp_path: Path) -> None:
+    base = tiny_checkpoint(tmp_path / "float", hidden=256, inter=64)
+    model = gguf_of(base, tmp_path / "model.gguf", "Q8_0")
+    original = model.read_bytes()
+    for version, seed in (("1.0.0", 0), ("1.1.0", 1)):
+        nest.write(tiny_pack(base, version=version, seed=seed), tmp_path / "new.nest", overwrite=True)
+        scene.push(tmp_path / "new.nest", str(tmp_path / "channel"))
+        save_policy(scene.policy)
+        channel = ("--channel", tmp_path / "channel") if version == "1.0.0" else ()
+        assert answer("update", model, "--base", base, *channel)["channels"][0]["after"] == version
+    assert "from" in ledger_of(model).applied[0].rounding
+    assert run("revert", model).exit_code == 0
+    assert model.read_bytes() == original
 
 
 def test_strength_is_kept(scene: Scene) -> None:
