@@ -175,7 +175,9 @@ def _card(site: Site, head: Head, channel: Channel, manifest: Manifest | None) -
         return {}
     best = latest(channel)
     if best is not None and (manifest is None or manifest.version != best.version):
-        manifest = nest.decode(site.source.read(head.version, best.file)).manifest
+        data = site.source.read(head.version, best.file)
+        best.file.check(data, site.source.place)
+        manifest = nest.decode(data).manifest
     return {CARD: model_card(channel, manifest).encode("utf-8")}
 
 

@@ -120,12 +120,14 @@ def revert(
     """
     began = time.perf_counter()
     with _writing(model) as (checkpoint, place, ledger):
-        if not ledger.applied:
+        if not ledger.applied and not ledger.follows:
             raise ChainError(f"nothing is applied to {model}: it is at its base, as far as its ledger knows")
         work = plan_return(place, ledger, to, only)
         left = replace(ledger, follows=()) if to == "base" and only is None else ledger
         means = means_of(base, dither=dither)
         transaction = Transaction(place, checkpoint, work.packs, on_event=on_event, means=means)
+        if left != ledger and not work.steps and not dry_run:
+            write_ledger(place.ledger, left)
         return _carry_out(transaction, left, work, began, dry_run=dry_run)
 
 

@@ -206,6 +206,16 @@ def test_going_back_says_why(scene: Scene) -> None:
     assert ledger_of(scene.model).follows == (f"hub://{REPO}",)
 
 
+def test_a_model_at_its_base_can_stop_following(scene: Scene) -> None:
+    scene.withdraw("1.0.0", "bad")
+    scene.update()
+    assert run("revert", scene.model, "--dry-run").exit_code == 0
+    assert ledger_of(scene.model).follows == (f"hub://{REPO}",)
+    assert run("revert", scene.model).exit_code == 0
+    assert ledger_of(scene.model).follows == ()
+    assert "nothing is applied" in run("revert", scene.model).stderr
+
+
 def test_a_model_that_follows_nothing(scene: Scene, base: Path) -> None:
     save_policy(scene.policy)
     told = run("update", base)
