@@ -98,8 +98,8 @@ def _folder(keep: Path | None) -> Iterator[Path]:
 def run_demo(seed: int = 0, keep: Path | None = None, on_event: OnEvent = ignore) -> DemoResult:
     """Builds the lab, trains a patch, applies it to the safetensors file, and evaluates base and patched file.
 
-    Where llama-cpp-python and onnxruntime are installed, GGUF files and ONNX models of the patched model too. `keep` is left with
-    base/, patched/, patch.nest, prompts/, gguf/ and onnx/.
+    Where llama-cpp-python and onnxruntime are installed, GGUF files and ONNX models of the patched model too. `keep` is left
+    with base/, patched/, patch.nest, prompts/, gguf/ and onnx/.
     """
     clock = _Clock()
     with _folder(keep) as folder:
