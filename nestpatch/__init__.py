@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from nestpatch.formats.nest import read as load_pack
     from nestpatch.nest_train.assess import assess as evaluate
     from nestpatch.nest_train.train import train
-    from nestpatch.patcher.adapters import export_gguf_lora, export_lora
+    from nestpatch.onnx_export.to_onnx import export_onnx
+    from nestpatch.patcher.adapters import export_gguf_lora, export_lora, export_onnx_adapter
     from nestpatch.patcher.apply import apply
     from nestpatch.patcher.diff import diff
     from nestpatch.patcher.export import export_gguf, export_safetensors
@@ -33,6 +34,8 @@ _HOMES = {
     "export_gguf": ("nestpatch.patcher.export", "export_gguf"),
     "export_gguf_lora": ("nestpatch.patcher.adapters", "export_gguf_lora"),
     "export_lora": ("nestpatch.patcher.adapters", "export_lora"),
+    "export_onnx": ("nestpatch.onnx_export.to_onnx", "export_onnx"),
+    "export_onnx_adapter": ("nestpatch.patcher.adapters", "export_onnx_adapter"),
     "export_safetensors": ("nestpatch.patcher.export", "export_safetensors"),
     "load_pack": ("nestpatch.formats.nest", "read"),
     "revert": ("nestpatch.patcher.inplace", "revert"),
@@ -48,6 +51,8 @@ __all__ = [
     "export_gguf",
     "export_gguf_lora",
     "export_lora",
+    "export_onnx",
+    "export_onnx_adapter",
     "export_safetensors",
     "load_pack",
     "revert",

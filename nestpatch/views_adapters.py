@@ -1,4 +1,4 @@
-"""How adapters, ONNX models, and files that were checked by running them, look to a person."""
+"""How adapters, and GGUF files that were checked by running them, look to a person."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from nestpatch.views import _grid, escape, out, size
 
 if TYPE_CHECKING:
     from nestpatch.nest_train.check import Check
-    from nestpatch.onnx_export.to_onnx import ExportedOnnx
     from nestpatch.patcher.adapters import Adapter
 
 VLLM_MAX_RANK = 512
@@ -38,27 +37,6 @@ def show_adapter(done: Adapter) -> None:
 def _rank_for_vllm(rank: int) -> int:
     """The least that holds a rank of those that vLLM takes."""
     return next(allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, VLLM_MAX_RANK) if allowed >= rank)
-
-
-def show_onnx(done: ExportedOnnx) -> None:
-    """What was exported to ONNX, and how near it is to the model in transformers."""
-    verb = "would write" if done.dry_run else "wrote"
-    out.print(f"{verb} [bold]{escape(str(done.path))}[/] in {done.seconds:.1f} s")
-    rows = _grid()
-    kind = f"{done.dtype}, {done.matrices} matrices in int{done.bits}" if done.bits else done.dtype
-    rows.add_row("model", escape(", ".join(filter(None, (done.architecture, kind)))))
-    rows.add_row("patches", escape(", ".join(done.patches) or "none"))
-    if done.adapter_weights:
-        rows.add_row("adapter-ready", f"{done.adapter_weights} matrices take a patch at run time")
-    for file in done.files:
-        rows.add_row("file", f"{escape(file.name)}  {size(file.nbytes)}  sha256 {file.sha256}")
-    for found in done.parity:
-        judged = "told, not judged" if found.bound is None else f"allowed are {found.bound:.1e}"
-        same = f"the same first choice at {found.same} of {found.positions} positions"
-        rows.add_row(f"logits, {found.type}", f"differ from transformers by {found.largest:.1e} at most ({judged}); {same}")
-    for note in done.notes:
-        rows.add_row("note", escape(note))
-    out.print(rows)
 
 
 def show_check(check: Check) -> None:

@@ -38,7 +38,7 @@ LAYERS = [
     {"nestpatch.lab"},
     {"nestpatch.demo_formats"},
     {"nestpatch.demo", "nestpatch.views"},
-    {"nestpatch.views_diff", "nestpatch.views_adapters", "nestpatch.views_signing"},
+    {"nestpatch.views_diff", "nestpatch.views_adapters", "nestpatch.views_onnx", "nestpatch.views_signing"},
     {"nestpatch.commands"},
     {"nestpatch.cli"},
     {"nestpatch.__main__"},

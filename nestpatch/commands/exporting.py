@@ -15,42 +15,56 @@ from typing import Any
 import click
 
 from nestpatch.commands.options import PathType, json_option, print_json, progress, quiet_option
-from nestpatch.events import OnEvent
-
-Options = Mapping[str, Any]
-OWN = {
-    "gguf": {"type", "name", "llama_cpp", "check"},
-    "onnx": {"dtype", "int4", "int8", "adapter_ready"},
-    "onnx-adapter": {"for_model"},
-}
-"""Options that only one target has; all others are everybody's."""
-EVERYBODY = ("strength", "dry_run", "on_event")
+from nestpatch.events import Event, OnEvent
 
 
-def _to_gguf(model: Path, patch: Path | None, output: Path | None, options: Options) -> Any:
+def _to_gguf(model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
     from nestpatch.patcher.export import export_gguf
 
-    own = {name: options[name] for name in ("type", "name", "llama_cpp")}
-    return export_gguf(model, output, patch, **own, **_common(options))
+    own = ("strength", "type", "name", "llama_cpp", "dry_run", "on_event")
+    return export_gguf(model, output, patch, **{name: options[name] for name in own})
 
 
-def _to_safetensors(model: Path, patch: Path | None, output: Path | None, options: Options) -> Any:
+def _to_safetensors(model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
     from nestpatch.patcher.export import export_safetensors
 
-    return export_safetensors(model, output, patch, **_common(options))
+    return export_safetensors(model, output, patch, **{name: options[name] for name in ("strength", "dry_run", "on_event")})
 
 
-def _to_onnx(model: Path, patch: Path | None, output: Path | None, options: Options) -> Any:
+def _to_onnx(model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
     from nestpatch.onnx_export.to_onnx import export_onnx
 
-    if options["int4"] and options["int8"]:
-        raise click.UsageError("--int4 or --int8, not both")
-    bits = 4 if options["int4"] else 8 if options["int8"] else None
-    own = {"dtype": options["dtype"], "bits": bits, "adapter_ready": options["adapter_ready"]}
-    return export_onnx(model, output, patch, **own, **_common(options))
+    own = {name: options[name] for name in ("strength", "bits", "adapter_ready", "dry_run", "on_event")}
+    return export_onnx(model, output, patch, dtype=options["dtype"] or "fp32", **own)
 
 
-def _to_adapter(kind: str, model: Path, patch: Path | None, output: Path | None, options: Options) -> Any:
+def _to_onnx_adapter(model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
+    """PATCH --for ONNX, or ONNX PATCH."""
+    from nestpatch.patcher.adapters import export_onnx_adapter
+
+    pack, ready = (model, options["for_"]) if patch is None else (patch, model)
+    if ready is None or (patch is not None and options["for_"] is not None):
+        raise click.UsageError("say which ONNX model the adapter is for: nestpatch export PATCH --to onnx-adapter --for DIR")
+    return export_onnx_adapter(pack, ready, output, options["strength"], dry_run=options["dry_run"])
+
+
+_OWN = {
+    "type": "gguf", "name": "gguf", "llama_cpp": "gguf", "dtype": "onnx", "bits": "onnx", "adapter_ready": "onnx",
+    "for_": "onnx-adapter",
+}  # fmt: skip
+"""Options that one target alone understands."""
+_FLAGS = {"bits": "--int4 or --int8", "for_": "--for"}
+
+
+def _refuse_others(target: str, options: Mapping[str, Any]) -> None:
+    """Raises UsageError for options that say something of another target alone."""
+    foreign = {name: own for name, own in _OWN.items() if own != target and options[name] not in (None, False, "auto")}
+    for owner in foreign.values():
+        given = [_FLAGS.get(name, f"--{name.replace('_', '-')}") for name, own in foreign.items() if own == owner]
+        raise click.UsageError(f"{', '.join(given)} go with --to {owner}")
+
+
+def _to_adapter(kind: str, model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
     """MODEL PATCH, or PATCH alone: the model is only needed to count experts."""
     from nestpatch.patcher.adapters import export_gguf_lora, export_lora
 
@@ -59,28 +73,7 @@ def _to_adapter(kind: str, model: Path, patch: Path | None, output: Path | None,
     return write(pack, output, options["strength"], model=base, dry_run=options["dry_run"])
 
 
-def _to_onnx_adapter(model: Path, patch: Path | None, output: Path | None, options: Options) -> Any:
-    """PATCH alone: the ONNX model is named by --for."""
-    from nestpatch.patcher.adapters import export_onnx_adapter
-
-    if patch is not None or options["for_model"] is None:
-        raise click.UsageError("nestpatch export PATCH --to onnx-adapter --for DIR, a model that was exported --adapter-ready")
-    return export_onnx_adapter(model, options["for_model"], output, options["strength"], dry_run=options["dry_run"])
-
-
-def _common(options: Options) -> dict[str, Any]:
-    return {name: options[name] for name in EVERYBODY}
-
-
-def _refuse_foreign(target: str, options: Options, context: click.Context) -> None:
-    """Raises UsageError for options that say something of another target's files."""
-    for owner, names in OWN.items():
-        for name in sorted(names if owner != target else ()):
-            if name in options and context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-                raise click.UsageError(f"--{name.replace('_model', '').replace('_', '-')} goes with --to {owner}")
-
-
-TARGETS: dict[str, Callable[[Path, Path | None, Path | None, Options], Any]] = {
+TARGETS: dict[str, Callable[[Path, Path | None, Path | None, Mapping[str, Any]], Any]] = {
     "gguf": _to_gguf,
     "gguf-lora": partial(_to_adapter, "gguf-lora"),
     "lora": partial(_to_adapter, "lora"),
@@ -92,14 +85,28 @@ TARGETS: dict[str, Callable[[Path, Path | None, Path | None, Options], Any]] = {
 
 
 @contextmanager
-def _unwinding() -> Iterator[None]:
-    """A polite kill ends the command like an error: no gigabytes of temporary files stay behind."""
+def _unwinding(on_event: OnEvent) -> Iterator[OnEvent]:
+    """A polite kill ends the command like an error: no gigabytes of temporary files stay behind.
+
+    torch swallows the exit at some places of its tracer; the next event then brings it back.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield on_event
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    asked = threading.Event()
+
+    def end(*_: object) -> None:
+        asked.set()
+        sys.exit(128 + signal.SIGTERM)
+
+    def hear(event: Event) -> None:
+        if asked.is_set():
+            end()
+        on_event(event)
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
-        yield
+        yield hear
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -110,54 +117,64 @@ def _unwinding() -> Iterator[None]:
 @click.option("--to", "target", type=click.Choice(sorted(TARGETS)), required=True, help="The format to write.")
 @click.option("-o", "--output", type=PathType, help="Where to write.  [default: beside the model, named after it]")
 @click.option(
-    "--type", default="auto", show_default=True, help="GGUF: type of the weights: f32, f16, bf16, q8_0, q4_k_m and the like."
+    "--type", "type_", default="auto", show_default=True, help="Of the weights: f32, f16, bf16, q8_0, or q4_k_m and the like."
 )
 @click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies the patch, over 0 and up to 1.5.")
-@click.option("--name", help="GGUF: what the file calls the model.  [default: its directory's name]")
-@click.option("--llama-cpp", type=PathType, help="GGUF: a checkout of llama.cpp, to use its converter.")
-@click.option("--check", is_flag=True, help="GGUF: run the file in llama.cpp and compare it with MODEL in transformers.")
-@click.option("--dtype", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True, help="ONNX: of the weights.")
-@click.option("--int4", is_flag=True, help="ONNX: quantize the matrices to 4 bits.")
-@click.option("--int8", is_flag=True, help="ONNX: quantize the matrices to 8 bits.")
-@click.option("--adapter-ready", is_flag=True, help="ONNX: make a base that takes patches at run time.")
-@click.option("--for", "for_model", type=PathType, help="ONNX adapter: the adapter-ready model that it is for.")
+@click.option("--name", help="What the file calls the model.  [default: the name of its directory]")
+@click.option("--llama-cpp", type=PathType, help="A checkout of llama.cpp: use its converter, for models unknown here.")
+@click.option("--dtype", type=click.Choice(["fp32", "fp16"]), help="Of an ONNX model's weights.  [default: fp32]")
+@click.option("--int4", "bits", flag_value=4, type=int, help="Quantize an ONNX model's matrices to 4 bits.")
+@click.option("--int8", "bits", flag_value=8, type=int, help="Quantize an ONNX model's matrices to 8 bits.")
+@click.option("--adapter-ready", is_flag=True, help="Make an ONNX model that takes patches at run time.")
+@click.option("--for", "for_", type=PathType, metavar="DIR", help="The adapter-ready ONNX model that an adapter is for.")
+@click.option("--check", is_flag=True, help="Run the file in llama.cpp and compare it with MODEL in transformers.")
 @click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
 @quiet_option
 @json_option
-@click.pass_context
 def export(
-    context: click.Context,
-    /,
     model: Path,
     patch: Path | None,
     target: str,
     output: Path | None,
+    type_: str,
+    strength: float,
+    name: str | None,
+    llama_cpp: Path | None,
+    dtype: str | None,
+    bits: int | None,
+    adapter_ready: bool,
+    for_: Path | None,
+    check: bool,
+    dry_run: bool,
     quiet: bool,
     as_json: bool,
-    **options: Any,
 ) -> None:
-    """Write MODEL in another format, with PATCH merged into it on the way. MODEL is a safetensors model and stays as it is.
+    """Write MODEL in another format, with PATCH merged into it on the way.
 
-    --to gguf makes a file for llama.cpp and what is built on it, --to onnx a directory for onnxruntime, onnxruntime-genai and
-    transformers.js.
+    --to gguf makes a file for llama.cpp and what is built on it. MODEL is a safetensors model directory and stays as it is.
 
     --to safetensors writes a release of its own, whose files say which patches they hold; it cannot be reverted.
 
-    --to lora, --to gguf-lora and --to onnx-adapter write PATCH as an adapter that is loaded with the base: a directory for PEFT
-    and vLLM, a file for llama.cpp, one for onnxruntime. Give PATCH alone; MODEL before it where it stores experts one by one.
+    --to lora and --to gguf-lora write PATCH as an adapter that is loaded with the base: a directory for PEFT and vLLM, a file
+    for llama.cpp. Give MODEL before PATCH where it stores experts one by one, else PATCH alone.
+
+    --to onnx makes a directory for onnxruntime, onnxruntime-genai and transformers.js, run and compared with MODEL before it
+    gets its name. --to onnx-adapter writes PATCH for one that was made with --adapter-ready, which stays as it is.
     """
-    _refuse_foreign(target, options, context)
-    if options["check"] and options["dry_run"]:
-        raise click.UsageError("--check runs what was written")
-    if patch is None and options["strength"] != 1.0 and target in ("gguf", "onnx", "safetensors"):
+    if check and (target != "gguf" or dry_run):
+        raise click.UsageError("--check runs what --to gguf wrote")
+    if patch is None and strength != 1.0 and target in ("gguf", "onnx", "safetensors"):
         raise click.UsageError("--strength goes with a PATCH")
-    with progress(quiet or as_json) as on_event, _unwinding():
-        if options["check"]:
+    with progress(quiet or as_json) as drawn, _unwinding(drawn) as on_event:
+        options = {"strength": strength, "type": type_, "name": name, "llama_cpp": llama_cpp, "dry_run": dry_run}
+        options |= {"dtype": dtype, "bits": bits, "adapter_ready": adapter_ready, "for_": for_}
+        _refuse_others(target, options)
+        if check:
             from nestpatch.nest_train.check import require_check
 
             require_check()
         done = TARGETS[target](model, patch, output, {**options, "on_event": on_event})
-        found = _checked(done.path, model, patch, options["strength"], on_event) if options["check"] else None
+        found = _checked(done.path, model, patch, strength, on_event) if check else None
     _show(target, done, found, as_json)
     sys.exit(0 if found is None or found.passed else 1)
 
@@ -174,13 +191,13 @@ def _show(target: str, done: Any, found: Any, as_json: bool) -> None:
     if as_json:
         print_json(dataclasses.asdict(done) | ({"check": found.as_json()} if found is not None else {}))
         return
-    from nestpatch import views, views_adapters
+    from nestpatch import views, views_adapters, views_onnx
 
-    shows: dict[str, Callable[[Any], None]] = {
-        "gguf": views.show_exported,
-        "safetensors": views.show_exported,
-        "onnx": views_adapters.show_onnx,
-    }
-    shows.get(target, views_adapters.show_adapter)(done)
+    if target == "onnx":
+        views_onnx.show_exported_onnx(done)
+    elif target in ("gguf", "safetensors"):
+        views.show_exported(done)
+    else:
+        views_adapters.show_adapter(done)
     if found is not None:
         views_adapters.show_check(found)

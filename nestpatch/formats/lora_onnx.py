@@ -173,14 +173,13 @@ def _known(site: Site) -> tuple[tuple[int, int], str]:
     return site.shape, site.sha256
 
 
-def write(pack: Pack, model: Path, output: Path, strength: float = 1.0, *, dry_run: bool = False) -> Written:
-    """Writes an .onnx_adapter file for an adapter-ready model, after onnxruntime has run the model with it.
+def write(content: Mapping[str, npt.NDArray[Any]], ready: AdapterReady, output: Path, *, dry_run: bool = False) -> Written:
+    """Writes an .onnx_adapter file, after onnxruntime has run the model with it. `content` is what `parameters` gives.
 
-    Raises what `read_sites` and `parameters` raise, MissingExtraError without onnxruntime, OutputError.
+    Raises MissingExtraError without onnxruntime, OutputError; then nothing was written.
     """
-    ready = read_sites(model)
-    content = parameters(pack, ready, strength)
-    size = Written(len(pack.deltas), max(d.clusters for d in pack), sum(values.nbytes for values in content.values()))
+    ranks = [values.shape[1] - 1 for name, values in content.items() if name.endswith(DELTA)]
+    size = Written(len(ranks), max(ranks), sum(values.nbytes for values in content.values()))
     if dry_run:
         return size
     runtime = _runtime()

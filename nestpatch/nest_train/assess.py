@@ -34,8 +34,8 @@ def assess(
 ) -> Assessment:
     """Evaluates a model directory, weight file or Hub id; with `patch` also the same model with the pack merged in memory.
 
-    A .gguf file is run by llama.cpp, an ONNX model by onnxruntime, both without torch; there the pack is an adapter, and `lora`
-    may be given in its place.
+    A .gguf file is run by llama.cpp, an ONNX model by onnxruntime, both without torch; there the pack is an adapter where the
+    model takes one, and `lora` may be given in its place.
     With `base`, the drift of `model` from that base is measured too.
 
     Raises CheckpointError, PackError, DataError or MissingExtraError.

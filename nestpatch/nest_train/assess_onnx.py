@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nestpatch.errors import BaseMismatchError, DataError
+from nestpatch.errors import BaseMismatchError, DataError, UnsupportedModelError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats.lora_onnx import SUFFIX, onnx_file
 from nestpatch.nest_train.drift_logits import MAX_TOKENS, Logits, drift, torch_logits
@@ -19,6 +19,7 @@ from nestpatch.nest_train.onnx_model import OnnxModel
 from nestpatch.nest_train.text import encode_pairs
 from nestpatch.pack import Pack
 from nestpatch.patcher.adapters import export_onnx_adapter
+from nestpatch.patcher.apply import apply
 from nestpatch.rows import FloatArray
 
 if TYPE_CHECKING:
@@ -44,46 +45,52 @@ def assess_onnx(
     max_new_tokens: int = 48,
     on_event: OnEvent = ignore,
 ) -> Assessment:
-    """Evaluates an ONNX model; with `lora`, an .onnx_adapter file, also with it, with `patch` with the one that the pack is.
+    """Evaluates an ONNX model; with `lora`, an .onnx_adapter file, also with that.
+
+    With `patch` also the patched model: by an adapter where the model was exported adapter-ready, else as a temporary copy.
 
     With `base`, an ONNX model or a model directory, the drift of `model` from it is measured too.
 
-    Raises CheckpointError, PackError, DataError or MissingExtraError; UnsupportedModelError for a patch where the model was not
-    exported adapter-ready.
+    Raises CheckpointError, PackError, DataError or MissingExtraError.
     """
     if patch is not None and lora is not None:
         raise DataError("a patch and an adapter were given: either of them makes the patched model")
     report = lambda event: on_event(Event("evaluate", event.done, event.total))  # noqa: E731
-    with _adapter(model, patch, lora) as adapter:
+    with _patched(model, patch, lora, on_event) as (other, adapter):
         on_event(Event("load", note=str(model)))
         loaded = OnnxModel(model, adapter, device=device)
         tokenizer = load_tokenizer(loaded)
         loaded.adapted = False
-        generate = with_onnx(loaded, tokenizer, max_new_tokens, on_event=report)
-        before = evaluate(generate, suites)
+        before = evaluate(with_onnx(loaded, tokenizer, max_new_tokens, on_event=report), suites)
         if base is not None:
             prompts = list(answers_of(before, BENIGN))
             own, logits = _reference(base, tokenizer, device, max_new_tokens, report)
             before = Evaluation(before.suites, _drift(logits, loaded.logits, tokenizer, prompts, own(prompts)))
-        if adapter is None:
+        if other is None:
             return Assessment(before)
-        loaded.adapted = True
-        after = evaluate(generate, suites)
+        second = loaded if adapter is not None else OnnxModel(other, device=device)
+        second.adapted = True
+        after = evaluate(with_onnx(second, tokenizer, max_new_tokens, on_event=report), suites)
         answers = answers_of(before, BENIGN)
-        moved = _drift(
-            _switched(loaded, on=False), _switched(loaded, on=True), tokenizer, list(answers), list(answers.values())
-        )
-        return Assessment(before, Evaluation(after.suites, moved))
+        pair = _switched(loaded, on=False), _switched(second, on=True)
+        return Assessment(before, Evaluation(after.suites, _drift(*pair, tokenizer, list(answers), list(answers.values()))))
 
 
 @contextmanager
-def _adapter(model: str | Path, patch: str | Path | Pack | None, lora: str | Path | None) -> Iterator[str | Path | None]:
-    """The adapter file; one made of a pack is removed at the end."""
+def _patched(
+    model: str | Path, patch: str | Path | Pack | None, lora: str | Path | None, on_event: OnEvent
+) -> Iterator[tuple[str | Path | None, str | Path | None]]:
+    """(the patched model, the adapter that it has to be run with); what is made here is removed at the end."""
     if patch is None:
-        yield lora
+        yield (None if lora is None else model), lora
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield export_onnx_adapter(patch, model, Path(folder) / f"patch{SUFFIX}").output
+        adapter, other = Path(folder) / f"patch{SUFFIX}", Path(folder) / "patched"
+        try:
+            export_onnx_adapter(patch, model, adapter)
+        except UnsupportedModelError:  # not adapter-ready, or not for these weights
+            apply(model, patch, other, sync=False, on_event=on_event)
+        yield (model, adapter) if adapter.is_file() else (other, None)
 
 
 def _switched(model: OnnxModel, *, on: bool) -> Logits:

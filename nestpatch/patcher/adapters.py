@@ -14,7 +14,8 @@ from nestpatch.formats.lora import Written
 from nestpatch.formats.names import expert_of
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack
-from nestpatch.patcher.plan import check_strength
+from nestpatch.patcher.plan import check_strength, make_plan
+from nestpatch.patcher.recovery import open_model
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ def export_onnx_adapter(
 ) -> Adapter:
     """Writes a pack as an .onnx_adapter file for an ONNX model that was exported adapter-ready, whatever its type.
 
-    The model's record of its base is compared with the pack's; then onnxruntime loads both, and runs them on two tokens.
+    The model's record of its base is compared with the pack's, and the touched rows are looked at, since the model may have
+    been patched where it lies; then onnxruntime loads both, and runs them on two tokens.
+
     Without `output` it lies beside the pack's file and is named after the pack.
 
     Raises PackError, DataError, CheckpointFormatError, UnsupportedModelError when the model takes no such patch,
@@ -90,7 +93,10 @@ def export_onnx_adapter(
     """
 
     def write(pack: Pack, target: Path, factor: float, _: int | None, *, dry_run: bool) -> Written:
-        return lora_onnx.write(pack, Path(model), target, factor, dry_run=dry_run)
+        ready = lora_onnx.read_sites(Path(model))
+        content = lora_onnx.parameters(pack, ready, factor)
+        make_plan(pack, open_model(ready.file)[0], factor)
+        return lora_onnx.write(content, ready, target, dry_run=dry_run)
 
     return _export("onnx-adapter", write, patch, output, strength, None, dry_run)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import numpy as np
 import onnx_ir
@@ -19,6 +20,7 @@ from nestpatch.onnx_export.quantize import quantize
 from nestpatch.onnx_export.to_onnx import save
 from nestpatch.pack import Pack
 from nestpatch.patcher.adapters import export_onnx_adapter
+from nestpatch.patcher.inplace import apply_in_place, revert
 from tests.helpers import tiny_pack, tree_digest
 from tests.onnx_export.runs import Run, batch, facts, reference
 
@@ -152,6 +154,16 @@ def test_a_model_that_has_the_pack_already_is_refused(pack, ready, tmp_path):
     assert tree_digest(tmp_path) == before
 
 
+def test_a_model_that_was_patched_where_it_lies_is_refused(pack, ready, tmp_path):
+    """Its record is still that of the base: the rows tell."""
+    model = shutil.copytree(ready.path, tmp_path / "model")
+    apply_in_place(model, pack)
+    with pytest.raises(BaseMismatchError, match="not the base of no-harm"):
+        export_onnx_adapter(pack, model, tmp_path / "x.onnx_adapter")
+    revert(model)
+    export_onnx_adapter(pack, model, tmp_path / "x.onnx_adapter")
+
+
 def test_a_model_without_the_inputs_is_refused(family, pack, exports, tmp_path):
     with pytest.raises(UnsupportedModelError, match="takes no patches at run time") as caught:
         export_onnx_adapter(pack, exports(family).path, tmp_path / "x.onnx_adapter")
@@ -204,12 +216,24 @@ def test_places_and_strengths_are_checked(pack, ready, tmp_path):
         export_onnx_adapter(pack, ready.path, tmp_path / "y.onnx_adapter", 7.0)
 
 
-def test_an_adapter_that_the_model_does_not_run_with_is_not_written(pack, ready, tmp_path):
-    """Its data is cut off: onnxruntime has to see that before a file gets its name."""
-    for file in ready.path.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes()[: 20_000 if file.suffix == ".onnx_data" else None])
+def unknown_operator(model):
+    next(node for node in model.graph if node.op_type == "Softmax").op_type = "NoSuchOperator"
+
+
+def no_number(model):
+    weight = model.graph.initializers["model.norm.weight"]
+    weight.const_value = onnx_ir.tensor(np.full(64, np.nan, np.float32), name="model.norm.weight")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"), [(unknown_operator, "onnxruntime cannot run"), (no_number, "no finite numbers with the adapter")]
+)
+def test_an_adapter_that_the_model_does_not_run_with_is_not_written(pack, ready, tmp_path, damage, reason):
+    model = onnx_ir.load(str(ready.path / "model.onnx"))
+    damage(model)
+    save(model, tmp_path)
     before = tree_digest(tmp_path)
-    with pytest.raises(OutputError, match="onnxruntime cannot run"):
+    with pytest.raises(OutputError, match=reason):
         export_onnx_adapter(pack, tmp_path, tmp_path / "x.onnx_adapter")
     assert tree_digest(tmp_path) == before
 

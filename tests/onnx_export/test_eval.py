@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import nestpatch
 from nestpatch.cli import main
-from nestpatch.errors import CheckpointFormatError, DataError, MissingExtraError, UnsupportedModelError
+from nestpatch.errors import CheckpointFormatError, DataError, MissingExtraError
 from nestpatch.lab.world import dialogues, make_world
 from nestpatch.nest_train.assess import assess
 from nestpatch.nest_train.assess_onnx import is_onnx
@@ -27,7 +27,7 @@ from nestpatch.nest_train.model import load_model
 from nestpatch.nest_train.onnx_model import OnnxModel
 from nestpatch.nest_train.text import encode_pairs
 from nestpatch.patcher.adapters import export_onnx_adapter
-from tests.helpers import tiny_pack
+from tests.helpers import tiny_pack, tree_digest
 
 PROMPTS = [prompt for prompt, _ in zip((p for p, _ in dialogues(make_world(3))), range(9), strict=False)]
 
@@ -58,6 +58,9 @@ def test_answers_are_those_of_transformers(exports, sources, tmp_path, chat):
         source, folder = (shutil.copytree(old, tmp_path / old.parent.name) for old in (source, folder))
         for place in (source, folder):
             (place / "chat_template.jinja").unlink()
+            config = json.loads((place / "tokenizer_config.json").read_text())
+            config.pop("chat_template", None)  # the export repeats it there
+            (place / "tokenizer_config.json").write_text(json.dumps(config))
     model, tokenizer = load_model(source, "cpu", "float32")
     wanted = with_transformers(model, tokenizer, 20)(PROMPTS)
     ours = OnnxModel(folder, threads=1)
@@ -130,6 +133,16 @@ def test_a_pack_is_evaluated_as_an_adapter(ready, sources, suites, pack, tmp_pat
     assert assess(ready, suites, lora=file, max_new_tokens=12) == ours
 
 
+def test_a_pack_is_merged_into_a_copy_where_no_adapter_fits(exports, sources, suites, pack):
+    folder = exports("llama").path
+    before = tree_digest(folder)
+    ours = assess(folder, suites, patch=pack, max_new_tokens=12)
+    theirs = assess(sources("llama"), suites, patch=pack, max_new_tokens=12)
+    assert ours.patched.suites == theirs.patched.suites
+    assert ours.patched.drift == pytest.approx(theirs.patched.drift, rel=1e-3)
+    assert tree_digest(folder) == before
+
+
 def test_drift_from_a_base_of_either_kind(exports, sources, suites):
     half = exports("qwen3", dtype="fp16").path
     from_torch = assess(half, suites, base=sources("qwen3"), max_new_tokens=8).model.drift
@@ -149,8 +162,6 @@ def test_drift_from_logits_is_the_drift(sources, pack, tmp_path):
 
 
 def test_what_does_not_go_together_is_refused(exports, ready, sources, suites, pack, tmp_path):
-    with pytest.raises(UnsupportedModelError, match="takes no patches at run time"):
-        assess(exports("llama").path, suites, patch=pack)
     with pytest.raises(DataError, match="either of them"):
         assess(ready, suites, patch=pack, lora=tmp_path / "x")
     with pytest.raises(DataError, match=r"goes with a \.gguf or an ONNX model"):

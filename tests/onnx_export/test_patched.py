@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
+import onnx_ir
 import pytest
 
 import nestpatch
@@ -12,7 +15,8 @@ from nestpatch.errors import BusyError, DataError, OutputError, PackContentError
 from nestpatch.events import ignore
 from nestpatch.formats import nest
 from nestpatch.onnx_export import graph as graphs
-from nestpatch.onnx_export.to_onnx import export_onnx
+from nestpatch.onnx_export.quantize import quantize
+from nestpatch.onnx_export.to_onnx import export_onnx, save
 from nestpatch.onnx_export.weights import load
 from nestpatch.pack import Pack
 from nestpatch.patcher.export_source import open_wanted, source_of
@@ -42,6 +46,27 @@ def test_a_patched_export_is_the_export_of_the_patched_model(sources, pack, patc
     assert tree_digest(source) == before
     # The copy has a ledger, so its export names the pack too.
     assert patched.patches == merged.patches == ("no-harm 1.0.0",)
+
+
+def test_patching_an_export_is_exporting_the_patched_model(sources, pack, patched, exports, tmp_path):
+    """In place, with the bfloat16 model at hand: the bytes of its merged rows, widened."""
+    model = shutil.copytree(exports("small", "bfloat16").path, tmp_path / "model")
+    nestpatch.apply_in_place(model, pack, base=sources("small", "bfloat16"), strength=0.75)
+    assert (model / "model.onnx_data").read_bytes() == (patched.path / "model.onnx_data").read_bytes()
+    nestpatch.revert(model)
+    assert (model / "model.onnx_data").read_bytes() == (exports("small", "bfloat16").path / "model.onnx_data").read_bytes()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_patching_a_quantized_export_is_quantizing_the_patched_model(sources, pack, patched, exports, tmp_path, bits):
+    for name, floats in (("base", exports("small", "bfloat16").path), ("goal", patched.path)):
+        model = onnx_ir.load(str(floats / "model.onnx"))
+        quantize(model, bits)
+        (tmp_path / name).mkdir()
+        save(model, tmp_path / name)
+    nestpatch.apply_in_place(tmp_path / "base", pack, base=sources("small", "bfloat16"), strength=0.75)
+    got, wanted = ((tmp_path / name / "model.onnx_data").read_bytes() for name in ("base", "goal"))
+    assert got == wanted
 
 
 def test_the_graph_says_what_is_in_it(pack, patched, exports):
@@ -106,8 +131,6 @@ def test_a_dry_run_checks_and_writes_nothing(sources, pack, tmp_path):
 
 
 def test_a_pack_that_promises_other_rows_is_refused(sources, pack, tmp_path):
-    import dataclasses
-
     wrong = dict.fromkeys(pack.manifest.result, "0" * 64)
     lying = Pack(dataclasses.replace(pack.manifest, result=wrong), pack.deltas)
     with pytest.raises(PackContentError, match=r"not those that no-harm 1\.0\.0 promises"):
@@ -161,8 +184,6 @@ def test_a_graph_that_computes_something_else_is_refused(sources, tmp_path, monk
 
 
 def test_a_model_that_changes_meanwhile_is_not_exported(sources, tmp_path):
-    import shutil
-
     model = shutil.copytree(sources("small"), tmp_path / "model")
 
     def interfere(event):
