@@ -20,7 +20,7 @@ from nestpatch.formats.interface import Checkpoint
 from nestpatch.formats.safetensors import INDEX
 from nestpatch.pack import Pack
 from nestpatch.patcher.chain import Do
-from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
+from nestpatch.patcher.ledger import Ledger, Origin, read_ledger, write_ledger
 from nestpatch.patcher.merging import means_of
 from nestpatch.patcher.place import LEDGER, Place, place_of
 from nestpatch.patcher.plan import check_strength
@@ -92,6 +92,7 @@ def apply(
     digest: bool = False,
     sync: bool = True,
     dry_run: bool = False,
+    origin: Origin | None = None,
     on_event: OnEvent = ignore,
 ) -> Applied:
     """Merges a pack into a copy of a model: a safetensors file, a directory, sharded or not, a GGUF file, or an ONNX model.
@@ -100,7 +101,7 @@ def apply(
     digests in the pack before it gets its name. The copy carries a ledger and undo records, so it can be verified and reverted.
     With `hard_link`, shards without touched rows share their file with the base. With `digest`, the SHA-256 of every weight
     file is taken, which takes longer than copying it. Without `sync`, writing to the disk is left to the system, as `cp` does.
-    `base` and `dither` are for quantized rows, as in `apply_in_place`.
+    `base`, `dither` and `origin` are as in `apply_in_place`.
 
     Raises PackError, CheckpointError, ChainError or OutputError; then nothing was written.
     """
@@ -126,7 +127,9 @@ def apply(
             copy = checkpoint.reopen(sibling)
             own = place_of(copy.path)
             _copy_state(place, own, ledger)
-            writing = Transaction(own, copy, work.packs, allow_base_mismatch, on_event, journaled=False, means=means)
+            writing = Transaction(
+                own, copy, work.packs, allow_base_mismatch, on_event, journaled=False, means=means, origin=origin or Origin()
+            )
             ledger = writing.run(ledger, work.steps)
             files = tuple(_seal(file, sibling, target, on_event, digest=digest, sync=sync) for file in copy.files)
     size = work.size(checkpoint)

@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from nestpatch.errors import OutputError, PackError, SignatureFormatError, UnsignedError, UntrustedError
+from nestpatch.errors import OutputError, SignatureFormatError, UnsignedError, UntrustedError
 from nestpatch.formats import nest
 from nestpatch.formats.atomic import write_bytes
 from nestpatch.pack import Pack
@@ -64,6 +64,11 @@ class Unproven:
 
 
 Outcome: TypeAlias = Signed | Unproven
+
+
+def signers_of(outcome: Outcome) -> dict[str, str]:
+    """Name -> key id of those whose signatures counted."""
+    return {signer.name: signer.key_id for signer in outcome.signers} if isinstance(outcome, Signed) else {}
 
 
 def judge(
@@ -130,13 +135,14 @@ def verify_signature(
     Raises as `judge` does, and PackError when the pack cannot be read.
     """
     file = Path(path)
-    signatures = {found.name: _read_signature(found) for found in signature_files(file)}
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise PackError(f"cannot read the pack {file}: {error.strerror}", advice="Check the path.") from error
+    signatures, data = read_signatures(file), nest.read_bytes(file)
     names = () if model is None else names_of(model)
     return judge(data, signatures, policy, names, file=file.name, allow_unsigned=allow_unsigned)
+
+
+def read_signatures(path: Path) -> dict[str, bytes]:
+    """File name -> content of the signatures that lie beside a pack. Raises SignatureFormatError when one cannot be read."""
+    return {found.name: _read_signature(found) for found in signature_files(path)}
 
 
 def signature_files(path: Path) -> list[Path]:
