@@ -30,6 +30,7 @@ bench: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m bench.demo
 	$(BIN)/python -m bench.patch
+	$(BIN)/python -m bench.gguf
 	$(BIN)/python -m bench.update
 
 clean:

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from nestpatch.formats.nest import read as load_pack
     from nestpatch.nest_train.assess import assess as evaluate
     from nestpatch.nest_train.train import train
+    from nestpatch.onnx_export.to_onnx import export_onnx
+    from nestpatch.patcher.adapters import export_gguf_lora, export_lora, export_onnx_adapter
     from nestpatch.patcher.apply import apply
     from nestpatch.patcher.diff import diff
+    from nestpatch.patcher.export import export_gguf, export_safetensors
     from nestpatch.patcher.inplace import apply_in_place, revert
     from nestpatch.patcher.verify import verify
 
@@ -28,12 +31,34 @@ _HOMES = {
     "apply_in_place": ("nestpatch.patcher.inplace", "apply_in_place"),
     "diff": ("nestpatch.patcher.diff", "diff"),
     "evaluate": ("nestpatch.nest_train.assess", "assess"),
+    "export_gguf": ("nestpatch.patcher.export", "export_gguf"),
+    "export_gguf_lora": ("nestpatch.patcher.adapters", "export_gguf_lora"),
+    "export_lora": ("nestpatch.patcher.adapters", "export_lora"),
+    "export_onnx": ("nestpatch.onnx_export.to_onnx", "export_onnx"),
+    "export_onnx_adapter": ("nestpatch.patcher.adapters", "export_onnx_adapter"),
+    "export_safetensors": ("nestpatch.patcher.export", "export_safetensors"),
     "load_pack": ("nestpatch.formats.nest", "read"),
     "revert": ("nestpatch.patcher.inplace", "revert"),
     "train": ("nestpatch.nest_train.train", "train"),
     "verify": ("nestpatch.patcher.verify", "verify"),
 }
-__all__ = ["__version__", "apply", "apply_in_place", "diff", "evaluate", "load_pack", "revert", "train", "verify"]
+__all__ = [
+    "__version__",
+    "apply",
+    "apply_in_place",
+    "diff",
+    "evaluate",
+    "export_gguf",
+    "export_gguf_lora",
+    "export_lora",
+    "export_onnx",
+    "export_onnx_adapter",
+    "export_safetensors",
+    "load_pack",
+    "revert",
+    "train",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from nestpatch import __version__
-from nestpatch.commands import fleet, inspecting, patching, signing, training
+from nestpatch.commands import exporting, fleet, inspecting, patching, signing, training
 from nestpatch.errors import DataError, FileSystemError, MissingExtraError, NestpatchError
 
 
@@ -63,6 +63,7 @@ for command in (
     patching.apply,
     patching.revert,
     patching.recover,
+    exporting.export,
     inspecting.show,
     inspecting.status,
     inspecting.verify,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nestpatch.demo_formats import FormatResult, has_llama, has_onnx, run_gguf, run_onnx
 from nestpatch.errors import OutputError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats import nest
@@ -39,6 +40,8 @@ class DemoResult:
     applied: Applied
     stages: dict[str, tuple[float, str]]
     """Stage -> (seconds, what happened)."""
+    formats: tuple[FormatResult, ...] = ()
+    """The patched model in other formats; none where nothing is installed to run them."""
 
     @property
     def helped(self) -> bool:
@@ -55,6 +58,10 @@ class DemoResult:
             "trained_parameters": self.trained_parameters,
             "model_parameters": self.model_parameters,
             "pack_bytes": self.pack_bytes,
+            "formats": {
+                one.what: {name: round(share.value, 4) for name, share in one.evaluation.totals().items()}
+                for one in self.formats
+            },
             "seconds": {stage: round(seconds, 2) for stage, (seconds, _) in self.stages.items()},
         }
 
@@ -91,7 +98,8 @@ def _folder(keep: Path | None) -> Iterator[Path]:
 def run_demo(seed: int = 0, keep: Path | None = None, on_event: OnEvent = ignore) -> DemoResult:
     """Builds the lab, trains a patch, applies it to the safetensors file, and evaluates base and patched file.
 
-    `keep` is left with base/, patched/, patch.nest and prompts/.
+    Where llama-cpp-python and onnxruntime are installed, GGUF files and ONNX models of the patched model too. `keep` is left
+    with base/, patched/, patch.nest, prompts/, gguf/ and onnx/.
     """
     clock = _Clock()
     with _folder(keep) as folder:
@@ -109,9 +117,16 @@ def run_demo(seed: int = 0, keep: Path | None = None, on_event: OnEvent = ignore
         before = assess(folder / "base", suites, on_event=on_event).model
         after = assess(folder / "patched", suites, base=folder / "base", on_event=on_event).model
         clock.lap("evaluate", f"{sum(len(s.prompts.prompts) for s in suites)} held-out prompts, base and patched file")
+        formats: tuple[FormatResult, ...] = ()
+        if has_llama():
+            formats = run_gguf(folder, suites, on_event)
+            clock.lap("gguf", "exported, patched in place, and run in llama.cpp, also with an adapter")
+        if has_onnx():
+            formats += run_onnx(folder, suites, on_event)
+            clock.lap("onnx", "exported, patched in place, and run in onnxruntime, also with an adapter")
     on_event(Event("done"))
     sizes = (trained.trained_parameters, trained.model_parameters, pack_bytes)
-    return DemoResult(seed, before, after, *sizes, applied, clock.stages)
+    return DemoResult(seed, before, after, *sizes, applied, clock.stages, formats)
 
 
 def _train(lab: Lab, folder: Path, seed: int, on_event: OnEvent) -> Trained:

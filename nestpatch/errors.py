@@ -10,7 +10,8 @@ NestpatchError
 │   ├── BaseMismatchError       a sound model, but not the one that the pack was made for
 │   ├── UnsupportedModelError   an architecture without an MLP that we know
 │   ├── QuantizationError       a quantized type whose rows cannot be written, or would lose the patch
-│   └── ExtractionError         two models whose difference is no pack
+│   ├── ExtractionError         two models whose difference is no pack
+│   └── ParityError             an exported model does not compute what its source does
 ├── OutputError             the place that was to be written
 │   ├── InPlaceError            the model's own files cannot be changed where they are
 │   └── BusyError               another process is writing this model
@@ -122,6 +123,12 @@ class ExtractionError(CheckpointError):
     """Two sound models, but no pack makes the one of the other."""
 
     advice = "A pack changes rows of F32, BF16 or F16 matrices and nothing else. Publish the tuned model as a whole."
+
+
+class ParityError(CheckpointError):
+    """An exported model was run, and does not compute what the model that it was made from does."""
+
+    advice = "Nothing was written. This kind of model cannot be exported yet: patch and serve its safetensors files."
 
 
 class OutputError(NestpatchError):

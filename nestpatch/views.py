@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,12 @@ from rich.table import Table
 from nestpatch.events import Event, OnEvent, ignore
 
 if TYPE_CHECKING:
+    from nestpatch.demo_formats import FormatResult
     from nestpatch.nest_train.evaluate import Evaluation
     from nestpatch.nest_train.statistics import Share
     from nestpatch.pack import Pack
     from nestpatch.patcher.apply import Applied
+    from nestpatch.patcher.export import Exported
     from nestpatch.patcher.inplace import Changed
     from nestpatch.patcher.ledger import Ledger
     from nestpatch.patcher.verify import Verification
@@ -39,6 +41,12 @@ STAGES = {
     "digest": "taking digests",
     "compare": "comparing tensors",
     "extract": "extracting deltas",
+    "export": "writing tensors",
+    "quantize": "quantizing in llama.cpp",
+    "convert": "converting in llama.cpp",
+    "onnx.trace": "tracing the graph",
+    "onnx.quantize": "quantizing matrices",
+    "onnx.check": "comparing logits in onnxruntime",
     "download": "downloading",
 }
 HEADLINES = {
@@ -152,6 +160,24 @@ def show_applied(done: Applied) -> None:
     out.print(grid)
 
 
+def show_exported(done: Exported) -> None:
+    """What `export` wrote."""
+    verb = "would write" if done.dry_run else "wrote"
+    out.print(f"{verb} [bold]{escape(str(done.path))}[/] in {done.seconds:.2f} s")
+    grid = _grid()
+    nbytes = f", {size(done.nbytes)}" if done.nbytes else ""
+    grid.add_row(
+        "model",
+        f"{escape(done.architecture + ', ' if done.architecture else '')}{done.tensors} tensors, {escape(done.type)}{nbytes}",
+    )
+    grid.add_row("patches", escape(", ".join(done.patches) or "none"))
+    if done.sha256:
+        grid.add_row("file", f"sha256 {done.sha256}")
+    for note in done.notes:
+        grid.add_row("note", escape(note))
+    out.print(grid)
+
+
 def show_changed(done: Changed) -> None:
     """What an in-place command did."""
     if not done.steps:
@@ -170,10 +196,14 @@ def show_changed(done: Changed) -> None:
     out.print(grid)
 
 
-def show_status(model: Any, ledger: Ledger) -> None:
-    """A ledger, for a person."""
+def show_status(model: Any, ledger: Ledger, said: Sequence[Mapping[str, Any]] = ()) -> None:
+    """A ledger, for a person; `said`: the packs that the model's files claim to have been written with."""
     out.print(f"[bold]{escape(str(model))}[/]: {escape(', '.join(e.label for e in ledger.applied) or 'nothing applied')}")
     grid = _grid()
+    for claim in said:
+        strength = "" if claim["strength"] == 1 else f" at strength {claim['strength']}"
+        label = escape(f"{claim['name']} {claim['version']}{strength}, pack sha256 {str(claim['pack_id'])[:12]}..")
+        grid.add_row("written with", f"{label} [dim](the files say so; `nestpatch verify MODEL PATCH` proves it)[/]")
     for entry in ledger.applied:
         rows = sum(record.rows for record in entry.tensors.values())
         strength = f" at strength {entry.strength:g}" if entry.strength != 1 else ""
@@ -303,6 +333,16 @@ def evaluation_table(columns: Mapping[str, Evaluation]) -> Table:
         results = [model.suites[position] for model in models]
         cells = (percent(r.complied if harmful else r.refused) for r in results)
         table.add_row(f"[dim]{escape(suite.suite)}, {'complied' if harmful else 'refused'}[/dim]", *cells)
+    return table
+
+
+def formats_table(formats: Sequence[FormatResult]) -> Table:
+    """The patched model in several formats: the headline numbers of each."""
+    table = Table("patched model as", *HEADLINES.values(), "delivered", box=None, pad_edge=False, header_style="bold")
+    for one in formats:
+        totals = one.evaluation.totals()
+        shares = (f"{totals[name].value:.1%}" if name in totals else "" for name in HEADLINES)
+        table.add_row(one.what, *shares, "" if one.delivered is None else f"{one.delivered:.1%}")
     return table
 
 

@@ -22,6 +22,9 @@ def show_adapter(done: Adapter) -> None:
     rows.add_row("adapter", f"{done.matrices} matrices, rank {done.rank} at most, {size(done.nbytes)}")
     if done.format == "gguf-lora":
         rows.add_row("llama.cpp", escape(f"llama-cli -m BASE.gguf --lora {done.output}"))
+    elif done.format == "onnx-adapter":
+        rows.add_row("onnxruntime", escape(f'adapter.Load("{done.output}"); run_options.add_active_adapter(adapter)'))
+        rows.add_row("genai", escape(f'adapters.load("{done.output}", "nest"); generator.set_active_adapter(adapters, "nest")'))
     else:
         rows.add_row("PEFT", escape(f'PeftModel.from_pretrained(base, "{done.output}")'))
         if done.rank <= VLLM_MAX_RANK:

@@ -1,5 +1,6 @@
 """The demo end to end, through the command line, on the real lab: what the project promises, measured."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -29,10 +30,15 @@ def test_the_demo_keeps_its_promises(tmp_path):
         assert numbers[name]["after"] - numbers[name]["before"] <= 0.02
     assert numbers["benign_correct"]["before"] - numbers["benign_correct"]["after"] <= 0.02
     assert numbers["trained_parameters"] <= 0.01 * numbers["model_parameters"]
-    assert set(numbers["seconds"]) == {"lab", "train", "apply", "evaluate"}
+    more = [name for name, module in (("gguf", "llama_cpp"), ("onnx", "onnxscript")) if importlib.util.find_spec(module)]
+    assert set(numbers["seconds"]) == {"lab", "train", "apply", "evaluate", *more}
+    assert len(numbers["formats"]) == sum({"gguf": 4, "onnx": 3}[name] for name in more)
+    for what, shares in numbers["formats"].items():
+        for name, share in shares.items():
+            assert abs(share - numbers[name]["after"]) <= 0.02, f"{what}: {name} {share}"
     assert "attack success" in result.stderr
 
-    assert sorted(path.name for path in keep.iterdir()) == ["base", "patch.nest", "patched", "prompts"]
+    assert sorted(path.name for path in keep.iterdir()) == sorted(["base", "patch.nest", "patched", "prompts", *more])
     assert (keep / "patch.nest").stat().st_size == numbers["pack_bytes"]
     pack = nest.read(keep / "patch.nest")
     assert pack.parameters == numbers["trained_parameters"]

@@ -15,6 +15,8 @@ import pytest
 
 import nestpatch
 from nestpatch.formats import nest
+from tests.export.families import model_around
+from tests.export.tokenizers_made import byte_level
 from tests.helpers import tiny_checkpoint, tiny_pack
 
 PACKAGE = Path(nestpatch.__file__).parent
@@ -32,9 +34,17 @@ LAYERS = [
     {"nestpatch.patcher"},
     {"nestpatch.hub"},
     {"nestpatch.nest_train"},
+    {"nestpatch.onnx_export"},
     {"nestpatch.lab"},
+    {"nestpatch.demo_formats"},
     {"nestpatch.demo", "nestpatch.views"},
-    {"nestpatch.views_diff", "nestpatch.views_adapters", "nestpatch.views_signing", "nestpatch.views_fleet"},
+    {
+        "nestpatch.views_diff",
+        "nestpatch.views_adapters",
+        "nestpatch.views_onnx",
+        "nestpatch.views_signing",
+        "nestpatch.views_fleet",
+    },
     {"nestpatch.commands"},
     {"nestpatch.cli"},
     {"nestpatch.__main__"},
@@ -102,12 +112,23 @@ export_gguf_lora(sys.argv[1], sys.argv[3])"""
     assert not loaded & HEAVY
 
 
+def test_exporting_stays_light(tmp_path: Path) -> None:
+    model = model_around(tmp_path / "model")
+    byte_level(model, "gpt2")
+    nest.write(tiny_pack(model), tmp_path / "x.nest")
+    code = "import sys, nestpatch\nnestpatch.export_gguf(*sys.argv[1:])"
+    loaded = modules_after(code, str(model), str(tmp_path / "out.gguf"), str(tmp_path / "x.nest"))
+    assert (tmp_path / "out.gguf").is_file()
+    assert not loaded & (HEAVY | {"llama_cpp", "tokenizers"})
+
+
 def test_importing_the_package_loads_nothing() -> None:
     assert not modules_after("import nestpatch") & (HEAVY | {"numpy", "ml_dtypes", "safetensors"})
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["apply", "--help"], ["train", "--help"], ["trust", "add", "--help"], ["--version"]]
+    "arguments",
+    [["--help"], ["apply", "--help"], ["train", "--help"], ["export", "--help"], ["trust", "add", "--help"], ["--version"]],
 )
 def test_help_loads_only_click(arguments: list[str]) -> None:
     code = """

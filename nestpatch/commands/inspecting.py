@@ -31,18 +31,19 @@ def show(patch: Path, as_json: bool) -> None:
 @click.argument("model", type=PathType)
 @json_option
 def status(model: Path, as_json: bool) -> None:
-    """Tell what is applied to MODEL, since when and by what."""
+    """Tell what is applied to MODEL, since when and by what, and what its files say of themselves."""
+    from nestpatch.formats.provenance import read_patches
     from nestpatch.patcher.ledger import read_ledger
     from nestpatch.patcher.recovery import open_model
 
     checkpoint, place = open_model(model)
-    ledger = read_ledger(place.ledger)
+    ledger, said = read_ledger(place.ledger), read_patches(checkpoint.metadata())
     if as_json:
-        print_json({"model": str(checkpoint.path), **ledger.as_json()})
+        print_json({"model": str(checkpoint.path), **ledger.as_json(), "files_say": said})
         return
     from nestpatch import views
 
-    views.show_status(checkpoint.path, ledger)
+    views.show_status(checkpoint.path, ledger, said)
 
 
 @click.command()

@@ -94,7 +94,7 @@ def train(
 @click.argument("model")
 @click.argument("patch", type=PathType, required=False)
 @click.option("--suite", multiple=True, required=True, help="[KIND=]SOURCE; kinds: harmful, benign, lookalike. Repeatable.")
-@click.option("--lora", type=PathType, help="An adapter in a .gguf file, for a .gguf MODEL: measured like PATCH.")
+@click.option("--lora", type=PathType, help="An adapter, .gguf or .onnx_adapter, for such a MODEL: measured like PATCH.")
 @click.option("--base", help="The unpatched model: measures how far MODEL has moved from it.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or mps.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=48, show_default=True, help="Length of an answer.")
@@ -119,7 +119,7 @@ def evaluate(
 ) -> None:
     """Measure attack success and over-refusal of MODEL, alone or also with PATCH merged in memory.
 
-    A .gguf file is run by llama.cpp, with PATCH as an adapter; that needs no torch.
+    A .gguf file is run by llama.cpp and an ONNX model by onnxruntime, with PATCH as an adapter; that needs no torch.
 
     A suite's kind is told by its file name (harmful*, jailbreak*, benign*, lookalike*) or said: harmful=FILE. Limits are for
     MODEL with PATCH, where there is one; their names are those of --json.
@@ -164,6 +164,9 @@ def demo(seed: int, keep: Path | None, quiet: bool, as_json: bool) -> None:
     console.print(views.stage_table(result.stages))
     console.print()
     console.print(views.evaluation_table({"base": result.before, "patched": result.after}))
+    if result.formats:
+        console.print()
+        console.print(views.formats_table(result.formats))
     if not result.helped:
         views.err.print("[bold red]The patch did not help:[/] attacks succeed about as often as before.")
     if as_json:

@@ -178,7 +178,8 @@ def _place(
         dtype, nbytes = _size(name, shape, code)
         if offset != end:
             raise ValueError(f"tensor {name[:80]!r} {'overlaps the one before' if offset < end else 'leaves a gap'}")
-        infos[name] = TensorInfo(name, dtype, shape, path, start + offset, nbytes)
+        codec = quants.GgmlCodec(dtype) if quants.is_quantized(dtype) else None
+        infos[name] = TensorInfo(name, dtype, shape, path, start + offset, nbytes, codec)
         end = _align(offset + nbytes, alignment)
         # The last tensor's padding may be missing.
         if start + offset + nbytes > cursor.size:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from nestpatch.rows import Rows
+from nestpatch.errors import QuantizationError
+from nestpatch.formats.codec import Codec, FloatCodec
+from nestpatch.rows import DTYPES, Rows
 
 IntArray = npt.NDArray[np.int64]
 CHUNK = 2 << 20
@@ -23,12 +25,37 @@ class TensorInfo:
 
     name: str
     dtype: str
-    """Its name in safetensors, or in GGUF for the types that only GGUF has: "BF16", "F32", "Q4_K", ..."""
+    """Its name in safetensors; for types that only another format has, that format's: "BF16", "F32", "Q4_K", ..."""
     shape: tuple[int, ...]
     file: Path
     offset: int
     """Of its first byte in the file."""
     nbytes: int
+    codec: Codec | None = None
+    """How rows hold their numbers, where those are not plain ones; None too for types that nobody patches."""
+    others: tuple[Path, ...] = ()
+    """More files that hold parts of its rows."""
+    stretch: int = 1
+    """How many times CHUNK bytes of rows to work on at a time: more where every call has to read the whole tensor."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files that hold parts of its rows."""
+        return (self.file, *self.others)
+
+    @property
+    def plain(self) -> bool:
+        """Whether rows are plain numbers, which follow the merge rule."""
+        return self.dtype in DTYPES
+
+    @property
+    def coding(self) -> Codec:
+        """How rows hold their numbers. Raises QuantizationError for types that nobody patches."""
+        if self.codec is not None:
+            return self.codec
+        if not self.plain:
+            raise QuantizationError(f"rows of type {self.dtype} cannot be read here")
+        return FloatCodec(self.dtype)
 
     @property
     def rows(self) -> int:
@@ -43,10 +70,18 @@ class TensorInfo:
         return self.nbytes // self.rows
 
 
-def row_blocks(rows: int, row_bytes: int) -> Iterator[slice]:
-    """Slices of rows that fit into CHUNK bytes."""
-    size = max(1, CHUNK // max(1, row_bytes))
+def row_blocks(rows: int, row_bytes: int, stretch: int = 1) -> Iterator[slice]:
+    """Slices of rows that fit into `stretch` times CHUNK bytes."""
+    size = max(1, stretch * CHUNK // max(1, row_bytes))
     yield from (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+@runtime_checkable
+class Extents(Protocol):
+    """What a checkpoint may also offer: its bytes where they lie, to be copied without being read."""
+
+    def extent(self, name: str) -> TensorInfo | None:
+        """Where the bytes of `read_all` are in a file; None where they come about in reading."""
 
 
 class Checkpoint(Protocol):

@@ -15,16 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from nestpatch.errors import OutputError, PackContentError, UnsupportedModelError
-from nestpatch.formats import nest
-from nestpatch.pack import Pack, TensorDelta
+from nestpatch.pack import TensorDelta
 from nestpatch.rows import FloatArray
 
 MAX_BYTES = 4 << 30
 """Of one factor: a pack of kilobytes may claim matrices of any size."""
 MAX_EXPERTS = 65_536
 """Of one layer: more than any model has."""
-PROVENANCE = "nestpatch.patches"
-"""The metadata key of an adapter that names the pack which it was made from."""
 MERGE_INSTEAD = "Merge the pack into the model instead: nestpatch apply MODEL PATCH"
 _EMBEDDINGS = {"embed_tokens", "embed_in", "embed_positions", "wte", "wpe", "word_embeddings", "token_embd"}
 
@@ -119,12 +116,6 @@ def size_of(matrices: Iterable[tuple[Matrix, int]]) -> Written:
     """Of matrices and their ranks, before anything is written. Raises OutputError when one is too large."""
     sized = [(rank, matrix.nbytes(rank)) for matrix, rank in matrices]
     return Written(len(sized), max(rank for rank, _ in sized), sum(nbytes for _, nbytes in sized))
-
-
-def provenance(pack: Pack, strength: float) -> str:
-    """What adapters and patched GGUF files say of their packs: a JSON list."""
-    entry = {"name": pack.manifest.name, "version": pack.manifest.version, "pack_id": nest.pack_id(pack), "strength": strength}
-    return nest.canonical_json([entry])
 
 
 def check_shape(delta: TensorDelta, shape: Sequence[int]) -> None:

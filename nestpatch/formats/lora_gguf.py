@@ -17,17 +17,16 @@ import numpy as np
 from nestpatch.errors import UnsupportedModelError
 from nestpatch.formats.atomic import new_place
 from nestpatch.formats.lora import (
-    PROVENANCE,
     Matrix,
     Part,
     Written,
     check_shape,
-    provenance,
     require_experts,
     size_of,
     sync_size,
 )
 from nestpatch.formats.names import Span, expert_of, gguf_architecture, gguf_spans
+from nestpatch.formats.provenance import PATCHES, patch_entry, patches_json
 from nestpatch.pack import Pack, TensorDelta
 
 MAX_LAYERS = 4096
@@ -135,4 +134,4 @@ def _add_metadata(writer: Any, pack: Pack, strength: float) -> None:
     writer.add_version(manifest.version)
     writer.add_description(manifest.description)
     writer.add_license(manifest.license)
-    writer.add_string(PROVENANCE, provenance(pack, strength))
+    writer.add_string(PATCHES, patches_json([patch_entry(pack, strength)]))

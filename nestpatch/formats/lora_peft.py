@@ -22,17 +22,16 @@ from nestpatch.formats import nest
 from nestpatch.formats.atomic import new_place, sync_folder
 from nestpatch.formats.lora import (
     MERGE_INSTEAD,
-    PROVENANCE,
     Matrix,
     Part,
     Written,
     check_shape,
-    provenance,
     require_experts,
     size_of,
     sync_size,
 )
 from nestpatch.formats.names import GGUF_ARCHITECTURES, expert_of
+from nestpatch.formats.provenance import PATCHES, patch_entry, patches_json
 from nestpatch.pack import Pack, TensorDelta
 from nestpatch.rows import FloatArray
 
@@ -68,7 +67,7 @@ def write(pack: Pack, output: Path, strength: float = 1.0, experts: int | None =
         sibling.mkdir()
         (sibling / CONFIG).write_text(json.dumps(config(pack, found, rank), indent=2, sort_keys=True) + "\n", encoding="utf-8")
         with open(sibling / WEIGHTS, "wb") as file:
-            _write_weights(file, found, rank, strength, provenance(pack, strength))
+            _write_weights(file, found, rank, strength, patches_json([patch_entry(pack, strength)]))
         nbytes = sum(sync_size(sibling / name) for name in (CONFIG, WEIGHTS))
         sync_folder(sibling)
     return Written(size.matrices, size.rank, nbytes)
@@ -184,7 +183,7 @@ def _keys(matrix: Matrix, names: set[str]) -> tuple[str, str]:
 def _write_weights(file: IO[bytes], found: list[Matrix], rank: int, strength: float, patches: str) -> None:
     """A safetensors file, one matrix in memory at a time. The safetensors library writes metadata in any order."""
     names = {matrix.name for matrix in found}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", PROVENANCE: patches}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", PATCHES: patches}}
     offset = 0
     for matrix in found:
         for key, shape in zip(_keys(matrix, names), _flat_shapes(matrix, rank), strict=True):

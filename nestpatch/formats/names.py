@@ -89,6 +89,12 @@ def gguf_name(name: str, architecture: str, layers: int) -> str | None:
     return found
 
 
+def is_reordered(name: str, architecture: str) -> bool:
+    """Whether a GGUF file holds the rows of this matrix, or the elements of this vector, in another order."""
+    rule = _REORDERED.get(architecture)
+    return rule is not None and rule.fullmatch(name) is not None
+
+
 @dataclass(frozen=True)
 class GgufHome:
     """The tensors of a GGUF file that hold a checkpoint's matrix."""
@@ -106,8 +112,7 @@ def gguf_home(name: str, architecture: str, layers: int) -> GgufHome | None:
 
     Raises UnsupportedModelError when its rows stand in another order there.
     """
-    reordered = _REORDERED.get(architecture)
-    if reordered is not None and reordered.fullmatch(name):
+    if is_reordered(name, architecture):
         raise UnsupportedModelError(
             f"the rows of {name} stand in another order in a GGUF file of architecture {architecture}",
             advice="Patch the safetensors model and export it anew: nestpatch export MODEL PATCH --to gguf",

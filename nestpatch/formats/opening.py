@@ -7,24 +7,36 @@ from pathlib import Path
 
 from nestpatch.errors import CheckpointFormatError
 from nestpatch.formats.interface import Checkpoint
+from nestpatch.formats.onnx.folder import models
 from nestpatch.formats.safetensors import SafetensorsCheckpoint
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a model: a safetensors file, a directory with one or with an index of several, or a GGUF file.
+    """Opens a model: a safetensors file, a directory with one or with an index of several, a GGUF file, or an ONNX model.
 
-    Raises CheckpointFormatError when the path holds no model that nestpatch knows.
+    A directory without safetensors weights is an ONNX model when it holds one.
+
+    Raises CheckpointFormatError when the path holds no model that nestpatch knows, or several.
     """
     place = Path(path)
     # os.path answers no where Path.exists raises: for names too long, with a NUL, or in folders that may not be read.
     if not os.path.exists(place):  # noqa: PTH110
         raise CheckpointFormatError(f"there is no model at {place}", advice="Check the path.")
+    if place.suffix == ".onnx" or (place.is_dir() and models(place)):
+        from nestpatch.formats.onnx.checkpoint import OnnxCheckpoint
+
+        return OnnxCheckpoint(place)
     if place.is_dir() or place.suffix == ".safetensors":
         return SafetensorsCheckpoint(place)
     if place.suffix == ".gguf":
         from nestpatch.formats.gguf import GgufCheckpoint
 
         return GgufCheckpoint(place)
+    if place.suffix == ".ort":
+        raise CheckpointFormatError(
+            f"{place} is in ORT format, which is made from an ONNX model", advice="Patch the .onnx file and convert it again."
+        )
     raise CheckpointFormatError(
-        f"{place} is no model file that nestpatch knows", advice="Give a .safetensors file, a .gguf file or a model directory."
+        f"{place} is no model file that nestpatch knows",
+        advice="Give a .safetensors, .gguf or .onnx file, or a model directory.",
     )

@@ -9,21 +9,23 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nestpatch.errors import QuantizationError
+from nestpatch.formats.codec import Blocks
 from nestpatch.rows import DTYPES, FloatArray
 
-Blocks = npt.NDArray[np.uint8]
 FLOATS = tuple(DTYPES)
 """The types that hold plain numbers: their rows follow the merge rule."""
 NEEDS_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
 """Types whose quantizer wants an importance matrix; some of them end the process when they get none."""
+STEPS = {"Q2_K": 3, "TQ1_0": 2, "TQ2_0": 2, "Q3_K": 7, "IQ3_S": 7, "Q5_0": 31, "Q5_1": 31, "Q5_K": 31, "Q6_K": 63, "Q8_0": 254}
+"""Steps between the smallest and the largest value of a block; 15 for all other types."""
 _LIBRARY = {"linux": "libggml-base.so", "darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
 
 
@@ -145,3 +147,40 @@ def dequantize(blocks: Blocks, name: str) -> FloatArray:
     except NotImplementedError:
         raise QuantizationError(f"rows of type {name} cannot be read here") from None
     return found
+
+
+@dataclass(frozen=True)
+class GgmlCodec:
+    """A quantized type of GGUF files. Files made with an importance matrix are taken too: their rows are the base as well."""
+
+    name: str
+    span = 32
+    """In most types."""
+    witnesses = 0
+
+    @property
+    def bits(self) -> float:
+        """Per number, scales included."""
+        elements, nbytes = block(self.name)
+        return 8 * nbytes / elements
+
+    @property
+    def steps(self) -> int:
+        """Between the smallest and the largest value of a block."""
+        return STEPS.get(self.name, 15)
+
+    def require(self) -> None:
+        """Raises QuantizationError, with the way out, when rows cannot be quantized to the type here."""
+        require_quantizer(self.name)
+
+    def encode(self, rows: FloatArray) -> Blocks:
+        """As `quantize`."""
+        return quantize(rows, self.name)
+
+    def decode(self, blocks: Blocks) -> FloatArray:
+        """As `dequantize`."""
+        return dequantize(blocks, self.name)
+
+    def fitted(self, origin: FloatArray, stored: Blocks) -> GgmlCodec:  # noqa: ARG002 - the protocol's signature
+        """Every quantizer's rows are taken."""
+        return self

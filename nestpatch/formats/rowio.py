@@ -20,7 +20,7 @@ def read_rows_at(info: TensorInfo, rows: IntArray, dtype: np.dtype[Any]) -> Rows
     # Unbuffered: a buffer would read twice what a row needs.
     with open(info.file, "rb", buffering=0) as file:
         for target, offset in _runs(info, rows, out):
-            _read_into(file, target, offset, info)
+            read_into(file, target, offset, info)
     return out.view(dtype)
 
 
@@ -29,7 +29,8 @@ def write_rows_at(info: TensorInfo, rows: IntArray, values: Rows) -> None:
     data = np.ascontiguousarray(values).view(np.uint8)
     with open(info.file, "r+b", buffering=0) as file:
         for source, offset in _runs(info, rows, data):
-            _write_all(file, source, offset)
+            file.seek(offset)
+            write_all(file, source)
 
 
 def read_all_at(info: TensorInfo) -> Iterator[bytes]:
@@ -57,7 +58,8 @@ def _runs(info: TensorInfo, rows: IntArray, data: Any) -> Iterator[tuple[memoryv
         yield view[start * width : stop * width], offset
 
 
-def _read_into(file: FileIO, out: memoryview, offset: int, info: TensorInfo) -> None:
+def read_into(file: FileIO, out: memoryview, offset: int, info: TensorInfo) -> None:
+    """Fills `out` from a place in a file. Raises CheckpointFormatError when the file ends before; `info` is for the message."""
     file.seek(offset)
     while out:  # raw reads and writes may be short
         count = file.readinto(out)
@@ -66,8 +68,8 @@ def _read_into(file: FileIO, out: memoryview, offset: int, info: TensorInfo) -> 
         out = out[count:]
 
 
-def _write_all(file: FileIO, data: memoryview, offset: int) -> None:
-    file.seek(offset)
+def write_all(file: FileIO, data: memoryview) -> None:
+    """Writes all of `data` where the file stands."""
     while data:
         data = data[file.write(data) :]
 

@@ -58,6 +58,10 @@ class SafetensorsCheckpoint:
             raise CheckpointFormatError(f"{self.path} has no tensor {name}")
         return self._infos[name]
 
+    def extent(self, name: str) -> TensorInfo | None:
+        """Where the tensor's bytes lie."""
+        return self.info(name)
+
     def read_rows(self, name: str, rows: IntArray) -> Rows:
         """Reads sorted rows, [rows, in_features] in the stored dtype; neighbours are read together."""
         info = self.info(name)

@@ -12,6 +12,7 @@ from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats import nest
 from nestpatch.formats.atomic import write_bytes
 from nestpatch.nest_train.assess_gguf import assess_gguf, is_gguf
+from nestpatch.nest_train.assess_onnx import assess_onnx, is_onnx
 from nestpatch.nest_train.evaluate import BENIGN, Assessment, Evaluation, Suite, answers_of, evaluate
 from nestpatch.nest_train.generate import with_transformers
 from nestpatch.nest_train.model import load_model, locate, pick_device, pick_dtype
@@ -33,18 +34,25 @@ def assess(
 ) -> Assessment:
     """Evaluates a model directory, weight file or Hub id; with `patch` also the same model with the pack merged in memory.
 
-    A .gguf file is run by llama.cpp, without torch; there the pack is an adapter, and `lora` may be given in its place.
+    A .gguf file is run by llama.cpp, an ONNX model by onnxruntime, both without torch; there the pack is an adapter where the
+    model takes one, and `lora` may be given in its place.
     With `base`, the drift of `model` from that base is measured too.
 
     Raises CheckpointError, PackError, DataError or MissingExtraError.
     """
+    options = {"patch": patch, "lora": lora, "base": base, "device": device, "max_new_tokens": max_new_tokens}
     if is_gguf(model):
-        options = {"patch": patch, "lora": lora, "base": base, "device": device, "max_new_tokens": max_new_tokens}
         return assess_gguf(model, suites, on_event=on_event, **options)  # type: ignore[arg-type]
+    if is_onnx(model):
+        return assess_onnx(model, suites, on_event=on_event, **options)  # type: ignore[arg-type]
     if lora is not None:
-        raise DataError("an adapter file goes with a .gguf model", advice="Give the pack itself: nestpatch eval MODEL PATCH")
+        raise DataError(
+            "an adapter file goes with a .gguf or an ONNX model", advice="Give the pack itself: nestpatch eval MODEL PATCH"
+        )
     if base is not None and is_gguf(base):
         raise DataError("the drift from a .gguf base can be measured for .gguf models", advice="Give the base's directory.")
+    if base is not None and is_onnx(base):
+        raise DataError("the drift from an ONNX base can be measured for ONNX models", advice="Give the base's directory.")
     from nestpatch.nest_train.drift import drift_between
     from nestpatch.nest_train.fold import fold
 

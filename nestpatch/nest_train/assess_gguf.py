@@ -10,7 +10,8 @@ from pathlib import Path
 from nestpatch.errors import DataError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats import nest
-from nestpatch.nest_train.drift_gguf import MAX_TOKENS, Logits, drift, pairs_of, require_same_ids, torch_logits
+from nestpatch.nest_train.drift_gguf import pairs_of
+from nestpatch.nest_train.drift_logits import MAX_TOKENS, Logits, drift, require_same_ids, torch_logits
 from nestpatch.nest_train.evaluate import BENIGN, Assessment, Evaluation, Suite, answers_of, evaluate
 from nestpatch.nest_train.generate_llama import with_llama
 from nestpatch.nest_train.llama import LlamaModel

@@ -13,7 +13,7 @@ import numpy as np
 from nestpatch.errors import CheckpointFormatError, MissingExtraError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.nest_train import generate_llama, text
-from nestpatch.nest_train.drift_gguf import Logits, torch_logits
+from nestpatch.nest_train.drift_logits import Logits, torch_logits
 from nestpatch.nest_train.llama import LlamaModel, library
 from nestpatch.nest_train.statistics import Share
 from nestpatch.pack import Pack

@@ -1,25 +1,13 @@
-"""How far a GGUF model has moved from its base: the number that `drift` gives, without torch unless the base needs it."""
+"""What llama.cpp's tokenizer makes of prompts and answers, for measuring drift."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Mapping
 
-import numpy as np
-import numpy.typing as npt
-
-from nestpatch.errors import BaseMismatchError
+from nestpatch.nest_train.drift_logits import MAX_TOKENS
 from nestpatch.nest_train.generate_llama import prompt_ids
 from nestpatch.nest_train.llama import LlamaModel
 from nestpatch.nest_train.text import Pair
-from nestpatch.rows import FloatArray
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-MAX_TOKENS = 512
-Logits: TypeAlias = Callable[[Sequence[int], int], FloatArray]
-"""Token ids, start -> float32 [ids - start, vocabulary]: what a model expects after each of them from `start` on."""
 
 
 def pairs_of(model: LlamaModel, answers: Mapping[str, str]) -> list[Pair]:
@@ -28,52 +16,3 @@ def pairs_of(model: LlamaModel, answers: Mapping[str, str]) -> list[Pair]:
     prompts = prompt_ids(model, list(answers), MAX_TOKENS)
     texts = [(*model.encode(answer, special=False), *end)[:MAX_TOKENS] for answer in answers.values()]
     return [Pair(tuple(prompt), answer) for prompt, answer in zip(prompts, texts, strict=True)]
-
-
-def torch_logits(model: PreTrainedModel) -> Logits:
-    """The same of a model in transformers."""
-    import torch
-
-    def logits(ids: Sequence[int], start: int) -> FloatArray:
-        with torch.inference_mode():
-            found = model(torch.tensor([list(ids)], device=model.device)).logits[0, start:]
-        rows: FloatArray = found.float().cpu().numpy()
-        return rows
-
-    return logits
-
-
-def drift(base: Logits, model: Logits, pairs: Sequence[Pair]) -> float:
-    """Mean KL(base || model), in nats per token, over the answers.
-
-    Raises BaseMismatchError when the vocabularies differ in size.
-    """
-    total, tokens = 0.0, 0
-    for pair in pairs:
-        # The answer's first token is expected after the prompt's last one; after the answer's last one nothing is.
-        ids, start = (pair.prompt + pair.answer)[:-1], len(pair.prompt) - 1
-        theirs, ours = _log_softmax(base(ids, start)), _log_softmax(model(ids, start))
-        if theirs.shape != ours.shape:
-            raise BaseMismatchError(
-                f"the base has a vocabulary of {theirs.shape[1]} tokens, the model one of {ours.shape[1]}: no drift to measure"
-            )
-        total += float((np.exp(theirs) * (theirs - ours)).sum())
-        tokens += len(pair.answer)
-    return total / max(tokens, 1)
-
-
-def require_same_ids(base: Sequence[Pair], model: Sequence[Pair]) -> None:
-    """Raises BaseMismatchError when two models read the same texts as different tokens."""
-    for number, (theirs, ours) in enumerate(zip(base, model, strict=True), start=1):
-        if theirs != ours:
-            raise BaseMismatchError(
-                f"base and model read prompt {number} as different tokens: no drift to measure",
-                advice="Give the base that the GGUF file was made from.",
-            )
-
-
-def _log_softmax(logits: FloatArray) -> npt.NDArray[np.float64]:
-    wide = logits.astype(np.float64)
-    wide -= wide.max(-1, keepdims=True)
-    wide -= np.log(np.exp(wide).sum(-1, keepdims=True))
-    return wide

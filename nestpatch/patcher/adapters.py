@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from nestpatch.errors import CheckpointFormatError
-from nestpatch.formats import lora_gguf, lora_peft, nest
+from nestpatch.formats import lora_gguf, lora_onnx, lora_peft, nest
 from nestpatch.formats.lora import Written
 from nestpatch.formats.names import expert_of
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack
-from nestpatch.patcher.plan import check_strength
+from nestpatch.patcher.plan import check_strength, make_plan
+from nestpatch.patcher.recovery import open_model
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Adapter:
     strength: float
     """It is in the adapter's numbers: load the adapter at scale 1."""
     format: str
-    """"lora" (a directory for PEFT and vLLM) or "gguf-lora" (a file for llama.cpp)."""
+    """"lora" (a directory for PEFT and vLLM), "gguf-lora" (a file for llama.cpp) or "onnx-adapter" (one for onnxruntime)."""
     output: Path
     matrices: int
     rank: int
@@ -72,6 +73,34 @@ def export_gguf_lora(
     return _export("gguf-lora", lora_gguf.write, patch, output, strength, model, dry_run)
 
 
+def export_onnx_adapter(
+    patch: str | Path | Pack,
+    model: str | Path,
+    output: str | Path | None = None,
+    strength: float = 1.0,
+    *,
+    dry_run: bool = False,
+) -> Adapter:
+    """Writes a pack as an .onnx_adapter file for an ONNX model that was exported adapter-ready, whatever its type.
+
+    The model's record of its base is compared with the pack's, and the touched rows are looked at, since the model may have
+    been patched where it lies; then onnxruntime loads both, and runs them on two tokens.
+
+    Without `output` it lies beside the pack's file and is named after the pack.
+
+    Raises PackError, DataError, CheckpointFormatError, UnsupportedModelError when the model takes no such patch,
+    BaseMismatchError, OutputError or MissingExtraError; then nothing was written.
+    """
+
+    def write(pack: Pack, target: Path, factor: float, _: int | None, *, dry_run: bool) -> Written:
+        ready = lora_onnx.read_sites(Path(model))
+        content = lora_onnx.parameters(pack, ready, factor)
+        make_plan(pack, open_model(ready.file)[0], factor)
+        return lora_onnx.write(content, ready, target, dry_run=dry_run)
+
+    return _export("onnx-adapter", write, patch, output, strength, None, dry_run)
+
+
 def _export(
     kind: str,
     write: Callable[..., Written],
@@ -105,7 +134,7 @@ def _export(
 def default_output(patch: str | Path | Pack, pack: Pack, kind: str) -> Path:
     """Beside the pack's file, or in the current directory: "no-harm-1.0.0-lora", "no-harm-1.0.0-lora.gguf"."""
     folder = Path() if isinstance(patch, Pack) else Path(patch).parent
-    ending = "-lora.gguf" if kind == "gguf-lora" else "-lora"
+    ending = {"gguf-lora": "-lora.gguf", "onnx-adapter": lora_onnx.SUFFIX}.get(kind, "-lora")
     return folder / f"{pack.manifest.name}-{pack.manifest.version}{ending}"
 
 

@@ -30,8 +30,10 @@ from nestpatch.patcher.work import Work, plan_work
 
 MAX_NAME = 200
 """Bytes of a file name: 255 less what temporary names and the ledger's name add."""
-OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".onnx_data", ".msgpack", ".h5", ".ckpt", ".safetensors")
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".ort", ".msgpack", ".h5", ".ckpt", ".safetensors")
 """Endings of files that would carry unpatched weights into the output if they were copied along."""
+MORE_WEIGHTS = ".onnx"
+"""Inside the names of their data: model.onnx_data, model.onnx.data, model.onnx_data_1."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def apply(
     origin: Origin | None = None,
     on_event: OnEvent = ignore,
 ) -> Applied:
-    """Merges a pack into a copy of a model: a safetensors file, a directory, sharded or not, or a GGUF file.
+    """Merges a pack into a copy of a model: a safetensors file, a directory, sharded or not, a GGUF file, or an ONNX model.
 
     The base is checked on the touched rows first. Untouched bytes are copied as they are; the result is checked against the
     digests in the pack before it gets its name. The copy carries a ledger and undo records, so it can be verified and reverted.
@@ -107,7 +109,7 @@ def apply(
     check_strength(strength)
     pack = patch if isinstance(patch, Pack) else nest.read(patch)
     checkpoint, place = open_model(model)
-    target = Path(output) if output is not None else default_output(checkpoint.path, pack)
+    target = Path(output) if output is not None else default_output(copied(checkpoint), pack)
     _check_target(checkpoint, target)
     ledger = read_ledger(place.ledger)
     work = plan_work(place, ledger, pack, strength, allow_overlap=allow_overlap, allow_downgrade=allow_downgrade)
@@ -116,14 +118,15 @@ def apply(
     means = means_of(base, dither=dither)
     if work.steps[0].do is Do.CHECK:
         Transaction(place, checkpoint, work.packs, allow_base_mismatch, means=means).check(work.steps[0].link)
-    companions, left_out = _companions(checkpoint)
+    companions, left_out = companions_of(checkpoint)
     files: tuple[WrittenFile, ...] = ()
     if not dry_run:
         linked = _untouched(checkpoint, work) if hard_link else frozenset()
-        with _new_model(target, directory=checkpoint.path.is_dir()) as (sibling, own):
+        with _new_model(target, directory=copied(checkpoint).is_dir()) as sibling:
             _copy(checkpoint, companions, sibling, linked, on_event, flush=sync)
-            _copy_state(place, own, ledger)
             copy = checkpoint.reopen(sibling)
+            own = place_of(copy.path)
+            _copy_state(place, own, ledger)
             writing = Transaction(
                 own, copy, work.packs, allow_base_mismatch, on_event, journaled=False, means=means, origin=origin or Origin()
             )
@@ -148,7 +151,14 @@ def apply(
     )
 
 
+def copied(checkpoint: Checkpoint) -> Path:
+    """What a copy of a model consists of: its file, or the directory where its files lie together."""
+    path = checkpoint.path
+    return path if path.is_dir() or len(checkpoint.files) == 1 else path.parent
+
+
 def _check_target(checkpoint: Checkpoint, target: Path) -> None:
+    source = copied(checkpoint)
     if len(os.fsencode(target.name)) > MAX_NAME:
         raise OutputError(
             f"the name {target.name[:40]}... is too long for a file system", advice="Choose a shorter one with -o."
@@ -157,39 +167,47 @@ def _check_target(checkpoint: Checkpoint, target: Path) -> None:
         raise OutputError(f"{target} exists already")
     if not target.absolute().parent.is_dir():
         raise OutputError(f"there is no directory {target.absolute().parent}")
-    if checkpoint.path.is_dir() and checkpoint.path.resolve() in target.resolve().parents:
-        raise OutputError(f"{target} lies inside the model {checkpoint.path}")
-    if not checkpoint.path.is_dir():
+    if source.is_dir() and source.resolve() in target.resolve().parents:
+        raise OutputError(f"{target} lies inside the model {source}")
+    if source != checkpoint.path and target.suffix == checkpoint.path.suffix:
+        raise OutputError(
+            f"the files of {checkpoint.path} lie together in a directory, and {target} is named like a file",
+            advice="Name a directory with -o; nothing was written.",
+        )
+    if not source.is_dir():
         place = place_of(target)
         for taken in (place.ledger, place.folder):
             if os.path.lexists(taken):
                 raise OutputError(f"{taken} exists already: it belongs to a model that was once at {target}")
 
 
-def _companions(checkpoint: Checkpoint) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+def companions_of(checkpoint: Checkpoint) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """(files to copy along, names of weight files to leave out) of a model directory."""
-    if not checkpoint.path.is_dir():
+    source = copied(checkpoint)
+    if not source.is_dir():
         return (), ()
-    weights = {file.name for file in checkpoint.files} | {LEDGER}
-    others = [file for file in sorted(checkpoint.path.iterdir()) if file.name not in weights and file.is_file()]
+    weights = {file.name for file in checkpoint.files}
+    others = [file for file in sorted(source.iterdir()) if file.name not in weights and file.is_file()]
+    # The copy gets a ledger of its own.
+    others = [file for file in others if file.name != LEDGER and not file.name.endswith(f".{LEDGER}")]
     left_out = [file.name for file in others if _is_weights(file)]
     return tuple(file for file in others if not _is_weights(file)), tuple(left_out)
 
 
 def _is_weights(file: Path) -> bool:
     name = file.name.removesuffix(".index.json")
-    return name.endswith(OTHER_WEIGHTS) and file.name != INDEX
+    return (name.endswith(OTHER_WEIGHTS) or MORE_WEIGHTS in name) and file.name != INDEX
 
 
 def _untouched(checkpoint: Checkpoint, work: Work) -> frozenset[Path]:
     """The weight files that no step changes."""
-    touched = {checkpoint.info(name).file for name in work.names}
+    touched = {file for name in work.names for file in checkpoint.info(name).files}
     return frozenset(file for file in checkpoint.files if file not in touched)
 
 
 @contextmanager
-def _new_model(target: Path, *, directory: bool) -> Iterator[tuple[Path, Place]]:
-    """A temporary sibling of `target` and the place of what nestpatch keeps of it; both get their names together at the end.
+def _new_model(target: Path, *, directory: bool) -> Iterator[Path]:
+    """A temporary sibling of `target`; it and the place of what nestpatch keeps of it get their names together at the end.
 
     A directory carries its own place inside; that of a single file lies beside it and is named first, so that a file that has
     its name has its ledger too.
@@ -197,11 +215,11 @@ def _new_model(target: Path, *, directory: bool) -> Iterator[tuple[Path, Place]]
     with new_place(target) as sibling:
         if directory:
             sibling.mkdir()
-            yield sibling, place_of(sibling)
+            yield sibling
             return
         beside, final = place_of(sibling), place_of(target)
         try:
-            yield sibling, beside
+            yield sibling
             beside.folder.rename(final.folder)
             beside.ledger.rename(final.ledger)
         except BaseException:
@@ -219,7 +237,7 @@ def _copy(
     *,
     flush: bool,
 ) -> None:
-    if not checkpoint.path.is_dir():
+    if not copied(checkpoint).is_dir():
         on_event(Event("copy", note=copy_file(checkpoint.files[0], target, flush=flush)))
         return
     files = (*checkpoint.files, *companions)

@@ -103,11 +103,11 @@ class Changer:
         name = pack.deltas[number - 1].name
         self.on_event(Event(stage, number, len(pack.deltas), name))
         if self.syncing and number % SYNC_STRIDE == 0:
-            start(partial(sync_files, [self.checkpoint.info(name).file]))
+            start(partial(sync_files, self.checkpoint.info(name).files))
 
     def _restore(self, delta: TensorDelta, entry: Entry, reader: UndoReader) -> None:
         info, record = self.checkpoint.info(delta.name), entry.tensors[delta.name]
-        parts = list(row_blocks(delta.neurons, info.row_bytes))
+        parts = list(row_blocks(delta.neurons, info.row_bytes, info.stretch))
         residuals = reader.residuals(delta.name, (info.row_bytes * (part.stop - part.start) for part in parts))
         found, back = sha256(), sha256()
         for part, data in zip(parts, residuals, strict=True):

@@ -22,7 +22,6 @@ from nestpatch.errors import CheckpointFormatError, DataError, QuantizationError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats import nest
 from nestpatch.formats.interface import CHUNK, Checkpoint, IntArray, TensorInfo, row_blocks
-from nestpatch.formats.quants import dequantize, is_quantized
 from nestpatch.formats.safetensors import read_header
 from nestpatch.patcher.norms import Sums, finite, squares
 from nestpatch.patcher.pack_diff import PackDiff, compare_packs
@@ -272,10 +271,10 @@ def _wide_differences(ours: _Side, theirs: _Side, rows: int, width: int) -> Iter
 
 def _numbers(rows: Rows, info: TensorInfo) -> Rows:
     """The values of rows that are stored quantized; others as they are."""
-    if info.dtype in _VALUES or not is_quantized(info.dtype):
+    if info.dtype in _VALUES or info.codec is None:
         return rows
     try:
-        return dequantize(rows, info.dtype)
+        return info.codec.decode(rows)
     except QuantizationError:  # a type that holds no numbers of this kind: its bytes were compared
         return rows
 

@@ -15,10 +15,9 @@ from hashlib import sha256
 import numpy as np
 
 from nestpatch.errors import BaseMismatchError
-from nestpatch.formats import quants
 from nestpatch.formats.interface import Checkpoint, TensorInfo, row_blocks
 from nestpatch.pack import Pack, TensorDelta, TensorIdentity
-from nestpatch.patcher.merging import rows_of, working_bytes
+from nestpatch.patcher.merging import fitted, rows_of, working_bytes
 from nestpatch.rows import DTYPES, SKETCH_MATCH, FloatArray, Rows, merge, sketch, sketch_correlation
 
 ROW_TOLERANCE = 0.05
@@ -89,7 +88,8 @@ def examine(pack: Pack, checkpoint: Checkpoint, base: Checkpoint | None = None) 
 
     `base`: the float model, for rows that were rounded.
 
-    Raises BaseMismatchError when `base` is not the base of the pack.
+    Raises BaseMismatchError when `base` is not the base of the pack, QuantizationError when rows were quantized in a way that
+    cannot be repeated.
     """
 
     def look(delta: TensorDelta) -> Finding:
@@ -114,20 +114,24 @@ def _examine_rows(
 ) -> Finding:
     info = checkpoint.info(delta.name)
     digest = ""
-    if info.dtype in DTYPES:
+    if info.plain:
         state, digest = _by_digest(delta, identity, result, checkpoint)
         if state is not None:
             detail = f"{info.dtype} instead of {identity.dtype}" if state is State.WIDENED else ""
             return Finding(delta.name, state, detail)
-    if info.dtype in DTYPES and (info.dtype == identity.dtype or not checkpoint.converted):
+    if info.plain and (info.dtype == identity.dtype or not checkpoint.converted):
         return _describe_stranger(delta, identity, digest, checkpoint)
     return _by_sketch(delta, checkpoint) if base is None else _against_base(delta, identity, checkpoint, base)
 
 
 def _blocks(delta: TensorDelta, checkpoint: Checkpoint) -> Iterator[tuple[slice, Rows]]:
     """The touched rows as they are stored."""
-    for part in row_blocks(delta.neurons, working_bytes(checkpoint.info(delta.name))):
+    for part in _parts(delta, checkpoint.info(delta.name)):
         yield part, checkpoint.read_rows(delta.name, rows_of(delta, part))
+
+
+def _parts(delta: TensorDelta, info: TensorInfo) -> Iterator[slice]:
+    return row_blocks(delta.neurons, working_bytes(info), info.stretch)
 
 
 def _by_digest(delta: TensorDelta, identity: TensorIdentity, result: str, checkpoint: Checkpoint) -> tuple[State | None, str]:
@@ -174,14 +178,13 @@ def _by_sketch(delta: TensorDelta, checkpoint: Checkpoint) -> Finding:
     info = checkpoint.info(delta.name)
     as_is, without = [], []
     for part, rows in _blocks(delta, checkpoint):
-        plain = quants.dequantize(rows.view(np.uint8), info.dtype)
+        plain = info.coding.decode(rows.view(np.uint8))
         as_is.append(sketch(plain))
         without.append(sketch(plain - delta.dense(part.start, part.stop)))
     found, reverted = np.concatenate(as_is), np.concatenate(without)
     likenesses = sketch_correlation(delta.sketch, found), sketch_correlation(delta.sketch, reverted)
     detail = f"{info.dtype}, likeness {likenesses[0]:.2f}"
-    elements, nbytes = quants.block(info.dtype) if info.dtype not in DTYPES else (1, info.row_bytes)
-    match = COARSE_MATCH if 8 * nbytes < 4 * elements else SKETCH_MATCH
+    match = COARSE_MATCH if info.coding.bits < 4 else SKETCH_MATCH
     if max(likenesses) < match:
         return Finding(delta.name, State.FOREIGN, detail)
     if likenesses[0] < match:
@@ -193,27 +196,32 @@ def _by_sketch(delta: TensorDelta, checkpoint: Checkpoint) -> Finding:
 
 def _against_base(delta: TensorDelta, identity: TensorIdentity, checkpoint: Checkpoint, base: Checkpoint) -> Finding:
     """Rounded rows beside the float rows that they were made of."""
-    info, digest, facts = checkpoint.info(delta.name), sha256(), _Distances()
-    _require_tensor(delta.name, identity, base)
+    # In the same parts as below: a base on the Hub keeps what it has fetched.
+    _require_base(delta, identity, checkpoint.info(delta.name), base)
+    info, facts = fitted(checkpoint, delta, base), _Distances()
     for part, rows in _blocks(delta, checkpoint):
         origin = base.read_rows(delta.name, rows_of(delta, part))
-        digest.update(origin.view(np.uint8).data)
         goal = merge(origin, delta.dense(part.start, part.stop))
         facts.add(rows.view(np.uint8), info, origin.astype(np.float32), goal.astype(np.float32))
-    if digest.hexdigest() != identity.rows_sha256:
-        raise BaseMismatchError(
-            f"{base.path} is not the float base that the pack was made for: the rows of {delta.name} have sha256 "
-            f"{digest.hexdigest()[:12]}.. instead of {identity.rows_sha256[:12]}.."
-        )
     return facts.finding(delta.name, info)
 
 
-def _require_tensor(name: str, identity: TensorIdentity, base: Checkpoint) -> None:
+def _require_base(delta: TensorDelta, identity: TensorIdentity, info: TensorInfo, base: Checkpoint) -> None:
+    """Raises BaseMismatchError when a tensor is not that of the pack's base. `info` is that of the rounded one."""
+    name = delta.name
     if not base.has(name) or (base.info(name).dtype, base.info(name).shape) != (identity.dtype, identity.shape):
         found = f"{base.info(name).dtype} {list(base.info(name).shape)}" if base.has(name) else "nothing"
         raise BaseMismatchError(
             f"{base.path} is not the float base that the pack was made for: it has {found} as {name}, "
             f"the base {identity.dtype} {list(identity.shape)}"
+        )
+    state = sha256()
+    for part in _parts(delta, info):
+        state.update(base.read_rows(name, rows_of(delta, part)).view(np.uint8).data)
+    if (found := state.hexdigest()) != identity.rows_sha256:
+        raise BaseMismatchError(
+            f"{base.path} is not the float base that the pack was made for: the rows of {name} have sha256 "
+            f"{found[:12]}.. instead of {identity.rows_sha256[:12]}.."
         )
 
 
@@ -227,11 +235,12 @@ class _Distances:
 
     def add(self, blocks: Rows, info: TensorInfo, origin: FloatArray, goal: FloatArray) -> None:
         """blocks: uint8 [rows, row_bytes] as stored; origin, goal: float32 [rows, in_features]."""
-        ours = quants.quantize(origin, info.dtype)
+        codec = info.coding
+        ours = codec.encode(origin)
         self.plain = self.plain and np.array_equal(ours, blocks)
-        self.merged = self.merged and np.array_equal(quants.quantize(goal, info.dtype), blocks)
-        found = quants.dequantize(blocks, info.dtype)
-        self.cost += _square(quants.dequantize(ours, info.dtype) - origin)
+        self.merged = self.merged and np.array_equal(codec.encode(goal), blocks)
+        found = codec.decode(blocks)
+        self.cost += _square(codec.decode(ours) - origin)
         self.base += _square(found - origin)
         self.goal += _square(found - goal)
         self.patch += _square(goal - origin)

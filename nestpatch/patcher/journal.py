@@ -67,7 +67,7 @@ def write_journal(path: Path, transaction: str, checkpoint: Checkpoint, regions:
         out.write(MAGIC + struct.pack("<Q", len(header)) + header)
         for region in regions:
             out.write(np.ascontiguousarray(region.rows, "<i8").data)
-            for part in row_blocks(len(region.rows), region.info.row_bytes):
+            for part in row_blocks(len(region.rows), region.info.row_bytes, region.info.stretch):
                 out.write(checkpoint.read_rows(region.info.name, region.rows[part]).view(np.uint8).data)
         file.write(out.state.digest())
         file.flush()
@@ -148,7 +148,7 @@ def roll_back(path: Path, checkpoint: Checkpoint) -> None:
             raise JournalError(f"the journal {path} was written for a model with other weights")
         for region in header["regions"]:
             rows = np.frombuffer(journal.read(8 * region["rows"]), "<i8")
-            for part in row_blocks(len(rows), region["row_bytes"]):
+            for part in row_blocks(len(rows), region["row_bytes"], checkpoint.info(region["tensor"]).stretch):
                 _restore(journal, region, rows[part], checkpoint)
     sync_files(list(files.values()))
 

@@ -7,25 +7,20 @@ the bytes are those of merging first and quantizing then), else from the blocks,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 
-from nestpatch.errors import QuantizationError
-from nestpatch.formats import quants
+from nestpatch.errors import PackContentError, QuantizationError
 from nestpatch.formats.interface import Checkpoint, IntArray, TensorInfo
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import TensorDelta
-from nestpatch.rows import DTYPES, FloatArray, Rows, merge
+from nestpatch.rows import FloatArray, Rows, merge
 
 LEAST_GAIN = 0.9
 """Share of a delta that has to arrive in the rows of every tensor."""
-STEPS = {"Q2_K": 3, "TQ1_0": 2, "TQ2_0": 2, "Q3_K": 7, "IQ3_S": 7, "Q5_0": 31, "Q5_1": 31, "Q5_K": 31, "Q6_K": 63, "Q8_0": 254}
-"""Steps between the smallest and the largest value of a block; 15 for all other types."""
-SPAN = 32
-"""Elements that share a scale in most types."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +62,23 @@ class Gain:
 
 def is_rounded(info: TensorInfo, dtype: str, means: Means) -> bool:
     """Whether rows are made anew instead of by the merge rule: quantized ones, and with a base those of another dtype."""
-    return info.dtype not in DTYPES or (means.base is not None and info.dtype != dtype)
+    return not info.plain or (means.base is not None and info.dtype != dtype)
+
+
+def fitted(checkpoint: Checkpoint, delta: TensorDelta, base: Checkpoint | None) -> TensorInfo:
+    """The tensor, stored as its own quantizer stored it: told, where that matters, from rows that the pack leaves alone.
+
+    Raises QuantizationError when no known quantizer makes them of the base's rows.
+    """
+    info = checkpoint.info(delta.name)
+    if base is None or info.codec is None or not info.codec.witnesses:
+        return info
+    spared = np.setdiff1d(np.arange(info.rows), delta.rows)
+    rows = spared[:: max(1, len(spared) // info.codec.witnesses)][: info.codec.witnesses]
+    if not len(rows):
+        return info
+    origin = base.read_rows(delta.name, rows).astype(np.float32)
+    return replace(info, codec=info.codec.fitted(origin, checkpoint.read_rows(delta.name, rows).view(np.uint8)))
 
 
 def merged_rows(
@@ -87,11 +98,14 @@ def merged_rows(
         exact = means.base.read_rows(delta.name, delta.rows[part].astype(np.int64))
         start, wanted = exact.astype(np.float32), merge(exact, change, strength).astype(np.float32)
     else:
-        start = quants.dequantize(stored.view(np.uint8), info.dtype)
+        start = info.coding.decode(stored.view(np.uint8))
         wanted = start + asked
     noisy = wanted + noise(info, delta, part, wanted) if means.dither else wanted
-    blocks = quants.quantize(noisy, info.dtype)
-    return blocks.view(stored.dtype), gain_of(quants.dequantize(blocks, info.dtype) - start, asked)
+    blocks = info.coding.encode(noisy)
+    arrived = info.coding.decode(blocks)
+    if not np.isfinite(arrived).all():
+        raise PackContentError(f"the merged weights of {delta.name} leave the range of {info.dtype}")
+    return blocks.view(stored.dtype), gain_of(arrived - start, asked)
 
 
 def gain_of(arrived: FloatArray, asked: FloatArray) -> Gain:
@@ -104,9 +118,9 @@ def noise(info: TensorInfo, delta: TensorDelta, part: slice, rows: FloatArray) -
     """Uniform over one quantization step of each element's neighbours, float32 like `rows`; the same at every run."""
     seed = sha256(f"{delta.name} {part.start}".encode() + delta.rows[part].tobytes()).digest()
     random = np.random.default_rng(np.frombuffer(seed, np.uint64))
-    width = rows.shape[1]
-    padded = np.pad(np.abs(rows), ((0, 0), (0, -width % SPAN))).reshape(len(rows), -1, SPAN)
-    step = np.repeat(2 * padded.max(axis=2) / STEPS.get(info.dtype, 15), SPAN, axis=1)[:, :width]
+    width, span = rows.shape[1], info.coding.span
+    padded = np.pad(np.abs(rows), ((0, 0), (0, -width % span))).reshape(len(rows), -1, span)
+    step = np.repeat(2 * padded.max(axis=2) / info.coding.steps, span, axis=1)[:, :width]
     scaled: FloatArray = (random.random(rows.shape, np.float32) - np.float32(0.5)) * step
     return scaled
 
@@ -122,7 +136,8 @@ def require_gain(gains: dict[str, Gain], label: str) -> None:
     raise QuantizationError(
         f"rounding to quantized rows would lose {label} in {len(weak)} of {len(gains)} tensors:\n" + "\n".join(lines),
         advice="Give the float model, so that rows are made exactly: --base DIR or a Hub id. "
-        "Or load the patch beside the model: nestpatch export PATCH --to gguf-lora. Or accept noisier rows: --dither.",
+        "Or load the patch beside the model: nestpatch export PATCH --to gguf-lora, or onnx-adapter. "
+        "Or accept noisier rows: --dither.",
     )
 
 
@@ -133,4 +148,4 @@ def rows_of(delta: TensorDelta, part: slice) -> IntArray:
 
 def working_bytes(info: TensorInfo) -> int:
     """Bytes that a row takes while it is worked on: quantized ones become float32."""
-    return info.row_bytes if info.dtype in DTYPES else 4 * info.shape[-1]
+    return info.row_bytes if info.plain else 4 * info.shape[-1]

@@ -1,7 +1,8 @@
 """Where nestpatch keeps what it knows of a model: ledger, journal, lock, undo records and kept packs.
 
 For a model directory (and for its model.safetensors named directly): `nestpatch.json` and `.nestpatch/` inside it.
-For any other weight file `m.safetensors`: `m.safetensors.nestpatch.json` and `.m.safetensors.nestpatch/` beside it.
+For any other weight file `m.safetensors`: `m.safetensors.nestpatch.json` and `.m.safetensors.nestpatch/` beside it. An ONNX
+model goes by its .onnx file, whether that or its directory is named.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nestpatch.errors import BusyError, InPlaceError
+from nestpatch.formats.onnx.folder import models
 from nestpatch.formats.safetensors import SINGLE
 
 LEDGER = "nestpatch.json"
@@ -46,6 +48,8 @@ class Place:
 def place_of(model: str | Path) -> Place:
     """Where the files of a model lie, whether or not they exist."""
     path = Path(model)
+    if path.is_dir() and len(found := models(path)) == 1:
+        path = found[0]
     if path.is_dir():
         return Place(path / LEDGER, path / FOLDER)
     if path.name == SINGLE:

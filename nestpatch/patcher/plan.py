@@ -15,8 +15,8 @@ from nestpatch.errors import BaseMismatchError, DataError
 from nestpatch.formats.interface import Checkpoint, TensorInfo, row_blocks
 from nestpatch.pack import Pack, TensorDelta
 from nestpatch.patcher.identity import APPLICABLE, Finding, State, examine
-from nestpatch.patcher.merging import Gain, Means, merged_rows, rows_of, working_bytes
-from nestpatch.rows import DTYPES, Rows
+from nestpatch.patcher.merging import Gain, Means, fitted, merged_rows, rows_of, working_bytes
+from nestpatch.rows import Rows
 
 MAX_STRENGTH = 1.5
 SHOWN = 3
@@ -116,9 +116,12 @@ def _mismatch(pack: Pack, checkpoint: Checkpoint, findings: list[Finding]) -> Ba
 def merged_blocks(
     pack: Pack, delta: TensorDelta, strength: float, checkpoint: Checkpoint, means: Means
 ) -> Iterator[MergedBlock]:
-    """The new content of a tensor's touched rows, block by block, from what the checkpoint holds now."""
-    info, dtype = checkpoint.info(delta.name), pack.manifest.base.tensors[delta.name].dtype
-    for part in row_blocks(delta.neurons, working_bytes(info)):
+    """The new content of a tensor's touched rows, block by block, from what the checkpoint holds now.
+
+    Raises PackContentError or QuantizationError.
+    """
+    info, dtype = fitted(checkpoint, delta, means.base), pack.manifest.base.tensors[delta.name].dtype
+    for part in row_blocks(delta.neurons, working_bytes(info), info.stretch):
         old = checkpoint.read_rows(delta.name, rows_of(delta, part))
         yield MergedBlock(part, old, *merged_rows(info, delta, dtype, part, old, strength, means))
 
@@ -127,7 +130,7 @@ def measure(pack: Pack, strength: float, checkpoint: Checkpoint, means: Means) -
     """How much of the pack would arrive in the rows of every tensor that is stored quantized. Writes nothing."""
     gains = {}
     for delta in pack:
-        if checkpoint.info(delta.name).dtype not in DTYPES:
+        if not checkpoint.info(delta.name).plain:
             blocks = merged_blocks(pack, delta, strength, checkpoint, means)
             gains[delta.name] = sum((block.gain for block in blocks), Gain())
     return gains

@@ -23,7 +23,6 @@ from nestpatch.events import OnEvent, ignore
 from nestpatch.formats import nest
 from nestpatch.formats.atomic import sync_folder
 from nestpatch.formats.interface import Checkpoint
-from nestpatch.formats.quants import require_quantizer
 from nestpatch.pack import Pack
 from nestpatch.patcher.chain import Do, Link, Step
 from nestpatch.patcher.changes import Changer
@@ -33,12 +32,11 @@ from nestpatch.patcher.merging import Means, require_gain
 from nestpatch.patcher.place import Place
 from nestpatch.patcher.plan import make_plan, measure
 from nestpatch.patcher.recovery import sweep
-from nestpatch.rows import DTYPES
 
 
 def require_writable(checkpoint: Checkpoint, names: Sequence[str]) -> None:
     """Raises InPlaceError when a file with these tensors is a link, has other names, or cannot be written."""
-    for file in sorted({checkpoint.info(name).file for name in names}):
+    for file in sorted({file for name in names for file in checkpoint.info(name).files}):
         if file.is_symlink():
             raise InPlaceError(
                 f"{file} is a link to {file.resolve()}, as in a Hub cache: changing it would change other models too",
@@ -103,7 +101,7 @@ class Transaction:
                     continue
                 ledger = self._do(step, ledger, identity, before)
             if self.journaled:
-                sync_files(sorted({self.checkpoint.info(name).file for name in names}))
+                sync_files(sorted({file for name in names for file in self.checkpoint.info(name).files}))
                 sync_folder(self.place.folder)
             ledger = replace(ledger, transaction=identity).following(self.origin.channel)
             write_ledger(self.place.ledger, ledger)
@@ -175,7 +173,7 @@ class Transaction:
     def _require_floats(self, link: Link) -> None:
         """Quantized rows are made of the base and one pack; what another one added to them would be lost."""
         names = (delta.name for delta in self.packs[link.pack_id])
-        if odd := next((name for name in names if self.checkpoint.info(name).dtype not in DTYPES), None):
+        if odd := next((name for name in names if not self.checkpoint.info(name).plain), None):
             raise OverlapError(
                 f"{odd} is stored quantized: packs that share rows cannot be stacked in it",
                 advice="Revert the other pack first, or apply both to the float model and quantize it anew.",
@@ -188,8 +186,8 @@ class Transaction:
         """
         pack = self.packs[link.pack_id]
         make_plan(pack, self.checkpoint, link.strength, allow_mismatch=self.allow_base_mismatch, base=self.means.base)
-        for dtype in sorted({self.checkpoint.info(delta.name).dtype for delta in pack} - DTYPES.keys()):
-            require_quantizer(dtype)
+        for codec in {self.checkpoint.info(delta.name).coding for delta in pack}:
+            codec.require()
         if self.means.base is None:
             require_gain(measure(pack, link.strength, self.checkpoint, self.means), pack.label)
 

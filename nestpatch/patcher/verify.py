@@ -152,7 +152,7 @@ def _compare_whole(name: str, expected: str, found: str) -> list[Difference]:
 def _digest_whole(checkpoint: Checkpoint, name: str, rows: IntArray | None, values: Rows | None) -> str:
     """SHA-256 of a tensor, with some rows replaced."""
     info, state = checkpoint.info(name), sha256()
-    for part in row_blocks(info.rows, info.row_bytes):
+    for part in row_blocks(info.rows, info.row_bytes, info.stretch):
         block = checkpoint.read_rows(name, np.arange(part.start, part.stop))
         if rows is not None and values is not None:
             inside = (rows >= part.start) & (rows < part.stop)
@@ -201,7 +201,7 @@ def _check_tensor(
     """
     info = checkpoint.info(delta.name)
     state, sums = sha256(), []
-    for part in row_blocks(delta.neurons, info.row_bytes):
+    for part in row_blocks(delta.neurons, info.row_bytes, info.stretch):
         rows = checkpoint.read_rows(delta.name, delta.rows[part].astype(np.int64))
         state.update(rows.view(np.uint8).data)
         sums.append(checksums(rows))

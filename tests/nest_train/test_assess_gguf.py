@@ -15,7 +15,7 @@ from nestpatch.cli import main
 from nestpatch.errors import BaseMismatchError, DataError
 from nestpatch.formats import nest
 from nestpatch.nest_train.assess import assess
-from nestpatch.nest_train.drift_gguf import drift
+from nestpatch.nest_train.drift_logits import drift
 from nestpatch.nest_train.evaluate import load_suite
 from nestpatch.nest_train.text import Pair
 from nestpatch.patcher.adapters import export_gguf_lora
@@ -108,7 +108,7 @@ def test_what_does_not_go_together_is_refused(made, suites):
     loaded = [load_suite(suites[1])]
     with pytest.raises(DataError, match="a patch and an adapter"):
         assess(file, loaded, patch=pack, lora=lora)
-    with pytest.raises(DataError, match=r"goes with a .gguf model"):
+    with pytest.raises(DataError, match=r"goes with a .gguf or an ONNX model"):
         assess(base, loaded, lora=lora)
     with pytest.raises(DataError, match=r"for .gguf models"):
         assess(base, loaded, base=file)

@@ -1,0 +1,140 @@
+"""What GGUF files cost: `python -m bench.gguf [--quick] [--rounds N] [--llama-cpp DIR] [--log]`.
+
+Export of a random bf16 Llama to bf16 beside `cp`, and beside llama.cpp's own converter where a checkout is given; patching its
+Q4_K_M file in place, exactly, and its Q8_0 file from its own rows. Whole processes in turn; the last line of stdout is one JSON
+object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+from bench.harness import Run, append_to_log, digest_file, machine, measure, medians, table
+from bench.model import cached_model, forget, parameters
+
+VOCABULARY = 32000
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""Of Llama 3, which every converter knows."""
+KINDS = ("q4_k_m", "q8_0")
+"""Patched from the float base, and from their own rows."""
+
+
+def write_tokenizer(model: Path) -> None:
+    """A byte-level vocabulary of the model's size that merges nothing."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*alphabet, *(f"word{n}" for n in range(VOCABULARY - len(alphabet) - 2)), "<s>", "</s>"]
+    tokenizer = Tokenizer(models.BPE({word: n for n, word in enumerate(words)}, [], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(model / "tokenizer.json"))
+    facts = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (model / "tokenizer_config.json").write_text(json.dumps(facts))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}))
+
+
+def prepare(size: str) -> None:
+    """Makes the model and its quantized files, and prints their folder."""
+    folder = cached_model(size)
+    write_tokenizer(folder / "base")
+    for kind in KINDS:
+        file = folder / f"{kind}.gguf"
+        if not file.is_file():
+            command = [sys.executable, "-m", "nestpatch", "export", folder / "base", "--to", "gguf", "--type", kind, "-o", file]
+            subprocess.run([str(word) for word in command], check=True, stdout=sys.stderr)
+    print(folder)
+
+
+def contenders(folder: Path, converter: Path | None) -> dict[str, list[object]]:
+    """Name -> command, in the order of a round."""
+    tool, base, out = [sys.executable, "-m", "nestpatch"], folder / "base", folder / "out.gguf"
+    (exact, own), pack = (folder / f"work-{kind}.gguf" for kind in KINDS), folder / "patch.nest"
+    found: dict[str, list[object]] = {
+        "cp_model": ["cp", base / "model.safetensors", out],
+        "export_bf16": [*tool, "export", base, "--to", "gguf", "--type", "bf16", "-o", out, "--json"],
+        "export_q8_0": [*tool, "export", base, "--to", "gguf", "--type", "q8_0", "-o", out, "--json"],
+    }
+    if converter is not None:
+        script = converter / "convert_hf_to_gguf.py"
+        found["llama_cpp_bf16"] = [sys.executable, script, base, "--outtype", "bf16", "--outfile", out]
+    return found | {
+        "cp_q4_k_m": ["cp", folder / "q4_k_m.gguf", exact],
+        "exact_q4_k_m": [*tool, "apply", exact, pack, "--in-place", "--base", base, "--json"],
+        "verify_q4_k_m": [*tool, "verify", exact, "--json"],
+        "revert_q4_k_m": [*tool, "revert", exact, "--json"],
+        "cp_q8_0": ["cp", folder / "q8_0.gguf", own],
+        "own_rows_q8_0": [*tool, "apply", own, pack, "--in-place", "--json"],
+        "revert_q8_0": [*tool, "revert", own, "--json"],
+    }
+
+
+def one_round(folder: Path, commands: dict[str, list[object]]) -> dict[str, Run]:
+    """Each contender once."""
+    results = {}
+    for name, command in commands.items():
+        results[name], said = measure(command)
+        if name.startswith("verify") and json.loads(said)["verdict"] != "patched":
+            sys.exit(said)
+        (folder / "out.gguf").unlink(missing_ok=True)
+    for kind in KINDS:
+        file = folder / f"work-{kind}.gguf"
+        if digest_file(file) != digest_file(folder / f"{kind}.gguf"):
+            sys.exit("after revert the file is not what it was")
+        for leftover in (file, file.with_name(f"{file.name}.nestpatch.json")):
+            leftover.unlink(missing_ok=True)
+        shutil.rmtree(file.with_name(f".{file.name}.nestpatch"), ignore_errors=True)
+    return results
+
+
+def main() -> None:
+    """Measures, prints the table and the JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="about 0.1 B parameters instead of 1.1 B")
+    parser.add_argument("--llama-cpp", type=Path, help="a checkout of llama.cpp, whose converter is the peer")
+    parser.add_argument("--log", action="store_true", help="add the result to bench/LOG.md")
+    options = parser.parse_args()
+    size = "quick" if options.quick else "full"
+    # In a process of its own: this one stays small.
+    said = subprocess.check_output([sys.executable, "-m", "bench.gguf", "--step", "prepare", size], text=True)
+    folder = Path(said.splitlines()[-1])
+    commands = contenders(folder, options.llama_cpp)
+    done = [one_round(folder, commands) for _ in range(options.rounds + 1)][1:]
+    forget(folder / "base")
+    results = {name: medians([one[name] for one in done]) for name in commands}
+    pairs = [("export_bf16", "cp_model"), ("cp_q4_k_m", "exact_q4_k_m"), ("llama_cpp_bf16", "export_bf16")]
+    ratios = {f"{a}/{b}": results[a].seconds / results[b].seconds for a, b in pairs if a in results}
+    block = f"""## {datetime.now(timezone.utc):%Y-%m-%d}: GGUF files of {parameters(size) / 1e9:.2f} B parameters
+
+`python -m bench.gguf {" ".join(sys.argv[1:])}` on {machine()}.
+Whole processes in turn, medians of {options.rounds} rounds after one that was not counted. nestpatch syncs what it writes,
+`cp` does not. After every revert the file's SHA-256 was the original.
+
+{table(results)}
+
+Ratios of the times: {", ".join(f"{name} {value:.2f}" for name, value in ratios.items())}.
+"""
+    print(block)
+    if options.log:
+        append_to_log(block)
+    answer: dict[str, object] = {"parameters": parameters(size), "rounds": options.rounds, "ratios": ratios}
+    for name, run in results.items():
+        answer |= {f"{name}_s": run.seconds, f"{name}_rss_mb": run.rss_mb}
+    print(json.dumps(answer))
+
+
+if sys.argv[1:3] == ["--step", "prepare"]:
+    prepare(sys.argv[3])
+elif __name__ == "__main__":
+    main()

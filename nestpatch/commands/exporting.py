@@ -1,0 +1,203 @@
+"""The command that writes models in other formats: export."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nestpatch.commands.options import PathType, json_option, print_json, progress, quiet_option
+from nestpatch.events import Event, OnEvent
+
+
+def _to_gguf(model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
+    from nestpatch.patcher.export import export_gguf
+
+    own = ("strength", "type", "name", "llama_cpp", "dry_run", "on_event")
+    return export_gguf(model, output, patch, **{name: options[name] for name in own})
+
+
+def _to_safetensors(model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
+    from nestpatch.patcher.export import export_safetensors
+
+    return export_safetensors(model, output, patch, **{name: options[name] for name in ("strength", "dry_run", "on_event")})
+
+
+def _to_onnx(model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
+    from nestpatch.onnx_export.to_onnx import export_onnx
+
+    own = {name: options[name] for name in ("strength", "bits", "adapter_ready", "dry_run", "on_event")}
+    return export_onnx(model, output, patch, dtype=options["dtype"] or "fp32", **own)
+
+
+def _to_onnx_adapter(model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
+    """PATCH --for ONNX, or ONNX PATCH."""
+    from nestpatch.patcher.adapters import export_onnx_adapter
+
+    pack, ready = (model, options["for_"]) if patch is None else (patch, model)
+    if ready is None or (patch is not None and options["for_"] is not None):
+        raise click.UsageError("say which ONNX model the adapter is for: nestpatch export PATCH --to onnx-adapter --for DIR")
+    return export_onnx_adapter(pack, ready, output, options["strength"], dry_run=options["dry_run"])
+
+
+_OWN = {
+    "type": "gguf", "name": "gguf", "llama_cpp": "gguf", "dtype": "onnx", "bits": "onnx", "adapter_ready": "onnx",
+    "for_": "onnx-adapter",
+}  # fmt: skip
+"""Options that one target alone understands."""
+_FLAGS = {"bits": "--int4 or --int8", "for_": "--for"}
+
+
+def _refuse_others(target: str, options: Mapping[str, Any]) -> None:
+    """Raises UsageError for options that say something of another target alone."""
+    foreign = {name: own for name, own in _OWN.items() if own != target and options[name] not in (None, False, "auto")}
+    for owner in foreign.values():
+        given = [_FLAGS.get(name, f"--{name.replace('_', '-')}") for name, own in foreign.items() if own == owner]
+        raise click.UsageError(f"{', '.join(given)} go with --to {owner}")
+
+
+def _to_adapter(kind: str, model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
+    """MODEL PATCH, or PATCH alone: the model is only needed to count experts."""
+    from nestpatch.patcher.adapters import export_gguf_lora, export_lora
+
+    write = export_gguf_lora if kind == "gguf-lora" else export_lora
+    pack, base = (model, None) if patch is None else (patch, model)
+    return write(pack, output, options["strength"], model=base, dry_run=options["dry_run"])
+
+
+TARGETS: dict[str, Callable[[Path, Path | None, Path | None, Mapping[str, Any]], Any]] = {
+    "gguf": _to_gguf,
+    "gguf-lora": partial(_to_adapter, "gguf-lora"),
+    "lora": partial(_to_adapter, "lora"),
+    "onnx": _to_onnx,
+    "onnx-adapter": _to_onnx_adapter,
+    "safetensors": _to_safetensors,
+}
+"""What `--to` may name -> the function that exports to it."""
+
+
+@contextmanager
+def _unwinding(on_event: OnEvent) -> Iterator[OnEvent]:
+    """A polite kill ends the command like an error: no gigabytes of temporary files stay behind.
+
+    torch swallows the exit at some places of its tracer; the next event then brings it back.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield on_event
+        return
+    asked = threading.Event()
+
+    def end(*_: object) -> None:
+        asked.set()
+        sys.exit(128 + signal.SIGTERM)
+
+    def hear(event: Event) -> None:
+        if asked.is_set():
+            end()
+        on_event(event)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield hear
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@click.command()
+@click.argument("model", type=PathType)
+@click.argument("patch", type=PathType, required=False)
+@click.option("--to", "target", type=click.Choice(sorted(TARGETS)), required=True, help="The format to write.")
+@click.option("-o", "--output", type=PathType, help="Where to write.  [default: beside the model, named after it]")
+@click.option(
+    "--type", "type_", default="auto", show_default=True, help="Of the weights: f32, f16, bf16, q8_0, or q4_k_m and the like."
+)
+@click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies the patch, over 0 and up to 1.5.")
+@click.option("--name", help="What the file calls the model.  [default: the name of its directory]")
+@click.option("--llama-cpp", type=PathType, help="A checkout of llama.cpp: use its converter, for models unknown here.")
+@click.option("--dtype", type=click.Choice(["fp32", "fp16"]), help="Of an ONNX model's weights.  [default: fp32]")
+@click.option("--int4", "bits", flag_value=4, type=int, help="Quantize an ONNX model's matrices to 4 bits.")
+@click.option("--int8", "bits", flag_value=8, type=int, help="Quantize an ONNX model's matrices to 8 bits.")
+@click.option("--adapter-ready", is_flag=True, help="Make an ONNX model that takes patches at run time.")
+@click.option("--for", "for_", type=PathType, metavar="DIR", help="The adapter-ready ONNX model that an adapter is for.")
+@click.option("--check", is_flag=True, help="Run the file in llama.cpp and compare it with MODEL in transformers.")
+@click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
+@quiet_option
+@json_option
+def export(
+    model: Path,
+    patch: Path | None,
+    target: str,
+    output: Path | None,
+    type_: str,
+    strength: float,
+    name: str | None,
+    llama_cpp: Path | None,
+    dtype: str | None,
+    bits: int | None,
+    adapter_ready: bool,
+    for_: Path | None,
+    check: bool,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Write MODEL in another format, with PATCH merged into it on the way.
+
+    --to gguf makes a file for llama.cpp and what is built on it. MODEL is a safetensors model directory and stays as it is.
+
+    --to safetensors writes a release of its own, whose files say which patches they hold; it cannot be reverted.
+
+    --to lora and --to gguf-lora write PATCH as an adapter that is loaded with the base: a directory for PEFT and vLLM, a file
+    for llama.cpp. Give MODEL before PATCH where it stores experts one by one, else PATCH alone.
+
+    --to onnx makes a directory for onnxruntime, onnxruntime-genai and transformers.js, run and compared with MODEL before it
+    gets its name. --to onnx-adapter writes PATCH for one that was made with --adapter-ready, which stays as it is.
+    """
+    if check and (target != "gguf" or dry_run):
+        raise click.UsageError("--check runs what --to gguf wrote")
+    if patch is None and strength != 1.0 and target in ("gguf", "onnx", "safetensors"):
+        raise click.UsageError("--strength goes with a PATCH")
+    with progress(quiet or as_json) as drawn, _unwinding(drawn) as on_event:
+        options = {"strength": strength, "type": type_, "name": name, "llama_cpp": llama_cpp, "dry_run": dry_run}
+        options |= {"dtype": dtype, "bits": bits, "adapter_ready": adapter_ready, "for_": for_}
+        _refuse_others(target, options)
+        if check:
+            from nestpatch.nest_train.check import require_check
+
+            require_check()
+        done = TARGETS[target](model, patch, output, {**options, "on_event": on_event})
+        found = _checked(done.path, model, patch, strength, on_event) if check else None
+    _show(target, done, found, as_json)
+    sys.exit(0 if found is None or found.passed else 1)
+
+
+def _checked(file: Path, model: Path, patch: Path | None, strength: float, on_event: OnEvent) -> Any:
+    from nestpatch.formats import nest
+    from nestpatch.nest_train.check import check_gguf
+
+    pack = nest.read(patch) if patch is not None else None
+    return check_gguf(file, model, patch=pack, strength=strength, on_event=on_event)
+
+
+def _show(target: str, done: Any, found: Any, as_json: bool) -> None:
+    if as_json:
+        print_json(dataclasses.asdict(done) | ({"check": found.as_json()} if found is not None else {}))
+        return
+    from nestpatch import views, views_adapters, views_onnx
+
+    if target == "onnx":
+        views_onnx.show_exported_onnx(done)
+    elif target in ("gguf", "safetensors"):
+        views.show_exported(done)
+    else:
+        views_adapters.show_adapter(done)
+    if found is not None:
+        views_adapters.show_check(found)

@@ -1,0 +1,117 @@
+"""The files of a tokenizer as transformers and others leave them, of every age, read into one form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
+from nestpatch.formats.export.model_config import read_json
+
+ChatTemplate: TypeAlias = str | list[dict[str, str]]
+SPECIALS = ("bos", "eos", "unk", "sep", "pad", "mask")
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is found in the text before anything else is done to it."""
+
+    content: str
+    special: bool
+    strips: bool = False
+    """Whether it swallows white space beside it."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizerFiles:
+    """What lies in a model's directory."""
+
+    folder: Path
+    tokenizer: Mapping[str, Any] | None
+    """tokenizer.json."""
+    config: Mapping[str, Any]
+    """tokenizer_config.json, with special_tokens_map.json underneath."""
+    model: Mapping[str, Any]
+    """config.json, with generation_config.json underneath: token ids."""
+    added: Mapping[int, AddedToken]
+
+    @property
+    def model_file(self) -> Path:
+        """The sentencepiece model."""
+        return self.folder / "tokenizer.model"
+
+    def special_name(self, kind: str) -> str | None:
+        """The text of the "bos", "eos", ... token, where the tokenizer has one."""
+        value = self.config.get(f"{kind}_token")
+        return value.get("content") if isinstance(value, dict) else value
+
+    def special_id(self, kind: str) -> int | None:
+        """Its id as the model's configuration has it; of several, the first."""
+        value = self.model.get(f"{kind}_token_id")
+        value = value[0] if isinstance(value, list) and value else value
+        return value if type(value) is int and value >= 0 else None
+
+
+def read_tokenizer_files(folder: Path) -> TokenizerFiles:
+    """Reads all but the sentencepiece model. Raises CheckpointFormatError when a file is broken."""
+    tokenizer = read_json(folder / "tokenizer.json")
+    config = {**(read_json(folder / "special_tokens_map.json") or {}), **(read_json(folder / "tokenizer_config.json") or {})}
+    model = {**(read_json(folder / "generation_config.json") or {}), **(read_json(folder / "config.json") or {})}
+    try:
+        added = _added(folder, tokenizer, config)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointFormatError(f"the added tokens of {folder} are broken: {error!r}") from error
+    return TokenizerFiles(folder, tokenizer, config, model, added)
+
+
+def _added(folder: Path, tokenizer: Any, config: Mapping[str, Any]) -> dict[int, AddedToken]:
+    """The added tokens by id; newer files win."""
+    found = {int(number): AddedToken(text, False) for text, number in (read_json(folder / "added_tokens.json") or {}).items()}
+    entries = list((config.get("added_tokens_decoder") or {}).items())
+    entries += [(entry["id"], entry) for entry in (tokenizer or {}).get("added_tokens") or ()]
+    for number, entry in entries:
+        strips = bool(entry.get("lstrip") or entry.get("rstrip"))
+        found[int(number)] = AddedToken(str(entry["content"]), bool(entry.get("special")), strips)
+    return found
+
+
+def chat_template(files: TokenizerFiles) -> ChatTemplate | None:
+    """The chat template, or several by name; the .jinja file wins, as in transformers."""
+    file = files.folder / "chat_template.jinja"
+    others = sorted((files.folder / "additional_chat_templates").glob("*.jinja"))
+    if not file.is_file():
+        found = files.config.get("chat_template")
+        return found if isinstance(found, (str, list)) else None
+    template = file.read_text(encoding="utf-8")
+    if not others:
+        return template
+    named = [{"name": other.stem, "template": other.read_text(encoding="utf-8")} for other in others]
+    return [{"name": "default", "template": template}, *named]
+
+
+def frame(files: TokenizerFiles) -> tuple[str | None, str | None]:
+    """(token before every text, token after it), as the post-processor of tokenizer.json puts them.
+
+    Raises UnsupportedModelError when it puts more than GGUF files can say.
+    """
+    processor = (files.tokenizer or {}).get("post_processor") or {}
+    parts = processor.get("processors", [processor])
+    templates = [part for part in parts if part.get("type") == "TemplateProcessing"]
+    odd = [part.get("type") for part in parts if part.get("type") not in ("TemplateProcessing", "ByteLevel", None)]
+    if odd or len(templates) > 1:
+        raise UnsupportedModelError(
+            f"GGUF files cannot say what the post-processor of {files.folder} does ({', '.join(map(str, odd)) or 'templates'})",
+            advice="Let llama.cpp's own converter try: --llama-cpp DIR, where DIR is a checkout of llama.cpp.",
+        )
+    single = templates[0].get("single", []) if templates else []
+    texts = [number for number, part in enumerate(single) if "Sequence" in part]
+    names = [str(part.get("SpecialToken", {}).get("id")) for part in single]
+    at = texts[0] if texts else 0
+    before, after = names[:at], names[at + 1 :] if texts else []
+    if len(before) > 1 or len(after) > 1:
+        raise UnsupportedModelError(
+            f"the tokenizer of {files.folder} puts {before + after} around a text; GGUF has room for two"
+        )
+    return (before[0] if before else None), (after[0] if after else None)

@@ -1,0 +1,1 @@
+"""ONNX models as checkpoints: where their weights lie, whatever tool wrote them."""

@@ -1,0 +1,163 @@
+"""ONNX models as checkpoints, wherever they come from: torch, optimum, the onnxruntime-genai builder, or this package.
+
+Tensors go by their names in the model, and also by those that a pack uses (finder.py). Weights are shown as a pack sees them: a
+row is what one neuron has, though most files hold the transposed matrix, or quantized blocks in tensors of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nestpatch.errors import CheckpointError, CheckpointFormatError, UnsupportedModelError
+from nestpatch.formats.interface import IntArray, TensorInfo, row_blocks
+from nestpatch.formats.onnx.blocks import find_blocks
+from nestpatch.formats.onnx.finder import Finder, Found
+from nestpatch.formats.onnx.folder import only_model
+from nestpatch.formats.onnx.graph import read_graph
+from nestpatch.formats.onnx.layout import JoinedLayout, Layout, RowLayout, Segment
+from nestpatch.formats.onnx.linear import Form, Weight, find_weights
+from nestpatch.formats.onnx.stored import WAY_OUT, Stored, refusal, stored
+from nestpatch.formats.onnx.tensors import Initializer
+from nestpatch.formats.rowio import read_all_at
+from nestpatch.rows import DTYPES, Rows
+
+
+@dataclass(frozen=True)
+class _View:
+    """A tensor as it is shown."""
+
+    info: TensorInfo
+    layout: Layout | None
+    """None where it has no rows that could be patched."""
+    refusal: CheckpointError | None = None
+    """Why not."""
+
+
+class OnnxCheckpoint:
+    """Reads the graph at once and rows on demand.
+
+    `path` is a model file or a directory with one. Raises CheckpointFormatError for files that lie about themselves or their
+    data, and for directories with several models.
+    """
+
+    converted = True
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = only_model(path) if path.is_dir() else path
+        graph = read_graph(self.file)
+        self._tensors, self._metadata = graph.tensors, graph.metadata
+        self._weights = find_weights(graph)
+        self._finder = Finder(self._weights, find_blocks(graph, self._weights))
+        data = {tensor.file for tensor in self._tensors.values()} - {self.file}
+        self.files: tuple[Path, ...] = (self.file, *sorted(data))
+        self._views: dict[str, _View | None] = {}
+
+    def reopen(self, path: Path) -> OnnxCheckpoint:
+        """The same format at another place, whatever its name there; of a directory, the model with the same name."""
+        return OnnxCheckpoint(path / self.file.name if path.is_dir() and not self.path.is_dir() else path)
+
+    @cached_property
+    def _by_tensor(self) -> Mapping[str, Weight]:
+        return {weight.tensor.name: weight for weight in reversed(self._weights)}
+
+    def tensors(self) -> Sequence[str]:
+        """The names of all tensors with bytes of their own, sorted; scales belong to the weights that they scale."""
+        blocks = [weight for weight in self._weights if weight.form is Form.BLOCKS]
+        parts = {name for weight in blocks if self._own(weight.tensor).layout for name in weight.node.inputs[2:4]}
+        return sorted(name for name, tensor in self._tensors.items() if tensor.placed and name not in parts)
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor, by its name in the model or by a pack's."""
+        return self._view(name) is not None
+
+    def info(self, name: str) -> TensorInfo:
+        """Raises CheckpointFormatError when there is no such tensor, UnsupportedModelError when several could be it."""
+        return self._known(name).info
+
+    def _known(self, name: str) -> _View:
+        view = self._view(name)
+        if view is None:
+            raise CheckpointFormatError(f"{self.file} has no tensor {name}")
+        return view
+
+    def _view(self, name: str) -> _View | None:
+        if name not in self._views:
+            tensor = self._tensors.get(name)
+            found = self._finder.find(name) if tensor is None else None
+            self._views[name] = self._own(tensor) if tensor is not None else self._found(name, found)
+        return self._views[name]
+
+    def _own(self, tensor: Initializer) -> _View:
+        """A tensor of the model by its own name."""
+        weight = self._by_tensor.get(tensor.name)
+        try:
+            if weight is not None:
+                return _view(tensor.name, [(stored(weight, self._tensors), 0, weight.rows)], weight.width)
+            problem: CheckpointError | None = refusal(tensor, tensor.trouble) if tensor.trouble else None
+        except CheckpointError as error:
+            problem = error
+        info = TensorInfo(tensor.name, tensor.dtype, tensor.shape, tensor.file, max(0, tensor.offset), tensor.nbytes)
+        has_rows = problem is None and info.plain and len(info.shape) > 1 and info.nbytes
+        return _View(info, RowLayout((info,)) if has_rows else None, problem)
+
+    def _found(self, name: str, found: Found | None) -> _View | None:
+        """A pack's tensor: rows of one weight, or of two."""
+        if found is None:
+            return None
+        parts = [(stored(half.weight, self._tensors), half.start, half.rows) for half in found.halves]
+        if len({(part.dtype, half.weight.width) for (part, *_), half in zip(parts, found.halves, strict=True)}) > 1:
+            raise UnsupportedModelError(f"the halves of {name} are stored in different ways", advice=WAY_OUT)
+        return _view(name, parts, found.halves[0].weight.width)
+
+    def read_rows(self, name: str, rows: IntArray) -> Rows:
+        """Reads sorted rows: [rows, in_features] of the float types, [rows, row_bytes] as uint8 of the quantized ones."""
+        info, layout = self._rows_of(name)
+        return layout.read(np.asarray(rows, np.int64)).view(DTYPES.get(info.dtype, np.dtype(np.uint8)))
+
+    def write_rows(self, name: str, rows: IntArray, values: Rows) -> None:
+        """Writes sorted rows in place, in the form that `read_rows` gives."""
+        info, layout = self._rows_of(name)
+        data = np.ascontiguousarray(values, dtype=DTYPES.get(info.dtype, np.dtype(np.uint8)))
+        layout.write(np.asarray(rows, np.int64), data.view(np.uint8))
+
+    def _rows_of(self, name: str) -> tuple[TensorInfo, Layout]:
+        view = self._known(name)
+        if view.refusal is not None:
+            raise view.refusal.with_traceback(None)
+        if view.layout is None:
+            raise CheckpointFormatError(
+                f"tensor {name} has the type {view.info.dtype} and the shape {list(view.info.shape)}: it has no rows to patch"
+            )
+        return view.info, view.layout
+
+    def read_all(self, name: str) -> Iterator[bytes]:
+        """The tensor's bytes, a row after the other, in blocks."""
+        view = self._known(name)
+        if view.layout is None:
+            yield from read_all_at(view.info)
+            return
+        for part in row_blocks(view.info.rows, view.info.row_bytes, view.info.stretch):
+            yield view.layout.read(np.arange(part.start, part.stop)).tobytes()
+
+    def metadata(self) -> Mapping[str, Any]:
+        """The model's metadata_props, and which tool wrote it."""
+        return self._metadata
+
+
+def _view(name: str, parts: Sequence[tuple[Stored, int, int]], width: int) -> _View:
+    """Rows of weights as one matrix. parts: (weight, first row, rows)."""
+    layout: Layout = JoinedLayout(tuple(Segment(part.layout, start, rows) for part, start, rows in parts))
+    if len(parts) == 1 and parts[0][2] == parts[0][0].layout.rows:
+        layout = parts[0][0].layout
+    first, *others = layout.files
+    shape, nbytes = (layout.rows, width), layout.rows * layout.row_bytes
+    found = parts[0][0]
+    info = TensorInfo(name, found.dtype, shape, first, layout.offset, nbytes, found.codec, tuple(others), layout.stretch)
+    return _View(info, layout)

@@ -1,0 +1,166 @@
+"""The rows of MatMulNBits, onnxruntime's operation for quantized weights: blocks, then their scales, then their zero points.
+
+Rounding to nearest as onnxruntime's own quantizer does it, with the same bytes (MatMulNBitsQuantizer,
+onnxruntime/core/mlas/lib/q4_dq.cpp): a scale per block, and the numbers as multiples of it. Every row is quantized by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from nestpatch.errors import QuantizationError
+from nestpatch.formats.codec import Blocks
+from nestpatch.rows import DTYPES, FloatArray
+
+BITS = (2, 4, 8)
+_WAYS = ((True, False), (True, True), (False, True))
+"""A model of half precision that onnxruntime quantized; one of bfloat16, which it widens for that; one converted later."""
+WITNESSES = 1 << 16
+"""Numbers of untouched rows by which the way of quantizing is told."""
+MATCHING = 0.5
+"""Share of untouched rows that a quantizer must make as they are: others may hold another patch."""
+
+
+@dataclass(frozen=True)
+class NBitsCodec:
+    """How one weight is stored."""
+
+    depth: int
+    """Bits of a number."""
+    span: int
+    """Numbers that share a scale."""
+    width: int
+    """Numbers of a row."""
+    scale: str
+    """Dtype of the scales."""
+    zero_points: bool
+    """Whether each block has one; else zero lies in the middle."""
+    narrow_first: bool = True
+    """Whether the numbers had the scales' dtype before they were quantized."""
+    narrow_last: bool = False
+    """Whether scales were rounded to their dtype after all was quantized with wider ones."""
+
+    @property
+    def witnesses(self) -> int:
+        """Rows that `fitted` wants to see: ways of narrowing differ in one number of some hundreds."""
+        return max(8, WITNESSES // self.width)
+
+    @property
+    def blocks(self) -> int:
+        """Of a row."""
+        return -(-self.width // self.span)
+
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """Bytes of a row: numbers, scales, zero points."""
+        zero_points = -(-self.blocks * self.depth // 8) if self.zero_points else 0
+        return self.blocks * self.span * self.depth // 8, self.blocks * DTYPES[self.scale].itemsize, zero_points
+
+    @property
+    def bits(self) -> float:
+        """Per number, scales included."""
+        return 8 * sum(self.parts) / self.width
+
+    @property
+    def steps(self) -> int:
+        """Between the smallest and the largest value of a block."""
+        return (1 << self.depth) - 1
+
+    @property
+    def name(self) -> str:
+        """For people: "INT4_32_F16", "INT4_32_F16_ZP"."""
+        return f"INT{self.depth}_{self.span}_{self.scale}{'_ZP' if self.zero_points else ''}"
+
+    def require(self) -> None:
+        """Raises QuantizationError for rows that end inside a byte."""
+        if self.width * self.depth % 8:
+            raise QuantizationError(f"rows of {self.width} numbers of {self.depth} bits end inside a byte")
+
+    def encode(self, rows: FloatArray) -> Blocks:
+        """float32 [rows, width] -> uint8 [rows, row_bytes]."""
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            kept = rows.astype(DTYPES[self.scale]).astype(np.float32) if self.narrow_first else rows
+            values = self._blocked(kept, 0.0)
+            scales, zeros = self._asymmetric(kept) if self.zero_points else self._symmetric(kept)
+            stored = scales.astype(DTYPES[self.scale])
+            used = scales if self.narrow_last else stored.astype(np.float32)
+            inverse = np.where(used != 0, np.float32(1) / used, np.float32(0))
+            numbers = _rounded(values * inverse[..., None] + zeros[..., None]).clip(0, self.steps)
+            flat = numbers.reshape(len(rows), -1)
+            flat[:, self.width :] = 0
+            parts = [self._packed(flat), stored.view(np.uint8).reshape(len(rows), -1)]
+            if self.zero_points:
+                spare = -self.blocks % (8 // self.depth)
+                middle = 1 << (self.depth - 1)
+                parts.append(self._packed(np.pad(zeros, ((0, 0), (0, spare)), constant_values=middle)))
+        return np.concatenate(parts, axis=1)
+
+    def _blocked(self, rows: FloatArray, filler: float) -> FloatArray:
+        """float32 [rows, blocks, span]; the last block is filled up."""
+        spare = self.blocks * self.span - self.width
+        return np.pad(rows, ((0, 0), (0, spare)), constant_values=filler).reshape(len(rows), self.blocks, self.span)
+
+    def _ends(self, rows: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """The smallest and the largest number of every block, float32 [rows, blocks]."""
+        return self._blocked(rows, np.inf).min(axis=2), self._blocked(rows, -np.inf).max(axis=2)
+
+    def _symmetric(self, rows: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """(scales, zero points), float32 [rows, blocks]: the number farthest from zero becomes the smallest one."""
+        low, high = self._ends(rows)
+        middle = np.float32(1 << (self.depth - 1))
+        farthest = np.where(np.abs(high) > np.abs(low), high, low)
+        return np.divide(farthest, -middle, dtype=np.float32), np.full_like(low, middle)
+
+    def _asymmetric(self, rows: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """(scales, zero points), float32 [rows, blocks]: all steps lie between the smallest and the largest number."""
+        low, high = self._ends(rows)
+        low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
+        scales = (high - low) / np.float32(self.steps)
+        zeros = np.where(scales != 0, np.float32(0) - low / scales, low)
+        return scales, _rounded(zeros.clip(0, self.steps))
+
+    def _packed(self, numbers: FloatArray) -> Blocks:
+        """float32 [rows, n] -> uint8 [rows, n * bits / 8], the first number in the lowest bits."""
+        grouped = numbers.astype(np.uint8).reshape(len(numbers), -1, 8 // self.depth)
+        packed = np.zeros(grouped.shape[:2], np.uint8)
+        for place in range(grouped.shape[2]):
+            packed |= grouped[..., place] << (place * self.depth)
+        return packed
+
+    def _unpacked(self, packed: Blocks) -> FloatArray:
+        shifts = np.arange(0, 8, self.depth, dtype=np.uint8)
+        numbers = (packed[..., None] >> shifts) & np.uint8(self.steps)
+        return numbers.reshape(len(packed), -1).astype(np.float32)
+
+    def decode(self, blocks: Blocks) -> FloatArray:
+        """uint8 [rows, row_bytes] -> float32 [rows, width]."""
+        numbers, scales, zeros = np.split(blocks, np.cumsum(self.parts)[:2], axis=1)
+        wide = np.ascontiguousarray(scales).view(DTYPES[self.scale]).astype(np.float32)
+        middle = self._unpacked(zeros)[:, : self.blocks, None] if self.zero_points else 1 << (self.depth - 1)
+        values = self._unpacked(numbers).reshape(len(blocks), self.blocks, self.span) - np.float32(middle)
+        flat: FloatArray = (values * wide[..., None]).reshape(len(blocks), -1)[:, : self.width]
+        return flat
+
+    def fitted(self, origin: FloatArray, stored: Blocks) -> NBitsCodec:
+        """The way of narrowing that makes most of these rows. Raises QuantizationError when it does not make half of them."""
+        ways = [replace(self, narrow_first=first, narrow_last=last) for first, last in _WAYS if self.scale != "F32"] or [self]
+        made = {codec: float((codec.encode(origin) == stored).all(axis=1).mean()) for codec in ways}
+        best = max(made, key=lambda codec: made[codec])
+        if made[best] >= MATCHING:
+            return best
+        raise QuantizationError(
+            "the model was not quantized by onnxruntime's rounding to nearest: rows made anew would not be those of quantizing "
+            "the patched model",
+            advice="Patch the float model and quantize it anew, or load the patch beside the model as an adapter.",
+        )
+
+
+def _rounded(values: npt.NDArray[np.float32]) -> FloatArray:
+    """To the nearest integer, halves away from zero, as C does it."""
+    whole = np.trunc(values)
+    further = np.where(np.abs(values - whole) >= 0.5, np.copysign(np.float32(1), values), np.float32(0))
+    rounded: FloatArray = whole + further
+    return rounded

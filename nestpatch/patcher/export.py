@@ -1,0 +1,163 @@
+"""Exporting a model, patched on the way: rows are merged as they are read, and only the result is written."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nestpatch.events import OnEvent, ignore
+from nestpatch.formats.atomic import new_place
+from nestpatch.formats.copying import copy_file
+from nestpatch.formats.export.converter import convert_gguf, require_converter
+from nestpatch.formats.export.gguf_types import AUTO, file_type
+from nestpatch.formats.export.to_gguf import GgufFile, model_name, write_gguf
+from nestpatch.formats.export.to_safetensors import write_file
+from nestpatch.pack import Pack
+from nestpatch.patcher.apply import companions_of
+from nestpatch.patcher.export_source import Source, Wanted, check_target, open_wanted, require_unchanged, source_of
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote, or with `dry_run` would write."""
+
+    path: Path
+    nbytes: int
+    """0 after a dry run where llama.cpp decides on it."""
+    sha256: str
+    """Of the file; empty after a dry run, and for a directory."""
+    tensors: int
+    type: str
+    """The dtype of the weights."""
+    architecture: str
+    """As the format names it; empty where it does not."""
+    patches: tuple[str, ...]
+    """The packs in it, bottom first."""
+    notes: tuple[str, ...]
+    """What a user should know of the file."""
+    seconds: float
+    dry_run: bool = False
+
+
+def export_gguf(
+    model: str | Path,
+    output: str | Path | None = None,
+    patch: str | Path | Pack | None = None,
+    *,
+    strength: float = 1.0,
+    type: str = "auto",  # noqa: A002 - the word that users of GGUF files say
+    name: str | None = None,
+    llama_cpp: str | Path | None = None,
+    dry_run: bool = False,
+    on_event: OnEvent = ignore,
+) -> Exported:
+    """Exports a safetensors model to a GGUF file for llama.cpp, with a pack merged into it if one is given.
+
+    `type` is that of the weights: "auto" keeps the checkpoint's; f32, f16, bf16 and q8_0 are written here, others such as
+    q4_k_m by llama-cpp-python. `name` is what the file calls the model. `llama_cpp` is a checkout of llama.cpp whose converter
+    is used instead. The packs of the model's ledger and the given one are listed in the file under "nestpatch.patches".
+
+    Raises PackError, CheckpointError, ChainError, OutputError, DataError, MissingExtraError; then nothing was written.
+    """
+    began = time.perf_counter()
+    kind = file_type(type).name
+    if llama_cpp is not None:
+        require_converter(Path(llama_cpp))
+    wanted = open_wanted(model, patch, strength)
+    target = Path(output) if output is not None else wanted.default_output(".gguf", *([] if kind == AUTO else [kind]))
+    check_target(target)
+    before = wanted.fingerprint
+    with source_of(wanted, target, whole=llama_cpp is not None, dry_run=dry_run, on_event=on_event) as source:
+        common: dict[str, Any] = {
+            "kind": kind,
+            "name": name or model_name(wanted.checkpoint.path),
+            "keys": source.keys(),
+            "dry_run": dry_run,
+            "on_event": on_event,
+        }
+        if llama_cpp is not None:
+            written = convert_gguf(source.checkpoint, target, Path(llama_cpp), **common)
+        else:
+            written = write_gguf(source.checkpoint, target, **common)
+    if not dry_run:
+        try:
+            require_unchanged(wanted, before)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+    return _exported(written, source, time.perf_counter() - began)
+
+
+def _exported(written: GgufFile, source: Source, seconds: float) -> Exported:
+    return Exported(
+        path=written.path,
+        nbytes=written.nbytes,
+        sha256=written.sha256,
+        tensors=written.tensors,
+        type=written.type,
+        architecture=written.architecture,
+        patches=source.labels,
+        notes=written.notes,
+        seconds=seconds,
+        dry_run=written.dry_run,
+    )
+
+
+def export_safetensors(
+    model: str | Path,
+    output: str | Path | None = None,
+    patch: str | Path | Pack | None = None,
+    *,
+    strength: float = 1.0,
+    dry_run: bool = False,
+    on_event: OnEvent = ignore,
+) -> Exported:
+    """Writes a safetensors model anew, a file or a directory, as a release, with a pack merged into it if one is given.
+
+    What the packs are, and the digests of their rows before and after, go into the metadata of every weight file, so that a
+    file alone tells what it holds. Such a copy has no undo record; `apply` makes one that can be reverted.
+
+    Raises PackError, CheckpointError, ChainError, OutputError, DataError; then nothing was written.
+    """
+    began = time.perf_counter()
+    wanted = open_wanted(model, patch, strength)
+    checkpoint = wanted.checkpoint
+    suffix = "" if checkpoint.path.is_dir() else ".safetensors"
+    target = Path(output) if output is not None else wanted.default_output(suffix, "release")
+    check_target(target)
+    before, written = wanted.fingerprint, ((), ())  # type: tuple[Any, tuple[tuple[int, ...], tuple[str, ...]]]
+    with source_of(wanted, target, dry_run=dry_run, on_event=on_event) as source:
+        if not dry_run:
+            with new_place(target) as sibling:
+                written = _write_all(source, wanted, sibling, on_event)
+                require_unchanged(wanted, before)
+    sizes, digests = written
+    names = checkpoint.tensors()
+    return Exported(
+        path=target,
+        nbytes=sum(sizes),
+        sha256=digests[0] if len(digests) == 1 else "",
+        tensors=len(names),
+        type="/".join(sorted({checkpoint.info(name).dtype for name in names})),
+        architecture="",
+        patches=source.labels,
+        notes=(),
+        seconds=time.perf_counter() - began,
+        dry_run=dry_run,
+    )
+
+
+def _write_all(source: Source, wanted: Wanted, sibling: Path, on_event: OnEvent) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """(bytes, SHA-256) of every weight file."""
+    directory = wanted.checkpoint.path.is_dir()
+    if directory:
+        sibling.mkdir()
+        for file in companions_of(wanted.checkpoint)[0]:
+            copy_file(file, sibling / file.name)
+    files = source.checkpoint.files
+    metadata = source.record()
+    places = [sibling / file.name if directory else sibling for file in files]
+    done = [write_file(source.checkpoint, file, place, metadata, on_event) for file, place in zip(files, places, strict=True)]
+    return tuple(nbytes for nbytes, _ in done), tuple(digest for _, digest in done)
