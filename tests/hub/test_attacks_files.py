@@ -31,7 +31,7 @@ from nestpatch.errors import (
 from nestpatch.formats import nest
 from nestpatch.hub import publish
 from nestpatch.hub.follow import fetch_patch, pull
-from nestpatch.hub.listing import CHANNEL_FILE, File, base_digest
+from nestpatch.hub.listing import CHANNEL_FILE, File, base_digest, parse
 from nestpatch.hub.publish import push, renew, withdraw
 from nestpatch.hub.release import listed
 from nestpatch.signing import bundle
@@ -302,6 +302,30 @@ def test_a_publisher_who_is_always_too_late(scene: Scene, monkeypatch: pytest.Mo
     with pytest.raises(PublishError, match="3 attempts came too late"):
         scene.publish("1.2.0", 2)
     assert scene.read(CHANNEL_FILE) == before
+
+
+def test_two_publishers_at_once_in_a_folder(scene: Scene, tmp_path: Path) -> None:
+    packs = [scene.pack(f"1.{number}.0", number) for number in range(1, 4)]
+    place = str(tmp_path / "shared")
+    with scene.as_publisher():
+        push(scene.pack("1.0.0"), place, scene.key)
+        run_all([threading.Thread(target=push, args=(file, place, scene.key)) for file in packs])
+    _, channel = parse((tmp_path / "shared" / CHANNEL_FILE).read_bytes(), "it")
+    assert (channel.serial, len(channel.patches)) == (4, 4)
+
+
+def test_a_commit_whose_answer_is_lost_stands_once(scene: Scene) -> None:
+    def lost(request: object, serve: faults.Serve) -> Answer:
+        return replace(serve(request), cut=-1)  # type: ignore[arg-type]
+
+    scene.hub.fault("POST .*/commit/main", lost, times=1)
+    with pytest.raises(HubUnavailableError):
+        scene.publish("1.1.0", 1)
+    assert scene.channel.serial == 2
+    with pytest.raises(VersionError, match="already, with the same content"):
+        scene.publish("1.1.0", 1)
+    assert scene.publish("1.2.0", 2).serial == 3
+    assert scene.update().after == "1.2.0"
 
 
 def test_a_published_version_never_changes(scene: Scene) -> None:
