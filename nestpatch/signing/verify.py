@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from nestpatch.errors import OutputError, SignatureFormatError, UnsignedError, UntrustedError
+from nestpatch.errors import OutputError, PackError, SignatureFormatError, UnsignedError, UntrustedError
 from nestpatch.formats import nest
 from nestpatch.formats.atomic import write_bytes
 from nestpatch.pack import Pack
@@ -137,7 +137,10 @@ def verify_signature(
     file = Path(path)
     signatures, data = read_signatures(file), nest.read_bytes(file)
     names = () if model is None else names_of(model)
-    return judge(data, signatures, policy, names, file=file.name, allow_unsigned=allow_unsigned)
+    try:
+        return judge(data, signatures, policy, names, file=file.name, allow_unsigned=allow_unsigned)
+    except PackError as error:
+        raise type(error)(f"{path}: {error}", advice=error.advice) from error
 
 
 def read_signatures(path: Path) -> dict[str, bytes]:
