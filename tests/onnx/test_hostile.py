@@ -17,11 +17,10 @@ from nestpatch.cli import main
 from nestpatch.errors import CheckpointError, CheckpointFormatError, QuantizationError, UnsupportedModelError
 from nestpatch.formats import nest
 from nestpatch.formats.onnx import graph, wire
-from nestpatch.formats.onnx.nbits import NBitsCodec
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.patcher.inplace import apply_in_place
-from tests.helpers import PROPERTY, load_tensors, tiny_checkpoint, tiny_pack, tree_digest
-from tests.onnx.files import build, save, tensor_proto
+from tests.helpers import PROPERTY, tiny_checkpoint, tiny_pack, tree_digest
+from tests.onnx.files import build, in_blocks, save, tensor_proto
 
 # Messages put together by hand.
 
@@ -365,28 +364,6 @@ BLOCKS: dict[str, tuple[Change, str]] = {
     "rows of another width": (attribute("K", 64), "bytes where"),
     "shared scales": (scales_of_two, "2 operations read"),
 }
-
-
-def in_blocks(proto: onnx.ModelProto, base: Path) -> onnx.ModelProto:
-    """Every weight as MatMulNBits, quantized by the codec that is tested against onnxruntime elsewhere."""
-    stored = load_tensors(base)
-    for node in proto.graph.node:
-        if node.op_type == "MatMul":
-            matrix = stored[node.input[1].replace(".MatMul", "")]
-            codec = NBitsCodec(4, 16, matrix.shape[1], "F32", zero_points=False)
-            blocks = codec.encode(matrix)
-            names = [f"{node.input[1]}_Q4", f"{node.input[1]}_scales"]
-            add(proto, names[0], blocks[:, : codec.parts[0]].reshape(len(matrix), codec.blocks, -1))
-            add(proto, names[1], np.ascontiguousarray(blocks[:, codec.parts[0] :]).view(np.float32))
-            del node.input[1]
-            node.input.extend(names)
-            node.op_type, node.domain = "MatMulNBits", "com.microsoft"
-            sizes = {"bits": 4, "block_size": 16, "K": matrix.shape[1], "N": matrix.shape[0]}
-            node.attribute.extend(onnx.helper.make_attribute(key, value) for key, value in sizes.items())
-    kept = [t for t in proto.graph.initializer if not t.name.endswith(".MatMul.weight")]
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(kept)
-    return proto
 
 
 def refused(path: Path, shop: Path, kind: type[CheckpointError], says: str) -> None:
