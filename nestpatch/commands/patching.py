@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from nestpatch.events import OnEvent
     from nestpatch.pack import Pack
     from nestpatch.patcher.ledger import Origin
+    from nestpatch.signing.trust import Policy
+    from nestpatch.signing.verify import Outcome
 
 CHANNELS = ("hub://", "file://", "https://", "http://")
 """How patches begin that are named by their channel instead of by a file."""
@@ -106,12 +108,12 @@ def apply(
 
 
 def proven(
-    patch: str, model: Path, policy_file: Path | None, on_event: OnEvent, *, allow_unsigned: bool
+    patch: str, model: Path | None, policy_file: Path | None, on_event: OnEvent, *, allow_unsigned: bool
 ) -> tuple[Pack, Origin]:
     """The pack of a file or a channel, after its signatures were checked, and where it is from."""
-    from nestpatch.errors import PackError
+    from nestpatch.patcher.ledger import Origin
     from nestpatch.signing.trust import load_policy
-    from nestpatch.signing.verify import Unproven, signers_of, verify_signature
+    from nestpatch.signing.verify import Unproven, signers_of
 
     policy = load_policy(policy_file)
     if patch.startswith(CHANNELS):
@@ -120,18 +122,23 @@ def proven(
         done = fetch_patch(patch, policy, model, allow_unsigned=allow_unsigned, on_event=on_event)
         outcome, origin = done.outcome, done.origin
     else:
-        from nestpatch.patcher.ledger import Origin
-
-        try:
-            outcome = verify_signature(patch, policy, model, allow_unsigned=allow_unsigned)
-        except PackError as error:
-            if not Path(patch).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", patch):
-                error.advice = f"Check the path. A channel of the Hub is named with its scheme: hub://{patch}"
-            raise
+        outcome = _proven_file(patch, policy, model, allow_unsigned=allow_unsigned)
         origin = Origin(signers_of(outcome))
     if isinstance(outcome, Unproven) and outcome.required:
         click.echo(f"WARNING: --allow-unsigned: {outcome.reason}", err=True)
     return outcome.pack, origin
+
+
+def _proven_file(patch: str, policy: Policy, model: Path | None, *, allow_unsigned: bool) -> Outcome:
+    from nestpatch.errors import PackError
+    from nestpatch.signing.verify import verify_signature
+
+    try:
+        return verify_signature(patch, policy, model, allow_unsigned=allow_unsigned)
+    except PackError as error:
+        if not Path(patch).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", patch):
+            error.advice = f"Check the path. A channel of the Hub is named with its scheme: hub://{patch}"
+        raise
 
 
 @click.command()
