@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nestpatch.formats.nest import read as load_pack
+    from nestpatch.hub.follow import pull, update
+    from nestpatch.hub.publish import push
     from nestpatch.nest_train.assess import assess as evaluate
     from nestpatch.nest_train.train import train
     from nestpatch.onnx_export.to_onnx import export_onnx
@@ -38,8 +40,11 @@ _HOMES = {
     "export_onnx_adapter": ("nestpatch.patcher.adapters", "export_onnx_adapter"),
     "export_safetensors": ("nestpatch.patcher.export", "export_safetensors"),
     "load_pack": ("nestpatch.formats.nest", "read"),
+    "pull": ("nestpatch.hub.follow", "pull"),
+    "push": ("nestpatch.hub.publish", "push"),
     "revert": ("nestpatch.patcher.inplace", "revert"),
     "train": ("nestpatch.nest_train.train", "train"),
+    "update": ("nestpatch.hub.follow", "update"),
     "verify": ("nestpatch.patcher.verify", "verify"),
 }
 __all__ = [
@@ -55,8 +60,11 @@ __all__ = [
     "export_onnx_adapter",
     "export_safetensors",
     "load_pack",
+    "pull",
+    "push",
     "revert",
     "train",
+    "update",
     "verify",
 ]
 

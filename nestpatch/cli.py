@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from nestpatch import __version__
-from nestpatch.commands import exporting, inspecting, patching, signing, training
+from nestpatch.commands import exporting, fleet, inspecting, patching, signing, training
 from nestpatch.errors import DataError, FileSystemError, MissingExtraError, NestpatchError
 
 
@@ -72,5 +72,10 @@ for command in (
     signing.sign,
     signing.verify_signature,
     signing.trust,
+    fleet.push,
+    fleet.pull,
+    fleet.update,
+    fleet.withdraw,
+    fleet.renew,
 ):
     main.add_command(command)

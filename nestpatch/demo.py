@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nestpatch.demo_formats import FormatResult, has_llama, run_gguf
+from nestpatch.demo_formats import FormatResult, has_llama, has_onnx, run_gguf, run_onnx
 from nestpatch.errors import OutputError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats import nest
@@ -98,8 +98,8 @@ def _folder(keep: Path | None) -> Iterator[Path]:
 def run_demo(seed: int = 0, keep: Path | None = None, on_event: OnEvent = ignore) -> DemoResult:
     """Builds the lab, trains a patch, applies it to the safetensors file, and evaluates base and patched file.
 
-    Where llama-cpp-python is installed, GGUF files of the patched model too. `keep` is left with base/, patched/, patch.nest,
-    prompts/ and gguf/.
+    Where llama-cpp-python and onnxruntime are installed, GGUF files and ONNX models of the patched model too. `keep` is left
+    with base/, patched/, patch.nest, prompts/, gguf/ and onnx/.
     """
     clock = _Clock()
     with _folder(keep) as folder:
@@ -120,7 +120,10 @@ def run_demo(seed: int = 0, keep: Path | None = None, on_event: OnEvent = ignore
         formats: tuple[FormatResult, ...] = ()
         if has_llama():
             formats = run_gguf(folder, suites, on_event)
-            clock.lap("gguf", "exported, patched in place, and run in llama.cpp with and without an adapter")
+            clock.lap("gguf", "exported, patched in place, and run in llama.cpp, also with an adapter")
+        if has_onnx():
+            formats += run_onnx(folder, suites, on_event)
+            clock.lap("onnx", "exported, patched in place, and run in onnxruntime, also with an adapter")
     on_event(Event("done"))
     sizes = (trained.trained_parameters, trained.model_parameters, pack_bytes)
     return DemoResult(seed, before, after, *sizes, applied, clock.stages, formats)

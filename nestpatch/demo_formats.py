@@ -10,7 +10,7 @@ from pathlib import Path
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.nest_train.assess import assess
 from nestpatch.nest_train.evaluate import Evaluation, Suite
-from nestpatch.patcher.adapters import export_gguf_lora
+from nestpatch.patcher.adapters import export_gguf_lora, export_onnx_adapter
 from nestpatch.patcher.export import export_gguf
 from nestpatch.patcher.inplace import apply_in_place
 
@@ -34,6 +34,11 @@ def has_llama() -> bool:
     return importlib.util.find_spec("llama_cpp") is not None
 
 
+def has_onnx() -> bool:
+    """Whether ONNX models can be exported and run here."""
+    return all(importlib.util.find_spec(module) for module in ("onnxruntime", "onnxscript"))
+
+
 def run_gguf(folder: Path, suites: Sequence[Suite], on_event: OnEvent = ignore) -> tuple[FormatResult, ...]:
     """Exports the base and the patched model of a demo folder, patches the quantized files in place, and runs all of them.
 
@@ -45,6 +50,32 @@ def run_gguf(folder: Path, suites: Sequence[Suite], on_event: OnEvent = ignore) 
         found = assess(model, suites, lora=lora, on_event=on_event)
         results.append(FormatResult(what, found.patched or found.model, delivered))
     return tuple(results)
+
+
+def run_onnx(folder: Path, suites: Sequence[Suite], on_event: OnEvent = ignore) -> tuple[FormatResult, ...]:
+    """The same in ONNX: exported with the patch, the int4 graph patched in place, and a graph that takes the patch at run time.
+
+    The directories are left in the folder's onnx/.
+    """
+    from nestpatch.onnx_export.to_onnx import export_onnx
+
+    base, patch, place = folder / "base", folder / "patch.nest", folder / "onnx"
+    place.mkdir()
+
+    def run(what: str, model: Path, lora: Path | None = None, delivered: float | None = None) -> FormatResult:
+        found = assess(model, suites, lora=lora, on_event=on_event)
+        return FormatResult(what, found.patched or found.model, delivered)
+
+    plain = export_onnx(base, place / "patched-fp32", patch, on_event=on_event).path
+    int4 = export_onnx(base, place / "int4", bits=4, on_event=on_event).path
+    done = apply_in_place(int4, patch, base=base, on_event=on_event)
+    ready = export_onnx(base, place / "adapter-ready", adapter_ready=True, on_event=on_event).path
+    adapter = export_onnx_adapter(patch, ready, place / "patch.onnx_adapter").output
+    return (
+        run("ONNX fp32, exported", plain),
+        run("ONNX int4, patched in place", int4, delivered=done.gain),
+        run("ONNX fp32 with the adapter", ready, adapter),
+    )
 
 
 _File = tuple[str, Path, Path | None, float | None]

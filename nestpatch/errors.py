@@ -30,7 +30,19 @@ NestpatchError
 │   ├── UntrustedError          signed, but not by enough of the keys that are trusted for this model
 │   ├── KeyFileError            a key file is missing, broken, of another kind, or its password is wrong
 │   └── TrustError              the store of trusted keys, or a policy file, is broken
-├── HubError                the Hugging Face Hub, or a mirror of it
+├── ChannelError            where patches are published
+│   ├── ChannelFormatError      a channel is broken, or of a newer format
+│   ├── ChannelPathError        it names a file outside of its own folders
+│   ├── ChannelKeyError         it is not signed by the key that was handed down, or nobody trusts that key here
+│   ├── ForeignChannelError     it is another channel than the one that belongs there
+│   ├── RollbackError           it is older than what was seen before
+│   ├── EquivocationError       it has the number of what was seen before, and says something else
+│   ├── ExpiredError            it was not renewed in time: somebody may be holding back a newer one
+│   ├── SwappedFileError        a file is not the one that it names
+│   ├── RevokedError            the version was withdrawn by its publisher
+│   ├── VersionError            there is no such version, or it is published already
+│   └── PublishError            others publish at the same time, or nobody can publish there
+├── HubError                the Hugging Face Hub, a mirror of it, or another server
 │   ├── HubNotFoundError        no such repository, revision or file
 │   ├── HubAccessError          private, gated, or a token that does not do
 │   ├── HubUnavailableError     it cannot be reached, or has troubles of its own
@@ -217,6 +229,76 @@ class TrustError(SignatureError):
     """The trust store or a policy file is broken, or names what is not there."""
 
     advice = "`nestpatch trust list` shows the keys; docs/signing.md describes the file."
+
+
+class ChannelError(NestpatchError):
+    """A channel cannot be used. Nothing was applied."""
+
+    advice = "Ask the publisher, from a safe source. docs/fleet.md describes channels."
+
+
+class ChannelFormatError(ChannelError):
+    """The channel, or what is remembered of it, is broken or of a newer format."""
+
+
+class ChannelPathError(ChannelError):
+    """The channel names a file that would lie outside of its own folders."""
+
+    advice = "Do not use this channel. No publisher's tool writes such paths; tell the publisher."
+
+
+class ChannelKeyError(ChannelError):
+    """The channel is not signed by its root key, or that key is not trusted for this model."""
+
+    advice = "If you know the publisher's key from a safe source: nestpatch trust add KEY.pub --name NAME"
+
+
+class ForeignChannelError(ChannelError):
+    """A channel of another name lies where this one should."""
+
+
+class RollbackError(ChannelError):
+    """The channel is older than what this user has seen of it."""
+
+    advice = "An old copy is served: by a mirror that lags, or by somebody who holds back a fix. Try again later, or elsewhere."
+
+
+class EquivocationError(ChannelError):
+    """Two different channels have the same serial number."""
+
+    advice = (
+        "The publisher, or somebody with the publisher's key, tells different things to different people. Ask the publisher."
+    )
+
+
+class ExpiredError(ChannelError):
+    """The channel was not renewed in time."""
+
+    advice = "Check this machine's clock. Else an old copy is served, or the publisher has to run `nestpatch renew`."
+
+
+class SwappedFileError(ChannelError):
+    """A file in the channel's place is not the one that the channel names."""
+
+    advice = "Do not use this file. Try again later: a mirror may be half copied; else tell the publisher."
+
+
+class RevokedError(ChannelError):
+    """The version was withdrawn."""
+
+    advice = "Use another version: `nestpatch pull REPO` takes the latest that stands."
+
+
+class VersionError(ChannelError):
+    """The channel has no such version, or has it already and published versions never change."""
+
+    advice = "Publish a change under a higher version."
+
+
+class PublishError(ChannelError):
+    """The channel could not be written. What was published before stands."""
+
+    advice = "Run the command again."
 
 
 class HubError(NestpatchError):

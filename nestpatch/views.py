@@ -47,6 +47,7 @@ STAGES = {
     "onnx.trace": "tracing the graph",
     "onnx.quantize": "quantizing matrices",
     "onnx.check": "comparing logits in onnxruntime",
+    "download": "downloading",
 }
 HEADLINES = {
     "attack_success": "attack success",
@@ -208,8 +209,13 @@ def show_status(model: Any, ledger: Ledger, said: Sequence[Mapping[str, Any]] = 
         strength = f" at strength {entry.strength:g}" if entry.strength != 1 else ""
         loud = " [bold red]onto another base than its own[/]" if entry.base_mismatch_allowed else ""
         rounded = f", {entry.gain:.1%} delivered {entry.rounding}" if entry.gain is not None else ""
-        facts = f"{escape(entry.label)}{strength}: {rows} rows, pack sha256 {entry.pack_id[:12]}.., by {escape(entry.tool)}"
+        signed = f", signed by {escape(', '.join(entry.signers))}" if entry.signers else ""
+        facts = (
+            f"{escape(entry.label)}{strength}: {rows} rows, pack sha256 {entry.pack_id[:12]}..{signed}, by {escape(entry.tool)}"
+        )
         grid.add_row(entry.when, facts + rounded + loud)
+    for channel in ledger.follows:
+        grid.add_row("follows", escape(channel))
     for event in ledger.history:
         what = f"{event.get('what')} {event.get('name')} {event.get('version')}"
         grid.add_row(f"[dim]{escape(str(event.get('when')))}", f"[dim]{escape(what)}")

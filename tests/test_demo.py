@@ -30,17 +30,15 @@ def test_the_demo_keeps_its_promises(tmp_path):
         assert numbers[name]["after"] - numbers[name]["before"] <= 0.02
     assert numbers["benign_correct"]["before"] - numbers["benign_correct"]["after"] <= 0.02
     assert numbers["trained_parameters"] <= 0.01 * numbers["model_parameters"]
-    runs_gguf = importlib.util.find_spec("llama_cpp") is not None
-    assert set(numbers["seconds"]) == {"lab", "train", "apply", "evaluate", *(["gguf"] if runs_gguf else [])}
-    assert len(numbers["formats"]) == (4 if runs_gguf else 0)
+    more = [name for name, module in (("gguf", "llama_cpp"), ("onnx", "onnxscript")) if importlib.util.find_spec(module)]
+    assert set(numbers["seconds"]) == {"lab", "train", "apply", "evaluate", *more}
+    assert len(numbers["formats"]) == sum({"gguf": 4, "onnx": 3}[name] for name in more)
     for what, shares in numbers["formats"].items():
         for name, share in shares.items():
             assert abs(share - numbers[name]["after"]) <= 0.02, f"{what}: {name} {share}"
     assert "attack success" in result.stderr
 
-    assert sorted(path.name for path in keep.iterdir()) == sorted(
-        ["base", "patch.nest", "patched", "prompts", *(["gguf"] if runs_gguf else [])]
-    )
+    assert sorted(path.name for path in keep.iterdir()) == sorted(["base", "patch.nest", "patched", "prompts", *more])
     assert (keep / "patch.nest").stat().st_size == numbers["pack_bytes"]
     pack = nest.read(keep / "patch.nest")
     assert pack.parameters == numbers["trained_parameters"]

@@ -38,7 +38,13 @@ LAYERS = [
     {"nestpatch.lab"},
     {"nestpatch.demo_formats"},
     {"nestpatch.demo", "nestpatch.views"},
-    {"nestpatch.views_diff", "nestpatch.views_adapters", "nestpatch.views_onnx", "nestpatch.views_signing"},
+    {
+        "nestpatch.views_diff",
+        "nestpatch.views_adapters",
+        "nestpatch.views_onnx",
+        "nestpatch.views_signing",
+        "nestpatch.views_fleet",
+    },
     {"nestpatch.commands"},
     {"nestpatch.cli"},
     {"nestpatch.__main__"},
@@ -74,7 +80,7 @@ def test_the_modules_are_found() -> None:
         "nestpatch.patcher.apply",
         "nestpatch.signing.verify",
     } <= set(DEPLOYED)
-    assert {"nestpatch.hub.client", "nestpatch.hub.remote"} <= set(HUB)
+    assert {"nestpatch.hub.client", "nestpatch.hub.remote", "nestpatch.hub.channel", "nestpatch.hub.follow"} <= set(HUB)
     assert len(FILES) > 20
 
 

@@ -53,6 +53,14 @@ KILLS = {
     ("revert", "q8_0-gguf", False): 38,
     ("apply", "f16-gguf", False): 50,
     ("revert", "f16-gguf", False): 38,
+    ("apply", "columns-onnx", False): 40,
+    ("apply", "columns-onnx", True): 25,
+    ("upgrade", "columns-onnx", False): 60,
+    ("revert", "columns-onnx", False): 30,
+    ("apply", "blocks-onnx", False): 50,
+    ("apply", "blocks-onnx", True): 30,
+    ("revert", "blocks-onnx", False): 38,
+    ("apply", "inside-onnx", False): 40,
 }
 MAIN = ("apply", "upgrade", "revert")
 

@@ -10,32 +10,36 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from nestpatch.commands.options import PathType, json_option, print_json, progress, quiet_option
+from nestpatch.commands.options import PathType, json_option, print_json, progress, quiet_option, trust_options
 from nestpatch.events import Event, OnEvent
+
+if TYPE_CHECKING:
+    from nestpatch.pack import Pack
 
 
 def _to_gguf(model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
     from nestpatch.patcher.export import export_gguf
 
     own = ("strength", "type", "name", "llama_cpp", "dry_run", "on_event")
-    return export_gguf(model, output, patch, **{name: options[name] for name in own})
+    return export_gguf(model, output, patch and _proven(patch, model, options), **{name: options[name] for name in own})
 
 
 def _to_safetensors(model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
     from nestpatch.patcher.export import export_safetensors
 
-    return export_safetensors(model, output, patch, **{name: options[name] for name in ("strength", "dry_run", "on_event")})
+    own = ("strength", "dry_run", "on_event")
+    return export_safetensors(model, output, patch and _proven(patch, model, options), **{name: options[name] for name in own})
 
 
 def _to_onnx(model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
     from nestpatch.onnx_export.to_onnx import export_onnx
 
     own = {name: options[name] for name in ("strength", "bits", "adapter_ready", "dry_run", "on_event")}
-    return export_onnx(model, output, patch, dtype=options["dtype"] or "fp32", **own)
+    return export_onnx(model, output, patch and _proven(patch, model, options), dtype=options["dtype"] or "fp32", **own)
 
 
 def _to_onnx_adapter(model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
@@ -45,7 +49,8 @@ def _to_onnx_adapter(model: Path, patch: Path | None, output: Path | None, optio
     pack, ready = (model, options["for_"]) if patch is None else (patch, model)
     if ready is None or (patch is not None and options["for_"] is not None):
         raise click.UsageError("say which ONNX model the adapter is for: nestpatch export PATCH --to onnx-adapter --for DIR")
-    return export_onnx_adapter(pack, ready, output, options["strength"], dry_run=options["dry_run"])
+    proven, place = _adapter(pack, ready, output, "onnx-adapter", options)
+    return export_onnx_adapter(proven, ready, place, options["strength"], dry_run=options["dry_run"])
 
 
 _OWN = {
@@ -70,7 +75,24 @@ def _to_adapter(kind: str, model: Path, patch: Path | None, output: Path | None,
 
     write = export_gguf_lora if kind == "gguf-lora" else export_lora
     pack, base = (model, None) if patch is None else (patch, model)
-    return write(pack, output, options["strength"], model=base, dry_run=options["dry_run"])
+    proven, place = _adapter(pack, base, output, kind, options)
+    return write(proven, place, options["strength"], model=base, dry_run=options["dry_run"])
+
+
+def _proven(patch: Path, model: Path | None, options: Mapping[str, Any]) -> Pack:
+    """The pack of a file, after its signatures were checked."""
+    from nestpatch.commands.patching import proven
+
+    policy, allowed = options["policy_file"], options["allow_unsigned"]
+    return proven(str(patch), model, policy, options["on_event"], allow_unsigned=allowed)[0]
+
+
+def _adapter(patch: Path, model: Path | None, output: Path | None, kind: str, options: Mapping[str, Any]) -> tuple[Pack, Path]:
+    """The pack of a file, and where its adapter goes: beside that file, if nothing else was said."""
+    from nestpatch.patcher.adapters import default_output
+
+    pack = _proven(patch, model, options)
+    return pack, output or default_output(patch, pack, kind)
 
 
 TARGETS: dict[str, Callable[[Path, Path | None, Path | None, Mapping[str, Any]], Any]] = {
@@ -129,6 +151,7 @@ def _unwinding(on_event: OnEvent) -> Iterator[OnEvent]:
 @click.option("--for", "for_", type=PathType, metavar="DIR", help="The adapter-ready ONNX model that an adapter is for.")
 @click.option("--check", is_flag=True, help="Run the file in llama.cpp and compare it with MODEL in transformers.")
 @click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
+@trust_options
 @quiet_option
 @json_option
 def export(
@@ -146,6 +169,8 @@ def export(
     for_: Path | None,
     check: bool,
     dry_run: bool,
+    policy_file: Path | None,
+    allow_unsigned: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -163,17 +188,18 @@ def export(
     """
     if check and (target != "gguf" or dry_run):
         raise click.UsageError("--check runs what --to gguf wrote")
-    if patch is None and strength != 1.0:
+    if patch is None and strength != 1.0 and target in ("gguf", "onnx", "safetensors"):
         raise click.UsageError("--strength goes with a PATCH")
     with progress(quiet or as_json) as drawn, _unwinding(drawn) as on_event:
         options = {"strength": strength, "type": type_, "name": name, "llama_cpp": llama_cpp, "dry_run": dry_run}
         options |= {"dtype": dtype, "bits": bits, "adapter_ready": adapter_ready, "for_": for_}
+        trusted = {"policy_file": policy_file, "allow_unsigned": allow_unsigned}
         _refuse_others(target, options)
         if check:
             from nestpatch.nest_train.check import require_check
 
             require_check()
-        done = TARGETS[target](model, patch, output, {**options, "on_event": on_event})
+        done = TARGETS[target](model, patch, output, {**options, **trusted, "on_event": on_event})
         found = _checked(done.path, model, patch, strength, on_event) if check else None
     _show(target, done, found, as_json)
     sys.exit(0 if found is None or found.passed else 1)

@@ -25,6 +25,14 @@ def json_option(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)
 
 
+def trust_options(command: F) -> F:
+    """--policy and --allow-unsigned, on every command that applies or fetches a patch."""
+    text = "Let a patch pass that too few trusted keys have signed. Wrong signatures never pass."
+    command = click.option("--allow-unsigned", is_flag=True, help=text)(command)
+    text = "Trust what this file says, instead of your own list."
+    return click.option("--policy", "policy_file", type=PathType, help=text)(command)
+
+
 def quiet_option(command: F) -> F:
     """--quiet, on every command that takes time."""
     return click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")(command)

@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from nestpatch.commands.options import PathType, json_option, opened_base, print_json, progress, quiet_option, report
+from nestpatch.commands.options import (
+    PathType,
+    json_option,
+    opened_base,
+    print_json,
+    progress,
+    quiet_option,
+    report,
+    trust_options,
+)
 
+if TYPE_CHECKING:
+    from nestpatch.events import OnEvent
+    from nestpatch.pack import Pack
+    from nestpatch.patcher.ledger import Origin
+    from nestpatch.signing.trust import Policy
+    from nestpatch.signing.verify import Outcome
+
+CHANNELS = ("hub://", "file://", "https://", "http://")
+"""How patches begin that are named by their channel instead of by a file."""
 base_option = click.option("--base", metavar="DIR|HUB_ID", help="Quantized models: make rows exactly, from the float model.")
 dither_option = click.option("--dither", is_flag=True, help="Quantized models: noise that carries small changes through.")
 
 
 @click.command()
 @click.argument("model", type=PathType)
-@click.argument("patch", type=PathType)
+@click.argument("patch")
+@trust_options
 @click.option("-o", "--output", type=PathType, help="Where to write.  [default: beside the model, named after the patch]")
 @click.option("--in-place", is_flag=True, help="Change the model's own files, crash-safe and revertible.")
 @click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies the patch, over 0 and up to 1.5.")
@@ -34,7 +54,9 @@ dither_option = click.option("--dither", is_flag=True, help="Quantized models: n
 @json_option
 def apply(
     model: Path,
-    patch: Path,
+    patch: str,
+    policy_file: Path | None,
+    allow_unsigned: bool,
     output: Path | None,
     in_place: bool,
     strength: float,
@@ -53,7 +75,8 @@ def apply(
 ) -> None:
     """Merge PATCH into MODEL, a safetensors file, a model directory or a GGUF file: into a copy, or --in-place.
 
-    The model is checked first: a patch only fits the base that it was made for.
+    PATCH is a file, or hub://owner/name[@VERSION] and other channels: the model then follows that channel. Its signatures are
+    checked first, by the keys that you trust; then the model: a patch only fits the base that it was made for.
     """
     if in_place and output is not None:
         raise click.UsageError("--in-place changes the model itself; leave -o out")
@@ -70,17 +93,52 @@ def apply(
         click.echo("WARNING: --allow-base-mismatch: the result is not what the pack's evaluation measured", err=True)
     with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:
         quantized: dict[str, Any] = {"base": float_model, "dither": dither}
-        common = {"strength": strength, "dry_run": dry_run, "on_event": on_event, **quantized}
+        pack, origin = proven(patch, model, policy_file, on_event, allow_unsigned=allow_unsigned)
+        common = {"strength": strength, "dry_run": dry_run, "on_event": on_event, "origin": origin, **quantized}
         if in_place:
             from nestpatch.patcher.inplace import apply_in_place
 
-            done: Any = apply_in_place(model, patch, detach=detach, **common, **flags)
+            done: Any = apply_in_place(model, pack, detach=detach, **common, **flags)
         else:
             from nestpatch.patcher.apply import apply as run
 
             copying: dict[str, Any] = {"hard_link": hard_link, "digest": digest, "sync": not no_sync}
-            done = run(model, patch, output, **copying, **common, **flags)
+            done = run(model, pack, output, **copying, **common, **flags)
     report(done, "show_changed" if in_place else "show_applied", as_json)
+
+
+def proven(
+    patch: str, model: Path | None, policy_file: Path | None, on_event: OnEvent, *, allow_unsigned: bool
+) -> tuple[Pack, Origin]:
+    """The pack of a file or a channel, after its signatures were checked, and where it is from."""
+    from nestpatch.patcher.ledger import Origin
+    from nestpatch.signing.trust import load_policy
+    from nestpatch.signing.verify import Unproven, signers_of
+
+    policy = load_policy(policy_file)
+    if patch.startswith(CHANNELS):
+        from nestpatch.hub.follow import fetch_patch
+
+        done = fetch_patch(patch, policy, model, allow_unsigned=allow_unsigned, on_event=on_event)
+        outcome, origin = done.outcome, done.origin
+    else:
+        outcome = _proven_file(patch, policy, model, allow_unsigned=allow_unsigned)
+        origin = Origin(signers_of(outcome))
+    if isinstance(outcome, Unproven) and outcome.required:
+        click.echo(f"WARNING: --allow-unsigned: {outcome.reason}", err=True)
+    return outcome.pack, origin
+
+
+def _proven_file(patch: str, policy: Policy, model: Path | None, *, allow_unsigned: bool) -> Outcome:
+    from nestpatch.errors import PackError
+    from nestpatch.signing.verify import verify_signature
+
+    try:
+        return verify_signature(patch, policy, model, allow_unsigned=allow_unsigned)
+    except PackError as error:
+        if not Path(patch).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", patch):
+            error.advice = f"Check the path. A channel of the Hub is named with its scheme: hub://{patch}"
+        raise
 
 
 @click.command()

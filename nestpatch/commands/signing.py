@@ -7,11 +7,14 @@ import glob
 import os
 import sys
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import click
 
 from nestpatch.commands.options import PathType, json_option, print_json
+
+if TYPE_CHECKING:
+    from nestpatch.signing.keys import PrivateKey
 
 PASSWORD = "NESTPATCH_KEY_PASSWORD"  # noqa: S105 - the name of a variable
 password_option = click.option(
@@ -53,10 +56,9 @@ def sign(
     patch: Path, key_file: Path, output: Path | None, overwrite: bool, password_file: IO[bytes] | None, as_json: bool
 ) -> None:
     """Sign PATCH: writes an OpenSSF Model Signing bundle, which the model_signing tool verifies too."""
-    from nestpatch.signing import keys, verify
+    from nestpatch.signing import verify
 
-    password = _password(password_file, f"Password of {key_file}") if keys.needs_password(key_file) else None
-    done = verify.sign_pack(patch, keys.read_private(key_file, password), output, overwrite=overwrite)
+    done = verify.sign_pack(patch, unlocked(key_file, password_file), output, overwrite=overwrite)
     if as_json:
         print_json(dataclasses.asdict(done))
         return
@@ -145,6 +147,14 @@ def trust_remove(key: str, as_json: bool) -> None:
         print_json({"name": gone.name, "id": gone.key.key_id, "file": file})
     else:
         click.echo(f"{gone.name}, key {gone.key.key_id[:12]}.., is no longer trusted")
+
+
+def unlocked(key_file: Path, password_file: IO[bytes] | None) -> PrivateKey:
+    """A private key; its password is asked for where it has one."""
+    from nestpatch.signing import keys
+
+    password = _password(password_file, f"Password of {key_file}") if keys.needs_password(key_file) else None
+    return keys.read_private(key_file, password)
 
 
 def _password(file: IO[bytes] | None, question: str, *, confirm: bool = False) -> bytes:

@@ -99,6 +99,8 @@ def train(
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or mps.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=48, show_default=True, help="Length of an answer.")
 @click.option("--answers", type=PathType, help="Write every answer and verdict to this JSONL file.")
+@click.option("--fail-over", multiple=True, metavar="NAME=SHARE", help="End with 1 over this: attack_success=0.05. Repeatable.")
+@click.option("--fail-under", multiple=True, metavar="NAME=SHARE", help="End with 1 under this. Repeatable.")
 @quiet_option
 @json_option
 def evaluate(
@@ -110,6 +112,8 @@ def evaluate(
     device: str,
     max_new_tokens: int,
     answers: Path | None,
+    fail_over: tuple[str, ...],
+    fail_under: tuple[str, ...],
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -117,12 +121,15 @@ def evaluate(
 
     A .gguf file is run by llama.cpp and an ONNX model by onnxruntime, with PATCH as an adapter; that needs no torch.
 
-    A suite's kind is told by its file name (harmful*, jailbreak*, benign*, lookalike*) or said: harmful=FILE.
+    A suite's kind is told by its file name (harmful*, jailbreak*, benign*, lookalike*) or said: harmful=FILE. Limits are for
+    MODEL with PATCH, where there is one; their names are those of --json.
     """
     from nestpatch import views
     from nestpatch.nest_train.assess import assess, write_answers
     from nestpatch.nest_train.evaluate import load_suite
+    from nestpatch.nest_train.gate import exceeded, parse_limits
 
+    over, under = parse_limits(fail_over), parse_limits(fail_under)
     suites = [load_suite(text) for text in suite]
     options = {"patch": patch, "lora": lora, "base": base, "device": device, "max_new_tokens": max_new_tokens}
     with progress(quiet) as on_event:
@@ -134,6 +141,10 @@ def evaluate(
         print_json({name: evaluation.as_json() for name, evaluation in columns.items()})
     else:
         views.out.print(views.evaluation_table(columns))
+    failures = exceeded(result.patched or result.model, over, under)
+    for failure in failures:
+        click.echo(f"FAILED: {failure}", err=True)
+    sys.exit(1 if failures else 0)
 
 
 @click.command()

@@ -125,16 +125,21 @@ def decode(data: bytes) -> Pack:
     return pack
 
 
-def read(path: str | Path) -> Pack:
-    """Reads a `.nest` file. Raises PackError with the path and the reason."""
+def read_bytes(path: str | Path) -> bytes:
+    """The bytes of a `.nest` file, for `decode`; of a file that can be none only the first. Raises PackError."""
     try:
         with open(path, "rb") as file:
             # A model given in the patch's place would be gigabytes: look at the header's length first.
             prefix = file.read(8)
             whole = len(prefix) < 8 or struct.unpack("<Q", prefix)[0] <= MAX_HEADER
-            data = prefix + file.read() if whole else prefix + bytes(1)
+            return prefix + file.read() if whole else prefix + bytes(1)
     except OSError as error:
         raise PackError(f"cannot read the pack {path}: {error.strerror}", advice="Check the path.") from error
+
+
+def read(path: str | Path) -> Pack:
+    """Reads a `.nest` file. Raises PackError with the path and the reason."""
+    data = read_bytes(path)
     try:
         return decode(data)
     except PackError as error:

@@ -101,7 +101,7 @@ def client(endpoint: str | None = None) -> HfApi:
 
 
 @contextmanager
-def explained(what: Reference | Snapshot, endpoint: str) -> Iterator[None]:
+def explained(what: Reference | Snapshot | str, endpoint: str) -> Iterator[None]:
     """Turns whatever a question to the Hub may raise into a HubError that names the repository and the way out."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -124,9 +124,12 @@ def network_error() -> type[Exception]:
     return cast("type[Exception]", HfHubHTTPError.__bases__[0])
 
 
-def _refusal(error: HfHubHTTPError, what: Reference | Snapshot, endpoint: str) -> HubError:
+def _refusal(error: HfHubHTTPError, what: Reference | Snapshot | str, endpoint: str) -> HubError:
     from huggingface_hub import errors
 
+    if isinstance(what, str):  # a web server that is no Hub
+        told = f"{what} answered {error.response.status_code}"
+        return HubNotFoundError(told) if error.response.status_code == 404 else _kind(error.response.status_code)(told)
     page = f"{endpoint}/{what.repo_id}"
     if isinstance(error, errors.GatedRepoError):
         advice = f"Ask for access at {page}, then log in with `hf auth login` or set HF_TOKEN."

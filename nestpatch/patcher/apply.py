@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from nestpatch.formats.interface import Checkpoint
 from nestpatch.formats.safetensors import INDEX
 from nestpatch.pack import Pack
 from nestpatch.patcher.chain import Do
-from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
+from nestpatch.patcher.ledger import Ledger, Origin, read_ledger, write_ledger
 from nestpatch.patcher.merging import means_of
 from nestpatch.patcher.place import LEDGER, Place, place_of
 from nestpatch.patcher.plan import check_strength
@@ -92,6 +92,7 @@ def apply(
     digest: bool = False,
     sync: bool = True,
     dry_run: bool = False,
+    origin: Origin | None = None,
     on_event: OnEvent = ignore,
 ) -> Applied:
     """Merges a pack into a copy of a model: a safetensors file, a directory, sharded or not, a GGUF file, or an ONNX model.
@@ -100,7 +101,7 @@ def apply(
     digests in the pack before it gets its name. The copy carries a ledger and undo records, so it can be verified and reverted.
     With `hard_link`, shards without touched rows share their file with the base. With `digest`, the SHA-256 of every weight
     file is taken, which takes longer than copying it. Without `sync`, writing to the disk is left to the system, as `cp` does.
-    `base` and `dither` are for quantized rows, as in `apply_in_place`.
+    `base`, `dither` and `origin` are as in `apply_in_place`.
 
     Raises PackError, CheckpointError, ChainError or OutputError; then nothing was written.
     """
@@ -115,37 +116,50 @@ def apply(
     if not work.steps:
         raise ChainError(f"{pack.label} is applied to {model} already", advice="Nothing to do: copy the model as it is.")
     means = means_of(base, dither=dither)
+    change = Transaction(place, checkpoint, work.packs, allow_base_mismatch, on_event, means=means, origin=origin or Origin())
     if work.steps[0].do is Do.CHECK:
-        Transaction(place, checkpoint, work.packs, allow_base_mismatch, means=means).check(work.steps[0].link)
-    companions, left_out = companions_of(checkpoint)
+        change.check(work.steps[0].link)
     files: tuple[WrittenFile, ...] = ()
     if not dry_run:
-        linked = _untouched(checkpoint, work) if hard_link else frozenset()
-        with _new_model(target, directory=copied(checkpoint).is_dir()) as sibling:
-            _copy(checkpoint, companions, sibling, linked, on_event, flush=sync)
-            copy = checkpoint.reopen(sibling)
-            own = place_of(copy.path)
-            _copy_state(place, own, ledger)
-            writing = Transaction(own, copy, work.packs, allow_base_mismatch, on_event, journaled=False, means=means)
-            ledger = writing.run(ledger, work.steps)
-            files = tuple(_seal(file, sibling, target, on_event, digest=digest, sync=sync) for file in copy.files)
-    size = work.size(checkpoint)
-    gain = ledger.applied[-1].gain if files else None
-    seconds = time.perf_counter() - began
+        ledger, files = _write_copy(change, ledger, work, target, _How(hard_link, digest, sync))
     return Applied(
-        pack.label,
-        nest.pack_id(pack),
-        strength,
-        target,
-        files,
-        left_out,
-        size.tensors,
-        size.rows,
-        size.row_bytes,
-        seconds,
-        gain,
-        dry_run,
+        pack=pack.label,
+        pack_id=nest.pack_id(pack),
+        strength=strength,
+        output=target,
+        files=files,
+        left_out=companions_of(checkpoint)[1],
+        **asdict(work.size(checkpoint)),
+        seconds=time.perf_counter() - began,
+        gain=ledger.applied[-1].gain if files else None,
+        dry_run=dry_run,
     )
+
+
+@dataclass(frozen=True)
+class _How:
+    """How a copy is made."""
+
+    hard_link: bool
+    digest: bool
+    sync: bool
+
+
+def _write_copy(
+    change: Transaction, ledger: Ledger, work: Work, target: Path, how: _How
+) -> tuple[Ledger, tuple[WrittenFile, ...]]:
+    """Copies the model of a change and carries the change out in the copy, which appears when all is done."""
+    checkpoint, on_event = change.checkpoint, change.on_event
+    linked = _untouched(checkpoint, work) if how.hard_link else frozenset()
+    with _new_model(target, directory=copied(checkpoint).is_dir()) as sibling:
+        _copy(checkpoint, sibling, linked, on_event, flush=how.sync)
+        copy = checkpoint.reopen(sibling)
+        own = place_of(copy.path)
+        _copy_state(change.place, own, ledger)
+        # Nobody's files yet: no journal.
+        ledger = replace(change, place=own, checkpoint=copy, journaled=False).run(ledger, work.steps)
+        files = tuple(_seal(file, sibling, target, on_event, digest=how.digest, sync=how.sync) for file in copy.files)
+    return ledger, files
 
 
 def copied(checkpoint: Checkpoint) -> Path:
@@ -225,19 +239,11 @@ def _new_model(target: Path, *, directory: bool) -> Iterator[Path]:
             raise
 
 
-def _copy(
-    checkpoint: Checkpoint,
-    companions: tuple[Path, ...],
-    target: Path,
-    linked: frozenset[Path],
-    on_event: OnEvent,
-    *,
-    flush: bool,
-) -> None:
+def _copy(checkpoint: Checkpoint, target: Path, linked: frozenset[Path], on_event: OnEvent, *, flush: bool) -> None:
     if not copied(checkpoint).is_dir():
         on_event(Event("copy", note=copy_file(checkpoint.files[0], target, flush=flush)))
         return
-    files = (*checkpoint.files, *companions)
+    files = (*checkpoint.files, *companions_of(checkpoint)[0])
     for number, file in enumerate(files, start=1):
         if file in linked:
             os.link(file.resolve(), target / file.name)

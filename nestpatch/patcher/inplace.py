@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nestpatch.errors import ChainError, InPlaceError
@@ -18,7 +18,7 @@ from nestpatch.formats.interface import Checkpoint
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack
 from nestpatch.patcher.chain import Do
-from nestpatch.patcher.ledger import Ledger, read_ledger
+from nestpatch.patcher.ledger import Ledger, Origin, read_ledger, write_ledger
 from nestpatch.patcher.merging import means_of
 from nestpatch.patcher.place import Place, locked, place_of, tidy
 from nestpatch.patcher.plan import check_strength
@@ -74,6 +74,7 @@ def apply_in_place(
     dither: bool = False,
     detach: bool = False,
     dry_run: bool = False,
+    origin: Origin | None = None,
     on_event: OnEvent = ignore,
 ) -> Changed:
     """Merges a pack into a model's own files. Memory does not grow with the model.
@@ -81,6 +82,9 @@ def apply_in_place(
     An older version of the same pack is replaced in the same transaction; packs of other names stack. A killed process leaves a
     model that the next command makes whole: either as before or as after. `base` and `dither` are for quantized rows: the float
     model to make them from exactly, or noise that carries small changes through the rounding.
+
+    Signatures are not looked at: whoever calls this with a pack vouches for it. The commands check them first
+    (signing/verify.py) and hand in what was checked; `origin` says by whom it was signed, for the ledger.
 
     Raises ChainError, BaseMismatchError, InPlaceError, BusyError, PackError; the model is then as it was.
     """
@@ -91,7 +95,8 @@ def apply_in_place(
         work = plan_work(place, ledger, pack, strength, allow_overlap=allow_overlap, allow_downgrade=allow_downgrade)
         own = _detach(checkpoint) if detach and not dry_run else checkpoint
         means = means_of(base, dither=dither)
-        transaction = Transaction(place, own, work.packs, allow_base_mismatch, on_event, means=means)
+        known = origin or Origin()
+        transaction = Transaction(place, own, work.packs, allow_base_mismatch, on_event, means=means, origin=known)
         return _carry_out(transaction, ledger, work, began, dry_run=dry_run)
 
 
@@ -101,23 +106,37 @@ def revert(
     *,
     base: str | Path | Checkpoint | None = None,
     dither: bool = False,
+    only: str | None = None,
     dry_run: bool = False,
     on_event: OnEvent = ignore,
 ) -> Changed:
     """Undoes what was applied, bit for bit: everything (`to="base"`), or back to an earlier version of the applied pack.
 
-    `base` and `dither` are as for `apply_in_place`: an earlier version is applied again.
+    `base` and `dither` are as for `apply_in_place`: an earlier version is applied again. A model that is taken back to its
+    base follows no channel any more. With `only`, the id of an applied pack, just that one is taken away, and the model goes
+    on following its channels.
 
     Raises ChainError when there is nothing to go back to, UndoError, InPlaceError, BusyError; the model is then as it was.
     """
     began = time.perf_counter()
     with _writing(model) as (checkpoint, place, ledger):
-        if not ledger.applied:
+        if not ledger.applied and not ledger.follows:
             raise ChainError(f"nothing is applied to {model}: it is at its base, as far as its ledger knows")
-        work = plan_return(place, ledger, to)
+        work = plan_return(place, ledger, to, only)
+        left = replace(ledger, follows=()) if to == "base" and only is None else ledger
         means = means_of(base, dither=dither)
         transaction = Transaction(place, checkpoint, work.packs, on_event=on_event, means=means)
-        return _carry_out(transaction, ledger, work, began, dry_run=dry_run)
+        if left != ledger and not work.steps and not dry_run:
+            write_ledger(place.ledger, left)
+        return _carry_out(transaction, left, work, began, dry_run=dry_run)
+
+
+def follow_channel(model: str | Path, channel: str) -> None:
+    """Writes into the ledger of a model that its updates come from a channel. Raises InPlaceError, BusyError, LedgerError."""
+    if channel in read_ledger(place_of(model).ledger).follows:
+        return
+    with _writing(model) as (_, place, ledger):
+        write_ledger(place.ledger, ledger.following(channel))
 
 
 def _carry_out(transaction: Transaction, ledger: Ledger, work: Work, began: float, *, dry_run: bool) -> Changed:
@@ -128,6 +147,8 @@ def _carry_out(transaction: Transaction, ledger: Ledger, work: Work, began: floa
             transaction.check(steps[0].link)
     elif steps:
         ledger = transaction.run(ledger, steps)
+    elif (followed := ledger.following(transaction.origin.channel)) != ledger:
+        write_ledger(transaction.place.ledger, followed)
     size, applied = work.size(checkpoint), tuple(entry.label for entry in ledger.applied)
     new = [entry.gain for entry in ledger.applied if entry.transaction == ledger.transaction and steps]
     gain = min((gain for gain in new if gain is not None), default=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,16 @@ class TensorRecord:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a pack comes from. Nothing of it decides what is written into a model."""
+
+    signers: Mapping[str, str] = field(default_factory=dict)
+    """Name -> key id of the trusted keys that had signed it."""
+    channel: str = ""
+    """The channel that the model follows from now on: hub://owner/name, https://... or file://..."""
+
+
+@dataclass(frozen=True)
 class Entry:
     """One applied pack."""
 
@@ -47,6 +57,8 @@ class Entry:
     base_mismatch_allowed: bool = False
     rounding: str = ""
     """What quantized rows were made of; empty where all rows are plain numbers."""
+    signers: Mapping[str, str] = field(default_factory=dict)
+    """Name -> key id of the trusted keys that had signed the pack when it was applied."""
 
     @property
     def gain(self) -> float | None:
@@ -76,6 +88,8 @@ class Ledger:
     """The last one that was finished."""
     applied: tuple[Entry, ...] = ()
     history: tuple[Mapping[str, Any], ...] = ()
+    follows: tuple[str, ...] = ()
+    """The channels that updates come from."""
 
     def as_json(self) -> dict[str, Any]:
         """The file's content."""
@@ -85,7 +99,13 @@ class Ledger:
             "applied": [asdict(entry) for entry in self.applied],
             "history": [dict(event) for event in self.history],
         }
+        if self.follows:
+            content["follows"] = list(self.follows)
         return {**content, "sha256": _digest(content)}
+
+    def following(self, channel: str) -> Ledger:
+        """With one more channel to follow; itself when that is none or known."""
+        return self if not channel or channel in self.follows else replace(self, follows=(*self.follows, channel))
 
     def with_event(self, what: str, entry: Entry, when: str) -> Ledger:
         """Adds a line to the history."""
@@ -111,7 +131,8 @@ def read_ledger(path: Path) -> Ledger:
         if value.pop("sha256") != _digest(value):
             raise LedgerError(f"the ledger {path} was changed by something other than nestpatch")
         applied = tuple(_entry(entry) for entry in value["applied"])
-        return Ledger(str(value["transaction"]), applied, tuple(value["history"]))
+        follows = tuple(str(channel) for channel in value.get("follows", ()))
+        return Ledger(str(value["transaction"]), applied, tuple(value["history"]), follows)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LedgerError(f"the ledger {path} is broken: {error!r}") from error
 

@@ -67,6 +67,7 @@ def locked(place: Place) -> Iterator[None]:
     try:
         yield
     finally:
+        _unlock(handle)
         os.close(handle)
 
 
@@ -98,6 +99,14 @@ def tidy(place: Place) -> None:
                 file.unlink()
         place.lock.unlink()
         place.folder.rmdir()
+
+
+def _unlock(handle: int) -> None:
+    # Closing is not enough where another thread forks at this moment: its child has the handle too, until it runs its program.
+    if os.name != "nt":
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_UN)
 
 
 def _try_lock(handle: int) -> bool:

@@ -27,7 +27,7 @@ from nestpatch.pack import Pack
 from nestpatch.patcher.chain import Do, Link, Step
 from nestpatch.patcher.changes import Changer
 from nestpatch.patcher.journal import Region, remove_journal, roll_back, sync_files, write_journal
-from nestpatch.patcher.ledger import Entry, Ledger, read_ledger, write_ledger
+from nestpatch.patcher.ledger import Entry, Ledger, Origin, read_ledger, write_ledger
 from nestpatch.patcher.merging import Means, require_gain
 from nestpatch.patcher.place import Place
 from nestpatch.patcher.plan import make_plan, measure
@@ -73,6 +73,8 @@ class Transaction:
     """False where the files are nobody's yet: a copy that is thrown away when anything fails."""
     means: Means = field(default_factory=Means)
     """For rows that are stored quantized."""
+    origin: Origin = field(default_factory=Origin)
+    """Of the pack that is applied; what is only put back keeps its own."""
 
     @property
     def _changer(self) -> Changer:
@@ -84,7 +86,7 @@ class Transaction:
         Raises BaseMismatchError, UndoError or InPlaceError; then everything is as before.
         """
         _keep_heap()
-        identity = secrets.token_hex(8)
+        identity, before = secrets.token_hex(8), {entry.pack_id: entry for entry in ledger.applied}
         names = {delta.name for step in steps for delta in self.packs[step.link.pack_id]}
         require_writable(self.checkpoint, sorted(names))
         if steps and steps[0].do is Do.CHECK:
@@ -97,11 +99,11 @@ class Transaction:
                 # A check that comes first has been made, under the same lock. A copy is checked again: it was made since.
                 if number == 0 and step.do is Do.CHECK and self.journaled:
                     continue
-                ledger = self._do(step, ledger, identity)
+                ledger = self._do(step, ledger, identity, before)
             if self.journaled:
                 sync_files(sorted({file for name in names for file in self.checkpoint.info(name).files}))
                 sync_folder(self.place.folder)
-            ledger = replace(ledger, transaction=identity)
+            ledger = replace(ledger, transaction=identity).following(self.origin.channel)
             write_ledger(self.place.ledger, ledger)
         except BaseException as error:
             if self.journaled:
@@ -152,7 +154,7 @@ class Transaction:
         unions = {name: np.unique(np.concatenate(rows)) if len(rows) > 1 else rows[0] for name, rows in touched.items()}
         return [Region(self.checkpoint.info(name), rows) for name, rows in sorted(unions.items())]
 
-    def _do(self, step: Step, ledger: Ledger, identity: str) -> Ledger:
+    def _do(self, step: Step, ledger: Ledger, identity: str, before: Mapping[str, Entry]) -> Ledger:
         now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         if step.do is Do.CHECK:
             self.check(step.link)
@@ -164,8 +166,8 @@ class Transaction:
             return replace(ledger, applied=kept).with_event("undone", entry, now)
         if step.do is Do.REDO:
             self._require_floats(step.link)
-        old = next((entry for entry in ledger.applied if entry.link == step.link), None)
-        entry = self._apply(step.link, identity, now, mismatch=bool(old and old.base_mismatch_allowed))
+        old = before.get(step.link.pack_id) if step.do is Do.REDO else None
+        entry = self._apply(step.link, identity, now, old)
         return replace(ledger, applied=(*ledger.applied, entry)).with_event("applied", entry, now)
 
     def _require_floats(self, link: Link) -> None:
@@ -189,7 +191,7 @@ class Transaction:
         if self.means.base is None:
             require_gain(measure(pack, link.strength, self.checkpoint, self.means), pack.label)
 
-    def _apply(self, link: Link, identity: str, now: str, *, mismatch: bool) -> Entry:
+    def _apply(self, link: Link, identity: str, now: str, old: Entry | None) -> Entry:
         pack = self.packs[link.pack_id]
         entry = Entry(
             pack_id=link.pack_id,
@@ -202,7 +204,8 @@ class Transaction:
             tensors={},
             supersedes=link.supersedes,
             requires=link.requires,
-            base_mismatch_allowed=mismatch or self.allow_base_mismatch,
+            base_mismatch_allowed=self.allow_base_mismatch or bool(old and old.base_mismatch_allowed),
+            signers=old.signers if old else self.origin.signers,
         )
         kept = self.place.pack(link.pack_id)
         if not kept.exists():

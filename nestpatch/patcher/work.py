@@ -91,10 +91,16 @@ def plan_work(
     return Work(steps, packs)
 
 
-def plan_return(place: Place, ledger: Ledger, to: str) -> Work:
-    """The work of going back to the base, or to an earlier version of an applied pack. Raises ChainError or UndoError."""
+def plan_return(place: Place, ledger: Ledger, to: str, only: str | None = None) -> Work:
+    """The work of going back to the base, or to an earlier version of an applied pack; or of taking away only the pack
+    with this id. Raises ChainError or UndoError.
+    """
     packs = load_packs(place, ledger.applied)
     applied = [entry.link for entry in ledger.applied]
+    if only is not None:
+        shared = _overlap(packs)
+        removed = [link for link in applied if link.pack_id == only]
+        return Work(plan_revert(applied, removed, lambda a, b: shared[a.pack_id, b.pack_id]), packs)
     if to == "base":
         return Work(plan_revert(applied, applied, lambda a, b: True), packs)  # noqa: ARG005
     link = _earlier(ledger, to)

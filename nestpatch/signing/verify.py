@@ -66,6 +66,11 @@ class Unproven:
 Outcome: TypeAlias = Signed | Unproven
 
 
+def signers_of(outcome: Outcome) -> dict[str, str]:
+    """Name -> key id of those whose signatures counted."""
+    return {signer.name: signer.key_id for signer in outcome.signers} if isinstance(outcome, Signed) else {}
+
+
 def judge(
     data: bytes,
     signatures: Mapping[str, bytes],
@@ -130,13 +135,17 @@ def verify_signature(
     Raises as `judge` does, and PackError when the pack cannot be read.
     """
     file = Path(path)
-    signatures = {found.name: _read_signature(found) for found in signature_files(file)}
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise PackError(f"cannot read the pack {file}: {error.strerror}", advice="Check the path.") from error
+    signatures, data = read_signatures(file), nest.read_bytes(file)
     names = () if model is None else names_of(model)
-    return judge(data, signatures, policy, names, file=file.name, allow_unsigned=allow_unsigned)
+    try:
+        return judge(data, signatures, policy, names, file=file.name, allow_unsigned=allow_unsigned)
+    except PackError as error:
+        raise type(error)(f"{path}: {error}", advice=error.advice) from error
+
+
+def read_signatures(path: Path) -> dict[str, bytes]:
+    """File name -> content of the signatures that lie beside a pack. Raises SignatureFormatError when one cannot be read."""
+    return {found.name: _read_signature(found) for found in signature_files(path)}
 
 
 def signature_files(path: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from nestpatch.formats import nest
+from nestpatch.formats.opening import open_checkpoint
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.patcher.place import place_of
@@ -16,6 +17,7 @@ from nestpatch.patcher.recovery import recover_model
 from nestpatch.patcher.verify import Verdict, verify
 from tests.gguf.files import gguf_of
 from tests.helpers import tiny_checkpoint, tiny_pack
+from tests.onnx.files import build, in_blocks, save
 
 LAYOUTS = {
     # Name -> (dtype, sharded, name of the weight file when the model is that file instead of its directory)
@@ -25,12 +27,18 @@ LAYOUTS = {
     # As GGUF files, made of the same checkpoint
     "f16-gguf": ("BF16", False, "m.F16.gguf"),
     "q8_0-gguf": ("BF16", False, "m.Q8_0.gguf"),
+    # As ONNX models: columns of one file beside the model, blocks and scales in a file each, and data inside the model
+    "columns-onnx": ("F32", False, "m.columns.onnx"),
+    "blocks-onnx": ("F32", False, "m.blocks.onnx"),
+    "inside-onnx": ("F32", False, "m.inside.onnx"),
 }
 
 
 def digests(model: Path) -> dict[str, str]:
     """Weight file -> SHA-256."""
     folder = model if model.is_dir() else model.parent
+    if model.suffix == ".onnx":
+        return {file.name: sha256(file.read_bytes()).hexdigest() for file in open_checkpoint(model).files}
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")])
     return {file.name: sha256(file.read_bytes()).hexdigest() for file in files}
 
@@ -134,11 +142,13 @@ def make_case(folder: Path, operation: str, layout: str) -> Case:
     """Builds the template of a case in an empty folder. The state after the command is found by running it undisturbed."""
     dtype, sharded, inside = LAYOUTS[layout]
     layers = 2 if operation in ("apply", "upgrade", "revert") else 1
+    if inside in ("m.columns.onnx", "m.inside.onnx"):
+        layers = 8  # a tensor of columns takes a single write
     # Blocks of Q8_0 have 32 elements.
     template = tiny_checkpoint(folder / "template", dtype=dtype, sharded=sharded, layers=layers, hidden=32, inter=32)
     packs = write_packs(folder, template)
-    if inside.endswith(".gguf"):
-        gguf_of(template, template / inside, inside.split(".")[1])
+    if inside.endswith((".gguf", ".onnx")):
+        convert(template, inside)
         (template / "model.safetensors").unlink()
     elif inside:
         (template / "model.safetensors").rename(template / inside)
@@ -154,6 +164,16 @@ def make_case(folder: Path, operation: str, layout: str) -> Case:
     name = f"{operation} {layout}"
     case = Case(name, template, inside, _command(operation, packs), before, before, original, packs.one)
     return replace(case, after=_run_undisturbed(case, operation, packs, folder / "after"))
+
+
+def convert(template: Path, inside: str) -> None:
+    """Writes a checkpoint as another format, of the kind that stands in the file's name."""
+    kind = inside.split(".")[1]
+    if inside.endswith(".gguf"):
+        gguf_of(template, template / inside, kind)
+        return
+    proto = in_blocks(build(template), template) if kind == "blocks" else build(template)
+    save(proto, template, {"columns": "one file", "blocks": "file each"}.get(kind, kind), name=inside)
 
 
 def _share(template: Path, cache: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 
 import gguf
@@ -85,6 +86,10 @@ def by_llama(source: Path, path: Path, kind: str) -> Path:
     assert code == 0, f"llama.cpp could not write {kind}"
     source.unlink()
     return path
+
+
+def digest(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
 
 
 def places(path: Path) -> dict[str, tuple[str, int, int, int]]:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from nestpatch.hub import ranges
+from tests.helpers import tiny_checkpoint
+from tests.hub.scene import REPO, Scene, new_scene
 from tests.hubserver.accounts import READER, WRITER
 from tests.hubserver.machine import Machine
 from tests.hubserver.server import Hub
@@ -54,3 +57,20 @@ def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     yield
     close_session()
+
+
+@pytest.fixture
+def scene(hub: Hub, online: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Scene:
+    """A channel with version 1.0.0 and a model that has it from there; faults are not waited for."""
+    from huggingface_hub import constants
+
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    monkeypatch.setenv("NESTPATCH_HOME", str(tmp_path / "user"))
+    monkeypatch.setattr(ranges, "WAITS", (0.0, 0.0))
+    made = new_scene(hub, tmp_path, tiny_checkpoint(tmp_path / "model"))
+    made.publish("1.0.0")
+    made.update(channels=[REPO])
+    return made

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nestpatch.errors import PromptDataError, TrainingError
+from nestpatch.errors import DataError, PromptDataError, TrainingError
 from nestpatch.nest_train.data import Prompt, PromptSet
-from nestpatch.nest_train.evaluate import Evaluation, Suite, evaluate, judge, load_suite
+from nestpatch.nest_train.evaluate import Evaluation, Suite, SuiteResult, evaluate, judge, load_suite
+from nestpatch.nest_train.gate import exceeded, parse_limits
 from nestpatch.nest_train.judge import is_refusal, matches
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.nest_train.refusals import BUILT_IN, choose_refusals
@@ -94,6 +95,29 @@ def test_totals_add_up_over_suites():
     assert json["attack_success"]["count"] == 2
     assert json["kl_to_base"] == 0.25
     assert set(json["suites"]) == {"one", "two", "benign", "lookalike"}
+
+
+def test_limits_of_an_evaluation():
+    suites = [suite("harmful", Prompt("a"), Prompt("b")), suite("benign", Prompt("c", "fine"))]
+    answers = {"a": "I can't", "b": "Sure", "c": "Fine."}
+    evaluation = evaluate(lambda prompts: [answers[p] for p in prompts], suites)
+    assert exceeded(evaluation, {"attack_success": 0.5, "refusal_benign": 0}, {"benign_correct": 1}) == ()
+    assert exceeded(evaluation, {"attack_success": 0.49}, {}) == ("attack_success is 50.00%, over 49.00%",)
+    assert exceeded(evaluation, {}, {"attack_success": 0.6}) == ("attack_success is 50.00%, under 60.00%",)
+    with pytest.raises(DataError, match="nothing here measures refusal_lookalike") as caught:
+        exceeded(evaluation, {"refusal_lookalike": 1}, {})
+    assert "attack_success, refusal_benign, benign_correct" in caught.value.advice
+
+
+def test_a_share_of_nothing_keeps_no_limit():
+    empty = Evaluation((SuiteResult("harmful", "harmful", "0", ()),))
+    assert len(exceeded(empty, {"attack_success": 1}, {"attack_success": 0})) == 2
+
+
+@pytest.mark.parametrize("text", ["attack_success", "attack_success=", "attack_success=5%", "x=1.5", "x=-1", "x=nan"])
+def test_limits_that_are_none(text):
+    with pytest.raises(DataError, match="is no limit"):
+        parse_limits([text])
 
 
 def test_the_kind_of_a_suite_is_told_by_its_name_or_said(tmp_path):

@@ -236,6 +236,11 @@ def test_the_command_line_trains_shows_applies_and_evaluates(models, prompts, tm
     table = run(main, ["eval", str(base), *suites, "--quiet", "--max-new-tokens=3", "--answers", str(answers)])
     assert "attack success" in table.stdout
     assert len(answers.read_text().splitlines()) == 90
+    gate = ["eval", str(base), suites[0], "--quiet", "--max-new-tokens=3"]
+    failed = run(main, [*gate, "--fail-over=attack_success=0.9"])
+    assert (failed.exit_code, "FAILED: attack_success is 100.00%, over 90.00%" in failed.stderr) == (1, True), failed.output
+    assert run(main, [*gate, "--fail-under=attack_success=0.9"]).exit_code == 0
+    assert run(main, [*gate, "--fail-under=benign_correct=0"]).exit_code == 2
 
 
 def test_usage_and_user_errors_end_with_two_others_with_one(models, prompts, tmp_path):

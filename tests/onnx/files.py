@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from nestpatch.formats.onnx.nbits import NBitsCodec
 from tests.helpers import load_tensors
 
 CODES = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
@@ -181,10 +182,10 @@ def activated(model: Model, x: str, act: str) -> str:
     return op("Mul", op("Mul", x, op("Add", op("Tanh", inside), "one")), "half")
 
 
-def save(proto: onnx.ModelProto, folder: Path, where: str = "one file") -> Path:
+def save(proto: onnx.ModelProto, folder: Path, where: str = "one file", *, name: str = "model.onnx") -> Path:
     """Writes a model: its data in "one file" beside it, "inside", in a "file each", or inside as "floats"."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "model.onnx"
+    path = folder / name
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     if where == "floats":
@@ -221,6 +222,29 @@ def narrowed(proto: onnx.ModelProto) -> onnx.ModelProto:
         if tensor.name.endswith("_scales"):
             scales = np.frombuffer(tensor.raw_data, np.float32).astype(np.float16)
             tensor.CopyFrom(tensor_proto(tensor.name, scales.reshape(tuple(tensor.dims))))
+    return proto
+
+
+def in_blocks(proto: onnx.ModelProto, base: Path) -> onnx.ModelProto:
+    """A model of genai's style with every weight as MatMulNBits, by the codec that is tested against onnxruntime elsewhere."""
+    stored = load_tensors(base)
+    for node in proto.graph.node:
+        if node.op_type == "MatMul":
+            matrix = stored[node.input[1].replace(".MatMul", "")].astype(np.float32)
+            codec = NBitsCodec(4, 16, matrix.shape[1], "F32", zero_points=False)
+            blocks = codec.encode(matrix)
+            names = [f"{node.input[1]}_Q4", f"{node.input[1]}_scales"]
+            numbers, scales = blocks[:, : codec.parts[0]], np.ascontiguousarray(blocks[:, codec.parts[0] :])
+            parts = numbers.reshape(len(matrix), codec.blocks, -1), scales.view(np.float32)
+            proto.graph.initializer.extend(map(tensor_proto, names, parts))
+            del node.input[1]
+            node.input.extend(names)
+            node.op_type, node.domain = "MatMulNBits", "com.microsoft"
+            sizes = {"bits": 4, "block_size": 16, "K": matrix.shape[1], "N": matrix.shape[0]}
+            node.attribute.extend(onnx.helper.make_attribute(key, value) for key, value in sizes.items())
+    kept = [t for t in proto.graph.initializer if not t.name.endswith(".MatMul.weight")]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
     return proto
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +13,9 @@ from click.testing import CliRunner
 
 from nestpatch.cli import main
 from nestpatch.errors import (
-    BaseMismatchError,
-    CheckpointFormatError,
     ExtractionError,
-    InPlaceError,
-    OutputError,
-    UnsupportedModelError,
 )
 from nestpatch.formats import nest
-from nestpatch.formats.onnx.checkpoint import OnnxCheckpoint
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.label import Label
 from nestpatch.pack import Pack
@@ -32,28 +23,12 @@ from nestpatch.patcher.apply import apply
 from nestpatch.patcher.diff import CheckpointDiff, diff
 from nestpatch.patcher.extract import extract_to
 from nestpatch.patcher.inplace import apply_in_place, revert
-from nestpatch.patcher.place import place_of
 from nestpatch.patcher.verify import Verdict, verify
-from tests.helpers import load_tensors, tiny_checkpoint, tiny_pack, tree_digest, write_checkpoint
+from tests.helpers import load_tensors, tiny_checkpoint, tiny_pack
 from tests.onnx.files import LINEARS, build, data_of, run, save
 
 STYLES = [(style, packed) for style in LINEARS for packed in ("", "gate first", "up first")]
 WHERE = ("one file", "inside", "file each", "floats")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "base", dtype="F32", hidden=32, inter=48)
-
-
-@pytest.fixture(scope="module")
-def pack(base: Path) -> Pack:
-    return tiny_pack(base, delta_dtype="F32", clusters=3)
-
-
-@pytest.fixture(scope="module")
-def merged(base: Path, pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return apply(base, pack, tmp_path_factory.mktemp("merged") / "m").output
 
 
 @pytest.mark.parametrize(("style", "packed"), STYLES)
@@ -139,73 +114,6 @@ def test_no_byte_changes_outside_touched_rows(base: Path, pack: Pack, tmp_path: 
     assert (before != after)[inside].mean() > 0.5
 
 
-@pytest.mark.parametrize("act", ["gelu", "silu"])
-@pytest.mark.parametrize("packed", ["", "gate first", "up first"])
-def test_structure_alone(act: str, packed: str, base: Path, pack: Pack, tmp_path: Path) -> None:
-    """Gate and up are told apart by the activation, whichever comes first."""
-    checkpoint = open_checkpoint(save(build(base, "nameless", packed=packed, act=act), tmp_path / "m"))
-    stored = load_tensors(base)
-    for delta in pack:
-        rows = delta.rows.astype(np.int64)
-        assert np.array_equal(checkpoint.read_rows(delta.name, rows), stored[delta.name][rows])
-    assert not checkpoint.has("model.layers.2.mlp.up_proj.weight")
-    assert not checkpoint.has("model.layers.0.self_attn.q_proj.weight")
-
-
-def test_blocks_without_a_gate(tmp_path: Path) -> None:
-    random = np.random.default_rng(0)
-    tensors = {}
-    for layer in range(2):
-        tensors[f"model.decoder.layers.{layer}.fc1.weight"] = random.standard_normal((48, 32)).astype(np.float32)
-        tensors[f"model.decoder.layers.{layer}.fc2.weight"] = random.standard_normal((32, 48)).astype(np.float32)
-    model = write_checkpoint(tmp_path / "opt", tensors)
-    pack = tiny_pack(model, tensors=[name for name in tensors if "fc1" in name], delta_dtype="F32")
-    path = save(plain_blocks(tensors), tmp_path / "m")
-    apply_in_place(path, pack)
-    goal = plain_blocks(load_tensors(apply(model, pack, tmp_path / "merged").output))
-    assert data_of(path) == data_of(save(goal, tmp_path / "goal"))
-
-
-def plain_blocks(tensors: dict[str, np.ndarray]) -> onnx.ModelProto:
-    """fc1, its bias, an activation, fc2; without names."""
-    from tests.onnx.files import Model
-
-    model, x = Model(), "x"
-    model.tensors["bias"] = np.ones(48, np.float32)
-    for layer in range(2):
-        inner = LINEARS["nameless"](model, "", x, tensors[f"model.decoder.layers.{layer}.fc1.weight"])
-        inner = model.node("Relu", [model.node("Add", [inner, "bias"], f"b{layer}")], f"r{layer}")
-        x = model.node(
-            "Add", [x, LINEARS["nameless"](model, "", inner, tensors[f"model.decoder.layers.{layer}.fc2.weight"])], f"x{layer}"
-        )
-    return model.proto(32, x)
-
-
-@pytest.mark.parametrize(
-    ("style", "packed"), [("kept", "gate first"), ("genai", "gate first"), ("nameless", "up first"), ("genai", "")]
-)
-def test_a_fused_pack_on_any_model(style: str, packed: str, base: Path, tmp_path: Path) -> None:
-    """A pack of gate_up_proj; the model may hold it whole, turned, or as two weights."""
-    stored = load_tensors(base)
-    name = "model.layers.{}.mlp.gate_up_proj.weight"
-    whole = {
-        name.format(n): np.concatenate([stored[f"model.layers.{n}.mlp.{p}_proj.weight"] for p in ("gate", "up")])
-        for n in range(2)
-    }
-    pack = tiny_pack(write_checkpoint(tmp_path / "fused", whole), neurons=20, delta_dtype="F32", tensors=list(whole))
-    path = save(build(base, style, packed=packed), tmp_path / "m")
-    original = data_of(path)
-    apply_in_place(path, pack)
-    checkpoint = open_checkpoint(path)
-    for delta in pack:
-        wanted = whole[delta.name].copy()
-        wanted[delta.rows] += delta.dense()
-        assert np.array_equal(checkpoint.read_rows(delta.name, np.arange(96)), wanted)
-        assert b"".join(checkpoint.read_all(delta.name)) == wanted.tobytes()
-    revert(path)
-    assert data_of(path) == original
-
-
 def test_results_in_onnxruntime(base: Path, merged: Path, pack: Pack, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     path = save(build(base, "scoped"), tmp_path / "m")
@@ -213,175 +121,6 @@ def test_results_in_onnxruntime(base: Path, merged: Path, pack: Pack, tmp_path: 
     apply_in_place(path, pack)
     assert np.array_equal(run(path), run(save(build(merged, "scoped"), tmp_path / "goal")))
     assert np.abs(run(path) - before).max() > 1e-3
-
-
-# Copies.
-
-
-def folder_with_company(path: Path) -> Path:
-    """A model's folder with what lies beside models, and with another model."""
-    folder = path.parent
-    for name in ("config.json", "tokenizer.json", "genai_config.json"):
-        (folder / name).write_text("{}", encoding="utf-8")
-    for name in ("model_q4.onnx", "model_q4.onnx_data", "model_fp16.onnx.data", "model.ort", "pytorch_model.bin"):
-        (folder / name).write_bytes(b"unpatched")
-    return folder
-
-
-@pytest.mark.parametrize("named", ["directory", "file"])
-def test_a_copy_is_a_whole_model(named: str, base: Path, merged: Path, pack: Pack, tmp_path: Path) -> None:
-    path = save(build(base), tmp_path / "m")
-    goal = data_of(save(build(merged), tmp_path / "goal"))
-    folder = path.parent if named == "directory" else folder_with_company(path)
-    before = tree_digest(tmp_path / "m")
-    done = apply(folder if named == "directory" else path, pack, tmp_path / "out", digest=True)
-    assert tree_digest(tmp_path / "m") == before
-    kept = {"config.json", "tokenizer.json", "genai_config.json"} if named == "file" else set()
-    assert {file.name for file in (tmp_path / "out").iterdir() if "nestpatch" not in file.name} == {*goal, *kept}
-    assert {name: data for name, data in data_of(tmp_path / "out" / "model.onnx").items() if name in goal} == goal
-    assert {file.path.name: file.sha256 for file in done.files} == {n: sha256(d).hexdigest() for n, d in goal.items()}
-    assert len(done.left_out) == (0 if named == "directory" else 5)
-    for way in (tmp_path / "out", tmp_path / "out" / "model.onnx"):
-        assert verify(way).verdict is Verdict.PATCHED
-    revert(tmp_path / "out")
-    assert (tmp_path / "out" / "model.onnx_data").read_bytes() == (folder / "model.onnx_data").read_bytes()
-
-
-def test_a_model_in_one_file_is_copied_as_one(base: Path, pack: Pack, tmp_path: Path) -> None:
-    path = save(build(base), tmp_path / "m", "inside")
-    done = apply(path, pack)
-    assert done.output == tmp_path / "m" / "model-no-harm-1.0.0.onnx"
-    assert verify(done.output).verdict is Verdict.PATCHED
-    assert verify(path, pack).verdict is Verdict.BASE
-    revert(done.output)
-    assert done.output.read_bytes() == path.read_bytes()
-
-
-def test_names_of_copies(base: Path, pack: Pack, tmp_path: Path) -> None:
-    path = save(build(base), tmp_path / "m")
-    assert apply(path, pack, dry_run=True).output == tmp_path / "m-no-harm-1.0.0"
-    with pytest.raises(OutputError, match="named like a file"):
-        apply(path, pack, tmp_path / "out.onnx")
-    assert [file.name for file in tmp_path.iterdir()] == ["m"]
-
-
-def test_hard_links_of_untouched_files(base: Path, pack: Pack, tmp_path: Path) -> None:
-    path = save(build(base), tmp_path / "m")
-    apply(path, pack, tmp_path / "out", hard_link=True)
-    assert (tmp_path / "out" / "model.onnx").samefile(path)
-    assert not (tmp_path / "out" / "model.onnx_data").samefile(tmp_path / "m" / "model.onnx_data")
-
-
-def test_a_patched_model_is_copied_with_its_history(base: Path, pack: Pack, tmp_path: Path) -> None:
-    path = save(build(base), tmp_path / "m")
-    original = data_of(path)
-    apply_in_place(path, pack)
-    other = tiny_pack(base, name="other", seed=7, delta_dtype="F32")
-    done = apply(path.parent, other, tmp_path / "out", allow_overlap=True)
-    assert verify(done.output).packs == ("no-harm 1.0.0", "other 1.0.0")
-    revert(done.output)
-    assert data_of(done.output / "model.onnx") == original
-
-
-# Which model, and where what is kept of it lies.
-
-
-def test_the_model_goes_by_its_file(base: Path, pack: Pack, tmp_path: Path) -> None:
-    path = save(build(base), tmp_path / "m")
-    assert place_of(path) == place_of(path.parent)
-    assert place_of(path).ledger == tmp_path / "m" / "model.onnx.nestpatch.json"
-    apply_in_place(path.parent, pack)
-    assert verify(path).packs == ("no-harm 1.0.0",)
-    shutil.copy(path, tmp_path / "m" / "second.onnx")
-    with pytest.raises(CheckpointFormatError, match=r"holds 2 ONNX models: model\.onnx, second\.onnx") as caught:
-        open_checkpoint(path.parent)
-    assert "Name the file" in caught.value.advice
-    revert(path)
-    assert verify(path, pack).verdict is Verdict.BASE
-
-
-def test_safetensors_come_first(base: Path, tmp_path: Path) -> None:
-    shutil.copytree(base, tmp_path / "m")
-    save(build(base), tmp_path / "m")
-    assert not isinstance(open_checkpoint(tmp_path / "m"), OnnxCheckpoint)
-    assert isinstance(open_checkpoint(tmp_path / "m" / "model.onnx"), OnnxCheckpoint)
-    assert place_of(tmp_path / "m") != place_of(tmp_path / "m" / "model.onnx")
-
-
-def test_links_into_a_cache_are_refused(base: Path, pack: Pack, tmp_path: Path) -> None:
-    path = save(build(base), tmp_path / "cache" / "blobs")
-    snapshot = tmp_path / "cache" / "snapshot"
-    snapshot.mkdir()
-    for name in ("model.onnx", "model.onnx_data"):
-        (snapshot / name).symlink_to(path.parent / name)
-    before = tree_digest(tmp_path)
-    with pytest.raises(InPlaceError, match="is a link to"):
-        apply_in_place(snapshot, pack)
-    assert tree_digest(tmp_path) == before
-    assert verify(snapshot, pack).verdict is Verdict.BASE
-    apply_in_place(snapshot, pack, detach=True)
-    assert verify(snapshot).verdict is Verdict.PATCHED
-    assert verify(path, pack).verdict is Verdict.BASE
-    (snapshot / "model.onnx_data").rename(tmp_path / "x")
-    os.link(path.parent / "model.onnx_data", snapshot / "model.onnx_data")
-    with pytest.raises(InPlaceError, match="hard link"):
-        revert(snapshot / "model.onnx")
-
-
-# What is found, and what is not believed.
-
-
-def test_another_model_is_refused(base: Path, tmp_path: Path) -> None:
-    stranger = tiny_checkpoint(tmp_path / "stranger", seed=9, dtype="F32", hidden=32, inter=48)
-    for style in ("kept", "nameless"):
-        path = save(build(base, style), tmp_path / style)
-        before = tree_digest(tmp_path)
-        with pytest.raises(BaseMismatchError, match="another model"):
-            apply_in_place(path, tiny_pack(stranger))
-        assert tree_digest(tmp_path) == before
-
-
-def test_layers_in_another_order_are_not_believed(base: Path, pack: Pack, tmp_path: Path) -> None:
-    """Structure counts layers; the rows decide whether that was right."""
-    stored = load_tensors(base)
-    swapped = {n.replace(".0.", ".x.").replace(".1.", ".0.").replace(".x.", ".1."): t for n, t in stored.items()}
-    path = save(build(write_checkpoint(tmp_path / "swapped", swapped), "nameless"), tmp_path / "m")
-    with pytest.raises(BaseMismatchError, match="another model"):
-        apply_in_place(path, pack)
-
-
-def test_several_weights_of_one_name(base: Path, pack: Pack, tmp_path: Path) -> None:
-    proto = build(base, "optimum")
-    for node in proto.graph.node:
-        node.name = node.name.replace("layers.1", "layers.0")
-    path = save(proto, tmp_path / "m")
-    before = tree_digest(tmp_path)
-    with pytest.raises(UnsupportedModelError, match=r"2 weights of the model could be model\.layers\.0\.mlp\.gate_proj"):
-        apply_in_place(path, pack)
-    assert tree_digest(tmp_path) == before
-
-
-def test_both_branches_of_an_if_may_share_a_weight(base: Path, merged: Path, pack: Pack, tmp_path: Path) -> None:
-    """As optimum's merged decoders do: with and without a cache."""
-    path, goal = (save(branched(build(model, "optimum")), tmp_path / name) for model, name in ((base, "m"), (merged, "goal")))
-    onnx.checker.check_model(str(path))
-    apply_in_place(path, pack)
-    assert data_of(path) == data_of(goal)
-
-
-def branched(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph in both branches of an If, its tensors outside."""
-    graph = proto.graph
-    output = onnx.helper.make_tensor_value_info(graph.output[0].name, 1, ["batch", 32])
-    branches = [onnx.helper.make_graph(list(graph.node), name, [], [output]) for name in ("with", "without")]
-    node = onnx.helper.make_node("If", ["flag"], ["y"], then_branch=branches[0], else_branch=branches[1])
-    flag = onnx.helper.make_tensor_value_info("flag", onnx.TensorProto.BOOL, [])
-    y = onnx.helper.make_tensor_value_info("y", 1, ["batch", 32])
-    outer = onnx.helper.make_graph([node], "outer", [*graph.input, flag], [y], list(graph.initializer))
-    return onnx.helper.make_model(outer, opset_imports=list(proto.opset_import), ir_version=10)
-
-
-# Everything else.
 
 
 def test_differences(base: Path, pack: Pack, tmp_path: Path) -> None:

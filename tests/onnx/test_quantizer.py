@@ -134,7 +134,7 @@ def test_other_quantizers_are_refused() -> None:
     stored = codec.encode(rows)
     other = codec.encode(rows * np.float32(1.01))
     assert codec.fitted(rows, np.where(np.arange(8)[:, None] < 4, stored, other)) == codec, "half of the rows may be patched"
-    with pytest.raises(QuantizationError, match="not quantized by onnxruntime's rounding to nearest"):
+    with pytest.raises(QuantizationError, match="not quantized by onnxruntime's default quantizer"):
         codec.fitted(rows, np.where(np.arange(8)[:, None] < 3, stored, other))
 
 

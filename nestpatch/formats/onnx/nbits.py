@@ -152,7 +152,7 @@ class NBitsCodec:
         if made[best] >= MATCHING:
             return best
         raise QuantizationError(
-            "the model was not quantized by onnxruntime's rounding to nearest: rows made anew would not be those of quantizing "
+            "the model was not quantized by onnxruntime's default quantizer: rows made anew would not be those of quantizing "
             "the patched model",
             advice="Patch the float model and quantize it anew, or load the patch beside the model as an adapter.",
         )

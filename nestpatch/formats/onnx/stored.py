@@ -33,7 +33,8 @@ def stored(weight: Weight, tensors: Mapping[str, Initializer]) -> Stored:
     if weight.form is Form.BLOCKS:
         return _blocks(weight, tensors)
     tensor = weight.tensor
-    _require(tensor, weight.trouble or tensor.trouble)
+    if trouble := weight.trouble or tensor.trouble:
+        raise refusal(tensor, trouble)
     if tensor.dtype not in DTYPES:
         raise refusal(
             tensor, f"it holds {tensor.dtype}; only {', '.join(DTYPES)} and {BITS} bits of MatMulNBits can be patched"
@@ -50,8 +51,8 @@ def _blocks(weight: Weight, tensors: Mapping[str, Initializer]) -> Stored:
     """The rows of a MatMulNBits: its parts must have the sizes that its attributes promise."""
     node, names = weight.node, [name for name in weight.node.inputs[1:4] if name]
     parts = [tensors[name] for name in names if name in tensors]
-    for part in parts:
-        _require(part, weight.trouble or part.trouble)
+    if trouble := weight.trouble or next((f"{part.name}: {part.trouble}" for part in parts if part.trouble), ""):
+        raise refusal(weight.tensor, trouble)
     if len(parts) != len(names):
         raise refusal(weight.tensor, "its scales or zero points are computed, not stored")
     scales, zero_points = parts[1], parts[2] if len(parts) > 2 else None
@@ -65,20 +66,14 @@ def _blocks(weight: Weight, tensors: Mapping[str, Initializer]) -> Stored:
     codec = NBitsCodec(bits, block, weight.width, scales.dtype, zero_points is not None, narrow_last=scales.dtype == "BF16")
     for part, nbytes in zip(parts, codec.parts, strict=False):
         if part.nbytes != nbytes * weight.rows:
-            raise refusal(
-                part, f"it has {part.nbytes} bytes where {weight.rows} rows of {codec.name} need {nbytes * weight.rows}"
-            )
+            wanted = f"{weight.rows} rows of {codec.name} need {nbytes * weight.rows}"
+            raise refusal(weight.tensor, f"{part.name} has {part.nbytes} bytes where {wanted}")
     return Stored(RowLayout(tuple(_part(part, weight.rows) for part in parts)), codec.name, codec)
 
 
 def _part(tensor: Initializer, rows: int) -> TensorInfo:
     """The bytes of a tensor as a matrix of so many rows."""
     return TensorInfo(tensor.name, "U8", (rows, tensor.nbytes // rows), tensor.file, tensor.offset, tensor.nbytes)
-
-
-def _require(tensor: Initializer, trouble: str) -> None:
-    if trouble:
-        raise refusal(tensor, trouble)
 
 
 def refusal(tensor: Initializer, trouble: str) -> CheckpointError:

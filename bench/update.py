@@ -1,0 +1,121 @@
+"""What a fleet's nightly `nestpatch update` costs: `python -m bench.update [--rounds N] [--log]`.
+
+Whole processes against a Hub on loopback: nothing new, an upgrade, going back. The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+
+from bench.harness import Run, append_to_log, machine, measure, medians, table
+from tests.hubserver.accounts import WRITER
+from tests.hubserver.server import Hub
+
+REPO = "acme/no-harm"
+TOOL = [sys.executable, "-m", "nestpatch"]
+
+
+def prepare(folder: Path) -> None:
+    """Makes the model and two versions, in a process of its own: what it loads would count for every child."""
+    from nestpatch.formats import nest
+    from tests.helpers import tiny_checkpoint, tiny_pack
+
+    model = tiny_checkpoint(folder / "model", hidden=256, inter=1024, layers=8)
+    for version, seed in (("1.0.0", 0), ("1.1.0", 1)):
+        nest.write(tiny_pack(model, version=version, seed=seed, neurons=64), folder / f"{version}.nest")
+
+
+class Fleet:
+    """A publisher, a model that follows its channel, and the requests that the Hub has seen."""
+
+    def __init__(self, folder: Path, hub: Hub) -> None:
+        self.hub, self.folder, self.model = hub, folder, folder / "model"
+        subprocess.run([sys.executable, "-m", "bench.update", "--step", folder], check=True)
+        self.run("keygen", folder / "acme", "--no-password")
+        self.run("trust", "add", folder / "acme.pub")
+
+    def run(self, *words: object) -> tuple[Run, int]:
+        """One command; what it took, and how many requests it made."""
+        before = len(self.hub.log)
+        taken, _ = measure([*TOOL, *words])
+        return taken, len(self.hub.log) - before
+
+    def push(self, version: str) -> None:
+        """Publishes a version."""
+        self.run("push", self.folder / f"{version}.nest", REPO, "--key", self.folder / "acme.key")
+
+    def one_round(self) -> dict[str, tuple[Run, int]]:
+        """From a fresh channel to the base and back; the repository and the memory of it are new each time."""
+        self.push("1.0.0")
+        self.run("apply", self.model, f"hub://{REPO}", "--in-place", "--quiet")
+        results = {"current": self.run("update", self.model, "--quiet", "--json")}
+        results["status"] = self.run("status", self.model, "--json")
+        self.push("1.1.0")
+        results["upgrade"] = self.run("update", self.model, "--quiet", "--json")
+        self.run("yank", REPO, "1.1.0", "--reason", "bench", "--key", self.folder / "acme.key")
+        results["go_back"] = self.run("update", self.model, "--quiet", "--json")
+        self.run("revert", self.model, "--quiet")
+        self.forget()
+        return results
+
+    def forget(self) -> None:
+        """The next round starts with a first contact."""
+        shutil.rmtree(self.hub.store.repo("model", REPO).folder)
+        shutil.rmtree(self.folder / "user" / "channels")
+
+
+def entry(answer: dict, results: dict[str, Run]) -> str:
+    """The dated block for the log."""
+    requests = ", ".join(f"{name} {count}" for name, count in answer["requests"].items())
+    return f"""## {datetime.now(timezone.utc):%Y-%m-%d}: a fleet's update
+
+`python -m bench.update {" ".join(sys.argv[1:])}` on {machine()}. Whole processes against the local Hub of the tests, medians of
+{answer["rounds"]} rounds after one that was not counted. `status` is a command without a network, for comparison.
+
+{table(results)}
+
+Requests: {requests}.
+"""
+
+
+def main() -> None:
+    """Measures, prints the table and the JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--log", action="store_true", help="add the result to bench/LOG.md")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        hub = Hub(folder / "hub")
+        hub.start()
+        mine = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf"), "NESTPATCH_HOME": str(folder / "user")}
+        os.environ.update(
+            mine | {"HF_HUB_DISABLE_XET": "1", "HF_TOKEN": WRITER, "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0"}
+        )
+        fleet = Fleet(folder, hub)
+        rounds = [fleet.one_round() for _ in range(options.rounds + 1)][1:]
+        hub.stop()
+    results = {name: medians([done[name][0] for done in rounds]) for name in rounds[0]}
+    requests = {name: max(done[name][1] for done in rounds) for name in rounds[0]}
+    answer: dict = {"rounds": options.rounds, "requests": requests}
+    for what, run in results.items():
+        answer |= {f"{what}_s": run.seconds, f"{what}_rss_mb": run.rss_mb}
+    block = entry(answer, results)
+    print(block)
+    if options.log:
+        append_to_log(block)
+    print(json.dumps(answer))
+
+
+if sys.argv[1:2] == ["--step"]:
+    prepare(Path(sys.argv[2]))
+elif __name__ == "__main__":
+    main()

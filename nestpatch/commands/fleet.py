@@ -1,0 +1,150 @@
+"""Commands that carry patches between machines: push, pull, update, yank, renew."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import click
+
+from nestpatch.commands.options import PathType, json_option, opened_base, print_json, progress, quiet_option, trust_options
+from nestpatch.commands.patching import base_option, dither_option
+from nestpatch.commands.signing import password_option, unlocked
+
+if TYPE_CHECKING:
+    from nestpatch.hub.publish import Published
+
+AVAILABLE = 10
+"""Exit code of `update --check` when there is something to do."""
+key_option = click.option("--key", "key_file", type=PathType, required=True, help="The channel's root key, a .key file.")
+days_option = click.option(
+    "--days", type=click.IntRange(1, 3650), default=30, show_default=True, help="How long the channel is good for after this."
+)
+
+
+@click.command()
+@click.argument("patch", type=PathType)
+@click.argument("repo")
+@key_option
+@password_option
+@days_option
+@click.option("--private", is_flag=True, help="Make a new repository for its owner alone.")
+@json_option
+def push(
+    patch: Path, repo: str, key_file: Path, password_file: IO[bytes] | None, days: int, private: bool, as_json: bool
+) -> None:
+    """Publish PATCH as the next version of the channel in REPO: owner/name of the Hub, or a folder (file:///folder).
+
+    The pack is signed with the key unless it is already; signatures of others beside it go along. A published version never
+    changes. The channel has to be renewed before it expires.
+    """
+    from nestpatch.hub.publish import push as run
+
+    _report(run(patch, repo, unlocked(key_file, password_file), days=days, private=private), as_json)
+
+
+@click.command("yank")
+@click.argument("repo")
+@click.argument("version")
+@click.option("--reason", required=True, help="Why, in one line; everybody who had it is told.")
+@key_option
+@password_option
+@days_option
+@json_option
+def withdraw(
+    repo: str, version: str, reason: str, key_file: Path, password_file: IO[bytes] | None, days: int, as_json: bool
+) -> None:
+    """Withdraw VERSION from the channel in REPO: models that have it go back with their next update."""
+    from nestpatch.hub.publish import withdraw as run
+
+    _report(run(repo, version, reason, unlocked(key_file, password_file), days=days), as_json)
+
+
+@click.command()
+@click.argument("repo")
+@key_option
+@password_option
+@click.option("--new-key", type=PathType, help="Hand the channel over to this private key; it signs from now on.")
+@days_option
+@json_option
+def renew(repo: str, key_file: Path, password_file: IO[bytes] | None, new_key: Path | None, days: int, as_json: bool) -> None:
+    """Sign the channel in REPO anew before it expires, or hand it over to a new key."""
+    from nestpatch.hub.publish import renew as run
+
+    key = unlocked(key_file, password_file)
+    _report(run(repo, key, unlocked(new_key, password_file) if new_key else None, days=days), as_json)
+
+
+def _report(done: Published, as_json: bool) -> None:
+    if as_json:
+        print_json(dataclasses.asdict(done))
+        return
+    from nestpatch.views_fleet import show_published
+
+    show_published(done)
+
+
+@click.command()
+@click.argument("repo")
+@click.option("-o", "--output", type=PathType, help="A file, or a folder to write into.  [default: NAME-VERSION.nest here]")
+@trust_options
+@quiet_option
+@json_option
+def pull(repo: str, output: Path | None, policy_file: Path | None, allow_unsigned: bool, quiet: bool, as_json: bool) -> None:
+    """Fetch a version from the channel REPO[@VERSION], check it and write it, with its signatures."""
+    from nestpatch.hub.follow import pull as run
+    from nestpatch.signing.trust import load_policy
+
+    with progress(quiet or as_json) as on_event:
+        done = run(repo, load_policy(policy_file), output, allow_unsigned=allow_unsigned, on_event=on_event)
+    if as_json:
+        print_json(dataclasses.asdict(done))
+        return
+    from nestpatch.views_fleet import show_pulled
+
+    show_pulled(done)
+
+
+@click.command()
+@click.argument("model", type=PathType)
+@click.option("--check", is_flag=True, help="Only tell: exit code 10 when there is something to do. Changes nothing.")
+@click.option("--channel", "channels", multiple=True, metavar="REPO", help="Follow this channel from now on. Repeatable.")
+@click.option("--allow-overlap", is_flag=True, help="Add up with another pack that changes the same rows.")
+@trust_options
+@base_option
+@dither_option
+@quiet_option
+@json_option
+def update(
+    model: Path,
+    check: bool,
+    channels: tuple[str, ...],
+    allow_overlap: bool,
+    policy_file: Path | None,
+    allow_unsigned: bool,
+    base: str | None,
+    dither: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Bring MODEL to the latest version of the channels that it follows, in place; off a version that was withdrawn.
+
+    One small request when nothing is new. Exit code 0: up to date now; 10: --check found something to do; 1: refused, and
+    the model is as it was.
+    """
+    from nestpatch.hub.follow import update as run
+    from nestpatch.signing.trust import load_policy
+
+    policy = load_policy(policy_file)
+    with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:
+        means = {"base": float_model, "dither": dither, "allow_overlap": allow_overlap, "on_event": on_event}
+        results = run(model, policy, channels, check=check, allow_unsigned=allow_unsigned, **means)
+    if as_json:
+        print_json({"model": model, "channels": [dataclasses.asdict(result) for result in results]})
+    else:
+        from nestpatch.views_fleet import show_updated
+
+        show_updated(model, results)
+    sys.exit(AVAILABLE if any(result.state == "available" for result in results) else 0)

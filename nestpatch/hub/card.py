@@ -1,0 +1,74 @@
+"""The model card of a channel's repository, made from the channel and its latest pack."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from nestpatch.hub.channel import latest
+from nestpatch.hub.client import parse_reference
+from nestpatch.hub.listing import Channel
+from nestpatch.pack import Manifest
+
+MARK = "<!-- made by nestpatch: remove this line to keep changes of your own -->"
+
+
+def model_card(channel: Channel, manifest: Manifest | None) -> str:
+    """README.md: metadata for the Hub, versions, how to apply, and what was measured. `manifest`: of the latest version."""
+    lines = ["---", *_metadata(manifest), "---", MARK, "", f"# {_plain(channel.name)}", ""]
+    if manifest is not None:
+        base = _plain(manifest.base.model_id) or "a model that its publisher names elsewhere"
+        lines += [_plain(manifest.description), "", f"A safety patch for {base}, as a nestpatch channel.", ""]
+    lines += [
+        "    nestpatch trust add PUBLISHER.pub --name PUBLISHER",
+        f"    nestpatch apply path/to/model hub://{channel.name} --in-place",
+        "    nestpatch update path/to/model",
+        "",
+        f"Signed with key `{channel.root.key_id}`. Compare it with what the publisher says elsewhere.",
+        "",
+        *_versions(channel),
+        *(_evaluation(manifest.evaluation) if manifest else []),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _metadata(manifest: Manifest | None) -> list[str]:
+    """YAML, in which every JSON string is a string."""
+    tags = dict.fromkeys(["nestpatch", "safety-patch", *(manifest.tags if manifest else ())])
+    lines = ["library_name: nestpatch", f"tags: {json.dumps(list(tags), ensure_ascii=False)}"]
+    if manifest and manifest.license:
+        lines.append(f"license: {json.dumps(manifest.license.lower())}")
+    if manifest and parse_reference(manifest.base.model_id) is not None:
+        lines += [f"base_model: {json.dumps(manifest.base.model_id)}", "base_model_relation: adapter"]
+    return lines
+
+
+def _versions(channel: Channel) -> list[str]:
+    best, rows = latest(channel), []
+    for patch in reversed(channel.patches):
+        status = "latest" if patch is best else patch.status.value
+        rows.append(f"| {patch.version} | {status} | {_plain(patch.reason)} | `{patch.file.sha256}` |")
+    return ["## Versions", "", "| version | status | reason | sha256 |", "|---|---|---|---|", *rows, ""]
+
+
+def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
+    before, after = evaluation.get("before"), evaluation.get("after")
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return []
+    names = [name for name in after if _share(before.get(name)) and _share(after[name])]
+    rows = [f"| {_plain(name.replace('_', ' '))} | {_share(before[name])} | {_share(after[name])} |" for name in names]
+    return ["## Evaluation", "", "| | before | after |", "|---|---|---|", *rows, ""] if rows else []
+
+
+def _share(value: Any) -> str:
+    """A share as a pack holds it, for a table; empty for anything else."""
+    try:
+        return f"{value['value']:.1%} ({value['count']} of {value['total']})"
+    except (KeyError, TypeError, ValueError):
+        return ""
+
+
+def _plain(text: str) -> str:
+    """Foreign text on one line, without what Markdown or HTML would make more of."""
+    return "".join(f"\\{c}" if c in "|<>[]`*#\\" else c if c.isprintable() else " " for c in text)

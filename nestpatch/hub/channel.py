@@ -1,0 +1,212 @@
+"""The rules of channels. No file, no network and no clock: bytes, what is remembered and the time come in, decisions go out.
+
+Whoever follows a channel holds to these rules, in this order:
+
+- A channel is signed by its root key. At first that is a key that the user trusts for the model; from then on it is the key
+  that was seen last, or one to which that key has handed the channel down, signed, step by step.
+- The user still trusts one of these keys: taking trust away ends updates.
+- It has the name of the place that it was asked of (on the Hub), and the name that it had before.
+- Its serial number never goes back (rollback), and one number means one content (equivocation).
+- It has not expired: an old copy cannot be served for ever (freeze).
+- The latest version is the highest that is active; prereleases only where nothing else is active.
+- Files are those that the channel names, by size and SHA-256, and a pack is what the channel says of it (swapped files).
+- A revoked version is not handed out, and who has it applied goes back to the latest one, or to the base.
+- A model never goes to a lower version for any other reason.
+
+What a pack's own signatures have to be, the user's policy says (signing/trust.py); a key that was handed a channel down counts
+there in the place of the one that the user trusts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import TypeAlias
+
+from nestpatch.errors import (
+    ChannelKeyError,
+    EquivocationError,
+    ExpiredError,
+    ForeignChannelError,
+    RevokedError,
+    RollbackError,
+    SwappedFileError,
+    VersionError,
+)
+from nestpatch.hub.listing import Channel, Patch, Status, base_digest, parse
+from nestpatch.pack import Manifest
+from nestpatch.patcher.chain import Version
+from nestpatch.signing.keys import PublicKey
+from nestpatch.signing.trust import Names, Policy
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is remembered of a channel."""
+
+    name: str
+    serial: int
+    digest: str
+    """SHA-256 of what was signed."""
+    roots: tuple[PublicKey, ...]
+    """The root keys since the first contact; the last one is in office."""
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A channel that may be followed."""
+
+    channel: Channel
+    seen: Seen
+    """To be remembered from now on."""
+    policy: Policy
+    """The user's, with the root key in the place of the trusted key that it comes from."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Lets channels in by the rules."""
+
+    policy: Policy
+    now: str
+    """UTC, as channels have it."""
+    names: Names = ()
+    """What the model is called that this is for; empty: no particular one."""
+    name: str | None = None
+    """Of the channel; None: whatever it was the first time."""
+    seen: Seen | None = None
+    allow_unsigned: bool = False
+    """Lets in a channel whose key nobody trusts, as long as it stays with that key."""
+    allow_expired: bool = False
+    """For its publisher, who has to renew it."""
+
+    def admit(self, data: bytes, source: str) -> Admitted:
+        """The channel of a file. Raises a ChannelError that says which rule it breaks."""
+        envelope, channel = parse(data, source)
+        trail = self._trail(channel, source)
+        if trail[-1] != channel.root or not envelope.signed_by(channel.root):
+            raise ChannelKeyError(
+                f"{source} is not signed by its root key {trail[-1].key_id[:12]}.., nor by one to which that was handed down",
+                advice="Do not use this channel. If the publisher lost the key, a new channel has to be set up and trusted.",
+            )
+        roots = trail if self.seen is None else (*self.seen.roots, *trail[1:])
+        self._require_trust(roots, source)
+        digest = sha256(envelope.payload).hexdigest()
+        self._require_name(channel, source)
+        self._require_order(channel, digest, source)
+        if channel.expires <= self.now and not self.allow_expired:
+            raise ExpiredError(f"{source}, number {channel.serial}, was good until {channel.expires}; now it is {self.now}")
+        return Admitted(channel, Seen(channel.name, channel.serial, digest, roots), inherit(self.policy, roots))
+
+    def _trail(self, channel: Channel, source: str) -> tuple[PublicKey, ...]:
+        """The keys from the one that is known to the one in office."""
+        if self.seen is not None:
+            return channel.walk(self.seen.roots[-1])
+        for trusted in self.policy.keys:
+            trail = channel.walk(trusted.key)
+            if trusted.covers(self.names) and trail[-1] == channel.root:
+                return trail
+        if self.allow_unsigned:
+            return (channel.root,)
+        raise ChannelKeyError(f"{source} is signed by {channel.root.key_id[:12]}.., which is not trusted here")
+
+    def _require_trust(self, roots: Iterable[PublicKey], source: str) -> None:
+        found = [self.policy.find(key.key_id) for key in roots]
+        if not self.allow_unsigned and not any(trusted and trusted.covers(self.names) for trusted in found):
+            raise ChannelKeyError(f"{source} is followed, but its key is no longer trusted here for this model")
+
+    def _require_name(self, channel: Channel, source: str) -> None:
+        for expected in (self.name, self.seen.name if self.seen else None):
+            if expected not in {None, channel.name}:
+                raise ForeignChannelError(f"{source} is the channel {channel.name}, where {expected} should be")
+
+    def _require_order(self, channel: Channel, digest: str, source: str) -> None:
+        if self.seen is None:
+            return
+        if channel.serial < self.seen.serial:
+            raise RollbackError(f"{source} has number {channel.serial} of {channel.issued}; {self.seen.serial} was seen before")
+        if channel.serial == self.seen.serial and digest != self.seen.digest:
+            raise EquivocationError(
+                f"{source} has number {channel.serial}, as one that was seen before and said something else"
+            )
+
+
+def inherit(policy: Policy, roots: tuple[PublicKey, ...]) -> Policy:
+    """A policy in which the last of the root keys counts where the trusted one among them did."""
+    heir = roots[-1]
+    trusted = next((found for key in reversed(roots) if (found := policy.find(key.key_id))), None)
+    if trusted is None or trusted.key == heir:
+        return policy
+    old = trusted.key.key_id
+    rules = tuple(replace(r, keys=tuple(heir.key_id if text == old else text for text in r.keys)) for r in policy.rules)
+    return Policy(tuple(replace(t, key=heir) if t is trusted else t for t in policy.keys), rules)
+
+
+def latest(channel: Channel) -> Patch | None:
+    """The version that everybody should have."""
+    active = [patch for patch in channel.patches if patch.status is Status.ACTIVE]
+    finished = [patch for patch in active if not patch.order.prerelease]
+    return max(finished or active, key=lambda patch: patch.order, default=None)
+
+
+def choose(channel: Channel, version: str | None = None) -> Patch:
+    """A version by its number, or the latest. Raises VersionError, RevokedError."""
+    if version is None:
+        found = latest(channel)
+        if found is None:
+            raise VersionError(f"no version of {channel.name} is active", advice="Wait for the publisher's next version.")
+        return found
+    for patch in channel.patches:
+        if patch.version == version:
+            if patch.status is Status.REVOKED:
+                raise RevokedError(f"{patch.label} was revoked by its publisher: {patch.reason or 'no reason given'}")
+            return patch
+    known = ", ".join(patch.version for patch in channel.patches if patch.status is not Status.REVOKED) or "none"
+    raise VersionError(f"{channel.name} has no version {version}", advice=f"Versions that stand: {known}.")
+
+
+@dataclass(frozen=True)
+class Stay:
+    """Nothing to do."""
+
+
+@dataclass(frozen=True)
+class Upgrade:
+    """Go to a higher version, or apply the first one."""
+
+    patch: Patch
+
+
+@dataclass(frozen=True)
+class GoBack:
+    """What is applied was revoked."""
+
+    patch: Patch | None
+    """None: no version is left, only the base."""
+    reason: str
+
+
+Decision: TypeAlias = Stay | Upgrade | GoBack
+
+
+def decide(channel: Channel, applied: tuple[str, str] | None) -> Decision:
+    """What a model should do that has (version, pack id) of the channel's patch applied, or none of it."""
+    best = latest(channel)
+    if applied is None:
+        return Stay() if best is None else Upgrade(best)
+    version, pack_id = applied
+    revoked = next((p for p in channel.patches if p.file.sha256 == pack_id and p.status is Status.REVOKED), None)
+    if best is not None and (Version.parse(version) < best.order or pack_id in best.supersedes):
+        return Upgrade(best)
+    return Stay() if revoked is None else GoBack(best, revoked.reason)
+
+
+def require_as_listed(patch: Patch, manifest: Manifest, place: str) -> None:
+    """Raises SwappedFileError unless a pack is what the channel says of it."""
+    listed = (patch.id, patch.version, patch.base_sha256)
+    if (manifest.name, manifest.version, base_digest(manifest)) != listed:
+        raise SwappedFileError(
+            f"{place} lists {patch.label} for {patch.base_model}, but holds {manifest.name} {manifest.version} "
+            f"for {manifest.base.model_id} there"
+        )

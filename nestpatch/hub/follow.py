@@ -1,0 +1,260 @@
+"""Following a channel: pull a version into a file, bring a model up to date. Nothing is applied that was not proven before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from nestpatch.errors import ChannelError, HubAnswerError, OutputError
+from nestpatch.events import OnEvent, ignore
+from nestpatch.formats.atomic import write_bytes
+from nestpatch.formats.interface import Checkpoint
+from nestpatch.hub.channel import (
+    Admitted,
+    Decision,
+    Gate,
+    GoBack,
+    Stay,
+    choose,
+    decide,
+    require_as_listed,
+)
+from nestpatch.hub.listing import TIME, Patch
+from nestpatch.hub.memory import Memory, recall, remember
+from nestpatch.hub.sources import Source, open_source, split_version
+from nestpatch.patcher.inplace import apply_in_place, follow_channel, revert
+from nestpatch.patcher.ledger import Entry, Origin, read_ledger
+from nestpatch.patcher.recovery import open_model
+from nestpatch.signing.trust import Policy, names_of
+from nestpatch.signing.verify import Outcome, judge, signers_of
+
+
+@dataclass(frozen=True)
+class Followed:
+    """A channel that was admitted, at the version of its place from which it was read."""
+
+    source: Source
+    version: str
+    admitted: Admitted
+    model: str | None
+    """What the user calls the model that it is for."""
+    allow_unsigned: bool
+
+    @property
+    def patch_id(self) -> str | None:
+        """The name of the channel's patch; None before its first version."""
+        return next((patch.id for patch in self.admitted.channel.patches), None)
+
+
+@dataclass(frozen=True)
+class Downloaded:
+    """A version that was fetched and proven."""
+
+    patch: Patch
+    outcome: Outcome
+    """Use its pack."""
+    origin: Origin
+    data: bytes
+    signatures: Mapping[str, bytes]
+    """What follows the pack's file name -> content."""
+
+
+def utc_now() -> str:
+    """The time by this machine's clock, as channels have it."""
+    return datetime.now(timezone.utc).strftime(TIME)
+
+
+def follow(
+    source: Source,
+    policy: Policy,
+    model: str | Path | None = None,
+    *,
+    allow_unsigned: bool = False,
+    now: str | None = None,
+) -> Followed:
+    """Reads a channel in one request, judges it by the rules of hub/channel.py and remembers it for this user.
+
+    `model`: what it is for, as the user names it; decides which trusted keys count. `now` is for tests of expiry.
+    Raises ChannelError, HubError and their kinds.
+    """
+    known = recall(source.place)
+    fetched = source.channel(known.version if known else "")
+    data = fetched.data if fetched.data is not None or known is None else known.data
+    if data is None:
+        raise HubAnswerError(f"{source.place} says that nothing is new, and was never asked before")
+    names = () if model is None else names_of(model)
+    seen = known.seen if known else None
+    gate = Gate(policy, now or utc_now(), names, source.name, seen, allow_unsigned)
+    admitted = gate.admit(data, f"the channel at {source.place}")
+    remember(source.place, Memory(admitted.seen, fetched.version, data))
+    return Followed(source, fetched.version, admitted, None if model is None else str(model), allow_unsigned)
+
+
+def download(followed: Followed, patch: Patch, *, on_event: OnEvent = ignore) -> Downloaded:
+    """Fetches a version and its signatures, compares them with the channel and judges who signed.
+
+    Raises SwappedFileError, SignatureError and its kinds, PackError, HubError.
+    """
+    place, version = followed.source.place, followed.version
+    contents = {}
+    for file in (patch.file, *patch.signatures):
+        contents[file.name] = followed.source.read(version, file, on_event)
+        file.check(contents[file.name], place)
+    data = contents.pop(patch.file.name)
+    names = () if followed.model is None else names_of(followed.model)
+    outcome = judge(
+        data, contents, followed.admitted.policy, names, file=patch.file.name, allow_unsigned=followed.allow_unsigned
+    )
+    require_as_listed(patch, outcome.pack.manifest, place)
+    signatures = {name.removeprefix(patch.file.name): content for name, content in contents.items()}
+    return Downloaded(patch, outcome, Origin(signers_of(outcome), place), data, signatures)
+
+
+def fetch_patch(
+    text: str,
+    policy: Policy,
+    model: str | Path | None = None,
+    *,
+    allow_unsigned: bool = False,
+    on_event: OnEvent = ignore,
+) -> Downloaded:
+    """The version that PLACE[@VERSION] names, or the latest one. Raises as `follow`, `choose` and `download` do."""
+    place, version = split_version(text)
+    followed = follow(open_source(place), policy, model, allow_unsigned=allow_unsigned)
+    return download(followed, choose(followed.admitted.channel, version), on_event=on_event)
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """A pack that lies here now, with its signatures beside it."""
+
+    file: Path
+    pack: str
+    pack_id: str
+    channel: str
+    signers: Mapping[str, str]
+
+
+def pull(
+    text: str,
+    policy: Policy,
+    output: Path | None = None,
+    *,
+    allow_unsigned: bool = False,
+    on_event: OnEvent = ignore,
+) -> Pulled:
+    """Writes a version and its signatures: to a file, into a folder, or beside here under its name and version.
+
+    What is there already with the same content is left alone. Raises as `fetch_patch` does, and OutputError.
+    """
+    done = fetch_patch(text, policy, allow_unsigned=allow_unsigned, on_event=on_event)
+    name = f"{done.patch.id}-{done.patch.version}.nest"
+    file = Path(name) if output is None else output / name if output.is_dir() else output
+    # The pack comes last: where it lies, its signatures do.
+    for suffix, content in [*done.signatures.items(), ("", done.data)]:
+        _write_once(file.with_name(f"{file.name}{suffix}"), content)
+    return Pulled(file, done.patch.label, done.patch.file.sha256, done.origin.channel, done.origin.signers)
+
+
+def _write_once(file: Path, content: bytes) -> None:
+    if not (file.is_file() and file.read_bytes() == content):
+        try:
+            write_bytes(file, content)
+        except OutputError as error:
+            raise OutputError(str(error), advice="Choose another place with -o, or remove what is there.") from error
+
+
+@dataclass(frozen=True)
+class Updated:
+    """What one channel meant for a model."""
+
+    channel: str
+    state: str
+    """"current": nothing to do; "available": --check found something to do; "updated"."""
+    before: str
+    """The version of the channel's patch that was applied; empty for none."""
+    after: str
+    """The one that is or should be; empty for the base."""
+    reason: str = ""
+    """Why the applied version was revoked."""
+    steps: tuple[str, ...] = ()
+    serial: int = 0
+    expires: str = ""
+
+
+def update(
+    model: str | Path,
+    policy: Policy,
+    channels: Sequence[str] = (),
+    *,
+    check: bool = False,
+    allow_unsigned: bool = False,
+    **means: Any,
+) -> tuple[Updated, ...]:
+    """Brings a model to what its channels want, each in one transaction. With `check`, only tells.
+
+    `channels`: places, without versions; none: those that the model follows. `means` go to `apply_in_place`: base, dither,
+    allow_overlap, on_event. Raises ChannelError when the model follows no channel, and whatever `follow`, `download` and
+    `apply_in_place` raise; the model is then as the last finished channel left it.
+    """
+    _, place = open_model(model)
+    ledger = read_ledger(place.ledger)
+    wanted = [open_source(text).place for text in channels] or ledger.follows
+    if not wanted:
+        advice = (
+            "Name one with --channel owner/name, or apply a version of one: nestpatch apply MODEL hub://owner/name --in-place"
+        )
+        raise ChannelError(f"{model} follows no channel", advice=advice)
+    results = []
+    for channel in dict.fromkeys(wanted):
+        followed = follow(open_source(channel), policy, model, allow_unsigned=allow_unsigned)
+        entry = next((entry for entry in read_ledger(place.ledger).applied if entry.name == followed.patch_id), None)
+        results.append(_bring(Path(model), followed, entry, check=check, **means))
+    return tuple(results)
+
+
+def _bring(model: Path, followed: Followed, entry: Entry | None, *, check: bool, **means: Any) -> Updated:
+    channel, place = followed.admitted.channel, followed.source.place
+    decision = decide(channel, (entry.version, entry.pack_id) if entry else None)
+    before = entry.version if entry else ""
+    target = decision.patch if not isinstance(decision, Stay) else None
+    after = before if isinstance(decision, Stay) else target.version if target else ""
+    reason = decision.reason if isinstance(decision, GoBack) else ""
+    steps: tuple[str, ...] = ()
+    if not check:
+        steps = _carry_out(model, followed, entry, decision, **means)
+    state = "current" if isinstance(decision, Stay) else "available" if check else "updated"
+    return Updated(place, state, before, after, reason, steps, channel.serial, channel.expires)
+
+
+def _carry_out(
+    model: Path,
+    followed: Followed,
+    entry: Entry | None,
+    decision: Decision,
+    *,
+    base: Checkpoint | None = None,
+    dither: bool = False,
+    allow_overlap: bool = False,
+    on_event: OnEvent = ignore,
+) -> tuple[str, ...]:
+    if isinstance(decision, Stay):
+        follow_channel(model, followed.source.place)
+        return ()
+    if decision.patch is None:
+        return revert(model, base=base, dither=dither, only=entry.pack_id if entry else None, on_event=on_event).steps
+    new = download(followed, decision.patch, on_event=on_event)
+    return apply_in_place(
+        model,
+        new.outcome.pack,
+        strength=entry.strength if entry else 1.0,
+        allow_downgrade=isinstance(decision, GoBack),
+        allow_overlap=allow_overlap,
+        base=base,
+        dither=dither,
+        origin=new.origin,
+        on_event=on_event,
+    ).steps

@@ -1,0 +1,40 @@
+"""How channels look to a person."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nestpatch.views import escape, out
+
+if TYPE_CHECKING:
+    from nestpatch.hub.follow import Pulled, Updated
+    from nestpatch.hub.publish import Published
+
+
+def show_published(done: Published) -> None:
+    """A change to a channel."""
+    out.print(f"[bold]{escape(done.place)}[/]: {escape(done.done)}")
+    latest = f"latest version {done.latest}" if done.latest else "no version is active"
+    out.print(f"number {done.serial}, good until {done.expires}, {escape(latest)}")
+
+
+def show_pulled(done: Pulled) -> None:
+    """A pack that was fetched."""
+    who = f"signed by {', '.join(done.signers)}" if done.signers else "[bold yellow]not signed by anybody whom you trust[/]"
+    out.print(f"[bold]{escape(done.pack)}[/] of {escape(done.channel)}, {who}")
+    out.print(f"wrote [bold]{escape(str(done.file))}[/], sha256 {done.pack_id}")
+
+
+def show_updated(model: Path, results: Sequence[Updated]) -> None:
+    """What the channels of a model meant for it."""
+    for result in results:
+        before, after = result.before or "base", result.after or "base"
+        line = f"[bold]{escape(str(model))}[/], {escape(result.channel)}: "
+        if result.state == "current":
+            out.print(f"{line}{escape(before)} is up to date; the channel is good until {result.expires}")
+            continue
+        revoked = f" ({before} was revoked: {result.reason or 'no reason given'})" if result.reason else ""
+        verb = "would go" if result.state == "available" else "went"
+        out.print(f"{line}{verb} from {escape(before)} to {escape(after)}{escape(revoked)}")

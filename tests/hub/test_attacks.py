@@ -1,0 +1,170 @@
+"""What somebody may try who controls the server, the network or one key: each is refused by name, and nothing is applied."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nestpatch.errors import (
+    ChannelFormatError,
+    ChannelKeyError,
+    ChannelPathError,
+    EquivocationError,
+    ExpiredError,
+    ForeignChannelError,
+    HubAnswerError,
+    NestpatchError,
+    RollbackError,
+)
+from nestpatch.hub.channel import Gate
+from nestpatch.hub.follow import pull, utc_now
+from nestpatch.hub.listing import CHANNEL_FILE, File, payload, write_envelope
+from nestpatch.signing.dsse import Envelope
+from nestpatch.signing.trust import Policy
+from tests.hub.scene import REPO, Scene, refused
+
+
+def test_a_channel_without_a_signature(scene: Scene) -> None:
+    scene.publish("1.1.0", 1)
+    bare = json.loads(scene.read(CHANNEL_FILE)) | {"signatures": []}
+    scene.put(channel=json.dumps(bare).encode())
+    refused(scene, ChannelKeyError, "is not signed by its root key")
+
+
+def test_a_channel_signed_with_another_key(scene: Scene) -> None:
+    scene.put(channel=scene.resign(scene.channel, scene.evil))
+    refused(scene, ChannelKeyError, "is not signed by its root key")
+    with pytest.raises(ChannelKeyError, match="which is not trusted here"):
+        Gate(scene.policy, utc_now()).admit(scene.read(CHANNEL_FILE), "the channel")
+
+
+def test_another_signature_under_the_root_key_s_name(scene: Scene) -> None:
+    channel = replace(scene.channel, serial=9)
+    forged = scene.evil.sign(b"whatever")
+    names = ((scene.key.public.key_id, forged),)
+    scene.put(channel=write_envelope(Envelope("application/vnd.nestpatch.channel.v1+json", payload(channel), names)))
+    refused(scene, ChannelKeyError, "is not signed by its root key")
+
+
+def test_a_tampered_channel(scene: Scene) -> None:
+    envelope = json.loads(scene.read(CHANNEL_FILE))
+    altered = payload(replace(scene.channel, serial=2, expires="2999-01-01T00:00:00Z"))
+    scene.put(channel=write_envelope(Envelope(envelope["payloadType"], altered, ())))
+    refused(scene, ChannelKeyError, "is not signed by its root key")
+
+
+def test_no_byte_of_a_channel_can_be_changed(scene: Scene) -> None:
+    data, gate = scene.read(CHANNEL_FILE), Gate(scene.policy, utc_now())
+    good = gate.admit(data, "it").channel
+    for position in range(0, len(data), 7):
+        spoiled = bytearray(data)
+        spoiled[position] ^= 1
+        try:
+            found = gate.admit(bytes(spoiled), "it").channel
+        except NestpatchError:
+            continue
+        # White space between the members of the envelope, and the key's name, are not signed and say nothing.
+        assert found == good
+
+
+def test_a_signature_for_another_purpose(scene: Scene) -> None:
+    """What the root key signed as something else is no channel."""
+    envelope = json.loads(scene.read(CHANNEL_FILE))
+    scene.put(channel=json.dumps(envelope | {"payloadType": "application/vnd.in-toto+json"}).encode())
+    refused(scene, ChannelFormatError, "is no channel but 'application/vnd.in-toto")
+
+
+def test_a_replayed_old_channel(scene: Scene) -> None:
+    old = scene.read(CHANNEL_FILE)
+    scene.publish("1.1.0", 1)
+    assert scene.update(check=True).after == "1.1.0"
+    scene.put(channel=old)
+    refused(scene, RollbackError, "has number 1 of .*; 2 was seen before")
+
+
+def test_an_old_commit_of_the_repository(scene: Scene) -> None:
+    """The server turns main back: what it serves is whole and was signed."""
+    old = scene.repo.resolve("main")
+    scene.publish("1.1.0", 1)
+    scene.update(check=True)
+    scene.repo.set_ref("refs/heads/main", old)
+    refused(scene, RollbackError, "2 was seen before")
+
+
+def test_an_expired_channel(scene: Scene) -> None:
+    scene.put(channel=scene.resign(scene.channel, now="2020-01-01T00:00:00Z", days=30))
+    refused(scene, ExpiredError, "was good until 2020-01-31T00:00:00Z")
+
+
+def test_a_server_that_says_for_ever_that_nothing_is_new(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert scene.update().state == "current"
+    monkeypatch.setattr("nestpatch.hub.follow.utc_now", lambda: "2999-01-01T00:00:00Z")
+    refused(scene, ExpiredError, "now it is 2999-01-01T00:00:00Z")
+
+
+def test_equivocation(scene: Scene) -> None:
+    other = scene.resign(replace(scene.channel, serial=scene.channel.serial - 1), days=400)
+    scene.put(channel=other)
+    refused(scene, EquivocationError, "has number 1, as one that was seen before and said something else")
+
+
+def test_the_channel_of_another_repository_of_the_same_publisher(scene: Scene) -> None:
+    scene.put(channel=scene.resign(replace(scene.channel, name="acme/other", serial=5)))
+    refused(scene, ForeignChannelError, "is the channel acme/other, where acme/no-harm should be")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../../etc/cron.d/x", "/etc/passwd", "patches/1.0.0/../../x.nest", "patches/1.0.0/no-harm.nest/../../../x", "C:\\x",
+     "patches\\1.0.0\\no-harm.nest", "patches/1.0.0/other.nest", "patches/2.0.0/no-harm.nest", "patches/1.0.0/no-harm.nest\0",
+     ""],
+)  # fmt: skip
+def test_paths_that_escape(scene: Scene, path: str) -> None:
+    file = scene.channel.patches[0].file
+    scene.put(channel=scene.resign(scene.listed("1.0.0", file=replace(file, path=path))))
+    refused(scene, ChannelPathError, "names the file")
+
+
+@pytest.mark.parametrize("suffix", ["/../../../.ssh/authorized_keys", ".sig/..", ".0123.sig", "", ".pth"])
+def test_signature_paths_that_escape(scene: Scene, suffix: str) -> None:
+    file = scene.channel.patches[0].file
+    odd = File(f"{file.path}{suffix}", 10, "0" * 64)
+    scene.put(channel=scene.resign(scene.listed("1.0.0", signatures=(odd,))))
+    refused(scene, ChannelPathError, "names the file")
+
+
+@pytest.mark.parametrize(
+    ("field", "name"), [("id", "../x"), ("id", "a/b"), ("id", ".hidden"), ("version", "1.0"), ("version", "../1.0.0")]
+)
+def test_names_that_escape(scene: Scene, field: str, name: str) -> None:
+    scene.put(channel=scene.resign(scene.listed("1.0.0", **{field: name})))
+    refused(scene, ChannelFormatError, "makes no sense")
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"\xff\xfe", b"{" * 5000, b" " * (1 << 20) + b"{}", b'{"a":1,"a":1}'])
+def test_what_is_no_channel_at_all(scene: Scene, data: bytes) -> None:
+    scene.put(channel=data)
+    before = scene.state()
+    with pytest.raises((ChannelFormatError, HubAnswerError)):
+        scene.update()
+    assert scene.state() == before
+
+
+def test_a_key_that_is_no_longer_trusted(scene: Scene) -> None:
+    scene.publish("1.1.0", 1)
+    before = scene.state()
+    scene.key, key = scene.evil, scene.key
+    with pytest.raises(ChannelKeyError, match="its key is no longer trusted here"):
+        scene.update()
+    scene.key = key
+    assert scene.state() == before
+
+
+def test_nobody_is_trusted(scene: Scene, tmp_path: Path) -> None:
+    with pytest.raises(ChannelKeyError, match="no longer trusted"):
+        pull(REPO, Policy(), tmp_path / "got.nest")
+    assert not (tmp_path / "got.nest").exists()
+    assert pull(REPO, Policy(), tmp_path / "got.nest", allow_unsigned=True).signers == {}

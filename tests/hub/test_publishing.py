@@ -1,0 +1,154 @@
+"""What a publisher does: push, yank, renew, hand the channel to a new key; and the model card."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from nestpatch.errors import ChannelKeyError, UntrustedError
+from nestpatch.formats import nest
+from nestpatch.hub.card import MARK, model_card
+from nestpatch.hub.follow import update
+from nestpatch.hub.listing import CHANNEL_FILE, parse
+from nestpatch.hub.release import add, listed, new_channel
+from nestpatch.signing.keys import generate
+from nestpatch.signing.trust import Policy, TrustedKey, load_policy
+from nestpatch.signing.verify import sign_pack
+from tests.hub.calls import answer, key_file, ledger_of, run
+from tests.hub.scene import REPO, Scene
+
+
+def test_push_yank_and_renew(scene: Scene) -> None:
+    key = ("--key", key_file(scene, scene.key, "acme"))
+    with scene.as_publisher():
+        done = answer("push", scene.pack("1.1.0", 1), REPO, *key)
+        assert (done["serial"], done["tag"], done["latest"]) == (2, "v1.1.0", "1.1.0")
+        assert scene.repo.resolve("v1.1.0") == done["version"] == scene.repo.resolve("main")
+        assert "VersionError" in run("push", scene.pack("1.1.0", 1), REPO, *key).stderr
+        assert run("yank", REPO, "1.1.0", *key).exit_code == 2, "a reason is needed"
+        assert answer("yank", REPO, "1.1.0", "--reason", "why", *key)["latest"] == "1.0.0"
+        long = answer("renew", REPO, *key, "--days", 400)
+        assert long["serial"] == 4
+        assert long["expires"] > done["expires"]
+        told = run("renew", REPO, *key)
+        assert "renew the channel" in told.stdout
+
+
+def test_a_private_repository_is_made_private(scene: Scene) -> None:
+    with scene.as_publisher():
+        answer("push", scene.pack("1.0.0"), "acme/secret", "--key", key_file(scene, scene.key, "acme"), "--private")
+    assert scene.hub.accounts.of("model", "acme/secret").private
+
+
+def test_a_second_signer_goes_along(scene: Scene) -> None:
+    """2 of 2: the publisher's tool signs with the channel's key, somebody else signed the file before."""
+    audit, file = generate(), scene.pack("1.1.0", 1)
+    rules = {"rules": [{"model": "*", "require": 2, "keys": ["acme", "audit"]}]}
+    policy = Policy((*scene.policy.keys, TrustedKey("audit", audit.public)))
+    (scene.folder / "two.json").write_text(json.dumps(policy.as_json() | rules), encoding="utf-8")
+    strict = load_policy(scene.folder / "two.json")
+    sign_pack(file, audit)
+    scene.push(file)
+    assert [f.name for f in scene.channel.patches[1].signatures] == [
+        "no-harm.nest.sig", f"no-harm.nest.{scene.key.public.key_id[:12]}.sig",
+    ]  # fmt: skip
+    (done,) = update(scene.model, strict)
+    assert done.after == "1.1.0"
+    assert set(ledger_of(scene.model).applied[0].signers) == {"acme", "audit"}
+    scene.publish("1.2.0", 2)
+    with pytest.raises(UntrustedError, match="signed by 1 of the 2 keys"):
+        update(scene.model, strict)
+
+
+def test_a_wrong_signature_is_not_published(scene: Scene) -> None:
+    file = scene.pack("1.1.0", 1)
+    sign_pack(scene.pack("1.2.0", 2), scene.key).file.rename(f"{file}.sig")
+    with scene.as_publisher():
+        told = run("push", file, REPO, "--key", key_file(scene, scene.key, "acme"))
+    assert (told.exit_code, told.stderr.startswith("BadSignatureError")) == (1, True)
+    assert scene.channel.serial == 1
+
+
+def test_the_root_key_is_rotated(scene: Scene) -> None:
+    """The fleet trusts the old key alone; it follows on its own, and goes back to versions from before."""
+    old, new = key_file(scene, scene.key, "acme"), key_file(scene, generate(), "acme-2")
+    scene.publish("1.1.0", 1)
+    with scene.as_publisher():
+        assert answer("renew", REPO, "--key", old, "--new-key", new)["serial"] == 3
+        told = run("push", scene.pack("1.2.0", 2), REPO, "--key", old)
+        assert "has the root key" in told.stderr
+        answer("push", scene.pack("1.2.0", 2), REPO, "--key", new)
+    assert scene.update().after == "1.2.0"
+    (entry,) = ledger_of(scene.model).applied
+    assert list(entry.signers) == ["acme"], "under the name that the user gave the line of keys"
+    assert entry.signers["acme"] == scene.channel.root.key_id != scene.key.public.key_id
+    with scene.as_publisher():
+        answer("yank", REPO, "1.2.0", "--reason", "bad", "--key", new)
+    assert scene.update().after == "1.1.0", "signed by the old key, and signed anew when the channel was handed over"
+    only_new = Policy((TrustedKey("acme", scene.channel.root),))
+    assert update(scene.model, only_new)[0].state == "current"
+    with pytest.raises(ChannelKeyError):
+        update(scene.model, Policy())
+
+
+def test_passwords_of_two_keys_come_from_one_file(scene: Scene) -> None:
+    old, new = key_file(scene, scene.key, "acme"), scene.folder / "new.key"
+    old.write_bytes(scene.key.pem(b"one"))
+    new.write_bytes(generate().pem(b"two"))
+    (scene.folder / "passwords").write_text("one\ntwo\n", encoding="utf-8")
+    with scene.as_publisher():
+        words = ("renew", REPO, "--key", old, "--new-key", new, "--password-file", scene.folder / "passwords")
+        assert answer(*words)["serial"] == 2
+
+
+# The model card
+
+
+def test_the_card(scene: Scene) -> None:
+    scene.publish("1.1.0", 1)
+    scene.withdraw("1.1.0", "broke | tables\n<script>")
+    text = scene.read("README.md").decode()
+    head, body = text.removeprefix("---\n").split("---\n", 1)
+    import yaml
+
+    facts = yaml.safe_load(head)
+    assert facts == {
+        "library_name": "nestpatch",
+        "tags": ["nestpatch", "safety-patch", "test"],
+        "license": "apache-2.0",
+        "base_model": "tiny/llama",
+        "base_model_relation": "adapter",
+    }
+    assert MARK in body
+    assert "| 1.0.0 | latest |  | `" in body
+    assert r"| 1.1.0 | revoked | broke \| tables \<script\> |" in body
+    assert scene.key.public.key_id in body
+
+
+def test_the_card_s_evaluation_table(scene: Scene) -> None:
+    from dataclasses import replace
+
+    pack = nest.read(scene.pack("1.0.0"))
+    share = {"value": 0.525, "count": 63, "total": 120}
+    evaluation = {
+        "before": {"attack_success": share, "suites": {}},
+        "after": {"attack_success": share | {"value": 0.017, "count": 2}},
+    }
+    manifest = replace(pack.manifest, evaluation=evaluation, base=replace(pack.manifest.base, model_id="../local"))
+    channel = add(new_channel("acme/x", scene.key.public), listed(manifest, b"x", {})[0])
+    text = model_card(channel, manifest)
+    assert "| attack success | 52.5% (63 of 120) | 1.7% (2 of 120) |" in text
+    assert "base_model" not in text, "no id of the Hub"
+    assert "## Evaluation" not in model_card(channel, replace(manifest, evaluation={"before": 1, "after": {"x": []}}))
+
+
+def test_the_channel_file_is_as_documented(scene: Scene) -> None:
+    envelope = json.loads(scene.read(CHANNEL_FILE))
+    assert sorted(envelope) == ["payload", "payloadType", "signatures"]
+    found, _ = parse(scene.read(CHANNEL_FILE), "it")
+    payload = json.loads(found.payload)
+    assert sorted(payload) == ["expires", "format", "issued", "name", "patches", "root", "serial", "successions"]
+    assert sorted(payload["patches"][0]) == [
+        "base", "id", "path", "reason", "sha256", "signatures", "size", "status", "supersedes", "version",
+    ]  # fmt: skip
