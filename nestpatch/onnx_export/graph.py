@@ -60,6 +60,16 @@ class _Flat(nn.Module):
         return (out.logits, *(part for layer in out.past_key_values.layers for part in (layer.keys, layer.values)))
 
 
+def require_dense(model: PreTrainedModel) -> None:
+    """Raises UnsupportedModelError for a mixture of experts, which torch would trace for minutes in vain."""
+    stacks = [name for name, module in model.named_modules() if "expert" in name or "Experts" in type(module).__name__]
+    if stacks:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is a mixture of experts ({stacks[0]}), and ONNX cannot run the chosen ones alone",
+            advice="Serve its safetensors files, or a GGUF file: nestpatch export MODEL PATCH --to gguf",
+        )
+
+
 @torch.no_grad()
 def cache_shapes(model: PreTrainedModel) -> tuple[CacheShape, ...]:
     """What each layer caches, found by running the model on two tokens: configurations say it in too many ways.

@@ -205,11 +205,12 @@ def _trace(wanted: Wanted, source: Source, folder: Path, floats: Path, kind: _Ki
     """Writes the graph of floats to `floats` and all that lies beside a graph to `folder`."""
     from nestpatch.onnx_export.adapter_ready import add_inputs
     from nestpatch.onnx_export.companions import write_companions
-    from nestpatch.onnx_export.graph import cache_shapes, decoder_graph
+    from nestpatch.onnx_export.graph import cache_shapes, decoder_graph, require_dense
     from nestpatch.onnx_export.parity import make_probe
     from nestpatch.onnx_export.weights import load, sites_of
 
     model, tokenizer = load(wanted, source, on_event)
+    require_dense(model)
     # Known before minutes of tracing, and the matrices are still those of the model.
     sites = sites_of(source.checkpoint, model) if kind.adapter_ready else {}
     inputs = {name: weight for name, (weight, _) in sites.items()}

@@ -50,6 +50,8 @@ FAMILIES = {
 OTHERS = {
     # One layer: for what does not depend on how many there are.
     "small": lambda: transformers.LlamaConfig(**{**COMMON, "num_hidden_layers": 1}),
+    "experts": lambda: transformers.MixtralConfig(**{**COMMON, "num_hidden_layers": 1}, num_local_experts=2),
+    "recurrent": lambda: transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1),
     "dynamic": lambda: transformers.LlamaConfig(
         **{**COMMON, "num_hidden_layers": 1}, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     ),

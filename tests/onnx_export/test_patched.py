@@ -160,10 +160,18 @@ def test_a_taken_or_impossible_place_is_refused(sources, tmp_path):
             export_onnx(sources("small"), place)
 
 
-def test_a_model_that_no_graph_can_hold_is_refused_with_the_reason(sources, tmp_path):
-    """Its rotary frequencies depend on how long the text is: code that looks into a tensor."""
-    with pytest.raises(UnsupportedModelError, match="torch cannot trace LlamaForCausalLM"):
-        export_onnx(sources("dynamic"), tmp_path / "out")
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        # Its rotary frequencies depend on how long the text is: code that looks into a tensor.
+        ("dynamic", "torch cannot trace LlamaForCausalLM"),
+        ("experts", "MixtralForCausalLM is a mixture of experts"),
+        ("recurrent", "MambaForCausalLM keeps no keys and values"),
+    ],
+)
+def test_a_model_that_no_graph_can_hold_is_refused_with_the_reason(sources, tmp_path, family, reason):
+    with pytest.raises(UnsupportedModelError, match=reason):
+        export_onnx(sources(family), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
