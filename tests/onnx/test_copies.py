@@ -104,6 +104,15 @@ def test_the_model_goes_by_its_file(base: Path, pack: Pack, tmp_path: Path) -> N
     assert verify(path, pack).verdict is Verdict.BASE
 
 
+def test_models_in_a_folder_of_their_own(base: Path, tmp_path: Path) -> None:
+    """As transformers.js wants them: which one is meant has to be said."""
+    save(build(base), tmp_path / "m" / "onnx")
+    with pytest.raises(CheckpointFormatError, match=r"has its ONNX models in .+onnx: model\.onnx") as caught:
+        open_checkpoint(tmp_path / "m")
+    assert "Name the file" in caught.value.advice
+    assert place_of(tmp_path / "m" / "onnx").ledger == tmp_path / "m" / "onnx" / "model.onnx.nestpatch.json"
+
+
 def test_safetensors_come_first(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "m")
     save(build(base), tmp_path / "m")
