@@ -51,7 +51,7 @@ def apply(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Merge PATCH into MODEL, a safetensors file, a model directory or a GGUF file: into a copy, or --in-place.
+    """Merge PATCH into MODEL, a directory or a safetensors, GGUF or ONNX file: into a copy, or --in-place.
 
     The model is checked first: a patch only fits the base that it was made for.
     """
