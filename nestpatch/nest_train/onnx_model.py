@@ -34,11 +34,19 @@ _BATCH = 16
 class OnnxModel:
     """A loaded ONNX model, with an adapter or without.
 
+    `mapped`: float weights stay in their file instead of being rearranged in memory, which is better for a few runs.
+
     Raises MissingExtraError without onnxruntime, CheckpointFormatError for files that it does not load or that are no decoder.
     """
 
     def __init__(
-        self, model: str | Path, adapter: str | Path | None = None, *, device: str = "auto", threads: int | None = None
+        self,
+        model: str | Path,
+        adapter: str | Path | None = None,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        mapped: bool = False,
     ) -> None:
         file = onnx_file(Path(model))
         if file is None:
@@ -49,7 +57,7 @@ class OnnxModel:
         self.adapted = adapter is not None
         """Whether the adapter is in use; may be switched."""
         self._runtime = _runtime()
-        self._session = self._load(device, threads or _processors())
+        self._session = self._load(device, threads or _processors(), mapped=mapped)
         self._adapter = self._load_adapter(Path(adapter)) if adapter is not None else None
         self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
         self._outputs = [entry.name for entry in self._session.get_outputs()]
@@ -67,11 +75,13 @@ class OnnxModel:
         size = self._session.get_outputs()[self._outputs.index("logits")].shape[-1]
         return size if isinstance(size, int) else 0
 
-    def _load(self, device: str, threads: int) -> Any:
+    def _load(self, device: str, threads: int, *, mapped: bool) -> Any:
         runtime = self._runtime
         options = runtime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
+        if mapped:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         providers = _providers(runtime, device)
         try:
             return runtime.InferenceSession(os.fspath(self.path), options, providers=providers)

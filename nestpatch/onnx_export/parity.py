@@ -93,7 +93,8 @@ def compare(file: Path, kind: str, probe: Probe) -> Parity:
 
     Raises ParityError when a difference is larger than rounding explains, or a logit is not finite.
     """
-    model = OnnxModel(file, device="cpu")
+    # Quantized matrices are rearranged in any case: onnxruntime multiplies with them a hundred times faster then.
+    model = OnnxModel(file, device="cpu", mapped=kind in BOUNDS)
     longest = probe.mask[:, 0].argmax()
     row = probe.ids[longest : longest + 1]
     plain, _ = model.step(row, np.ones_like(row))

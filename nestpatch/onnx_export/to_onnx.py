@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import shutil
 import time
@@ -164,9 +165,46 @@ class _Made:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class _Traced:
+    """What is left of a model when its graph is on disk."""
+
+    architecture: str
+    sites: Mapping[str, str]
+    """Weights that are to take a patch at run time: name on disk -> name in the model."""
+    notes: tuple[str, ...]
+    probe: Probe
+
+
 def _export(wanted: Wanted, source: Source, folder: Path, kind: _Kind, on_event: OnEvent) -> _Made:
     """Fills an empty directory."""
-    from nestpatch.onnx_export.companions import DATA, GRAPH, write_companions
+    from nestpatch.onnx_export.companions import DATA, GRAPH
+    from nestpatch.onnx_export.parity import compare
+
+    floats = folder / "floats.tmp" if kind.bits else folder
+    floats.mkdir(exist_ok=True)
+    traced = _trace(wanted, source, folder, floats, kind, on_event)
+    on_event(Event("onnx.check", note=kind.dtype))
+    # The floats are judged also where they are not kept: they tell whether the graph is right.
+    matrices, parity = 0, [compare(floats / GRAPH, kind.dtype, traced.probe)]
+    if kind.bits:
+        matrices = _quantize(floats, folder, kind.bits, traced.sites, on_event)
+        gc.collect()  # some systems do not remove files that are mapped
+        shutil.rmtree(floats)
+        on_event(Event("onnx.check", note=f"int{kind.bits}"))
+        parity.append(compare(folder / GRAPH, f"int{kind.bits}", traced.probe))
+    for note in traced.notes:
+        on_event(Event("note", note=note))
+    present = [folder / name for name in (GRAPH, DATA) if (folder / name).is_file()]
+    files = tuple(OnnxFile(file.name, *seal(file)) for file in present)
+    sync_folder(folder)
+    return _Made(files, matrices, traced.architecture, len(traced.sites), tuple(parity), traced.notes)
+
+
+def _trace(wanted: Wanted, source: Source, folder: Path, floats: Path, kind: _Kind, on_event: OnEvent) -> _Traced:
+    """Writes the graph of floats to `floats` and all that lies beside a graph to `folder`."""
+    from nestpatch.onnx_export.adapter_ready import add_inputs
+    from nestpatch.onnx_export.companions import write_companions
     from nestpatch.onnx_export.graph import cache_shapes, decoder_graph
     from nestpatch.onnx_export.parity import make_probe
     from nestpatch.onnx_export.weights import load, sites_of
@@ -174,21 +212,35 @@ def _export(wanted: Wanted, source: Source, folder: Path, kind: _Kind, on_event:
     model, tokenizer = load(wanted, source, on_event)
     # Known before minutes of tracing, and the matrices are still those of the model.
     sites = sites_of(source.checkpoint, model) if kind.adapter_ready else {}
+    inputs = {name: weight for name, (weight, _) in sites.items()}
     probe = make_probe(model, tokenizer)
     notes = _as_dtype(model, kind.dtype, source.checkpoint)
     on_event(Event("onnx.trace", note=type(model).__name__))
     shapes = cache_shapes(model)
     graph = decoder_graph(model, shapes)
     _sign(graph, source, {name: site for name, (_, site) in sites.items()})
-    matrices, parity = _write(graph, folder, kind, sites, probe, on_event)
+    if not kind.bits:
+        add_inputs(graph, inputs)
+    save(graph, floats, on_event)
     origin = wanted.checkpoint.path
     notes += write_companions(origin if origin.is_dir() else origin.parent, folder, model, tokenizer, shapes)
-    for note in notes:
-        on_event(Event("note", note=note))
-    present = [folder / name for name in (GRAPH, DATA) if (folder / name).is_file()]
-    files = tuple(OnnxFile(file.name, *seal(file)) for file in present)
-    sync_folder(folder)
-    return _Made(files, matrices, type(model).__name__, len(sites), tuple(parity), tuple(notes))
+    return _Traced(type(model).__name__, inputs, tuple(notes), probe)
+
+
+def _quantize(floats: Path, folder: Path, bits: int, sites: Mapping[str, str], on_event: OnEvent) -> int:
+    """Makes the graph of small integers from that of floats, which is read matrix by matrix. Returns how many there are."""
+    import onnx_ir as ir
+
+    from nestpatch.onnx_export.adapter_ready import add_inputs
+    from nestpatch.onnx_export.companions import GRAPH
+    from nestpatch.onnx_export.quantize import quantize
+
+    graph = ir.load(floats / GRAPH)
+    matrices = quantize(graph, bits, on_event)
+    # After it: products with the vectors of a patch stay in floats.
+    add_inputs(graph, sites)
+    save(graph, folder, on_event)
+    return matrices
 
 
 def _as_dtype(model: PreTrainedModel, dtype: str, checkpoint: Checkpoint) -> list[str]:
@@ -211,38 +263,6 @@ def _sign(graph: ir.Model, source: Source, sites: Mapping[str, Site]) -> None:
     graph.metadata_props.update({VERSION: __version__, **source.keys()})
     if sites:
         graph.metadata_props[ADAPTER] = sites_json(sites)
-
-
-def _write(
-    graph: ir.Model,
-    folder: Path,
-    kind: _Kind,
-    sites: Mapping[str, tuple[str, Site]],
-    probe: Probe,
-    on_event: OnEvent,
-) -> tuple[int, list[Parity]]:
-    """(quantized matrices, what the comparisons found). The floats are judged first: they tell whether the graph is right."""
-    from nestpatch.onnx_export.adapter_ready import add_inputs
-    from nestpatch.onnx_export.companions import GRAPH
-    from nestpatch.onnx_export.parity import compare
-    from nestpatch.onnx_export.quantize import quantize
-
-    inputs = {name: weight for name, (weight, _) in sites.items()}
-    floats = folder / "floats.tmp" if kind.bits else folder
-    floats.mkdir(exist_ok=True)
-    if not kind.bits:
-        add_inputs(graph, inputs)
-    save(graph, floats, on_event)
-    on_event(Event("onnx.check", note=kind.dtype))
-    parity = [compare(floats / GRAPH, kind.dtype, probe)]
-    if not kind.bits:
-        return 0, parity
-    shutil.rmtree(floats)
-    matrices = quantize(graph, kind.bits, on_event)
-    add_inputs(graph, inputs)
-    save(graph, folder, on_event)
-    on_event(Event("onnx.check", note=f"int{kind.bits}"))
-    return matrices, [*parity, compare(folder / GRAPH, f"int{kind.bits}", probe)]
 
 
 def save(graph: ir.Model, folder: Path, on_event: OnEvent = ignore) -> None:
