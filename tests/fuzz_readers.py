@@ -18,9 +18,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from nestpatch.errors import NestpatchError
 from nestpatch.formats import nest
 from nestpatch.formats.gguf import GgufCheckpoint
+from nestpatch.formats.onnx.checkpoint import OnnxCheckpoint
 from nestpatch.formats.safetensors import INDEX, SafetensorsCheckpoint
 from nestpatch.patcher.inplace import apply_in_place
 from nestpatch.patcher.journal import read_transaction
@@ -31,6 +34,7 @@ from nestpatch.patcher.undo import UndoReader
 from nestpatch.patcher.verify import verify
 from tests.gguf.files import gguf_of
 from tests.helpers import tiny_checkpoint, tiny_pack
+from tests.onnx.files import build, in_blocks, save
 
 NUMBERS = [b"0", b"-1", b"1e999", b"18446744073709551615", b"9" * 400, b"true", b"null", b"[]", b'"x"', b"{}", b"NaN"]
 Reader = Callable[[Path, bytes], None]
@@ -108,6 +112,27 @@ def read_gguf(folder: Path, data: bytes) -> None:
             pass
 
 
+def read_onnx(folder: Path, data: bytes) -> None:
+    """The same of ONNX models, and of the weights that are found in their graphs."""
+    path = folder / "x.onnx"
+    path.write_bytes(data)
+    checkpoint = OnnxCheckpoint(path)
+    for name in checkpoint.tensors():
+        for _ in checkpoint.read_all(name):
+            pass
+    for part in ("gate_proj", "up_proj", "gate_up_proj"):
+        name = f"model.layers.1.mlp.{part}.weight"
+        if checkpoint.has(name):
+            checkpoint.read_rows(name, np.arange(min(3, checkpoint.info(name).rows)))
+
+
+def onnx_models(folder: Path) -> dict[str, tuple[bytes, Reader]]:
+    """One of columns that only module names tell, and one of blocks."""
+    base = tiny_checkpoint(folder / "third", dtype="F32")
+    protos = {"columns": build(base, "scoped"), "blocks": in_blocks(build(base), base)}
+    return {f"onnx {kind}": (save(proto, folder / kind, "inside").read_bytes(), read_onnx) for kind, proto in protos.items()}
+
+
 def in_model(name: str) -> Reader:
     """A reader of a model in which one file is replaced."""
 
@@ -159,6 +184,7 @@ def prepare(folder: Path) -> dict[str, tuple[bytes, Reader]]:
         "pack": (nest.encode(pack), read_pack),
         "checkpoint": (shard.read_bytes(), read_checkpoint),
         "gguf": (gguf_of(tiny_checkpoint(folder / "other"), folder / "m.gguf", "F16").read_bytes(), read_gguf),
+        **onnx_models(folder),
         "index": ((model / INDEX).read_bytes(), in_model(INDEX)),
         "ledger": (place.ledger.read_bytes(), in_model(place.ledger.name)),
         "undo": (undo.read_bytes(), read_undo),

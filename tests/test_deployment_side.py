@@ -18,6 +18,7 @@ from nestpatch.formats import nest
 from tests.export.families import model_around
 from tests.export.tokenizers_made import byte_level
 from tests.helpers import tiny_checkpoint, tiny_pack
+from tests.onnx.files import build, save
 
 PACKAGE = Path(nestpatch.__file__).parent
 HEAVY = {"torch", "transformers", "click", "sklearn", "accelerate", "datasets", "rich", "scipy", "pandas", "huggingface_hub"}
@@ -120,6 +121,17 @@ def test_exporting_stays_light(tmp_path: Path) -> None:
     loaded = modules_after(code, str(model), str(tmp_path / "out.gguf"), str(tmp_path / "x.nest"))
     assert (tmp_path / "out.gguf").is_file()
     assert not loaded & (HEAVY | {"llama_cpp", "tokenizers"})
+
+
+def test_patching_onnx_needs_no_onnx_package(tmp_path: Path) -> None:
+    """Not onnx, whose import takes longer than the patch, and whose reader loads what a file claims."""
+    base = tiny_checkpoint(tmp_path / "base", dtype="F32")
+    save(build(base, "nameless"), tmp_path / "model")
+    nest.write(tiny_pack(base), tmp_path / "x.nest")
+    code = "import sys, nestpatch\nnestpatch.apply_in_place(*sys.argv[1:])"
+    loaded = modules_after(code, str(tmp_path / "model"), str(tmp_path / "x.nest"))
+    assert (tmp_path / "model" / "model.onnx.nestpatch.json").is_file()
+    assert not loaded & (HEAVY | {"onnx", "onnxruntime", "gguf"})
 
 
 def test_importing_the_package_loads_nothing() -> None:

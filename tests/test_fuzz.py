@@ -3,7 +3,7 @@ from tests.fuzz_readers import fuzz
 
 def test_a_moment_of_fuzzing_finds_nothing():
     outcomes = fuzz(seconds=3, seed=1)
-    assert set(outcomes) == {"pack", "checkpoint", "gguf", "index", "ledger", "undo", "journal"}
+    assert set(outcomes) == {"pack", "checkpoint", "gguf", "onnx columns", "onnx blocks", "index", "ledger", "undo", "journal"}
     assert outcomes["pack"]["accepted"] == 0 or outcomes["pack"]["accepted"] < outcomes["pack"].total() / 10
     assert all(count.total() > 10 for count in outcomes.values())
     assert not any("an error without advice" in count for count in outcomes.values())

@@ -73,7 +73,7 @@ def apply(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Merge PATCH into MODEL, a safetensors file, a model directory or a GGUF file: into a copy, or --in-place.
+    """Merge PATCH into MODEL, a directory or a safetensors, GGUF or ONNX file: into a copy, or --in-place.
 
     PATCH is a file, or hub://owner/name[@VERSION] and other channels: the model then follows that channel. Its signatures are
     checked first, by the keys that you trust; then the model: a patch only fits the base that it was made for.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nestpatch.errors import CheckpointFormatError
 from nestpatch.formats.interface import Checkpoint
-from nestpatch.formats.onnx.folder import models
+from nestpatch.formats.onnx.folder import NAME_IT, has_safetensors, models
 from nestpatch.formats.safetensors import SafetensorsCheckpoint
 
 
@@ -26,6 +26,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         from nestpatch.formats.onnx.checkpoint import OnnxCheckpoint
 
         return OnnxCheckpoint(place)
+    if place.is_dir() and (below := models(place / "onnx")) and not has_safetensors(place):
+        raise CheckpointFormatError(
+            f"{place} has its ONNX models in {place / 'onnx'}: {', '.join(file.name for file in below[:5])}", advice=NAME_IT
+        )
     if place.is_dir() or place.suffix == ".safetensors":
         return SafetensorsCheckpoint(place)
     if place.suffix == ".gguf":

@@ -22,7 +22,7 @@ from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.place import place_of
 from nestpatch.patcher.verify import Verdict, verify
 from tests.helpers import tiny_pack, tree_digest
-from tests.onnx.files import build, data_of, save
+from tests.onnx.files import build, data_of, in_blocks, save
 
 
 def folder_with_company(path: Path) -> Path:
@@ -102,6 +102,27 @@ def test_the_model_goes_by_its_file(base: Path, pack: Pack, tmp_path: Path) -> N
     assert "Name the file" in caught.value.advice
     revert(path)
     assert verify(path, pack).verdict is Verdict.BASE
+
+
+def test_every_file_of_a_row_counts(base: Path, pack: Pack, tmp_path: Path) -> None:
+    """Blocks in one file, their scales in another one, which is a link."""
+    path = save(in_blocks(build(base), base), tmp_path / "m", "file each")
+    scales = path.parent / "model.layers.1.mlp.up_proj.MatMul.weight_scales"
+    scales.rename(tmp_path / "blob")
+    scales.symlink_to(tmp_path / "blob")
+    before = tree_digest(tmp_path)
+    with pytest.raises(InPlaceError, match="weight_scales is a link to"):
+        apply_in_place(path, pack, base=base)
+    assert tree_digest(tmp_path) == before
+
+
+def test_models_in_a_folder_of_their_own(base: Path, tmp_path: Path) -> None:
+    """As transformers.js wants them: which one is meant has to be said."""
+    save(build(base), tmp_path / "m" / "onnx")
+    with pytest.raises(CheckpointFormatError, match=r"has its ONNX models in .+onnx: model\.onnx") as caught:
+        open_checkpoint(tmp_path / "m")
+    assert "Name the file" in caught.value.advice
+    assert place_of(tmp_path / "m" / "onnx").ledger == tmp_path / "m" / "onnx" / "model.onnx.nestpatch.json"
 
 
 def test_safetensors_come_first(base: Path, tmp_path: Path) -> None:

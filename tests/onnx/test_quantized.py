@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from nestpatch.errors import BaseMismatchError, OverlapError, QuantizationError
@@ -143,15 +145,49 @@ def test_results_in_onnxruntime(base: Path, merged: Path, tmp_path: Path) -> Non
     assert not np.array_equal(run(path), before)
 
 
-def test_other_quantizers_are_refused_by_name(base: Path, tmp_path: Path) -> None:
+def otherwise_quantized(base: Path, how: str, folder: Path) -> onnx.ModelProto:
+    """By another quantizer of onnxruntime's, or by its own from numbers that are a little larger."""
+    if how == "scaled":
+        scaled = {name: tensor * np.float32(1.003) for name, tensor in load_tensors(base).items()}
+        return quantized(build(write_checkpoint(folder, scaled)))
+    from onnxruntime.quantization import matmul_nbits_quantizer as library
+
+    proto = build(base)
+    for number, node in enumerate(proto.graph.node):
+        node.name = node.name or f"n{number}"
+    algorithm = {"RTN": library.RTNWeightOnlyQuantConfig, "k-quant": library.KQuantWeightOnlyQuantConfig}.get(how)
+    config = algorithm() if algorithm is not None else library.HQQWeightOnlyQuantConfig(block_size=32)
+    quantizer = library.MatMulNBitsQuantizer(proto, bits=4, block_size=32, algo_config=config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of arrays that it must not write
+        quantizer.process()
+    made: onnx.ModelProto = getattr(quantizer.model, "model", quantizer.model)
+    return made
+
+
+@pytest.mark.parametrize("how", ["scaled", "k-quant", "HQQ"])
+def test_other_quantizers_are_refused_by_name(how: str, tmp_path: Path) -> None:
     """Rows of rounding to nearest among others would be a model that nobody measured."""
-    scaled = {name: tensor * np.float32(1.003) for name, tensor in load_tensors(base).items()}
-    path = save(quantized(build(write_checkpoint(tmp_path / "scaled", scaled))), tmp_path / "m")
+    # An even number of blocks in every row: those quantizers stumble over others.
+    base = tiny_checkpoint(tmp_path / "base", dtype="F32", hidden=128, inter=192)
+    if how == "HQQ":
+        pytest.importorskip("torch")
+    path = save(otherwise_quantized(base, how, tmp_path / "scaled"), tmp_path / "m")
     before = tree_digest(tmp_path)
-    with pytest.raises(QuantizationError, match="not quantized by onnxruntime's default quantizer") as caught:
+    says = "zero points are not packed" if how == "HQQ" else "not quantized by onnxruntime's default quantizer"
+    with pytest.raises(QuantizationError, match=says) as caught:
         apply_in_place(path, pack_of(base), base=base)
     assert "adapter" in caught.value.advice
     assert tree_digest(tmp_path) == before
+
+
+def test_another_quantizer_with_the_same_bytes_will_do(tmp_path: Path) -> None:
+    """Rows decide, not names: that of Neural Compressor comes to the same where blocks have numbers of both signs."""
+    base = tiny_checkpoint(tmp_path / "base", dtype="F32", hidden=128, inter=192)
+    merged = apply(base, pack_of(base), tmp_path / "merged").output
+    path, goal = (save(otherwise_quantized(m, "RTN", tmp_path), tmp_path / n) for m, n in ((base, "m"), (merged, "goal")))
+    apply_in_place(path, pack_of(base), base=base)
+    assert data_of(path) == data_of(goal)
 
 
 def test_a_foreign_base_is_named_as_such(base: Path, tmp_path: Path) -> None:

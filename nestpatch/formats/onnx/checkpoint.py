@@ -84,7 +84,10 @@ class OnnxCheckpoint:
     def _known(self, name: str) -> _View:
         view = self._view(name)
         if view is None:
-            raise CheckpointFormatError(f"{self.file} has no tensor {name}")
+            raise CheckpointFormatError(
+                f"{self.file} has no tensor {name}",
+                advice="Neither names nor the graph's shape lead there. Export the model anew, with the names of its weights.",
+            )
         return view
 
     def _view(self, name: str) -> _View | None:

@@ -7,18 +7,20 @@ from pathlib import Path
 from nestpatch.errors import CheckpointFormatError
 
 ENDING = ".onnx"
+NAME_IT = "Name the file of the model that is to be patched: a patch changes one of them."
 SAFETENSORS = (".safetensors", ".safetensors.index.json")
 
 
+def has_safetensors(folder: Path) -> bool:
+    """Whether a directory holds weights that make it a safetensors model, whatever else is in it."""
+    return any(name.endswith(SAFETENSORS) for name in _names(folder))
+
+
 def models(folder: Path) -> list[Path]:
-    """The ONNX models in a directory that holds no safetensors weights; those are what such a directory is otherwise."""
-    try:
-        names = sorted(file.name for file in folder.iterdir())
-    except OSError:
+    """The ONNX models in a directory that is no safetensors model."""
+    if has_safetensors(folder):
         return []
-    if any(name.endswith(SAFETENSORS) for name in names):
-        return []
-    return [folder / name for name in names if name.endswith(ENDING)]
+    return [folder / name for name in _names(folder) if name.endswith(ENDING)]
 
 
 def only_model(folder: Path) -> Path:
@@ -26,8 +28,13 @@ def only_model(folder: Path) -> Path:
     found = models(folder)
     if len(found) != 1:
         names = ", ".join(file.name for file in found[:5]) + (", .." if len(found) > 5 else "")
-        raise CheckpointFormatError(
-            f"{folder} holds {len(found) or 'no'} ONNX models" + (f": {names}" if found else ""),
-            advice="Name the file of the model that is to be patched: a patch changes one of them.",
-        )
+        reason = f"{folder} holds {len(found) or 'no'} ONNX models" + (f": {names}" if found else "")
+        raise CheckpointFormatError(reason, advice=NAME_IT)
     return found[0]
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(file.name for file in folder.iterdir())
+    except OSError:
+        return []
