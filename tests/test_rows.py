@@ -239,3 +239,21 @@ def test_correlation_with_nothing() -> None:
 def test_dtype_names(name: str) -> None:
     assert library.dtype_name(DTYPES[name]) == name
     assert library.DTYPES[name] == DTYPES[name]
+
+
+def test_rows_beyond_two_gibibytes(tmp_path):
+    """Row numbers of 32 bits, places of more: as in any model of some size."""
+    from nestpatch.formats.interface import TensorInfo
+    from nestpatch.formats.rowio import read_rows_at, write_rows_at
+
+    path, start, width = tmp_path / "sparse", (1 << 31) + 64, 4096
+    with open(path, "wb") as file:
+        file.truncate(start + width * 600_000)
+    info = TensorInfo("a", "F32", (600_000, width // 4), path, start, width * 600_000)
+    rows = np.array([0, 7, 8, 599_999], np.int32)
+    values = np.arange(4 * width // 4, dtype=np.float32).reshape(4, -1)
+    write_rows_at(info, rows, values)
+    assert np.array_equal(read_rows_at(info, rows, np.dtype(np.float32)), values)
+    with open(path, "rb") as file:
+        file.seek(start + 599_999 * width)
+        assert file.read() == values[3].tobytes()

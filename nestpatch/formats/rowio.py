@@ -53,7 +53,8 @@ def _runs(info: TensorInfo, rows: IntArray, data: Any) -> Iterator[tuple[memoryv
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
     edges = [0, *breaks.tolist(), len(rows)]
     width, view = info.row_bytes, memoryview(data).cast("B")
-    offsets = (info.offset + rows[edges[:-1]] * width).tolist()
+    # In 64 bits: files are longer than 2 GiB, and row numbers may come in 32.
+    offsets = (info.offset + rows[edges[:-1]].astype(np.int64) * width).tolist()
     for (start, stop), offset in zip(itertools.pairwise(edges), offsets, strict=True):
         yield view[start * width : stop * width], offset
 
