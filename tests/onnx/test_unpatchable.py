@@ -48,6 +48,13 @@ def shared(proto: onnx.ModelProto) -> None:
     proto.graph.node.append(onnx.helper.make_node("Gather", [weight(proto).name, "x"], ["looked_up"]))
 
 
+def shared_under_one_name(proto: onnx.ModelProto) -> None:
+    """Two operations of one name multiply with the weight: it is turned for one of them."""
+    held, node = weight(proto), user(proto)
+    turned = onnx.helper.make_node("Transpose", [held.name], ["turned"], perm=[1, 0])
+    proto.graph.node.extend([turned, onnx.helper.make_node("Gemm", ["x", "turned"], ["z"], name=node.name, transB=1)])
+
+
 def integer(op: str, domain: str) -> Change:
     def change(proto: onnx.ModelProto) -> None:
         held, node = weight(proto), user(proto)
@@ -82,6 +89,7 @@ def in_a_branch(proto: onnx.ModelProto) -> None:
 FLOATS: dict[str, tuple[Change, type[CheckpointError], str]] = {
     "QDQ": (qdq, QuantizationError, "QDQ form"),
     "shared": (shared, UnsupportedModelError, "2 operations read"),
+    "shared under one name": (shared_under_one_name, UnsupportedModelError, "2 operations read"),
     "integers": (integer("MatMulInteger", ""), QuantizationError, "stored for MatMulInteger"),
     "bitsandbytes": (integer("MatMulBnb4", "com.microsoft"), QuantizationError, "stored for MatMulBnb4"),
     "doubles": (doubles, QuantizationError, "it holds F64"),

@@ -19,6 +19,8 @@ _CODED = {
 """Operations with weights in a form that nobody here writes."""
 _STEPS = 5
 """Operations between a weight and its multiplication."""
+_Identity = tuple[str, tuple[str, ...]]
+"""An operation's name and outputs: both branches of an If may hold the same one, which no graph does twice."""
 
 
 class Form(Enum):
@@ -54,20 +56,19 @@ def find_weights(graph: Graph) -> tuple[Weight, ...]:
     return tuple(weight if weight.trouble else replace(weight, trouble=_sharing(weight, shared)) for weight in found)
 
 
-def _shared(graph: Graph, weights: Iterable[Weight]) -> Mapping[str, set[str]]:
+def _shared(graph: Graph, weights: Iterable[Weight]) -> Mapping[str, set[_Identity]]:
     """Tensor -> the operations that read it, directly or as their weight."""
-    readers: dict[str, set[str]] = {}
-    for number, node in enumerate(graph.nodes):
+    readers: dict[str, set[_Identity]] = {}
+    for node in graph.nodes:
         for name in node.inputs:
-            # Both branches of an If may hold the same operation, under one name.
-            readers.setdefault(name, set()).add(node.name or f"#{number}")
-    users: dict[str, set[str]] = {}
-    for number, weight in enumerate(weights):
-        users.setdefault(weight.tensor.name, set()).add(weight.node.name or f"#{number}")
+            readers.setdefault(name, set()).add((node.name, node.outputs))
+    users: dict[str, set[_Identity]] = {}
+    for weight in weights:
+        users.setdefault(weight.tensor.name, set()).add((weight.node.name, weight.node.outputs))
     return {name: max(found, users.get(name, set()), key=len) for name, found in readers.items()}
 
 
-def _sharing(weight: Weight, shared: Mapping[str, set[str]]) -> str:
+def _sharing(weight: Weight, shared: Mapping[str, set[_Identity]]) -> str:
     names = weight.node.inputs[1:4] if weight.form is Form.BLOCKS else (weight.tensor.name,)
     for name in filter(None, names):
         if len(shared[name]) > 1:
