@@ -20,8 +20,6 @@ from nestpatch.errors import QuantizationError
 from nestpatch.formats.codec import Blocks
 from nestpatch.rows import DTYPES, FloatArray
 
-FLOATS = tuple(DTYPES)
-"""The types that hold plain numbers: their rows follow the merge rule."""
 NEEDS_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
 """Types whose quantizer wants an importance matrix; some of them end the process when they get none."""
 STEPS = {"Q2_K": 3, "TQ1_0": 2, "TQ2_0": 2, "Q3_K": 7, "IQ3_S": 7, "Q5_0": 31, "Q5_1": 31, "Q5_K": 31, "Q6_K": 63, "Q8_0": 254}
