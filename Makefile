@@ -31,6 +31,7 @@ bench: $(STAMP)
 	$(BIN)/python -m bench.demo
 	$(BIN)/python -m bench.patch
 	$(BIN)/python -m bench.gguf
+	$(BIN)/python -m bench.onnx
 	$(BIN)/python -m bench.update
 
 clean:

@@ -7,41 +7,17 @@ object.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 
-from bench.harness import Run, append_to_log, digest_file, machine, measure, medians, table
-from bench.model import cached_model, forget, parameters
+from bench.harness import Run, digest_file, measure, medians, options_of, publish, ratios_of
+from bench.model import cached_model, forget, parameters, write_tokenizer
 
-VOCABULARY = 32000
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-"""Of Llama 3, which every converter knows."""
 KINDS = ("q4_k_m", "q8_0")
 """Patched from the float base, and from their own rows."""
-
-
-def write_tokenizer(model: Path) -> None:
-    """A byte-level vocabulary of the model's size that merges nothing."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [*alphabet, *(f"word{n}" for n in range(VOCABULARY - len(alphabet) - 2)), "<s>", "</s>"]
-    tokenizer = Tokenizer(models.BPE({word: n for n, word in enumerate(words)}, [], ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.save(str(model / "tokenizer.json"))
-    facts = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    (model / "tokenizer_config.json").write_text(json.dumps(facts))
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}))
 
 
 def prepare(size: str) -> None:
@@ -99,11 +75,8 @@ def one_round(folder: Path, commands: dict[str, list[object]]) -> dict[str, Run]
 
 def main() -> None:
     """Measures, prints the table and the JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="about 0.1 B parameters instead of 1.1 B")
+    parser = options_of(__doc__, {"--quick": "about 0.1 B parameters instead of 1.1 B"})
     parser.add_argument("--llama-cpp", type=Path, help="a checkout of llama.cpp, whose converter is the peer")
-    parser.add_argument("--log", action="store_true", help="add the result to bench/LOG.md")
     options = parser.parse_args()
     size = "quick" if options.quick else "full"
     # In a process of its own: this one stays small.
@@ -114,24 +87,14 @@ def main() -> None:
     forget(folder / "base")
     results = {name: medians([one[name] for one in done]) for name in commands}
     pairs = [("export_bf16", "cp_model"), ("cp_q4_k_m", "exact_q4_k_m"), ("llama_cpp_bf16", "export_bf16")]
-    ratios = {f"{a}/{b}": results[a].seconds / results[b].seconds for a, b in pairs if a in results}
-    block = f"""## {datetime.now(timezone.utc):%Y-%m-%d}: GGUF files of {parameters(size) / 1e9:.2f} B parameters
-
-`python -m bench.gguf {" ".join(sys.argv[1:])}` on {machine()}.
-Whole processes in turn, medians of {options.rounds} rounds after one that was not counted. nestpatch syncs what it writes,
-`cp` does not. After every revert the file's SHA-256 was the original.
-
-{table(results)}
-
-Ratios of the times: {", ".join(f"{name} {value:.2f}" for name, value in ratios.items())}.
-"""
-    print(block)
-    if options.log:
-        append_to_log(block)
-    answer: dict[str, object] = {"parameters": parameters(size), "rounds": options.rounds, "ratios": ratios}
-    for name, run in results.items():
-        answer |= {f"{name}_s": run.seconds, f"{name}_rss_mb": run.rss_mb}
-    print(json.dumps(answer))
+    publish(
+        f"GGUF files of {parameters(size) / 1e9:.2f} B parameters",
+        f"Whole processes in turn, medians of {options.rounds} rounds after one\nthat was not counted. nestpatch syncs what it"
+        " writes, `cp` does not. After every revert the file's SHA-256 was the original.",
+        results,
+        {"parameters": parameters(size), "rounds": options.rounds, "ratios": ratios_of(results, pairs)},
+        log=options.log,
+    )
 
 
 if sys.argv[1:3] == ["--step", "prepare"]:

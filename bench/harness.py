@@ -5,6 +5,8 @@ Imports nothing big: on Linux a child's peak RSS is at least that of the process
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
 import re
@@ -14,9 +16,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LOG = Path(__file__).with_name("LOG.md")
 
@@ -42,6 +45,10 @@ class Run(NamedTuple):
     rss_mb: float
     written_mb: float
     """What it gave to write calls. The bytes that Linux counts as dirtied are whole folios, many times the rows."""
+
+    def told(self) -> dict[str, float]:
+        """For the JSON object."""
+        return {"s": self.seconds, "rss_mb": self.rss_mb, "written_mb": self.written_mb}
 
 
 def measure(command: list[object]) -> tuple[Run, str]:
@@ -86,7 +93,40 @@ def table(results: dict[str, Run]) -> str:
     return "\n".join(["| | seconds | peak RSS, MB | written, MB |", "|---|---|---|---|", *rows])
 
 
-def append_to_log(block: str) -> None:
+def options_of(what: str | None, sizes: dict[str, str] | None = None, rounds: int = 5) -> argparse.ArgumentParser:
+    """The options that every benchmark has; `sizes` are flags for other models."""
+    parser = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds, help="after one that is not counted")
+    parser.add_argument("--log", action="store_true", help="add the result to bench/LOG.md")
+    for flag, means in (sizes or {}).items():
+        parser.add_argument(flag, action="store_true", help=means)
+    return parser
+
+
+def ratios_of(results: dict[str, Run], pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
+    """How many times as long the first of each pair took, of those that were run."""
+    return {f"{a}/{b}": results[a].seconds / results[b].seconds for a, b in pairs if a in results and b in results}
+
+
+def publish(title: str, notes: str, results: dict[str, Run], facts: dict[str, Any], *, log: bool) -> None:
+    """Prints a dated block, and as the last line of stdout one JSON object; `log` keeps the block."""
+    module = Path(sys.argv[0]).stem
+    parts = [
+        f"## {datetime.now(timezone.utc):%Y-%m-%d}: {title}",
+        f"`{' '.join(['python -m bench.' + module, *sys.argv[1:]])}` on {machine()}. {notes}",
+        table(results),
+    ]
+    if "ratios" in facts:
+        parts.append(f"Ratios of the times: {', '.join(f'{name} {value:.2f}' for name, value in facts['ratios'].items())}.")
+    block = "\n\n".join(parts) + "\n"
+    print(block)
+    if log:
+        _append_to_log(block)
+    numbers = {f"{name}_{what}": value for name, run in results.items() for what, value in run.told().items()}
+    print(json.dumps(facts | numbers))
+
+
+def _append_to_log(block: str) -> None:
     """Newest first, under the header."""
     head, mark, older = LOG.read_text(encoding="utf-8").partition("\n## ")
     LOG.write_text(f"{head.rstrip()}\n\n{block}{mark}{older}", encoding="utf-8")

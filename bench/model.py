@@ -23,6 +23,9 @@ MODELS = {
 }
 """The large one is zeros, and holes on disk: does memory grow with the model?"""
 
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""Of Llama 3, which every converter knows."""
+
 
 def shapes_of(sizes: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape of a Llama."""
@@ -61,6 +64,26 @@ def write_model(folder: Path, sizes: tuple[int, ...], *, sparse: bool) -> None:
             values = np.ones(shape) if norm else random.standard_normal(shape, np.float32) * np.float32(WEIGHT_STD)
             file.write(values.astype(ml_dtypes.bfloat16).view(np.uint8).data)
     (folder / "config.json").write_text(json.dumps(CONFIG | dict(zip(SIZES, sizes, strict=True))))
+
+
+def write_tokenizer(model: Path) -> None:
+    """A byte-level vocabulary of the model's size that merges nothing, for formats that carry one."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*alphabet, *(f"word{n}" for n in range(vocabulary - len(alphabet) - 2)), "<s>", "</s>"]
+    tokenizer = Tokenizer(models.BPE({word: n for n, word in enumerate(words)}, [], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(model / "tokenizer.json"))
+    facts = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (model / "tokenizer_config.json").write_text(json.dumps(facts))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}))
 
 
 def write_pack(model: Path, path: Path) -> None:

@@ -6,17 +6,15 @@ dirty pages are written out, so that none pays for the one before. The last line
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import shutil
 import subprocess
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from bench.harness import Run, append_to_log, digest_file, machine, measure, medians, table
+from bench.harness import Run, digest_file, measure, medians, options_of, publish, ratios_of
 from bench.model import cached_model, forget, parameters
 
 LORA_RANK = 8
@@ -92,47 +90,32 @@ def measure_all(size: str, rounds: int) -> dict[str, Run]:
     return {name: medians([results[name] for results in done]) for name in commands}
 
 
-def entry(answer: dict, results: dict[str, Run]) -> str:
-    """The dated block for the log."""
-    ratios = ", ".join(f"{name} {value:.2f}" for name, value in answer["ratios"].items())
-    return f"""## {datetime.now(timezone.utc):%Y-%m-%d}: patching {answer["parameters"] / 1e9:.2f} B parameters
-
-`python -m bench.patch {" ".join(sys.argv[1:])}` on {machine()}.
-Whole processes in turn, medians of {answer["rounds"]} rounds, page cache warm after a round that was not counted. The nestpatch
-commands sync what they write, and `cp_sync`; `copy_no_sync`, `cp` and `peft` do not. After revert the model's SHA-256 was the
-original.
-
-{table(results)}
-
-Ratios of the times: {ratios}.
-"""
-
-
 def main() -> None:
     """Measures, prints the table and the JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="about 0.1 B parameters instead of 1.1 B")
-    parser.add_argument("--large", action="store_true", help="also a sparse model of 4 B parameters, in place only")
-    parser.add_argument("--log", action="store_true", help="add the result to bench/LOG.md")
-    options = parser.parse_args()
+    sizes = {
+        "--quick": "about 0.1 B parameters instead of 1.1 B",
+        "--large": "also a sparse model of 4 B parameters, in place only",
+    }
+    options = options_of(__doc__, sizes).parse_args()
     size = "quick" if options.quick else "full"
     results = measure_all(size, options.rounds)
     if "peft" not in results:
         print("peft is not installed: measured without it (pip install peft)")
-    answer: dict = {"parameters": parameters(size), "rounds": options.rounds, "peft_s": None, "peft_rss_mb": None}
+    facts: dict[str, Any] = {"parameters": parameters(size), "rounds": options.rounds, "peft_s": None, "peft_rss_mb": None}
     if options.large:
         results |= {f"large_{name}": run for name, run in measure_all("large", options.rounds).items()}
-        answer["large_parameters"] = parameters("large")
-    for name, run in results.items():
-        answer |= {f"{name}_s": run.seconds, f"{name}_rss_mb": run.rss_mb, f"{name}_written_mb": run.written_mb}
-    pairs = (("peft", "in_place"), ("peft", "copy"), ("cp", "in_place"), ("copy_no_sync", "cp"), ("copy", "cp_sync"))
-    answer["ratios"] = {f"{a}/{b}": results[a].seconds / results[b].seconds for a, b in pairs if a in results}
-    block = entry(answer, results)
-    print(block)
-    if options.log:
-        append_to_log(block)
-    print(json.dumps(answer))
+        facts["large_parameters"] = parameters("large")
+    pairs = [("peft", "in_place"), ("peft", "copy"), ("cp", "in_place"), ("copy_no_sync", "cp"), ("copy", "cp_sync")]
+    facts["ratios"] = ratios_of(results, pairs)
+    publish(
+        f"patching {parameters(size) / 1e9:.2f} B parameters",
+        f"Whole processes in turn, medians of {options.rounds} rounds, page cache\nwarm after a round that was not counted. The"
+        " nestpatch commands sync what they write, and `cp_sync`; `copy_no_sync`,\n`cp` and `peft` do not. After revert the"
+        " model's SHA-256 was the original.",
+        results,
+        facts,
+        log=options.log,
+    )
 
 
 if sys.argv[1:2] == ["--step"]:

@@ -5,17 +5,14 @@ Whole processes against a Hub on loopback: nothing new, an upgrade, going back. 
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from datetime import datetime, timezone
 from pathlib import Path
 
-from bench.harness import Run, append_to_log, machine, measure, medians, table
+from bench.harness import Run, measure, medians, options_of, publish
 from tests.hubserver.accounts import WRITER
 from tests.hubserver.server import Hub
 
@@ -72,26 +69,9 @@ class Fleet:
         shutil.rmtree(self.folder / "user" / "channels")
 
 
-def entry(answer: dict, results: dict[str, Run]) -> str:
-    """The dated block for the log."""
-    requests = ", ".join(f"{name} {count}" for name, count in answer["requests"].items())
-    return f"""## {datetime.now(timezone.utc):%Y-%m-%d}: a fleet's update
-
-`python -m bench.update {" ".join(sys.argv[1:])}` on {machine()}. Whole processes against the local Hub of the tests, medians of
-{answer["rounds"]} rounds after one that was not counted. `status` is a command without a network, for comparison.
-
-{table(results)}
-
-Requests: {requests}.
-"""
-
-
 def main() -> None:
     """Measures, prints the table and the JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--log", action="store_true", help="add the result to bench/LOG.md")
-    options = parser.parse_args()
+    options = options_of(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         hub = Hub(folder / "hub")
@@ -105,14 +85,15 @@ def main() -> None:
         hub.stop()
     results = {name: medians([done[name][0] for done in rounds]) for name in rounds[0]}
     requests = {name: max(done[name][1] for done in rounds) for name in rounds[0]}
-    answer: dict = {"rounds": options.rounds, "requests": requests}
-    for what, run in results.items():
-        answer |= {f"{what}_s": run.seconds, f"{what}_rss_mb": run.rss_mb}
-    block = entry(answer, results)
-    print(block)
-    if options.log:
-        append_to_log(block)
-    print(json.dumps(answer))
+    counted = ", ".join(f"{name} {count}" for name, count in requests.items())
+    publish(
+        "a fleet's update",
+        f"Whole processes against the local Hub of the tests, medians of\n{options.rounds} rounds after one that was not"
+        f" counted. `status` is a command without a network, for comparison. Requests: {counted}.",
+        results,
+        {"rounds": options.rounds, "requests": requests},
+        log=options.log,
+    )
 
 
 if sys.argv[1:2] == ["--step"]:
