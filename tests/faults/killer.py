@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 HERE = Path(__file__).parent
 MOST_CALLS = 2000
 """No command here makes so many: a sweep that gets there runs in circles."""
@@ -22,6 +24,12 @@ MOST_CALLS = 2000
 def compiler() -> str | None:
     """A C compiler, if this machine has one."""
     return shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+
+
+needs_shim = pytest.mark.skipif(
+    sys.platform != "linux" or compiler() is None,
+    reason="the shim that counts system calls is for Linux, and needs a C compiler",
+)
 
 
 def build_shim(folder: Path) -> Path:

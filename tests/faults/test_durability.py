@@ -1,0 +1,73 @@
+"""The order that a power cut needs: what is relied upon is on disk before."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.faults.cases import digests
+from tests.faults.interrupting import INTERRUPTIONS, MAIN, CaseOf, calls_of, interrupted, number_of, row_writes
+from tests.faults.killer import Call, Killer, needs_shim
+
+pytestmark = needs_shim
+
+
+def synced_between(calls: list[Call], path: str, after: int, before: int) -> bool:
+    """Whether a file or folder was synced after one call and before another."""
+    return any(call.kind == "fsync" and call.path == path for call in calls[after : before - 1])
+
+
+def last_change(calls: list[Call], path: str) -> int:
+    """The number of the last call that wrote to a path."""
+    return max(n for n, call in enumerate(calls, start=1) if call.path == path and call.kind in ("write", "create"))
+
+
+@pytest.mark.parametrize("operation", MAIN)
+def test_the_journal_is_durable_before_any_row(killer: Killer, case_of: CaseOf, folder: Path, operation: str) -> None:
+    calls = calls_of(killer, case_of(operation), folder)
+    first_row, written = row_writes(calls)[0], last_change(calls, ".nestpatch/journal")
+    assert written < first_row
+    assert synced_between(calls, ".nestpatch/journal", written, first_row)
+    assert synced_between(calls, ".nestpatch", written, first_row)
+    if operation == "apply":
+        made = number_of(calls, "mkdir", ".nestpatch")
+        assert synced_between(calls, "", made, first_row), "a power cut may lose the folder with the journal in it"
+
+
+@pytest.mark.parametrize("operation", MAIN)
+def test_everything_is_durable_before_the_commit(killer: Killer, case_of: CaseOf, folder: Path, operation: str) -> None:
+    calls = calls_of(killer, case_of(operation), folder)
+    commit = number_of(calls, "rename", "nestpatch.json")
+    assert row_writes(calls)[-1] < commit
+    written = {call.path for call in calls[: commit - 1] if call.kind == "write"} - {".nestpatch/journal"}
+    assert len(written) >= 3
+    for path in written:
+        # The kept pack is written under another name, as is the ledger.
+        assert synced_between(calls, path, last_change(calls, path), commit), f"{path} is not on disk"
+    made = [n for n, call in enumerate(calls[:commit], start=1) if call.kind == "create" and call.path.endswith(".undo")]
+    assert operation == "revert" or made
+    for number in made:
+        assert synced_between(calls, ".nestpatch", number, commit), "a power cut may lose the undo record's name"
+
+
+@pytest.mark.parametrize("operation", MAIN)
+def test_the_commit_is_durable_before_the_journal_goes(killer: Killer, case_of: CaseOf, folder: Path, operation: str) -> None:
+    calls = calls_of(killer, case_of(operation), folder)
+    commit, removal = number_of(calls, "rename", "nestpatch.json"), number_of(calls, "unlink", ".nestpatch/journal")
+    assert synced_between(calls, "", commit, removal)
+    # What an undo needs goes last.
+    assert all(n > removal for n, call in enumerate(calls, start=1) if call.kind == "unlink" and call.path.endswith(".undo"))
+    assert operation == "apply" or synced_between(calls, ".nestpatch", removal, len(calls) + 1)
+
+
+def test_restored_rows_are_durable_before_the_journal_goes(killer: Killer, case_of: CaseOf, folder: Path) -> None:
+    case = case_of("upgrade")
+    number = INTERRUPTIONS["all rows"][0](calls_of(killer, case, folder))
+    template = interrupted(killer, case, folder.with_name("interrupted"), number)
+    again = replace(case, template=template, args=lambda model: ["recover", str(model)])
+    calls = calls_of(killer, again, folder)
+    removal = number_of(calls, "unlink", ".nestpatch/journal")
+    for name in digests(folder):
+        assert synced_between(calls, name, last_change(calls, name), removal)
