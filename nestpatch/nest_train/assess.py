@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nestpatch.errors import DataError
 from nestpatch.events import Event, OnEvent, ignore
@@ -13,11 +17,15 @@ from nestpatch.formats import nest
 from nestpatch.formats.atomic import write_bytes
 from nestpatch.nest_train.assess_gguf import assess_gguf, is_gguf
 from nestpatch.nest_train.assess_onnx import assess_onnx, is_onnx
-from nestpatch.nest_train.evaluate import BENIGN, Assessment, Evaluation, Suite, answers_of, evaluate
-from nestpatch.nest_train.generate import with_transformers
+from nestpatch.nest_train.evaluate import Assessment, Suite
+from nestpatch.nest_train.generate import Generate, with_transformers
 from nestpatch.nest_train.model import load_model, locate, pick_device, pick_dtype
+from nestpatch.nest_train.runner import as_evaluation, assess_models
 from nestpatch.pack import Pack
 from nestpatch.patcher.recovery import open_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def assess(
@@ -53,7 +61,6 @@ def assess(
         raise DataError("the drift from a .gguf base can be measured for .gguf models", advice="Give the base's directory.")
     if base is not None and is_onnx(base):
         raise DataError("the drift from an ONNX base can be measured for ONNX models", advice="Give the base's directory.")
-    from nestpatch.nest_train.drift import drift_between
     from nestpatch.nest_train.fold import fold
 
     pack = nest.read(patch) if isinstance(patch, (str, Path)) else patch
@@ -63,22 +70,41 @@ def assess(
     chosen_dtype, _ = pick_dtype(dtype, chosen_device)
     on_event(Event("load", note=source.model_id))
     loaded, tokenizer = load_model(source.path, chosen_device, chosen_dtype)
-    report = lambda event: on_event(Event("evaluate", event.done, event.total))  # noqa: E731
-    generate = with_transformers(loaded, tokenizer, max_new_tokens, on_event=report)
-    before = evaluate(generate, suites)
-    if base is not None:
-        reference, _ = load_model(locate(base).path, chosen_device, chosen_dtype)
-        prompts = list(answers_of(before, BENIGN))
-        own = with_transformers(reference, tokenizer, max_new_tokens, on_event=report)(prompts)
-        answers = dict(zip(prompts, own, strict=True))
-        before = Evaluation(before.suites, drift_between(reference, loaded, tokenizer, answers))
-    if pack is None:
-        return Assessment(before)
-    answers = dict(answers_of(before, BENIGN))
-    reference, _ = load_model(source.path, chosen_device, chosen_dtype)
-    fold(loaded, checkpoint, pack)
-    after = evaluate(generate, suites)
-    return Assessment(before, Evaluation(after.suites, drift_between(reference, loaded, tokenizer, answers)))
+
+    def run(model: PreTrainedModel) -> _InTransformers:
+        return _InTransformers(
+            model, tokenizer, with_transformers(model, tokenizer, max_new_tokens, on_event=as_evaluation(on_event))
+        )
+
+    def patched(pack: Pack) -> _InTransformers:
+        second, _ = load_model(source.path, chosen_device, chosen_dtype)
+        fold(second, checkpoint, pack)
+        return run(second)
+
+    @contextmanager
+    def reference(base: str | Path) -> Iterator[_InTransformers]:
+        yield run(load_model(locate(base).path, chosen_device, chosen_dtype)[0])
+
+    return assess_models(
+        run(loaded),
+        suites,
+        _drift,
+        patched=None if pack is None else partial(patched, pack),
+        base=None if base is None else reference(base),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _InTransformers:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    generate: Generate
+
+
+def _drift(base: _InTransformers, model: _InTransformers, answers: Mapping[str, str]) -> float:
+    from nestpatch.nest_train.drift import drift_between
+
+    return drift_between(base.model, model.model, model.tokenizer, answers)
 
 
 def write_answers(assessment: Assessment, path: Path) -> None:

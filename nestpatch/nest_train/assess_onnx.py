@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from nestpatch.errors import BaseMismatchError, DataError, UnsupportedModelError
+from nestpatch.errors import DataError, UnsupportedModelError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats.lora_onnx import SUFFIX, onnx_file
-from nestpatch.nest_train.drift_logits import MAX_TOKENS, Logits, drift, torch_logits
-from nestpatch.nest_train.evaluate import BENIGN, Assessment, Evaluation, Suite, answers_of, evaluate
-from nestpatch.nest_train.generate import Generate
+from nestpatch.nest_train.evaluate import Assessment, Suite
 from nestpatch.nest_train.generate_onnx import load_tokenizer, with_onnx
 from nestpatch.nest_train.onnx_model import OnnxModel
-from nestpatch.nest_train.text import encode_pairs
+from nestpatch.nest_train.runner import Runner, as_evaluation, assess_models, in_transformers, pairs_with, switched
 from nestpatch.pack import Pack
 from nestpatch.patcher.adapters import export_onnx_adapter
 from nestpatch.patcher.apply import apply
-from nestpatch.rows import FloatArray
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def is_onnx(model: str | Path) -> bool:
@@ -55,25 +48,25 @@ def assess_onnx(
     """
     if patch is not None and lora is not None:
         raise DataError("a patch and an adapter were given: either of them makes the patched model")
-    report = lambda event: on_event(Event("evaluate", event.done, event.total))  # noqa: E731
+    report = as_evaluation(on_event)
     with _patched(model, patch, lora, on_event) as (other, adapter):
         on_event(Event("load", note=str(model)))
         loaded = OnnxModel(model, adapter, device=device)
         tokenizer = load_tokenizer(loaded)
-        loaded.adapted = False
-        before = evaluate(with_onnx(loaded, tokenizer, max_new_tokens, on_event=report), suites)
-        if base is not None:
-            prompts = list(answers_of(before, BENIGN))
-            own, logits = _reference(base, tokenizer, device, max_new_tokens, report)
-            before = Evaluation(before.suites, _drift(logits, loaded.logits, tokenizer, prompts, own(prompts)))
-        if other is None:
-            return Assessment(before)
-        second = loaded if adapter is not None else OnnxModel(other, device=device)
-        second.adapted = True
-        after = evaluate(with_onnx(second, tokenizer, max_new_tokens, on_event=report), suites)
-        answers = answers_of(before, BENIGN)
-        pair = _switched(loaded, on=False), _switched(second, on=True)
-        return Assessment(before, Evaluation(after.suites, _drift(*pair, tokenizer, list(answers), list(answers.values()))))
+
+        def run(loaded: OnnxModel, *, on: bool) -> Runner:
+            generate = with_onnx(loaded, tokenizer, max_new_tokens, on_event=report)
+            return switched(loaded, generate, pairs_with(tokenizer), on=on)
+
+        return assess_models(
+            run(loaded, on=False),
+            suites,
+            Runner.drift,
+            patched=None
+            if other is None
+            else lambda: run(loaded if adapter is not None else OnnxModel(other, device=device), on=True),
+            base=None if base is None else _reference(base, device, max_new_tokens, report),
+        )
 
 
 @contextmanager
@@ -93,39 +86,13 @@ def _patched(
         yield (model, adapter) if adapter.is_file() else (other, None)
 
 
-def _switched(model: OnnxModel, *, on: bool) -> Logits:
-    """The model with its adapter, or without."""
-
-    def logits(ids: Sequence[int], start: int) -> FloatArray:
-        model.adapted = on
-        return model.logits(ids, start)
-
-    return logits
+def _reference(base: str | Path, device: str, max_new_tokens: int, on_event: OnEvent) -> AbstractContextManager[Runner]:
+    return (_in_onnxruntime if is_onnx(base) else in_transformers)(base, device, max_new_tokens, on_event)
 
 
-def _reference(
-    base: str | Path, tokenizer: PreTrainedTokenizerBase, device: str, max_new_tokens: int, on_event: OnEvent
-) -> tuple[Generate, Logits]:
-    """A base's own answers and logits. It reads what the model's tokenizer makes of a prompt."""
-    if is_onnx(base):
-        reference = OnnxModel(base, device=device)
-        return with_onnx(reference, tokenizer, max_new_tokens, on_event=on_event), reference.logits
-    from nestpatch.nest_train.generate import with_transformers
-    from nestpatch.nest_train.model import load_model, locate, pick_device, pick_dtype
-
-    chosen, _ = pick_device(device)
-    dtype, _ = pick_dtype("auto", chosen)
-    loaded, own = load_model(locate(base).path, chosen, dtype)
-    if own.get_vocab() != tokenizer.get_vocab():
-        raise BaseMismatchError(
-            f"{base} and the ONNX model have different tokenizers: no drift to measure",
-            advice="Give the base that the ONNX model was made from.",
-        )
-    return with_transformers(loaded, own, max_new_tokens, on_event=on_event), torch_logits(loaded)
-
-
-def _drift(
-    base: Logits, model: Logits, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[str]
-) -> float:
-    texts = list(zip(prompts, answers, strict=True))
-    return drift(base, model, encode_pairs(tokenizer, texts, MAX_TOKENS, MAX_TOKENS))
+@contextmanager
+def _in_onnxruntime(model: str | Path, device: str, max_new_tokens: int, on_event: OnEvent) -> Iterator[Runner]:
+    loaded = OnnxModel(model, device=device)
+    tokenizer = load_tokenizer(loaded)
+    generate = with_onnx(loaded, tokenizer, max_new_tokens, on_event=on_event)
+    yield Runner(generate, loaded.logits, pairs_with(tokenizer))
