@@ -8,7 +8,10 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+
+from nestpatch.threads import meanwhile
 
 STRETCH = 256 << 20
 """Bytes between two flushes."""
@@ -43,18 +46,15 @@ def _flushing(handle: int, flush: bool) -> Iterator[Callable[[], None]]:
     if not flush:
         yield lambda: None
         return
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(1) as pool:
-        started = [pool.submit(lambda: None)]
+    with meanwhile() as start:
+        under_way = start(lambda: None)
 
         def go_on() -> None:
-            if started[-1].done():
-                started.append(pool.submit(os.fsync, handle))
+            nonlocal under_way
+            if under_way.done():
+                under_way = start(partial(os.fsync, handle))
 
         yield go_on
-    for future in started:
-        future.result()
 
 
 def _reflink(read: int, write: int) -> str | None:

@@ -27,22 +27,17 @@ BITS = {
 }  # fmt: skip
 
 
-class SafetensorsCheckpoint:
-    """Reads headers at once and rows on demand.
+class Headers:
+    """What the headers of a model's files say together, wherever these files are.
 
-    Raises CheckpointFormatError for files whose header lies about their content.
+    Raises CheckpointFormatError when they contradict each other or the index.
     """
 
-    converted = False
-
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, headers: Iterable[tuple[dict[str, TensorInfo], dict[str, str]]], index: Mapping[str, str]
+    ) -> None:
         self.path = path
-        self.files, self.index = _find_files(path)
-        self._infos, self._metadata = join_headers(map(read_header, self.files), self.index)
-
-    def reopen(self, path: Path) -> SafetensorsCheckpoint:
-        """The same format at another place, whatever its name there."""
-        return SafetensorsCheckpoint(path)
+        self._infos, self._metadata = join_headers(headers, index)
 
     def tensors(self) -> Sequence[str]:
         """The names of all tensors, sorted."""
@@ -57,6 +52,27 @@ class SafetensorsCheckpoint:
         if name not in self._infos:
             raise CheckpointFormatError(f"{self.path} has no tensor {name}")
         return self._infos[name]
+
+    def metadata(self) -> Mapping[str, Any]:
+        """The `__metadata__` of all files together."""
+        return self._metadata
+
+
+class SafetensorsCheckpoint(Headers):
+    """Reads headers at once and rows on demand.
+
+    Raises CheckpointFormatError for files whose header lies about their content.
+    """
+
+    converted = False
+
+    def __init__(self, path: Path) -> None:
+        self.files, self.index = _find_files(path)
+        super().__init__(path, map(read_header, self.files), self.index)
+
+    def reopen(self, path: Path) -> SafetensorsCheckpoint:
+        """The same format at another place, whatever its name there."""
+        return SafetensorsCheckpoint(path)
 
     def extent(self, name: str) -> TensorInfo | None:
         """Where the tensor's bytes lie."""
@@ -75,10 +91,6 @@ class SafetensorsCheckpoint:
     def read_all(self, name: str) -> Iterator[bytes]:
         """The tensor's bytes, in blocks."""
         return read_all_at(self.info(name))
-
-    def metadata(self) -> Mapping[str, Any]:
-        """The `__metadata__` of all files together."""
-        return self._metadata
 
 
 def join_headers(

@@ -6,7 +6,7 @@ is fixed when the checkpoint is made: a branch that moves while rows are read ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 
 from nestpatch.errors import CheckpointFormatError, InPlaceError
 from nestpatch.formats.interface import IntArray, TensorInfo
-from nestpatch.formats.safetensors import INDEX, SINGLE, header_length, join_headers, parse_header, parse_index, row_dtype
+from nestpatch.formats.safetensors import INDEX, SINGLE, Headers, header_length, parse_header, parse_index, row_dtype
 from nestpatch.hub.client import Snapshot
 from nestpatch.hub.ranges import Meter, RemoteFile
 from nestpatch.rows import Rows
@@ -60,7 +60,7 @@ def spans(rows: IntArray, row_bytes: int, *, gap: int = GAP, limit: int = PART) 
     return found
 
 
-class RemoteCheckpoint:
+class RemoteCheckpoint(Headers):
     """The reading half of a checkpoint, over HTTP. Everything else is refused.
 
     Raises HubError and its kinds, and CheckpointFormatError for a repository that holds no sound safetensors model.
@@ -78,7 +78,7 @@ class RemoteCheckpoint:
         self.files = tuple(self.path / name for name in names)
         self._remote = {self.path / name: self._open(name) for name in names}
         with ThreadPoolExecutor(PARALLEL) as pool:
-            self._infos, self._metadata = join_headers(pool.map(self._read_header, self.files), index)
+            super().__init__(self.path, pool.map(self._read_header, self.files), index)
 
     @property
     def downloaded(self) -> int:
@@ -95,20 +95,6 @@ class RemoteCheckpoint:
     def reopen(self, path: Path) -> RemoteCheckpoint:  # noqa: ARG002 - the protocol's signature
         """Refuses: there is no other place."""
         raise self._fixed()
-
-    def tensors(self) -> Sequence[str]:
-        """The names of all tensors, sorted."""
-        return sorted(self._infos)
-
-    def has(self, name: str) -> bool:
-        """Whether there is such a tensor."""
-        return name in self._infos
-
-    def info(self, name: str) -> TensorInfo:
-        """Raises CheckpointFormatError when there is no such tensor."""
-        if name not in self._infos:
-            raise CheckpointFormatError(f"{self.path} has no tensor {name}")
-        return self._infos[name]
 
     def read_rows(self, name: str, rows: IntArray) -> Rows:
         """Fetches sorted rows, [rows, in_features] in the stored dtype; near ones together, some requests at a time."""
@@ -151,10 +137,6 @@ class RemoteCheckpoint:
         for start in range(0, info.nbytes, PART):
             stop = min(start + PART, info.nbytes)
             yield self._remote[info.file].read(info.offset + start, info.offset + stop)
-
-    def metadata(self) -> Mapping[str, str]:
-        """The `__metadata__` of all files together."""
-        return self._metadata
 
     def _fixed(self) -> InPlaceError:
         advice = f"Download it and patch the copy: hf download {self.snapshot.repo_id} --local-dir MODEL"

@@ -19,12 +19,12 @@ from nestpatch.patcher.journal import sync_files
 from nestpatch.patcher.ledger import Entry, TensorRecord
 from nestpatch.patcher.merging import Gain, Means, rows_of
 from nestpatch.patcher.plan import MergedBlock, merged_blocks
-from nestpatch.patcher.threads import beside, meanwhile
 from nestpatch.patcher.undo import TensorPacker, UndoReader, UndoWriter, checksums, residual, restored
+from nestpatch.threads import beside, meanwhile
 
 SYNC_STRIDE = 8
 """Tensors between two syncs."""
-Start = Callable[[Callable[[], None]], None]
+Start = Callable[[Callable[[], None]], object]
 
 
 class _Record:

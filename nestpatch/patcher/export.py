@@ -12,33 +12,20 @@ from nestpatch.formats.atomic import new_place
 from nestpatch.formats.copying import copy_file
 from nestpatch.formats.export.converter import convert_gguf, require_converter
 from nestpatch.formats.export.gguf_types import AUTO, file_type
-from nestpatch.formats.export.to_gguf import GgufFile, model_name, write_gguf
+from nestpatch.formats.export.to_gguf import model_name, write_gguf
 from nestpatch.formats.export.to_safetensors import write_file
+from nestpatch.formats.export.written import Written
 from nestpatch.pack import Pack
 from nestpatch.patcher.apply import companions_of
 from nestpatch.patcher.export_source import Source, Wanted, check_target, open_wanted, require_unchanged, source_of
 
 
 @dataclass(frozen=True)
-class Exported:
+class Exported(Written):
     """What an export wrote, or with `dry_run` would write."""
 
-    path: Path
-    nbytes: int
-    """0 after a dry run where llama.cpp decides on it."""
-    sha256: str
-    """Of the file; empty after a dry run, and for a directory."""
-    tensors: int
-    type: str
-    """The dtype of the weights."""
-    architecture: str
-    """As the format names it; empty where it does not."""
-    patches: tuple[str, ...]
+    patches: tuple[str, ...] = ()
     """The packs in it, bottom first."""
-    notes: tuple[str, ...]
-    """What a user should know of the file."""
-    seconds: float
-    dry_run: bool = False
 
 
 def export_gguf(
@@ -87,22 +74,8 @@ def export_gguf(
         except BaseException:
             target.unlink(missing_ok=True)
             raise
-    return _exported(written, source, time.perf_counter() - began)
-
-
-def _exported(written: GgufFile, source: Source, seconds: float) -> Exported:
-    return Exported(
-        path=written.path,
-        nbytes=written.nbytes,
-        sha256=written.sha256,
-        tensors=written.tensors,
-        type=written.type,
-        architecture=written.architecture,
-        patches=source.labels,
-        notes=written.notes,
-        seconds=seconds,
-        dry_run=written.dry_run,
-    )
+    facts = vars(written) | {"seconds": time.perf_counter() - began}
+    return Exported(**facts, patches=source.labels)
 
 
 def export_safetensors(

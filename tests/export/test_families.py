@@ -15,7 +15,7 @@ from gguf import GGUFReader
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
 from nestpatch.formats import quants
 from nestpatch.formats.export.gguf_types import file_type
-from nestpatch.formats.export.to_gguf import GgufFile, plan_gguf, write_gguf
+from nestpatch.formats.export.to_gguf import plan_gguf, write_gguf
 from nestpatch.formats.opening import open_checkpoint
 from tests.export.expected import expected_tensors, is_float32
 from tests.export.families import FAMILIES, LLAMA3_ROPE, LONG, make
@@ -259,7 +259,7 @@ def test_an_ignored_sliding_window_is_noted(family: Made, tmp_path: Path) -> Non
 
 def test_what_the_file_says_of_itself(family: Made, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(family("mixtral"))
-    done: GgufFile = write_gguf(checkpoint, tmp_path / "out.gguf", name="My Model v2", kind="q8_0", keys={"x.y": "ä"})
+    done = write_gguf(checkpoint, tmp_path / "out.gguf", name="My Model v2", kind="q8_0", keys={"x.y": "ä"})
     fields = {key: field.contents() for key, field in GGUFReader(done.path).fields.items()}
     assert fields["general.name"] == "My Model v2"
     assert fields["general.architecture"] == done.architecture == "llama"

@@ -25,28 +25,11 @@ from nestpatch.formats.export.gguf_types import AUTO, FileType, file_type
 from nestpatch.formats.export.model_config import read_config
 from nestpatch.formats.export.scratch import WHOLE, claimed, scratch, sweep
 from nestpatch.formats.export.sink import Sink, seal
+from nestpatch.formats.export.written import Written
 from nestpatch.formats.interface import Checkpoint
 from nestpatch.formats.provenance import VERSION
 
 EMBEDDINGS = "token_embd.weight"
-
-
-@dataclass(frozen=True)
-class GgufFile:
-    """A GGUF file that was written, or with `dry_run` would be."""
-
-    path: Path
-    nbytes: int
-    """0 after a dry run of a type that llama.cpp writes: it decides tensor by tensor."""
-    sha256: str
-    """Empty after a dry run."""
-    tensors: int
-    type: str
-    architecture: str
-    seconds: float
-    notes: tuple[str, ...]
-    """What a user should know of this file in llama.cpp."""
-    dry_run: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +117,7 @@ def write_gguf(
     keys: Mapping[str, str] | None = None,
     dry_run: bool = False,
     on_event: OnEvent = ignore,
-) -> GgufFile:
+) -> Written:
     """Exports a checkpoint to a GGUF file that appears whole or not at all.
 
     Types that llama.cpp mixes itself need llama-cpp-python; they start from a temporary file beside the target that has lost
@@ -155,7 +138,8 @@ def write_gguf(
         with new_place(target) as sibling, claimed(sibling):
             nbytes, digest = _export(plan, checkpoint, sibling, on_event)
     seconds = time.perf_counter() - began
-    return GgufFile(target, nbytes, digest, len(plan.targets), plan.type, plan.architecture, seconds, plan.notes, dry_run)
+    tensors = len(plan.targets)
+    return Written(target, nbytes, digest, tensors, plan.type, plan.architecture, plan.notes, seconds, dry_run)
 
 
 def model_name(path: Path) -> str:

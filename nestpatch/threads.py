@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -21,7 +24,7 @@ def beside(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
     What an item raises is raised in its turn; what is under way is waited for.
     """
-    from concurrent.futures import Future, ThreadPoolExecutor
+    from concurrent.futures import ThreadPoolExecutor
 
     waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(1) as pool:
@@ -34,15 +37,20 @@ def beside(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
 
 @contextmanager
-def meanwhile() -> Iterator[Callable[[Callable[[], None]], None]]:
+def meanwhile() -> Iterator[Callable[[Callable[[], None]], Future[None]]]:
     """Gives a function that starts work in another thread, one piece after the other.
 
     At the end waits for all of it, and raises what a piece raised.
     """
-    from concurrent.futures import Future, ThreadPoolExecutor
+    from concurrent.futures import ThreadPoolExecutor
 
     started: list[Future[None]] = []
+
+    def start(work: Callable[[], None]) -> Future[None]:
+        started.append(pool.submit(work))
+        return started[-1]
+
     with ThreadPoolExecutor(1) as pool:
-        yield lambda work: started.append(pool.submit(work))
+        yield start
     for future in started:
         future.result()
