@@ -151,7 +151,7 @@ def show_applied(done: Applied) -> None:
     grid = _grid()
     grid.add_row("changed", f"{done.rows} rows of {done.tensors} tensors, {size(done.row_bytes)}")
     if done.gain is not None:
-        grid.add_row("delivered", f"{done.gain:.1%} of the patch at least, in quantized rows")
+        grid.add_row("delivered", f"{done.gain:.1%} of the patch at least, after rounding")
     for file in done.files:
         digest = f"  sha256 {file.sha256}" if file.sha256 else ""
         grid.add_row("file", f"{escape(file.path.name)}  {size(file.nbytes)}{digest}")
@@ -190,7 +190,7 @@ def show_changed(done: Changed) -> None:
     for step in done.steps:
         grid.add_row("step", escape(step))
     if done.gain is not None:
-        grid.add_row("delivered", f"{done.gain:.1%} of the patch at least, in quantized rows")
+        grid.add_row("delivered", f"{done.gain:.1%} of the patch at least, after rounding")
     if not done.dry_run:
         grid.add_row("now", escape(", ".join(done.applied) or "base"))
     out.print(grid)

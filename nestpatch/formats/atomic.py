@@ -11,6 +11,18 @@ from pathlib import Path
 
 from nestpatch.errors import OutputError
 
+MAX_NAME = 200
+"""Bytes of a file name: 255 less what temporary names and the ledger's name add."""
+
+
+def check_place(path: Path) -> None:
+    """Raises OutputError, before any work, when a place is taken or cannot be written."""
+    if len(os.fsencode(path.name)) > MAX_NAME:
+        raise OutputError(f"the name {path.name[:40]}... is too long for a file system", advice="Choose a shorter one with -o.")
+    _refuse_taken(path, overwrite=False)
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"there is no directory {path.absolute().parent}")
+
 
 def _refuse_taken(path: Path, overwrite: bool) -> None:
     # lexists: a dangling link takes the place too.

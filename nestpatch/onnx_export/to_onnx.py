@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 from nestpatch import __version__
 from nestpatch.errors import DataError, MissingExtraError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.formats.atomic import new_place, sync_folder
+from nestpatch.formats.atomic import check_place, new_place, sync_folder
 from nestpatch.formats.export.scratch import claimed, sweep
 from nestpatch.formats.export.sink import seal
 from nestpatch.formats.interface import Checkpoint
 from nestpatch.formats.lora_onnx import ADAPTER, Site, sites_json
 from nestpatch.formats.provenance import VERSION
 from nestpatch.pack import Pack
-from nestpatch.patcher.export_source import Source, Wanted, check_target, open_wanted, require_unchanged, source_of
+from nestpatch.patcher.export_source import Source, Wanted, open_wanted, require_unchanged, source_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -108,7 +108,7 @@ def export_onnx(
 
     wanted = open_wanted(locate(model).path, patch, strength)
     target = Path(output) if output is not None else wanted.default_output("", "onnx", f"int{bits}" if bits else dtype)
-    check_target(target)
+    check_place(target)
     before, made = wanted.fingerprint, _Made()
     with source_of(wanted, target, dry_run=dry_run, on_event=on_event) as source:
         if not dry_run:

@@ -14,7 +14,7 @@ from pathlib import Path
 from nestpatch.errors import ChainError, OutputError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats import nest
-from nestpatch.formats.atomic import new_place
+from nestpatch.formats.atomic import check_place, new_place
 from nestpatch.formats.copying import copy_file
 from nestpatch.formats.interface import Checkpoint
 from nestpatch.formats.safetensors import INDEX
@@ -28,8 +28,6 @@ from nestpatch.patcher.recovery import open_model
 from nestpatch.patcher.transaction import Transaction
 from nestpatch.patcher.work import Work, plan_work
 
-MAX_NAME = 200
-"""Bytes of a file name: 255 less what temporary names and the ledger's name add."""
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".ort", ".msgpack", ".h5", ".ckpt", ".safetensors")
 """Endings of files that would carry unpatched weights into the output if they were copied along."""
 MORE_WEIGHTS = ".onnx"
@@ -170,14 +168,7 @@ def copied(checkpoint: Checkpoint) -> Path:
 
 def _check_target(checkpoint: Checkpoint, target: Path) -> None:
     source = copied(checkpoint)
-    if len(os.fsencode(target.name)) > MAX_NAME:
-        raise OutputError(
-            f"the name {target.name[:40]}... is too long for a file system", advice="Choose a shorter one with -o."
-        )
-    if os.path.lexists(target):
-        raise OutputError(f"{target} exists already")
-    if not target.absolute().parent.is_dir():
-        raise OutputError(f"there is no directory {target.absolute().parent}")
+    check_place(target)
     if source.is_dir() and source.resolve() in target.resolve().parents:
         raise OutputError(f"{target} lies inside the model {source}")
     if source != checkpoint.path and target.suffix == checkpoint.path.suffix:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nestpatch.events import OnEvent, ignore
-from nestpatch.formats.atomic import new_place
+from nestpatch.formats.atomic import check_place, new_place
 from nestpatch.formats.copying import copy_file
 from nestpatch.formats.export.converter import convert_gguf, require_converter
 from nestpatch.formats.export.gguf_types import AUTO, file_type
@@ -17,7 +17,7 @@ from nestpatch.formats.export.to_safetensors import write_file
 from nestpatch.formats.export.written import Written
 from nestpatch.pack import Pack
 from nestpatch.patcher.apply import companions_of
-from nestpatch.patcher.export_source import Source, Wanted, check_target, open_wanted, require_unchanged, source_of
+from nestpatch.patcher.export_source import Source, Wanted, open_wanted, require_unchanged, source_of
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def export_gguf(
         require_converter(Path(llama_cpp))
     wanted = open_wanted(model, patch, strength)
     target = Path(output) if output is not None else wanted.default_output(".gguf", *([] if kind == AUTO else [kind]))
-    check_target(target)
+    check_place(target)
     before = wanted.fingerprint
     with source_of(wanted, target, whole=llama_cpp is not None, dry_run=dry_run, on_event=on_event) as source:
         common: dict[str, Any] = {
@@ -99,7 +99,7 @@ def export_safetensors(
     checkpoint = wanted.checkpoint
     suffix = "" if checkpoint.path.is_dir() else ".safetensors"
     target = Path(output) if output is not None else wanted.default_output(suffix, "release")
-    check_target(target)
+    check_place(target)
     before, written = wanted.fingerprint, ((), ())  # type: tuple[Any, tuple[tuple[int, ...], tuple[str, ...]]]
     with source_of(wanted, target, dry_run=dry_run, on_event=on_event) as source:
         if not dry_run:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nestpatch import __version__
-from nestpatch.errors import BusyError, OutputError, UnsupportedModelError
+from nestpatch.errors import BusyError, UnsupportedModelError
 from nestpatch.events import OnEvent
 from nestpatch.formats import nest
 from nestpatch.formats.export.scratch import PATCHED, claimed, scratch
@@ -19,7 +19,7 @@ from nestpatch.formats.interface import Checkpoint, row_blocks
 from nestpatch.formats.provenance import PATCHES, VERSION, patches_json
 from nestpatch.label import now
 from nestpatch.pack import Pack, TensorDelta
-from nestpatch.patcher.apply import MAX_NAME, apply
+from nestpatch.patcher.apply import apply
 from nestpatch.patcher.chain import Do
 from nestpatch.patcher.ledger import Entry, TensorRecord, read_ledger
 from nestpatch.patcher.merging import rows_of
@@ -96,18 +96,6 @@ def open_wanted(model: str | Path, patch: str | Path | Pack | None, strength: fl
             advice="Give the safetensors model. A converted file is patched as it is: nestpatch apply FILE PATCH",
         )
     return Wanted(checkpoint, place, pack, strength)
-
-
-def check_target(target: Path) -> None:
-    """Raises OutputError, before any work, when a place cannot be written."""
-    if len(os.fsencode(target.name)) > MAX_NAME:
-        raise OutputError(
-            f"the name {target.name[:40]}... is too long for a file system", advice="Choose a shorter one with -o."
-        )
-    if os.path.lexists(target):
-        raise OutputError(f"{target} exists already")
-    if not target.absolute().parent.is_dir():
-        raise OutputError(f"there is no directory {target.absolute().parent}")
 
 
 def require_unchanged(wanted: Wanted, before: list[Any]) -> None:

@@ -26,7 +26,7 @@ class TensorRecord:
     after: str
     """SHA-256 of the same rows after it."""
     gain: float | None = None
-    """Share of the pack's change that arrived in quantized rows; None for rows of plain numbers."""
+    """Share of the pack's change that arrived after rounding to another type; None for rows of the type that it is for."""
 
 
 @dataclass(frozen=True)
