@@ -46,15 +46,20 @@ def assess_models(
     """
     before = evaluate(model.generate, suites)
     if base is not None:
-        with base as reference:
-            prompts = list(answers_of(before, BENIGN))
-            own = dict(zip(prompts, reference.generate(prompts), strict=True))
-            before = Evaluation(before.suites, moved(reference, model, own))
+        before = Evaluation(before.suites, _moved_from(base, model, list(answers_of(before, BENIGN)), moved))
     if patched is None:
         return Assessment(before)
     other = patched()
     after = evaluate(other.generate, suites)
     return Assessment(before, Evaluation(after.suites, moved(model, other, answers_of(before, BENIGN))))
+
+
+def _moved_from(
+    base: AbstractContextManager[R], model: R, prompts: list[str], moved: Callable[[R, R, Mapping[str, str]], float]
+) -> float:
+    """The drift from a base, which is out of memory again before a patched model comes into it."""
+    with base as reference:
+        return moved(reference, model, dict(zip(prompts, reference.generate(prompts), strict=True)))
 
 
 @dataclass(frozen=True, eq=False)
