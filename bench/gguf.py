@@ -11,10 +11,11 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
-from bench.harness import Run, digest_file, measure, medians, options_of, publish, ratios_of
-from bench.model import cached_model, forget, parameters, write_tokenizer
+from bench.harness import TOOL, Run, digest_file, in_rounds, measure, options_of, prepared, publish, ratios_of
+from bench.model import QUICK, cached_model, forget, parameters, write_tokenizer
 
 KINDS = ("q4_k_m", "q8_0")
 """Patched from the float base, and from their own rows."""
@@ -27,31 +28,31 @@ def prepare(size: str) -> None:
     for kind in KINDS:
         file = folder / f"{kind}.gguf"
         if not file.is_file():
-            command = [sys.executable, "-m", "nestpatch", "export", folder / "base", "--to", "gguf", "--type", kind, "-o", file]
+            command = [*TOOL, "export", folder / "base", "--to", "gguf", "--type", kind, "-o", file]
             subprocess.run([str(word) for word in command], check=True, stdout=sys.stderr)
     print(folder)
 
 
 def contenders(folder: Path, converter: Path | None) -> dict[str, list[object]]:
     """Name -> command, in the order of a round."""
-    tool, base, out = [sys.executable, "-m", "nestpatch"], folder / "base", folder / "out.gguf"
+    base, out = folder / "base", folder / "out.gguf"
     (exact, own), pack = (folder / f"work-{kind}.gguf" for kind in KINDS), folder / "patch.nest"
     found: dict[str, list[object]] = {
         "cp_model": ["cp", base / "model.safetensors", out],
-        "export_bf16": [*tool, "export", base, "--to", "gguf", "--type", "bf16", "-o", out, "--json"],
-        "export_q8_0": [*tool, "export", base, "--to", "gguf", "--type", "q8_0", "-o", out, "--json"],
+        "export_bf16": [*TOOL, "export", base, "--to", "gguf", "--type", "bf16", "-o", out, "--json"],
+        "export_q8_0": [*TOOL, "export", base, "--to", "gguf", "--type", "q8_0", "-o", out, "--json"],
     }
     if converter is not None:
         script = converter / "convert_hf_to_gguf.py"
         found["llama_cpp_bf16"] = [sys.executable, script, base, "--outtype", "bf16", "--outfile", out]
     return found | {
         "cp_q4_k_m": ["cp", folder / "q4_k_m.gguf", exact],
-        "exact_q4_k_m": [*tool, "apply", exact, pack, "--in-place", "--base", base, "--json"],
-        "verify_q4_k_m": [*tool, "verify", exact, "--json"],
-        "revert_q4_k_m": [*tool, "revert", exact, "--json"],
+        "exact_q4_k_m": [*TOOL, "apply", exact, pack, "--in-place", "--base", base, "--json"],
+        "verify_q4_k_m": [*TOOL, "verify", exact, "--json"],
+        "revert_q4_k_m": [*TOOL, "revert", exact, "--json"],
         "cp_q8_0": ["cp", folder / "q8_0.gguf", own],
-        "own_rows_q8_0": [*tool, "apply", own, pack, "--in-place", "--json"],
-        "revert_q8_0": [*tool, "revert", own, "--json"],
+        "own_rows_q8_0": [*TOOL, "apply", own, pack, "--in-place", "--json"],
+        "revert_q8_0": [*TOOL, "revert", own, "--json"],
     }
 
 
@@ -75,17 +76,13 @@ def one_round(folder: Path, commands: dict[str, list[object]]) -> dict[str, Run]
 
 def main() -> None:
     """Measures, prints the table and the JSON object."""
-    parser = options_of(__doc__, {"--quick": "about 0.1 B parameters instead of 1.1 B"})
+    parser = options_of(__doc__, QUICK)
     parser.add_argument("--llama-cpp", type=Path, help="a checkout of llama.cpp, whose converter is the peer")
     options = parser.parse_args()
     size = "quick" if options.quick else "full"
-    # In a process of its own: this one stays small.
-    said = subprocess.check_output([sys.executable, "-m", "bench.gguf", "--step", "prepare", size], text=True)
-    folder = Path(said.splitlines()[-1])
-    commands = contenders(folder, options.llama_cpp)
-    done = [one_round(folder, commands) for _ in range(options.rounds + 1)][1:]
+    folder = prepared("bench.gguf", size)
+    results = in_rounds(partial(one_round, folder, contenders(folder, options.llama_cpp)), options.rounds)
     forget(folder / "base")
-    results = {name: medians([one[name] for one in done]) for name in commands}
     pairs = [("export_bf16", "cp_model"), ("cp_q4_k_m", "exact_q4_k_m"), ("llama_cpp_bf16", "export_bf16")]
     publish(
         f"GGUF files of {parameters(size) / 1e9:.2f} B parameters",

@@ -15,13 +15,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 LOG = Path(__file__).with_name("LOG.md")
+TOOL = [sys.executable, "-m", "nestpatch"]
+"""How a user starts nestpatch, but for the name."""
 
 
 def digest_file(path: Path) -> str:
@@ -78,6 +80,18 @@ def measure(command: list[object]) -> tuple[Run, str]:
 def medians(runs: Sequence[Run]) -> Run:
     """Of each number by itself."""
     return Run(*map(statistics.median, zip(*runs, strict=True)))
+
+
+def in_rounds(one_round: Callable[[], dict[str, Run]], rounds: int) -> dict[str, Run]:
+    """The medians of each contender, after a round that warms the page cache and does not count."""
+    done = [one_round() for _ in range(rounds + 1)][1:]
+    return {name: medians([results[name] for results in done]) for name in done[0]}
+
+
+def prepared(module: str, size: str) -> Path:
+    """The folder that a benchmark's first step prints, in a process of its own: this one stays small."""
+    said = subprocess.check_output([sys.executable, "-m", module, "--step", "prepare", size], text=True)
+    return Path(said.splitlines()[-1])
 
 
 def machine() -> str:

@@ -27,6 +27,10 @@ SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\
 """Of Llama 3, which every converter knows."""
 
 
+QUICK = {"--quick": "about 0.1 B parameters instead of 1.1 B"}
+"""The flag for the smaller one."""
+
+
 def shapes_of(sizes: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape of a Llama."""
     hidden, wide, layers, heads, kv_heads, vocab = sizes

@@ -11,10 +11,11 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
-from bench.harness import Run, digest_file, measure, medians, options_of, publish, ratios_of
-from bench.model import cached_model, forget, parameters, write_tokenizer
+from bench.harness import TOOL, Run, digest_file, in_rounds, measure, options_of, prepared, publish, ratios_of
+from bench.model import QUICK, cached_model, forget, parameters, write_tokenizer
 
 KINDS: dict[str, list[str]] = {"fp32": [], "int4": ["--int4"]}
 """Options of an export."""
@@ -27,18 +28,7 @@ def prepare(size: str) -> None:
     write_tokenizer(folder / "base")
     for kind, options in {**KINDS, "adapter-ready": ["--adapter-ready"]}.items():
         if not (folder / kind).is_dir():  # an export is there or not, never in part
-            command = [
-                sys.executable,
-                "-m",
-                "nestpatch",
-                "export",
-                folder / "base",
-                "--to",
-                "onnx",
-                *options,
-                "-o",
-                folder / kind,
-            ]
+            command = [*TOOL, "export", folder / "base", "--to", "onnx", *options, "-o", folder / kind]
             subprocess.run([str(word) for word in command], check=True, stdout=sys.stderr)
     print(folder)
 
@@ -66,19 +56,19 @@ def export_plainly(model: str, output: str) -> None:
 
 def contenders(folder: Path) -> dict[str, list[object]]:
     """Name -> command, in the order of a round."""
-    tool, base, pack = [sys.executable, "-m", "nestpatch"], folder / "base", folder / "patch.nest"
+    base, pack = folder / "base", folder / "patch.nest"
     found: dict[str, list[object]] = {}
     for kind, options in KINDS.items():
         work = folder / f"work-{kind}"
         found |= {
             f"cp_{kind}": ["cp", "-r", folder / kind, work],
-            f"in_place_{kind}": [*tool, "apply", work, pack, "--in-place", "--base", base, "--json"],
-            f"verify_{kind}": [*tool, "verify", work, "--json"],
-            f"export_{kind}": [*tool, "export", base, pack, "--to", "onnx", *options, "-o", folder / f"new-{kind}", "--json"],
-            f"revert_{kind}": [*tool, "revert", work, "--json"],
+            f"in_place_{kind}": [*TOOL, "apply", work, pack, "--in-place", "--base", base, "--json"],
+            f"verify_{kind}": [*TOOL, "verify", work, "--json"],
+            f"export_{kind}": [*TOOL, "export", base, pack, "--to", "onnx", *options, "-o", folder / f"new-{kind}", "--json"],
+            f"revert_{kind}": [*TOOL, "revert", work, "--json"],
         }
     adapter, ready = folder / "patch.onnx_adapter", folder / "adapter-ready"
-    found["adapter"] = [*tool, "export", pack, "--to", "onnx-adapter", "--for", ready, "-o", adapter, "--json"]
+    found["adapter"] = [*TOOL, "export", pack, "--to", "onnx-adapter", "--for", ready, "-o", adapter, "--json"]
     found["torch_export"] = [sys.executable, "-m", "bench.onnx", "--step", "plain", base, folder / "new-plain"]
     return found
 
@@ -110,16 +100,12 @@ def clear(folder: Path, *patterns: str) -> None:
 
 def main() -> None:
     """Measures, prints the table and the JSON object."""
-    options = options_of(__doc__, {"--quick": "about 0.1 B parameters instead of 1.1 B"}, rounds=3).parse_args()
+    options = options_of(__doc__, QUICK, rounds=3).parse_args()
     size = "quick" if options.quick else "full"
-    # In a process of its own: this one stays small.
-    said = subprocess.check_output([sys.executable, "-m", "bench.onnx", "--step", "prepare", size], text=True)
-    folder = Path(said.splitlines()[-1])
+    folder = prepared("bench.onnx", size)
     clear(folder, "work-*", "new-*", "*.onnx_adapter")
-    commands = contenders(folder)
-    done = [one_round(folder, commands) for _ in range(options.rounds + 1)][1:]
+    results = in_rounds(partial(one_round, folder, contenders(folder)), options.rounds)
     forget(folder / "base")
-    results = {name: medians([one[name] for one in done]) for name in commands}
     pairs = [(f"export_{kind}", f"in_place_{kind}") for kind in KINDS]
     pairs += [("torch_export", "in_place_fp32"), ("cp_fp32", "in_place_fp32"), ("cp_int4", "in_place_int4")]
     memory = {f"{a}/{b}": results[a].rss_mb / results[b].rss_mb for a, b in pairs if not a.startswith("cp")}

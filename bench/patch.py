@@ -9,13 +9,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.harness import Run, digest_file, measure, medians, options_of, publish, ratios_of
-from bench.model import cached_model, forget, parameters
+from bench.harness import TOOL, Run, digest_file, in_rounds, measure, options_of, prepared, publish, ratios_of
+from bench.model import QUICK, cached_model, forget, parameters
 
 LORA_RANK = 8
 """On the same projections, with random factors."""
@@ -49,15 +49,15 @@ def prepare(size: str) -> None:
 
 def contenders(folder: Path, *, large: bool) -> dict[str, list[object]]:
     """Name -> command, in the order of a round."""
-    tool, model, pack, out = [sys.executable, "-m", "nestpatch"], folder / "base", folder / "patch.nest", folder / "out"
+    model, pack, out = folder / "base", folder / "patch.nest", folder / "out"
     found = {
-        "in_place": [*tool, "apply", model, pack, "--in-place", "--json"],
-        "verify": [*tool, "verify", model, "--json"],
-        "revert": [*tool, "revert", model, "--json"],
+        "in_place": [*TOOL, "apply", model, pack, "--in-place", "--json"],
+        "verify": [*TOOL, "verify", model, "--json"],
+        "revert": [*TOOL, "revert", model, "--json"],
     }
     if not large:
-        found["copy"] = [*tool, "apply", model, pack, "-o", out, "--json"]
-        found["copy_no_sync"] = [*tool, "apply", model, pack, "-o", out, "--json", "--no-sync"]
+        found["copy"] = [*TOOL, "apply", model, pack, "-o", out, "--json"]
+        found["copy_no_sync"] = [*TOOL, "apply", model, pack, "-o", out, "--json", "--no-sync"]
         found["cp"] = ["cp", "-r", model, out]
         found["cp_sync"] = ["sh", "-c", 'cp -r "$1" "$2" && sync "$2"/*', "sh", model, out]
         if importlib.util.find_spec("peft"):
@@ -80,23 +80,18 @@ def one_round(folder: Path, commands: dict[str, list[object]]) -> dict[str, Run]
 
 def measure_all(size: str, rounds: int) -> dict[str, Run]:
     """The medians of the rounds that count."""
-    said = subprocess.check_output([sys.executable, "-m", "bench.patch", "--step", "prepare", size], text=True)
-    folder = Path(said.splitlines()[-1])
+    folder = prepared("bench.patch", size)
     shutil.rmtree(folder / "out", ignore_errors=True)
-    commands = contenders(folder, large=size == "large")
-    done = [one_round(folder, commands) for _ in range(rounds + 1)][1:]
+    results = in_rounds(partial(one_round, folder, contenders(folder, large=size == "large")), rounds)
     if digest_file(folder / "base" / "model.safetensors") != (folder / "base.sha256").read_text():
         sys.exit("after revert the model is not what it was")
-    return {name: medians([results[name] for results in done]) for name in commands}
+    return results
 
 
 def main() -> None:
     """Measures, prints the table and the JSON object."""
-    sizes = {
-        "--quick": "about 0.1 B parameters instead of 1.1 B",
-        "--large": "also a sparse model of 4 B parameters, in place only",
-    }
-    options = options_of(__doc__, sizes).parse_args()
+    large = {"--large": "also a sparse model of 4 B parameters, in place only"}
+    options = options_of(__doc__, QUICK | large).parse_args()
     size = "quick" if options.quick else "full"
     results = measure_all(size, options.rounds)
     if "peft" not in results:

@@ -12,12 +12,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench.harness import Run, measure, medians, options_of, publish
+from bench.harness import TOOL, Run, measure, medians, options_of, publish
 from tests.hubserver.accounts import WRITER
 from tests.hubserver.server import Hub
 
 REPO = "acme/no-harm"
-TOOL = [sys.executable, "-m", "nestpatch"]
 
 
 def prepare(folder: Path) -> None:

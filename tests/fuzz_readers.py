@@ -23,6 +23,7 @@ import numpy as np
 from nestpatch.errors import NestpatchError
 from nestpatch.formats import nest
 from nestpatch.formats.gguf import GgufCheckpoint
+from nestpatch.formats.interface import Checkpoint
 from nestpatch.formats.onnx.checkpoint import OnnxCheckpoint
 from nestpatch.formats.safetensors import INDEX, SafetensorsCheckpoint
 from nestpatch.patcher.inplace import apply_in_place
@@ -92,24 +93,25 @@ def read_pack(folder: Path, data: bytes) -> None:
     assert nest.encode(pack) == data, "accepted, but not canonical"
 
 
+def read_tensors(checkpoint: Checkpoint) -> None:
+    """All bytes of all tensors."""
+    for name in checkpoint.tensors():
+        for _ in checkpoint.read_all(name):
+            pass
+
+
 def read_checkpoint(folder: Path, data: bytes) -> None:
     """Headers may lie about anything."""
     path = folder / "x.safetensors"
     path.write_bytes(data)
-    checkpoint = SafetensorsCheckpoint(path)
-    for name in checkpoint.tensors():
-        for _ in checkpoint.read_all(name):
-            pass
+    read_tensors(SafetensorsCheckpoint(path))
 
 
 def read_gguf(folder: Path, data: bytes) -> None:
     """The same of GGUF files."""
     path = folder / "x.gguf"
     path.write_bytes(data)
-    checkpoint = GgufCheckpoint(path)
-    for name in checkpoint.tensors():
-        for _ in checkpoint.read_all(name):
-            pass
+    read_tensors(GgufCheckpoint(path))
 
 
 def read_onnx(folder: Path, data: bytes) -> None:
@@ -117,9 +119,7 @@ def read_onnx(folder: Path, data: bytes) -> None:
     path = folder / "x.onnx"
     path.write_bytes(data)
     checkpoint = OnnxCheckpoint(path)
-    for name in checkpoint.tensors():
-        for _ in checkpoint.read_all(name):
-            pass
+    read_tensors(checkpoint)
     for part in ("gate_proj", "up_proj", "gate_up_proj"):
         name = f"model.layers.1.mlp.{part}.weight"
         if checkpoint.has(name):

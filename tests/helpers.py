@@ -26,6 +26,8 @@ DTYPES = {
 }
 FLOATS = ("BF16", "F16", "F32")
 PATCHED = ("gate_proj", "up_proj")
+FUSED = [f"model.layers.{layer}.mlp.gate_up_proj.weight" for layer in range(2)]
+"""The same in one matrix, as Phi-3 has them, in two layers."""
 
 PROPERTY = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 """For hypothesis: busy machines make examples slow, not wrong."""

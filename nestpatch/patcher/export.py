@@ -14,14 +14,14 @@ from nestpatch.formats.export.converter import convert_gguf, require_converter
 from nestpatch.formats.export.gguf_types import AUTO, file_type
 from nestpatch.formats.export.to_gguf import model_name, write_gguf
 from nestpatch.formats.export.to_safetensors import write_file
-from nestpatch.formats.export.written import Written
+from nestpatch.formats.export.written import WrittenModel
 from nestpatch.pack import Pack
 from nestpatch.patcher.apply import companions_of
 from nestpatch.patcher.export_source import Source, Wanted, open_wanted, require_unchanged, source_of
 
 
 @dataclass(frozen=True)
-class Exported(Written):
+class Exported(WrittenModel):
     """What an export wrote, or with `dry_run` would write."""
 
     patches: tuple[str, ...] = ()

@@ -21,10 +21,8 @@ from nestpatch.onnx_export.to_onnx import save
 from nestpatch.pack import Pack
 from nestpatch.patcher.adapters import export_onnx_adapter
 from nestpatch.patcher.inplace import apply_in_place, revert
-from tests.helpers import tiny_pack, tree_digest
+from tests.helpers import FUSED, tiny_pack, tree_digest
 from tests.onnx_export.runs import Run, batch, facts, reference
-
-FUSED = [f"model.layers.{layer}.mlp.gate_up_proj.weight" for layer in range(2)]
 
 
 @pytest.fixture(scope="module", params=["llama", "phi3"])

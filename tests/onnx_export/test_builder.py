@@ -10,30 +10,18 @@ import pytest
 
 import nestpatch
 from nestpatch.patcher.verify import Verdict
-from tests.helpers import tiny_pack, tree_digest
+from tests.helpers import FUSED, tiny_pack, tree_digest
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("onnxruntime_genai") is None, reason="onnxruntime-genai is not installed"
 )
-FUSED = [f"model.layers.{layer}.mlp.gate_up_proj.weight" for layer in range(2)]
 
 
 def build(source, target, precision):
     """What `python -m onnxruntime_genai.models.builder` makes of a model directory, for CPUs."""
-    command = [
-        sys.executable,
-        "-m",
-        "onnxruntime_genai.models.builder",
-        "-i",
-        source,
-        "-o",
-        target,
-        "-p",
-        precision,
-        "-e",
-        "cpu",
-    ]
-    done = subprocess.run([*map(str, command), "-c", f"{target}.cache"], capture_output=True, text=True, check=False)
+    module, places = "onnxruntime_genai.models.builder", ["-i", source, "-o", target, "-c", f"{target}.cache"]
+    command = [sys.executable, "-m", module, *map(str, places), "-p", precision, "-e", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return target
 

@@ -14,7 +14,7 @@ import pytest
 
 from nestpatch.nest_train.onnx_model import OnnxModel
 from nestpatch.patcher.adapters import export_onnx_adapter
-from tests.helpers import tiny_pack
+from tests.helpers import FUSED, tiny_pack
 
 PROMPT = [5, 100, 77, 300, 12, 9, 30, 31, 32, 33, 34, 35, 36, 37]
 """Longer than the sliding window of the tiny models."""
@@ -83,8 +83,7 @@ def test_onnxruntime_genai_says_the_same(export):
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_onnxruntime_genai_takes_the_adapter(family, exports, sources, tmp_path):
     folder = exports(family, adapter_ready=True).path
-    fused = [f"model.layers.{layer}.mlp.gate_up_proj.weight" for layer in range(2)]
-    pack = tiny_pack(sources(family), scale=0.4, tensors=fused if family == "phi3" else None)
+    pack = tiny_pack(sources(family), scale=0.4, tensors=FUSED if family == "phi3" else None)
     file = export_onnx_adapter(pack, folder, tmp_path / "patch.onnx_adapter").output
     assert genai(folder, file) == ours(folder, file) != ours(folder)
 

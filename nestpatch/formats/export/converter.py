@@ -20,7 +20,7 @@ from nestpatch.formats.export.gguf_types import AUTO, FileType, file_type
 from nestpatch.formats.export.scratch import CONVERTED, WHOLE, claimed, scratch, sweep
 from nestpatch.formats.export.sink import Sink, seal
 from nestpatch.formats.export.to_gguf import model_name
-from nestpatch.formats.export.written import Written
+from nestpatch.formats.export.written import WrittenModel
 from nestpatch.formats.interface import CHUNK, Checkpoint
 from nestpatch.formats.provenance import VERSION
 
@@ -50,7 +50,7 @@ def convert_gguf(
     keys: Mapping[str, str] | None = None,
     dry_run: bool = False,
     on_event: OnEvent = ignore,
-) -> Written:
+) -> WrittenModel:
     """Exports a model directory through llama.cpp's converter, and adds `keys` to what it wrote.
 
     Raises DataError without the converter, UnsupportedModelError with the end of its output when it fails,
@@ -62,7 +62,7 @@ def convert_gguf(
         quantizing.require()
     facts: dict[str, Fact] = {VERSION: __version__, **(keys or {})}
     if dry_run:
-        return Written(target, 0, "", 0, wanted.name, "", (), time.perf_counter() - began, dry_run=True)
+        return WrittenModel(target, 0, "", 0, wanted.name, "", (), time.perf_counter() - began, dry_run=True)
     sweep(target)
     with new_place(target) as sibling, claimed(sibling), scratch(sibling, CONVERTED) as raw:
         _run(script, checkpoint, raw, _outtype(checkpoint, wanted), name or model_name(checkpoint.path), on_event)
@@ -75,7 +75,7 @@ def convert_gguf(
                 raw.unlink()
                 quantizing.quantize(whole, sibling, wanted.name, on_event)
         nbytes, digest = seal(sibling)
-    return Written(target, nbytes, digest, tensors, wanted.name, architecture, (), time.perf_counter() - began)
+    return WrittenModel(target, nbytes, digest, tensors, wanted.name, architecture, (), time.perf_counter() - began)
 
 
 def _outtype(checkpoint: Checkpoint, wanted: FileType) -> str:

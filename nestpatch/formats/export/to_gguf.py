@@ -25,7 +25,7 @@ from nestpatch.formats.export.gguf_types import AUTO, FileType, file_type
 from nestpatch.formats.export.model_config import read_config
 from nestpatch.formats.export.scratch import WHOLE, claimed, scratch, sweep
 from nestpatch.formats.export.sink import Sink, seal
-from nestpatch.formats.export.written import Written
+from nestpatch.formats.export.written import WrittenModel
 from nestpatch.formats.interface import Checkpoint
 from nestpatch.formats.provenance import VERSION
 
@@ -117,7 +117,7 @@ def write_gguf(
     keys: Mapping[str, str] | None = None,
     dry_run: bool = False,
     on_event: OnEvent = ignore,
-) -> Written:
+) -> WrittenModel:
     """Exports a checkpoint to a GGUF file that appears whole or not at all.
 
     Types that llama.cpp mixes itself need llama-cpp-python; they start from a temporary file beside the target that has lost
@@ -139,7 +139,7 @@ def write_gguf(
             nbytes, digest = _export(plan, checkpoint, sibling, on_event)
     seconds = time.perf_counter() - began
     tensors = len(plan.targets)
-    return Written(target, nbytes, digest, tensors, plan.type, plan.architecture, plan.notes, seconds, dry_run)
+    return WrittenModel(target, nbytes, digest, tensors, plan.type, plan.architecture, plan.notes, seconds, dry_run)
 
 
 def model_name(path: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenModel:
     """A file or directory that was written, or with `dry_run` would be."""
 
     path: Path
