@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nestpatch.formats.nest import read as load_pack
-    from nestpatch.hub.follow import pull, update
+    from nestpatch.hub.follow import pull
     from nestpatch.hub.publish import push
     from nestpatch.nest_train.assess import assess as evaluate
     from nestpatch.nest_train.train import train
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nestpatch.patcher.diff import diff
     from nestpatch.patcher.export import export_gguf, export_safetensors
     from nestpatch.patcher.inplace import apply_in_place, revert
+    from nestpatch.patcher.update import update
     from nestpatch.patcher.verify import verify
 
 __version__ = "0.1.0"
@@ -44,7 +45,7 @@ _HOMES = {
     "push": ("nestpatch.hub.publish", "push"),
     "revert": ("nestpatch.patcher.inplace", "revert"),
     "train": ("nestpatch.nest_train.train", "train"),
-    "update": ("nestpatch.hub.follow", "update"),
+    "update": ("nestpatch.patcher.update", "update"),
     "verify": ("nestpatch.patcher.verify", "verify"),
 }
 __all__ = [

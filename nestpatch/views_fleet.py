@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from nestpatch.views import escape, out
 
 if TYPE_CHECKING:
-    from nestpatch.hub.follow import Pulled, Updated
+    from nestpatch.hub.follow import Pulled
     from nestpatch.hub.publish import Published
+    from nestpatch.patcher.update import Updated
 
 
 def show_published(done: Published) -> None:

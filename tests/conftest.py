@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
+# The user's own keys and memory are neither read nor changed.
+os.environ.pop("NESTPATCH_HOME", None)
+os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="nestpatch-tests-")
+# Some tests run as other users.
+os.chmod(os.environ["XDG_CONFIG_HOME"], 0o777)  # noqa: PTH101
 # Before any Hugging Face library is imported: a test that reaches for the network fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nestpatch.errors import ChainError, DowngradeError, OverlapError, RequirementError
-from nestpatch.patcher.chain import Do, Link, Version, plan_apply, plan_revert
+from nestpatch.patcher.chain import Do, Link, plan_apply, plan_revert
+from nestpatch.version import Version
 
 
 def link(name, version="1.0.0", strength=1.0, supersedes=(), requires=()):

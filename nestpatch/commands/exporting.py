@@ -84,7 +84,7 @@ def _proven(patch: Path, model: Path | None, options: Mapping[str, Any]) -> Pack
     from nestpatch.commands.patching import proven
 
     policy, allowed = options["policy_file"], options["allow_unsigned"]
-    return proven(str(patch), model, policy, options["on_event"], allow_unsigned=allowed)[0]
+    return proven(str(patch), model, policy, options["on_event"], allow_unsigned=allowed).pack
 
 
 def _adapter(patch: Path, model: Path | None, output: Path | None, kind: str, options: Mapping[str, Any]) -> tuple[Pack, Path]:

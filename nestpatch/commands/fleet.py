@@ -134,7 +134,7 @@ def update(
     One small request when nothing is new. Exit code 0: up to date now; 10: --check found something to do; 1: refused, and
     the model is as it was.
     """
-    from nestpatch.hub.follow import update as run
+    from nestpatch.patcher.update import update as run
     from nestpatch.signing.trust import load_policy
 
     policy = load_policy(policy_file)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +21,8 @@ from nestpatch.commands.options import (
 
 if TYPE_CHECKING:
     from nestpatch.events import OnEvent
-    from nestpatch.pack import Pack
-    from nestpatch.patcher.ledger import Origin
-    from nestpatch.signing.trust import Policy
-    from nestpatch.signing.verify import Outcome
+    from nestpatch.gate import Proven
 
-CHANNELS = ("hub://", "file://", "https://", "http://")
-"""How patches begin that are named by their channel instead of by a file."""
 base_option = click.option("--base", metavar="DIR|HUB_ID", help="Quantized models: make rows exactly, from the float model.")
 dither_option = click.option("--dither", is_flag=True, help="Quantized models: noise that carries small changes through.")
 
@@ -93,52 +87,29 @@ def apply(
         click.echo("WARNING: --allow-base-mismatch: the result is not what the pack's evaluation measured", err=True)
     with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:
         quantized: dict[str, Any] = {"base": float_model, "dither": dither}
-        pack, origin = proven(patch, model, policy_file, on_event, allow_unsigned=allow_unsigned)
-        common = {"strength": strength, "dry_run": dry_run, "on_event": on_event, "origin": origin, **quantized}
+        checked = proven(patch, model, policy_file, on_event, allow_unsigned=allow_unsigned)
+        common = {"strength": strength, "dry_run": dry_run, "on_event": on_event, **quantized}
         if in_place:
             from nestpatch.patcher.inplace import apply_in_place
 
-            done: Any = apply_in_place(model, pack, detach=detach, **common, **flags)
+            done: Any = apply_in_place(model, checked, detach=detach, **common, **flags)
         else:
             from nestpatch.patcher.apply import apply as run
 
             copying: dict[str, Any] = {"hard_link": hard_link, "digest": digest, "sync": not no_sync}
-            done = run(model, pack, output, **copying, **common, **flags)
+            done = run(model, checked, output, **copying, **common, **flags)
     report(done, "show_changed" if in_place else "show_applied", as_json)
 
 
-def proven(
-    patch: str, model: Path | None, policy_file: Path | None, on_event: OnEvent, *, allow_unsigned: bool
-) -> tuple[Pack, Origin]:
-    """The pack of a file or a channel, after its signatures were checked, and where it is from."""
-    from nestpatch.patcher.ledger import Origin
+def proven(patch: str, model: Path | None, policy_file: Path | None, on_event: OnEvent, *, allow_unsigned: bool) -> Proven:
+    """The patch after it passed the gate. Says on stderr what passed without a check, or against the policy."""
+    from nestpatch.gate import prove
     from nestpatch.signing.trust import load_policy
-    from nestpatch.signing.verify import Unproven, signers_of
 
-    policy = load_policy(policy_file)
-    if patch.startswith(CHANNELS):
-        from nestpatch.hub.follow import fetch_patch
-
-        done = fetch_patch(patch, policy, model, allow_unsigned=allow_unsigned, on_event=on_event)
-        outcome, origin = done.outcome, done.origin
-    else:
-        outcome = _proven_file(patch, policy, model, allow_unsigned=allow_unsigned)
-        origin = Origin(signers_of(outcome))
-    if isinstance(outcome, Unproven) and outcome.required:
-        click.echo(f"WARNING: --allow-unsigned: {outcome.reason}", err=True)
-    return outcome.pack, origin
-
-
-def _proven_file(patch: str, policy: Policy, model: Path | None, *, allow_unsigned: bool) -> Outcome:
-    from nestpatch.errors import PackError
-    from nestpatch.signing.verify import verify_signature
-
-    try:
-        return verify_signature(patch, policy, model, allow_unsigned=allow_unsigned)
-    except PackError as error:
-        if not Path(patch).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", patch):
-            error.advice = f"Check the path. A channel of the Hub is named with its scheme: hub://{patch}"
-        raise
+    done = prove(patch, model, policy=load_policy(policy_file), allow_unsigned=allow_unsigned, on_event=on_event)
+    if done.warning:
+        click.echo(f"WARNING: --allow-unsigned: {done.warning}", err=True)
+    return done
 
 
 @click.command()

@@ -36,9 +36,9 @@ from nestpatch.errors import (
 )
 from nestpatch.hub.listing import Channel, Patch, Status, base_digest, parse
 from nestpatch.pack import Manifest
-from nestpatch.patcher.chain import Version
 from nestpatch.signing.keys import PublicKey
 from nestpatch.signing.trust import Names, Policy
+from nestpatch.version import Version
 
 
 @dataclass(frozen=True)

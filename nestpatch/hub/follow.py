@@ -1,33 +1,20 @@
-"""Following a channel: pull a version into a file, bring a model up to date. Nothing is applied that was not proven before."""
+"""Following a channel: read it, fetch a version of it, write that into a file. What comes out of here was proven."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
-from nestpatch.errors import ChannelError, HubAnswerError, OutputError
+from nestpatch.errors import HubAnswerError, OutputError
 from nestpatch.events import OnEvent, ignore
 from nestpatch.formats.atomic import write_bytes
-from nestpatch.formats.interface import Checkpoint
-from nestpatch.hub.channel import (
-    Admitted,
-    Decision,
-    Gate,
-    GoBack,
-    Stay,
-    choose,
-    decide,
-    require_as_listed,
-)
+from nestpatch.hub.channel import Admitted, Gate, choose, require_as_listed
 from nestpatch.hub.listing import TIME, Patch
 from nestpatch.hub.memory import Memory, recall, remember
 from nestpatch.hub.sources import Source, open_source, split_version
-from nestpatch.patcher.inplace import apply_in_place, follow_channel, revert
-from nestpatch.patcher.ledger import Entry, Origin, read_ledger
-from nestpatch.patcher.recovery import open_model
+from nestpatch.signing.origin import Origin
 from nestpatch.signing.trust import Policy, names_of
 from nestpatch.signing.verify import Outcome, judge, signers_of
 
@@ -58,8 +45,6 @@ class Downloaded:
     """Use its pack."""
     origin: Origin
     data: bytes
-    signatures: Mapping[str, bytes]
-    """What follows the pack's file name -> content."""
 
 
 def utc_now() -> str:
@@ -110,7 +95,8 @@ def download(followed: Followed, patch: Patch, *, on_event: OnEvent = ignore) ->
     )
     require_as_listed(patch, outcome.pack.manifest, place)
     signatures = {name.removeprefix(patch.file.name): content for name, content in contents.items()}
-    return Downloaded(patch, outcome, Origin(signers_of(outcome), place), data, signatures)
+    roots = tuple(key.key_id for key in followed.admitted.seen.roots)
+    return Downloaded(patch, outcome, Origin(signers_of(outcome), place, roots, signatures), data)
 
 
 def fetch_patch(
@@ -154,7 +140,7 @@ def pull(
     name = f"{done.patch.id}-{done.patch.version}.nest"
     file = Path(name) if output is None else output / name if output.is_dir() else output
     # The pack comes last: where it lies, its signatures do.
-    for suffix, content in [*done.signatures.items(), ("", done.data)]:
+    for suffix, content in [*done.origin.signatures.items(), ("", done.data)]:
         _write_once(file.with_name(f"{file.name}{suffix}"), content)
     return Pulled(file, done.patch.label, done.patch.file.sha256, done.origin.channel, done.origin.signers)
 
@@ -165,96 +151,3 @@ def _write_once(file: Path, content: bytes) -> None:
             write_bytes(file, content)
         except OutputError as error:
             raise OutputError(str(error), advice="Choose another place with -o, or remove what is there.") from error
-
-
-@dataclass(frozen=True)
-class Updated:
-    """What one channel meant for a model."""
-
-    channel: str
-    state: str
-    """"current": nothing to do; "available": --check found something to do; "updated"."""
-    before: str
-    """The version of the channel's patch that was applied; empty for none."""
-    after: str
-    """The one that is or should be; empty for the base."""
-    reason: str = ""
-    """Why the applied version was revoked."""
-    steps: tuple[str, ...] = ()
-    serial: int = 0
-    expires: str = ""
-
-
-def update(
-    model: str | Path,
-    policy: Policy,
-    channels: Sequence[str] = (),
-    *,
-    check: bool = False,
-    allow_unsigned: bool = False,
-    **means: Any,
-) -> tuple[Updated, ...]:
-    """Brings a model to what its channels want, each in one transaction. With `check`, only tells.
-
-    `channels`: places, without versions; none: those that the model follows. `means` go to `apply_in_place`: base, dither,
-    allow_overlap, on_event. Raises ChannelError when the model follows no channel, and whatever `follow`, `download` and
-    `apply_in_place` raise; the model is then as the last finished channel left it.
-    """
-    _, place = open_model(model)
-    ledger = read_ledger(place.ledger)
-    wanted = [open_source(text).place for text in channels] or ledger.follows
-    if not wanted:
-        advice = (
-            "Name one with --channel owner/name, or apply a version of one: nestpatch apply MODEL hub://owner/name --in-place"
-        )
-        raise ChannelError(f"{model} follows no channel", advice=advice)
-    results = []
-    for channel in dict.fromkeys(wanted):
-        followed = follow(open_source(channel), policy, model, allow_unsigned=allow_unsigned)
-        entry = next((entry for entry in read_ledger(place.ledger).applied if entry.name == followed.patch_id), None)
-        results.append(_bring(Path(model), followed, entry, check=check, **means))
-    return tuple(results)
-
-
-def _bring(model: Path, followed: Followed, entry: Entry | None, *, check: bool, **means: Any) -> Updated:
-    channel, place = followed.admitted.channel, followed.source.place
-    decision = decide(channel, (entry.version, entry.pack_id) if entry else None)
-    before = entry.version if entry else ""
-    target = decision.patch if not isinstance(decision, Stay) else None
-    after = before if isinstance(decision, Stay) else target.version if target else ""
-    reason = decision.reason if isinstance(decision, GoBack) else ""
-    steps: tuple[str, ...] = ()
-    if not check:
-        steps = _carry_out(model, followed, entry, decision, **means)
-    state = "current" if isinstance(decision, Stay) else "available" if check else "updated"
-    return Updated(place, state, before, after, reason, steps, channel.serial, channel.expires)
-
-
-def _carry_out(
-    model: Path,
-    followed: Followed,
-    entry: Entry | None,
-    decision: Decision,
-    *,
-    base: Checkpoint | None = None,
-    dither: bool = False,
-    allow_overlap: bool = False,
-    on_event: OnEvent = ignore,
-) -> tuple[str, ...]:
-    if isinstance(decision, Stay):
-        follow_channel(model, followed.source.place)
-        return ()
-    if decision.patch is None:
-        return revert(model, base=base, dither=dither, only=entry.pack_id if entry else None, on_event=on_event).steps
-    new = download(followed, decision.patch, on_event=on_event)
-    return apply_in_place(
-        model,
-        new.outcome.pack,
-        strength=entry.strength if entry else 1.0,
-        allow_downgrade=isinstance(decision, GoBack),
-        allow_overlap=allow_overlap,
-        base=base,
-        dither=dither,
-        origin=new.origin,
-        on_event=on_event,
-    ).steps

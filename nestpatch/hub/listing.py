@@ -24,9 +24,9 @@ from nestpatch.errors import (
 )
 from nestpatch.formats.nest import canonical_json
 from nestpatch.pack import Manifest, name_problem, version_problem
-from nestpatch.patcher.chain import Version
 from nestpatch.signing.dsse import Envelope, members, parse_envelope, parse_json
 from nestpatch.signing.keys import PublicKey, parse_public
+from nestpatch.version import Version
 
 FORMAT = "nestpatch-channel/1"
 PAYLOAD_TYPE = "application/vnd.nestpatch.channel.v1+json"

@@ -18,15 +18,17 @@ from nestpatch.formats.atomic import check_place, new_place
 from nestpatch.formats.copying import copy_file
 from nestpatch.formats.interface import Checkpoint
 from nestpatch.formats.safetensors import INDEX
+from nestpatch.gate import Patch, Trust, prove
 from nestpatch.pack import Pack
 from nestpatch.patcher.chain import Do
-from nestpatch.patcher.ledger import Ledger, Origin, read_ledger, write_ledger
+from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
 from nestpatch.patcher.merging import means_of
 from nestpatch.patcher.place import LEDGER, Place, place_of
 from nestpatch.patcher.plan import check_strength
 from nestpatch.patcher.recovery import open_model
 from nestpatch.patcher.transaction import Transaction
 from nestpatch.patcher.work import Work, plan_work
+from nestpatch.signing.trust import Policy
 
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".ort", ".msgpack", ".h5", ".ckpt", ".safetensors")
 """Endings of files that would carry unpatched weights into the output if they were copied along."""
@@ -77,9 +79,12 @@ def default_output(model: Path, pack: Pack) -> Path:
 
 def apply(
     model: str | Path,
-    patch: str | Path | Pack,
+    patch: Patch,
     output: str | Path | None = None,
     *,
+    policy: Policy | None = None,
+    trust: Trust = "policy",
+    allow_unsigned: bool = False,
     strength: float = 1.0,
     allow_overlap: bool = False,
     allow_downgrade: bool = False,
@@ -90,7 +95,6 @@ def apply(
     digest: bool = False,
     sync: bool = True,
     dry_run: bool = False,
-    origin: Origin | None = None,
     on_event: OnEvent = ignore,
 ) -> Applied:
     """Merges a pack into a copy of a model: a safetensors file, a directory, sharded or not, a GGUF file, or an ONNX model.
@@ -99,13 +103,14 @@ def apply(
     digests in the pack before it gets its name. The copy carries a ledger and undo records, so it can be verified and reverted.
     With `hard_link`, shards without touched rows share their file with the base. With `digest`, the SHA-256 of every weight
     file is taken, which takes longer than copying it. Without `sync`, writing to the disk is left to the system, as `cp` does.
-    `base`, `dither` and `origin` are as in `apply_in_place`.
+    `policy`, `trust`, `allow_unsigned`, `base` and `dither` are as in `apply_in_place`.
 
-    Raises PackError, CheckpointError, ChainError or OutputError; then nothing was written.
+    Raises SignatureError, PackError, CheckpointError, ChainError or OutputError; then nothing was written.
     """
     began = time.perf_counter()
     check_strength(strength)
-    pack = patch if isinstance(patch, Pack) else nest.read(patch)
+    proven = prove(patch, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event)
+    pack = proven.pack
     checkpoint, place = open_model(model)
     target = Path(output) if output is not None else default_output(copied(checkpoint), pack)
     _check_target(checkpoint, target)
@@ -114,7 +119,7 @@ def apply(
     if not work.steps:
         raise ChainError(f"{pack.label} is applied to {model} already", advice="Nothing to do: copy the model as it is.")
     means = means_of(base, dither=dither)
-    change = Transaction(place, checkpoint, work.packs, allow_base_mismatch, on_event, means=means, origin=origin or Origin())
+    change = Transaction(place, checkpoint, work.packs, allow_base_mismatch, on_event, means=means, origin=proven.origin)
     if work.steps[0].do is Do.CHECK:
         change.check(work.steps[0].link)
     files: tuple[WrittenFile, ...] = ()

@@ -12,19 +12,19 @@ from pathlib import Path
 
 from nestpatch.errors import ChainError, InPlaceError
 from nestpatch.events import OnEvent, ignore
-from nestpatch.formats import nest
 from nestpatch.formats.atomic import new_place
 from nestpatch.formats.interface import Checkpoint
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.pack import Pack
+from nestpatch.gate import Patch, Trust, prove
 from nestpatch.patcher.chain import Do
-from nestpatch.patcher.ledger import Ledger, Origin, read_ledger, write_ledger
+from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
 from nestpatch.patcher.merging import means_of
 from nestpatch.patcher.place import Place, locked, place_of, tidy
 from nestpatch.patcher.plan import check_strength
 from nestpatch.patcher.recovery import recover
 from nestpatch.patcher.transaction import Transaction, require_writable
 from nestpatch.patcher.work import Work, plan_return, plan_work
+from nestpatch.signing.trust import Policy
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,11 @@ def _writing(path: str | Path) -> Iterator[tuple[Checkpoint, Place, Ledger]]:
 
 def apply_in_place(
     model: str | Path,
-    patch: str | Path | Pack,
+    patch: Patch,
     *,
+    policy: Policy | None = None,
+    trust: Trust = "policy",
+    allow_unsigned: bool = False,
     strength: float = 1.0,
     allow_overlap: bool = False,
     allow_downgrade: bool = False,
@@ -74,7 +77,6 @@ def apply_in_place(
     dither: bool = False,
     detach: bool = False,
     dry_run: bool = False,
-    origin: Origin | None = None,
     on_event: OnEvent = ignore,
 ) -> Changed:
     """Merges a pack into a model's own files. Memory does not grow with the model.
@@ -83,20 +85,21 @@ def apply_in_place(
     model that the next command makes whole: either as before or as after. `base` and `dither` are for quantized rows: the float
     model to make them from exactly, or noise that carries small changes through the rounding.
 
-    Signatures are not looked at: whoever calls this with a pack vouches for it. The commands check them first
-    (signing/verify.py) and hand in what was checked; `origin` says by whom it was signed, for the ledger.
+    The patch passes the gate first (nestpatch/gate.py), by `policy`, `trust` and `allow_unsigned`: whoever trusts a key takes
+    no pack that too few trusted keys signed.
 
-    Raises ChainError, BaseMismatchError, InPlaceError, BusyError, PackError; the model is then as it was.
+    Raises SignatureError, ChainError, BaseMismatchError, InPlaceError, BusyError, PackError; the model is then as it was.
     """
     began = time.perf_counter()
     check_strength(strength)
-    pack = patch if isinstance(patch, Pack) else nest.read(patch)
+    proven = prove(patch, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event)
+    pack = proven.pack
     with _writing(model) as (checkpoint, place, ledger):
         work = plan_work(place, ledger, pack, strength, allow_overlap=allow_overlap, allow_downgrade=allow_downgrade)
         own = _detach(checkpoint) if detach and not dry_run else checkpoint
         means = means_of(base, dither=dither)
-        known = origin or Origin()
-        transaction = Transaction(place, own, work.packs, allow_base_mismatch, on_event, means=means, origin=known)
+        origin = proven.origin
+        transaction = Transaction(place, own, work.packs, allow_base_mismatch, on_event, means=means, origin=origin)
         return _carry_out(transaction, ledger, work, began, dry_run=dry_run)
 
 

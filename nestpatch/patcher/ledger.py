@@ -30,16 +30,6 @@ class TensorRecord:
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a pack comes from. Nothing of it decides what is written into a model."""
-
-    signers: Mapping[str, str] = field(default_factory=dict)
-    """Name -> key id of the trusted keys that had signed it."""
-    channel: str = ""
-    """The channel that the model follows from now on: hub://owner/name, https://... or file://..."""
-
-
-@dataclass(frozen=True)
 class Entry:
     """One applied pack."""
 

@@ -27,11 +27,12 @@ from nestpatch.pack import Pack
 from nestpatch.patcher.chain import Do, Link, Step
 from nestpatch.patcher.changes import Changer
 from nestpatch.patcher.journal import Region, remove_journal, roll_back, sync_files, write_journal
-from nestpatch.patcher.ledger import Entry, Ledger, Origin, read_ledger, write_ledger
+from nestpatch.patcher.ledger import Entry, Ledger, read_ledger, write_ledger
 from nestpatch.patcher.merging import Means, require_gain
 from nestpatch.patcher.place import Place
 from nestpatch.patcher.plan import make_plan, measure
 from nestpatch.patcher.recovery import sweep
+from nestpatch.signing.origin import Origin
 
 
 def require_writable(checkpoint: Checkpoint, names: Sequence[str]) -> None:

@@ -14,13 +14,14 @@ import pytest
 from nestpatch.errors import NestpatchError
 from nestpatch.formats import nest
 from nestpatch.hub import listing
-from nestpatch.hub.follow import Updated, update, utc_now
+from nestpatch.hub.follow import utc_now
 from nestpatch.hub.listing import CHANNEL_FILE, Channel
 from nestpatch.hub.memory import recall
 from nestpatch.hub.publish import Published, push, withdraw
 from nestpatch.hub.release import issue
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.patcher.place import place_of
+from nestpatch.patcher.update import Updated, update
 from nestpatch.signing.keys import PrivateKey, generate
 from nestpatch.signing.trust import Policy, TrustedKey
 from tests.helpers import tiny_pack, tree_digest

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from nestpatch.formats import nest
+from nestpatch.gate import Proven
 from nestpatch.hub.listing import CHANNEL_FILE
 from nestpatch.hub.memory import recall, remember
 from nestpatch.patcher.inplace import apply_in_place
-from nestpatch.patcher.ledger import Origin
 from nestpatch.patcher.place import place_of
+from nestpatch.signing.origin import Origin
 from nestpatch.signing.trust import Policy, save_policy
 from nestpatch.signing.verify import sign_pack
 from tests.gguf.files import gguf_of
@@ -211,13 +212,13 @@ def test_other_packs_stay_where_they_are(scene: Scene) -> None:
     """Only the channel's own pack goes, with its signers kept for what was put back on top."""
     save_policy(scene.policy)
     other = tiny_pack(scene.base, name="other", seed=4)
-    apply_in_place(scene.model, other, allow_overlap=True, origin=Origin({"me": "1" * 64}))
+    apply_in_place(scene.model, Proven(other, nest.pack_id(other), Origin({"me": "1" * 64})), allow_overlap=True)
     scene.withdraw("1.0.0", "bad")
     done = answer("update", scene.model)["channels"][0]
     assert done["steps"] == ["undo other 1.0.0", "undo no-harm 1.0.0", "apply again other 1.0.0"]
     (left,) = ledger_of(scene.model).applied
     assert (left.name, left.signers) == ("other", {"me": "1" * 64})
-    apply_in_place(scene.base, other)
+    apply_in_place(scene.base, other, trust="none")
     assert weights(scene.model) == weights(scene.base)
 
 
@@ -237,7 +238,7 @@ def test_a_quantized_model_is_updated_from_its_float_base(scene: Scene, tmp_path
 
 
 def test_strength_is_kept(scene: Scene) -> None:
-    apply_in_place(scene.model, scene.pack("1.0.0"), strength=0.5)
+    apply_in_place(scene.model, scene.pack("1.0.0"), strength=0.5, trust="none")
     scene.publish("1.1.0", 1)
     scene.update()
     assert ledger_of(scene.model).applied[0].strength == 0.5

@@ -23,12 +23,13 @@ from nestpatch.errors import (
     SwappedFileError,
     VersionError,
 )
-from nestpatch.hub.follow import Updated, follow, pull, update
+from nestpatch.hub.follow import follow, pull
 from nestpatch.hub.listing import CHANNEL_FILE
 from nestpatch.hub.memory import memory_file
 from nestpatch.hub.publish import push, renew
 from nestpatch.hub.sources import FolderSource, HubSource, WebSource, open_source, split_version
 from nestpatch.patcher.inplace import revert
+from nestpatch.patcher.update import Updated, update
 from tests.helpers import weight_files
 from tests.hub.scene import REPO, Scene
 from tests.hubserver.messages import Answer, Request

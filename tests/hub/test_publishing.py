@@ -9,9 +9,9 @@ import pytest
 from nestpatch.errors import ChannelKeyError, UntrustedError
 from nestpatch.formats import nest
 from nestpatch.hub.card import MARK, model_card
-from nestpatch.hub.follow import update
 from nestpatch.hub.listing import CHANNEL_FILE, parse
 from nestpatch.hub.release import add, listed, new_channel
+from nestpatch.patcher.update import update
 from nestpatch.signing.keys import generate
 from nestpatch.signing.trust import Policy, TrustedKey, load_policy
 from nestpatch.signing.verify import sign_pack

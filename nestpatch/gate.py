@@ -1,0 +1,120 @@
+"""The gate that every pack passes before it is used: who signed it, and is that enough for this model?
+
+`(file, channel or Pack, policy, model) -> Proven`, or a SignatureError, ChannelError, HubError or PackError with the reason.
+Commands and Python callers use the same function. What skips it is named: `trust="none"`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from nestpatch.errors import PackError, UnsignedError
+from nestpatch.events import OnEvent, ignore
+from nestpatch.formats import nest
+from nestpatch.pack import Pack
+from nestpatch.signing.origin import Origin
+from nestpatch.signing.trust import Policy, load_policy, names_of
+from nestpatch.signing.verify import Outcome, Unproven, read_signatures, signers_of, verify_signature
+
+if TYPE_CHECKING:
+    from nestpatch.hub.follow import Downloaded
+
+CHANNELS = ("hub://", "file://", "https://", "http://")
+"""How a patch is named by its channel instead of by a file."""
+Trust: TypeAlias = Literal["policy", "none"]
+"""Whether the trusted keys decide, or nobody: "none" takes any well-formed pack."""
+
+
+@dataclass(frozen=True, eq=False)
+class Proven:
+    """A pack that passed the gate."""
+
+    pack: Pack
+    """What was checked. Use this value: the file may change afterwards."""
+    pack_id: str
+    """SHA-256 of the pack's bytes, hex."""
+    origin: Origin = field(default_factory=Origin)
+    warning: str = ""
+    """Why it would not have passed without the caller's permission; empty when the policy is met."""
+    unchecked: str = ""
+    """Why no signature was asked for; empty when the policy asked for one."""
+
+
+Patch: TypeAlias = "str | Path | Pack | Proven"
+"""What verbs take as a patch: a file, a channel as text, a pack in memory, or what passed the gate already."""
+
+
+def prove(
+    patch: Patch,
+    model: str | Path | None = None,
+    *,
+    policy: Policy | None = None,
+    trust: Trust = "policy",
+    allow_unsigned: bool = False,
+    on_event: OnEvent = ignore,
+) -> Proven:
+    """Opens a patch and judges its signatures.
+
+    Args:
+        patch: A file, a channel (hub://owner/name[@VERSION], https://..., file://...), a Pack, or a Proven, which passes as
+            it is. A Pack in memory has no signature, so a policy that asks for one refuses it.
+        model: What the patch is for, as the user names it: decides which rules and keys of the policy count.
+        policy: None means that of this user and this machine.
+        trust: "none" skips the judgement of signatures; a channel is still followed by its rules.
+        allow_unsigned: Lets a patch pass that too few trusted keys have signed. A wrong signature never passes.
+        on_event: Hears of the download.
+
+    Raises:
+        SignatureError: Too few trusted keys signed it, or a signature is wrong.
+        PackError: The file is no pack.
+        ChannelError: The channel breaks a rule.
+        HubError: A server did not give what was asked for.
+    """
+    if isinstance(patch, Proven):
+        return patch
+    rules = Policy() if trust == "none" else load_policy() if policy is None else policy
+    if isinstance(patch, Pack):
+        return _in_memory(patch, rules, model, allow_unsigned=allow_unsigned)
+    if isinstance(patch, str) and patch.startswith(CHANNELS):
+        from nestpatch.hub.follow import fetch_patch
+
+        return passed(fetch_patch(patch, rules, model, allow_unsigned=allow_unsigned or trust == "none", on_event=on_event))
+    outcome = _judge_file(patch, rules, model, allow_unsigned=allow_unsigned)
+    return _passed(outcome, Origin(signers_of(outcome), signatures=_beside(patch)))
+
+
+def passed(done: Downloaded) -> Proven:
+    """A version that was fetched from a channel, and judged on the way."""
+    return _passed(done.outcome, done.origin)
+
+
+def _passed(outcome: Outcome, origin: Origin) -> Proven:
+    reason = outcome.reason if isinstance(outcome, Unproven) else ""
+    if isinstance(outcome, Unproven) and not outcome.required:
+        return Proven(outcome.pack, outcome.pack_id, origin, unchecked=reason)
+    return Proven(outcome.pack, outcome.pack_id, origin, warning=reason)
+
+
+def _in_memory(pack: Pack, policy: Policy, model: str | Path | None, *, allow_unsigned: bool) -> Proven:
+    reason = f"{pack.label} is a value in memory, which has no signature"
+    required = policy.rule_for(names_of(model) if model is not None else ()).require
+    if required and not allow_unsigned:
+        raise UnsignedError(reason, advice='Give the pack\'s file with its .sig beside it, or answer for it: trust="none".')
+    return Proven(pack, nest.pack_id(pack), warning=reason if required else "", unchecked="" if required else reason)
+
+
+def _judge_file(patch: str | Path, policy: Policy, model: str | Path | None, *, allow_unsigned: bool) -> Outcome:
+    try:
+        return verify_signature(patch, policy, model, allow_unsigned=allow_unsigned)
+    except PackError as error:
+        if not Path(patch).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", str(patch)):
+            error.advice = f"Check the path. A channel of the Hub is named with its scheme: hub://{patch}"
+        raise
+
+
+def _beside(patch: str | Path) -> dict[str, bytes]:
+    file = Path(patch)
+    return {name.removeprefix(file.name): content for name, content in read_signatures(file).items()}
