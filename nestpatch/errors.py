@@ -17,11 +17,14 @@ NestpatchError
 │   └── BusyError               another process is writing this model
 ├── StateError              what nestpatch keeps beside a model
 │   ├── LedgerError             the ledger is broken
+│   ├── InterruptedChangeError  a change was interrupted, and its journal is still there
 │   ├── JournalError            a leftover journal does not fit the model
+│   │   └── ForeignJournalError     nothing proves that this machine or a publisher answers for it
 │   └── UndoError               an undo record is missing or broken
 ├── ChainError              versions and packs that do not go together
 │   ├── DowngradeError          an older version than the applied one
 │   ├── OverlapError            two packs change the same rows
+│   ├── PublisherError          a pack that speaks for another publisher's pack
 │   └── RequirementError        a pack that another one needs
 ├── SignatureError          who made a pack
 │   ├── SignatureFormatError    the signature file is none that nestpatch reads
@@ -159,8 +162,23 @@ class LedgerError(StateError):
     """The ledger of a model is broken, or of a newer nestpatch."""
 
 
+class InterruptedChangeError(StateError):
+    """A change was interrupted: the model may hold some of the new rows and some of the old ones."""
+
+    advice = "`nestpatch recover MODEL` ends it: it puts the rows back, or finds that the change was complete."
+
+
 class JournalError(StateError):
     """A leftover journal does not fit the model."""
+
+
+class ForeignJournalError(JournalError):
+    """A leftover journal that neither this machine wrote nor any signed pack confirms."""
+
+    advice = (
+        "If you know where it comes from (a container that lost its key, a folder that you copied): "
+        "nestpatch recover MODEL --foreign roll-back. To drop it and leave the rows as they are: --foreign remove."
+    )
 
 
 class UndoError(StateError):
@@ -183,6 +201,12 @@ class OverlapError(ChainError):
     """Two packs change the same rows."""
 
     advice = "Pass --allow-overlap to add both changes up, or revert the other pack first."
+
+
+class PublisherError(ChainError):
+    """The pack replaces, supersedes or falls under the name of a pack that another publisher signed."""
+
+    advice = "Revert the other publisher's pack first (nestpatch revert MODEL), or pass --allow-other-publisher."
 
 
 class RequirementError(ChainError):

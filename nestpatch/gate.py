@@ -75,7 +75,7 @@ def prove(
     """
     if isinstance(patch, Proven):
         return patch
-    rules = Policy() if trust == "none" else load_policy() if policy is None else policy
+    rules = policy_of(policy, trust)
     if isinstance(patch, Pack):
         return _in_memory(patch, rules, model, allow_unsigned=allow_unsigned)
     if isinstance(patch, str) and patch.startswith(CHANNELS):
@@ -84,6 +84,11 @@ def prove(
         return passed(fetch_patch(patch, rules, model, allow_unsigned=allow_unsigned or trust == "none", on_event=on_event))
     outcome = _judge_file(patch, rules, model, allow_unsigned=allow_unsigned)
     return _passed(outcome, Origin(signers_of(outcome), signatures=_beside(patch)))
+
+
+def policy_of(policy: Policy | None, trust: Trust = "policy") -> Policy:
+    """The policy that counts: none of all for trust="none", this user's where none is given. Raises TrustError."""
+    return Policy() if trust == "none" else load_policy() if policy is None else policy
 
 
 def passed(done: Downloaded) -> Proven:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nestpatch.patcher.apply import Applied
     from nestpatch.patcher.export import Exported
     from nestpatch.patcher.inplace import Changed
-    from nestpatch.patcher.ledger import Ledger
+    from nestpatch.patcher.status import AppliedPack, Status
     from nestpatch.patcher.verify import Verification
 
 STAGES = {
@@ -196,30 +196,44 @@ def show_changed(done: Changed) -> None:
     out.print(grid)
 
 
-def show_status(model: Any, ledger: Ledger, said: Sequence[Mapping[str, Any]] = ()) -> None:
-    """A ledger, for a person; `said`: the packs that the model's files claim to have been written with."""
-    out.print(f"[bold]{escape(str(model))}[/]: {escape(', '.join(e.label for e in ledger.applied) or 'nothing applied')}")
+def show_status(found: Status) -> None:
+    """What is applied to a model, and what confirms it."""
+    ledger = found.ledger
+    names = ", ".join(one.entry.label for one in found.applied) or "nothing applied"
+    doubt = "" if found.sound else " [bold red](by its ledger alone: the rows do not hold it)[/]"
+    out.print(f"[bold]{escape(str(found.model))}[/]: {escape(names)}{doubt}")
+    if found.problem:
+        out.print(f"  [bold red]cannot be compared with the rows[/]: {escape(found.problem)}")
     grid = _grid()
-    for claim in said:
+    for claim in found.files_say:
         strength = "" if claim["strength"] == 1 else f" at strength {claim['strength']}"
         label = escape(f"{claim['name']} {claim['version']}{strength}, pack sha256 {str(claim['pack_id'])[:12]}..")
         grid.add_row("written with", f"{label} [dim](the files say so; `nestpatch verify MODEL PATCH` proves it)[/]")
-    for entry in ledger.applied:
-        rows = sum(record.rows for record in entry.tensors.values())
-        strength = f" at strength {entry.strength:g}" if entry.strength != 1 else ""
-        loud = " [bold red]onto another base than its own[/]" if entry.base_mismatch_allowed else ""
-        rounded = f", {entry.gain:.1%} delivered {entry.rounding}" if entry.gain is not None else ""
-        signed = f", signed by {escape(', '.join(entry.signers))}" if entry.signers else ""
-        facts = (
-            f"{escape(entry.label)}{strength}: {rows} rows, pack sha256 {entry.pack_id[:12]}..{signed}, by {escape(entry.tool)}"
-        )
-        grid.add_row(entry.when, facts + rounded + loud)
+    for one in found.applied:
+        grid.add_row(escape(one.entry.when), _applied_line(one))
+        for difference in one.missing_in[:3]:
+            grid.add_row("", f"[red]{escape(difference.tensor)}: {escape(difference.detail)}[/]")
     for channel in ledger.follows:
         grid.add_row("follows", escape(channel))
+    for channel in ledger.offered:
+        grid.add_row("came with", f"{escape(channel)} [dim](not followed; agree with: nestpatch update MODEL --channel)[/]")
     for event in ledger.history:
         what = f"{event.get('what')} {event.get('name')} {event.get('version')}"
         grid.add_row(f"[dim]{escape(str(event.get('when')))}", f"[dim]{escape(what)}")
     out.print(grid)
+
+
+def _applied_line(one: AppliedPack) -> str:
+    entry = one.entry
+    rows = sum(record.rows for record in entry.tensors.values())
+    strength = f" at strength {entry.strength:g}" if entry.strength != 1 else ""
+    loud = " [bold red]onto another base than its own[/]" if entry.base_mismatch_allowed else ""
+    rounded = f", {entry.gain:.1%} delivered {escape(entry.rounding)}" if entry.gain is not None else ""
+    signed = f", signed by {escape(', '.join(one.signers))}" if one.signers else ""
+    claimed = f", [yellow]claims to be signed by {escape(', '.join(one.claims))}[/]" if one.claims else ""
+    came = " [dim](came with the model)[/]" if entry.foreign else ""
+    label = f"{escape(entry.label)}{strength}: {rows} rows, pack sha256 {entry.pack_id[:12]}.."
+    return f"{label}{signed}{claimed}, by {escape(entry.tool)}{rounded}{loud}{came}"
 
 
 def show_verification(model: Any, found: Verification) -> None:

@@ -179,7 +179,7 @@ def prepare(folder: Path) -> dict[str, tuple[bytes, Reader]]:
     (undo,) = place.folder.glob("*.undo")
     shard = next(model.glob("*.safetensors"))
     journal = b"nestpatch-journal/2\n" + bytes(8) + b"{}" + bytes(32)
-    assert read_ledger(place.ledger).applied
+    assert read_ledger(place).applied
     return {
         "pack": (nest.encode(pack), read_pack),
         "checkpoint": (shard.read_bytes(), read_checkpoint),

@@ -285,13 +285,14 @@ def test_a_linked_base_is_read_and_left_alone(kind: str, tmp_path: Path) -> None
 
 
 @pytest.fixture
-def unprivileged(tmp_path: Path) -> Iterator[Path]:
+def unprivileged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of a user to whom file modes apply; root may write what is read-only."""
     if os.name == "nt" or os.geteuid() != 0:
         yield tmp_path
         return
     with tempfile.TemporaryDirectory() as folder:
         os.chown(folder, 65534, -1)
+        monkeypatch.setenv("XDG_CONFIG_HOME", folder)
         os.seteuid(65534)
         try:
             yield Path(folder)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nestpatch.errors import ChainError, DowngradeError, OverlapError, RequirementError
-from nestpatch.patcher.chain import Do, Link, plan_apply, plan_revert
+from nestpatch.patcher.chain import Allowed, Do, Link, plan_apply, plan_revert
 from nestpatch.version import Version
 
 
@@ -62,14 +62,14 @@ def test_downgrades_have_to_be_allowed():
     with pytest.raises(DowngradeError, match=r"a 1\.0\.0 is older than a 1\.1\.0") as caught:
         plan_apply([link("a", "1.1.0")], link("a"), never)
     assert "--allow-downgrade" in caught.value.advice
-    assert told(plan_apply([link("a", "1.1.0")], link("a"), never, allow_downgrade=True))[0] == ("UNDO", "a-1.1.0")
+    assert told(plan_apply([link("a", "1.1.0")], link("a"), never, Allowed(downgrade=True)))[0] == ("UNDO", "a-1.1.0")
 
 
 @pytest.mark.parametrize("version", ["1.0.0", "1.0.0+rebuilt"])
 def test_one_version_means_one_content(version):
     other = Link("x", "a", version)
     with pytest.raises(ChainError, match="another pack is applied as a 1"):
-        plan_apply([link("a")], other, never, allow_downgrade=True)
+        plan_apply([link("a")], other, never, Allowed(downgrade=True))
 
 
 def test_superseded_packs_go_whatever_their_name():
@@ -77,7 +77,7 @@ def test_superseded_packs_go_whatever_their_name():
     assert told(plan_apply([old], new, never)) == [("UNDO", "a-1.0.0"), ("CHECK", "b-1.0.0"), ("APPLY", "b-1.0.0")]
     with pytest.raises(DowngradeError, match="superseded by b"):
         plan_apply([new], old, never)
-    assert told(plan_apply([new], old, never, allow_downgrade=True))[0] == ("UNDO", "b-1.0.0")
+    assert told(plan_apply([new], old, never, Allowed(downgrade=True)))[0] == ("UNDO", "b-1.0.0")
 
 
 def test_disjoint_packs_stack_untouched():
@@ -87,7 +87,7 @@ def test_disjoint_packs_stack_untouched():
 def test_overlaps_have_to_be_allowed_and_are_checked_on_the_base_below():
     with pytest.raises(OverlapError, match=r"b 1\.0\.0 changes rows that a 1\.0\.0 changed"):
         plan_apply([link("a")], link("b"), always)
-    steps = told(plan_apply([link("a")], link("b"), always, allow_overlap=True))
+    steps = told(plan_apply([link("a")], link("b"), always, Allowed(overlap=True)))
     assert steps == [("UNDO", "a-1.0.0"), ("CHECK", "b-1.0.0"), ("REDO", "a-1.0.0"), ("APPLY", "b-1.0.0")]
 
 
@@ -97,7 +97,7 @@ def test_what_lies_above_and_shares_rows_is_put_back_in_order():
     def overlap(x, y):
         return {x.name, y.name} in ({"a", "b"}, {"b", "d"})
 
-    steps = told(plan_apply(applied, link("a", "2.0.0"), overlap, allow_overlap=True))
+    steps = told(plan_apply(applied, link("a", "2.0.0"), overlap, Allowed(overlap=True)))
     assert steps == [
         ("UNDO", "d-1.0.0"),
         ("UNDO", "b-1.0.0"),
@@ -133,7 +133,7 @@ def test_steps_never_undo_what_is_not_on_top_of_its_rows(data):
     applied = [link(name) for name in names]
     new = link(data.draw(st.sampled_from("abcdef")), "2.0.0")
     stack = list(applied)
-    for step in plan_apply(applied, new, overlap, allow_overlap=True):
+    for step in plan_apply(applied, new, overlap, Allowed(overlap=True)):
         if step.do is Do.UNDO:
             above = stack[stack.index(step.link) + 1 :]
             assert not any(overlap(step.link, other) for other in above)

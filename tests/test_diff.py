@@ -13,12 +13,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from nestpatch.cli import main
-from nestpatch.errors import CheckpointFormatError, DataError, PackError
+from nestpatch.errors import CheckpointFormatError, DataError, InterruptedChangeError, PackError
 from nestpatch.formats import nest
 from nestpatch.patcher.diff import LayerChange, Mismatch, compare, diff
 from nestpatch.patcher.pack_diff import PackDiff, compare_packs
-from nestpatch.patcher.recovery import open_model
-from tests.helpers import DTYPES, FLOATS, load_tensors, tiny_checkpoint, tiny_pack, write_checkpoint
+from nestpatch.patcher.recovery import open_model, recover_model
+from tests.helpers import DTYPES, FLOATS, load_tensors, tiny_checkpoint, tiny_pack, tree_digest, write_checkpoint
 from tests.pairs import GATE, NORM, UP, compared, models, small_blocks, tensors_of
 
 # --- two models
@@ -183,7 +183,7 @@ def test_a_missing_model_is_named(tmp_path: Path) -> None:
         diff(tiny_checkpoint(tmp_path / "a"), tmp_path / "b")
 
 
-def test_a_leftover_journal_is_recovered_first(tmp_path: Path) -> None:
+def test_a_leftover_journal_has_to_be_recovered_first(tmp_path: Path) -> None:
     from nestpatch.patcher import inplace, transaction
 
     a, b = tiny_checkpoint(tmp_path / "a"), tiny_checkpoint(tmp_path / "b")
@@ -194,6 +194,11 @@ def test_a_leftover_journal_is_recovered_first(tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             inplace.apply_in_place(b, tiny_pack(b))
     assert load_tensors(a)[GATE].tobytes() != load_tensors(b)[GATE].tobytes()
+    before = tree_digest(b)
+    with pytest.raises(InterruptedChangeError, match="was interrupted"):
+        diff(a, b)
+    assert tree_digest(b) == before, "diff only looks"
+    assert recover_model(b).action == "rolled back"
     assert compared(a, b).identical
 
 

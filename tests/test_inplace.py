@@ -143,7 +143,7 @@ def test_an_allowed_mismatch_is_recorded_and_still_reverts(tmp_path, model):
     (pack,) = packs(tiny_checkpoint(tmp_path / "other", seed=5), "safe 1.0.0 0")
     original = weights(model)
     apply_in_place(model, pack, allow_base_mismatch=True)
-    assert read_ledger(place_of(model).ledger).applied[0].base_mismatch_allowed
+    assert read_ledger(place_of(model)).applied[0].base_mismatch_allowed
     assert "another base" in CliRunner().invoke(main, ["status", str(model)]).stdout
     assert verify(model, full=True).verdict is Verdict.PATCHED
     revert(model)
@@ -329,7 +329,7 @@ def test_the_commands_speak_json_and_use_exit_codes(tmp_path, model):
     flip(model, pack.deltas[0].name, int(pack.deltas[0].rows[0]))
     assert json.loads(run("revert", model, "--json").stdout)["applied"] == []
     assert run("revert", model).exit_code == 1
-    assert json.loads(run("recover", model, "--json").stdout) == {"action": "none"}
+    assert json.loads(run("recover", model, "--json").stdout) == {"action": "none", "proof": ""}
     assert run("apply", model, tmp_path / "p.nest", "--in-place", "-o", "x").exit_code == 2
     for words in (["status", model], ["verify", model], ["apply", model, tmp_path / "p.nest", "--in-place"]):
         assert run(*words).exit_code == 0

@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from nestpatch.commands.options import PathType, json_option, print_json, progress, quiet_option
+from nestpatch.commands.options import PathType, json_option, opened_base, print_json, progress, quiet_option
+from nestpatch.commands.patching import base_option
 
 
 @click.command()
@@ -31,31 +32,39 @@ def show(patch: Path, as_json: bool) -> None:
 @click.argument("model", type=PathType)
 @json_option
 def status(model: Path, as_json: bool) -> None:
-    """Tell what is applied to MODEL, since when and by what, and what its files say of themselves."""
-    from nestpatch.formats.provenance import read_patches
-    from nestpatch.patcher.ledger import read_ledger
-    from nestpatch.patcher.recovery import open_model
+    """Show what is applied to MODEL, since when and by what, as far as its rows and the kept signatures confirm it.
 
-    checkpoint, place = open_model(model)
-    ledger, said = read_ledger(place.ledger), read_patches(checkpoint.metadata())
+    Writes nothing. Exit code 1 when the rows do not hold what the ledger says, or a change was interrupted.
+    """
+    from nestpatch.patcher.status import status as run
+
+    found = run(model)
     if as_json:
-        print_json({"model": str(checkpoint.path), **ledger.as_json(), "files_say": said})
-        return
-    from nestpatch import views
+        print_json(found.as_json())
+    else:
+        from nestpatch import views
 
-    views.show_status(checkpoint.path, ledger, said)
+        views.show_status(found)
+    sys.exit(0 if found.sound else 1)
 
 
 @click.command()
 @click.argument("model", type=PathType)
 @click.argument("patch", type=PathType, required=False)
+@click.option("--strength", type=float, default=1.0, show_default=True, help="At which PATCH should be in the rows.")
+@base_option
 @click.option("--full", is_flag=True, help="Also hash the whole tensors, not the patched rows alone.")
 @json_option
-def verify(model: Path, patch: Path | None, full: bool, as_json: bool) -> None:
-    """Tell which state MODEL is in: base, patched, half patched or altered. Exit code 0 for base and patched, 1 otherwise."""
+def verify(model: Path, patch: Path | None, strength: float, base: str | None, full: bool, as_json: bool) -> None:
+    """Say which state MODEL is in: base, patched, half patched, missing or altered. Writes nothing.
+
+    Without PATCH exit code 0 means that the rows are the base, or hold what the ledger says. With PATCH it means that exactly
+    this pack is in the rows, by the pack's own digests; a model without it ends with 1.
+    """
     from nestpatch.patcher.verify import verify as run
 
-    result = run(model, patch, full=full)
+    with opened_base(base, quiet=as_json) as float_model:
+        result = run(model, patch, strength=strength, base=float_model, full=full)
     if as_json:
         print_json(dataclasses.asdict(result) | {"verdict": result.verdict.value, "known": result.known})
     else:

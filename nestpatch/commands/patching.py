@@ -39,6 +39,7 @@ dither_option = click.option("--dither", is_flag=True, help="Quantized models: n
 @click.option("--no-sync", is_flag=True, help="Copy: leave writing to the disk to the system, as cp does.")
 @click.option("--allow-overlap", is_flag=True, help="Add up with another pack that changes the same rows.")
 @click.option("--allow-downgrade", is_flag=True, help="Replace a newer version.")
+@click.option("--allow-other-publisher", is_flag=True, help="Replace a pack that another publisher signed.")
 @click.option("--allow-base-mismatch", is_flag=True, help="Patch a model that is not the pack's base. Recorded in the ledger.")
 @base_option
 @dither_option
@@ -59,6 +60,7 @@ def apply(
     no_sync: bool,
     allow_overlap: bool,
     allow_downgrade: bool,
+    allow_other_publisher: bool,
     allow_base_mismatch: bool,
     base: str | None,
     dither: bool,
@@ -81,6 +83,7 @@ def apply(
     flags: dict[str, Any] = {
         "allow_overlap": allow_overlap,
         "allow_downgrade": allow_downgrade,
+        "allow_other_publisher": allow_other_publisher,
         "allow_base_mismatch": allow_base_mismatch,
     }
     if allow_base_mismatch:
@@ -115,29 +118,62 @@ def proven(patch: str, model: Path | None, policy_file: Path | None, on_event: O
 @click.command()
 @click.argument("model", type=PathType)
 @click.option("--to", default="base", show_default=True, metavar="base|VERSION", help="What to go back to.")
+@trust_options
 @base_option
 @dither_option
 @click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
 @quiet_option
 @json_option
-def revert(model: Path, to: str, base: str | None, dither: bool, dry_run: bool, quiet: bool, as_json: bool) -> None:
-    """Undo what was applied to MODEL in place, bit for bit."""
-    from nestpatch.patcher.inplace import revert as run
+def revert(
+    model: Path,
+    to: str,
+    policy_file: Path | None,
+    allow_unsigned: bool,
+    base: str | None,
+    dither: bool,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Undo what was applied to MODEL in place, bit for bit.
 
+    Packs and undo records that came along with MODEL are used only as far as signatures and the packs' digests prove them.
+    """
+    from nestpatch.patcher.inplace import revert as run
+    from nestpatch.signing.trust import load_policy
+
+    policy = load_policy(policy_file)
     with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:
-        done = run(model, to, base=float_model, dither=dither, dry_run=dry_run, on_event=on_event)
+        done = run(
+            model,
+            to,
+            policy=policy,
+            allow_unsigned=allow_unsigned,
+            base=float_model,
+            dither=dither,
+            dry_run=dry_run,
+            on_event=on_event,
+        )
     report(done, "show_changed", as_json)
 
 
 @click.command()
 @click.argument("model", type=PathType)
+@click.option(
+    "--foreign",
+    type=click.Choice(["refuse", "roll-back", "remove"]),
+    default="refuse",
+    show_default=True,
+    help="A journal that neither this machine wrote nor a signed pack confirms: carry it out, or drop it and leave the rows.",
+)
 @json_option
-def recover(model: Path, as_json: bool) -> None:
-    """End an interrupted change of MODEL: roll it back, or finish it. Every other command does this too."""
-    from nestpatch.patcher.recovery import recover_model
+def recover(model: Path, foreign: str, as_json: bool) -> None:
+    """End an interrupted change of MODEL: roll it back, or find that it was complete. Commands that write do this too."""
+    from nestpatch.patcher.recovery import Foreign, recover_model
 
-    done = recover_model(model)
+    done = recover_model(model, Foreign(foreign))
     if as_json:
         print_json(dataclasses.asdict(done))
-    else:
-        click.echo(f"{model}: {'nothing to recover' if done.action == 'none' else done.action}")
+        return
+    proof = f" ({done.proof})" if done.proof else ""
+    click.echo(f"{model}: {'nothing to recover' if done.action == 'none' else done.action}{proof}")

@@ -73,13 +73,20 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-def write_bytes(path: Path, data: bytes, *, overwrite: bool = False, mode: int = 0o666) -> None:
-    """Writes a small file whole or not at all. `mode`: its permissions, less the umask, from the first byte on."""
+def write_bytes(
+    path: Path, data: bytes, *, overwrite: bool = False, mode: int = 0o666, owner: tuple[int, int] | None = None
+) -> None:
+    """Writes a small file whole or not at all.
+
+    `mode`: its permissions, less the umask, from the first byte on; `owner`: (user, group) to give it to, for root alone.
+    """
 
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags | os.O_EXCL, mode)
 
     with new_place(path, overwrite=overwrite) as sibling, open(sibling, "wb", opener=opener) as file:
+        if owner is not None:
+            os.fchown(file.fileno(), *owner)
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -123,13 +123,29 @@ def _find_files(path: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
         return files, weight_map
     if (path / SINGLE).is_file():
         return (path / SINGLE,), {}
-    found = sorted(path.glob("*.safetensors"))
-    if len(found) == 1:
-        return (found[0],), {}
+    if (found := only_file(path)) is not None:
+        return (found,), {}
+    count = len(list(path.glob("*.safetensors")))
     raise CheckpointFormatError(
-        f"{path} holds {len(found)} .safetensors files and no {INDEX}",
+        f"{path} holds {count} .safetensors files and no {INDEX}",
         advice=f"A model directory has {SINGLE}, or shards with {INDEX}.",
     )
+
+
+def only_file(folder: Path) -> Path | None:
+    """The only safetensors file of a directory, whatever its name; None where there are others, or none."""
+    found = list(folder.glob("*.safetensors"))
+    return found[0] if len(found) == 1 else None
+
+
+def indexed_files(folder: Path) -> frozenset[str]:
+    """The names of the files that a directory's index makes one model; empty without an index that can be read."""
+    if not (folder / INDEX).is_file():
+        return frozenset()
+    try:
+        return frozenset(_read_index(folder / INDEX).values())
+    except CheckpointFormatError:
+        return frozenset()
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -6,34 +6,42 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from glob import escape
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
-from nestpatch.errors import ChainError, OutputError
+from nestpatch.errors import BusyError, ChainError, OutputError, UndoError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.formats import nest
+from nestpatch.files import open_regular
 from nestpatch.formats.atomic import check_place, new_place
 from nestpatch.formats.copying import copy_file
+from nestpatch.formats.export.scratch import claimed, is_free
 from nestpatch.formats.interface import Checkpoint
 from nestpatch.formats.safetensors import INDEX
-from nestpatch.gate import Patch, Trust, prove
+from nestpatch.gate import Patch, Trust, policy_of, prove
 from nestpatch.pack import Pack
-from nestpatch.patcher.chain import Do
+from nestpatch.patcher.chain import Allowed, Do
+from nestpatch.patcher.held import look, missing
+from nestpatch.patcher.kept import load_packs
 from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
 from nestpatch.patcher.merging import means_of
-from nestpatch.patcher.place import LEDGER, Place, place_of
+from nestpatch.patcher.place import LEDGER, Place, kept_from_writers, place_of
 from nestpatch.patcher.plan import check_strength
 from nestpatch.patcher.recovery import open_model
 from nestpatch.patcher.transaction import Transaction
-from nestpatch.patcher.work import Work, plan_work
+from nestpatch.patcher.work import Judge, Work, plan_work
 from nestpatch.signing.trust import Policy
+from nestpatch.signing.verify import signature_files
 
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".ort", ".msgpack", ".h5", ".ckpt", ".safetensors")
 """Endings of files that would carry unpatched weights into the output if they were copied along."""
 MORE_WEIGHTS = ".onnx"
 """Inside the names of their data: model.onnx_data, model.onnx.data, model.onnx_data_1."""
+UNFINISHED = "unfinished"
+"""In the state folder of a copied file until the file has its name."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class Applied:
     files: tuple[WrittenFile, ...]
     """Empty after a dry run."""
     left_out: tuple[str, ...]
-    """Weight files beside the model that were not copied: they hold unpatched weights of other formats."""
+    """Files beside the model that were not copied: unpatched weights of other formats, and links to files outside of it."""
     tensors: int
     rows: int
     row_bytes: int
@@ -89,6 +97,7 @@ def apply(
     allow_overlap: bool = False,
     allow_downgrade: bool = False,
     allow_base_mismatch: bool = False,
+    allow_other_publisher: bool = False,
     base: str | Path | Checkpoint | None = None,
     dither: bool = False,
     hard_link: bool = False,
@@ -105,29 +114,46 @@ def apply(
     file is taken, which takes longer than copying it. Without `sync`, writing to the disk is left to the system, as `cp` does.
     `policy`, `trust`, `allow_unsigned`, `base` and `dither` are as in `apply_in_place`.
 
-    Raises SignatureError, PackError, CheckpointError, ChainError or OutputError; then nothing was written.
+    Raises SignatureError, PackError, CheckpointError, ChainError, StateError or OutputError; then nothing was written.
     """
     began = time.perf_counter()
     check_strength(strength)
-    proven = prove(patch, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event)
-    pack = proven.pack
+    rules = policy_of(policy, trust)
+    proven = prove(patch, model, policy=rules, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event)
     checkpoint, place = open_model(model)
-    target = Path(output) if output is not None else default_output(copied(checkpoint), pack)
-    _check_target(checkpoint, target)
-    ledger = read_ledger(place.ledger)
-    work = plan_work(place, ledger, pack, strength, allow_overlap=allow_overlap, allow_downgrade=allow_downgrade)
-    if not work.steps:
-        raise ChainError(f"{pack.label} is applied to {model} already", advice="Nothing to do: copy the model as it is.")
-    means = means_of(base, dither=dither)
-    change = Transaction(place, checkpoint, work.packs, allow_base_mismatch, on_event, means=means, origin=proven.origin)
-    if work.steps[0].do is Do.CHECK:
-        change.check(work.steps[0].link)
-    files: tuple[WrittenFile, ...] = ()
+    target = Path(output) if output is not None else default_output(copied(checkpoint), proven.pack)
     if not dry_run:
-        ledger, files = _write_copy(change, ledger, work, target, _How(hard_link, digest, sync))
+        sweep_unfinished(target)
+    _check_target(checkpoint, target)
+    judge, allowed = Judge(rules, model, allow_unsigned), Allowed(allow_overlap, allow_downgrade, allow_other_publisher)
+    means = means_of(base, dither=dither)
+    with kept_from_writers(place):
+        ledger = read_ledger(place)
+        packs = load_packs(place, ledger.applied, {proven.pack_id: proven.pack})
+        gone = missing(look(checkpoint, place, ledger.applied, packs, means.base))
+        lost = [entry for entry in ledger.applied if entry.pack_id in gone]
+        work = plan_work(place, ledger, proven.pack, strength, judge, proven.origin, allowed, lost)
+        if not work.steps:
+            label = proven.pack.label
+            raise ChainError(f"{label} is applied to {model} already", advice="Nothing to do: copy the model as it is.")
+        change = Transaction(
+            place,
+            checkpoint,
+            work.packs,
+            allow_base_mismatch,
+            on_event,
+            means=means,
+            origin=proven.origin,
+            missing=gone,
+        )
+        if work.steps[0].do is Do.CHECK:
+            change.check(work.steps[0].link)
+        files: tuple[WrittenFile, ...] = ()
+        if not dry_run:
+            ledger, files = _write_copy(change, ledger, work, target, _How(hard_link, digest, sync))
     return Applied(
-        pack=pack.label,
-        pack_id=nest.pack_id(pack),
+        pack=proven.pack.label,
+        pack_id=proven.pack_id,
         strength=strength,
         output=target,
         files=files,
@@ -154,15 +180,32 @@ def _write_copy(
     """Copies the model of a change and carries the change out in the copy, which appears when all is done."""
     checkpoint, on_event = change.checkpoint, change.on_event
     linked = _untouched(checkpoint, work) if how.hard_link else frozenset()
+    before = _fingerprint(checkpoint, change.place)
     with _new_model(target, directory=copied(checkpoint).is_dir()) as sibling:
         _copy(checkpoint, sibling, linked, on_event, flush=how.sync)
         copy = checkpoint.reopen(sibling)
         own = place_of(copy.path)
-        _copy_state(change.place, own, ledger)
+        final = place_of_copy(own, sibling, target)
+        _copy_state(change.place, own, ledger, final)
         # Nobody's files yet: no journal.
-        ledger = replace(change, place=own, checkpoint=copy, journaled=False).run(ledger, work.steps)
+        ledger = replace(change, place=own, checkpoint=copy, journaled=False, final=final).run(ledger, work.steps)
         files = tuple(_seal(file, sibling, target, on_event, digest=how.digest, sync=how.sync) for file in copy.files)
+        if _fingerprint(checkpoint, change.place) != before:
+            raise BusyError(f"{checkpoint.path} was changed while it was copied")
     return ledger, files
+
+
+def place_of_copy(own: Place, sibling: Path, target: Path) -> Place:
+    """Where the state of a copy will be, once the copy has its name."""
+    if own.folder.parent == sibling.absolute().parent:
+        return place_of(target)
+    return Place(target / own.ledger.relative_to(sibling.absolute()), target / own.folder.relative_to(sibling.absolute()))
+
+
+def _fingerprint(checkpoint: Checkpoint, place: Place) -> list[Any]:
+    """Changes when something is written to the model: for where there is no lock to hold."""
+    states = [file.stat() for file in checkpoint.files]
+    return [read_ledger(place).transaction, *((state.st_ino, state.st_size, state.st_mtime_ns) for state in states)]
 
 
 def copied(checkpoint: Checkpoint) -> Path:
@@ -197,8 +240,17 @@ def companions_of(checkpoint: Checkpoint) -> tuple[tuple[Path, ...], tuple[str, 
     others = [file for file in sorted(source.iterdir()) if file.name not in weights and file.is_file()]
     # The copy gets a ledger of its own.
     others = [file for file in others if file.name != LEDGER and not file.name.endswith(f".{LEDGER}")]
-    left_out = [file.name for file in others if _is_weights(file)]
-    return tuple(file for file in others if not _is_weights(file)), tuple(left_out)
+    left_out = [file.name for file in others if _is_weights(file) or _leads_out(file, source)]
+    return tuple(file for file in others if file.name not in left_out), tuple(left_out)
+
+
+def _leads_out(file: Path, source: Path) -> bool:
+    """Whether a companion is a link to a file outside of its model, where a hostile model could name any file of this user."""
+    if not file.is_symlink():
+        return False
+    home = source.resolve()
+    # A snapshot in a Hub cache: models--owner--name/snapshots/<commit>, with its files in models--owner--name/blobs.
+    return not {home, home.parent.parent / "blobs" if home.parent.name == "snapshots" else home} & set(file.resolve().parents)
 
 
 def _is_weights(file: Path) -> bool:
@@ -214,25 +266,58 @@ def _untouched(checkpoint: Checkpoint, work: Work) -> frozenset[Path]:
 
 @contextmanager
 def _new_model(target: Path, *, directory: bool) -> Iterator[Path]:
-    """A temporary sibling of `target`; it and the place of what nestpatch keeps of it get their names together at the end.
+    """A temporary sibling of `target`; it and the state of its model get their names together at the end.
 
-    A directory carries its own place inside; that of a single file lies beside it and is named first, so that a file that has
-    its name has its ledger too.
+    A directory carries its own state inside; that of a single file is beside it and is named first, so that a file that has its
+    name has its ledger too. A folder is marked as in use while the process lives (formats/export/scratch.py), so that the next
+    command can remove what a killed one left.
     """
     with new_place(target) as sibling:
         if directory:
             sibling.mkdir()
-            yield sibling
+            with claimed(sibling):
+                yield sibling
             return
         beside, final = place_of(sibling), place_of(target)
+        beside.folder.mkdir()
+        (beside.folder / UNFINISHED).touch()
+        made = [beside]
         try:
-            yield sibling
+            with claimed(beside.folder):
+                yield sibling
             beside.folder.rename(final.folder)
+            made.append(final)
             beside.ledger.rename(final.ledger)
         except BaseException:
-            shutil.rmtree(beside.folder, ignore_errors=True)
-            beside.ledger.unlink(missing_ok=True)
+            for place in made:
+                shutil.rmtree(place.folder, ignore_errors=True)
+                place.ledger.unlink(missing_ok=True)
             raise
+    (final.folder / UNFINISHED).unlink(missing_ok=True)
+
+
+def sweep_unfinished(target: Path) -> None:
+    """Removes what a killed process left of a copy to this place: temporary siblings, and state that got its name first."""
+    with suppress(OSError):  # names too long, folders that may not be read: nothing was left there
+        for sibling in target.parent.glob(f".{escape(target.name)}.????????.tmp"):
+            _remove_abandoned(sibling if sibling.is_dir() else place_of(sibling).folder, sibling)
+        if not os.path.lexists(target):
+            final = place_of(target)
+            if (final.folder / UNFINISHED).is_file():
+                _remove_abandoned(final.folder, target)
+
+
+def _remove_abandoned(folder: Path, model: Path) -> None:
+    """Removes a copy whose process is gone: its folder is no longer in use."""
+    if folder.is_symlink() or not folder.is_dir() or not is_free(folder):
+        return
+    place = place_of(model)
+    with suppress(OSError):
+        if model != folder:
+            place.ledger.unlink(missing_ok=True)
+            if model.name.endswith(".tmp"):
+                model.unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
 
 def _copy(checkpoint: Checkpoint, target: Path, linked: frozenset[Path], on_event: OnEvent, *, flush: bool) -> None:
@@ -248,14 +333,16 @@ def _copy(checkpoint: Checkpoint, target: Path, linked: frozenset[Path], on_even
         on_event(Event("copy", number, len(files), file.name))
 
 
-def _copy_state(place: Place, own: Place, ledger: Ledger) -> None:
+def _copy_state(place: Place, own: Place, ledger: Ledger, final: Place) -> None:
     """What is kept of the packs that the base has already, so that the copy can revert them too."""
-    own.folder.mkdir()
+    own.folder.mkdir(exist_ok=True)
     for entry in ledger.applied:
-        shutil.copyfile(place.undo(entry.undo), own.undo(entry.undo))
-        shutil.copyfile(place.pack(entry.pack_id), own.pack(entry.pack_id))
+        kept = place.pack(entry.pack_id)
+        for file in (place.undo(entry.undo), kept, *signature_files(kept)):
+            with open_regular(file, follow=False, error=UndoError) as source, open(own.folder / file.name, "xb") as target:
+                shutil.copyfileobj(source, target)
     if ledger.applied:
-        write_ledger(own.ledger, ledger)
+        write_ledger(own, ledger, final)
 
 
 def _seal(file: Path, sibling: Path, target: Path, on_event: OnEvent, *, digest: bool, sync: bool) -> WrittenFile:

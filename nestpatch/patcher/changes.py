@@ -59,6 +59,8 @@ class Changer:
     syncing: bool = True
     """Whether the disk is to begin writing on the way."""
     on_event: OnEvent = ignore
+    owner: tuple[int, int] | None = None
+    """(user, group) that root gives new files to."""
 
     def merge(self, pack: Pack, strength: float, undo: Path) -> dict[str, TensorRecord]:
         """Merges a pack into the rows and writes their undo record, synced. The rows themselves are not yet.
@@ -66,7 +68,9 @@ class Changer:
         Raises PackContentError when the rows are not what the pack promises, QuantizationError.
         """
         records: dict[str, TensorRecord] = {}
-        with meanwhile() as start, open(undo, "wb") as file:
+        with meanwhile() as start, open(undo, "xb") as file:
+            if self.owner is not None:
+                os.fchown(file.fileno(), *self.owner)
             writer = UndoWriter(file)
             for record in beside(lambda pair: pair[0].add(pair[1]), self._written(pack, strength)):
                 if record is not None:
@@ -87,15 +91,16 @@ class Changer:
                 self.checkpoint.write_rows(delta.name, rows_of(delta, block.part), block.new)
                 yield record, block
 
-    def restore(self, pack: Pack, entry: Entry, undo: Path) -> None:
-        """Puts back what the rows held before a pack, bit for bit.
+    def restore(self, pack: Pack, entry: Entry, undo: Path, gone: frozenset[str] = frozenset()) -> None:
+        """Puts back what the rows held before a pack, bit for bit. `gone`: tensors that hold that already.
 
         Raises BaseMismatchError when they do not hold what the pack left, UndoError.
         """
         reader = UndoReader(undo, [delta.name for delta in pack])
         with meanwhile() as start:
             for number, delta in enumerate(pack, start=1):
-                self._restore(delta, entry, reader)
+                if delta.name not in gone:
+                    self._restore(delta, entry, reader)
                 self._tell("undo", number, pack, start)
 
     def _tell(self, stage: str, number: int, pack: Pack, start: Start) -> None:

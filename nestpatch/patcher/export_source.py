@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nestpatch import __version__
-from nestpatch.errors import BusyError, UnsupportedModelError
+from nestpatch.errors import BaseMismatchError, BusyError, UnsupportedModelError
 from nestpatch.events import OnEvent
 from nestpatch.formats import nest
 from nestpatch.formats.export.scratch import PATCHED, claimed, scratch
@@ -21,13 +21,17 @@ from nestpatch.label import now
 from nestpatch.pack import Pack, TensorDelta
 from nestpatch.patcher.apply import apply
 from nestpatch.patcher.chain import Do
-from nestpatch.patcher.ledger import Entry, TensorRecord, read_ledger
+from nestpatch.patcher.held import look, missing
+from nestpatch.patcher.kept import load_packs
+from nestpatch.patcher.ledger import Entry, Ledger, TensorRecord, read_ledger
 from nestpatch.patcher.merging import rows_of
 from nestpatch.patcher.overlay import merged_view
 from nestpatch.patcher.place import Place, place_of
 from nestpatch.patcher.plan import check_strength
 from nestpatch.patcher.recovery import open_model
-from nestpatch.patcher.work import plan_work
+from nestpatch.patcher.work import Judge, plan_work
+from nestpatch.signing.origin import Origin
+from nestpatch.signing.trust import Policy
 
 RECORD = "nestpatch.record"
 """Metadata of exported safetensors files: JSON, the ledger's entries with the digests of rows before and after."""
@@ -71,7 +75,7 @@ class Wanted:
     def fingerprint(self) -> list[Any]:
         """Changes when something is written to the model."""
         states = [file.stat() for file in self.checkpoint.files]
-        transaction = read_ledger(self.place.ledger).transaction
+        transaction = read_ledger(self.place).transaction
         return [*((state.st_ino, state.st_size, state.st_mtime_ns) for state in states), transaction]
 
     def default_output(self, suffix: str, *more: str) -> Path:
@@ -115,8 +119,9 @@ def source_of(
     Raises BaseMismatchError, ChainError, PackContentError.
     """
     checkpoint, place, pack, strength = wanted.checkpoint, wanted.place, wanted.pack, wanted.strength
-    ledger = read_ledger(place.ledger)
-    steps = plan_work(place, ledger, pack, strength).steps if pack is not None else ()
+    ledger = _confirmed(checkpoint, place)
+    judge = Judge(Policy(), checkpoint.path)
+    steps = plan_work(place, ledger, pack, strength, judge, Origin()).steps if pack is not None else ()
     if pack is None or not steps:
         yield Source(checkpoint, ledger.applied)
         return
@@ -135,7 +140,19 @@ def source_of(
         copy.mkdir()
         with claimed(copy):
             done = apply(checkpoint.path, pack, copy / checkpoint.path.name, strength=strength, on_event=on_event)
-            yield Source(checkpoint.reopen(done.output), read_ledger(place_of(done.output).ledger).applied)
+            yield Source(checkpoint.reopen(done.output), read_ledger(place_of(done.output)).applied)
+
+
+def _confirmed(checkpoint: Checkpoint, place: Place) -> Ledger:
+    """The ledger of a model, whose rows hold what it says: an export passes it on. Raises BaseMismatchError, UndoError."""
+    ledger = read_ledger(place)
+    gone = missing(look(checkpoint, place, ledger.applied, load_packs(place, ledger.applied)))
+    if lost := [entry.label for entry in ledger.applied if entry.pack_id in gone]:
+        raise BaseMismatchError(
+            f"the ledger of {checkpoint.path} names {', '.join(lost)}, and the rows do not hold that",
+            advice="Put the pack back (nestpatch apply MODEL PATCH --in-place), or take it off (nestpatch revert MODEL).",
+        )
+    return ledger
 
 
 def _entry(pack: Pack, strength: float, tensors: dict[str, TensorRecord]) -> Entry:

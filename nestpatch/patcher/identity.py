@@ -162,6 +162,21 @@ def _narrow(rows: Rows, dtype: str) -> Rows | None:
         return narrow if np.array_equal(narrow.astype(rows.dtype), rows) else None
 
 
+def is_base(delta: TensorDelta, identity: TensorIdentity, info: TensorInfo, rows: Rows) -> bool:
+    """Whether rows in memory, in the form in which a file holds them, are the base of a pack.
+
+    By digest, or by their sketch where they were rounded.
+
+    rows: [neurons, in_features] in the stored dtype, or uint8 [neurons, row_bytes].
+    """
+    if info.plain:
+        narrow = rows if info.dtype == identity.dtype else _narrow(rows, identity.dtype)
+        if narrow is not None:
+            return sha256(np.ascontiguousarray(narrow).view(np.uint8).data).hexdigest() == identity.rows_sha256
+    match = COARSE_MATCH if info.coding.bits < 4 else SKETCH_MATCH
+    return sketch_correlation(delta.sketch, sketch(info.coding.decode(np.ascontiguousarray(rows).view(np.uint8)))) >= match
+
+
 def _describe_stranger(delta: TensorDelta, identity: TensorIdentity, digest: str, checkpoint: Checkpoint) -> Finding:
     # Only now: sketches take longer than digests.
     found = np.concatenate([sketch(rows) for _, rows in _blocks(delta, checkpoint)])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,18 +10,20 @@ from pathlib import Path
 
 from nestpatch.errors import ChainError, InPlaceError
 from nestpatch.events import OnEvent, ignore
-from nestpatch.formats.atomic import new_place
 from nestpatch.formats.interface import Checkpoint
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.gate import Patch, Trust, prove
-from nestpatch.patcher.chain import Do
+from nestpatch.gate import Patch, Trust, policy_of, prove
+from nestpatch.pack import Pack
+from nestpatch.patcher.chain import Allowed, Do
+from nestpatch.patcher.held import Found, look, missing, require_proven
+from nestpatch.patcher.kept import keep, load_packs
 from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
 from nestpatch.patcher.merging import means_of
 from nestpatch.patcher.place import Place, locked, place_of, tidy
 from nestpatch.patcher.plan import check_strength
-from nestpatch.patcher.recovery import recover
-from nestpatch.patcher.transaction import Transaction, require_writable
-from nestpatch.patcher.work import Work, plan_return, plan_work
+from nestpatch.patcher.recovery import recover, require_settled, require_writable
+from nestpatch.patcher.transaction import Transaction
+from nestpatch.patcher.work import Judge, Work, plan_return, plan_work
 from nestpatch.signing.trust import Policy
 
 
@@ -35,7 +35,7 @@ class Changed:
     steps: tuple[str, ...]
     """In order, for people; empty when there was nothing to do."""
     applied: tuple[str, ...]
-    """What is applied now, bottom first."""
+    """What is applied now, bottom first: the rows were looked at."""
     tensors: int
     rows: int
     row_bytes: int
@@ -46,14 +46,28 @@ class Changed:
     dry_run: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    """A model that is about to change, or with a dry run only looked at."""
+
+    checkpoint: Checkpoint
+    place: Place
+    ledger: Ledger
+
+
 @contextmanager
-def _writing(path: str | Path) -> Iterator[tuple[Checkpoint, Place, Ledger]]:
+def _writing(path: str | Path, policy: Policy, *, dry_run: bool = False) -> Iterator[_Opened]:
+    """Opens a model under its lock, after what was interrupted has been ended. A dry run takes no lock and ends nothing."""
     checkpoint, place = open_checkpoint(path), place_of(path)
+    if dry_run:
+        require_settled(place, path)
+        yield _Opened(checkpoint, place, read_ledger(place))
+        return
     fresh = not place.folder.exists()
     with locked(place):
-        recover(place, checkpoint)
+        recover(place, checkpoint, policy=policy, model=path)
         try:
-            yield checkpoint, place, read_ledger(place.ledger)
+            yield _Opened(checkpoint, place, read_ledger(place))
         except OSError as error:
             raise InPlaceError(f"cannot change the model: {error.strerror or error} ({error.filename})") from error
         finally:
@@ -73,6 +87,7 @@ def apply_in_place(
     allow_overlap: bool = False,
     allow_downgrade: bool = False,
     allow_base_mismatch: bool = False,
+    allow_other_publisher: bool = False,
     base: str | Path | Checkpoint | None = None,
     dither: bool = False,
     detach: bool = False,
@@ -82,31 +97,60 @@ def apply_in_place(
     """Merges a pack into a model's own files. Memory does not grow with the model.
 
     An older version of the same pack is replaced in the same transaction; packs of other names stack. A killed process leaves a
-    model that the next command makes whole: either as before or as after. `base` and `dither` are for quantized rows: the float
-    model to make them from exactly, or noise that carries small changes through the rounding.
+    model that the next command makes whole: either as before or as after. A pack that is applied already, but whose rows were
+    replaced by the base's since, is put back. `base` and `dither` are for quantized rows: the float model to make them from
+    exactly, or noise that carries small changes through the rounding.
 
     The patch passes the gate first (nestpatch/gate.py), by `policy`, `trust` and `allow_unsigned`: whoever trusts a key takes
-    no pack that too few trusted keys signed.
+    no pack that too few trusted keys signed. A pack replaces those of its own publisher alone, unless `allow_other_publisher`.
 
-    Raises SignatureError, ChainError, BaseMismatchError, InPlaceError, BusyError, PackError; the model is then as it was.
+    Raises SignatureError, ChainError, BaseMismatchError, InPlaceError, BusyError, PackError, StateError; the model is then as
+    it was.
     """
     began = time.perf_counter()
     check_strength(strength)
-    proven = prove(patch, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event)
-    pack = proven.pack
-    with _writing(model) as (checkpoint, place, ledger):
-        work = plan_work(place, ledger, pack, strength, allow_overlap=allow_overlap, allow_downgrade=allow_downgrade)
-        own = _detach(checkpoint) if detach and not dry_run else checkpoint
-        means = means_of(base, dither=dither)
-        origin = proven.origin
-        transaction = Transaction(place, own, work.packs, allow_base_mismatch, on_event, means=means, origin=origin)
-        return _carry_out(transaction, ledger, work, began, dry_run=dry_run)
+    rules = policy_of(policy, trust)
+    proven = prove(patch, model, policy=rules, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event)
+    means, pack = means_of(base, dither=dither), proven.pack
+    judge = Judge(rules, model, allow_unsigned)
+    allowed = Allowed(allow_overlap, allow_downgrade, allow_other_publisher)
+    with _writing(model, rules, dry_run=dry_run) as opened:
+        found = _look(opened, {proven.pack_id: pack}, means.base)
+        gone = missing(found)
+        lost = [entry for entry in opened.ledger.applied if entry.pack_id in gone]
+        work = plan_work(opened.place, opened.ledger, pack, strength, judge, proven.origin, allowed, lost)
+        change = Transaction(
+            opened.place,
+            opened.checkpoint,
+            work.packs,
+            allow_base_mismatch,
+            on_event,
+            means=means,
+            origin=proven.origin,
+            missing=gone,
+            detach=detach,
+        )
+        if not work.steps and not dry_run:
+            keep(opened.place, pack, proven.pack_id, proven.origin)
+        return _carry_out(change, opened.ledger, work, began, dry_run=dry_run)
+
+
+def _look(opened: _Opened, known: dict[str, Pack], base: Checkpoint | None, *, down_to_base: bool = False) -> list[Found]:
+    """What the rows hold of what the ledger says is applied."""
+    applied = opened.ledger.applied
+    if not applied:
+        return []
+    packs = load_packs(opened.place, applied, known)
+    return look(opened.checkpoint, opened.place, applied, packs, base, down_to_base=down_to_base)
 
 
 def revert(
     model: str | Path,
     to: str = "base",
     *,
+    policy: Policy | None = None,
+    trust: Trust = "policy",
+    allow_unsigned: bool = False,
     base: str | Path | Checkpoint | None = None,
     dither: bool = False,
     only: str | None = None,
@@ -115,56 +159,56 @@ def revert(
 ) -> Changed:
     """Undoes what was applied, bit for bit: everything (`to="base"`), or back to an earlier version of the applied pack.
 
-    `base` and `dither` are as for `apply_in_place`: an earlier version is applied again. A model that is taken back to its
-    base follows no channel any more. With `only`, the id of an applied pack, just that one is taken away, and the model goes
-    on following its channels.
+    `base` and `dither` are as for `apply_in_place`: an earlier version is applied again, after its kept signatures were judged
+    like those of a file. Undo records that came along with the model are used only where the packs' own digests prove that they
+    lead to the base. A model that is taken back to its base follows no channel any more. With `only`, the id of an applied
+    pack, just that one is taken away, and the model goes on following its channels.
 
-    Raises ChainError when there is nothing to go back to, UndoError, InPlaceError, BusyError; the model is then as it was.
+    Raises ChainError when there is nothing to go back to, UndoError, SignatureError, InPlaceError, BusyError; the model is then
+    as it was.
     """
     began = time.perf_counter()
-    with _writing(model) as (checkpoint, place, ledger):
+    rules = policy_of(policy, trust)
+    judge, means = Judge(rules, model, allow_unsigned), means_of(base, dither=dither)
+    with _writing(model, rules, dry_run=dry_run) as opened:
+        ledger, place = opened.ledger, opened.place
         if not ledger.applied and not ledger.follows:
             raise ChainError(f"nothing is applied to {model}: it is at its base, as far as its ledger knows")
-        work = plan_return(place, ledger, to, only)
-        left = replace(ledger, follows=()) if to == "base" and only is None else ledger
-        means = means_of(base, dither=dither)
-        transaction = Transaction(place, checkpoint, work.packs, on_event=on_event, means=means)
+        found = _look(opened, {}, means.base, down_to_base=True)
+        require_proven(found)
+        gone = missing(found)
+        lost = [entry for entry in ledger.applied if entry.pack_id in gone]
+        work = plan_return(place, ledger, to, judge, only, lost)
+        left = replace(ledger, follows=(), offered=()) if to == "base" and only is None else ledger
+        change = Transaction(
+            place, opened.checkpoint, work.packs, on_event=on_event, means=means, origin=work.origin, missing=gone
+        )
         if left != ledger and not work.steps and not dry_run:
-            write_ledger(place.ledger, left)
-        return _carry_out(transaction, left, work, began, dry_run=dry_run)
+            write_ledger(place, left)
+        return _carry_out(change, left, work, began, dry_run=dry_run)
 
 
-def follow_channel(model: str | Path, channel: str) -> None:
+def follow_channel(model: str | Path, channel: str, policy: Policy) -> None:
     """Writes into the ledger of a model that its updates come from a channel. Raises InPlaceError, BusyError, LedgerError."""
-    if channel in read_ledger(place_of(model).ledger).follows:
+    if channel in read_ledger(place_of(model)).follows:
         return
-    with _writing(model) as (_, place, ledger):
-        write_ledger(place.ledger, ledger.following(channel))
+    with _writing(model, policy) as opened:
+        write_ledger(opened.place, opened.ledger.following(channel))
 
 
 def _carry_out(transaction: Transaction, ledger: Ledger, work: Work, began: float, *, dry_run: bool) -> Changed:
     checkpoint, steps = transaction.checkpoint, work.steps
     if dry_run:
-        require_writable(checkpoint, sorted(work.names))
+        if not transaction.detach:
+            require_writable(checkpoint, sorted(work.names))
         if steps and steps[0].do is Do.CHECK:
             transaction.check(steps[0].link)
     elif steps:
         ledger = transaction.run(ledger, steps)
     elif (followed := ledger.following(transaction.origin.channel)) != ledger:
-        write_ledger(transaction.place.ledger, followed)
+        write_ledger(transaction.place, followed)
     size, applied = work.size(checkpoint), tuple(entry.label for entry in ledger.applied)
     new = [entry.gain for entry in ledger.applied if entry.transaction == ledger.transaction and steps]
     gain = min((gain for gain in new if gain is not None), default=None)
     seconds = time.perf_counter() - began
     return Changed(checkpoint.path, work.told, applied, size.tensors, size.rows, size.row_bytes, seconds, gain, dry_run)
-
-
-def _detach(checkpoint: Checkpoint) -> Checkpoint:
-    """Gives the model files of its own where it has links: each is copied and takes its link's place at once."""
-    for file in checkpoint.files:
-        if file.is_symlink() or file.stat().st_nlink > 1:
-            with new_place(file, overwrite=True) as sibling:
-                shutil.copyfile(file, sibling)
-                with open(sibling, "r+b") as handle:
-                    os.fsync(handle.fileno())
-    return checkpoint.reopen(checkpoint.path)

@@ -1,19 +1,34 @@
-"""The ledger: which packs were applied to a model, when, by what, and what its rows held before and after."""
+"""The ledger: which packs were applied to a model, when, by what, and what its rows held before and after.
+
+It is beside the model and travels with it. Every field is checked when it is read, and the seal of this machine shows whether
+nestpatch wrote it here, for this very model. A ledger without that seal makes claims: packs and rows have to confirm them.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from nestpatch.errors import LedgerError
+from nestpatch.files import read_bounded
 from nestpatch.formats.atomic import write_bytes
+from nestpatch.pack import name_problem, version_problem
 from nestpatch.patcher.chain import Link
+from nestpatch.patcher.place import PACK_ID, TRANSACTION, Place
+from nestpatch.signing.machine import is_ours, seal
 
 FORMAT = "nestpatch-ledger/1"
+MAX_LEDGER = 64 << 20
+"""Bytes. One entry of a model with 1,000 patched tensors has 250 kB."""
+MAX_TEXT = 2048
+"""Characters of a channel or a tool's name."""
+EVENTS = ("applied", "undone", "found missing")
+_WHEN = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -40,7 +55,7 @@ class Entry:
     when: str
     tool: str
     transaction: str
-    """Names the undo record."""
+    """Names the undo record. Empty in the record of an exported file, which has none."""
     tensors: Mapping[str, TensorRecord]
     supersedes: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
@@ -48,7 +63,11 @@ class Entry:
     rounding: str = ""
     """What quantized rows were made of; empty where all rows are plain numbers."""
     signers: Mapping[str, str] = field(default_factory=dict)
-    """Name -> key id of the trusted keys that had signed the pack when it was applied."""
+    """Name -> key id of the trusted keys whose signatures were checked when the pack was applied."""
+    roots: tuple[str, ...] = ()
+    """Key ids of the root keys of the channel that it came from, oldest first."""
+    foreign: bool = False
+    """Whether the entry came along with the model: packs and rows have to confirm it."""
 
     @property
     def gain(self) -> float | None:
@@ -56,9 +75,16 @@ class Entry:
         return min((record.gain for record in self.tensors.values() if record.gain is not None), default=None)
 
     @property
+    def publishers(self) -> frozenset[str]:
+        """The key ids in whose name the pack was applied; empty: nobody's."""
+        return frozenset((*self.signers.values(), *self.roots))
+
+    @property
     def link(self) -> Link:
         """What the chain rules need."""
-        return Link(self.pack_id, self.name, self.version, self.strength, self.supersedes, self.requires)
+        return Link(
+            self.pack_id, self.name, self.version, self.strength, self.supersedes, self.requires, publishers=self.publishers
+        )
 
     @property
     def label(self) -> str:
@@ -80,22 +106,28 @@ class Ledger:
     history: tuple[Mapping[str, Any], ...] = ()
     follows: tuple[str, ...] = ()
     """The channels that updates come from."""
+    offered: tuple[str, ...] = ()
+    """Channels of a ledger that came along with the model: nobody here has agreed to them."""
 
     def as_json(self) -> dict[str, Any]:
-        """The file's content."""
+        """The file's content, without its seal."""
         content = {
             "format": FORMAT,
             "transaction": self.transaction,
             "applied": [asdict(entry) for entry in self.applied],
             "history": [dict(event) for event in self.history],
         }
-        if self.follows:
-            content["follows"] = list(self.follows)
-        return {**content, "sha256": _digest(content)}
+        for name, channels in (("follows", self.follows), ("offered", self.offered)):
+            if channels:
+                content[name] = list(channels)
+        return {**content, "sha256": _digest(content).hex()}
 
     def following(self, channel: str) -> Ledger:
         """With one more channel to follow; itself when that is none or known."""
-        return self if not channel or channel in self.follows else replace(self, follows=(*self.follows, channel))
+        if not channel or channel in self.follows:
+            return self
+        offered = tuple(other for other in self.offered if other != channel)
+        return replace(self, follows=(*self.follows, channel), offered=offered)
 
     def with_event(self, what: str, entry: Entry, when: str) -> Ledger:
         """Adds a line to the history."""
@@ -103,41 +135,175 @@ class Ledger:
         return replace(self, history=(*self.history, event))
 
 
-def read_ledger(path: Path) -> Ledger:
-    """Reads a ledger; a missing one is empty. Raises LedgerError when it is broken or of a newer nestpatch."""
+def read_ledger(place: Place) -> Ledger:
+    """Reads the ledger of a model; a missing one is empty.
+
+    Raises LedgerError when it is broken, of a newer nestpatch, or something else than a file.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        data = read_bounded(place.ledger, MAX_LEDGER, follow=False, error=LedgerError)
     except FileNotFoundError:
         return Ledger()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LedgerError(f"cannot read the ledger {path}: {error}") from error
     try:
-        value = json.loads(text)
-        if value["format"] != FORMAT:
-            raise LedgerError(
-                f"the ledger {path} has format {value['format']!r}; this nestpatch reads {FORMAT!r}",
-                advice="Upgrade nestpatch: pip install -U nestpatch",
-            )
-        if value.pop("sha256") != _digest(value):
-            raise LedgerError(f"the ledger {path} was changed by something other than nestpatch")
-        applied = tuple(_entry(entry) for entry in value["applied"])
-        follows = tuple(str(channel) for channel in value.get("follows", ()))
-        return Ledger(str(value["transaction"]), applied, tuple(value["history"]), follows)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise LedgerError(f"the ledger {path} is broken: {error!r}") from error
+        return _ledger(json.loads(data.decode("utf-8")), place)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        raise LedgerError(f"the ledger {place.ledger} is broken: {_reason(error)}") from error
 
 
-def _digest(content: Mapping[str, Any]) -> str:
-    """Finds accidents: a ledger decides what a revert writes."""
-    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _reason(error: Exception) -> str:
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)[:200]
 
 
-def _entry(value: dict[str, Any]) -> Entry:
-    tensors = {name: TensorRecord(**record) for name, record in value["tensors"].items()}
-    lists = {key: tuple(value[key]) for key in ("supersedes", "requires")}
-    return Entry(**{**value, **lists, "tensors": tensors})
+def _ledger(value: Any, place: Place) -> Ledger:
+    if not isinstance(value, dict):
+        raise ValueError("it is no JSON object")
+    if value["format"] != FORMAT:
+        raise LedgerError(
+            f"the ledger {place.ledger} has format {str(value['format'])[:80]!r}; this nestpatch reads {FORMAT!r}",
+            advice="Upgrade nestpatch: pip install -U nestpatch",
+        )
+    found = str(value.pop("seal", ""))
+    if value.pop("sha256") != _digest(value).hex():
+        raise LedgerError(f"the ledger {place.ledger} was changed by something other than nestpatch")
+    transaction = _one_of(value["transaction"], "transaction", TRANSACTION, empty=True)
+    applied = tuple(_entry(entry) for entry in _list(value["applied"], "applied"))
+    if len({entry.pack_id for entry in applied}) != len(applied):
+        raise ValueError("a pack is applied twice")
+    history = tuple(_event(event) for event in _list(value["history"], "history"))
+    follows, offered = (
+        tuple(_text(channel, name) for channel in _list(value.get(name, []), name)) for name in ("follows", "offered")
+    )
+    if is_ours("ledger", place.folder, _digest(value), found):
+        return Ledger(transaction, applied, history, follows, offered)
+    foreign = tuple(replace(entry, foreign=True) for entry in applied)
+    return Ledger(transaction, foreign, history, (), tuple(dict.fromkeys((*follows, *offered))))
 
 
-def write_ledger(path: Path, ledger: Ledger) -> None:
-    """Replaces the ledger at once."""
-    write_bytes(path, (json.dumps(ledger.as_json(), indent=1) + "\n").encode("utf-8"), overwrite=True)
+def _digest(content: Mapping[str, Any]) -> bytes:
+    """Finds accidents. Anybody can make it: who wrote a ledger, the seal tells."""
+    return sha256(json.dumps(content, sort_keys=True).encode()).digest()
+
+
+Check: TypeAlias = Callable[[Any, str], Any]
+
+
+def _entry(value: Any) -> Entry:
+    if not isinstance(value, dict):
+        raise ValueError("an entry is no object")
+    if odd := set(value) ^ set(_FIELDS):
+        if unknown := odd & set(value):
+            raise ValueError(f"an entry has the unknown field {min(unknown)[:80]!r}")
+        # Fields that came later may be absent.
+        value = {"foreign": False, "roots": [], "signers": {}, "rounding": "", **value}
+    return Entry(**{name: check(value[name], name) for name, check in _FIELDS.items()})
+
+
+def _event(value: Any) -> dict[str, str]:
+    fields: dict[str, Check] = {"what": _event_kind, "when": _when, "pack_id": _sha256, "name": _name, "version": _version}
+    if not isinstance(value, dict) or set(value) != set(fields):
+        raise ValueError("a line of the history has other fields than nestpatch writes")
+    return {name: check(value[name], name) for name, check in fields.items()}
+
+
+def _record(value: Any, what: str) -> TensorRecord:
+    if not isinstance(value, dict) or set(value) != {"rows", "before", "after", "gain"}:
+        raise ValueError(f"{what} is no record of a tensor")
+    rows, gain = value["rows"], value["gain"]
+    if type(rows) is not int or not 0 < rows < 1 << 40:
+        raise ValueError(f"{what} has {str(rows)[:40]} rows")
+    if gain is not None and (type(gain) not in (int, float) or not math.isfinite(gain)):
+        raise ValueError(f"{what} has the gain {str(gain)[:40]}")
+    return TensorRecord(rows, _sha256(value["before"], what), _sha256(value["after"], what), gain)
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
+        raise ValueError(f"{what} is no text of at most {MAX_TEXT} characters")
+    return value
+
+
+def _one_of(value: Any, what: str, pattern: re.Pattern[str], *, empty: bool = False) -> str:
+    if not isinstance(value, str) or not (pattern.fullmatch(value) or (empty and not value)):
+        raise ValueError(f"{what} is {str(value)[:80]!r}")
+    return value
+
+
+def _sha256(value: Any, what: str) -> str:
+    return _one_of(value, what, PACK_ID)
+
+
+def _when(value: Any, what: str) -> str:
+    return _one_of(value, what, _WHEN)
+
+
+def _name(value: Any, what: str) -> str:
+    if problem := name_problem(_text(value, what)):
+        raise ValueError(problem)
+    return str(value)
+
+
+def _version(value: Any, what: str) -> str:
+    if problem := version_problem(_text(value, what)):
+        raise ValueError(problem)
+    return str(value)
+
+
+def _strength(value: Any, what: str) -> float:
+    if type(value) not in (int, float) or not 0 < value <= 2:
+        raise ValueError(f"{what} is {str(value)[:40]}")
+    return float(value)
+
+
+def _flag(value: Any, what: str) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"{what} is neither true nor false")
+    return value
+
+
+def _list(value: Any, what: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{what} is no list")
+    return value
+
+
+def _digests(value: Any, what: str) -> tuple[str, ...]:
+    return tuple(_sha256(one, what) for one in _list(value, what))
+
+
+def _mapping(value: Any, what: str, check: Check) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} is no object")
+    return {_text(name, what): check(one, what) for name, one in value.items()}
+
+
+def _event_kind(value: Any, what: str) -> str:
+    if value not in EVENTS:
+        raise ValueError(f"{what} is {str(value)[:80]!r}")
+    return str(value)
+
+
+_FIELDS: dict[str, Check] = {
+    "pack_id": _sha256,
+    "name": _name,
+    "version": _version,
+    "strength": _strength,
+    "when": _when,
+    "tool": _text,
+    "transaction": lambda value, what: _one_of(value, what, TRANSACTION),
+    "tensors": lambda value, what: _mapping(value, what, _record),
+    "supersedes": _digests,
+    "requires": _digests,
+    "base_mismatch_allowed": _flag,
+    "rounding": _text,
+    "signers": lambda value, what: _mapping(value, what, _sha256),
+    "roots": _digests,
+    "foreign": _flag,
+}
+
+
+def write_ledger(place: Place, ledger: Ledger, final: Place | None = None) -> None:
+    """Replaces the ledger at once, sealed for the model at `final` if that is another place."""
+    content = ledger.as_json()
+    sealed = content | {"seal": seal("ledger", (final or place).folder, bytes.fromhex(content["sha256"]))}
+    data = (json.dumps(sealed, indent=1) + "\n").encode("utf-8")
+    write_bytes(place.ledger, data, overwrite=True, owner=place.owner)

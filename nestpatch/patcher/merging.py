@@ -19,6 +19,8 @@ from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import TensorDelta
 from nestpatch.rows import FloatArray, Rows, merge
 
+FROM_BASE, FROM_ROWS = "from the float base", "from the quantized rows"
+"""What quantized rows are made of, as ledgers have it."""
 LEAST_GAIN = 0.9
 """Share of a delta that has to arrive in the rows of every tensor."""
 
@@ -35,7 +37,7 @@ class Means:
     @property
     def told(self) -> str:
         """For people: what quantized rows are made of."""
-        source = "from the float base" if self.base is not None else "from the quantized rows"
+        source = FROM_BASE if self.base is not None else FROM_ROWS
         return f"{source}, dithered" if self.dither else source
 
 

@@ -7,49 +7,42 @@ transaction that the ledger already names, which is then just removed.
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from nestpatch import __version__
 from nestpatch.errors import InPlaceError, JournalError, OutputError, OverlapError
 from nestpatch.events import OnEvent, ignore
-from nestpatch.formats import nest
 from nestpatch.formats.atomic import sync_folder
 from nestpatch.formats.interface import Checkpoint
 from nestpatch.pack import Pack
 from nestpatch.patcher.chain import Do, Link, Step
 from nestpatch.patcher.changes import Changer
-from nestpatch.patcher.journal import Region, remove_journal, roll_back, sync_files, write_journal
+from nestpatch.patcher.detach import detach
+from nestpatch.patcher.journal import (
+    Region,
+    files_of,
+    read_journal,
+    remove_journal,
+    roll_back,
+    sync_files,
+    write_journal,
+)
+from nestpatch.patcher.kept import keep
 from nestpatch.patcher.ledger import Entry, Ledger, read_ledger, write_ledger
 from nestpatch.patcher.merging import Means, require_gain
 from nestpatch.patcher.place import Place
 from nestpatch.patcher.plan import make_plan, measure
-from nestpatch.patcher.recovery import sweep
+from nestpatch.patcher.recovery import require_writable, retire, sweep
 from nestpatch.signing.origin import Origin
 
-
-def require_writable(checkpoint: Checkpoint, names: Sequence[str]) -> None:
-    """Raises InPlaceError when a file with these tensors is a link, has other names, or cannot be written."""
-    for file in sorted({file for name in names for file in checkpoint.info(name).files}):
-        if file.is_symlink():
-            raise InPlaceError(
-                f"{file} is a link to {file.resolve()}, as in a Hub cache: changing it would change other models too",
-                advice="Write a patched copy with -o OUTPUT, or pass --detach to replace the link by a file of its own first.",
-            )
-        if file.stat().st_nlink > 1:
-            raise InPlaceError(
-                f"{file} has another name elsewhere (a hard link): changing it would change that model too",
-                advice="Write a patched copy with -o OUTPUT, or pass --detach to give the model a file of its own first.",
-            )
-        if not os.access(file, os.R_OK | os.W_OK):
-            raise InPlaceError(f"{file} cannot be written by this user")
+Missing: TypeAlias = Mapping[str, frozenset[str]]
 
 
 def _keep_heap() -> None:
@@ -76,10 +69,16 @@ class Transaction:
     """For rows that are stored quantized."""
     origin: Origin = field(default_factory=Origin)
     """Of the pack that is applied; what is only put back keeps its own."""
+    missing: Missing = field(default_factory=dict)
+    """Pack id -> tensors that hold what they held before that pack already: there is nothing to undo in them."""
+    detach: bool = False
+    """Whether links are replaced by files of the model's own first."""
+    final: Place | None = None
+    """Where the state will be in the end, for a copy that gets its name when it is complete."""
 
     @property
     def _changer(self) -> Changer:
-        return Changer(self.checkpoint, self.means, self.journaled, self.on_event)
+        return Changer(self.checkpoint, self.means, self.journaled, self.on_event, self.place.owner)
 
     def run(self, ledger: Ledger, steps: Sequence[Step]) -> Ledger:
         """Carries the steps out and returns the new ledger.
@@ -88,13 +87,11 @@ class Transaction:
         """
         _keep_heap()
         identity, before = secrets.token_hex(8), {entry.pack_id: entry for entry in ledger.applied}
-        names = {delta.name for step in steps for delta in self.packs[step.link.pack_id]}
-        require_writable(self.checkpoint, sorted(names))
-        if steps and steps[0].do is Do.CHECK:
-            # The common case: a wrong base is refused before anything is written anywhere.
-            self.check(steps[0].link)
+        names = sorted({delta.name for step in steps for delta in self.packs[step.link.pack_id]})
+        self._prepare(steps, names)
+        retired = self._retired(ledger, steps)
         if self.journaled:
-            self._open_journal(identity, steps)
+            self._open_journal(identity, steps, retired)
         try:
             for number, step in enumerate(steps):
                 # A check that comes first has been made, under the same lock. A copy is checked again: it was made since.
@@ -102,31 +99,53 @@ class Transaction:
                     continue
                 ledger = self._do(step, ledger, identity, before)
             if self.journaled:
-                sync_files(sorted({file for name in names for file in self.checkpoint.info(name).files}))
+                sync_files(files_of(self.checkpoint, names))
                 sync_folder(self.place.folder)
             ledger = replace(ledger, transaction=identity).following(self.origin.channel)
-            write_ledger(self.place.ledger, ledger)
+            write_ledger(self.place, ledger, self.final)
         except BaseException as error:
             if self.journaled:
-                self._close_journal(error, identity)
+                self._close_journal(error, identity, steps)
             raise
+        # Committed: what cannot be removed now is removed by the next recovery.
+        retire(self.place, retired)
         if self.journaled:
-            # Committed: a journal that cannot be removed now is removed by the next command.
             with suppress(OSError):
                 remove_journal(self.place.journal)
-        sweep(self.place, self.checkpoint, ledger)
+        sweep(self.place, self.checkpoint)
         return ledger
 
-    def _open_journal(self, identity: str, steps: Sequence[Step]) -> None:
+    def _prepare(self, steps: Sequence[Step], names: Sequence[str]) -> None:
+        """All that can be refused before anything is written anywhere; then links are replaced, where that was asked for."""
+        if not self.detach:
+            require_writable(self.checkpoint, names)
+        if steps and steps[0].do is Do.CHECK:
+            # The common case: a wrong base.
+            self.check(steps[0].link)
+        if self.detach:
+            self.checkpoint = detach(self.checkpoint)
+            require_writable(self.checkpoint, names)
+
+    def _retired(self, ledger: Ledger, steps: Sequence[Step]) -> tuple[str, ...]:
+        """The undo records that nothing needs once the steps are done."""
+        undone = {step.link.pack_id for step in steps if step.do is Do.UNDO}
+        return tuple(entry.undo for entry in ledger.applied if entry.pack_id in undone)
+
+    def _made(self, identity: str, steps: Sequence[Step]) -> tuple[str, ...]:
+        """The undo records that the steps write."""
+        return tuple(f"{identity}-{step.link.pack_id[:16]}" for step in steps if step.do in (Do.APPLY, Do.REDO))
+
+    def _open_journal(self, identity: str, steps: Sequence[Step], retired: Sequence[str]) -> None:
+        makes = self._made(identity, steps)
         try:
-            write_journal(self.place.journal, identity, self.checkpoint, self._regions(steps))
+            write_journal(self.place, identity, self.checkpoint, self._regions(steps), makes=makes, retires=retired)
         except OSError as error:
             with suppress(OSError):
                 remove_journal(self.place.journal)
             raise InPlaceError(f"cannot write the journal {self.place.journal}: {error.strerror}") from error
 
-    def _close_journal(self, cause: BaseException, identity: str) -> None:
-        if read_ledger(self.place.ledger).transaction == identity:
+    def _close_journal(self, cause: BaseException, identity: str, steps: Sequence[Step]) -> None:
+        if read_ledger(self.place).transaction == identity:
             # The commit stands; only what follows it failed, and the next command does that.
             if isinstance(cause, (OSError, OutputError)):
                 raise InPlaceError(
@@ -135,9 +154,12 @@ class Transaction:
                 ) from cause
             return
         try:
-            roll_back(self.place.journal, self.checkpoint)
+            journal = read_journal(self.place)
+            if journal is not None:
+                roll_back(journal, self.checkpoint)
+            retire(self.place, self._made(identity, steps))
             remove_journal(self.place.journal)
-            sweep(self.place, self.checkpoint, read_ledger(self.place.ledger))
+            sweep(self.place, self.checkpoint)
         except OSError as error:
             raise JournalError(
                 f"the change failed ({cause}), and could not be rolled back now: {error.strerror}",
@@ -162,9 +184,10 @@ class Transaction:
             return ledger
         if step.do is Do.UNDO:
             entry = next(entry for entry in ledger.applied if entry.link == step.link)
-            self._changer.restore(self.packs[entry.pack_id], entry, self.place.undo(entry.undo))
+            gone = self.missing.get(entry.pack_id, frozenset())
+            self._changer.restore(self.packs[entry.pack_id], entry, self.place.undo(entry.undo), gone)
             kept = tuple(other for other in ledger.applied if other is not entry)
-            return replace(ledger, applied=kept).with_event("undone", entry, now)
+            return replace(ledger, applied=kept).with_event("found missing" if gone else "undone", entry, now)
         if step.do is Do.REDO:
             self._require_floats(step.link)
         old = before.get(step.link.pack_id) if step.do is Do.REDO else None
@@ -207,9 +230,9 @@ class Transaction:
             requires=link.requires,
             base_mismatch_allowed=self.allow_base_mismatch or bool(old and old.base_mismatch_allowed),
             signers=old.signers if old else self.origin.signers,
+            roots=old.roots if old else self.origin.roots,
+            foreign=bool(old and old.foreign),
         )
-        kept = self.place.pack(link.pack_id)
-        if not kept.exists():
-            nest.write(pack, kept)
+        keep(self.place, pack, link.pack_id, Origin() if old else self.origin)
         entry = replace(entry, tensors=self._changer.merge(pack, link.strength, self.place.undo(entry.undo)))
         return replace(entry, rounding=self.means.told) if entry.gain is not None else entry

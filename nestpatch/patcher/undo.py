@@ -10,10 +10,12 @@ Layout: MAGIC, then per tensor: u64 length and zlib stream of its residual, u64 
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nestpatch.errors import UndoError
+from nestpatch.files import open_regular
 from nestpatch.rows import FloatArray, Rows
 
 MAGIC = b"nestpatch-undo/1\n"
@@ -128,13 +131,13 @@ class UndoReader:
     def __init__(self, path: Path, tensors: Sequence[str]) -> None:
         self.path = path
         try:
-            with open(path, "rb") as file:
+            with open_regular(path, follow=False) as file:
                 self.parts = dict(zip(tensors, self._scan(file, len(tensors)), strict=True))
         except (OSError, struct.error) as error:
             raise UndoError(f"the undo record {path} cannot be read: {error}") from error
 
-    def _scan(self, file: BinaryIO, count: int) -> list[UndoPart]:
-        size = self.path.stat().st_size
+    def _scan(self, file: FileIO, count: int) -> list[UndoPart]:
+        size = os.fstat(file.fileno()).st_size
         if file.read(len(MAGIC)) != MAGIC:
             raise UndoError(f"{self.path} is no undo record")
         parts = []
@@ -155,12 +158,12 @@ class UndoReader:
         """The residual of a tensor in blocks of the given numbers of bytes."""
         offset, length = self.parts[tensor].residual
         stream = zlib.decompressobj()
-        with open(self.path, "rb") as file:
+        with open_regular(self.path, follow=False, error=UndoError) as file:
             file.seek(offset)
             for size in sizes:
                 yield self._take(file, stream, size, offset + length)
 
-    def _take(self, file: BinaryIO, stream: Any, size: int, end: int) -> bytes:
+    def _take(self, file: FileIO, stream: Any, size: int, end: int) -> bytes:
         pieces, missing = [], size
         while missing:
             data = stream.unconsumed_tail or file.read(min(1 << 20, end - file.tell()))
@@ -177,7 +180,7 @@ class UndoReader:
     def checksums(self, tensor: str) -> tuple[Checksums, Checksums]:
         """(before, after) of a tensor's rows."""
         offset, length = self.parts[tensor].checksums
-        with open(self.path, "rb") as file:
+        with open_regular(self.path, follow=False, error=UndoError) as file:
             file.seek(offset)
             table = file.read(length)
         if len(table) % 16:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nestpatch.errors import ChannelError
+from nestpatch.errors import ChannelError, PublisherError
 from nestpatch.events import OnEvent, ignore
 from nestpatch.formats.interface import Checkpoint
+from nestpatch.formats.opening import open_checkpoint
 from nestpatch.gate import passed
-from nestpatch.hub.channel import Decision, GoBack, Stay, decide
+from nestpatch.hub.channel import Decision, GoBack, Stay, Upgrade, choose, decide
 from nestpatch.hub.follow import Followed, download, follow
 from nestpatch.hub.sources import open_source
+from nestpatch.patcher.held import look, missing
 from nestpatch.patcher.inplace import apply_in_place, follow_channel, revert
-from nestpatch.patcher.ledger import Entry, read_ledger
-from nestpatch.patcher.recovery import open_model
+from nestpatch.patcher.kept import load_packs
+from nestpatch.patcher.ledger import Entry, Ledger, read_ledger
+from nestpatch.patcher.place import place_of
+from nestpatch.patcher.recovery import open_model, recover_model
+from nestpatch.patcher.work import Judge
 from nestpatch.signing.trust import Policy
 
 
@@ -53,34 +59,76 @@ def update(
     allow_overlap, on_event. Raises ChannelError when the model follows no channel, and whatever `follow`, `download` and
     `apply_in_place` raise; the model is then as the last finished channel left it.
     """
-    _, place = open_model(model)
-    ledger = read_ledger(place.ledger)
+    if not check and os.path.lexists(place_of(model).journal):
+        recover_model(model, policy=policy)
+    open_checkpoint(model)
+    ledger = _ledger_of(model, check=check)
     wanted = [open_source(text).place for text in channels] or ledger.follows
     if not wanted:
-        advice = (
-            "Name one with --channel owner/name, or apply a version of one: nestpatch apply MODEL hub://owner/name --in-place"
-        )
-        raise ChannelError(f"{model} follows no channel", advice=advice)
+        raise _follows_nothing(model, ledger)
     results = []
     for channel in dict.fromkeys(wanted):
         followed = follow(open_source(channel), policy, model, allow_unsigned=allow_unsigned)
-        entry = next((entry for entry in read_ledger(place.ledger).applied if entry.name == followed.patch_id), None)
-        results.append(_bring(Path(model), followed, entry, check=check, **means))
+        results.append(_bring(Path(model), followed, policy, check=check, **means))
     return tuple(results)
 
 
-def _bring(model: Path, followed: Followed, entry: Entry | None, *, check: bool, **means: Any) -> Updated:
+def _ledger_of(model: str | Path, *, check: bool) -> Ledger:
+    """The ledger; for a command that only looks, of a model in which no change was interrupted."""
+    return read_ledger(open_model(model)[1] if check else place_of(model))
+
+
+def _follows_nothing(model: str | Path, ledger: Ledger) -> ChannelError:
+    if ledger.offered:
+        return ChannelError(
+            f"the ledger that came with {model} names {', '.join(ledger.offered)}, and nobody here has agreed to follow that: "
+            "nothing was asked of it",
+            advice="If you want its updates: nestpatch update MODEL --channel PLACE",
+        )
+    advice = "Name one with --channel owner/name, or apply a version of one: nestpatch apply MODEL hub://owner/name --in-place"
+    return ChannelError(f"{model} follows no channel", advice=advice)
+
+
+def _bring(model: Path, followed: Followed, policy: Policy, *, check: bool, **means: Any) -> Updated:
     channel, place = followed.admitted.channel, followed.source.place
+    entry = _applied(model, followed, policy, check=check)
     decision = decide(channel, (entry.version, entry.pack_id) if entry else None)
+    if isinstance(decision, Stay) and entry is not None and not _is_there(model, entry, means.get("base")):
+        # The ledger says so, the rows do not.
+        decision = Upgrade(choose(channel, entry.version))
     before = entry.version if entry else ""
     target = decision.patch if not isinstance(decision, Stay) else None
     after = before if isinstance(decision, Stay) else target.version if target else ""
     reason = decision.reason if isinstance(decision, GoBack) else ""
+    if isinstance(decision, Upgrade) and before == after:
+        reason = "its rows were not in the model"
     steps: tuple[str, ...] = ()
     if not check:
-        steps = _carry_out(model, followed, entry, decision, **means)
+        steps = _carry_out(model, followed, entry, decision, policy, **means)
     state = "current" if isinstance(decision, Stay) else "available" if check else "updated"
     return Updated(place, state, before, after, reason, steps, channel.serial, channel.expires)
+
+
+def _applied(model: Path, followed: Followed, policy: Policy, *, check: bool) -> Entry | None:
+    """The entry of the channel's patch, which has to be of the channel's own publisher. Raises PublisherError."""
+    entry = next((entry for entry in _ledger_of(model, check=check).applied if entry.name == followed.patch_id), None)
+    if entry is None or entry.pack_id in {patch.file.sha256 for patch in followed.admitted.channel.patches}:
+        return entry
+    roots = {key.key_id for key in followed.admitted.seen.roots}
+    if not roots & Judge(policy, model).publishers(place_of(model), entry):
+        raise PublisherError(
+            f"the ledger of {model} names {entry.label} (sha256 {entry.pack_id[:12]}..), which {followed.source.place} never "
+            "published",
+            advice="Take it off first: nestpatch revert MODEL. Then update again.",
+        )
+    return entry
+
+
+def _is_there(model: Path, entry: Entry, base: Checkpoint | None) -> bool:
+    """Whether the rows hold an applied pack. Raises BaseMismatchError where they hold neither it nor what was there before."""
+    checkpoint, place = open_model(model)
+    applied = read_ledger(place).applied
+    return entry.pack_id not in missing(look(checkpoint, place, applied, load_packs(place, applied), base))
 
 
 def _carry_out(
@@ -88,6 +136,7 @@ def _carry_out(
     followed: Followed,
     entry: Entry | None,
     decision: Decision,
+    policy: Policy,
     *,
     base: Checkpoint | None = None,
     dither: bool = False,
@@ -95,14 +144,16 @@ def _carry_out(
     on_event: OnEvent = ignore,
 ) -> tuple[str, ...]:
     if isinstance(decision, Stay):
-        follow_channel(model, followed.source.place)
+        follow_channel(model, followed.source.place, policy)
         return ()
     if decision.patch is None:
-        return revert(model, base=base, dither=dither, only=entry.pack_id if entry else None, on_event=on_event).steps
+        only = entry.pack_id if entry else None
+        return revert(model, policy=policy, base=base, dither=dither, only=only, on_event=on_event).steps
     new = passed(download(followed, decision.patch, on_event=on_event))
     return apply_in_place(
         model,
         new,
+        policy=policy,
         strength=entry.strength if entry else 1.0,
         allow_downgrade=isinstance(decision, GoBack),
         allow_overlap=allow_overlap,

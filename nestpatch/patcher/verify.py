@@ -1,27 +1,31 @@
-"""Which state is this model in? Answered from the touched rows, against the ledger or a pack; `full` hashes whole tensors."""
+"""Which state is this model in? Answered from the touched rows; `full` hashes whole tensors.
+
+Without a patch: is what the ledger says in the rows? With one: is exactly this pack in the rows? Then the pack's own digests
+decide, and nothing beside the model does.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from nestpatch.errors import PackError
+from nestpatch.errors import LedgerError, PackError, StateError
 from nestpatch.formats import nest
 from nestpatch.formats.interface import Checkpoint, IntArray, row_blocks
-from nestpatch.pack import Pack, TensorDelta
+from nestpatch.pack import Pack
+from nestpatch.patcher.held import Difference, Found, Holds, Layer, layers_of, look
 from nestpatch.patcher.identity import APPLICABLE, Finding, State, examine
-from nestpatch.patcher.ledger import Entry, read_ledger
+from nestpatch.patcher.kept import load_pack, load_packs
+from nestpatch.patcher.ledger import Entry, Ledger, read_ledger
 from nestpatch.patcher.place import Place
 from nestpatch.patcher.recovery import open_model
-from nestpatch.patcher.undo import UndoReader, checksums, restored
-from nestpatch.patcher.work import load_packs
+from nestpatch.patcher.undo import restored
 from nestpatch.rows import Rows
 
 SHOWN_ROWS = 5
@@ -34,21 +38,9 @@ class Verdict(Enum):
     PATCHED = "patched"
     HALF = "half patched"
     ALTERED = "altered"
+    MISSING = "missing"
+    """The ledger names packs, and the rows hold what was there before."""
     UNKNOWN = "unknown"
-
-
-KNOWN = (Verdict.BASE, Verdict.PATCHED)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One tensor that does not hold what it should."""
-
-    tensor: str
-    rows: tuple[int, ...]
-    """The first rows that differ; empty where rows cannot be told."""
-    count: int
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -63,39 +55,130 @@ class Verification:
     detail: str
     full: bool
     seconds: float
+    asked: str = ""
+    """The pack that the caller asked about; empty: about the model as a whole."""
 
     @property
     def known(self) -> bool:
-        return self.verdict in KNOWN
+        """Whether all is as it should be: the pack that was asked about is in the rows; else base or patched."""
+        return self.verdict is Verdict.PATCHED or (self.verdict is Verdict.BASE and not self.asked)
 
 
-def verify(model: str | Path, patch: str | Path | Pack | None = None, *, full: bool = False) -> Verification:
-    """Compares the rows that packs touch with what the ledger, the pack, or the kept packs say of them.
+def verify(
+    model: str | Path,
+    patch: str | Path | Pack | None = None,
+    *,
+    strength: float = 1.0,
+    base: Checkpoint | None = None,
+    full: bool = False,
+) -> Verification:
+    """Looks at the rows that packs touch. Writes nothing.
 
-    Raises CheckpointError, PackError, LedgerError or UndoError.
+    Args:
+        model: A checkpoint of any format.
+        patch: Whether exactly this pack is in the rows, at `strength`; None: whether the rows hold what the ledger says.
+        strength: Only with a patch.
+        base: The float model, for quantized rows.
+        full: Hashes whole tensors too.
+
+    Raises:
+        CheckpointError: The model cannot be read.
+        PackError: The patch cannot be read.
+        StateError: The ledger or an undo record is broken, or a change was interrupted.
     """
     began = time.perf_counter()
     checkpoint, place = open_model(model)
-    ledger = read_ledger(place.ledger)
     pack = nest.read(patch) if isinstance(patch, (str, Path)) else patch
-    if ledger.applied:
-        result = _against_ledger(checkpoint, place, ledger.applied, pack, full=full)
+    ledger = read_ledger(place)
+    if pack is not None:
+        result = _is_in_rows(checkpoint, place, ledger, pack, strength, base, full=full)
+    elif ledger.applied:
+        result = _against_ledger(checkpoint, place, ledger.applied, base, full=full)
     else:
-        candidates = [pack] if pack is not None else _kept_packs(place, [str(e.get("pack_id")) for e in ledger.history])
-        result = _against_packs(checkpoint, candidates, full=full)
+        history = [(str(event["pack_id"]), f"{event['name']} {event['version']}") for event in ledger.history]
+        result = _against_packs(checkpoint, _kept_packs(place, history), full=full)
     verdict, packs, tensors, differences, detail = result
-    return Verification(verdict, packs, tensors, tuple(differences), detail, full, time.perf_counter() - began)
+    asked, seconds = pack.label if pack is not None else "", time.perf_counter() - began
+    return Verification(verdict, packs, tensors, tuple(differences), detail, full, seconds, asked)
 
 
 _Result = tuple[Verdict, tuple[str, ...], int, list[Difference], str]
 
 
-def _kept_packs(place: Place, pack_ids: Sequence[str]) -> list[Pack]:
+def _is_in_rows(
+    checkpoint: Checkpoint,
+    place: Place,
+    ledger: Ledger,
+    pack: Pack,
+    strength: float,
+    base: Checkpoint | None,
+    *,
+    full: bool,
+) -> _Result:
+    """The pack's own digests against the rows; what the ledger says is only a hint where to look for an undo record."""
+    pack_id = nest.pack_id(pack)
+    also = tuple(entry.label for entry in ledger.applied if entry.pack_id != pack_id)
+    more = f"; the ledger also names {', '.join(also)}" if also else ""
+    verdict, packs, tensors, differences, detail = _against_pack(checkpoint, pack, base, full=full)
+    if verdict is Verdict.PATCHED and strength == 1.0:
+        return verdict, packs, tensors, differences, detail + more
+    hint = next((entry for entry in ledger.applied if entry.pack_id == pack_id), None)
+    if hint is not None and verdict is not Verdict.BASE:
+        found = _followed(checkpoint, place, ledger, pack, hint, base)
+        if all(one.holds is Holds.PACK for one in found) and hint.strength == strength and found:
+            dose = f" at strength {strength:g}" if strength != 1.0 else ""
+            return Verdict.PATCHED, (pack.label,), tensors, [], f"holds {pack.label}{dose}{more}"
+        lacking = [one.difference for one in found if one.difference is not None]
+        dose = (
+            f"it may be there at strength {hint.strength:g}"
+            if hint.strength != strength
+            else "not as the pack would leave them"
+        )
+        return (
+            Verdict.ALTERED,
+            (),
+            tensors,
+            lacking or differences,
+            f"the rows do not hold {pack.label} at strength {strength:g}: {dose}{more}",
+        )
+    if verdict is Verdict.PATCHED:
+        return Verdict.ALTERED, (), tensors, [], f"holds {pack.label} at strength 1, not at {strength:g}{more}"
+    return verdict, packs, tensors, differences, detail + more
+
+
+def _followed(
+    checkpoint: Checkpoint, place: Place, ledger: Ledger, pack: Pack, hint: Entry, base: Checkpoint | None
+) -> list[Found]:
+    """What the rows of one pack prove, its undo record followed down to the base. Packs on top must leave its rows alone."""
+    claimed = [replace(entry, foreign=True) for entry in ledger.applied]
+    try:
+        packs = load_packs(place, claimed, {hint.pack_id: pack})
+        found = look(checkpoint, place, claimed, packs, base, down_to_base=True)
+        stacks = layers_of(place, claimed, packs)
+    except (StateError, LedgerError):
+        return []
+    own = [one for one in found if one.entry.pack_id == hint.pack_id]
+    return [_uncovered(one, stacks[one.tensor]) for one in own]
+
+
+def _uncovered(one: Found, stack: Sequence[Layer]) -> Found:
+    position = next(number for number, layer in enumerate(stack) if layer.entry.pack_id == one.entry.pack_id)
+    for above in stack[position + 1 :]:
+        shared = np.intersect1d(above.delta.rows, stack[position].delta.rows)
+        if len(shared):
+            detail = f"{len(shared)} of its rows were changed again by {above.entry.label}, first row {int(shared[0])}"
+            rows = tuple(int(row) for row in shared[:SHOWN_ROWS])
+            return Found(one.entry, one.tensor, Holds.OTHER, Difference(one.tensor, rows, len(shared), detail))
+    return one
+
+
+def _kept_packs(place: Place, history: Sequence[tuple[str, str]]) -> list[Pack]:
+    """history: (pack id, label)."""
     packs = []
-    for pack_id in dict.fromkeys(pack_ids):
+    for pack_id, label in dict.fromkeys(history):
         try:
-            packs.append(nest.read(place.pack(pack_id)))
-        except PackError:  # it only served this comparison
+            packs.append(load_pack(place, pack_id, label))
+        except (PackError, StateError):  # it only served this comparison
             continue
     return packs
 
@@ -106,14 +189,14 @@ def _against_packs(checkpoint: Checkpoint, packs: Sequence[Pack], *, full: bool)
     best: _Result | None = None
     for pack in packs:
         result = _against_pack(checkpoint, pack, full=full)
-        if best is None or result[0] in KNOWN:
+        if best is None or result[0] in (Verdict.BASE, Verdict.PATCHED):
             best = result
     assert best is not None  # noqa: S101 - packs is not empty
     return best
 
 
-def _against_pack(checkpoint: Checkpoint, pack: Pack, *, full: bool) -> _Result:
-    findings = examine(pack, checkpoint)
+def _against_pack(checkpoint: Checkpoint, pack: Pack, base: Checkpoint | None = None, *, full: bool) -> _Result:
+    findings = examine(pack, checkpoint, base)
     states = {finding.state for finding in findings}
     differences = [_difference(finding) for finding in findings if finding.state not in (*APPLICABLE, State.PATCHED)]
     count = len(findings)
@@ -162,90 +245,40 @@ def _digest_whole(checkpoint: Checkpoint, name: str, rows: IntArray | None, valu
 
 
 def _against_ledger(
-    checkpoint: Checkpoint, place: Place, applied: Sequence[Entry], pack: Pack | None, *, full: bool
+    checkpoint: Checkpoint, place: Place, applied: Sequence[Entry], base: Checkpoint | None, *, full: bool
 ) -> _Result:
     packs = load_packs(place, applied)
     labels = tuple(entry.label for entry in applied)
-    records = [UndoReader(place.undo(entry.undo), [delta.name for delta in packs[entry.pack_id]]) for entry in applied]
-    differences: list[Difference] = []
-    reverted, tensors = 0, 0
-    covered: dict[str, IntArray] = {}
-    for entry, record in zip(reversed(applied), reversed(records), strict=True):
-        for delta in packs[entry.pack_id]:
-            tensors += 1
-            above = covered.get(delta.name, np.empty(0, np.int64))
-            found = _check_tensor(checkpoint, entry, delta, record, above)
-            covered[delta.name] = np.union1d(above, delta.rows.astype(np.int64))
-            if found is not None:
-                differences.append(found[0])
-                reverted += found[1]
+    found = look(checkpoint, place, applied, packs, base)
+    differences = [one.difference for one in found if one.difference is not None]
     if differences:
-        half = reverted == sum(difference.count for difference in differences)
-        verdict = Verdict.HALF if half else Verdict.ALTERED
+        lost = [one for one in found if one.difference is not None]
+        if all(one.holds is Holds.BEFORE for one in found):
+            detail = f"the ledger names {', '.join(labels)}, and the rows hold what was there before"
+            return Verdict.MISSING, labels, len(found), differences, detail
+        half = all(one.holds is Holds.BEFORE or one.old == one.difference.count for one in lost if one.difference)
         detail = f"not what {', '.join(labels)} left" + (": some rows hold what they held before" if half else "")
-        return verdict, labels, tensors, differences, detail
-    if full and (altered := _whole_below(checkpoint, applied, packs, records)):
-        return Verdict.ALTERED, labels, tensors, altered, "the patched rows are right, but tensors differ elsewhere"
-    detail = f"holds {', '.join(labels)}"
-    if pack is not None and nest.pack_id(pack) not in packs:
-        detail += f"; {pack.label} is not applied"
-    return Verdict.PATCHED, labels, tensors, [], detail
+        return Verdict.HALF if half else Verdict.ALTERED, labels, len(found), differences, detail
+    if full and (altered := _whole_below(checkpoint, layers_of(place, applied, packs))):
+        return Verdict.ALTERED, labels, len(found), altered, "the patched rows are right, but tensors differ elsewhere"
+    came = "; the ledger came with the model, the packs confirm it" if any(entry.foreign for entry in applied) else ""
+    return Verdict.PATCHED, labels, len(found), [], f"holds {', '.join(labels)}{came}"
 
 
-def _check_tensor(
-    checkpoint: Checkpoint, entry: Entry, delta: TensorDelta, record: UndoReader, above: IntArray
-) -> tuple[Difference, int] | None:
-    """The difference of one tensor's rows and how many of them hold what they held before; None when all is right.
-
-    Rows that a pack above changed again are that pack's business.
-    """
-    info = checkpoint.info(delta.name)
-    state, sums = sha256(), []
-    for part in row_blocks(delta.neurons, info.row_bytes, info.stretch):
-        rows = checkpoint.read_rows(delta.name, delta.rows[part].astype(np.int64))
-        state.update(rows.view(np.uint8).data)
-        sums.append(checksums(rows))
-    expected = entry.tensors[delta.name].after
-    if state.hexdigest() == expected:
-        return None
-    visible = ~np.isin(delta.rows, above)
-    before, after = record.checksums(delta.name)
-    found: npt.NDArray[np.uint64] = np.concatenate(sums)
-    wrong = visible & (found != after)
-    if not wrong.any():
-        # Only rows that a pack above changed differ, as they must, unless a checksum was fooled.
-        return None if not visible.all() else (Difference(delta.name, (), 0, "digests differ, checksums do not"), 0)
-    old = int((wrong & (found == before)).sum())
-    rows_found = tuple(delta.rows[wrong][:SHOWN_ROWS].tolist())
-    count = int(wrong.sum())
-    where = f"row {rows_found[0]}" + (f" and {count - 1} more" if count > 1 else "")
-    held = f"{old} of them hold what they held before {entry.label}" if old else f"neither before nor after {entry.label}"
-    detail = f"{where}: {held}; rows sha256 {state.hexdigest()[:12]}.. instead of {expected[:12]}.."
-    return Difference(delta.name, rows_found, count, detail), old
-
-
-def _whole_below(
-    checkpoint: Checkpoint, applied: Sequence[Entry], packs: dict[str, Pack], records: Sequence[UndoReader]
-) -> list[Difference]:
+def _whole_below(checkpoint: Checkpoint, stacks: Mapping[str, Sequence[Layer]]) -> list[Difference]:
     """Whole tensors with all packs taken away again in memory, compared with the base digests in the packs."""
     altered = []
-    for name in sorted({delta.name for pack in packs.values() for delta in pack}):
+    for name, layers in sorted(stacks.items()):
         info = checkpoint.info(name)
-        layers = [
-            (entry, delta, record)
-            for entry, record in zip(applied, records, strict=True)
-            for delta in packs[entry.pack_id]
-            if delta.name == name
-        ]
-        identity = packs[layers[0][0].pack_id].manifest.base.tensors[name]
-        if info.dtype != identity.dtype or layers[0][0].base_mismatch_allowed:
+        identity = layers[0].pack.manifest.base.tensors[name]
+        if info.dtype != identity.dtype or layers[0].entry.base_mismatch_allowed:
             continue  # no digest to compare with
-        rows = np.unique(np.concatenate([delta.rows.astype(np.int64) for _, delta, _ in layers]))
+        rows = np.unique(np.concatenate([layer.delta.rows.astype(np.int64) for layer in layers]))
         values = checkpoint.read_rows(name, rows)
-        for entry, delta, record in reversed(layers):
-            where = np.searchsorted(rows, delta.rows)
-            (data,) = record.residuals(name, iter([delta.neurons * info.row_bytes]))
-            lacking = np.frombuffer(data, f"<u{values.dtype.itemsize}").reshape(delta.neurons, -1)
-            values[where] = restored(values[where], lacking, delta.dense(), entry.strength)
+        for layer in reversed(layers):
+            where = np.searchsorted(rows, layer.delta.rows)
+            (data,) = layer.record.residuals(name, iter([layer.delta.neurons * info.row_bytes]))
+            lacking = np.frombuffer(data, f"<u{values.dtype.itemsize}").reshape(layer.delta.neurons, -1)
+            values[where] = restored(values[where], lacking, layer.delta.dense(), layer.entry.strength)
         altered += _compare_whole(name, identity.sha256, _digest_whole(checkpoint, name, rows, values))
     return altered

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
-from nestpatch.errors import ChainError, LedgerError, UndoError
+from nestpatch.errors import ChainError
 from nestpatch.formats import nest
 from nestpatch.formats.interface import Checkpoint
 from nestpatch.pack import Pack
-from nestpatch.patcher.chain import Do, Link, Step, plan_apply, plan_revert
+from nestpatch.patcher.chain import NOTHING, Allowed, Do, Link, Step, plan_apply, plan_revert
+from nestpatch.patcher.kept import judge_kept, load_pack, load_packs, proven_signers
 from nestpatch.patcher.ledger import Entry, Ledger
 from nestpatch.patcher.place import Place
+from nestpatch.signing.origin import Origin
+from nestpatch.signing.trust import Policy
+from nestpatch.signing.verify import signers_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Work:
 
     steps: tuple[Step, ...]
     packs: Mapping[str, Pack]
+    origin: Origin = field(default_factory=Origin)
+    """Of the pack that is applied; what is only put back keeps its own."""
 
     @property
     def names(self) -> frozenset[str]:
@@ -49,18 +56,28 @@ class Work:
         return Size(len(self.names), sum(delta.neurons for delta in deltas), nbytes)
 
 
-def load_packs(place: Place, entries: Sequence[Entry]) -> dict[str, Pack]:
-    """The kept copies of applied packs, by id. Raises UndoError or LedgerError when one is missing or altered."""
-    packs = {}
-    for entry in entries:
-        path = place.pack(entry.pack_id)
-        pack = nest.read(path) if path.exists() else None
-        if pack is None or nest.pack_id(pack) != entry.pack_id:
-            raise UndoError(f"{path}, the kept copy of {entry.label}, is missing or altered")
-        if {delta.name: delta.neurons for delta in pack} != {name: record.rows for name, record in entry.tensors.items()}:
-            raise LedgerError(f"the ledger and the kept copy of {entry.label} disagree about what it changes")
-        packs[entry.pack_id] = pack
-    return packs
+@dataclass(frozen=True)
+class Judge:
+    """Whose word counts for what lies beside a model: the policy, and what the user calls the model."""
+
+    policy: Policy
+    model: str | Path | None
+    allow_unsigned: bool = False
+
+    def publishers(self, place: Place, entry: Entry) -> frozenset[str]:
+        """The key ids in whose name an applied pack speaks.
+
+        What this machine wrote down is believed. Of an entry that came with the model the kept signatures decide, and only
+        where these prove nothing its own claim, which can then hold back others but opens nothing.
+        """
+        if not entry.foreign:
+            return entry.publishers
+        return frozenset(proven_signers(place, entry.pack_id, self.policy, self.model).values()) or entry.publishers
+
+    def require(self, place: Place, pack_id: str) -> Origin:
+        """Judges the kept signatures of a pack that is to be used. Raises SignatureError, UndoError."""
+        outcome = judge_kept(place, pack_id, self.policy, self.model, allow_unsigned=self.allow_unsigned)
+        return Origin(signers_of(outcome))
 
 
 def _overlap(packs: Mapping[str, Pack]) -> dict[tuple[str, str], bool]:
@@ -73,58 +90,74 @@ def _overlap(packs: Mapping[str, Pack]) -> dict[tuple[str, str], bool]:
     return {(a, b): shared(a, b) for a in rows for b in rows}
 
 
+def _links(place: Place, ledger: Ledger, judge: Judge) -> list[Link]:
+    return [replace(entry.link, publishers=judge.publishers(place, entry)) for entry in ledger.applied]
+
+
 def plan_work(
-    place: Place, ledger: Ledger, pack: Pack, strength: float, *, allow_overlap: bool = False, allow_downgrade: bool = False
+    place: Place,
+    ledger: Ledger,
+    pack: Pack,
+    strength: float,
+    judge: Judge,
+    origin: Origin,
+    allowed: Allowed = NOTHING,
+    lost: Sequence[Entry] = (),
 ) -> Work:
-    """The work of applying a pack to a model with this ledger. Raises ChainError or UndoError."""
-    manifest = pack.manifest
-    link = Link(nest.pack_id(pack), manifest.name, manifest.version, strength, manifest.supersedes, manifest.requires)
-    packs = load_packs(place, ledger.applied) | {link.pack_id: pack}
-    shared = _overlap(packs)
-    steps = plan_apply(
-        [entry.link for entry in ledger.applied],
-        link,
-        lambda a, b: shared[a.pack_id, b.pack_id],
-        allow_overlap=allow_overlap,
-        allow_downgrade=allow_downgrade,
-    )
-    return Work(steps, packs)
+    """The work of applying a pack to a model with this ledger.
 
+    `lost`: applied packs whose rows are missing; they are put back, or replaced.
 
-def plan_return(place: Place, ledger: Ledger, to: str, only: str | None = None) -> Work:
-    """The work of going back to the base, or to an earlier version of an applied pack; or of taking away only the pack
-    with this id. Raises ChainError or UndoError.
+    Raises ChainError and its kinds, UndoError, LedgerError; SignatureError for an entry that came with the model.
     """
-    packs = load_packs(place, ledger.applied)
-    applied = [entry.link for entry in ledger.applied]
-    if only is not None:
-        shared = _overlap(packs)
-        removed = [link for link in applied if link.pack_id == only]
-        return Work(plan_revert(applied, removed, lambda a, b: shared[a.pack_id, b.pack_id]), packs)
-    if to == "base":
-        return Work(plan_revert(applied, applied, lambda a, b: True), packs)  # noqa: ARG005
-    link = _earlier(ledger, to)
-    return plan_work(place, ledger, _load_earlier(place, link), link.strength, allow_overlap=True, allow_downgrade=True)
+    manifest = pack.manifest
+    links, missing = _links(place, ledger, judge), [entry.link for entry in lost]
+    link = Link(
+        nest.pack_id(pack), manifest.name, manifest.version, strength, manifest.supersedes, manifest.requires, origin.publishers
+    )
+    packs = load_packs(place, ledger.applied, {link.pack_id: pack}) | {link.pack_id: pack}
+    shared = _overlap(packs)
+    steps = plan_apply(links, link, lambda a, b: shared[a.pack_id, b.pack_id], allowed, missing)
+    _require_signed(place, ledger, steps, judge, new=link.pack_id)
+    return Work(steps, packs, origin)
+
+
+def _require_signed(place: Place, ledger: Ledger, steps: Sequence[Step], judge: Judge, new: str = "") -> None:
+    """Packs that came with the model pass the gate before their deltas are used."""
+    foreign = {entry.pack_id for entry in ledger.applied if entry.foreign} - {new}
+    for pack_id in dict.fromkeys(step.link.pack_id for step in steps):
+        if pack_id in foreign:
+            judge.require(place, pack_id)
+
+
+def plan_return(
+    place: Place, ledger: Ledger, to: str, judge: Judge, only: str | None = None, lost: Sequence[Entry] = ()
+) -> Work:
+    """The work of going back to the base, or to an earlier version of an applied pack; or of taking away only the pack
+    with this id. Raises ChainError, UndoError, LedgerError, SignatureError.
+    """
+    if only is None and to != "base":
+        link = _earlier(ledger, to)
+        pack, origin = load_pack(place, link.pack_id, link.label), judge.require(place, link.pack_id)
+        allowed = Allowed(overlap=True, downgrade=True)
+        return plan_work(place, ledger, pack, link.strength, judge, origin, allowed, lost)
+    packs, links = load_packs(place, ledger.applied), _links(place, ledger, judge)
+    shared = _overlap(packs)
+    removed = links if only is None else [link for link in links if link.pack_id == only]
+    steps = plan_revert(links, removed, lambda a, b: shared[a.pack_id, b.pack_id], [entry.link for entry in lost])
+    _require_signed(place, ledger, steps, judge)
+    return Work(steps, packs)
 
 
 def _earlier(ledger: Ledger, version: str) -> Link:
     """The pack of that version in the model's history."""
     names = {entry.name for entry in ledger.applied}
-    found = [e for e in ledger.history if e.get("version") == version and e.get("name") in names and e.get("what") == "applied"]
+    found = [e for e in ledger.history if e["version"] == version and e["name"] in names and e["what"] == "applied"]
     if not found:
-        known = sorted({str(e.get("version")) for e in ledger.history if e.get("name") in names})
+        known = sorted({str(e["version"]) for e in ledger.history if e["name"] in names})
         raise ChainError(
             f"version {version} was never applied to this model",
             advice=f"Known versions: {', '.join(known) or 'none'}; or --to base.",
         )
     event = found[-1]
     return Link(str(event["pack_id"]), str(event["name"]), str(event["version"]))
-
-
-def _load_earlier(place: Place, link: Link) -> Pack:
-    path = place.pack(link.pack_id)
-    if not path.exists():
-        raise UndoError(
-            f"{path}, the kept copy of {link.label}, is missing", advice="Apply that version's pack with --allow-downgrade."
-        )
-    return nest.read(path)

@@ -108,7 +108,7 @@ class Case:
         state = self.state_of(folder)
         assert state, f"neither state: found {digests(model)}, before {self.before.weights}, after {self.after.weights}"
         place = place_of(model)
-        ledger = read_ledger(place.ledger)
+        ledger = read_ledger(place)
         assert tuple(entry.label for entry in ledger.applied) == state.applied, f"{state.name}, but the ledger differs"
         assert not place.journal.exists(), f"{state.name}, but a journal is left"
         needed = {place.undo(entry.undo).name for entry in ledger.applied}
@@ -185,7 +185,7 @@ def _share(template: Path, cache: Path) -> None:
 
 
 def _applied(model: Path) -> tuple[str, ...]:
-    return tuple(entry.label for entry in read_ledger(place_of(model).ledger).applied)
+    return tuple(entry.label for entry in read_ledger(place_of(model)).applied)
 
 
 def _command(operation: str, packs: Packs) -> Callable[[Path], Sequence[str]]:

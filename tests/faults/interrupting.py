@@ -39,6 +39,13 @@ def interrupted(killer: Killer, case: Case, folder: Path, number: int) -> Path:
     return folder
 
 
+def interrupted_template(killer: Killer, case: Case, folder: Path, number: int) -> Path:
+    """The same, moved out of the way: copied back to `folder` it is the very model again, and its journal fits the place."""
+    template = folder.with_name("interrupted")
+    interrupted(killer, case, folder, number).rename(template)
+    return template
+
+
 def settle_all(case: Case, what: str, kills: Iterator[tuple[int, Path]]) -> tuple[list[str], int]:
     """Settles every killed model: (states in the order of the kills, how many were in neither state before recovery).
 

@@ -16,7 +16,7 @@ import pytest
 from nestpatch.errors import NestpatchError
 from nestpatch.patcher.inplace import apply_in_place, revert
 from tests.faults.cases import Case, digests
-from tests.faults.interrupting import INTERRUPTIONS, MAIN, CaseOf, calls_of, interrupted
+from tests.faults.interrupting import INTERRUPTIONS, MAIN, CaseOf, calls_of, interrupted, interrupted_template
 from tests.faults.killer import Fault, Killer, needs_shim
 from tests.helpers import tree_digest
 
@@ -49,7 +49,7 @@ def test_a_failing_call_is_told_and_undone(killer: Killer, case_of: CaseOf, fold
 def test_a_failing_call_of_a_recovery_is_told(killer: Killer, case_of: CaseOf, folder: Path, dead: bool) -> None:
     case, failures = case_of("upgrade"), []
     number = INTERRUPTIONS["all rows"][0](calls_of(killer, case, folder))
-    template = interrupted(killer, case, folder.with_name("interrupted"), number)
+    template = interrupted_template(killer, case, folder, number)
     again = replace(case, template=template, args=lambda model: ["recover", str(model)])
     for number in range(1, len(calls_of(killer, again, folder)) + 1):
         again.fresh(folder)

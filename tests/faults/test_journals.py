@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from nestpatch.errors import JournalError
+from nestpatch.errors import ForeignJournalError, JournalError
+from nestpatch.patcher.inplace import apply_in_place
 from nestpatch.patcher.place import place_of
-from nestpatch.patcher.recovery import recover_model
+from nestpatch.patcher.recovery import Foreign, recover_model
+from tests.faults.cases import digests
 from tests.faults.interrupting import INTERRUPTIONS, CaseOf, calls_of, interrupted
 from tests.faults.killer import Killer, needs_shim
 from tests.helpers import tiny_checkpoint, tree_digest
@@ -27,9 +29,9 @@ def journaled(killer: Killer, case_of: CaseOf, folder: Path) -> Path:
 
 def damages(journal: bytes) -> Iterator[tuple[str, bytes]]:
     """Journals whose writing was interrupted, or that the disk has lost bits of."""
-    for length in (0, 1, 19, 20, 27, 28, 60, len(journal) // 2, len(journal) - 33, len(journal) - 32, len(journal) - 1):
+    for length in (0, 1, 19, 20, 27, 28, 60, len(journal) // 2, *(len(journal) - left for left in (65, 64, 33, 32, 1))):
         yield f"cut to {length}", journal[:length]
-    for place in (0, 19, 20, 27, 28, 100, len(journal) // 2, len(journal) - 33, len(journal) - 32, len(journal) - 1):
+    for place in (0, 19, 20, 27, 28, 100, len(journal) // 2, len(journal) - 65, len(journal) - 64, len(journal) - 33):
         yield f"flipped at {place}", journal[:place] + bytes([journal[place] ^ 0x10]) + journal[place + 1 :]
     yield "longer", journal + b"\0"
     yield "zeros", bytes(len(journal))
@@ -45,6 +47,37 @@ def test_damaged_journal_counts_as_none(case_of: CaseOf, journaled: Path) -> Non
         place.journal.write_bytes(data)
         assert recover_model(journaled).action == "nothing was changed", what
         assert case.prove(journaled) is case.before, what
+
+
+@pytest.mark.parametrize("at", [1, 32])
+def test_a_journal_whose_seal_is_damaged_is_foreign(case_of: CaseOf, journaled: Path, at: int) -> None:
+    """It is whole, so it may be all that is left of the rows: it is neither carried out nor removed unasked."""
+    case, place = case_of("apply"), place_of(journaled)
+    journal = bytearray(place.journal.read_bytes())
+    journal[-at] ^= 0x10
+    place.journal.write_bytes(journal)
+    before = tree_digest(journaled)
+    for act in (lambda: recover_model(journaled), lambda: apply_in_place(journaled, case.pack)):
+        with pytest.raises(ForeignJournalError, match=r"It would put \d+ rows of 4 tensors"):
+            act()
+        assert tree_digest(journaled) == before
+    done = recover_model(journaled, Foreign.ROLL_BACK)
+    assert (done.action, done.proof) == ("rolled back", "the user asked for it")
+    assert case.prove(journaled) is case.before
+
+
+def test_a_copied_folder_has_a_foreign_journal(case_of: CaseOf, journaled: Path, tmp_path: Path) -> None:
+    """The seal is for one place. What the user asks for is done: rolled back, or removed with the rows as they are."""
+    case, results = case_of("apply"), {}
+    for what in (Foreign.ROLL_BACK, Foreign.REMOVE):
+        copy = Path(shutil.copytree(journaled, tmp_path.resolve() / what.value))
+        with pytest.raises(ForeignJournalError):
+            recover_model(copy)
+        assert recover_model(copy, what).action == {"roll-back": "rolled back", "remove": "removed"}[what.value]
+        assert not place_of(copy).journal.exists()
+        results[what] = digests(copy)
+    assert results[Foreign.ROLL_BACK] == case.before.weights
+    assert results[Foreign.REMOVE] not in (case.before.weights, case.after.weights)
 
 
 @pytest.mark.parametrize("other", ["other files", "other sizes", "same layout"])

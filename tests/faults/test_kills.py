@@ -15,8 +15,18 @@ import pytest
 from nestpatch.patcher.place import place_of
 from nestpatch.patcher.recovery import recover_model
 from tests.faults.cases import digests
-from tests.faults.interrupting import INTERRUPTIONS, MAIN, CaseOf, calls_of, interrupted, number_of, settle_all
+from tests.faults.interrupting import (
+    INTERRUPTIONS,
+    MAIN,
+    CaseOf,
+    calls_of,
+    interrupted,
+    interrupted_template,
+    number_of,
+    settle_all,
+)
 from tests.faults.killer import Fault, Killer, needs_shim
+from tests.helpers import tree_digest
 
 pytestmark = needs_shim
 
@@ -78,7 +88,7 @@ def test_recovery_killed_at_every_call(killer: Killer, case_of: CaseOf, folder: 
     case = case_of(operation)
     choose, end = INTERRUPTIONS[left]
     number = choose(calls_of(killer, case, folder))
-    template = interrupted(killer, case, folder.with_name("interrupted"), number)
+    template = interrupted_template(killer, case, folder, number)
     again = replace(case, template=template, args=lambda model: ["recover", str(model)])
     for tear in (False, True) if left == "all rows" else (False,):
         kills = killer.kill_at_each(again.command, lambda: again.fresh(folder), tear=tear)
@@ -111,11 +121,12 @@ def test_killed_while_rolling_back_after_an_error(killer: Killer, case_of: CaseO
     assert torn > 10
 
 
-@pytest.mark.parametrize("following", ["recover", "verify", "status", "apply", "dry run", "revert"])
-def test_any_next_command_makes_the_model_whole(killer: Killer, case_of: CaseOf, folder: Path, following: str) -> None:
+@pytest.mark.parametrize("following", ["recover", "apply", "revert"])
+def test_any_next_command_that_writes_makes_the_model_whole(
+    killer: Killer, case_of: CaseOf, folder: Path, following: str
+) -> None:
     case = case_of("upgrade")
-    commands = {"apply": case.command(folder), "dry run": [*case.command(folder), "--dry-run"]}
-    args = commands.get(following, [following, str(folder)])
+    args = case.command(folder) if following == "apply" else [following, str(folder)]
     for number in range(1, len(calls_of(killer, case, folder)) + 1, 6):
         interrupted(killer, case, folder, number)
         end = killer.run(args, folder)
@@ -128,6 +139,35 @@ def test_any_next_command_makes_the_model_whole(killer: Killer, case_of: CaseOf,
             pytest.fail(f"{following} after call {number} left the journal")
         else:
             case.settle(folder)
+
+
+@pytest.mark.parametrize("following", ["verify", "verify with a pack", "status", "diff", "dry run", "export"])
+def test_no_command_that_looks_changes_an_interrupted_model(
+    killer: Killer, case_of: CaseOf, folder: Path, tmp_path: Path, following: str
+) -> None:
+    """It says that a change was interrupted, and how to end it; the folder stays as it is to the byte."""
+    case = case_of("upgrade")
+    args = {
+        "verify": ["verify", str(folder)],
+        "verify with a pack": ["verify", str(folder), str(case.pack)],
+        "status": ["status", str(folder)],
+        "diff": ["diff", str(folder), str(case.template)],
+        "dry run": [*case.command(folder), "--dry-run"],
+        "export": ["export", str(folder), "--to", "safetensors", "-o", str(tmp_path / "out")],
+    }[following]
+    interruptions = 0
+    for number in range(1, len(calls_of(killer, case, folder)) + 1, 6):
+        interrupted(killer, case, folder, number)
+        before, left = tree_digest(folder), place_of(folder).journal.exists()
+        interruptions += left
+        end = killer.run(args, folder)
+        assert (end.how, end.trouble) == ("ended", ""), f"{following} after call {number}: {end}"
+        assert tree_digest(folder) == before, f"{following} after call {number}"
+        if left:
+            assert end.code == 1, f"{following} after call {number}: {end}"
+            assert "was interrupted" in end.err, f"{following} after call {number}: {end}"
+            assert "nestpatch recover" in end.err, f"{following} after call {number}: {end}"
+    assert interruptions > 5
 
 
 @pytest.mark.parametrize(("first", "second"), [("apply", "upgrade"), ("upgrade", "revert"), ("revert", "apply")])

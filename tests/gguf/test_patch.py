@@ -149,7 +149,7 @@ def test_small_deltas_are_refused_with_the_ways_out(kind: str, base: Path, file_
     done = apply_in_place(path, pack, dither=True)
     assert done.gain is not None
     assert done.gain > LEAST_GAIN
-    entry = read_ledger(place_of(path).ledger).applied[0]
+    entry = read_ledger(place_of(path)).applied[0]
     assert entry.rounding == "from the quantized rows, dithered"
     revert(path)
     assert digest(path) == original

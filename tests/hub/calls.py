@@ -37,7 +37,7 @@ def key_file(scene: Scene, key: PrivateKey, name: str) -> Path:
 
 
 def ledger_of(model: Path) -> Ledger:
-    return read_ledger(place_of(model).ledger)
+    return read_ledger(place_of(model))
 
 
 def weights(model: Path) -> list[str]:

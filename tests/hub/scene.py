@@ -141,5 +141,5 @@ def refused(scene: Scene, error: type[NestpatchError], match: str, *, remembered
     assert type(caught.value) is error
     assert caught.value.advice
     assert scene.state() == before
-    assert read_ledger(place_of(scene.model).ledger).applied[0].version == "1.0.0"
+    assert read_ledger(place_of(scene.model)).applied[0].version == "1.0.0"
     assert (recall(f"hub://{REPO}") == known) is remembered

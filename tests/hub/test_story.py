@@ -69,14 +69,14 @@ def test_the_whole_story(hub: Hub, publisher: Machine, machine: Callable[..., Ma
     assert (tmp_path / "got.nest").read_bytes() == one.read_bytes()
     assert list(pulled["signers"]) == ["acme"]
     assert tool(fleet, "verify-signature", tmp_path / "got.nest")["verdict"] == "signed"
-    assert tool(fleet, "verify", model, tmp_path / "got.nest")["verdict"] == "base"
+    assert tool(fleet, "verify", model, tmp_path / "got.nest", code=1)["verdict"] == "base"
 
     tool(fleet, "apply", model, f"hub://{REPO}@1.0.0", "--in-place")
     at_one = digests(model)
     assert at_one != original
-    ledger = read_ledger(place_of(model).ledger)
-    assert ledger.follows == (f"hub://{REPO}",)
-    assert list(ledger.applied[0].signers) == ["acme"]
+    known = tool(fleet, "status", model)
+    assert known["follows"] == [f"hub://{REPO}"]
+    assert list(known["applied"][0]["signers"]) == ["acme"]
     assert tool(fleet, "update", model)["channels"][0]["state"] == "current"
 
     # A new version: one transaction.
@@ -84,10 +84,10 @@ def test_the_whole_story(hub: Hub, publisher: Machine, machine: Callable[..., Ma
     told = tool(fleet, "update", model, "--check", code=10)["channels"][0]
     assert (told["state"], told["before"], told["after"]) == ("available", "1.0.0", "1.1.0")
     assert digests(model) == at_one
-    before = read_ledger(place_of(model).ledger).transaction
+    before = read_ledger(place_of(model)).transaction
     done = tool(fleet, "update", model)["channels"][0]
     assert (done["state"], done["steps"]) == ("updated", ["undo no-harm 1.0.0", "apply no-harm 1.1.0"])
-    ledger = read_ledger(place_of(model).ledger)
+    ledger = read_ledger(place_of(model))
     assert [event["what"] for event in ledger.history] == ["applied", "undone", "applied"]
     assert ledger.transaction == ledger.applied[0].transaction != before
     assert tool(fleet, "verify", model)["verdict"] == "patched"

@@ -131,7 +131,7 @@ def test_small_deltas_are_refused_with_the_ways_out(base: Path, tmp_path: Path) 
     shares = [[g.share for g in measure(pack, 1.0, open_checkpoint(path), Means(dither=d)).values()] for d in (False, True)]
     assert max(shares[0]) < 0.8 < LEAST_GAIN < min(shares[1])
     apply_in_place(path, pack, dither=True)
-    assert read_ledger(place_of(path).ledger).applied[0].rounding == "from the quantized rows, dithered"
+    assert read_ledger(place_of(path)).applied[0].rounding == "from the quantized rows, dithered"
     revert(path)
     assert data_of(path).keys() == {"model.onnx", "model.onnx_data"}
     assert {n: d for n, d in tree_digest(tmp_path).items() if "nestpatch" not in n} == before

@@ -38,13 +38,19 @@ def sweep(target: Path) -> None:
     """Removes the temporary files of earlier exports to this place whose process is gone."""
     for ending in ("", WHOLE, PATCHED, CONVERTED):
         for path in target.parent.glob(f".{escape(target.name)}.????????.tmp{ending}"):
-            with suppress(OSError):
-                handle = os.open(path, os.O_RDONLY)
-                try:
-                    if _lock(handle):
-                        _remove(path)
-                finally:
-                    os.close(handle)
+            if not path.is_symlink() and is_free(path):
+                _remove(path)
+
+
+def is_free(path: Path) -> bool:
+    """Whether no living process has marked a file or directory as in use."""
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        try:
+            return _lock(handle)
+        finally:
+            os.close(handle)
+    return False
 
 
 def _lock(handle: int) -> bool:

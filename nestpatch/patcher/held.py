@@ -1,0 +1,269 @@
+"""Is what a ledger says in the rows? Answered from the rows, tensor by tensor.
+
+Of an entry that this machine wrote, the digests in the ledger are compared with the rows. Of an entry that came along with the
+model, nothing is believed: the pack's own digests decide. Where the rows are not simply the pack's result (another strength, a
+stack, another dtype), the undo record is followed down to the base in memory; that counts only when merging leads up again to
+the very same rows, and when the base is by its digest the one that the pack names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from hashlib import sha256
+
+import numpy as np
+import numpy.typing as npt
+
+from nestpatch.errors import BaseMismatchError, PackContentError, QuantizationError, UndoError
+from nestpatch.formats.interface import Checkpoint, IntArray, TensorInfo, row_blocks
+from nestpatch.pack import Pack, TensorDelta
+from nestpatch.patcher.identity import Finding, State, examine, is_base
+from nestpatch.patcher.ledger import Entry
+from nestpatch.patcher.merging import FROM_ROWS, Means, fitted, merged_rows
+from nestpatch.patcher.place import Place
+from nestpatch.patcher.undo import UndoReader, bits, checksums, restored
+from nestpatch.rows import Rows
+
+SHOWN_ROWS = 5
+
+
+class Holds(Enum):
+    """What the rows of one tensor turned out to hold, of an applied pack."""
+
+    PACK = "the pack"
+    BEFORE = "what was there before the pack"
+    OTHER = "something else"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One tensor that does not hold what it should."""
+
+    tensor: str
+    rows: tuple[int, ...]
+    """The first rows that differ; empty where rows cannot be named."""
+    count: int
+    detail: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """One tensor of one applied pack."""
+
+    entry: Entry
+    tensor: str
+    holds: Holds
+    difference: Difference | None = None
+    """None where the rows hold the pack."""
+    old: int = 0
+    """Of the rows that differ, those that hold what they held before."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One applied pack over one tensor."""
+
+    entry: Entry
+    pack: Pack
+    delta: TensorDelta
+    record: UndoReader
+
+
+def layers_of(place: Place, applied: Sequence[Entry], packs: Mapping[str, Pack]) -> dict[str, list[Layer]]:
+    """Tensor -> the packs over it, bottom first. Raises UndoError when an undo record is missing or broken."""
+    layers: dict[str, list[Layer]] = {}
+    for entry in applied:
+        pack = packs[entry.pack_id]
+        record = UndoReader(place.undo(entry.undo), [delta.name for delta in pack])
+        for delta in pack:
+            layers.setdefault(delta.name, []).append(Layer(entry, pack, delta, record))
+    return layers
+
+
+def look(
+    checkpoint: Checkpoint,
+    place: Place,
+    applied: Sequence[Entry],
+    packs: Mapping[str, Pack],
+    base: Checkpoint | None = None,
+    *,
+    down_to_base: bool = False,
+) -> list[Found]:
+    """What the rows of every applied pack hold.
+
+    `base`: the float model, for rows that were rounded. With `down_to_base` the undo records of entries that came with the
+    model are followed even where the rows are plainly the pack's result: they are about to be used.
+
+    Raises UndoError, CheckpointError.
+    """
+    layers = layers_of(place, applied, packs)
+    examined = {
+        entry.pack_id: {finding.name: finding for finding in _examined(packs[entry.pack_id], checkpoint, base)}
+        for entry in applied
+        if entry.foreign
+    }
+    found: list[Found] = []
+    for name, stack in layers.items():
+        if not any(layer.entry.foreign for layer in stack):
+            found += _by_ledger(checkpoint, stack)
+            continue
+        findings = [examined.get(layer.entry.pack_id, {}).get(name) for layer in stack]
+        if len(stack) == 1 and not down_to_base and _is_plainly_there(stack[0], findings[0]):
+            found.append(Found(stack[0].entry, name, Holds.PACK))
+            continue
+        proofs = _prove(checkpoint, name, stack, base)
+        found += [_judged(*one, strict=down_to_base) for one in zip(stack, findings, proofs, strict=True)]
+    order = {entry.pack_id: number for number, entry in enumerate(applied)}
+    return sorted(found, key=lambda one: (-order[one.entry.pack_id], one.tensor))
+
+
+def _examined(pack: Pack, checkpoint: Checkpoint, base: Checkpoint | None) -> list[Finding]:
+    try:
+        return examine(pack, checkpoint, base)
+    except (BaseMismatchError, QuantizationError):
+        return examine(pack, checkpoint)
+
+
+def missing(found: Sequence[Found]) -> dict[str, frozenset[str]]:
+    """Pack id -> the tensors in which a pack is missing, for packs that are missing in some.
+
+    Raises BaseMismatchError where rows hold neither the pack nor what was there before: putting the pack back would hide that.
+    """
+    for one in found:
+        if one.holds is Holds.OTHER and one.difference is not None:
+            raise BaseMismatchError(
+                f"{one.tensor} no longer holds what {one.entry.label} wrote: {one.difference.detail}",
+                advice="Something else changed the model. `nestpatch verify MODEL` names the rows. Nothing was changed now.",
+            )
+    gone: dict[str, set[str]] = {}
+    for one in found:
+        if one.holds is Holds.BEFORE:
+            gone.setdefault(one.entry.pack_id, set()).add(one.tensor)
+    return {pack_id: frozenset(names) for pack_id, names in gone.items()}
+
+
+def require_proven(found: Sequence[Found]) -> None:
+    """Raises UndoError when the undo record of an entry that came with the model is not proven to lead to the pack's base."""
+    for one in found:
+        if one.entry.foreign and one.holds is Holds.OTHER and one.difference is not None:
+            raise UndoError(
+                f"the undo record of {one.entry.label} came with the model, and nothing proves that it leads back to the base "
+                f"of that pack: {one.tensor}: {one.difference.detail}",
+                advice="Get the base model again from where it came from; or, for a quantized model, give --base.",
+            )
+
+
+def _by_ledger(checkpoint: Checkpoint, stack: Sequence[Layer]) -> list[Found]:
+    """Digests that this machine wrote down, top first. Rows that a pack above changed again are that pack's business."""
+    found, above = [], np.empty(0, np.int64)
+    for layer in reversed(stack):
+        found.append(_compare(checkpoint, layer, above))
+        above = np.union1d(above, layer.delta.rows.astype(np.int64))
+    return found
+
+
+def _compare(checkpoint: Checkpoint, layer: Layer, above: IntArray) -> Found:
+    entry, delta = layer.entry, layer.delta
+    expected = entry.tensors[delta.name]
+    digest, sums = _digest_rows(checkpoint, delta)
+    if digest == expected.after:
+        return Found(entry, delta.name, Holds.PACK)
+    visible = ~np.isin(delta.rows, above)
+    before, after = layer.record.checksums(delta.name)
+    wrong = visible & (sums != after)
+    if not wrong.any() and not visible.all():
+        return Found(entry, delta.name, Holds.PACK)  # only rows that a pack above changed differ, as they must
+    old = int((wrong & (sums == before)).sum())
+    holds = Holds.BEFORE if digest == expected.before else Holds.OTHER
+    return Found(entry, delta.name, holds, _difference(layer, wrong, old, digest), old)
+
+
+def _difference(layer: Layer, wrong: npt.NDArray[np.bool_], old: int, digest: str) -> Difference:
+    delta, label, expected = layer.delta, layer.entry.label, layer.entry.tensors[layer.delta.name].after
+    if not wrong.any():
+        return Difference(delta.name, (), 0, "digests differ, checksums do not")
+    rows, count = tuple(delta.rows[wrong][:SHOWN_ROWS].tolist()), int(wrong.sum())
+    where = f"row {rows[0]}" + (f" and {count - 1} more" if count > 1 else "")
+    held = f"{old} of them hold what they held before {label}" if old else f"neither before nor after {label}"
+    return Difference(delta.name, rows, count, f"{where}: {held}; rows sha256 {digest[:12]}.. instead of {expected[:12]}..")
+
+
+def _digest_rows(checkpoint: Checkpoint, delta: TensorDelta) -> tuple[str, npt.NDArray[np.uint64]]:
+    info, state, sums = checkpoint.info(delta.name), sha256(), []
+    for part in row_blocks(delta.neurons, info.row_bytes, info.stretch):
+        rows = checkpoint.read_rows(delta.name, delta.rows[part].astype(np.int64))
+        state.update(rows.view(np.uint8).data)
+        sums.append(checksums(rows))
+    return state.hexdigest(), np.concatenate(sums)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What following the undo record of one layer showed."""
+
+    remade: bool
+    """Whether merging leads from what was restored to the rows that are there."""
+    leads_to_base: bool
+    """Whether what was restored is the base that the pack names."""
+    plain: bool
+    covered: bool
+    """Whether a pack above changed some of its rows again."""
+
+
+def _prove(checkpoint: Checkpoint, name: str, stack: Sequence[Layer], base: Checkpoint | None) -> list[Proof]:
+    """Follows the undo records of a tensor's packs down to the base, in memory. One proof a layer, bottom first."""
+    info = checkpoint.info(name)
+    rows = np.unique(np.concatenate([layer.delta.rows.astype(np.int64) for layer in stack]))
+    values = checkpoint.read_rows(name, rows)
+    remade, covered = [], []
+    above = np.empty(0, np.int64)
+    for layer in reversed(stack):
+        places = np.searchsorted(rows, layer.delta.rows)
+        current = values[places]
+        (data,) = layer.record.residuals(name, iter([current.nbytes]))
+        lacking = np.frombuffer(data, f"<u{current.dtype.itemsize}").reshape(current.shape)
+        original = restored(current, lacking, layer.delta.dense(), layer.entry.strength)
+        remade.append(_is_remade(checkpoint, layer, original, current, base))
+        covered.append(bool(np.isin(layer.delta.rows, above).any()))
+        values[places] = original
+        above = np.union1d(above, layer.delta.rows.astype(np.int64))
+    proofs = []
+    for layer, again, over in zip(stack, reversed(remade), reversed(covered), strict=True):
+        identity = layer.pack.manifest.base.tensors[name]
+        bottom = is_base(layer.delta, identity, info, values[np.searchsorted(rows, layer.delta.rows)])
+        proofs.append(Proof(again, bottom, info.plain, over))
+    return proofs
+
+
+def _is_remade(checkpoint: Checkpoint, layer: Layer, original: Rows, current: Rows, base: Checkpoint | None) -> bool:
+    delta, dtype = layer.delta, layer.pack.manifest.base.tensors[layer.delta.name].dtype
+    means = Means(None if layer.entry.rounding.startswith(FROM_ROWS) else base, "dither" in layer.entry.rounding)
+    info: TensorInfo = fitted(checkpoint, delta, means.base)
+    try:
+        for part in row_blocks(delta.neurons, info.row_bytes, info.stretch):
+            made, _ = merged_rows(info, delta, dtype, part, original[part], layer.entry.strength, means)
+            if not np.array_equal(bits(made), bits(np.ascontiguousarray(current[part]))):
+                return False
+    except (PackContentError, QuantizationError):
+        return False
+    return True
+
+
+def _is_plainly_there(layer: Layer, finding: Finding | None) -> bool:
+    return finding is not None and finding.state is State.PATCHED and layer.entry.strength == 1.0
+
+
+def _judged(layer: Layer, finding: Finding | None, proof: Proof, *, strict: bool) -> Found:
+    """What examining the rows and following the undo record say together, of an entry that came with the model."""
+    entry, name = layer.entry, layer.delta.name
+    if finding is not None and finding.state in (State.BASE, State.WIDENED):
+        return Found(entry, name, Holds.BEFORE, Difference(name, (), 0, "still holds the base"))
+    plainly = _is_plainly_there(layer, finding) and not proof.covered
+    proven = proof.leads_to_base and (proof.remade or (plainly and not proof.plain))
+    if proven or (plainly and not strict):
+        return Found(entry, name, Holds.PACK)
+    reason = finding.detail if finding is not None and finding.detail else "the rows do not show it"
+    detail = f"nothing proves that it holds {entry.label}: {reason}"
+    return Found(entry, name, Holds.OTHER, Difference(name, finding.rows[:SHOWN_ROWS] if finding else (), 0, detail))

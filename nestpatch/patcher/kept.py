@@ -1,0 +1,108 @@
+"""Packs that are kept beside a model, with their signatures: undoing needs their deltas, and they prove what is applied.
+
+They travel with the model. A kept copy is the pack that its name says only when its bytes have that SHA-256, and a publisher's
+only when the signatures beside it are judged as those of a file are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+from nestpatch.errors import LedgerError, PackError, SignatureError, StateError, UndoError
+from nestpatch.files import read_bounded
+from nestpatch.formats import nest
+from nestpatch.formats.atomic import write_bytes
+from nestpatch.pack import Pack
+from nestpatch.patcher.ledger import Entry
+from nestpatch.patcher.place import Place
+from nestpatch.signing.origin import Origin
+from nestpatch.signing.trust import Policy
+from nestpatch.signing.verify import Outcome, Signed, verify_signature
+
+MAX_KEPT = 1 << 30
+"""Bytes of a kept pack."""
+_SUFFIX = re.compile(r"(?:\.[0-9a-f]{12})?\.sig", re.ASCII)
+
+
+def keep(place: Place, pack: Pack, pack_id: str, origin: Origin) -> None:
+    """Keeps a pack and its signatures; what lies there already under the same name is replaced unless it is the same."""
+    _write(place, place.pack(pack_id), nest.encode(pack))
+    for suffix, content in origin.signatures.items():
+        if _SUFFIX.fullmatch(suffix):
+            kept = place.pack(pack_id)
+            _write(place, kept.with_name(f"{kept.name}{suffix}"), content)
+
+
+def _write(place: Place, file: Path, data: bytes) -> None:
+    if _read(file) != data:
+        write_bytes(file, data, overwrite=True, owner=place.owner)
+
+
+def _read(file: Path) -> bytes | None:
+    try:
+        return read_bounded(file, MAX_KEPT, follow=False)
+    except OSError:
+        return None
+
+
+def load_pack(place: Place, pack_id: str, label: str) -> Pack:
+    """The kept copy of a pack, whose bytes have that SHA-256 and whose manifest says that name and version.
+
+    Raises UndoError when it is missing, altered or another one.
+    """
+    path = place.pack(pack_id)
+    data = _read(path)
+    if data is None or sha256(data).hexdigest() != pack_id:
+        raise UndoError(
+            f"{path}, the kept copy of {label}, is missing or altered",
+            advice="Apply the pack's file again: nestpatch apply MODEL PATCH --in-place puts the copy back.",
+        )
+    try:
+        pack = nest.decode(data)
+    except PackError as error:
+        raise UndoError(f"{path}, the kept copy of {label}, is no pack: {error}") from error
+    if pack.label != label:
+        raise LedgerError(f"{path} is {pack.label}, where the ledger names {label}")
+    return pack
+
+
+def load_packs(place: Place, entries: Sequence[Entry], known: Mapping[str, Pack] | None = None) -> dict[str, Pack]:
+    """The packs of applied entries, by id; those in `known` are at hand already.
+
+    Raises UndoError or LedgerError when one is missing or altered.
+    """
+    packs = {}
+    for entry in entries:
+        pack = (known or {}).get(entry.pack_id) or load_pack(place, entry.pack_id, entry.label)
+        if pack.label != entry.label:
+            raise LedgerError(f"the ledger calls {pack.label} {entry.label}")
+        if {delta.name: delta.neurons for delta in pack} != {name: record.rows for name, record in entry.tensors.items()}:
+            raise LedgerError(f"the ledger and the pack {entry.label} disagree about what it changes")
+        packs[entry.pack_id] = pack
+    return packs
+
+
+def judge_kept(
+    place: Place, pack_id: str, policy: Policy, model: str | Path | None, *, allow_unsigned: bool = False
+) -> Outcome:
+    """Judges the signatures that are kept with a pack, as those of a file. Raises SignatureError, UndoError."""
+    path = place.pack(pack_id)
+    try:
+        outcome = verify_signature(path, policy, model, allow_unsigned=allow_unsigned)
+    except PackError as error:
+        raise UndoError(f"the kept copy {path} cannot be used: {error}") from error
+    if outcome.pack_id != pack_id:
+        raise UndoError(f"the kept copy {path} is altered: its sha256 is {outcome.pack_id[:12]}..")
+    return outcome
+
+
+def proven_signers(place: Place, pack_id: str, policy: Policy, model: str | Path | None) -> dict[str, str]:
+    """Name -> key id of the trusted keys whose kept signatures are sound; none where anything is wrong with them."""
+    try:
+        outcome = judge_kept(place, pack_id, policy, model, allow_unsigned=True)
+    except (SignatureError, StateError):
+        return {}
+    return {signer.name: signer.key_id for signer in outcome.signers} if isinstance(outcome, Signed) else {}
