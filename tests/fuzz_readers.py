@@ -9,6 +9,7 @@ input kept.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import re
 import sys
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +27,10 @@ from nestpatch.formats import nest
 from nestpatch.formats.gguf import GgufCheckpoint
 from nestpatch.formats.interface import Checkpoint
 from nestpatch.formats.onnx.checkpoint import OnnxCheckpoint
+from nestpatch.formats.opening import open_checkpoint
 from nestpatch.formats.safetensors import INDEX, SafetensorsCheckpoint
 from nestpatch.patcher.inplace import apply_in_place
-from nestpatch.patcher.journal import read_transaction
+from nestpatch.patcher.journal import Region, write_journal
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.patcher.place import place_of
 from nestpatch.patcher.recovery import recover_model
@@ -148,6 +151,19 @@ def in_model(name: str) -> Reader:
     return read
 
 
+def read_forged_ledger(folder: Path, data: bytes) -> None:
+    """A ledger with a right checksum, which anybody can make: whatever it says, it is refused by name or judged by the rows."""
+    try:
+        content = json.loads(data)
+        content.pop("seal", None)
+        content.pop("sha256", None)
+        digest = sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    except (ValueError, AttributeError):
+        return
+    name = place_of(folder / "model").ledger.name
+    in_model(name)(folder, json.dumps({**content, "sha256": digest}).encode())
+
+
 def read_undo(folder: Path, data: bytes) -> None:
     """Residuals and checksums of an undo record."""
     path = folder / "x.undo"
@@ -159,15 +175,27 @@ def read_undo(folder: Path, data: bytes) -> None:
         reader.checksums(name)
 
 
-def read_journal(folder: Path, data: bytes) -> None:
-    """A damaged journal is not whole, and changes nothing."""
+def read_damaged_journal(folder: Path, data: bytes) -> None:
+    """A damaged journal is not whole, or its seal is gone; it changes nothing."""
+    recover_from(folder, data)
+
+
+def read_forged_journal(folder: Path, data: bytes) -> None:
+    """The same with a right checksum, which anybody can make: whatever it says, it changes nothing."""
+    recover_from(folder, data[:-64] + sha256(data[:-64]).digest() + bytes(32))
+
+
+def recover_from(folder: Path, data: bytes) -> None:
+    """Lets a model be recovered by a journal that nestpatch did not write."""
     model = folder / "model"
     place = place_of(model)
     weights = {file: file.read_bytes() for file in model.glob("*.safetensors")}
     place.journal.write_bytes(data)
-    assert read_transaction(place.journal) is None, "a damaged journal passed its checksum"
-    assert recover_model(model).action == "nothing was changed"
-    assert weights == {file: file.read_bytes() for file in model.glob("*.safetensors")}
+    try:
+        assert recover_model(model).action == "nothing was changed", "a journal of nobody was carried out"
+    finally:
+        place.journal.unlink(missing_ok=True)
+        assert weights == {file: file.read_bytes() for file in model.glob("*.safetensors")}
 
 
 def prepare(folder: Path) -> dict[str, tuple[bytes, Reader]]:
@@ -178,7 +206,12 @@ def prepare(folder: Path) -> dict[str, tuple[bytes, Reader]]:
     place = place_of(model)
     (undo,) = place.folder.glob("*.undo")
     shard = next(model.glob("*.safetensors"))
-    journal = b"nestpatch-journal/2\n" + bytes(8) + b"{}" + bytes(32)
+    checkpoint = open_checkpoint(model)
+    write_journal(
+        place, "0" * 16, checkpoint, [Region(checkpoint.info(delta.name), delta.rows.astype("int64")) for delta in pack]
+    )
+    journal = place.journal.read_bytes()
+    place.journal.unlink()
     assert read_ledger(place).applied
     return {
         "pack": (nest.encode(pack), read_pack),
@@ -187,8 +220,10 @@ def prepare(folder: Path) -> dict[str, tuple[bytes, Reader]]:
         **onnx_models(folder),
         "index": ((model / INDEX).read_bytes(), in_model(INDEX)),
         "ledger": (place.ledger.read_bytes(), in_model(place.ledger.name)),
+        "forged ledger": (place.ledger.read_bytes(), read_forged_ledger),
         "undo": (undo.read_bytes(), read_undo),
-        "journal": (journal, read_journal),
+        "damaged journal": (journal, read_damaged_journal),
+        "forged journal": (journal, read_forged_journal),
     }
 
 
