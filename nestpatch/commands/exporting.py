@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nestpatch.commands.gating import proven
+from nestpatch.commands.gating import proven, say_unchecked
 from nestpatch.commands.options import PathType, json_option, print_json, progress, quiet_option, trust_options
 from nestpatch.events import Event, OnEvent
 
@@ -211,6 +211,7 @@ def export(
         place = _place(target, output, text, passed)
         done = TARGETS[target](source, passed, place, {**options, "on_event": on_event})
         found = _checked(done.path, Path(model), passed, strength, on_event) if check else None
+    say_unchecked(passed)
     _show(target, done, found, as_json)
     sys.exit(0 if found is None or found.passed else 1)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from nestpatch.commands.gating import proven
+from nestpatch.commands.gating import proven, say_unchecked
 from nestpatch.commands.options import (
     PathType,
     json_option,
@@ -95,6 +95,7 @@ def apply(
 
             copying: dict[str, Any] = {"hard_link": hard_link, "digest": digest, "sync": not no_sync}
             done = run(model, checked, output, **copying, **common, **flags)
+    say_unchecked(checked)
     report(done, "show_changed" if in_place else "show_applied", as_json)
 
 

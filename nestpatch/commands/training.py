@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from nestpatch.commands.gating import proven
+from nestpatch.commands.gating import proven, say_unchecked
 from nestpatch.commands.options import PathType, json_option, print_json, progress, quiet_option, trust_options
 
 
@@ -142,6 +142,7 @@ def evaluate(
         if patch is not None:
             checked = proven(patch, model, policy_file, on_event, allow_unsigned=allow_unsigned)
         result = assess(model, suites, patch=checked, on_event=on_event, **options)  # type: ignore[arg-type]
+    say_unchecked(checked)
     if answers is not None:
         write_answers(result, answers)
     columns = {"model": result.model} | ({"patched": result.patched} if result.patched else {})
