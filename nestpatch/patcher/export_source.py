@@ -130,12 +130,12 @@ def source_of(
     if not whole and {step.do for step in steps} <= {Do.CHECK, Do.APPLY}:
         view = merged_view(pack, checkpoint, strength)
         tensors = {delta.name: _record(delta, checkpoint, view) for delta in pack} if not dry_run else {}
-        yield Source(view, (*kept, _entry(pack, strength, tensors)))
+        yield Source(view, (*kept, _entry(proven, strength, tensors)))
         return
     with scratch(target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp"), PATCHED) as copy:
         if dry_run:
             apply(checkpoint.path, proven, copy, strength=strength, dry_run=True)
-            yield Source(checkpoint, (*kept, _entry(pack, strength, {})))
+            yield Source(checkpoint, (*kept, _entry(proven, strength, {})))
             return
         copy.mkdir()
         with claimed(copy):
@@ -143,11 +143,11 @@ def source_of(
             yield Source(checkpoint.reopen(done.output), read_ledger(place_of(done.output).ledger).applied)
 
 
-def _entry(pack: Pack, strength: float, tensors: dict[str, TensorRecord]) -> Entry:
+def _entry(proven: Proven, strength: float, tensors: dict[str, TensorRecord]) -> Entry:
     """As the ledger would have it, but with no transaction: there is nothing beside the file to undo it by."""
-    manifest = pack.manifest
+    manifest = proven.pack.manifest
     return Entry(
-        pack_id=nest.pack_id(pack),
+        pack_id=proven.pack_id,
         name=manifest.name,
         version=manifest.version,
         strength=strength,
@@ -157,6 +157,7 @@ def _entry(pack: Pack, strength: float, tensors: dict[str, TensorRecord]) -> Ent
         tensors=tensors,
         supersedes=manifest.supersedes,
         requires=manifest.requires,
+        signers=proven.origin.signers,
     )
 
 

@@ -128,6 +128,9 @@ def settle(
     signers = tuple(signer for key_id, signer in found.trusted.items() if key_id in weighed.counting)
     if signers and not weighed.unmet:
         return Signed(pack, pack_id, signers, weighed.required)
+    if weighed.unmet:
+        wanted = {trusted.key.key_id for trusted in policy.counting(weighed.unmet[0], subject)}
+        signers = tuple(signer for signer in signers if signer.key_id in wanted)
     lack = _lack(file, signers, found, weighed.unmet)
     lack = _with_rule(lack, weighed.unmet, subject, allow_unsigned=allow_unsigned)
     if weighed.unmet and (not allow_unsigned or any(rule.source for rule in weighed.unmet)):
@@ -146,7 +149,7 @@ def _lack(file: str, signers: Sequence[Signer], found: Sound, unmet: Sequence[Ru
         return UntrustedError(f"{file} is signed by {'; '.join(keys)}")
     who = ", ".join(signer.name for signer in signers)
     more = f"; further by {'; '.join(keys)}" if keys else ""
-    required = max((rule.require for rule in unmet), default=0)
+    required = unmet[0].require if unmet else 0
     return UntrustedError(f"{file} is signed by {len(signers)} of the {required} keys that the policy wants: {who}{more}")
 
 
@@ -154,7 +157,7 @@ def _with_rule(
     lack: UnsignedError | UntrustedError, unmet: Sequence[Rule], subject: Subject, *, allow_unsigned: bool
 ) -> UnsignedError | UntrustedError:
     """The same with the rule that asks for more, where that is not plain."""
-    above = next((rule for rule in unmet if rule.source), None)
+    above = next((rule for rule in unmet[:1] if rule.source), None)
     if above is not None:
         wants = f"{above.source} asks for {_signatures(above)} for {above.model!r}"
         lifted = ", which allowing unsigned packs does not lift" if allow_unsigned else ""
