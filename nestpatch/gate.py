@@ -18,7 +18,7 @@ from nestpatch.pack import Pack
 from nestpatch.signing.origin import Origin
 from nestpatch.signing.subject import EVERYTHING, subject_of
 from nestpatch.signing.trust import Policy, Rule, load_policy
-from nestpatch.signing.verify import Outcome, Sound, Unproven, read_signatures, settle, signers_of, verify_signature
+from nestpatch.signing.verify import Outcome, Sound, Unproven, settle, signers_of, verify_file
 
 if TYPE_CHECKING:
     from nestpatch.hub.follow import Downloaded
@@ -88,8 +88,8 @@ def prove(
             fetch_patch(str(patch), rules, model, allow_unsigned=allow_unsigned or trust == "none", on_event=on_event)
         )
     else:
-        outcome = _judge_file(patch, rules, model, allow_unsigned=allow_unsigned)
-        done = _passed(outcome, Origin(signers_of(outcome), signatures=_beside(patch)))
+        outcome, signatures = _judge_file(patch, rules, model, allow_unsigned=allow_unsigned)
+        done = _passed(outcome, Origin(signers_of(outcome), signatures=signatures))
     return replace(done, unchecked=_why_unchecked(done, rules, trust)) if done.unchecked else done
 
 
@@ -141,15 +141,15 @@ def _in_memory(pack: Pack, policy: Policy, model: str | Path | None, *, allow_un
     return _passed(outcome, Origin())
 
 
-def _judge_file(patch: str | Path, policy: Policy, model: str | Path | None, *, allow_unsigned: bool) -> Outcome:
+def _judge_file(
+    patch: str | Path, policy: Policy, model: str | Path | None, *, allow_unsigned: bool
+) -> tuple[Outcome, dict[str, bytes]]:
+    """The judgement, and what follows the pack's file name -> content of each signature that was judged."""
+    name = Path(patch).name
     try:
-        return verify_signature(patch, policy, model, allow_unsigned=allow_unsigned)
+        outcome, signatures = verify_file(patch, policy, model, allow_unsigned=allow_unsigned)
+        return outcome, {file.removeprefix(name): content for file, content in signatures.items()}
     except PackError as error:
         if not Path(patch).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", str(patch)):
             error.advice = f"Check the path. A channel of the Hub is named with its scheme: hub://{patch}"
         raise
-
-
-def _beside(patch: str | Path) -> dict[str, bytes]:
-    file = Path(patch)
-    return {name.removeprefix(file.name): content for name, content in read_signatures(file).items()}

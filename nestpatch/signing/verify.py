@@ -185,12 +185,20 @@ def verify_signature(
     `model`: what the pack is for, a path or a Hub id, as the user names it. It decides which rules and keys count, together
     with what the pack says of its base. Raises as `judge` does, and PackError when the pack cannot be read.
     """
+    return verify_file(path, policy, model, allow_unsigned=allow_unsigned)[0]
+
+
+def verify_file(
+    path: str | Path, policy: Policy, model: str | Path | None = None, *, allow_unsigned: bool = False
+) -> tuple[Outcome, dict[str, bytes]]:
+    """The same, with the signatures that were checked: file name -> content. The files may change afterwards."""
     file = Path(path)
     signatures, data = read_signatures(file), nest.read_bytes(file)
     try:
-        return judge(data, signatures, policy, subject_of(model), file=file.name, allow_unsigned=allow_unsigned)
+        outcome = judge(data, signatures, policy, subject_of(model), file=file.name, allow_unsigned=allow_unsigned)
     except PackError as error:
         raise type(error)(f"{path}: {error}", advice=error.advice) from error
+    return outcome, signatures
 
 
 def read_signatures(path: Path) -> dict[str, bytes]:

@@ -195,7 +195,8 @@ def test_a_path_with_a_colon_and_a_slash_stays_a_path(place: Path) -> None:
 def test_the_gate_is_public(patch: Path, people: People) -> None:
     assert {"prove", "verify_signature", "load_policy", "sign"} <= set(nestpatch.__all__)
     assert nestpatch.load_policy() == Policy()
-    nestpatch.sign(patch, people.acme)
+    signature = nestpatch.sign(patch, people.acme).file
     policy = Policy((TrustedKey("acme", people.acme.public),))
+    assert nestpatch.prove(patch, policy=policy).origin.signatures == {".sig": signature.read_bytes()}
     assert nestpatch.prove(patch, policy=policy).origin.signers == {"acme": people.acme.public.key_id}
     assert nestpatch.verify_signature(patch, policy).required == 1
