@@ -76,6 +76,7 @@ def main() -> None:
         hub = Hub(folder / "hub")
         hub.start()
         mine = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf"), "NESTPATCH_HOME": str(folder / "user")}
+        (folder / "user").mkdir(exist_ok=True)
         os.environ.update(
             mine | {"HF_HUB_DISABLE_XET": "1", "HF_TOKEN": WRITER, "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0"}
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nestpatch.formats.nest import read as load_pack
+    from nestpatch.gate import prove
     from nestpatch.hub.follow import pull
     from nestpatch.hub.publish import push
     from nestpatch.nest_train.assess import assess as evaluate
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from nestpatch.patcher.inplace import apply_in_place, revert
     from nestpatch.patcher.update import update
     from nestpatch.patcher.verify import verify
+    from nestpatch.signing.trust import load_policy
+    from nestpatch.signing.verify import sign_pack as sign
+    from nestpatch.signing.verify import verify_signature
 
 __version__ = "0.1.0"
 
@@ -41,12 +45,16 @@ _HOMES = {
     "export_onnx_adapter": ("nestpatch.patcher.adapters", "export_onnx_adapter"),
     "export_safetensors": ("nestpatch.patcher.export", "export_safetensors"),
     "load_pack": ("nestpatch.formats.nest", "read"),
+    "load_policy": ("nestpatch.signing.trust", "load_policy"),
+    "prove": ("nestpatch.gate", "prove"),
     "pull": ("nestpatch.hub.follow", "pull"),
     "push": ("nestpatch.hub.publish", "push"),
     "revert": ("nestpatch.patcher.inplace", "revert"),
+    "sign": ("nestpatch.signing.verify", "sign_pack"),
     "train": ("nestpatch.nest_train.train", "train"),
     "update": ("nestpatch.patcher.update", "update"),
     "verify": ("nestpatch.patcher.verify", "verify"),
+    "verify_signature": ("nestpatch.signing.verify", "verify_signature"),
 }
 __all__ = [
     "__version__",
@@ -61,12 +69,16 @@ __all__ = [
     "export_onnx_adapter",
     "export_safetensors",
     "load_pack",
+    "load_policy",
+    "prove",
     "pull",
     "push",
     "revert",
+    "sign",
     "train",
     "update",
     "verify",
+    "verify_signature",
 ]
 
 

@@ -111,7 +111,7 @@ def run_demo(seed: int = 0, keep: Path | None = None, on_event: OnEvent = ignore
         count, share = trained.trained_parameters, trained.trained_parameters / trained.model_parameters
         pack_bytes = (folder / "patch.nest").stat().st_size
         clock.lap("train", f"{count:,} parameters trained ({share:.2%}), written as a pack of {pack_bytes:,} bytes")
-        applied = apply(folder / "base", folder / "patch.nest", folder / "patched", on_event=on_event)
+        applied = apply(folder / "base", folder / "patch.nest", folder / "patched", trust="none", on_event=on_event)
         clock.lap("apply", f"{applied.rows} rows of {applied.tensors} tensors merged into the safetensors file")
         suites = [load_suite(str(folder / "prompts" / f"{name}.jsonl")) for name in SUITES]
         before = assess(folder / "base", suites, on_event=on_event).model

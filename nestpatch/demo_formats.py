@@ -66,11 +66,11 @@ def run_onnx(folder: Path, suites: Sequence[Suite], on_event: OnEvent = ignore) 
         found = assess(model, suites, lora=lora, on_event=on_event)
         return FormatResult(what, found.patched or found.model, delivered)
 
-    plain = export_onnx(base, place / "patched-fp32", patch, on_event=on_event).path
+    plain = export_onnx(base, place / "patched-fp32", patch, trust="none", on_event=on_event).path
     int4 = export_onnx(base, place / "int4", bits=4, on_event=on_event).path
-    done = apply_in_place(int4, patch, base=base, on_event=on_event)
+    done = apply_in_place(int4, patch, trust="none", base=base, on_event=on_event)
     ready = export_onnx(base, place / "adapter-ready", adapter_ready=True, on_event=on_event).path
-    adapter = export_onnx_adapter(patch, ready, place / "patch.onnx_adapter").output
+    adapter = export_onnx_adapter(patch, ready, place / "patch.onnx_adapter", trust="none").output
     return (
         run("ONNX fp32, exported", plain),
         run("ONNX int4, patched in place", int4, delivered=done.gain),
@@ -86,14 +86,14 @@ def _files(folder: Path, on_event: OnEvent) -> Iterator[_File]:
     base, patch, place = folder / "base", folder / "patch.nest", folder / "gguf"
 
     def export(name: str, kind: str, pack: Path | None = None) -> Path:
-        return export_gguf(base, place / f"{name}.gguf", pack, type=kind, on_event=on_event).path
+        return export_gguf(base, place / f"{name}.gguf", pack, trust="none", type=kind, on_event=on_event).path
 
     plain = export(f"base-{PLAIN}", PLAIN)
     yield f"GGUF {PLAIN.upper()}, exported", export(f"patched-{PLAIN}", PLAIN, patch), None, None
     for kind in QUANTIZED:
         file = export(kind, kind)
-        done = apply_in_place(file, patch, base=base, on_event=on_event)
+        done = apply_in_place(file, patch, trust="none", base=base, on_event=on_event)
         yield f"GGUF {kind.upper()}, patched in place", file, None, done.gain
-    adapter = export_gguf_lora(patch, place / "adapter.gguf").output
+    adapter = export_gguf_lora(patch, place / "adapter.gguf", trust="none").output
     on_event(Event("export", note=adapter.name))
     yield f"GGUF {PLAIN.upper()} with the adapter", plain, adapter, None

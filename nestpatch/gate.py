@@ -7,7 +7,7 @@ Commands and Python callers use the same function. What skips it is named: `trus
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -16,8 +16,9 @@ from nestpatch.events import OnEvent, ignore
 from nestpatch.formats import nest
 from nestpatch.pack import Pack
 from nestpatch.signing.origin import Origin
-from nestpatch.signing.trust import Policy, load_policy, names_of
-from nestpatch.signing.verify import Outcome, Unproven, read_signatures, signers_of, verify_signature
+from nestpatch.signing.subject import EVERYTHING, subject_of
+from nestpatch.signing.trust import Policy, Rule, load_policy
+from nestpatch.signing.verify import Outcome, Sound, Unproven, settle, signers_of, verify_file
 
 if TYPE_CHECKING:
     from nestpatch.hub.follow import Downloaded
@@ -61,10 +62,12 @@ def prove(
     Args:
         patch: A file, a channel (hub://owner/name[@VERSION], https://..., file://...), a Pack, or a Proven, which passes as
             it is. A Pack in memory has no signature, so a policy that asks for one refuses it.
-        model: What the patch is for, as the user names it: decides which rules and keys of the policy count.
-        policy: None means that of this user and this machine.
+        model: What the patch is for, as the user names it: decides which rules and keys of the policy count, together with
+            what the pack says of its base.
+        policy: None means that of this user and this machine; a value is taken as it is.
         trust: "none" skips the judgement of signatures; a channel is still followed by its rules.
-        allow_unsigned: Lets a patch pass that too few trusted keys have signed. A wrong signature never passes.
+        allow_unsigned: Lets a patch pass that too few trusted keys have signed. A wrong signature never passes, nor does what
+            the administrator's rules refuse.
         on_event: Hears of the download.
 
     Raises:
@@ -77,13 +80,32 @@ def prove(
         return patch
     rules = policy_of(policy, trust)
     if isinstance(patch, Pack):
-        return _in_memory(patch, rules, model, allow_unsigned=allow_unsigned)
-    if isinstance(patch, str) and patch.startswith(CHANNELS):
+        done = _in_memory(patch, rules, model, allow_unsigned=allow_unsigned)
+    elif is_channel(patch):
         from nestpatch.hub.follow import fetch_patch
 
-        return passed(fetch_patch(patch, rules, model, allow_unsigned=allow_unsigned or trust == "none", on_event=on_event))
-    outcome = _judge_file(patch, rules, model, allow_unsigned=allow_unsigned)
-    return _passed(outcome, Origin(signers_of(outcome), signatures=_beside(patch)))
+        done = passed(
+            fetch_patch(str(patch), rules, model, allow_unsigned=allow_unsigned or trust == "none", on_event=on_event)
+        )
+    else:
+        outcome, signatures = _judge_file(patch, rules, model, allow_unsigned=allow_unsigned)
+        done = _passed(outcome, Origin(signers_of(outcome), signatures=signatures))
+    return replace(done, unchecked=_why_unchecked(done, rules, trust)) if done.unchecked else done
+
+
+def look(patch: Patch, *, policy: Policy | None = None, on_event: OnEvent = ignore) -> Proven:
+    """Opens a patch that is only read: shown, compared, looked for in a model. It need not be signed.
+
+    What signatures it has must be sound, by the keys of the policy, and a channel holds to its rules. Raises as `prove` does.
+    """
+    known = load_policy() if policy is None else policy
+    anybody = Policy(known.keys, (Rule(EVERYTHING, 0),))
+    return prove(patch, policy=anybody, allow_unsigned=True, on_event=on_event)
+
+
+def is_channel(patch: object) -> bool:
+    """Whether a patch is named by its channel."""
+    return isinstance(patch, str) and patch.startswith(CHANNELS)
 
 
 def policy_of(policy: Policy | None, trust: Trust = "policy") -> Policy:
@@ -103,23 +125,36 @@ def _passed(outcome: Outcome, origin: Origin) -> Proven:
     return Proven(outcome.pack, outcome.pack_id, origin, warning=reason)
 
 
+def _why_unchecked(done: Proven, policy: Policy, trust: Trust) -> str:
+    label = done.pack.label
+    if trust == "none":
+        return f"the caller answers for {label}: nothing was asked of its signatures"
+    if not policy.keys:
+        return f"no key is trusted on this machine: the signature of {label} was not checked (nestpatch trust add)"
+    return f"{done.unchecked}, and no rule asks for a signature: nobody answers for {label}"
+
+
 def _in_memory(pack: Pack, policy: Policy, model: str | Path | None, *, allow_unsigned: bool) -> Proven:
-    reason = f"{pack.label} is a value in memory, which has no signature"
-    required = policy.rule_for(names_of(model) if model is not None else ()).require
-    if required and not allow_unsigned:
-        raise UnsignedError(reason, advice='Give the pack\'s file with its .sig beside it, or answer for it: trust="none".')
-    return Proven(pack, nest.pack_id(pack), warning=reason if required else "", unchecked="" if required else reason)
-
-
-def _judge_file(patch: str | Path, policy: Policy, model: str | Path | None, *, allow_unsigned: bool) -> Outcome:
+    file = f"{pack.label}, a value in memory,"
     try:
-        return verify_signature(patch, policy, model, allow_unsigned=allow_unsigned)
+        outcome = settle(
+            pack, nest.pack_id(pack), Sound({}), policy, subject_of(model), file=file, allow_unsigned=allow_unsigned
+        )
+    except UnsignedError as error:
+        advice = 'Give the pack\'s file with its .sig beside it, or answer for it: trust="none".'
+        raise UnsignedError(str(error), advice=advice) from error
+    return _passed(outcome, Origin())
+
+
+def _judge_file(
+    patch: str | Path, policy: Policy, model: str | Path | None, *, allow_unsigned: bool
+) -> tuple[Outcome, dict[str, bytes]]:
+    """The judgement, and what follows the pack's file name -> content of each signature that was judged."""
+    name = Path(patch).name
+    try:
+        outcome, signatures = verify_file(patch, policy, model, allow_unsigned=allow_unsigned)
+        return outcome, {file.removeprefix(name): content for file, content in signatures.items()}
     except PackError as error:
         if not Path(patch).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", str(patch)):
             error.advice = f"Check the path. A channel of the Hub is named with its scheme: hub://{patch}"
         raise
-
-
-def _beside(patch: str | Path) -> dict[str, bytes]:
-    file = Path(patch)
-    return {name.removeprefix(file.name): content for name, content in read_signatures(file).items()}

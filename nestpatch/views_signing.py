@@ -44,6 +44,17 @@ def show_policy(policy: Policy, file: str) -> None:
     if not policy.keys and not policy.rules:
         out.print(f"no key is trusted yet ({escape(file)}): nestpatch trust add KEY.pub --name NAME")
         return
+    _show_rules(policy)
+
+
+def show_system_policy(policy: Policy, file: str) -> None:
+    """Those of the administrator, where there are any."""
+    if policy.keys or policy.rules:
+        out.print(f"by the administrator of this machine, in {escape(file)}:")
+        _show_rules(policy)
+
+
+def _show_rules(policy: Policy) -> None:
     table = Table("key", "id", "models", box=None, pad_edge=False, header_style="dim")
     for trusted in policy.keys:
         table.add_row(escape(trusted.name), f"{trusted.key.key_id[:12]}..", escape(", ".join(trusted.models)))

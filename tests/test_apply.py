@@ -374,7 +374,8 @@ def test_the_command_answers_in_json(tmp_path: Path) -> None:
     pack_id = nest.write(tiny_pack(model), tmp_path / "x.nest")
     dry = CliRunner().invoke(main, ["apply", str(model), str(tmp_path / "x.nest"), "--dry-run", "--json"])
     wet = CliRunner().invoke(main, ["apply", str(model), str(tmp_path / "x.nest"), "--json"])
-    assert (dry.exit_code, wet.exit_code, wet.stderr) == (0, 0, "")
+    unchecked = "no key is trusted on this machine: the signature of no-harm 1.0.0 was not checked (nestpatch trust add)\n"
+    assert (dry.exit_code, wet.exit_code, wet.stderr) == (0, 0, unchecked)
     answers = [json.loads(result.stdout) for result in (dry, wet)]
     assert [(a["pack_id"], a["rows"], a["dry_run"], len(a["files"])) for a in answers] == [
         (pack_id, 36, True, 0),

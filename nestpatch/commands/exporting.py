@@ -8,49 +8,56 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from nestpatch.commands.gating import proven, say_unchecked
 from nestpatch.commands.options import PathType, json_option, print_json, progress, quiet_option, trust_options
 from nestpatch.events import Event, OnEvent
 
 if TYPE_CHECKING:
-    from nestpatch.pack import Pack
+    from nestpatch.gate import Proven
 
 
-def _to_gguf(model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
+def _to_gguf(model: Path, patch: Proven | None, output: Path | None, options: Mapping[str, Any]) -> Any:
     from nestpatch.patcher.export import export_gguf
 
     own = ("strength", "type", "name", "llama_cpp", "dry_run", "on_event")
-    return export_gguf(model, output, patch and _proven(patch, model, options), **{name: options[name] for name in own})
+    return export_gguf(model, output, patch, **{name: options[name] for name in own})
 
 
-def _to_safetensors(model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
+def _to_safetensors(model: Path, patch: Proven | None, output: Path | None, options: Mapping[str, Any]) -> Any:
     from nestpatch.patcher.export import export_safetensors
 
     own = ("strength", "dry_run", "on_event")
-    return export_safetensors(model, output, patch and _proven(patch, model, options), **{name: options[name] for name in own})
+    return export_safetensors(model, output, patch, **{name: options[name] for name in own})
 
 
-def _to_onnx(model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
+def _to_onnx(model: Path, patch: Proven | None, output: Path | None, options: Mapping[str, Any]) -> Any:
     from nestpatch.onnx_export.to_onnx import export_onnx
 
     own = {name: options[name] for name in ("strength", "bits", "adapter_ready", "dry_run", "on_event")}
-    return export_onnx(model, output, patch and _proven(patch, model, options), dtype=options["dtype"] or "fp32", **own)
+    return export_onnx(model, output, patch, dtype=options["dtype"] or "fp32", **own)
 
 
-def _to_onnx_adapter(model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
-    """PATCH --for ONNX, or ONNX PATCH."""
+def _to_onnx_adapter(model: Path, patch: Proven, output: Path, options: Mapping[str, Any]) -> Any:
     from nestpatch.patcher.adapters import export_onnx_adapter
 
-    pack, ready = (model, options["for_"]) if patch is None else (patch, model)
-    if ready is None or (patch is not None and options["for_"] is not None):
-        raise click.UsageError("say which ONNX model the adapter is for: nestpatch export PATCH --to onnx-adapter --for DIR")
-    proven, place = _adapter(pack, ready, output, "onnx-adapter", options)
-    return export_onnx_adapter(proven, ready, place, options["strength"], dry_run=options["dry_run"])
+    return export_onnx_adapter(patch, model, output, options["strength"], dry_run=options["dry_run"])
+
+
+def _to_lora(model: Path | None, patch: Proven, output: Path, options: Mapping[str, Any]) -> Any:
+    from nestpatch.patcher.adapters import export_lora
+
+    return export_lora(patch, output, options["strength"], model=model, dry_run=options["dry_run"])
+
+
+def _to_gguf_lora(model: Path | None, patch: Proven, output: Path, options: Mapping[str, Any]) -> Any:
+    from nestpatch.patcher.adapters import export_gguf_lora
+
+    return export_gguf_lora(patch, output, options["strength"], model=model, dry_run=options["dry_run"])
 
 
 _OWN = {
@@ -69,41 +76,38 @@ def _refuse_others(target: str, options: Mapping[str, Any]) -> None:
         raise click.UsageError(f"{', '.join(given)} go with --to {owner}")
 
 
-def _to_adapter(kind: str, model: Path, patch: Path | None, output: Path | None, options: Mapping[str, Any]) -> Any:
-    """MODEL PATCH, or PATCH alone: the model is only needed to count experts."""
-    from nestpatch.patcher.adapters import export_gguf_lora, export_lora
-
-    write = export_gguf_lora if kind == "gguf-lora" else export_lora
-    pack, base = (model, None) if patch is None else (patch, model)
-    proven, place = _adapter(pack, base, output, kind, options)
-    return write(proven, place, options["strength"], model=base, dry_run=options["dry_run"])
-
-
-def _proven(patch: Path, model: Path | None, options: Mapping[str, Any]) -> Pack:
-    """The pack of a file, after its signatures were checked."""
-    from nestpatch.commands.patching import proven
-
-    policy, allowed = options["policy_file"], options["allow_unsigned"]
-    return proven(str(patch), model, policy, options["on_event"], allow_unsigned=allowed).pack
-
-
-def _adapter(patch: Path, model: Path | None, output: Path | None, kind: str, options: Mapping[str, Any]) -> tuple[Pack, Path]:
-    """The pack of a file, and where its adapter goes: beside that file, if nothing else was said."""
-    from nestpatch.patcher.adapters import default_output
-
-    pack = _proven(patch, model, options)
-    return pack, output or default_output(patch, pack, kind)
-
-
-TARGETS: dict[str, Callable[[Path, Path | None, Path | None, Mapping[str, Any]], Any]] = {
+ADAPTERS = ("gguf-lora", "lora", "onnx-adapter")
+TARGETS: dict[str, Callable[..., Any]] = {
     "gguf": _to_gguf,
-    "gguf-lora": partial(_to_adapter, "gguf-lora"),
-    "lora": partial(_to_adapter, "lora"),
+    "gguf-lora": _to_gguf_lora,
+    "lora": _to_lora,
     "onnx": _to_onnx,
     "onnx-adapter": _to_onnx_adapter,
     "safetensors": _to_safetensors,
 }
 """What `--to` may name -> the function that exports to it."""
+
+
+def _sides(target: str, model: str, patch: str | None, ready: Path | None) -> tuple[Path | None, str | None]:
+    """(the model, the patch). Adapters are made of MODEL PATCH or of PATCH alone; for ONNX, of PATCH --for ONNX too."""
+    if target == "onnx-adapter":
+        if (patch is None) == (ready is None):
+            raise click.UsageError(
+                "say which ONNX model the adapter is for: nestpatch export PATCH --to onnx-adapter --for DIR"
+            )
+        return (ready, model) if patch is None else (Path(model), patch)
+    if target in ADAPTERS and patch is None:
+        return None, model
+    return Path(model), patch
+
+
+def _place(target: str, output: Path | None, patch: str | None, done: Proven | None) -> Path | None:
+    """Where the export goes, where the command has a say in that: an adapter beside the pack's file."""
+    if output is not None or target not in ADAPTERS or patch is None or done is None:
+        return output
+    from nestpatch.patcher.adapters import default_output
+
+    return default_output(patch, done.pack, target)
 
 
 @contextmanager
@@ -134,8 +138,8 @@ def _unwinding(on_event: OnEvent) -> Iterator[OnEvent]:
 
 
 @click.command()
-@click.argument("model", type=PathType)
-@click.argument("patch", type=PathType, required=False)
+@click.argument("model")
+@click.argument("patch", required=False)
 @click.option("--to", "target", type=click.Choice(sorted(TARGETS)), required=True, help="The format to write.")
 @click.option("-o", "--output", type=PathType, help="Where to write.  [default: beside the model, named after it]")
 @click.option(
@@ -155,8 +159,8 @@ def _unwinding(on_event: OnEvent) -> Iterator[OnEvent]:
 @quiet_option
 @json_option
 def export(
-    model: Path,
-    patch: Path | None,
+    model: str,
+    patch: str | None,
     target: str,
     output: Path | None,
     type_: str,
@@ -185,6 +189,8 @@ def export(
 
     --to onnx makes a directory for onnxruntime, onnxruntime-genai and transformers.js, run and compared with MODEL before it
     gets its name. --to onnx-adapter writes PATCH for one that was made with --adapter-ready, which stays as it is.
+
+    PATCH is a file, or hub://owner/name[@VERSION] and other channels. Its signatures are checked first.
     """
     if check and (target != "gguf" or dry_run):
         raise click.UsageError("--check runs what --to gguf wrote")
@@ -193,24 +199,27 @@ def export(
     with progress(quiet or as_json) as drawn, _unwinding(drawn) as on_event:
         options = {"strength": strength, "type": type_, "name": name, "llama_cpp": llama_cpp, "dry_run": dry_run}
         options |= {"dtype": dtype, "bits": bits, "adapter_ready": adapter_ready, "for_": for_}
-        trusted = {"policy_file": policy_file, "allow_unsigned": allow_unsigned}
         _refuse_others(target, options)
+        source, text = _sides(target, model, patch, for_)
         if check:
             from nestpatch.nest_train.check import require_check
 
             require_check()
-        done = TARGETS[target](model, patch, output, {**options, **trusted, "on_event": on_event})
-        found = _checked(done.path, model, patch, strength, on_event) if check else None
+        passed = None
+        if text is not None:
+            passed = proven(text, source, policy_file, on_event, allow_unsigned=allow_unsigned)
+        place = _place(target, output, text, passed)
+        done = TARGETS[target](source, passed, place, {**options, "on_event": on_event})
+        found = _checked(done.path, Path(model), passed, strength, on_event) if check else None
+    say_unchecked(passed)
     _show(target, done, found, as_json)
     sys.exit(0 if found is None or found.passed else 1)
 
 
-def _checked(file: Path, model: Path, patch: Path | None, strength: float, on_event: OnEvent) -> Any:
-    from nestpatch.formats import nest
+def _checked(file: Path, model: Path, patch: Proven | None, strength: float, on_event: OnEvent) -> Any:
     from nestpatch.nest_train.check import check_gguf
 
-    pack = nest.read(patch) if patch is not None else None
-    return check_gguf(file, model, patch=pack, strength=strength, on_event=on_event)
+    return check_gguf(file, model, patch=patch.pack if patch else None, strength=strength, on_event=on_event)
 
 
 def _show(target: str, done: Any, found: Any, as_json: bool) -> None:

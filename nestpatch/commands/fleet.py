@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
+from nestpatch.commands.gating import say_unsigned
 from nestpatch.commands.options import PathType, json_option, opened_base, print_json, progress, quiet_option, trust_options
 from nestpatch.commands.patching import base_option, dither_option
 from nestpatch.commands.signing import password_option, unlocked
@@ -98,7 +99,10 @@ def pull(repo: str, output: Path | None, policy_file: Path | None, allow_unsigne
     from nestpatch.signing.trust import load_policy
 
     with progress(quiet or as_json) as on_event:
-        done = run(repo, load_policy(policy_file), output, allow_unsigned=allow_unsigned, on_event=on_event)
+        policy = load_policy(policy_file)
+        done = run(repo, policy, output, allow_unsigned=allow_unsigned, on_event=on_event)
+    if not done.signers:
+        say_unsigned(policy, done.pack)
     if as_json:
         print_json(dataclasses.asdict(done))
         return
@@ -141,6 +145,8 @@ def update(
     with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:
         means = {"base": float_model, "dither": dither, "allow_overlap": allow_overlap, "on_event": on_event}
         results = run(model, policy, channels, check=check, allow_unsigned=allow_unsigned, **means)
+    if not policy.keys:
+        say_unsigned(policy, "what these channels publish")
     if as_json:
         print_json({"model": model, "channels": [dataclasses.asdict(result) for result in results]})
     else:

@@ -14,18 +14,19 @@ from nestpatch.commands.patching import base_option
 
 
 @click.command()
-@click.argument("patch", type=PathType)
+@click.argument("patch")
 @json_option
-def show(patch: Path, as_json: bool) -> None:
-    """Explain PATCH: what it changes, what it is for, how it was trained and measured."""
+def show(patch: str, as_json: bool) -> None:
+    """Explain PATCH, a file or hub://owner/name: what it changes, what it is for, how it was trained and measured."""
     from nestpatch import views
     from nestpatch.formats import nest
+    from nestpatch.gate import look
 
-    pack = nest.read(patch)
+    found = look(patch)
     if as_json:
-        print_json({"id": nest.pack_id(pack), "manifest": nest.manifest_json(pack.manifest)})
+        print_json({"id": found.pack_id, "manifest": nest.manifest_json(found.pack.manifest)})
     else:
-        views.show_pack(pack, nest.pack_id(pack), patch.stat().st_size)
+        views.show_pack(found.pack, found.pack_id, len(nest.encode(found.pack)))
 
 
 @click.command()
@@ -50,21 +51,24 @@ def status(model: Path, as_json: bool) -> None:
 
 @click.command()
 @click.argument("model", type=PathType)
-@click.argument("patch", type=PathType, required=False)
+@click.argument("patch", required=False)
 @click.option("--strength", type=float, default=1.0, show_default=True, help="At which PATCH should be in the rows.")
 @base_option
 @click.option("--full", is_flag=True, help="Also hash the whole tensors, not the patched rows alone.")
 @json_option
-def verify(model: Path, patch: Path | None, strength: float, base: str | None, full: bool, as_json: bool) -> None:
+def verify(model: Path, patch: str | None, strength: float, base: str | None, full: bool, as_json: bool) -> None:
     """Say which state MODEL is in: base, patched, half patched, missing or altered. Writes nothing.
 
-    Without PATCH exit code 0 means that the rows are the base, or hold what the ledger says. With PATCH it means that exactly
-    this pack is in the rows, by the pack's own digests; a model without it ends with 1.
+    Without PATCH exit code 0 means that the rows are the base, or hold what the ledger says. With PATCH, a file or
+    hub://owner/name, it means that exactly this pack is in the rows, by the pack's own digests; a model without it ends with 1.
+    PATCH need not be signed, but what signatures it has must be sound.
     """
+    from nestpatch.gate import look
     from nestpatch.patcher.verify import verify as run
 
+    pack = look(patch).pack if patch is not None else None
     with opened_base(base, quiet=as_json) as float_model:
-        result = run(model, patch, strength=strength, base=float_model, full=full)
+        result = run(model, pack, strength=strength, base=float_model, full=full)
     if as_json:
         print_json(dataclasses.asdict(result) | {"verdict": result.verdict.value, "known": result.known})
     else:
@@ -75,8 +79,8 @@ def verify(model: Path, patch: Path | None, strength: float, base: str | None, f
 
 
 @click.command()
-@click.argument("a", type=PathType)
-@click.argument("b", type=PathType)
+@click.argument("a")
+@click.argument("b")
 @click.option("-o", "--output", type=PathType, help="Extract the pack that makes B of A, and write it here.")
 @click.option("--name", help="Of the extracted pack.  [default: the output's file name]")
 @click.option("--version", "pack_version", help="Of the extracted pack (semver).  [default: 1.0.0]")
@@ -85,8 +89,8 @@ def verify(model: Path, patch: Path | None, strength: float, base: str | None, f
 @quiet_option
 @json_option
 def diff(
-    a: Path,
-    b: Path,
+    a: str,
+    b: str,
     output: Path | None,
     name: str | None,
     pack_version: str | None,
@@ -98,7 +102,8 @@ def diff(
     """Compare two models, tensor by tensor and row by row, or two packs.
 
     Exit code 0: identical, 1: different, as diff has it. A failure also ends with 1, and says so on stderr. With -o, 0: a pack
-    was written. Of models only the weights are compared.
+    was written. Of models only the weights are compared. Packs are files, or hub://owner/name[@VERSION]; they need not be
+    signed, but what signatures they have must be sound.
     """
     facts = {"version": pack_version, "description": description, "license": license_}
     given = {what: value for what, value in facts.items() if value is not None}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from nestpatch.commands.gating import proven, say_unchecked
 from nestpatch.commands.options import (
     PathType,
     json_option,
@@ -18,10 +19,6 @@ from nestpatch.commands.options import (
     report,
     trust_options,
 )
-
-if TYPE_CHECKING:
-    from nestpatch.events import OnEvent
-    from nestpatch.gate import Proven
 
 base_option = click.option("--base", metavar="DIR|HUB_ID", help="Quantized models: make rows exactly, from the float model.")
 dither_option = click.option("--dither", is_flag=True, help="Quantized models: noise that carries small changes through.")
@@ -101,18 +98,8 @@ def apply(
 
             copying: dict[str, Any] = {"hard_link": hard_link, "digest": digest, "sync": not no_sync}
             done = run(model, checked, output, **copying, **common, **flags)
+    say_unchecked(checked)
     report(done, "show_changed" if in_place else "show_applied", as_json)
-
-
-def proven(patch: str, model: Path | None, policy_file: Path | None, on_event: OnEvent, *, allow_unsigned: bool) -> Proven:
-    """The patch after it passed the gate. Says on stderr what passed without a check, or against the policy."""
-    from nestpatch.gate import prove
-    from nestpatch.signing.trust import load_policy
-
-    done = prove(patch, model, policy=load_policy(policy_file), allow_unsigned=allow_unsigned, on_event=on_event)
-    if done.warning:
-        click.echo(f"WARNING: --allow-unsigned: {done.warning}", err=True)
-    return done
 
 
 @click.command()

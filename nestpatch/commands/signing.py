@@ -68,15 +68,16 @@ def sign(
 
 
 @click.command("verify-signature")
-@click.argument("patch", type=PathType)
+@click.argument("patch")
 @click.option("--model", help="What the patch is for, a path or a Hub id: the rules and keys for this model count.")
 @click.option("--key", "key_files", type=PathType, multiple=True, help="Trust this public key, instead of your own list.")
 @click.option("--policy", "policy_file", type=PathType, help="Trust what this file says, instead of your own list.")
 @json_option
 def verify_signature(
-    patch: Path, model: str | None, key_files: tuple[Path, ...], policy_file: Path | None, as_json: bool
+    patch: str, model: str | None, key_files: tuple[Path, ...], policy_file: Path | None, as_json: bool
 ) -> None:
-    """Tell who signed PATCH, offline. Exit code 0: as many trusted keys as needed, 1: not."""
+    """Tell who signed PATCH, offline unless it is hub://owner/name. Exit code 0: as many trusted keys as needed, 1: not."""
+    from nestpatch.gate import is_channel
     from nestpatch.signing import keys, trust, verify
 
     if key_files and policy_file is not None:
@@ -84,13 +85,18 @@ def verify_signature(
     policy = trust.load_policy(policy_file) if not key_files else trust.Policy()
     for file in key_files:
         policy = policy.with_key(trust.TrustedKey(str(file), keys.read_public(file)))
-    found = verify.verify_signature(patch, policy, model)
+    if is_channel(patch):
+        from nestpatch.hub.follow import fetch_patch
+
+        found = fetch_patch(patch, policy, model).outcome
+    else:
+        found = verify.verify_signature(patch, policy, model)
     if as_json:
         print_json(found.as_json())
     else:
         from nestpatch.views_signing import show_outcome
 
-        show_outcome(str(patch), found)
+        show_outcome(patch, found)
     sys.exit(0 if isinstance(found, verify.Signed) else 1)
 
 
@@ -102,15 +108,21 @@ def trust() -> None:
 @trust.command("add")
 @click.argument("key", type=PathType)
 @click.option("--name", help="Whose key it is.  [default: the file's name]")
-@click.option("--model", "models", multiple=True, help="Only for these models: paths, Hub ids, patterns such as acme/*.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    help="Only for these models: paths, ids of the packs' bases, patterns such as acme/*.",
+)
 @json_option
 def trust_add(key: Path, name: str | None, models: tuple[str, ...], as_json: bool) -> None:
     """Trust the public KEY file from now on. Compare its id with what the publisher says elsewhere."""
     from nestpatch.signing import keys, trust
+    from nestpatch.signing.subject import EVERYTHING
 
-    patterns = tuple(_pattern(model) for model in models) or (trust.EVERYTHING,)
+    patterns = tuple(_pattern(model) for model in models) or (EVERYTHING,)
     trusted = trust.TrustedKey(trust.check_name(name or key.stem), keys.read_public(key), trust.check_patterns(patterns))
-    file = trust.save_policy(trust.load_policy().with_key(trusted))
+    file = trust.save_policy(trust.load_own(create=True).with_key(trusted))
     if as_json:
         print_json({"name": trusted.name, "id": trusted.key.key_id, "models": trusted.models, "file": file})
     else:
@@ -120,16 +132,18 @@ def trust_add(key: Path, name: str | None, models: tuple[str, ...], as_json: boo
 @trust.command("list")
 @json_option
 def trust_list(as_json: bool) -> None:
-    """Show the trusted keys and the rules."""
-    from nestpatch.signing.trust import load_policy, trust_file
+    """Show the trusted keys and the rules: your own, and those of this machine's administrator."""
+    from nestpatch.signing import store
+    from nestpatch.signing.trust import load_own, load_system
 
-    policy = load_policy()
+    own, system, file = load_own(), load_system(), store.trust_file()
     if as_json:
-        print_json({"file": trust_file(), **policy.as_json()})
+        print_json({"file": file, **own.as_json(), "system": {"file": store.SYSTEM_FILE, **system.as_json()}})
         return
-    from nestpatch.views_signing import show_policy
+    from nestpatch.views_signing import show_policy, show_system_policy
 
-    show_policy(policy, str(trust_file()))
+    show_policy(own, str(file))
+    show_system_policy(system, str(store.SYSTEM_FILE))
 
 
 @trust.command("remove")
@@ -137,9 +151,10 @@ def trust_list(as_json: bool) -> None:
 @json_option
 def trust_remove(key: str, as_json: bool) -> None:
     """Trust KEY no longer: its name, or at least 8 digits of its id."""
-    from nestpatch.signing.trust import load_policy, save_policy
+    from nestpatch.signing.trust import load_own, load_system, refuse_system_key, save_policy
 
-    before = load_policy()
+    before = load_own()
+    refuse_system_key(key, before, load_system())
     after = before.without_key(key)
     file = save_policy(after)
     gone = next(trusted for trusted in before.keys if trusted not in after.keys)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 
-from nestpatch.commands.options import PathType, json_option, print_json, progress, quiet_option
+from nestpatch.commands.gating import proven, say_unchecked
+from nestpatch.commands.options import PathType, json_option, print_json, progress, quiet_option, trust_options
 
 
 def _help_recipe(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -92,7 +93,8 @@ def train(
 
 @click.command("eval")
 @click.argument("model")
-@click.argument("patch", type=PathType, required=False)
+@click.argument("patch", required=False)
+@trust_options
 @click.option("--suite", multiple=True, required=True, help="[KIND=]SOURCE; kinds: harmful, benign, lookalike. Repeatable.")
 @click.option("--lora", type=PathType, help="An adapter, .gguf or .onnx_adapter, for such a MODEL: measured like PATCH.")
 @click.option("--base", help="The unpatched model: measures how far MODEL has moved from it.")
@@ -105,7 +107,9 @@ def train(
 @json_option
 def evaluate(
     model: str,
-    patch: Path | None,
+    patch: str | None,
+    policy_file: Path | None,
+    allow_unsigned: bool,
     suite: tuple[str, ...],
     lora: Path | None,
     base: str | None,
@@ -119,7 +123,8 @@ def evaluate(
 ) -> None:
     """Measure attack success and over-refusal of MODEL, alone or also with PATCH merged in memory.
 
-    A .gguf file is run by llama.cpp and an ONNX model by onnxruntime, with PATCH as an adapter; that needs no torch.
+    A .gguf file is run by llama.cpp and an ONNX model by onnxruntime, with PATCH as an adapter; that needs no torch. PATCH is
+    a file, or hub://owner/name[@VERSION] and other channels. Its signatures are checked first.
 
     A suite's kind is told by its file name (harmful*, jailbreak*, benign*, lookalike*) or said: harmful=FILE. Limits are for
     MODEL with PATCH, where there is one; their names are those of --json.
@@ -131,9 +136,13 @@ def evaluate(
 
     over, under = parse_limits(fail_over), parse_limits(fail_under)
     suites = [load_suite(text) for text in suite]
-    options = {"patch": patch, "lora": lora, "base": base, "device": device, "max_new_tokens": max_new_tokens}
+    options = {"lora": lora, "base": base, "device": device, "max_new_tokens": max_new_tokens}
     with progress(quiet) as on_event:
-        result = assess(model, suites, on_event=on_event, **options)  # type: ignore[arg-type]
+        checked = None
+        if patch is not None:
+            checked = proven(patch, model, policy_file, on_event, allow_unsigned=allow_unsigned)
+        result = assess(model, suites, patch=checked, on_event=on_event, **options)  # type: ignore[arg-type]
+    say_unchecked(checked)
     if answers is not None:
         write_answers(result, answers)
     columns = {"model": result.model} | ({"patched": result.patched} if result.patched else {})

@@ -37,7 +37,8 @@ from nestpatch.errors import (
 from nestpatch.hub.listing import Channel, Patch, Status, base_digest, parse
 from nestpatch.pack import Manifest
 from nestpatch.signing.keys import PublicKey
-from nestpatch.signing.trust import Names, Policy
+from nestpatch.signing.subject import NO_MODEL, Subject
+from nestpatch.signing.trust import Policy, TrustedKey
 from nestpatch.version import Version
 
 
@@ -71,8 +72,8 @@ class Gate:
     policy: Policy
     now: str
     """UTC, as channels have it."""
-    names: Names = ()
-    """What the model is called that this is for; empty: no particular one."""
+    subject: Subject = NO_MODEL
+    """What the user calls the model that this is for."""
     name: str | None = None
     """Of the channel; None: whatever it was the first time."""
     seen: Seen | None = None
@@ -91,7 +92,7 @@ class Gate:
                 advice="Do not use this channel. If the publisher lost the key, a new channel has to be set up and trusted.",
             )
         roots = trail if self.seen is None else (*self.seen.roots, *trail[1:])
-        self._require_trust(roots, source)
+        self._require_trust(roots, channel, source)
         digest = sha256(envelope.payload).hexdigest()
         self._require_name(channel, source)
         self._require_order(channel, digest, source)
@@ -105,16 +106,21 @@ class Gate:
             return channel.walk(self.seen.roots[-1])
         for trusted in self.policy.keys:
             trail = channel.walk(trusted.key)
-            if trusted.covers(self.names) and trail[-1] == channel.root:
+            if self._covers(trusted, channel) and trail[-1] == channel.root:
                 return trail
         if self.allow_unsigned:
             return (channel.root,)
         raise ChannelKeyError(f"{source} is signed by {channel.root.key_id[:12]}.., which is not trusted here")
 
-    def _require_trust(self, roots: Iterable[PublicKey], source: str) -> None:
+    def _require_trust(self, roots: Iterable[PublicKey], channel: Channel, source: str) -> None:
         found = [self.policy.find(key.key_id) for key in roots]
-        if not self.allow_unsigned and not any(trusted and trusted.covers(self.names) for trusted in found):
+        if not self.allow_unsigned and not any(trusted and self._covers(trusted, channel) for trusted in found):
             raise ChannelKeyError(f"{source} is followed, but its key is no longer trusted here for this model")
+
+    def _covers(self, trusted: TrustedKey, channel: Channel) -> bool:
+        """Whether a key counts for the model and a base of the channel's. Each pack is judged by its own base afterwards."""
+        bases = {patch.base_model for patch in channel.patches}
+        return any(trusted.covers(self.subject.of(base)) for base in bases) if bases else trusted.covers(self.subject)
 
     def _require_name(self, channel: Channel, source: str) -> None:
         for expected in (self.name, self.seen.name if self.seen else None):

@@ -15,7 +15,8 @@ from nestpatch.hub.listing import TIME, Patch
 from nestpatch.hub.memory import Memory, recall, remember
 from nestpatch.hub.sources import Source, open_source, split_version
 from nestpatch.signing.origin import Origin
-from nestpatch.signing.trust import Policy, names_of
+from nestpatch.signing.subject import subject_of
+from nestpatch.signing.trust import Policy
 from nestpatch.signing.verify import Outcome, judge, signers_of
 
 
@@ -70,9 +71,8 @@ def follow(
     data = fetched.data if fetched.data is not None or known is None else known.data
     if data is None:
         raise HubAnswerError(f"{source.place} says that nothing is new, and was never asked before")
-    names = () if model is None else names_of(model)
     seen = known.seen if known else None
-    gate = Gate(policy, now or utc_now(), names, source.name, seen, allow_unsigned)
+    gate = Gate(policy, now or utc_now(), subject_of(model), source.name, seen, allow_unsigned)
     admitted = gate.admit(data, f"the channel at {source.place}")
     remember(source.place, Memory(admitted.seen, fetched.version, data))
     return Followed(source, fetched.version, admitted, None if model is None else str(model), allow_unsigned)
@@ -89,9 +89,9 @@ def download(followed: Followed, patch: Patch, *, on_event: OnEvent = ignore) ->
         contents[file.name] = followed.source.read(version, file, on_event)
         file.check(contents[file.name], place)
     data = contents.pop(patch.file.name)
-    names = () if followed.model is None else names_of(followed.model)
+    subject = subject_of(followed.model)
     outcome = judge(
-        data, contents, followed.admitted.policy, names, file=patch.file.name, allow_unsigned=followed.allow_unsigned
+        data, contents, followed.admitted.policy, subject, file=patch.file.name, allow_unsigned=followed.allow_unsigned
     )
     require_as_listed(patch, outcome.pack.manifest, place)
     signatures = {name.removeprefix(patch.file.name): content for name, content in contents.items()}

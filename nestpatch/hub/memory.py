@@ -16,7 +16,7 @@ from nestpatch.formats.atomic import write_bytes
 from nestpatch.hub.channel import Seen
 from nestpatch.signing.dsse import members, parse_json
 from nestpatch.signing.keys import parse_public
-from nestpatch.signing.trust import trust_file
+from nestpatch.signing.store import trust_file
 
 FORMAT = "nestpatch-seen/1"
 

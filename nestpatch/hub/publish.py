@@ -165,7 +165,7 @@ def _current(site: Site, head: Head, key: PrivateKey, fresh: str | None) -> Chan
             advice="Publish with that key, or let it hand the channel over: nestpatch renew REPO --key OLD --new-key NEW",
         )
     policy = Policy((TrustedKey("publisher", key.public),))
-    gate = Gate(policy, utc_now(), (), source.name, known.seen if known else None, allow_expired=True)
+    gate = Gate(policy, utc_now(), name=source.name, seen=known.seen if known else None, allow_expired=True)
     return gate.admit(head.channel, told).channel
 
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from nestpatch.errors import DataError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.formats import nest
 from nestpatch.formats.atomic import write_bytes
+from nestpatch.gate import Patch, Trust, prove
 from nestpatch.nest_train.assess_gguf import assess_gguf, is_gguf
 from nestpatch.nest_train.assess_onnx import assess_onnx, is_onnx
 from nestpatch.nest_train.evaluate import Assessment, Suite
@@ -23,6 +23,7 @@ from nestpatch.nest_train.model import load_model, locate, pick_device, pick_dty
 from nestpatch.nest_train.runner import as_evaluation, assess_models
 from nestpatch.pack import Pack
 from nestpatch.patcher.recovery import open_model
+from nestpatch.signing.trust import Policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +33,10 @@ def assess(
     model: str | Path,
     suites: Sequence[Suite],
     *,
-    patch: str | Path | Pack | None = None,
+    patch: Patch | None = None,
+    policy: Policy | None = None,
+    trust: Trust = "policy",
+    allow_unsigned: bool = False,
     lora: str | Path | None = None,
     base: str | Path | None = None,
     device: str = "auto",
@@ -44,11 +48,15 @@ def assess(
 
     A .gguf file is run by llama.cpp, an ONNX model by onnxruntime, both without torch; there the pack is an adapter where the
     model takes one, and `lora` may be given in its place.
-    With `base`, the drift of `model` from that base is measured too.
+    With `base`, the drift of `model` from that base is measured too. The patch passes the gate first, by `policy`, `trust` and
+    `allow_unsigned`, as for `apply_in_place`: what is measured is what would be applied.
 
-    Raises CheckpointError, PackError, DataError or MissingExtraError.
+    Raises SignatureError, CheckpointError, PackError, DataError or MissingExtraError.
     """
-    options = {"patch": patch, "lora": lora, "base": base, "device": device, "max_new_tokens": max_new_tokens}
+    pack = None
+    if patch is not None:
+        pack = prove(patch, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event).pack
+    options = {"patch": pack, "lora": lora, "base": base, "device": device, "max_new_tokens": max_new_tokens}
     if is_gguf(model):
         return assess_gguf(model, suites, on_event=on_event, **options)  # type: ignore[arg-type]
     if is_onnx(model):
@@ -63,7 +71,6 @@ def assess(
         raise DataError("the drift from an ONNX base can be measured for ONNX models", advice="Give the base's directory.")
     from nestpatch.nest_train.fold import fold
 
-    pack = nest.read(patch) if isinstance(patch, (str, Path)) else patch
     source = locate(model)
     checkpoint, _ = open_model(source.path)
     chosen_device, _ = pick_device(device)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from nestpatch.errors import DataError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.formats import nest
 from nestpatch.nest_train.drift_gguf import pairs_of
 from nestpatch.nest_train.evaluate import Assessment, Suite
 from nestpatch.nest_train.generate_llama import with_llama
@@ -31,7 +30,7 @@ def assess_gguf(
     model: str | Path,
     suites: Sequence[Suite],
     *,
-    patch: str | Path | Pack | None = None,
+    patch: Pack | None = None,
     lora: str | Path | None = None,
     base: str | Path | None = None,
     device: str = "auto",
@@ -39,6 +38,8 @@ def assess_gguf(
     on_event: OnEvent = ignore,
 ) -> Assessment:
     """Evaluates a GGUF file; with `lora` also the file with that adapter, with `patch` with the adapter that the pack is.
+
+    The caller answers for the pack: `assess` lets it pass the gate.
 
     With `base`, a GGUF file or a model directory, the drift of `model` from it is measured too.
 
@@ -61,16 +62,15 @@ def assess_gguf(
 
 
 @contextmanager
-def _adapter(model: str | Path, patch: str | Path | Pack | None, lora: str | Path | None) -> Iterator[str | Path | None]:
+def _adapter(model: str | Path, patch: Pack | None, lora: str | Path | None) -> Iterator[str | Path | None]:
     """The adapter file; one made of a pack is removed at the end."""
     if patch is None:
         yield lora
         return
-    pack = patch if isinstance(patch, Pack) else nest.read(patch)
     # As `apply` would: a pack for another model, or one that is in the file already, must not be measured.
-    make_plan(pack, open_model(model)[0])
+    make_plan(patch, open_model(model)[0])
     with tempfile.TemporaryDirectory() as folder:
-        yield export_gguf_lora(pack, Path(folder) / "patch.gguf", model=model).output
+        yield export_gguf_lora(patch, Path(folder) / "patch.gguf", model=model, trust="none").output
 
 
 def _reference(base: str | Path, device: str, max_new_tokens: int, on_event: OnEvent) -> AbstractContextManager[Runner]:

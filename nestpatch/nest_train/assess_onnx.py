@@ -31,7 +31,7 @@ def assess_onnx(
     model: str | Path,
     suites: Sequence[Suite],
     *,
-    patch: str | Path | Pack | None = None,
+    patch: Pack | None = None,
     lora: str | Path | None = None,
     base: str | Path | None = None,
     device: str = "auto",
@@ -41,6 +41,7 @@ def assess_onnx(
     """Evaluates an ONNX model; with `lora`, an .onnx_adapter file, also with that.
 
     With `patch` also the patched model: by an adapter where the model was exported adapter-ready, else as a temporary copy.
+    The caller answers for the pack: `assess` lets it pass the gate.
 
     With `base`, an ONNX model or a model directory, the drift of `model` from it is measured too.
 
@@ -71,7 +72,7 @@ def assess_onnx(
 
 @contextmanager
 def _patched(
-    model: str | Path, patch: str | Path | Pack | None, lora: str | Path | None, on_event: OnEvent
+    model: str | Path, patch: Pack | None, lora: str | Path | None, on_event: OnEvent
 ) -> Iterator[tuple[str | Path | None, str | Path | None]]:
     """(the patched model, the adapter that it has to be run with); what is made here is removed at the end."""
     if patch is None:
@@ -80,9 +81,9 @@ def _patched(
     with tempfile.TemporaryDirectory() as folder:
         adapter, other = Path(folder) / f"patch{SUFFIX}", Path(folder) / "patched"
         try:
-            export_onnx_adapter(patch, model, adapter)
+            export_onnx_adapter(patch, model, adapter, trust="none")
         except UnsupportedModelError:  # not adapter-ready, or not for these weights
-            apply(model, patch, other, sync=False, on_event=on_event)
+            apply(model, patch, other, trust="none", sync=False, on_event=on_event)
         yield (model, adapter) if adapter.is_file() else (other, None)
 
 

@@ -20,8 +20,9 @@ from nestpatch.formats.export.sink import seal
 from nestpatch.formats.interface import Checkpoint
 from nestpatch.formats.lora_onnx import ADAPTER, Site, sites_json
 from nestpatch.formats.provenance import VERSION
-from nestpatch.pack import Pack
+from nestpatch.gate import Patch, Trust, prove
 from nestpatch.patcher.export_source import Source, Wanted, open_wanted, require_unchanged, source_of
+from nestpatch.signing.trust import Policy
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -83,8 +84,11 @@ class _Kind:
 def export_onnx(
     model: str | Path,
     output: str | Path | None = None,
-    patch: str | Path | Pack | None = None,
+    patch: Patch | None = None,
     *,
+    policy: Policy | None = None,
+    trust: Trust = "policy",
+    allow_unsigned: bool = False,
     strength: float = 1.0,
     dtype: str = "fp32",
     bits: int | None = None,
@@ -96,17 +100,21 @@ def export_onnx(
 
     `dtype` is that of weights and activations, fp32 or fp16; `bits` 4 or 8 quantizes the matrices besides. `adapter_ready`
     makes a base that takes patches at run time (`export_onnx_adapter`). The packs in it are listed in the graph's metadata
-    under "nestpatch.patches". After that the graph is run in onnxruntime and compared with transformers.
+    under "nestpatch.patches". After that the graph is run in onnxruntime and compared with transformers. The patch passes the
+    gate first, by `policy`, `trust` and `allow_unsigned`, as for `apply_in_place`.
 
-    Raises PackError, CheckpointError (ParityError when the graph computes something else), ChainError, OutputError, DataError,
-    MissingExtraError; then nothing was written.
+    Raises SignatureError, PackError, CheckpointError (ParityError when the graph computes something else), ChainError,
+    OutputError, DataError, MissingExtraError; then nothing was written.
     """
     began = time.perf_counter()
     kind = _Kind(dtype, bits, adapter_ready)
     _check(kind, patched=patch is not None)
     from nestpatch.nest_train.model import locate
 
-    wanted = open_wanted(locate(model).path, patch, strength)
+    proven = None
+    if patch is not None:
+        proven = prove(patch, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event)
+    wanted = open_wanted(locate(model).path, proven, strength)
     target = Path(output) if output is not None else wanted.default_output("", "onnx", f"int{bits}" if bits else dtype)
     check_place(target)
     before, made = wanted.fingerprint, _Made()

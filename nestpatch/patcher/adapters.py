@@ -13,9 +13,11 @@ from nestpatch.formats import lora_gguf, lora_onnx, lora_peft, nest
 from nestpatch.formats.lora import Written
 from nestpatch.formats.names import expert_of
 from nestpatch.formats.opening import open_checkpoint
+from nestpatch.gate import Patch, Trust, is_channel, prove
 from nestpatch.pack import Pack
 from nestpatch.patcher.plan import check_strength, make_plan
 from nestpatch.patcher.recovery import open_model
+from nestpatch.signing.trust import Policy
 
 
 @dataclass(frozen=True)
@@ -38,47 +40,60 @@ class Adapter:
 
 
 def export_lora(
-    patch: str | Path | Pack,
+    patch: Patch,
     output: str | Path | None = None,
     strength: float = 1.0,
     *,
     model: str | Path | None = None,
+    policy: Policy | None = None,
+    trust: Trust = "policy",
+    allow_unsigned: bool = False,
     dry_run: bool = False,
 ) -> Adapter:
     """Writes a pack as a PEFT adapter directory, which PeftModel.from_pretrained and vLLM load beside the base.
 
     Without `output` it lies beside the pack's file and is named after the pack. `model` is only needed where the pack changes
-    experts that the base stores one by one: their number is counted there.
+    experts that the base stores one by one: their number is counted there. The patch passes the gate first, by `policy`,
+    `trust` and `allow_unsigned`, as for `apply_in_place`.
 
-    Raises PackError, DataError, UnsupportedModelError or OutputError; then nothing was written.
+    Raises SignatureError, PackError, DataError, UnsupportedModelError or OutputError; then nothing was written.
     """
-    return _export("lora", lora_peft.write, patch, output, strength, model, dry_run)
+    proven = prove(patch, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned)
+    return _export("lora", lora_peft.write, patch, proven.pack, output, strength, model, dry_run)
 
 
 def export_gguf_lora(
-    patch: str | Path | Pack,
+    patch: Patch,
     output: str | Path | None = None,
     strength: float = 1.0,
     *,
     model: str | Path | None = None,
+    policy: Policy | None = None,
+    trust: Trust = "policy",
+    allow_unsigned: bool = False,
     dry_run: bool = False,
 ) -> Adapter:
     """Writes a pack as a LoRA adapter in a GGUF file, which llama.cpp loads with the base in whatever type (`--lora`).
 
     Without `output` it lies beside the pack's file and is named after the pack. `model`, a directory or a GGUF file, is only
-    needed where the pack changes experts that the base stores one by one.
+    needed where the pack changes experts that the base stores one by one. `policy`, `trust` and `allow_unsigned` are as for
+    `apply_in_place`.
 
-    Raises PackError, DataError, UnsupportedModelError or OutputError; then nothing was written.
+    Raises SignatureError, PackError, DataError, UnsupportedModelError or OutputError; then nothing was written.
     """
-    return _export("gguf-lora", lora_gguf.write, patch, output, strength, model, dry_run)
+    proven = prove(patch, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned)
+    return _export("gguf-lora", lora_gguf.write, patch, proven.pack, output, strength, model, dry_run)
 
 
 def export_onnx_adapter(
-    patch: str | Path | Pack,
+    patch: Patch,
     model: str | Path,
     output: str | Path | None = None,
     strength: float = 1.0,
     *,
+    policy: Policy | None = None,
+    trust: Trust = "policy",
+    allow_unsigned: bool = False,
     dry_run: bool = False,
 ) -> Adapter:
     """Writes a pack as an .onnx_adapter file for an ONNX model that was exported adapter-ready, whatever its type.
@@ -86,10 +101,11 @@ def export_onnx_adapter(
     The model's record of its base is compared with the pack's, and the touched rows are looked at, since the model may have
     been patched where it lies; then onnxruntime loads both, and runs them on two tokens.
 
-    Without `output` it lies beside the pack's file and is named after the pack.
+    Without `output` it lies beside the pack's file and is named after the pack. `policy`, `trust` and `allow_unsigned` are as
+    for `apply_in_place`.
 
-    Raises PackError, DataError, CheckpointFormatError, UnsupportedModelError when the model takes no such patch,
-    BaseMismatchError, OutputError or MissingExtraError; then nothing was written.
+    Raises SignatureError, PackError, DataError, CheckpointFormatError, UnsupportedModelError when the model takes no such
+    patch, BaseMismatchError, OutputError or MissingExtraError; then nothing was written.
     """
 
     def write(pack: Pack, target: Path, factor: float, _: int | None, *, dry_run: bool) -> Written:
@@ -98,13 +114,15 @@ def export_onnx_adapter(
         make_plan(pack, open_model(ready.file)[0], factor)
         return lora_onnx.write(content, ready, target, dry_run=dry_run)
 
-    return _export("onnx-adapter", write, patch, output, strength, None, dry_run)
+    proven = prove(patch, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned)
+    return _export("onnx-adapter", write, patch, proven.pack, output, strength, None, dry_run)
 
 
 def _export(
     kind: str,
     write: Callable[..., Written],
-    patch: str | Path | Pack,
+    patch: Patch,
+    pack: Pack,
     output: str | Path | None,
     strength: float,
     model: str | Path | None,
@@ -112,7 +130,6 @@ def _export(
 ) -> Adapter:
     began = time.perf_counter()
     check_strength(strength)
-    pack = patch if isinstance(patch, Pack) else nest.read(patch)
     single = any(expert_of(delta.name) for delta in pack)
     experts = count_experts(model) if single and model is not None else None
     target = Path(output) if output is not None else default_output(patch, pack, kind)
@@ -131,9 +148,9 @@ def _export(
     )
 
 
-def default_output(patch: str | Path | Pack, pack: Pack, kind: str) -> Path:
+def default_output(patch: Patch, pack: Pack, kind: str) -> Path:
     """Beside the pack's file, or in the current directory: "no-harm-1.0.0-lora", "no-harm-1.0.0-lora.gguf"."""
-    folder = Path() if isinstance(patch, Pack) else Path(patch).parent
+    folder = Path(patch).parent if isinstance(patch, (str, Path)) and not is_channel(patch) else Path()
     ending = {"gguf-lora": "-lora.gguf", "onnx-adapter": lora_onnx.SUFFIX}.get(kind, "-lora")
     return folder / f"{pack.manifest.name}-{pack.manifest.version}{ending}"
 

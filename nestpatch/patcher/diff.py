@@ -20,9 +20,9 @@ import numpy.typing as npt
 
 from nestpatch.errors import CheckpointFormatError, DataError, QuantizationError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.formats import nest
 from nestpatch.formats.interface import CHUNK, Checkpoint, IntArray, TensorInfo, row_blocks
 from nestpatch.formats.safetensors import read_header
+from nestpatch.gate import is_channel, look
 from nestpatch.patcher.norms import Sums, finite, squares
 from nestpatch.patcher.pack_diff import PackDiff, compare_packs
 from nestpatch.patcher.recovery import open_model
@@ -109,8 +109,8 @@ class CheckpointDiff:
 
 
 def is_pack(path: str | Path) -> bool:
-    """Whether a path is, or claims to be, a pack: by its name, or by its header. Reads no more than that."""
-    if Path(path).suffix == ".nest":
+    """Whether a path is, or claims to be, a pack: by its name, its channel's, or its header. Reads no more than that."""
+    if is_channel(path) or Path(path).suffix == ".nest":
         return True
     # os.path answers no where Path.is_file raises.
     if not os.path.isfile(path):  # noqa: PTH113
@@ -122,12 +122,14 @@ def is_pack(path: str | Path) -> bool:
 
 
 def diff(a: str | Path, b: str | Path, *, on_event: OnEvent = ignore) -> CheckpointDiff | PackDiff:
-    """Compares two models or two packs.
+    """Compares two models or two packs: files, or hub://owner/name[@VERSION].
 
-    Raises DataError for a pack and a model, PackError, CheckpointError, BusyError or JournalError.
+    Packs need not be signed, but what signatures they have must be sound.
+
+    Raises DataError for a pack and a model, SignatureError, PackError, CheckpointError, BusyError or JournalError.
     """
     if is_pack(a) and is_pack(b):
-        return compare_packs(nest.read(a), nest.read(b))
+        return compare_packs(look(a, on_event=on_event).pack, look(b, on_event=on_event).pack)
     if is_pack(a) or is_pack(b):
         raise DataError(
             f"one of {a} and {b} is a pack, the other a model: they cannot be compared",

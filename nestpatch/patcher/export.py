@@ -15,9 +15,10 @@ from nestpatch.formats.export.gguf_types import AUTO, file_type
 from nestpatch.formats.export.to_gguf import model_name, write_gguf
 from nestpatch.formats.export.to_safetensors import write_file
 from nestpatch.formats.export.written import WrittenModel
-from nestpatch.pack import Pack
+from nestpatch.gate import Patch, Trust, prove
 from nestpatch.patcher.apply import companions_of
 from nestpatch.patcher.export_source import Source, Wanted, open_wanted, require_unchanged, source_of
+from nestpatch.signing.trust import Policy
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,11 @@ class Exported(WrittenModel):
 def export_gguf(
     model: str | Path,
     output: str | Path | None = None,
-    patch: str | Path | Pack | None = None,
+    patch: Patch | None = None,
     *,
+    policy: Policy | None = None,
+    trust: Trust = "policy",
+    allow_unsigned: bool = False,
     strength: float = 1.0,
     type: str = "auto",  # noqa: A002 - the word that users of GGUF files say
     name: str | None = None,
@@ -45,14 +49,19 @@ def export_gguf(
     `type` is that of the weights: "auto" keeps the checkpoint's; f32, f16, bf16 and q8_0 are written here, others such as
     q4_k_m by llama-cpp-python. `name` is what the file calls the model. `llama_cpp` is a checkout of llama.cpp whose converter
     is used instead. The packs of the model's ledger and the given one are listed in the file under "nestpatch.patches".
+    The patch passes the gate first, by `policy`, `trust` and `allow_unsigned`, as for `apply_in_place`.
 
-    Raises PackError, CheckpointError, ChainError, OutputError, DataError, MissingExtraError; then nothing was written.
+    Raises SignatureError, PackError, CheckpointError, ChainError, OutputError, DataError, MissingExtraError; then nothing was
+    written.
     """
     began = time.perf_counter()
     kind = file_type(type).name
     if llama_cpp is not None:
         require_converter(Path(llama_cpp))
-    wanted = open_wanted(model, patch, strength)
+    proven = None
+    if patch is not None:
+        proven = prove(patch, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event)
+    wanted = open_wanted(model, proven, strength)
     target = Path(output) if output is not None else wanted.default_output(".gguf", *([] if kind == AUTO else [kind]))
     check_place(target)
     before = wanted.fingerprint
@@ -81,8 +90,11 @@ def export_gguf(
 def export_safetensors(
     model: str | Path,
     output: str | Path | None = None,
-    patch: str | Path | Pack | None = None,
+    patch: Patch | None = None,
     *,
+    policy: Policy | None = None,
+    trust: Trust = "policy",
+    allow_unsigned: bool = False,
     strength: float = 1.0,
     dry_run: bool = False,
     on_event: OnEvent = ignore,
@@ -90,12 +102,16 @@ def export_safetensors(
     """Writes a safetensors model anew, a file or a directory, as a release, with a pack merged into it if one is given.
 
     What the packs are, and the digests of their rows before and after, go into the metadata of every weight file, so that a
-    file alone tells what it holds. Such a copy has no undo record; `apply` makes one that can be reverted.
+    file alone tells what it holds. Such a copy has no undo record; `apply` makes one that can be reverted. `policy`, `trust`
+    and `allow_unsigned` are as for `apply_in_place`.
 
-    Raises PackError, CheckpointError, ChainError, OutputError, DataError; then nothing was written.
+    Raises SignatureError, PackError, CheckpointError, ChainError, OutputError, DataError; then nothing was written.
     """
     began = time.perf_counter()
-    wanted = open_wanted(model, patch, strength)
+    proven = None
+    if patch is not None:
+        proven = prove(patch, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event)
+    wanted = open_wanted(model, proven, strength)
     checkpoint = wanted.checkpoint
     suffix = "" if checkpoint.path.is_dir() else ".safetensors"
     target = Path(output) if output is not None else wanted.default_output(suffix, "release")

@@ -17,6 +17,7 @@ from nestpatch.formats import nest
 from nestpatch.formats.export.scratch import PATCHED, claimed, scratch
 from nestpatch.formats.interface import Checkpoint, row_blocks
 from nestpatch.formats.provenance import PATCHES, VERSION, patches_json
+from nestpatch.gate import Proven
 from nestpatch.label import now
 from nestpatch.pack import Pack, TensorDelta
 from nestpatch.patcher.apply import apply
@@ -30,8 +31,7 @@ from nestpatch.patcher.place import Place, place_of
 from nestpatch.patcher.plan import check_strength
 from nestpatch.patcher.recovery import open_model
 from nestpatch.patcher.work import Judge, plan_work
-from nestpatch.signing.origin import Origin
-from nestpatch.signing.trust import Policy
+from nestpatch.signing.trust import load_policy
 
 RECORD = "nestpatch.record"
 """Metadata of exported safetensors files: JSON, the ledger's entries with the digests of rows before and after."""
@@ -64,12 +64,16 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Wanted:
-    """The model and the pack of an export, opened and checked."""
+    """The model and the patch of an export, opened and checked."""
 
     checkpoint: Checkpoint
     place: Place
-    pack: Pack | None
+    proven: Proven | None
     strength: float
+
+    @property
+    def pack(self) -> Pack | None:
+        return self.proven.pack if self.proven is not None else None
 
     @property
     def fingerprint(self) -> list[Any]:
@@ -86,20 +90,19 @@ class Wanted:
         return place.with_name("-".join([stem, *patch, *more]) + suffix)
 
 
-def open_wanted(model: str | Path, patch: str | Path | Pack | None, strength: float) -> Wanted:
-    """Opens both.
+def open_wanted(model: str | Path, patch: Proven | None, strength: float) -> Wanted:
+    """Opens the model for a patch that passed the gate.
 
-    Raises CheckpointError, PackError, DataError; UnsupportedModelError for a model that was converted already.
+    Raises CheckpointError, DataError; UnsupportedModelError for a model that was converted already.
     """
     check_strength(strength)
-    pack = patch if isinstance(patch, Pack) or patch is None else nest.read(patch)
     checkpoint, place = open_model(model)
     if checkpoint.converted:
         raise UnsupportedModelError(
             f"{model} was converted already: exports start from the safetensors model",
             advice="Give the safetensors model. A converted file is patched as it is: nestpatch apply FILE PATCH",
         )
-    return Wanted(checkpoint, place, pack, strength)
+    return Wanted(checkpoint, place, patch, strength)
 
 
 def require_unchanged(wanted: Wanted, before: list[Any]) -> None:
@@ -118,28 +121,28 @@ def source_of(
 
     Raises BaseMismatchError, ChainError, PackContentError.
     """
-    checkpoint, place, pack, strength = wanted.checkpoint, wanted.place, wanted.pack, wanted.strength
-    ledger = _confirmed(checkpoint, place)
-    judge = Judge(Policy(), checkpoint.path)
-    steps = plan_work(place, ledger, pack, strength, judge, Origin()).steps if pack is not None else ()
-    if pack is None or not steps:
+    checkpoint, place, proven, strength = wanted.checkpoint, wanted.place, wanted.proven, wanted.strength
+    ledger, judge = _confirmed(checkpoint, place), Judge(load_policy(), checkpoint.path)
+    steps = plan_work(place, ledger, proven.pack, strength, judge, proven.origin).steps if proven is not None else ()
+    if proven is None or not steps:
         yield Source(checkpoint, ledger.applied)
         return
+    pack = proven.pack
     gone = {step.link for step in steps if step.do is Do.UNDO} - {step.link for step in steps if step.do is Do.REDO}
     kept = tuple(entry for entry in ledger.applied if entry.link not in gone)
     if not whole and {step.do for step in steps} <= {Do.CHECK, Do.APPLY}:
         view = merged_view(pack, checkpoint, strength)
         tensors = {delta.name: _record(delta, checkpoint, view) for delta in pack} if not dry_run else {}
-        yield Source(view, (*kept, _entry(pack, strength, tensors)))
+        yield Source(view, (*kept, _entry(proven, strength, tensors)))
         return
     with scratch(target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp"), PATCHED) as copy:
         if dry_run:
-            apply(checkpoint.path, pack, copy, strength=strength, dry_run=True)
-            yield Source(checkpoint, (*kept, _entry(pack, strength, {})))
+            apply(checkpoint.path, proven, copy, strength=strength, dry_run=True)
+            yield Source(checkpoint, (*kept, _entry(proven, strength, {})))
             return
         copy.mkdir()
         with claimed(copy):
-            done = apply(checkpoint.path, pack, copy / checkpoint.path.name, strength=strength, on_event=on_event)
+            done = apply(checkpoint.path, proven, copy / checkpoint.path.name, strength=strength, on_event=on_event)
             yield Source(checkpoint.reopen(done.output), read_ledger(place_of(done.output)).applied)
 
 
@@ -155,11 +158,11 @@ def _confirmed(checkpoint: Checkpoint, place: Place) -> Ledger:
     return ledger
 
 
-def _entry(pack: Pack, strength: float, tensors: dict[str, TensorRecord]) -> Entry:
+def _entry(proven: Proven, strength: float, tensors: dict[str, TensorRecord]) -> Entry:
     """As the ledger would have it, but with no transaction: there is nothing beside the file to undo it by."""
-    manifest = pack.manifest
+    manifest = proven.pack.manifest
     return Entry(
-        pack_id=nest.pack_id(pack),
+        pack_id=proven.pack_id,
         name=manifest.name,
         version=manifest.version,
         strength=strength,
@@ -169,6 +172,7 @@ def _entry(pack: Pack, strength: float, tensors: dict[str, TensorRecord]) -> Ent
         tensors=tensors,
         supersedes=manifest.supersedes,
         requires=manifest.requires,
+        signers=proven.origin.signers,
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from nestpatch.errors import NestpatchError, TrustError
 from nestpatch.files import alone, open_regular
 from nestpatch.formats.atomic import write_bytes
-from nestpatch.signing.trust import trust_file
+from nestpatch.signing.store import trust_file
 
 KEY_FILE = "machine.key"
 KEY_BYTES = 32
@@ -45,8 +45,11 @@ def _seal(key: bytes, kind: str, folder: Path, digest: bytes) -> str:
 def _key(*, create: bool) -> bytes | None:
     try:
         file = trust_file().with_name(KEY_FILE)
+    except TrustError:  # this user has no home
+        return None
+    try:
         found = _read(file)
-    except (RuntimeError, OSError):  # no home, or one that cannot be looked into
+    except OSError:  # it cannot be looked into
         return None
     if found is None and create:
         try:

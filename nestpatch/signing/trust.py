@@ -1,31 +1,29 @@
-"""Whom this machine trusts, and how many of them must have signed: a value, its rules, and the file that holds it.
+"""Whom this machine trusts, and how many of them must have signed: a value, its rules, and the files that hold it.
 
-The file is one JSON object, by default `trust.json` in the user's configuration folder. It never lies beside a model: whoever
-hands over a model could then hand over the trust as well. A policy file given to a command has the same format and replaces it.
+A file is one JSON object, `trust.json`: the user's own, by default in the user's configuration folder, and under it the
+administrator's (signing/store.py). None lies beside a model: whoever hands over a model could then hand over the trust as well.
+A policy file given to a command has the same format and replaces the user's own; the administrator's stays in force.
 
-Rules go by what the user calls the model, never by what a pack says of its base: else a pack could choose its rule.
+Keys and rules name models by patterns of paths and of model ids (signing/subject.py).
 """
 
 from __future__ import annotations
 
 import json
-import os
-import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from nestpatch.errors import KeyFileError, SignatureFormatError, TrustError
 from nestpatch.formats.atomic import write_bytes
+from nestpatch.signing import store
 from nestpatch.signing.dsse import members, parse_json
 from nestpatch.signing.keys import PublicKey, parse_public
+from nestpatch.signing.store import trust_file
+from nestpatch.signing.subject import EVERYTHING, NO_MODEL, Subject, is_path
 
 FORMAT = "nestpatch-trust/1"
-EVERYTHING = "*"
-Names: TypeAlias = tuple[str, ...]
-"""What one model is called; empty: no particular model."""
 MAX_NAME = 96
 
 
@@ -36,11 +34,13 @@ class TrustedKey:
     name: str
     key: PublicKey
     models: tuple[str, ...] = (EVERYTHING,)
-    """Patterns of model names (`names_of`): "acme/*", "/srv/models/*"."""
+    """Patterns of paths and model ids: "/srv/models/*", "acme/*"."""
+    source: str = ""
+    """The administrator's file that it stands in; empty: it is the user's own."""
 
-    def covers(self, names: Names) -> bool:
-        """Whether the key counts for a model of these names; without a model it does."""
-        return not names or any(_matches(pattern, names) for pattern in self.models)
+    def covers(self, subject: Subject) -> bool:
+        """Whether the key counts for a model."""
+        return subject.is_covered(self.models)
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,30 @@ class Rule:
     """How many signatures packs for some models need."""
 
     model: str
-    """A pattern of model names."""
+    """A pattern of paths or model ids."""
     require: int
     """Distinct trusted keys that must have signed; 0: a signature is optional, but must be sound."""
     keys: tuple[str, ...] = ()
     """Names or ids of the keys that count; none: all that are trusted for the model."""
+    source: str = ""
+    """The administrator's file that it stands in, which no user and no option overrules; empty: it is the user's own."""
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """What the signatures of a pack are worth under a policy."""
+
+    counting: frozenset[str]
+    """Ids of the keys that signed and count."""
+    required: int
+    """The most signatures that a rule asks for."""
+    unmet: tuple[Rule, ...]
+    """The rules that ask for more; empty: the policy is met."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """The trusted keys and the rules. Rules are tried in order."""
+    """The trusted keys and the rules. Rules are tried in order, the administrator's and the user's each for themselves."""
 
     keys: tuple[TrustedKey, ...] = ()
     rules: tuple[Rule, ...] = ()
@@ -66,30 +80,64 @@ class Policy:
         """The trusted key with this id."""
         return next((trusted for trusted in self.keys if trusted.key.key_id == key_id), None)
 
-    def rule_for(self, names: Names) -> Rule:
-        """The first rule for a model of these names; without a model, the first for all models.
+    def rules_for(self, subject: Subject, *, vouched: bool = True) -> tuple[Rule, ...]:
+        """What a pack has to meet, all of it: the administrator's first rule for this model, and the user's.
 
-        Where no rule fits: who trusts any key wants one signature, who trusts none wants none.
+        Where no rule of the user's fits: who trusts any key wants one signature, who trusts none wants none.
+
+        `vouched`: whether a trusted key has signed the pack, and so what it says of its base. Anybody can write any base into
+        a pack that nobody signed, so that chooses no rule there: all rules for model ids hold that stand before the first
+        rule which fits by the user's words alone, and that one.
         """
-        fitting = (rule for rule in self.rules if rule.model == EVERYTHING or _matches(rule.model, names))
-        return next(fitting, Rule(EVERYTHING, int(bool(self.keys))))
+        return tuple(rule for part in self._parts() for rule in _chosen(part, subject, vouched=vouched))
 
-    def counting(self, rule: Rule, names: Names) -> tuple[TrustedKey, ...]:
+    def weigh(self, subject: Subject, signed: Collection[str]) -> Weighed:
+        """Judges the ids of trusted keys whose signatures are sound. Pure, and without any forgiveness."""
+        rules: list[Rule] = []
+        for part in self._parts():
+            chosen = _chosen(part, subject, vouched=True)
+            if not any(self._counted(rule, subject, signed) for rule in chosen):
+                chosen = _chosen(part, subject, vouched=False)
+            rules += chosen
+        counted = [self._counted(rule, subject, signed) for rule in rules]
+        unmet = tuple(rule for rule, ids in zip(rules, counted, strict=True) if len(ids) < rule.require)
+        return Weighed(frozenset().union(*counted), max((rule.require for rule in rules), default=0), unmet)
+
+    def counting(self, rule: Rule, subject: Subject) -> tuple[TrustedKey, ...]:
         """The keys whose signatures count for a model under a rule."""
-        named = {key_id for text in rule.keys for key_id in self._ids(text)}
-        return tuple(t for t in self.keys if t.covers(names) and (not rule.keys or t.key.key_id in named))
+        named = self.ids_in(rule)
+        return tuple(t for t in self.keys if t.covers(subject) and (not rule.keys or t.key.key_id in named))
+
+    def _counted(self, rule: Rule, subject: Subject, signed: Collection[str]) -> frozenset[str]:
+        return frozenset(t.key.key_id for t in self.counting(rule, subject) if t.key.key_id in signed)
+
+    def _parts(self) -> tuple[tuple[Rule, ...], tuple[Rule, ...]]:
+        """The administrator's rules; the user's, with the one for all models that stands after them."""
+        system = tuple(rule for rule in self.rules if rule.source)
+        own = tuple(rule for rule in self.rules if not rule.source)
+        return system, (*own, Rule(EVERYTHING, int(bool(self.keys))))
+
+    def ids_in(self, rule: Rule) -> tuple[str, ...]:
+        """The keys that a rule names, by their ids."""
+        return tuple(dict.fromkeys(key_id for text in rule.keys for key_id in self._ids(text)))
 
     def _ids(self, text: str) -> list[str]:
-        return [trusted.key.key_id for trusted in self.keys if text in {trusted.name, trusted.key.key_id}]
+        """By id, else by name: a key that is called like the id of another one does not stand in for it."""
+        exact = [trusted.key.key_id for trusted in self.keys if text == trusted.key.key_id]
+        return exact or [trusted.key.key_id for trusted in self.keys if text == trusted.name]
 
     def with_key(self, trusted: TrustedKey) -> Policy:
         """One more key, or the same key with another name or other models. Raises TrustError when the name is taken."""
         others = tuple(other for other in self.keys if other.key != trusted.key)
         return replace(self, keys=(*others, trusted)).checked()
 
+    def matching(self, text: str) -> tuple[TrustedKey, ...]:
+        """The keys of this name, or of an id that begins so."""
+        return tuple(t for t in self.keys if t.name == text or (len(text) >= 8 and t.key.key_id.startswith(text)))
+
     def without_key(self, text: str) -> Policy:
         """Without the key of this name, or of an id that begins so. Raises TrustError when none or several fit."""
-        fitting = [t for t in self.keys if t.name == text or (len(text) >= 8 and t.key.key_id.startswith(text))]
+        fitting = self.matching(text)
         if len(fitting) != 1:
             raise TrustError(f"{len(fitting)} trusted keys are called {text!r}")
         return replace(self, keys=tuple(t for t in self.keys if t != fitting[0])).checked()
@@ -103,7 +151,7 @@ class Policy:
             for text in rule.keys:
                 if not self._ids(text):
                     raise TrustError(f"a rule for {rule.model!r} names the key {text!r}, which is not there")
-            keys = len(self.counting(rule, ()))
+            keys = len(self.counting(rule, NO_MODEL))
             if rule.require > keys:
                 raise TrustError(f"a rule for {rule.model!r} wants {rule.require} signatures of {keys} keys")
         return self
@@ -113,6 +161,41 @@ class Policy:
         keys = [{"name": t.name, "id": t.key.key_id, "pem": t.key.pem, "models": list(t.models)} for t in self.keys]
         rules = [{"model": rule.model, "require": rule.require, "keys": list(rule.keys)} for rule in self.rules]
         return {"format": FORMAT, "keys": keys, "rules": rules}
+
+
+def _chosen(rules: Sequence[Rule], subject: Subject, *, vouched: bool) -> tuple[Rule, ...]:
+    """The rules of one file that decide; without a voucher several may (`Policy.rules_for`)."""
+    found: list[Rule] = []
+    for rule in rules:
+        if subject.fits_by_user(rule.model) or (vouched and subject.fits(rule.model)):
+            return (*found, rule)
+        if not vouched and not is_path(rule.model):
+            found.append(rule)
+    return tuple(found)
+
+
+def combined(system: Policy, user: Policy, source: str) -> Policy:
+    """The administrator's policy, from the file `source`, and a user's, as one in which both are met.
+
+    What the administrator asks for, only the administrator's keys can give; where a rule names none, all of them. The
+    administrator's keys count under the user's rules too. A key that both trust counts for the administrator's models alone.
+    A user's key that has the name of another key of the administrator's gets digits of its id behind the name.
+    """
+    if not system.keys and not system.rules:
+        return user
+    every = tuple(trusted.key.key_id for trusted in system.keys)
+    above = [replace(rule, keys=system.ids_in(rule) or every, source=source) for rule in _with_default(system)]
+    own = [replace(rule, keys=user.ids_in(rule)) for rule in _with_default(user)]
+    taken = {trusted.name for trusted in system.keys}
+    more = [t for t in user.keys if t.key.key_id not in every]
+    renamed = [replace(t, name=f"{t.name} ({t.key.key_id[:12]})") if t.name in taken else t for t in more]
+    keys = (*(replace(trusted, source=source) for trusted in system.keys), *renamed)
+    return Policy(keys, (*above, *own))
+
+
+def _with_default(policy: Policy) -> tuple[Rule, ...]:
+    """The rules of a file with what holds where none fits."""
+    return (*policy.rules, Rule(EVERYTHING, int(bool(policy.keys))))
 
 
 def parse_policy(data: bytes, source: str) -> Policy:
@@ -126,6 +209,9 @@ def parse_policy(data: bytes, source: str) -> Policy:
         return Policy(keys, tuple(_rule(entry, source) for entry in facts["rules"])).checked()
     except (SignatureFormatError, KeyFileError) as error:
         raise TrustError(f"{source} is broken: {error}") from error
+    except TrustError as error:
+        reason = str(error)
+        raise TrustError(reason if source in reason else f"{source}: {reason}", advice=error.advice) from error
 
 
 def _key(entry: Any, source: str) -> TrustedKey:
@@ -141,24 +227,8 @@ def _rule(entry: Any, source: str) -> Rule:
     facts = members(entry, {"model": str, "require": int, "keys": list}, source, model=EVERYTHING, keys=[])
     if facts["require"] < 0 or not all(isinstance(text, str) for text in facts["keys"]):
         raise TrustError(f"{source}: a rule for {facts['model']!r} makes no sense")
-    return Rule(facts["model"], facts["require"], tuple(dict.fromkeys(facts["keys"])))
-
-
-def names_of(model: str | Path) -> Names:
-    """What patterns may call a model: its path, with and without links, that of its folder, its Hub id if that can be told."""
-    text = os.fspath(model)
-    if not os.path.exists(text):  # noqa: PTH110 - answers no where Path.exists raises
-        return (text.removeprefix("hub://").partition("@")[0],)
-    paths = [Path(os.path.abspath(text)), Path(os.path.realpath(text))]
-    paths += [path.parent for path in paths if path.is_file()]
-    cached = [
-        part.removeprefix("models--").replace("--", "/") for path in paths for part in path.parts if part.startswith("models--")
-    ]
-    return tuple(dict.fromkeys([*(path.as_posix() for path in paths), *cached]))
-
-
-def _matches(pattern: str, names: Names) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names)
+    (model,) = check_patterns([facts["model"]])
+    return Rule(model, facts["require"], tuple(dict.fromkeys(facts["keys"])))
 
 
 def check_name(name: str) -> str:
@@ -173,29 +243,55 @@ def check_patterns(patterns: Iterable[Any]) -> tuple[str, ...]:
     found = tuple(patterns)
     if not found or not all(isinstance(pattern, str) and pattern for pattern in found):
         raise TrustError(f"{list(found)!r} names no models")
+    for pattern in found:
+        if pattern.startswith("."):
+            raise TrustError(f"{pattern!r} is a relative path, which would match no model", advice="Write the absolute path.")
     return found
 
 
-def trust_file() -> Path:
-    """The user's own file: $NESTPATCH_HOME/trust.json, or where this system keeps configuration."""
-    if home := os.environ.get("NESTPATCH_HOME"):
-        return Path(home) / "trust.json"
-    if sys.platform == "win32":
-        return Path(os.environ.get("APPDATA") or Path.home()) / "nestpatch" / "trust.json"
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "nestpatch" / "trust.json"
-
-
 def load_policy(path: Path | None = None) -> Policy:
-    """The policy of a file, or the user's own, which may be missing and is then empty. Raises TrustError."""
-    file = trust_file() if path is None else path
-    try:
-        data = file.read_bytes()
-    except FileNotFoundError as error:
-        if path is None:
-            return Policy()
-        raise TrustError(f"there is no policy file {file}", advice="Check the path.") from error
-    except OSError as error:
-        raise TrustError(f"cannot read {file}: {error.strerror}", advice="Check the file's permissions.") from error
+    """The administrator's policy together with the one of a file, or with the user's own. Raises TrustError.
+
+    A named file must exist. The user's own may be missing and is then empty; the same holds for the administrator's.
+    """
+    own = load_own() if path is None else _load_named(path)
+    return combined(load_system(), own, str(store.SYSTEM_FILE))
+
+
+def load_own(*, create: bool = False) -> Policy:
+    """The user's own policy alone: what `trust add` changes. `create`: its folder may be missing. Raises TrustError."""
+    data = store.read_user(create=create)
+    return Policy() if data is None else parse_policy(data, str(trust_file()))
+
+
+def load_system() -> Policy:
+    """The administrator's policy alone; empty where there is none. Raises TrustError."""
+    data, source = store.read_system(), str(store.SYSTEM_FILE)
+    if data is None:
+        return Policy()
+    policy = parse_policy(data, source)
+    patterns = [*(rule.model for rule in policy.rules), *(model for key in policy.keys for model in key.models)]
+    for pattern in patterns:
+        if pattern.startswith("~"):
+            raise TrustError(f"{source} names {pattern!r}: where a home folder lies, its user decides")
+    return policy
+
+
+def refuse_system_key(text: str, own: Policy, system: Policy) -> None:
+    """Raises TrustError when what is to be removed is a key of the administrator's alone."""
+    if own.matching(text) or not system.matching(text):
+        return
+    source = store.SYSTEM_FILE
+    raise TrustError(
+        f"{text!r} is a key of this machine's administrator, in {source}",
+        advice=f"Ask who may write {source} to remove it there. No list of your own takes its trust away.",
+    )
+
+
+def _load_named(file: Path) -> Policy:
+    data = store.read_file(file)
+    if data is None:
+        raise TrustError(f"there is no policy file {file}", advice="Check the path.")
     return parse_policy(data, str(file))
 
 

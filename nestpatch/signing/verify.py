@@ -17,7 +17,8 @@ from nestpatch.pack import Pack
 from nestpatch.signing import bundle
 from nestpatch.signing.dsse import MAX_BYTES
 from nestpatch.signing.keys import PrivateKey
-from nestpatch.signing.trust import Names, Policy, names_of
+from nestpatch.signing.subject import NO_MODEL, Subject, is_path, subject_of
+from nestpatch.signing.trust import Policy, Rule
 
 MAX_SIGNATURES = 64
 SUFFIX = ".sig"
@@ -75,55 +76,105 @@ def judge(
     data: bytes,
     signatures: Mapping[str, bytes],
     policy: Policy,
-    names: Names = (),
+    subject: Subject = NO_MODEL,
     *,
     file: str = "the pack",
     allow_unsigned: bool = False,
 ) -> Outcome:
-    """Whether the bytes of a pack are signed as the policy wants for a model of these names.
+    """Whether the bytes of a pack are signed as the policy wants, for the model that the user and the pack name.
 
     `signatures`: file name -> content of each signature; `file` is for messages. `allow_unsigned` forgives missing and unknown
-    signatures, never wrong ones. Raises SignatureFormatError, BadSignatureError, UnsignedError, UntrustedError; PackError
-    when the bytes are no pack.
+    signatures, never wrong ones, and not what the administrator of this machine asks for. Raises SignatureFormatError,
+    BadSignatureError, UnsignedError, UntrustedError; PackError when the bytes are no pack.
     """
     digest = sha256(data).hexdigest()
-    signed: dict[str, Signer] = {}
+    found = _sound(digest, signatures, policy, file)
+    # Only now: a wrong signature is an error also where the bytes are no pack.
+    return settle(nest.decode(data), digest, found, policy, subject, file=file, allow_unsigned=allow_unsigned)
+
+
+@dataclass(frozen=True)
+class Sound:
+    """The signatures of a pack, each of which belongs to its bytes."""
+
+    trusted: Mapping[str, Signer]
+    """Key id -> who signed, of keys that are trusted for anything."""
+    unknown: tuple[str, ...] = ()
+    """Ids of keys that are not known here: whether they made these signatures cannot be told."""
+
+
+def _sound(digest: str, signatures: Mapping[str, bytes], policy: Policy, file: str) -> Sound:
+    """Raises SignatureFormatError or BadSignatureError for the first that is wrong."""
+    trusted: dict[str, Signer] = {}
     unknown: list[str] = []
     for source, content in signatures.items():
         found = bundle.parse(content, source)
         found.check_file(digest, file)
-        trusted = policy.find(found.key_id)
-        if trusted is None:
+        known = policy.find(found.key_id)
+        if known is None:
             unknown.append(found.key_id)
             continue
-        found.check_key(trusted.key)
-        signed[found.key_id] = Signer(trusted.name, found.key_id, source)
-    pack = nest.decode(data)
-    rule = policy.rule_for(names)
-    counting = {trusted.key.key_id for trusted in policy.counting(rule, names)}
-    signers = tuple(signer for key_id, signer in signed.items() if key_id in counting)
-    if signers and len(signers) >= rule.require:
-        return Signed(pack, digest, signers, rule.require)
-    others = tuple(signer for signer in signed.values() if signer not in signers)
-    lack = _lack(file, rule.require, signers, others, unknown)
-    if rule.require and not allow_unsigned:
+        found.check_key(known.key)
+        trusted[found.key_id] = Signer(known.name, found.key_id, source)
+    return Sound(trusted, tuple(unknown))
+
+
+def settle(
+    pack: Pack, pack_id: str, found: Sound, policy: Policy, subject: Subject, *, file: str, allow_unsigned: bool = False
+) -> Outcome:
+    """Whether sound signatures are enough for a pack. Raises UnsignedError, UntrustedError."""
+    subject = subject.of(pack.manifest.base.model_id)
+    weighed = policy.weigh(subject, found.trusted)
+    signers = tuple(signer for key_id, signer in found.trusted.items() if key_id in weighed.counting)
+    if signers and not weighed.unmet:
+        return Signed(pack, pack_id, signers, weighed.required)
+    if weighed.unmet:
+        wanted = {trusted.key.key_id for trusted in policy.counting(weighed.unmet[0], subject)}
+        signers = tuple(signer for signer in signers if signer.key_id in wanted)
+    lack = _lack(file, signers, found, weighed.unmet)
+    lack = _with_rule(lack, weighed.unmet, subject, allow_unsigned=allow_unsigned)
+    if weighed.unmet and (not allow_unsigned or any(rule.source for rule in weighed.unmet)):
         raise lack
-    return Unproven(pack, digest, str(lack), rule.require)
+    return Unproven(pack, pack_id, str(lack), weighed.required)
 
 
-def _lack(
-    file: str, required: int, signers: Sequence[Signer], others: Sequence[Signer], unknown: Sequence[str]
-) -> UnsignedError | UntrustedError:
+def _lack(file: str, signers: Sequence[Signer], found: Sound, unmet: Sequence[Rule]) -> UnsignedError | UntrustedError:
     """What is missing, as the error that says so."""
-    if not signers and not others and not unknown:
+    others = [signer for signer in found.trusted.values() if signer not in signers]
+    if not found.trusted and not found.unknown:
         return UnsignedError(f"{file} is not signed")
     keys = [f"{signer.name}, who is not trusted for this model" for signer in others]
-    keys += [f"{key_id[:12]}.., which is not trusted here" for key_id in unknown]
+    keys += [f"{key_id[:12]}.., which is not trusted here" for key_id in found.unknown]
     if not signers:
         return UntrustedError(f"{file} is signed by {'; '.join(keys)}")
     who = ", ".join(signer.name for signer in signers)
     more = f"; further by {'; '.join(keys)}" if keys else ""
+    required = unmet[0].require if unmet else 0
     return UntrustedError(f"{file} is signed by {len(signers)} of the {required} keys that the policy wants: {who}{more}")
+
+
+def _with_rule(
+    lack: UnsignedError | UntrustedError, unmet: Sequence[Rule], subject: Subject, *, allow_unsigned: bool
+) -> UnsignedError | UntrustedError:
+    """The same with the rule that asks for more, where that is not plain."""
+    above = next((rule for rule in unmet[:1] if rule.source), None)
+    if above is not None:
+        wants = f"{above.source} asks for {_signatures(above)} for {above.model!r}"
+        lifted = ", which allowing unsigned packs does not lift" if allow_unsigned else ""
+        advice = "Get the pack with its signatures. What the administrator of this machine asks for, only that file can change."
+        return type(lack)(f"{lack}; {wants}{lifted}", advice=advice)
+    foreign = next((rule for rule in unmet if not is_path(rule.model) and not subject.fits(rule.model)), None)
+    if foreign is None:
+        return lack
+    wants = f"a rule asks for {_signatures(foreign)} for {foreign.model!r}"
+    return type(lack)(
+        f"{lack}; {wants}, and without a trusted signature the pack's own word that it is for {subject.base!r} does not count",
+        advice=f"{lack.advice} A rule for paths that stands before that one needs no such word.",
+    )
+
+
+def _signatures(rule: Rule) -> str:
+    return f"{rule.require} signature{'s' if rule.require > 1 else ''}"
 
 
 def verify_signature(
@@ -131,16 +182,23 @@ def verify_signature(
 ) -> Outcome:
     """Checks the signatures that lie beside a pack file: `<file>.sig`, and `<file>.<12 hex digits>.sig` of further signers.
 
-    `model`: what the pack is for, a path or a Hub id, as the user names it; it decides which rules and keys count.
-    Raises as `judge` does, and PackError when the pack cannot be read.
+    `model`: what the pack is for, a path or a Hub id, as the user names it. It decides which rules and keys count, together
+    with what the pack says of its base. Raises as `judge` does, and PackError when the pack cannot be read.
     """
+    return verify_file(path, policy, model, allow_unsigned=allow_unsigned)[0]
+
+
+def verify_file(
+    path: str | Path, policy: Policy, model: str | Path | None = None, *, allow_unsigned: bool = False
+) -> tuple[Outcome, dict[str, bytes]]:
+    """The same, with the signatures that were checked: file name -> content. The files may change afterwards."""
     file = Path(path)
     signatures, data = read_signatures(file), nest.read_bytes(file)
-    names = () if model is None else names_of(model)
     try:
-        return judge(data, signatures, policy, names, file=file.name, allow_unsigned=allow_unsigned)
+        outcome = judge(data, signatures, policy, subject_of(model), file=file.name, allow_unsigned=allow_unsigned)
     except PackError as error:
         raise type(error)(f"{path}: {error}", advice=error.advice) from error
+    return outcome, signatures
 
 
 def read_signatures(path: Path) -> dict[str, bytes]:

@@ -25,6 +25,7 @@ from nestpatch.formats import interface, nest, rowio
 from nestpatch.formats.export.scratch import claimed, sweep
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.formats.provenance import PATCHES
+from nestpatch.gate import prove
 from nestpatch.pack import Pack
 from nestpatch.patcher.apply import apply
 from nestpatch.patcher.export import export_gguf
@@ -203,7 +204,7 @@ def test_a_model_that_changes_meanwhile_is_told(models: Made, tmp_path: Path) ->
 def test_places_and_names(models: Made, tmp_path: Path) -> None:
     folder, pack = models("llama3"), tiny_pack(models("llama3"))
     assert open_wanted(folder, None, 1.0).default_output(".gguf") == folder.with_name("llama3.gguf")
-    assert open_wanted(folder, pack, 1.0).default_output(".gguf", "Q4_K_M") == folder.with_name(
+    assert open_wanted(folder, prove(pack, trust="none"), 1.0).default_output(".gguf", "Q4_K_M") == folder.with_name(
         "llama3-no-harm-1.0.0-Q4_K_M.gguf"
     )
     (tmp_path / "taken.gguf").write_bytes(b"mine")

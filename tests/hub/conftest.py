@@ -68,6 +68,7 @@ def scene(hub: Hub, online: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setenv("HF_TOKEN", WRITER)
+    (tmp_path / "user").mkdir()
     monkeypatch.setenv("NESTPATCH_HOME", str(tmp_path / "user"))
     monkeypatch.setattr(ranges, "WAITS", (0.0, 0.0))
     made = new_scene(hub, tmp_path, tiny_checkpoint(tmp_path / "model"))

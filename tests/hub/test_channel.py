@@ -30,11 +30,12 @@ from nestpatch.hub.listing import PAYLOAD_TYPE, Channel, File, Patch, Status, pa
 from nestpatch.hub.release import add, hand_over, issue, new_channel, revoke
 from nestpatch.signing.dsse import seal
 from nestpatch.signing.keys import PrivateKey, generate
+from nestpatch.signing.subject import Subject
 from nestpatch.signing.trust import Policy, Rule, TrustedKey
 from tests.helpers import changed
 
 NOW = "2026-11-23T12:00:00Z"
-MODEL = ("/srv/models/llama",)
+MODEL, OTHER = Subject(("/srv/models/llama",)), Subject(("/home/me/model",))
 
 
 @pytest.fixture(scope="module")
@@ -209,12 +210,12 @@ def test_an_heir_counts_once_and_under_the_same_rules(keys: tuple[PrivateKey, ..
 def test_a_key_is_trusted_for_some_models_only(keys: tuple[PrivateKey, ...]) -> None:
     _, data = issue(channel_of(keys[0], "1.0.0"), keys[0], NOW)
     policy = trusting(keys[0], models=("/srv/models/*",))
-    assert admit(data, policy, names=MODEL).channel.serial == 1
+    assert admit(data, policy, subject=MODEL).channel.serial == 1
     with pytest.raises(ChannelKeyError, match="is not trusted here"):
-        admit(data, policy, names=("/home/me/model",))
-    known = admit(data, policy, names=MODEL)
+        admit(data, policy, subject=OTHER)
+    known = admit(data, policy, subject=MODEL)
     with pytest.raises(ChannelKeyError, match="no longer trusted here for this model"):
-        admit(data, policy, known, names=("/home/me/model",))
+        admit(data, policy, known, subject=OTHER)
 
 
 def test_an_unknown_key_that_is_let_in_has_to_stay(keys: tuple[PrivateKey, ...]) -> None:

@@ -88,20 +88,22 @@ def test_a_policy_file_replaces_the_user_s_own(scene: Scene, base: Path, patch: 
 
 
 def test_what_was_checked_is_what_is_applied(scene: Scene, base: Path, patch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file is exchanged right after its signature was checked."""
-    from nestpatch.signing import verify
+    """The file and its signature are exchanged right after they were checked."""
+    from nestpatch import gate
 
     save_policy(scene.policy)
-    sign_pack(patch, scene.key)
-    good, real = nest.read(patch), verify.verify_signature
+    signature = sign_pack(patch, scene.key).file
+    good, real = nest.read(patch), gate.verify_file
 
-    def exchanged(*arguments: Any, **options: Any) -> verify.Outcome:
+    def exchanged(*arguments: Any, **options: Any) -> Any:
         found = real(*arguments, **options)
         patch.write_bytes(nest.encode(tiny_pack(base, version="9.9.9", seed=9)))
+        signature.write_bytes(b"junk")
         return found
 
-    monkeypatch.setattr(verify, "verify_signature", exchanged)
+    monkeypatch.setattr(gate, "verify_file", exchanged)
     assert run("apply", base, patch, "--in-place").exit_code == 0
+    assert (nest.read(patch).manifest.version, signature.read_bytes()) == ("9.9.9", b"junk")
     assert ledger_of(base).applied[0].pack_id == nest.pack_id(good)
 
 

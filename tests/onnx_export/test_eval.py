@@ -289,9 +289,10 @@ for call in (lambda: OnnxModel(sys.argv[1]), lambda: export_onnx_adapter(sys.arg
 def test_an_onnx_model_is_evaluated_without_torch(ready, pack, suites, tmp_path):
     nestpatch.formats.nest.write(pack, tmp_path / "p.nest")
     code = """
+from nestpatch import load_pack
 from nestpatch.nest_train.assess_onnx import assess_onnx
 from nestpatch.nest_train.evaluate import load_suite
-done = assess_onnx(sys.argv[1], [load_suite(sys.argv[3])], patch=sys.argv[2], max_new_tokens=4)
+done = assess_onnx(sys.argv[1], [load_suite(sys.argv[3])], patch=load_pack(sys.argv[2]), max_new_tokens=4)
 print(done.patched.drift > 0, "torch" in sys.modules)
 """
     assert run_without("torch", code, ready, tmp_path / "p.nest", tmp_path / "benign.jsonl") == "True False"

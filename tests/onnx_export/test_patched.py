@@ -14,6 +14,7 @@ import nestpatch
 from nestpatch.errors import BusyError, DataError, OutputError, PackContentError, ParityError, UnsupportedModelError
 from nestpatch.events import ignore
 from nestpatch.formats import nest
+from nestpatch.gate import prove
 from nestpatch.onnx_export import graph as graphs
 from nestpatch.onnx_export.quantize import quantize
 from nestpatch.onnx_export.to_onnx import export_onnx, save
@@ -83,7 +84,7 @@ def test_bfloat16_becomes_float32_and_is_told(patched):
 
 def prepared(model, pack, folder):
     """(what is exported, the loaded model, tokenizer)."""
-    wanted = open_wanted(model, pack, 1.0)
+    wanted = open_wanted(model, prove(pack, trust="none"), 1.0)
     with source_of(wanted, folder / "out", on_event=ignore) as source:
         return source, *load(wanted, source)
 

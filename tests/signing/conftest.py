@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nestpatch.formats import nest
-from nestpatch.signing import keys
+from nestpatch.signing import keys, store
 from nestpatch.signing.keys import PrivateKey
 from nestpatch.signing.trust import Policy, TrustedKey
 from tests.helpers import tiny_checkpoint, tiny_pack
@@ -54,7 +54,10 @@ def patch(tmp_path: Path, pack_bytes: bytes) -> Path:
 
 @pytest.fixture
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the user's trust file lies."""
-    monkeypatch.setenv("NESTPATCH_HOME", str(tmp_path / "home"))
+    """Where the user's trust file lies. The administrator of this machine has none."""
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    monkeypatch.setenv("NESTPATCH_HOME", str(home))
+    monkeypatch.setattr(store, "SYSTEM_FILE", tmp_path / "etc" / "nestpatch" / "trust.json")
     monkeypatch.delenv("NESTPATCH_KEY_PASSWORD", raising=False)
-    return tmp_path / "home"
+    return home

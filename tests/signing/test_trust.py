@@ -10,29 +10,32 @@ from typing import Any
 import pytest
 
 from nestpatch.errors import TrustError
-from nestpatch.signing.trust import Policy, Rule, TrustedKey, load_policy, names_of, parse_policy, save_policy, trust_file
+from nestpatch.signing.store import trust_file
+from nestpatch.signing.subject import NO_MODEL, Subject, subject_of
+from nestpatch.signing.trust import Policy, Rule, TrustedKey, load_policy, parse_policy, save_policy
 from tests.helpers import changed, tiny_checkpoint
 from tests.signing.conftest import People
 
-MODEL = ("/srv/models/acme", "acme/llama")
+MODEL = Subject(("/srv/models/acme",), base="acme/llama")
 
 
 def test_who_trusts_nobody_needs_nothing_who_trusts_somebody_needs_one(people: People) -> None:
-    assert Policy().rule_for(MODEL).require == 0
-    assert people.policy("acme").rule_for(MODEL).require == 1
+    assert [rule.require for rule in Policy().rules_for(MODEL)] == [0]
+    assert [rule.require for rule in people.policy("acme").rules_for(MODEL)] == [1]
     # Also for models that the key does not count for: no pack is left over that nobody needs to sign.
     scoped = Policy((TrustedKey("acme", people.acme.public, ("other/*",)),))
-    assert scoped.rule_for(MODEL).require == 1
-    assert scoped.counting(scoped.rule_for(MODEL), MODEL) == ()
+    (rule,) = scoped.rules_for(MODEL)
+    assert rule.require == 1
+    assert scoped.counting(rule, MODEL) == ()
 
 
 def test_the_first_rule_that_fits_decides(people: People) -> None:
     rules = (Rule("/srv/models/*", 2), Rule("acme/*", 1), Rule("*", 0))
     policy = Policy(people.policy("acme", "audit").keys, rules)
-    assert policy.rule_for(MODEL) == rules[0]
-    assert policy.rule_for(("acme/llama",)) == rules[1]
-    assert policy.rule_for(("other/llama",)) == rules[2]
-    assert policy.rule_for(()) == rules[2], "without a model only the rule for all models speaks"
+    assert policy.rules_for(MODEL) == rules[:1]
+    assert policy.rules_for(Subject(base="acme/llama")) == rules[1:2]
+    assert policy.rules_for(Subject(base="other/llama")) == rules[2:]
+    assert policy.rules_for(NO_MODEL) == rules[2:], "without a model only the rule for all models speaks"
 
 
 def test_keys_count_for_their_models_and_for_the_rules_that_name_them(people: People) -> None:
@@ -40,10 +43,10 @@ def test_keys_count_for_their_models_and_for_the_rules_that_name_them(people: Pe
     audit = TrustedKey("audit", people.audit.public)
     policy = Policy((acme, audit))
     assert policy.counting(Rule("*", 1), MODEL) == (acme, audit)
-    assert policy.counting(Rule("*", 1), ("acme-evil/x",)) == (audit,)
+    assert policy.counting(Rule("*", 1), Subject((), base="acme-evil/x")) == (audit,)
     assert policy.counting(Rule("*", 1, ("acme",)), MODEL) == (acme,)
     assert policy.counting(Rule("*", 1, (people.audit.public.key_id,)), MODEL) == (audit,)
-    assert policy.counting(Rule("*", 1), ()) == (acme, audit)
+    assert policy.counting(Rule("*", 1), NO_MODEL) == (acme, audit)
 
 
 def test_keys_are_added_renamed_and_removed(people: People) -> None:
@@ -74,18 +77,18 @@ def test_a_rule_that_cannot_be_met(people: People, require: int) -> None:
         Policy(people.policy("acme", "audit").keys, (Rule("*", 2, ("acme", people.acme.public.key_id)),)).checked()
 
 
-def test_names_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_user_says_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_checkpoint(tmp_path / "real")
     (tmp_path / "link").symlink_to(folder)
     monkeypatch.chdir(tmp_path)
     real, link = folder.resolve().as_posix(), (tmp_path / "link").as_posix()
-    assert set(names_of("link")) == {link, real}
-    assert set(names_of(Path("link/model.safetensors"))) == {
+    assert set(subject_of("link").paths or ()) == {link, real}
+    assert set(subject_of(Path("link/model.safetensors")).paths or ()) == {
         link, real, f"{link}/model.safetensors", f"{real}/model.safetensors",
     }  # fmt: skip
-    assert names_of("acme/llama@v1") == names_of("hub://acme/llama") == ("acme/llama",)
-    cached = tiny_checkpoint(tmp_path / "hub" / "models--acme--llama" / "snapshots" / "0123")
-    assert "acme/llama" in names_of(cached)
+    assert subject_of("acme/llama@v1") == subject_of("hub://acme/llama") == Subject((), "acme/llama")
+    assert subject_of(None) == NO_MODEL
+    assert subject_of("/no/such/model").paths == ("/no/such/model",)
 
 
 def test_the_file_keeps_the_value(people: People, own_home: Path) -> None:
@@ -119,7 +122,7 @@ def test_a_named_policy_must_exist(own_home: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read_is_not_an_empty_policy(own_home: Path) -> None:
-    trust_file().mkdir(parents=True)
+    trust_file().mkdir()
     with pytest.raises(TrustError, match="cannot read"):
         load_policy()
 
@@ -188,5 +191,5 @@ def test_the_document_shows_a_policy_that_works(people: People) -> None:
     for entry, key in zip(example["keys"], (people.acme, people.audit), strict=True):
         entry["pem"] = key.public.pem
     policy = parse_policy(json.dumps(example).encode(), "example")
-    assert policy.rule_for(("/srv/models/production/x",)).require == 2
-    assert policy.rule_for(("acme/x",)).require == 0
+    assert [rule.require for rule in policy.rules_for(Subject(("/srv/models/production/x",)))] == [2]
+    assert [rule.require for rule in policy.rules_for(Subject(("/srv/models/scratch/x",), base="acme/x"))] == [0]

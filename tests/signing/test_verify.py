@@ -84,16 +84,18 @@ def test_k_of_n(patch: Path, people: People) -> None:
 
 
 def test_a_key_for_other_models_does_not_count(patch: Path, people: People, tmp_path: Path) -> None:
-    """What the pack says of its base changes nothing: the name that the user gives decides."""
+    """A path decides, or the base that the pack names; where the user types an id, both have to fit."""
     policy = Policy((TrustedKey("acme", people.acme.public, ("tiny/*", str(tmp_path / "team" / "*"))),))
     sign_pack(patch, people.acme)
     (tmp_path / "team" / "a").mkdir(parents=True)
     (tmp_path / "b").mkdir()
     assert isinstance(verify_signature(patch, policy, tmp_path / "team" / "a"), Signed)
     assert isinstance(verify_signature(patch, policy, "tiny/llama@main"), Signed)
-    for other in (tmp_path / "b", "other/llama"):
+    assert isinstance(verify_signature(patch, policy, tmp_path / "b"), Signed), "by the base that acme signed"
+    there = Policy((TrustedKey("acme", people.acme.public, (str(tmp_path / "team" / "*"),)),))
+    for trusting, other in ((policy, "other/llama"), (there, tmp_path / "b"), (there, "tiny/llama")):
         with pytest.raises(UntrustedError, match="signed by acme, who is not trusted for this model"):
-            verify_signature(patch, policy, other)
+            verify_signature(patch, trusting, other)
 
 
 def test_optional_signatures_are_still_told(patch: Path, people: People) -> None:

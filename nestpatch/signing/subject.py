@@ -1,0 +1,105 @@
+"""What a judgement of signatures is about, and which patterns of keys and rules match it. Values; the only look at the disk
+is that of `subject_of`.
+
+A pattern is a path pattern or a model id. Path patterns match what the user calls the model, so no pack can influence them.
+Model ids match what the pack says of its base (`manifest.base.model_id`), which its signature covers.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+EVERYTHING = "*"
+_PATH = re.compile(r"[/~\\]|[A-Za-z]:[/\\]|\*+[/\\]|\.{1,2}(?:[/\\]|$)")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+def is_path(pattern: str) -> bool:
+    """Whether a pattern is for paths: it starts with "/", "~", a drive letter, "./", "../" or "*/". Others are model ids."""
+    return _PATH.match(pattern) is not None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that a pack is for, by the user and by the pack."""
+
+    paths: tuple[str, ...] | None = None
+    """The model's paths, as the user gave it; None: no particular model was given. Empty: one that is not on this disk."""
+    named: str = ""
+    """The Hub id that the user typed instead of a path."""
+    base: str | None = None
+    """What the pack says of its base; None: no pack is known yet."""
+
+    def of(self, base: str) -> Subject:
+        """The same for a pack that was made for this base."""
+        return replace(self, base=base)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The model ids that are known: the user's and the pack's."""
+        return (*([self.named] if self.named else []), *([self.base] if self.base is not None else []))
+
+    def fits(self, pattern: str) -> bool:
+        """Whether a rule for this pattern applies: it matches a path of the model, or one of the ids."""
+        if pattern == EVERYTHING:
+            return True
+        if is_path(pattern):
+            return any(_matches(path, pattern) for path in self.paths or ())
+        return any(fnmatchcase(model_id, pattern) for model_id in self.ids)
+
+    def fits_by_user(self, pattern: str) -> bool:
+        """The same by the user's words alone, whatever the pack says."""
+        return replace(self, base=None).fits(pattern)
+
+    def is_covered(self, patterns: Sequence[str]) -> bool:
+        """Whether a key with these patterns counts.
+
+        By one path, or by ids that match both what the user typed and what the pack says. What is not known excludes no key:
+        without a model any path pattern counts, before a pack is known any model id.
+        """
+        paths = [pattern for pattern in patterns if is_path(pattern)]
+        if EVERYTHING in patterns or any(self.fits(pattern) for pattern in paths):
+            return True
+        if paths and self.paths is None:
+            return True
+        others = [pattern for pattern in patterns if not is_path(pattern)]
+        return bool(others) and all(any(fnmatchcase(one, pattern) for pattern in others) for one in self.ids)
+
+
+NO_MODEL = Subject()
+"""No particular model, and no pack."""
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Paths compare as the system compares them: without case and with either slash on Windows."""
+    return fnmatchcase(os.path.normcase(path), os.path.normcase(_at_home(pattern)))
+
+
+def _at_home(pattern: str) -> str:
+    if not pattern.startswith("~"):
+        return pattern
+    start, slash, rest = pattern.partition("/")
+    return glob.escape(os.path.expanduser(start)) + slash + rest  # noqa: PTH111 - Path.expanduser raises
+
+
+def subject_of(model: str | Path | None) -> Subject:
+    """What the user says of a model: its path, with and without links, for a file also its folder; or the Hub id that it is.
+
+    No id is taken from the names of folders: whoever hands over a folder chooses them.
+    """
+    if model is None:
+        return NO_MODEL
+    text = os.fspath(model)
+    name = text.removeprefix("hub://").partition("@")[0]
+    # os.path.exists answers no where Path.exists raises.
+    if text.startswith("hub://") or (_HUB_ID.fullmatch(name) and not os.path.exists(text)):  # noqa: PTH110
+        return Subject((), name)
+    paths = [Path(os.path.abspath(text)), Path(os.path.realpath(text))]
+    paths += [path.parent for path in paths if os.path.isfile(path)]  # noqa: PTH113 - the same
+    return Subject(tuple(dict.fromkeys(path.as_posix() for path in paths)))
