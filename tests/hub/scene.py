@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
+from nestpatch import errors
 from nestpatch.errors import NestpatchError
 from nestpatch.formats import nest
 from nestpatch.hub import listing
@@ -80,7 +81,7 @@ class Scene:
 
     def update(self, **options: object) -> Updated:
         """What the fleet does every night."""
-        (done,) = update(self.model, self.policy, **options)
+        (done,) = updated(self.model, self.policy, **options)
         return done
 
     @property
@@ -124,6 +125,15 @@ class Scene:
     def state(self) -> dict[str, str]:
         """The model, to the byte, with all that is kept beside it."""
         return tree_digest(self.model)
+
+
+def updated(model: Path, policy: Policy, channels: Sequence[str] = (), **options: object) -> tuple[Updated, ...]:
+    """`update`, where a channel that failed raises its error."""
+    results = update(model, policy, channels, **options)
+    for result in results:
+        if result.state == "failed":
+            raise getattr(errors, result.error)(result.reason, advice=result.advice)
+    return results
 
 
 def new_scene(hub: Hub, folder: Path, model: Path) -> Scene:

@@ -25,13 +25,13 @@ from nestpatch.errors import (
 )
 from nestpatch.hub.follow import follow, pull
 from nestpatch.hub.listing import CHANNEL_FILE
-from nestpatch.hub.memory import memory_file
+from nestpatch.hub.memory import place_file
 from nestpatch.hub.publish import push, renew
 from nestpatch.hub.sources import FolderSource, HubSource, WebSource, open_source, split_version
 from nestpatch.patcher.inplace import revert
-from nestpatch.patcher.update import Updated, update
+from nestpatch.patcher.update import Updated
 from tests.helpers import weight_files
-from tests.hub.scene import REPO, Scene
+from tests.hub.scene import REPO, Scene, updated
 from tests.hubserver.messages import Answer, Request
 from tests.hubserver.server import Listener
 
@@ -88,7 +88,7 @@ def weights(model: Path) -> list[str]:
 
 
 def brought(scene: Scene, *channels: str, **options: object) -> Updated:
-    (done,) = update(scene.model, scene.policy, channels, **options)
+    (done,) = updated(scene.model, scene.policy, channels, **options)
     return done
 
 
@@ -164,7 +164,7 @@ def test_another_channel_in_the_same_folder(scene: Scene, shared: Path) -> None:
     brought(scene, shared.as_uri())
     shutil.rmtree(shared)
     with scene.as_publisher():
-        memory_file(shared.as_uri()).unlink()
+        place_file(shared.as_uri()).unlink()
         push(scene.pack("3.0.0"), str(shared), scene.key, name="another")
     before = scene.state()
     with pytest.raises(ForeignChannelError, match="is the channel another, where no-harm should be"):
@@ -248,9 +248,9 @@ def test_publishing_needs_a_channel_to_change(scene: Scene, tmp_path: Path) -> N
 
 def test_a_broken_memory_is_said(scene: Scene, shared: Path) -> None:
     brought(scene, shared.as_uri())
-    file = memory_file(shared.as_uri())
+    file = place_file(shared.as_uri())
     good = json.loads(file.read_text(encoding="utf-8"))
-    for broken in ("", "{}", json.dumps(good | {"place": "file:///other"}), json.dumps(good | {"roots": []})):
+    for broken in ("", "{}", json.dumps(good | {"place": "file:///other"}), json.dumps(good | {"root": 1})):
         file.write_text(broken, encoding="utf-8")
         with pytest.raises(ChannelFormatError, match="what is remembered of file://") as caught:
             brought(scene)
