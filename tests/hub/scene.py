@@ -107,6 +107,15 @@ class Scene:
         named = {CHANNEL_FILE if path == "channel" else path: data for path, data in files.items()}
         return self.hub.store.seed(REPO, named)
 
+    def mirror(self, folder: Path) -> Path:
+        """The repository's files in a folder, as whoever copies it has them."""
+        repo = self.repo
+        for entry in repo.tree(repo.resolve("main")):
+            if not entry.directory:
+                (folder / entry.path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / entry.path).write_bytes(repo.read(entry, 0, entry.size))
+        return folder
+
     def resign(self, channel: Channel, key: PrivateKey | None = None, *, now: str | None = None, days: int = 30) -> bytes:
         """The next channel file, signed by the publisher's key or another one."""
         return issue(channel, key or self.key, now or utc_now(), days)[1]

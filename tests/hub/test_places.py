@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -32,55 +31,8 @@ from nestpatch.patcher.inplace import revert
 from nestpatch.patcher.update import Updated
 from tests.helpers import weight_files
 from tests.hub.scene import REPO, Scene, updated
-from tests.hubserver.messages import Answer, Request
-from tests.hubserver.server import Listener
-
-
-class Web:
-    """A plain web server over a folder. Knows ETags, and no ranges."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.log: list[tuple[str, int]] = []
-        self.tokens: set[str | None] = set()
-        self.replaced: dict[str, Answer] = {}
-        self.listener = Listener(self.answer)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.listener.port}"
-
-    def answer(self, request: Request) -> Answer:
-        self.tokens.add(request.token)
-        found = self.replaced.get(request.path) or self.serve(request)
-        self.log.append((request.path, found.status))
-        return found
-
-    def serve(self, request: Request) -> Answer:
-        file = self.folder / request.path.lstrip("/")
-        if not file.is_file():
-            return Answer(404)
-        data = file.read_bytes()
-        etag = f'"{sha256(data).hexdigest()[:16]}"'
-        if request.headers.get("if-none-match") == etag:
-            return Answer(304, {"ETag": etag})
-        return Answer(200, {"ETag": etag}, data)
-
-
-@pytest.fixture
-def shared(scene: Scene, tmp_path: Path) -> Path:
-    """A folder that a channel was pushed into; the scene's model starts from its base."""
-    revert(scene.model)
-    scene.push(scene.pack("1.0.0"), f"file://{tmp_path / 'shared'}")
-    return tmp_path / "shared"
-
-
-@pytest.fixture
-def web(shared: Path) -> Iterator[Web]:
-    server = Web(shared)
-    server.listener.start()
-    yield server
-    server.listener.stop()
+from tests.hub.web import Web
+from tests.hubserver.messages import Answer
 
 
 def weights(model: Path) -> list[str]:
@@ -124,11 +76,7 @@ def test_nothing_new_on_a_web_server_is_one_request_without_content(scene: Scene
 
 def test_a_mirror_of_a_hub_channel(scene: Scene, tmp_path: Path) -> None:
     """Air-gapped: the repository's files in a folder are the channel."""
-    repo, mirror = scene.repo, tmp_path / "mirror"
-    for entry in repo.tree(repo.resolve("main")):
-        if not entry.directory:
-            (mirror / entry.path).parent.mkdir(parents=True, exist_ok=True)
-            (mirror / entry.path).write_bytes(repo.read(entry, 0, entry.size))
+    mirror = scene.mirror(tmp_path / "mirror")
     scene.hub.stop()
     revert(scene.model)
     assert brought(scene, mirror.as_uri()).after == "1.0.0"
