@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +59,51 @@ def test_a_second_signer_goes_along(scene: Scene) -> None:
     scene.publish("1.2.0", 2)
     with pytest.raises(UntrustedError, match="signed by 1 of the 2 keys"):
         updated(scene.model, strict)
+
+
+def test_the_same_pack_again_is_published_already(scene: Scene) -> None:
+    """From a pipeline that runs twice: no new number, no commit, no error."""
+    key = ("--key", key_file(scene, scene.key, "acme"))
+    with scene.as_publisher():
+        done = answer("push", scene.pack("1.1.0", 1), REPO, *key)
+        commit = scene.repo.resolve("main")
+        assert answer("push", scene.pack("1.1.0", 1), REPO, *key) == {
+            **done, "done": "no-harm 1.1.0 is published already", "tag": "",
+        }  # fmt: skip
+        assert "no-harm 1.1.0 is published already" in run("push", scene.pack("1.1.0", 1), REPO, *key).stdout
+        folder = f"file://{scene.folder / 'shared'}"
+        for serial in (1, 1):
+            assert answer("push", scene.pack("1.1.0", 1), folder, *key)["serial"] == serial
+    assert scene.repo.resolve("main") == commit
+
+
+def test_the_same_pack_with_another_signature_or_after_its_withdrawal_is_refused(scene: Scene) -> None:
+    """Else a second signer would believe that the signature was published."""
+    key = ("--key", key_file(scene, scene.key, "acme"))
+    with scene.as_publisher():
+        file = scene.pack("1.0.0")
+        sign_pack(file, generate())
+        told = run("push", file, REPO, *key)
+        assert (told.exit_code, "VersionError: acme/no-harm has no-harm 1.0.0 already" in told.stderr) == (1, True)
+        answer("yank", REPO, "1.0.0", "--reason", "bad", *key)
+        file.with_name(file.name + ".sig").unlink()
+        told = run("push", file, REPO, *key)
+        assert (told.exit_code, "VersionError" in told.stderr) == (1, True)
+
+
+def test_one_channel_is_not_started_twice(scene: Scene) -> None:
+    """Two folders that count apart would look to readers of both like an old copy, or like two truths."""
+    key = ("--key", key_file(scene, scene.key, "acme"))
+    with scene.as_publisher():
+        answer("push", scene.pack("1.0.0"), scene.folder / "one", *key)
+        told = run("push", scene.pack("1.0.0"), scene.folder / "two", *key)
+        assert (
+            told.exit_code,
+            "PublishError: this key has the channel no-harm, number 1, at another place" in told.stderr,
+        ) == (
+            1,
+            True,
+        )
 
 
 def test_a_wrong_signature_is_not_published(scene: Scene) -> None:
@@ -123,6 +169,18 @@ def test_the_card(scene: Scene) -> None:
     assert "| 1.0.0 | latest |  | `" in body
     assert r"| 1.1.0 | revoked | broke \| tables \<script\> |" in body
     assert scene.key.public.key_id in body
+
+
+def test_the_card_of_a_folder_names_an_address_that_can_be_used(scene: Scene, shared: Path) -> None:
+    """Its channel has no name on the Hub, and its readers another path than its publisher."""
+    text = (shared / "README.md").read_text(encoding="utf-8")
+    assert "nestpatch apply path/to/model file:///path/to/this/folder --in-place" in text
+    assert "`file:///path/to/this/folder` stands for the place of this folder on your machine" in text
+    assert "hub://" not in text
+    assert str(scene.folder) not in text
+    card = scene.read("README.md").decode()
+    assert f"nestpatch apply path/to/model hub://{REPO} --in-place" in card
+    assert "file://" not in card
 
 
 def test_the_card_s_evaluation_table(scene: Scene) -> None:
