@@ -40,7 +40,9 @@ NestpatchError
 │   ├── ForeignChannelError     it is another channel than the one that belongs there
 │   ├── RollbackError           it is older than what was seen before
 │   ├── EquivocationError       it has the number of what was seen before, and says something else
+│   ├── SerialJumpError         its number is further ahead than any publisher's count can be
 │   ├── ExpiredError            it was not renewed in time: somebody may be holding back a newer one
+│   ├── ClockError              it was issued in the future of this machine's clock
 │   ├── SwappedFileError        a file is not the one that it names
 │   ├── RevokedError            the version was withdrawn by its publisher
 │   ├── VersionError            there is no such version, or it is published already
@@ -295,10 +297,28 @@ class EquivocationError(ChannelError):
     )
 
 
+class SerialJumpError(ChannelError):
+    """The channel's serial number is further ahead than a publisher's count can be."""
+
+    advice = (
+        "Somebody with the publisher's key may be running ahead of the publisher's count. Ask the publisher. "
+        "A hand-over to a new key (`nestpatch renew --new-key`) starts the count again, and your machine follows it."
+    )
+
+
 class ExpiredError(ChannelError):
     """The channel was not renewed in time."""
 
     advice = "Check this machine's clock. Else an old copy is served, or the publisher has to run `nestpatch renew`."
+
+
+class ClockError(ChannelError):
+    """The channel was issued in the future of this machine's clock, so that its expiry proves nothing here."""
+
+    advice = (
+        "Set this machine's clock, and let it be kept right (timedatectl set-ntp true). "
+        "If it is right, the publisher's was wrong: ask for `nestpatch renew`."
+    )
 
 
 class SwappedFileError(ChannelError):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nestpatch.views import escape, out
+from nestpatch.views import err, escape, out
 
 if TYPE_CHECKING:
     from nestpatch.hub.follow import Pulled
@@ -31,6 +31,9 @@ def show_pulled(done: Pulled) -> None:
 def show_updated(model: Path, results: Sequence[Updated]) -> None:
     """What the channels of a model meant for it."""
     for result in results:
+        if result.state == "failed":
+            show_failed(result)
+            continue
         before, after = result.before or "base", result.after or "base"
         line = f"[bold]{escape(str(model))}[/], {escape(result.channel)}: "
         if result.state == "current":
@@ -39,3 +42,10 @@ def show_updated(model: Path, results: Sequence[Updated]) -> None:
         revoked = f" ({before} was revoked: {result.reason or 'no reason given'})" if result.reason else ""
         verb = "would go" if result.state == "available" else "went"
         out.print(f"{line}{verb} from {escape(before)} to {escape(after)}{escape(revoked)}")
+
+
+def show_failed(result: Updated) -> None:
+    """A channel that was refused or could not be reached: its error, as errors look elsewhere, and the channel."""
+    err.print(f"[bold red]{result.error}[/]: {escape(result.reason)}")
+    err.print(f"[bold]What to do[/]: {escape(result.advice)}")
+    err.print(f"Nothing was applied from [bold]{escape(result.channel)}[/].")

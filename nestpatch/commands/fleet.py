@@ -135,8 +135,8 @@ def update(
 ) -> None:
     """Bring MODEL to the latest version of the channels that it follows, in place; off a version that was withdrawn.
 
-    One small request when nothing is new. Exit code 0: up to date now; 10: --check found something to do; 1: refused, and
-    the model is as it was.
+    One small request when nothing is new. All channels are tried. Exit code 0: up to date now; 10: --check found something to
+    do; 1: a channel was refused or could not be reached, and nothing of it was applied.
     """
     from nestpatch.patcher.update import update as run
     from nestpatch.signing.trust import load_policy
@@ -145,12 +145,13 @@ def update(
     with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:
         means = {"base": float_model, "dither": dither, "allow_overlap": allow_overlap, "on_event": on_event}
         results = run(model, policy, channels, check=check, allow_unsigned=allow_unsigned, **means)
-    if not policy.keys:
+    states = {result.state for result in results}
+    if not policy.keys and states != {"failed"}:
         say_unsigned(policy, "what these channels publish")
     if as_json:
         print_json({"model": model, "channels": [dataclasses.asdict(result) for result in results]})
-    else:
+    if not as_json or "failed" in states:
         from nestpatch.views_fleet import show_updated
 
-        show_updated(model, results)
-    sys.exit(AVAILABLE if any(result.state == "available" for result in results) else 0)
+        show_updated(model, [result for result in results if not as_json or result.state == "failed"])
+    sys.exit(1 if "failed" in states else AVAILABLE if "available" in states else 0)

@@ -7,30 +7,45 @@ from collections.abc import Mapping
 from typing import Any
 
 from nestpatch.hub.channel import latest
-from nestpatch.hub.client import parse_reference
+from nestpatch.hub.client import SCHEME, parse_reference
 from nestpatch.hub.listing import Channel
 from nestpatch.pack import Manifest
 
 MARK = "<!-- made by nestpatch: remove this line to keep changes of your own -->"
 
 
-def model_card(channel: Channel, manifest: Manifest | None) -> str:
-    """README.md: metadata for the Hub, versions, how to apply, and what was measured. `manifest`: of the latest version."""
+ELSEWHERE = "file:///path/to/this/folder"
+"""For a channel in a folder: the address of whoever reads its card is not known to whoever writes it."""
+
+
+def model_card(channel: Channel, manifest: Manifest | None, address: str | None = None) -> str:
+    """README.md: metadata for the Hub, versions, how to apply, and what was measured.
+
+    `manifest`: of the latest version. `address`: the place that readers name; None: the repository of the channel's name.
+    """
     lines = ["---", *_metadata(manifest), "---", MARK, "", f"# {_plain(channel.name)}", ""]
     if manifest is not None:
         base = _plain(manifest.base.model_id) or "a model that its publisher names elsewhere"
         lines += [_plain(manifest.description), "", f"A safety patch for {base}, as a nestpatch channel.", ""]
     lines += [
         "    nestpatch trust add PUBLISHER.pub --name PUBLISHER",
-        f"    nestpatch apply path/to/model hub://{channel.name} --in-place",
+        f"    nestpatch apply path/to/model {address or SCHEME + channel.name} --in-place",
         "    nestpatch update path/to/model",
         "",
+        *(_PLACEHOLDER if address == ELSEWHERE else ()),
         f"Signed with key `{channel.root.key_id}`. Compare it with what the publisher says elsewhere.",
         "",
         *_versions(channel),
         *(_evaluation(manifest.evaluation) if manifest else []),
     ]
     return "\n".join(lines) + "\n"
+
+
+_PLACEHOLDER = (
+    f"`{ELSEWHERE}` stands for the place of this folder on your machine. Where a web server serves it, give its address",
+    "in place of that: `https://HOST/FOLDER`.",
+    "",
+)
 
 
 def _metadata(manifest: Manifest | None) -> list[str]:

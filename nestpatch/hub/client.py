@@ -13,12 +13,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from nestpatch.errors import HubAccessError, HubAnswerError, HubError, HubNotFoundError, HubUnavailableError
+from nestpatch.hub.deadline import Deadline, SlowError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
 SCHEME = "hub://"
+MOST_FACTS = 4 << 20
+"""Bytes for which a Hub that lists the files of a repository is given time."""
+WEB_LOGIN = (
+    "Write the login for this host into ~/.netrc (machine HOST login NAME password SECRET). "
+    "Credentials in an address are used once and kept nowhere: a model that follows the channel has none."
+)
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _REFERENCE = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[A-Za-z0-9_][A-Za-z0-9._/+-]{{0,254}}))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -79,15 +86,19 @@ def look_up(repo_id: str, revision: str | None = None, *, endpoint: str | None =
     with explained(wanted, api.endpoint):
         try:
             wait = constants.HF_HUB_ETAG_TIMEOUT
-            facts = api.model_info(repo_id, revision=revision, expand=["sha", "siblings"], timeout=wait)
+            facts = Deadline(MOST_FACTS).run(
+                lambda: api.model_info(repo_id, revision=revision, expand=["sha", "siblings"], timeout=wait)
+            )
             files = tuple(sorted(file.rfilename for file in facts.siblings or ()))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             # JSON that is none, or that lacks what every answer of a Hub has: a login page, a proxy's greeting.
             raise HubAnswerError(
-                f"{api.endpoint} does not answer like a Hub, asked for {wanted}: {_first_line(error)}"
+                f"{shown(api.endpoint)} does not answer like a Hub, asked for {wanted}: {first_line(error)}"
             ) from error
+        except SlowError as error:
+            raise HubUnavailableError(f"cannot reach {shown(api.endpoint)} for {wanted}: {error}") from error
     if facts.sha is None or not is_commit(facts.sha) or (is_commit(revision) and facts.sha != revision):
-        raise HubAnswerError(f"{api.endpoint} names no commit, or another one, for {wanted}: {facts.sha!r}")
+        raise HubAnswerError(f"{shown(api.endpoint)} names no commit, or another one, for {wanted}: {facts.sha!r}")
     return Snapshot(repo_id, facts.sha, files)
 
 
@@ -105,6 +116,7 @@ def explained(what: Reference | Snapshot | str, endpoint: str) -> Iterator[None]
     """Turns whatever a question to the Hub may raise into a HubError that names the repository and the way out."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    endpoint = shown(endpoint)
     try:
         yield
     except OfflineModeIsEnabled as error:
@@ -114,7 +126,7 @@ def explained(what: Reference | Snapshot | str, endpoint: str) -> Iterator[None]
     except HfHubHTTPError as error:
         raise _refusal(error, what, endpoint) from error
     except network_error() as error:
-        raise HubUnavailableError(f"cannot reach {endpoint} for {what}: {_first_line(error)}") from error
+        raise HubUnavailableError(f"cannot reach {endpoint} for {what}: {first_line(error)}") from error
 
 
 def network_error() -> type[Exception]:
@@ -129,7 +141,10 @@ def _refusal(error: HfHubHTTPError, what: Reference | Snapshot | str, endpoint: 
 
     if isinstance(what, str):  # a web server that is no Hub
         told = f"{what} answered {error.response.status_code}"
-        return HubNotFoundError(told) if error.response.status_code == 404 else _kind(error.response.status_code)(told)
+        if error.response.status_code == 404:
+            return HubNotFoundError(told, advice="Check the address. Logins for a web server come from ~/.netrc.")
+        kind = _kind(error.response.status_code)
+        return kind(told, advice=WEB_LOGIN) if kind is HubAccessError else kind(told)
     page = f"{endpoint}/{what.repo_id}"
     if isinstance(error, errors.GatedRepoError):
         advice = f"Ask for access at {page}, then log in with `hf auth login` or set HF_TOKEN."
@@ -149,8 +164,20 @@ def _kind(status: int) -> type[HubError]:
 
 
 def _server_words(error: HfHubHTTPError) -> str:
-    return (error.server_message or "no reason given").splitlines()[0][:200]
+    return scrubbed((error.server_message or "no reason given").splitlines()[0])[:200]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+def first_line(error: Exception) -> str:
+    """What an error says, for a message."""
+    return scrubbed((str(error) or type(error).__name__).splitlines()[0])[:200]
+
+
+def shown(url: str) -> str:
+    """An address without what may be secret: user name and password, query, fragment."""
+    # The password first: it may hold what else begins a query.
+    return re.split(r"[?#]", re.sub(r"//[^/]*@", "//", url, count=1), maxsplit=1)[0]
+
+
+def scrubbed(text: str) -> str:
+    """A text of somebody else, whose addresses are shown without what may be secret."""
+    return re.sub(r"\b[a-z][a-z0-9+.-]*://[^\s'\"<>]+", lambda found: shown(found[0]), text, flags=re.IGNORECASE)

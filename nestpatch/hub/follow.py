@@ -12,7 +12,7 @@ from nestpatch.events import OnEvent, ignore
 from nestpatch.formats.atomic import write_bytes
 from nestpatch.hub.channel import Admitted, Gate, choose, require_as_listed
 from nestpatch.hub.listing import TIME, Patch
-from nestpatch.hub.memory import Memory, recall, remember
+from nestpatch.hub.memory import Memory, held, judged, keep, recall
 from nestpatch.hub.sources import Source, open_source, split_version
 from nestpatch.signing.origin import Origin
 from nestpatch.signing.subject import subject_of
@@ -71,10 +71,10 @@ def follow(
     data = fetched.data if fetched.data is not None or known is None else known.data
     if data is None:
         raise HubAnswerError(f"{source.place} says that nothing is new, and was never asked before")
-    seen = known.seen if known else None
-    gate = Gate(policy, now or utc_now(), subject_of(model), source.name, seen, allow_unsigned)
-    admitted = gate.admit(data, f"the channel at {source.place}")
-    remember(source.place, Memory(admitted.seen, fetched.version, data))
+    gate = Gate(policy, now or utc_now(), subject_of(model), source.name, allow_unsigned=allow_unsigned)
+    with held():
+        admitted = judged(gate, source.place, data, f"the channel at {source.place}")
+        keep(source.place, Memory(admitted.seen, fetched.version, data))
     return Followed(source, fetched.version, admitted, None if model is None else str(model), allow_unsigned)
 
 

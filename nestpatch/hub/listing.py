@@ -34,6 +34,8 @@ SUCCESSION_TYPE = "application/vnd.nestpatch.succession.v1+json"
 CHANNEL_FILE = "channel.json"
 TIME = "%Y-%m-%dT%H:%M:%SZ"
 MAX_NUMBER = 1 << 53
+MAX_FIRST = 1_000_000
+"""The highest serial number since a hand-over that a reader takes who has seen none. A publisher who gets there hands over."""
 _PART = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}"
 _SIGNATURE = re.compile(r"(?:\.[0-9a-f]{12})?\.sig", re.ASCII)
 _NAME = re.compile(rf"{_PART}(?:/{_PART})?", re.ASCII)
@@ -116,6 +118,7 @@ class Channel:
     name: str
     """On the Hub that of the repository."""
     serial: int
+    """One more with every change; a hand-over starts again at one."""
     issued: str
     expires: str
     root: PublicKey

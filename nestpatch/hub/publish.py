@@ -8,23 +8,40 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TypeAlias
 
-from nestpatch.errors import ChannelKeyError, PublishError, RollbackError, VersionError
+from nestpatch.errors import ChannelKeyError, PublishError, RollbackError, SerialJumpError, VersionError
 from nestpatch.formats import nest
-from nestpatch.hub.card import MARK, model_card
+from nestpatch.hub.card import ELSEWHERE, MARK, model_card
 from nestpatch.hub.channel import Gate, Seen, latest
 from nestpatch.hub.follow import utc_now
 from nestpatch.hub.listing import CHANNEL_FILE, Channel, Status, parse, payload
-from nestpatch.hub.memory import Memory, recall, remember
-from nestpatch.hub.release import DAYS, add, hand_over, issue, listed, new_channel, revoke, with_signatures
+from nestpatch.hub.memory import Memory, held, judged, recall, recall_channel, remember
+from nestpatch.hub.release import (
+    DAYS,
+    add,
+    hand_over,
+    issue,
+    listed,
+    new_channel,
+    require_next_number,
+    revoke,
+    stands,
+    with_signatures,
+)
 from nestpatch.hub.sites import CARD, Head, Site, StaleError, open_site
+from nestpatch.hub.sources import Source
 from nestpatch.pack import Manifest
 from nestpatch.signing import bundle
-from nestpatch.signing.keys import PrivateKey
+from nestpatch.signing.keys import PrivateKey, PublicKey
 from nestpatch.signing.trust import Policy, TrustedKey
 from nestpatch.signing.verify import SUFFIX, Signed, judge, read_signatures
 
 ATTEMPTS = 8
 """Before publishing gives way to others who publish at the same time."""
+STALE_PLACE = (
+    "Nothing was published. Put the newest channel back there: a repository's history has it. If the key was stolen, and the "
+    "newer one is not yours: put your own last channel back, remove what this user remembers of it (docs/fleet.md), and hand "
+    "it over: nestpatch renew REPO --key OLD --new-key NEW"
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +56,8 @@ class Change:
     tag: str = ""
     manifest: Manifest | None = None
     """Of the version that is added."""
+    standing: bool = False
+    """It is there already: nothing is to be written."""
 
 
 Edit: TypeAlias = Callable[[Channel], Change]
@@ -68,8 +87,10 @@ def push(
     """Publishes a pack as the next version of a channel, with the signatures beside it and the publisher's own.
 
     A place that does not exist is made (`private`: for the owner alone), and a first channel with this key as its root;
-    `name` is for a channel in a folder. Raises VersionError for a version that was published before, ChannelKeyError when the
-    channel has another root key, BadSignatureError, PublishError, PackError, HubError.
+    `name` is for a channel in a folder. A pack that stands there already, with the signatures beside it, is left as it is.
+    Raises VersionError for a version that was published with other content or withdrawn, ChannelKeyError when the channel has
+    another root key, RollbackError when this user has seen a newer state of the channel, BadSignatureError, PublishError,
+    PackError, HubError.
     """
     file, site = Path(patch), open_site(place)
     signatures = read_signatures(file)
@@ -82,7 +103,11 @@ def push(
         suffixes[free] = bundle.sign(outcome.pack_id, f"{manifest.name}.nest", key)
     entry, files = listed(manifest, data, suffixes)
 
+    own = [sha256(content).hexdigest() for content in signatures.values()]
+
     def edit(channel: Channel) -> Change:
+        if stands(channel, entry, own):
+            return Change(channel, key, f"{entry.label} is published already", standing=True)
         return Change(add(channel, entry), key, f"publish {entry.label}", files, f"v{entry.version}", manifest)
 
     site.create(private=private)
@@ -132,31 +157,35 @@ def _publish(site: Site, edit: Edit, key: PrivateKey, days: int, *, fresh: str |
     place = site.source.place
     for _ in range(ATTEMPTS):
         head = site.head()
-        change = edit(_current(site, head, key, fresh))
+        current, roots = _current(site, head, key, fresh)
+        change = edit(current)
+        if change.standing:
+            _remember(place, current, roots, head.version, head.channel or b"")
+            return _published(place, head.version, current, change.message)
+        require_next_number(change.channel)
         channel, data = issue(change.channel, change.key, utc_now(), days)
         files = {**change.files, **_card(site, head, channel, change.manifest), CHANNEL_FILE: data}
         try:
             version = site.write(head, files, f"{change.message} (number {channel.serial})")
         except StaleError:
             continue
-        _remember(place, channel, version, data)
+        _remember(place, channel, roots, version, data)
         tag = change.tag if change.tag and site.tag(version, change.tag) else ""
-        best = latest(channel)
-        return Published(
-            place, version, channel.name, channel.serial, channel.expires, best.version if best else "", change.message, tag
-        )
+        return _published(place, version, channel, change.message, tag)
     raise PublishError(f"others publish in {place} at the same time: {ATTEMPTS} attempts came too late")
 
 
-def _current(site: Site, head: Head, key: PrivateKey, fresh: str | None) -> Channel:
-    """The channel that a change is made to, by the same rules as for its readers; it may have expired."""
-    source, known = site.source, recall(site.source.place)
+def _published(place: str, version: str, channel: Channel, done: str, tag: str = "") -> Published:
+    best = latest(channel)
+    newest = best.version if best else ""
+    return Published(place, version, channel.name, channel.serial, channel.expires, newest, done, tag)
+
+
+def _current(site: Site, head: Head, key: PrivateKey, fresh: str | None) -> tuple[Channel, tuple[PublicKey, ...]]:
+    """The channel that a change is made to, by the same rules as for its readers, and its root keys; it may have expired."""
+    source = site.source
     if head.channel is None:
-        if known is not None:
-            raise RollbackError(f"{source.place} had a channel, number {known.seen.serial}, and has none now")
-        if fresh is None:
-            raise VersionError(f"there is no channel at {source.place}", advice="`nestpatch push` starts one.")
-        return new_channel(fresh, key.public)
+        return _new(source, key, fresh), (key.public,)
     told = f"the channel at {source.place}"
     root = parse(head.channel, told)[1].root
     if root != key.public:
@@ -164,9 +193,28 @@ def _current(site: Site, head: Head, key: PrivateKey, fresh: str | None) -> Chan
             f"{told} has the root key {root.key_id[:12]}..; this one is {key.public.key_id[:12]}..",
             advice="Publish with that key, or let it hand the channel over: nestpatch renew REPO --key OLD --new-key NEW",
         )
-    policy = Policy((TrustedKey("publisher", key.public),))
-    gate = Gate(policy, utc_now(), name=source.name, seen=known.seen if known else None, allow_expired=True)
-    return gate.admit(head.channel, told).channel
+    gate = Gate(Policy((TrustedKey("publisher", key.public),)), utc_now(), name=source.name, allow_expired=True)
+    try:
+        with held():
+            admitted = judged(gate, source.place, head.channel, told)
+    except (RollbackError, SerialJumpError) as error:
+        raise type(error)(str(error), advice=STALE_PLACE) from error
+    return admitted.channel, admitted.seen.roots
+
+
+def _new(source: Source, key: PrivateKey, fresh: str | None) -> Channel:
+    known = recall(source.place)
+    if known is not None:
+        raise RollbackError(f"{source.place} had a channel, number {known.seen.serial}, and has none now", advice=STALE_PLACE)
+    if fresh is None:
+        raise VersionError(f"there is no channel at {source.place}", advice="`nestpatch push` starts one.")
+    seen = recall_channel(key.public.key_id, fresh)
+    if seen is not None:
+        raise PublishError(
+            f"this key has the channel {fresh}, number {seen.serial}, at another place than {source.place}",
+            advice="Copy its folder there, or publish where it is. A second channel needs a name or a key of its own.",
+        )
+    return new_channel(fresh, key.public)
 
 
 def _card(site: Site, head: Head, channel: Channel, manifest: Manifest | None) -> dict[str, bytes]:
@@ -178,12 +226,12 @@ def _card(site: Site, head: Head, channel: Channel, manifest: Manifest | None) -
         data = site.source.read(head.version, best.file)
         best.file.check(data, site.source.place)
         manifest = nest.decode(data).manifest
-    return {CARD: model_card(channel, manifest).encode("utf-8")}
+    address = site.source.place if site.source.name else ELSEWHERE
+    return {CARD: model_card(channel, manifest, address).encode("utf-8")}
 
 
-def _remember(place: str, channel: Channel, version: str, data: bytes) -> None:
-    """The publisher has seen what it published: an older channel there would be a rollback."""
-    known = recall(place)
-    roots = known.seen.roots if known else ()
-    roots = roots if roots and roots[-1] == channel.root else (*roots, channel.root)
-    remember(place, Memory(Seen(channel.name, channel.serial, sha256(payload(channel)).hexdigest(), roots), version, data))
+def _remember(place: str, channel: Channel, roots: tuple[PublicKey, ...], version: str, data: bytes) -> None:
+    """The publisher has seen what it published: an older channel would be a rollback. `roots`: before the change."""
+    roots = roots if roots[-1] == channel.root else (*roots, channel.root)
+    digest = sha256(payload(channel)).hexdigest()
+    remember(place, Memory(Seen(channel.name, channel.serial, digest, roots), version, data))

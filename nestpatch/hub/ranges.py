@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 from collections.abc import Mapping
 from typing import Any
 
 from nestpatch.errors import HubAnswerError, HubUnavailableError
-from nestpatch.hub.client import Snapshot, client, explained, network_error
+from nestpatch.hub.client import Snapshot, client, explained, first_line, network_error
+from nestpatch.hub.deadline import Deadline, SlowError
 
 WAITS = (0.5, 2.0, 5.0)
 """Seconds before a part is asked for again, after an answer that broke off or a server in trouble."""
-LONGEST_WAIT = 60.0
-"""Of what a server may ask for with Retry-After."""
 PASSING = {408, 425, 429, 500, 502, 503, 504}
 """Statuses after which it is worth asking again."""
 EXPIRED = {400, 401, 403, 404, 410}
@@ -55,15 +53,19 @@ class Meter:
 
 
 class RemoteFile:
-    """One file of a snapshot. Several threads may read it at once."""
+    """One file of a snapshot. Several threads may read it at once.
 
-    def __init__(self, snapshot: Snapshot, name: str, meter: Meter, *, endpoint: str | None = None) -> None:
+    `share`: parts that are read at the same time, each of which has only its share of the line.
+    """
+
+    def __init__(self, snapshot: Snapshot, name: str, meter: Meter, *, endpoint: str | None = None, share: int = 1) -> None:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers
 
         self.snapshot, self.name, self.meter = snapshot, name, meter
         self.size: int | None = None
         """Bytes of the whole file; known after the first part."""
+        self._share = share
         self._endpoint = client(endpoint).endpoint
         self._url = hf_hub_url(snapshot.repo_id, name, revision=snapshot.commit, endpoint=self._endpoint)
         self._headers = build_hf_headers()
@@ -72,36 +74,42 @@ class RemoteFile:
     def __str__(self) -> str:
         return f"{self.snapshot}/{self.name}"
 
-    def read(self, start: int, stop: int) -> bytes:
+    def read(self, start: int, stop: int, deadline: Deadline | None = None) -> bytes:
         """Bytes [start, stop), or up to the end when the file is shorter and this is the first part.
 
+        `deadline`: of the whole file; None: this part has the time that a file of its size has.
         Raises HubNotFoundError, HubAccessError, HubUnavailableError, HubAnswerError.
         """
-        waits = iter(WAITS)
-        while True:
-            try:
-                return self._read_once(start, stop)
-            except _AgainError as fault:
-                wait = next(waits, None)
-                if wait is None:
-                    raise HubUnavailableError(f"cannot read {self}: {fault}") from fault
-                time.sleep(min(max(wait, fault.after), LONGEST_WAIT))
+        waits, within = iter(WAITS), deadline or Deadline(stop - start, self._share)
+        try:
+            while True:
+                try:
+                    return within.run(lambda: self._read_once(start, stop, within))
+                except _AgainError as fault:
+                    wait = next(waits, None)
+                    if wait is None:
+                        raise HubUnavailableError(f"cannot read {self}: {fault}") from fault
+                    within.pause(max(wait, fault.after))
+        except SlowError as fault:
+            raise HubUnavailableError(f"cannot read {self}: {fault}") from fault
 
-    def _read_once(self, start: int, stop: int) -> bytes:
+    def _read_once(self, start: int, stop: int, deadline: Deadline) -> bytes:
         address = self._signed
         if address is None:
-            return self._fetch(self._url, self._headers, start, stop)
+            return self._fetch(self._url, self._headers, start, stop, deadline)
         try:
             # Without the token: the address itself is the permission, and its server is not the Hub.
-            return self._fetch(address, {}, start, stop, signed=True)
+            return self._fetch(address, {}, start, stop, deadline, signed=True)
         except _ExpiredError:
             self._signed = None
-            return self._fetch(self._url, self._headers, start, stop)
+            return self._fetch(self._url, self._headers, start, stop, deadline)
         except _AgainError:
             self._signed = None  # the Hub may know a better place
             raise
 
-    def _fetch(self, url: str, headers: Mapping[str, str], start: int, stop: int, *, signed: bool = False) -> bytes:
+    def _fetch(
+        self, url: str, headers: Mapping[str, str], start: int, stop: int, deadline: Deadline, *, signed: bool = False
+    ) -> bytes:
         from huggingface_hub import constants
         from huggingface_hub.errors import HfHubHTTPError
         from huggingface_hub.utils import get_session
@@ -112,13 +120,13 @@ class RemoteFile:
         with explained(self.snapshot, self._endpoint):
             try:
                 with get_session().stream("GET", url, headers=asked, timeout=wait, follow_redirects=True) as response:
-                    return self._received(response, start, stop, signed=signed)
+                    return self._received(response, start, stop, deadline, signed=signed)
             except HfHubHTTPError:
                 raise
             except network_error() as error:
-                raise _AgainError(str(error) or type(error).__name__) from error
+                raise _AgainError(first_line(error)) from error
 
-    def _received(self, response: Any, start: int, stop: int, *, signed: bool) -> bytes:
+    def _received(self, response: Any, start: int, stop: int, deadline: Deadline, *, signed: bool) -> bytes:
         from huggingface_hub.utils import hf_raise_for_status
 
         status = response.status_code
@@ -129,7 +137,7 @@ class RemoteFile:
         hf_raise_for_status(response)
         self._check_commit(response)
         stop = self._check_range(response, start, stop)
-        data = self._body(response, stop - start)
+        data = self._body(response, stop - start, deadline)
         if not str(response.url).startswith(f"{self._endpoint}/"):
             self._signed = str(response.url)
         return data
@@ -152,11 +160,12 @@ class RemoteFile:
             raise HubAnswerError(f"asked for bytes {start}-{stop - 1} of {self}, got {said[0]}")
         return last + 1
 
-    def _body(self, response: Any, length: int) -> bytes:
+    def _body(self, response: Any, length: int, deadline: Deadline) -> bytes:
         data = bytearray()
         try:
             for block in response.iter_raw():
                 data += block
+                deadline.check()
                 if len(data) > length:
                     break
         finally:

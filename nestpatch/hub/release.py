@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 from hashlib import sha256
@@ -10,6 +10,7 @@ from hashlib import sha256
 from nestpatch.errors import PublishError, VersionError
 from nestpatch.hub.channel import choose
 from nestpatch.hub.listing import (
+    MAX_FIRST,
     PAYLOAD_TYPE,
     SUCCESSION_TYPE,
     TIME,
@@ -49,6 +50,15 @@ def issue(channel: Channel, key: PrivateKey, now: str, days: int = DAYS) -> tupl
     return issued, data
 
 
+def require_next_number(channel: Channel) -> None:
+    """Raises PublishError when its next number would be too high for new readers."""
+    if channel.serial >= MAX_FIRST:
+        raise PublishError(
+            f"{channel.name} has number {channel.serial}; new readers take numbers up to {MAX_FIRST}",
+            advice="Hand the channel over to a new key, which starts the count again: nestpatch renew REPO --new-key NEW",
+        )
+
+
 def listed(manifest: Manifest, data: bytes, signatures: Mapping[str, bytes]) -> tuple[Patch, dict[str, bytes]]:
     """The entry of a pack, and the files that belong to it by their paths. `signatures`: what follows .nest -> content."""
     stem = patch_path(manifest.name, manifest.version)
@@ -71,6 +81,14 @@ def add(channel: Channel, patch: Patch) -> Channel:
             )
     replaced = [_superseded(other, patch) for other in channel.patches]
     return replace(channel, patches=tuple(sorted([*replaced, patch], key=lambda entry: entry.order)))
+
+
+def stands(channel: Channel, patch: Patch, signatures: Collection[str]) -> bool:
+    """Whether this very pack is published already, not withdrawn, with signatures of these SHA-256 among its own."""
+    for other in channel.patches:
+        if other.order == patch.order and other.file.sha256 == patch.file.sha256 and other.status is not Status.REVOKED:
+            return set(signatures) <= {file.sha256 for file in other.signatures}
+    return False
 
 
 def _superseded(old: Patch, new: Patch) -> Patch:
@@ -97,10 +115,10 @@ def revoke(channel: Channel, version: str, reason: str) -> Channel:
 
 
 def hand_over(channel: Channel, old: PrivateKey, new: PrivateKey) -> Channel:
-    """Lets a new root key sign from now on. Issue it with the new key."""
+    """Lets a new root key sign from now on, with numbers that start again. Issue it with the new key."""
     said = succession_payload(channel.name, old.public, new.public)
     step = Succession(seal(SUCCESSION_TYPE, said, [old]), channel.name, old.public.key_id, new.public)
-    return replace(channel, successions=(*channel.successions, step), root=new.public)
+    return replace(channel, serial=0, successions=(*channel.successions, step), root=new.public)
 
 
 def with_signatures(channel: Channel, more: Mapping[str, Mapping[str, bytes]]) -> Channel:

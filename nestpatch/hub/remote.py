@@ -73,7 +73,9 @@ class RemoteCheckpoint(Headers):
         self.meter = Meter()
         self._kept: dict[tuple[str, bytes], Rows] = {}
         self._lock = Lock()
-        self._open: Callable[[str], RemoteFile] = lambda name: RemoteFile(snapshot, name, self.meter, endpoint=endpoint)
+        self._open: Callable[[str], RemoteFile] = lambda name: RemoteFile(
+            snapshot, name, self.meter, endpoint=endpoint, share=PARALLEL
+        )
         names, index = self._find_files()
         self.files = tuple(self.path / name for name in names)
         self._remote = {self.path / name: self._open(name) for name in names}

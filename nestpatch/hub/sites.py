@@ -14,7 +14,7 @@ from nestpatch.formats.atomic import write_bytes
 from nestpatch.hub.client import Reference, Snapshot, client, explained, look_up
 from nestpatch.hub.listing import CHANNEL_FILE
 from nestpatch.hub.ranges import Meter, RemoteFile
-from nestpatch.hub.sources import FolderSource, HubSource, Source, open_source
+from nestpatch.hub.sources import FolderSource, HubSource, Source, open_source, read_regular
 from nestpatch.signing.dsse import MAX_BYTES
 
 CARD = "README.md"
@@ -125,7 +125,7 @@ class FolderSite:
 
     def _read(self, name: str) -> bytes | None:
         try:
-            return (self.source.folder / name).read_bytes()
+            return read_regular(self.source.folder / name, MAX_BYTES + 1)
         except FileNotFoundError:
             return None
 
@@ -160,7 +160,7 @@ def open_site(text: str) -> Site:
         return FolderSite(source)
     if source.place.startswith("http"):
         raise PublishError(
-            f"{text} is a web server, which can only be read",
+            f"{source.place} is a web server, which can only be read",
             advice="Publish into the folder that it serves (file:///folder), or copy a channel there.",
         )
-    raise DataError(f"nothing can be published in {text}")
+    raise DataError(f"nothing can be published in {source.place}")

@@ -2,21 +2,27 @@
 
 hub://owner/name (or owner/name), file:///folder (or a path with a slash in front), https://host/folder; http:// only on this
 machine itself.
+
+By its `place` a source is remembered, printed, and written into ledgers: no place holds a password, a token or a query.
 """
 
 from __future__ import annotations
 
+import base64
+import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from nestpatch.errors import DataError, HubAnswerError, HubNotFoundError, HubUnavailableError, SwappedFileError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.hub.client import SCHEME, Reference, Snapshot, parse_reference
+from nestpatch.hub.client import SCHEME, Reference, Snapshot, parse_reference, scrubbed, shown
+from nestpatch.hub.deadline import Deadline
 from nestpatch.hub.fetch import Asking, fetch
 from nestpatch.hub.listing import CHANNEL_FILE, File
 from nestpatch.hub.ranges import Meter, RemoteFile
@@ -82,16 +88,17 @@ class HubSource:
         page = fetch(Asking(url, Reference(self.repo_id), MAX_BYTES, _greeting(), known))
         commit = page.headers.get("x-repo-commit", "")
         if not re.fullmatch(r"[0-9a-f]{40}", commit):
-            raise HubAnswerError(f"{self.endpoint} names no commit for {self.repo_id}: {commit[:80]!r}")
+            raise HubAnswerError(f"{shown(self.endpoint)} names no commit for {self.repo_id}: {commit[:80]!r}")
         return Fetched(commit, page.data)
 
     def read(self, version: str, file: File, on_event: OnEvent = ignore) -> bytes:
         """In parts, from the Hub or from where it sends large files."""
         remote = RemoteFile(Snapshot(self.repo_id, version, ()), file.path, Meter(), endpoint=self.endpoint)
         parts: list[bytes] = []
+        deadline = Deadline(file.size)
         for start in range(0, file.size, BLOCK):
             stop = min(start + BLOCK, file.size)
-            parts.append(remote.read(start, stop))
+            parts.append(remote.read(start, stop, deadline))
             if remote.size != file.size:
                 raise SwappedFileError(f"{remote} has {remote.size} bytes; the channel names one of {file.size}")
             on_event(Event("download", stop, file.size, file.name))
@@ -110,9 +117,13 @@ def _greeting() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class WebSource:
-    """A folder on a web server. Nobody's token is sent there."""
+    """A folder on a web server. The Hub's token is never sent there; a login comes from the address or from ~/.netrc."""
 
     url: str
+    login: str = field(default="", repr=False)
+    """NAME:PASSWORD, from the address that was typed."""
+    query: str = field(default="", repr=False)
+    """What followed the question mark there."""
 
     @property
     def place(self) -> str:
@@ -135,8 +146,25 @@ class WebSource:
 
     def _fetch(self, path: str, limit: int, headers: Mapping[str, str]) -> tuple[bytes | None, str]:
         url = f"{self.url}/{quote(path)}"
-        page = fetch(Asking(url, url, limit, headers))
+        asked = f"{url}?{self.query}" if self.query else url
+        page = fetch(Asking(asked, url, limit, {**headers, **_authorization(self.login or _netrc(self.url))}))
         return page.data, page.headers.get("etag", "")
+
+
+def _authorization(login: str) -> dict[str, str]:
+    return {"Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"} if login else {}
+
+
+def _netrc(url: str) -> str:
+    """NAME:PASSWORD of a host in ~/.netrc or $NETRC. The session of huggingface_hub does not look there."""
+    import netrc
+
+    try:
+        # No default entry: the host may be one that a ledger names.
+        found = netrc.netrc(os.environ.get("NETRC")).hosts.get(urlsplit(url).hostname or "")
+    except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
+        return ""
+    return f"{found[0]}:{found[2]}" if found else ""
 
 
 @dataclass(frozen=True)
@@ -168,14 +196,43 @@ class FolderSource:
     def _read(self, path: str, most: int) -> bytes:
         file = self.folder / path
         try:
-            with open(file, "rb") as opened:
-                return opened.read(most)
+            _require_inside(file, self.folder)
+            return read_regular(file, most)
         except FileNotFoundError as error:
             advice = "Check the path, and that the mirror is complete."
             raise HubNotFoundError(f"there is no {file}", advice=advice) from error
         except OSError as error:
             advice = "Check that the folder is mounted and may be read."
             raise HubUnavailableError(f"cannot read {file}: {error.strerror}", advice=advice) from error
+
+
+def _require_inside(file: Path, folder: Path) -> None:
+    """Raises HubAnswerError for a link that leads out of the folder: who filled it may not choose what else is read."""
+    there = Path(os.path.realpath(file))
+    if not there.is_relative_to(os.path.realpath(folder)):
+        advice = "A mirror has to hold the files themselves: copy it with rsync -rL."
+        raise HubAnswerError(f"{file} is a link to {there}, which is not in the folder of the channel", advice=advice)
+
+
+def read_regular(file: Path, most: int) -> bytes:
+    """The first bytes of a regular file. Raises HubAnswerError for anything else, without waiting for it, and OSError."""
+    # A pipe without a writer would be waited for, a terminal would take over.
+    handle = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        mode = os.fstat(handle).st_mode
+        if not stat.S_ISREG(mode):
+            advice = "Do not use this folder: channels are made of files. Tell whoever filled it."
+            raise HubAnswerError(f"{file} is {_kind_of(mode)}, where a file should be", advice=advice)
+        with open(handle, "rb", closefd=False) as opened:
+            return opened.read(most)
+    finally:
+        os.close(handle)
+
+
+def _kind_of(mode: int) -> str:
+    if stat.S_ISDIR(mode):
+        return "a directory"
+    return "a pipe" if stat.S_ISFIFO(mode) else "a device" if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else "no regular file"
 
 
 def split_version(text: str) -> tuple[str, str | None]:
@@ -186,21 +243,60 @@ def split_version(text: str) -> tuple[str, str | None]:
 
 def open_source(text: str) -> Source:
     """The place that a text names, without a version. Raises DataError for what names none."""
-    address = urlsplit(text)
-    if address.scheme == "file" or text.startswith(("/", "./", "../")):
-        from urllib.request import url2pathname
-
-        path = url2pathname(address.path) if address.scheme == "file" else text
-        if address.scheme == "file" and address.netloc not in {"", "localhost"}:
-            raise DataError(f"{text} names a folder of another machine", advice="Write file:///folder, with three slashes.")
-        return FolderSource(Path(path).absolute())
-    if address.scheme == "https" or (address.scheme == "http" and address.hostname in LOOPBACK):
-        return WebSource(text.rstrip("/"))
-    if address.scheme == "http":
-        raise DataError(f"{text} is not encrypted", advice="Use https://. Plain http:// is for servers on this machine alone.")
+    if any(not char.isprintable() for char in text):
+        raise DataError(f"a control character is in the place {scrubbed(text)!r}", advice="Type the address again.")
+    scheme = text.partition("://")[0].lower()
+    if scheme == "file" or text.startswith(("/", "./", "../")):
+        return FolderSource(_folder_of(text))
+    if scheme in {"http", "https"}:
+        return _web(text)
     reference = parse_reference(text)
     if reference is None or reference.revision is not None:
         raise DataError(
-            f"{text!r} names no channel", advice="Give owner/name[@VERSION] of the Hub, https://..., or file:///folder."
+            f"{scrubbed(text)!r} names no channel",
+            advice="Give owner/name[@VERSION] of the Hub, https://..., or file:///folder.",
         )
     return HubSource(reference.repo_id)
+
+
+def _folder_of(text: str) -> Path:
+    from urllib.request import url2pathname
+
+    address = urlsplit(text)
+    path = url2pathname(address.path) if address.scheme == "file" else text
+    # Two slashes, or two backslashes, begin the name of a server where the system has such.
+    if (address.scheme == "file" and address.netloc not in {"", "localhost"}) or re.match(r"[/\\]{2}", path):
+        raise DataError(f"{text} names a folder of another machine", advice="Write file:///folder, with three slashes.")
+    return Path(path).absolute()
+
+
+def _web(text: str) -> WebSource:
+    """A folder of a web server; its place has nothing that may be secret. Raises DataError."""
+    if re.search(r"[\s\\]", text):
+        raise DataError(f"a space or a backslash is in the address {shown(text)}", advice="Write %20 for a space.")
+    try:
+        address = urlsplit(text)
+        port = address.port
+    except ValueError as error:
+        raise _odd(text) from error
+    if not address.hostname or port == 0:
+        raise _odd(text)
+    if address.scheme == "http" and address.hostname not in LOOPBACK:
+        advice = "Use https://. Plain http:// is for servers on this machine alone."
+        raise DataError(f"{shown(text)} is not encrypted", advice=advice)
+    place = f"{address.scheme}://{shown(text).partition('://')[2]}".rstrip("/")
+    return WebSource(place, _login(address), address.query)
+
+
+def _odd(text: str) -> DataError:
+    # What stands where a port should be may be a password: it is not repeated.
+    scheme = text.partition("://")[0]
+    advice = "Write https://HOST/FOLDER, or https://HOST:PORT/FOLDER with a port from 1 to 65535."
+    return DataError(f"the {scheme}:// address of the channel has no host, or a port that is none", advice=advice)
+
+
+def _login(address: SplitResult) -> str:
+    """NAME:PASSWORD of an address; empty for none."""
+    if not address.username and not address.password:
+        return ""
+    return f"{unquote(address.username or '')}:{unquote(address.password or '')}"

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nestpatch.errors import ChannelError, PublisherError
+from nestpatch.errors import ChannelError, FileSystemError, NestpatchError, PublisherError
 from nestpatch.events import OnEvent, ignore
 from nestpatch.formats.interface import Checkpoint
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.gate import passed
 from nestpatch.hub.channel import Decision, GoBack, Stay, Upgrade, choose, decide
+from nestpatch.hub.client import shown
 from nestpatch.hub.follow import Followed, download, follow
 from nestpatch.hub.sources import open_source
 from nestpatch.patcher.held import look, missing
@@ -32,16 +33,20 @@ class Updated:
 
     channel: str
     state: str
-    """"current": nothing to do; "available": --check found something to do; "updated"."""
+    """"current": nothing to do; "available": --check found something to do; "updated"; "failed": see `error`."""
     before: str
-    """The version of the channel's patch that was applied; empty for none."""
+    """The version of the channel's patch that was applied; empty for none, and where it failed."""
     after: str
-    """The one that is or should be; empty for the base."""
+    """The one that is or should be; empty for the base, and where it failed."""
     reason: str = ""
-    """Why the applied version was revoked."""
+    """Why the applied version was revoked; why it failed."""
     steps: tuple[str, ...] = ()
     serial: int = 0
     expires: str = ""
+    error: str = ""
+    """The class of errors.py that refused the channel, or could not reach it; empty where none did."""
+    advice: str = ""
+    """The way out of that."""
 
 
 def update(
@@ -56,21 +61,32 @@ def update(
     """Brings a model to what its channels want, each in one transaction. With `check`, only tells.
 
     `channels`: places, without versions; none: those that the model follows. `means` go to `apply_in_place`: base, dither,
-    allow_overlap, on_event. Raises ChannelError when the model follows no channel, and whatever `follow`, `download` and
-    `apply_in_place` raise; the model is then as the last finished channel left it.
+    allow_overlap, on_event. All channels are tried: one that is refused or cannot be reached is reported as "failed", for
+    whatever `follow`, `download` and `apply_in_place` raise, and the model is as the channels before it left it.
+    Raises ChannelError when the model follows no channel, DataError for a text that names no place.
     """
     if not check and os.path.lexists(place_of(model).journal):
         recover_model(model, policy=policy)
     open_checkpoint(model)
     ledger = _ledger_of(model, check=check)
-    wanted = [open_source(text).place for text in channels] or ledger.follows
+    # What was typed may hold credentials; a place does not.
+    typed = {source.place: source for source in map(open_source, channels)}
+    wanted = list(typed) or ledger.follows
     if not wanted:
         raise _follows_nothing(model, ledger)
     results = []
     for channel in dict.fromkeys(wanted):
-        followed = follow(open_source(channel), policy, model, allow_unsigned=allow_unsigned)
-        results.append(_bring(Path(model), followed, policy, check=check, **means))
+        try:
+            followed = follow(typed.get(channel) or open_source(channel), policy, model, allow_unsigned=allow_unsigned)
+            results.append(_bring(Path(model), followed, policy, check=check, **means))
+        except (NestpatchError, OSError) as error:
+            results.append(_failed(channel, error))
     return tuple(results)
+
+
+def _failed(channel: str, error: NestpatchError | OSError) -> Updated:
+    named = error if isinstance(error, NestpatchError) else FileSystemError(str(error))
+    return Updated(shown(channel), "failed", "", "", str(named), error=type(named).__name__, advice=named.advice)
 
 
 def _ledger_of(model: str | Path, *, check: bool) -> Ledger:

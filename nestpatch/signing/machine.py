@@ -7,6 +7,7 @@ another machine wrote, has no valid seal here.
 
 from __future__ import annotations
 
+import errno
 import hmac
 import os
 import secrets
@@ -68,9 +69,9 @@ def _read(file: Path) -> bytes | None:
             state, text = os.fstat(opened.fileno()), opened.read(2 * KEY_BYTES + 2)
     except FileNotFoundError:
         return None
-    except PermissionError:
-        raise  # another user's: there is none for this one
     except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EISDIR, errno.ELOOP):
+            raise  # another user's, or in no folder: there is none for this one
         raise TrustError(f"{file} is no key of nestpatch: {error.strerror or error}", advice=f"Remove {file}.") from error
     advice = (
         f"Remove {file}; a new one is made. Changes that were interrupted before then end with `nestpatch recover --foreign`."

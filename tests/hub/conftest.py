@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from nestpatch.hub import ranges
+from nestpatch.patcher.inplace import revert
 from tests.helpers import tiny_checkpoint
 from tests.hub.scene import REPO, Scene, new_scene
+from tests.hub.web import Web
 from tests.hubserver.accounts import READER, WRITER
 from tests.hubserver.machine import Machine
 from tests.hubserver.server import Hub
@@ -75,3 +77,19 @@ def scene(hub: Hub, online: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     made.publish("1.0.0")
     made.update(channels=[REPO])
     return made
+
+
+@pytest.fixture
+def shared(scene: Scene, tmp_path: Path) -> Path:
+    """A folder that a channel was pushed into; the scene's model starts from its base."""
+    revert(scene.model)
+    scene.push(scene.pack("1.0.0"), f"file://{tmp_path / 'shared'}")
+    return tmp_path / "shared"
+
+
+@pytest.fixture
+def web(shared: Path) -> Iterator[Web]:
+    server = Web(shared)
+    server.listener.start()
+    yield server
+    server.listener.stop()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
+from nestpatch import errors
 from nestpatch.errors import NestpatchError
 from nestpatch.formats import nest
 from nestpatch.hub import listing
@@ -80,7 +81,7 @@ class Scene:
 
     def update(self, **options: object) -> Updated:
         """What the fleet does every night."""
-        (done,) = update(self.model, self.policy, **options)
+        (done,) = updated(self.model, self.policy, **options)
         return done
 
     @property
@@ -106,6 +107,15 @@ class Scene:
         named = {CHANNEL_FILE if path == "channel" else path: data for path, data in files.items()}
         return self.hub.store.seed(REPO, named)
 
+    def mirror(self, folder: Path) -> Path:
+        """The repository's files in a folder, as whoever copies it has them."""
+        repo = self.repo
+        for entry in repo.tree(repo.resolve("main")):
+            if not entry.directory:
+                (folder / entry.path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / entry.path).write_bytes(repo.read(entry, 0, entry.size))
+        return folder
+
     def resign(self, channel: Channel, key: PrivateKey | None = None, *, now: str | None = None, days: int = 30) -> bytes:
         """The next channel file, signed by the publisher's key or another one."""
         return issue(channel, key or self.key, now or utc_now(), days)[1]
@@ -124,6 +134,15 @@ class Scene:
     def state(self) -> dict[str, str]:
         """The model, to the byte, with all that is kept beside it."""
         return tree_digest(self.model)
+
+
+def updated(model: Path, policy: Policy, channels: Sequence[str] = (), **options: object) -> tuple[Updated, ...]:
+    """`update`, where a channel that failed raises its error."""
+    results = update(model, policy, channels, **options)
+    for result in results:
+        if result.state == "failed":
+            raise getattr(errors, result.error)(result.reason, advice=result.advice)
+    return results
 
 
 def new_scene(hub: Hub, folder: Path, model: Path) -> Scene:

@@ -19,15 +19,31 @@ from nestpatch.errors import (
     ChannelError,
     ChannelFormatError,
     ChannelKeyError,
+    ClockError,
+    EquivocationError,
     PackContentError,
     PublishError,
     RevokedError,
+    RollbackError,
+    SerialJumpError,
     VersionError,
 )
 from nestpatch.formats.nest import canonical_json
-from nestpatch.hub.channel import Admitted, Gate, GoBack, Stay, Upgrade, choose, decide, inherit, latest
-from nestpatch.hub.listing import PAYLOAD_TYPE, Channel, File, Patch, Status, parse, patch_path, payload, write_envelope
-from nestpatch.hub.release import add, hand_over, issue, new_channel, revoke
+from nestpatch.hub.channel import MAX_JUMP, Admitted, Gate, GoBack, Stay, Upgrade, choose, decide, inherit, latest
+from nestpatch.hub.listing import (
+    MAX_FIRST,
+    MAX_NUMBER,
+    PAYLOAD_TYPE,
+    Channel,
+    File,
+    Patch,
+    Status,
+    parse,
+    patch_path,
+    payload,
+    write_envelope,
+)
+from nestpatch.hub.release import add, hand_over, issue, new_channel, require_next_number, revoke
 from nestpatch.signing.dsse import seal
 from nestpatch.signing.keys import PrivateKey, generate
 from nestpatch.signing.subject import Subject
@@ -168,7 +184,85 @@ def test_a_key_hands_the_channel_down(keys: tuple[PrivateKey, ...]) -> None:
     assert admit(data, trusting(first), known).seen.roots[-1] == third.public
     assert admit(data, trusting(first)).seen.roots == (first.public, second.public, third.public)
     assert admit(data, trusting(second)).seen.roots == (second.public, third.public)
-    assert admit(data, trusting(third), then).seen.serial == 3
+    assert admit(data, trusting(third), then).seen.serial == 1, "each key counts anew"
+
+
+def test_numbers_are_compared_within_one_time_in_office(keys: tuple[PrivateKey, ...]) -> None:
+    first, second, _, _ = keys
+    channel = replace(channel_of(first, "1.0.0"), serial=MAX_FIRST - 1)
+    old, data = issue(channel, first, NOW)
+    known = admit(data, trusting(first))
+    assert known.seen.order == (0, MAX_FIRST)
+    channel, handed = issue(hand_over(old, first, second), second, NOW)
+    then = admit(handed, trusting(first), known)
+    assert then.seen.order == (1, 1)
+    _, same = issue(replace(channel, serial=0), second, NOW, days=3)
+    with pytest.raises(EquivocationError):
+        admit(same, trusting(first), then)
+    with pytest.raises(RollbackError, match="from before that key handed the channel down"):
+        admit(data, trusting(first), then)
+    _, more = issue(channel, second, NOW)
+    with pytest.raises(RollbackError, match=r"has number 1 of .*; 2 was seen before"):
+        admit(handed, trusting(first), admit(more, trusting(first), then))
+
+
+@pytest.mark.parametrize("before", [None, 1, 500])
+def test_how_far_a_number_may_go_ahead(keys: tuple[PrivateKey, ...], before: int | None) -> None:
+    channel, known = channel_of(keys[0], "1.0.0"), None
+    if before is not None:
+        known = admit(issue(replace(channel, serial=before - 1), keys[0], NOW)[1], trusting(keys[0]))
+    most = MAX_FIRST if before is None else before + MAX_JUMP
+    assert admit(issue(replace(channel, serial=most - 1), keys[0], NOW)[1], trusting(keys[0]), known).seen.serial == most
+    for serial in (most, MAX_NUMBER - 2):
+        with pytest.raises(SerialJumpError, match=f"has number {serial + 1}; .* at most {most} could follow"):
+            admit(issue(replace(channel, serial=serial), keys[0], NOW)[1], trusting(keys[0]), known)
+
+
+def test_a_number_after_a_hand_over_may_not_run_ahead_either(keys: tuple[PrivateKey, ...]) -> None:
+    first, second, _, _ = keys
+    channel, data = issue(channel_of(first, "1.0.0"), first, NOW)
+    known = admit(data, trusting(first))
+    ahead = replace(hand_over(channel, first, second), serial=MAX_FIRST)
+    with pytest.raises(SerialJumpError, match="none was seen before"):
+        admit(issue(ahead, second, NOW)[1], trusting(first), known)
+
+
+def test_a_publisher_hands_over_before_the_numbers_end(keys: tuple[PrivateKey, ...]) -> None:
+    channel = replace(channel_of(keys[0], "1.0.0"), serial=MAX_FIRST)
+    with pytest.raises(PublishError, match="new readers take numbers up to 1000000") as caught:
+        require_next_number(channel)
+    assert "--new-key" in caught.value.advice
+    require_next_number(hand_over(channel, keys[0], keys[1]))
+
+
+@pytest.mark.parametrize(
+    ("now", "ahead"),
+    [("2026-11-23T11:55:00Z", False), ("2026-11-23T11:54:59Z", True), ("2025-11-23T12:00:00Z", True), (NOW, False)],
+)
+def test_a_clock_may_be_five_minutes_behind(keys: tuple[PrivateKey, ...], now: str, ahead: bool) -> None:
+    _, data = issue(channel_of(keys[0], "1.0.0"), keys[0], NOW)
+    for gate in (Gate(trusting(keys[0]), now), Gate(trusting(keys[0]), now, allow_expired=True)):
+        if not ahead:
+            assert gate.admit(data, "it").channel.issued == NOW
+            continue
+        with pytest.raises(ClockError, match=f"was issued at {NOW}; this machine's clock says that it is {now}") as caught:
+            gate.admit(data, "it")
+        assert "clock" in caught.value.advice
+
+
+def test_of_two_heirs_of_one_key_the_first_that_was_seen_stays(keys: tuple[PrivateKey, ...]) -> None:
+    first, second, third, evil = keys
+    channel, data = issue(channel_of(first, "1.0.0"), first, NOW)
+    _, good = issue(hand_over(channel, first, second), second, NOW)
+    _, forged = issue(replace(hand_over(channel, first, evil), serial=70), evil, NOW)
+    known = admit(data, trusting(first))
+    for one, other in ((good, forged), (forged, good)):
+        with pytest.raises(ChannelKeyError, match="is not signed by its root key"):
+            admit(other, trusting(first), admit(one, trusting(first), known))
+    # Nor does the heir of the one that came second.
+    _, heir = issue(hand_over(hand_over(channel, first, evil), evil, third), third, NOW)
+    with pytest.raises(ChannelKeyError, match="is not signed by its root key"):
+        admit(heir, trusting(first), admit(good, trusting(first), known))
 
 
 def test_an_old_key_is_out_of_office(keys: tuple[PrivateKey, ...]) -> None:

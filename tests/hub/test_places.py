@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -25,62 +24,15 @@ from nestpatch.errors import (
 )
 from nestpatch.hub.follow import follow, pull
 from nestpatch.hub.listing import CHANNEL_FILE
-from nestpatch.hub.memory import memory_file
+from nestpatch.hub.memory import place_file
 from nestpatch.hub.publish import push, renew
 from nestpatch.hub.sources import FolderSource, HubSource, WebSource, open_source, split_version
 from nestpatch.patcher.inplace import revert
-from nestpatch.patcher.update import Updated, update
+from nestpatch.patcher.update import Updated
 from tests.helpers import weight_files
-from tests.hub.scene import REPO, Scene
-from tests.hubserver.messages import Answer, Request
-from tests.hubserver.server import Listener
-
-
-class Web:
-    """A plain web server over a folder. Knows ETags, and no ranges."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.log: list[tuple[str, int]] = []
-        self.tokens: set[str | None] = set()
-        self.replaced: dict[str, Answer] = {}
-        self.listener = Listener(self.answer)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.listener.port}"
-
-    def answer(self, request: Request) -> Answer:
-        self.tokens.add(request.token)
-        found = self.replaced.get(request.path) or self.serve(request)
-        self.log.append((request.path, found.status))
-        return found
-
-    def serve(self, request: Request) -> Answer:
-        file = self.folder / request.path.lstrip("/")
-        if not file.is_file():
-            return Answer(404)
-        data = file.read_bytes()
-        etag = f'"{sha256(data).hexdigest()[:16]}"'
-        if request.headers.get("if-none-match") == etag:
-            return Answer(304, {"ETag": etag})
-        return Answer(200, {"ETag": etag}, data)
-
-
-@pytest.fixture
-def shared(scene: Scene, tmp_path: Path) -> Path:
-    """A folder that a channel was pushed into; the scene's model starts from its base."""
-    revert(scene.model)
-    scene.push(scene.pack("1.0.0"), f"file://{tmp_path / 'shared'}")
-    return tmp_path / "shared"
-
-
-@pytest.fixture
-def web(shared: Path) -> Iterator[Web]:
-    server = Web(shared)
-    server.listener.start()
-    yield server
-    server.listener.stop()
+from tests.hub.scene import REPO, Scene, updated
+from tests.hub.web import Web
+from tests.hubserver.messages import Answer
 
 
 def weights(model: Path) -> list[str]:
@@ -88,7 +40,7 @@ def weights(model: Path) -> list[str]:
 
 
 def brought(scene: Scene, *channels: str, **options: object) -> Updated:
-    (done,) = update(scene.model, scene.policy, channels, **options)
+    (done,) = updated(scene.model, scene.policy, channels, **options)
     return done
 
 
@@ -124,11 +76,7 @@ def test_nothing_new_on_a_web_server_is_one_request_without_content(scene: Scene
 
 def test_a_mirror_of_a_hub_channel(scene: Scene, tmp_path: Path) -> None:
     """Air-gapped: the repository's files in a folder are the channel."""
-    repo, mirror = scene.repo, tmp_path / "mirror"
-    for entry in repo.tree(repo.resolve("main")):
-        if not entry.directory:
-            (mirror / entry.path).parent.mkdir(parents=True, exist_ok=True)
-            (mirror / entry.path).write_bytes(repo.read(entry, 0, entry.size))
+    mirror = scene.mirror(tmp_path / "mirror")
     scene.hub.stop()
     revert(scene.model)
     assert brought(scene, mirror.as_uri()).after == "1.0.0"
@@ -164,7 +112,7 @@ def test_another_channel_in_the_same_folder(scene: Scene, shared: Path) -> None:
     brought(scene, shared.as_uri())
     shutil.rmtree(shared)
     with scene.as_publisher():
-        memory_file(shared.as_uri()).unlink()
+        place_file(shared.as_uri()).unlink()
         push(scene.pack("3.0.0"), str(shared), scene.key, name="another")
     before = scene.state()
     with pytest.raises(ForeignChannelError, match="is the channel another, where no-harm should be"):
@@ -248,9 +196,9 @@ def test_publishing_needs_a_channel_to_change(scene: Scene, tmp_path: Path) -> N
 
 def test_a_broken_memory_is_said(scene: Scene, shared: Path) -> None:
     brought(scene, shared.as_uri())
-    file = memory_file(shared.as_uri())
+    file = place_file(shared.as_uri())
     good = json.loads(file.read_text(encoding="utf-8"))
-    for broken in ("", "{}", json.dumps(good | {"place": "file:///other"}), json.dumps(good | {"roots": []})):
+    for broken in ("", "{}", json.dumps(good | {"place": "file:///other"}), json.dumps(good | {"root": 1})):
         file.write_text(broken, encoding="utf-8")
         with pytest.raises(ChannelFormatError, match="what is remembered of file://") as caught:
             brought(scene)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -11,12 +12,11 @@ from nestpatch.formats import nest
 from nestpatch.hub.card import MARK, model_card
 from nestpatch.hub.listing import CHANNEL_FILE, parse
 from nestpatch.hub.release import add, listed, new_channel
-from nestpatch.patcher.update import update
 from nestpatch.signing.keys import generate
 from nestpatch.signing.trust import Policy, TrustedKey, load_policy
 from nestpatch.signing.verify import sign_pack
 from tests.hub.calls import answer, key_file, ledger_of, run
-from tests.hub.scene import REPO, Scene
+from tests.hub.scene import REPO, Scene, updated
 
 
 def test_push_yank_and_renew(scene: Scene) -> None:
@@ -25,7 +25,7 @@ def test_push_yank_and_renew(scene: Scene) -> None:
         done = answer("push", scene.pack("1.1.0", 1), REPO, *key)
         assert (done["serial"], done["tag"], done["latest"]) == (2, "v1.1.0", "1.1.0")
         assert scene.repo.resolve("v1.1.0") == done["version"] == scene.repo.resolve("main")
-        assert "VersionError" in run("push", scene.pack("1.1.0", 1), REPO, *key).stderr
+        assert "VersionError" in run("push", scene.pack("1.1.0", 3), REPO, *key).stderr
         assert run("yank", REPO, "1.1.0", *key).exit_code == 2, "a reason is needed"
         assert answer("yank", REPO, "1.1.0", "--reason", "why", *key)["latest"] == "1.0.0"
         long = answer("renew", REPO, *key, "--days", 400)
@@ -53,12 +53,57 @@ def test_a_second_signer_goes_along(scene: Scene) -> None:
     assert [f.name for f in scene.channel.patches[1].signatures] == [
         "no-harm.nest.sig", f"no-harm.nest.{scene.key.public.key_id[:12]}.sig",
     ]  # fmt: skip
-    (done,) = update(scene.model, strict)
+    (done,) = updated(scene.model, strict)
     assert done.after == "1.1.0"
     assert set(ledger_of(scene.model).applied[0].signers) == {"acme", "audit"}
     scene.publish("1.2.0", 2)
     with pytest.raises(UntrustedError, match="signed by 1 of the 2 keys"):
-        update(scene.model, strict)
+        updated(scene.model, strict)
+
+
+def test_the_same_pack_again_is_published_already(scene: Scene) -> None:
+    """From a pipeline that runs twice: no new number, no commit, no error."""
+    key = ("--key", key_file(scene, scene.key, "acme"))
+    with scene.as_publisher():
+        done = answer("push", scene.pack("1.1.0", 1), REPO, *key)
+        commit = scene.repo.resolve("main")
+        assert answer("push", scene.pack("1.1.0", 1), REPO, *key) == {
+            **done, "done": "no-harm 1.1.0 is published already", "tag": "",
+        }  # fmt: skip
+        assert "no-harm 1.1.0 is published already" in run("push", scene.pack("1.1.0", 1), REPO, *key).stdout
+        folder = f"file://{scene.folder / 'shared'}"
+        for serial in (1, 1):
+            assert answer("push", scene.pack("1.1.0", 1), folder, *key)["serial"] == serial
+    assert scene.repo.resolve("main") == commit
+
+
+def test_the_same_pack_with_another_signature_or_after_its_withdrawal_is_refused(scene: Scene) -> None:
+    """Else a second signer would believe that the signature was published."""
+    key = ("--key", key_file(scene, scene.key, "acme"))
+    with scene.as_publisher():
+        file = scene.pack("1.0.0")
+        sign_pack(file, generate())
+        told = run("push", file, REPO, *key)
+        assert (told.exit_code, "VersionError: acme/no-harm has no-harm 1.0.0 already" in told.stderr) == (1, True)
+        answer("yank", REPO, "1.0.0", "--reason", "bad", *key)
+        file.with_name(file.name + ".sig").unlink()
+        told = run("push", file, REPO, *key)
+        assert (told.exit_code, "VersionError" in told.stderr) == (1, True)
+
+
+def test_one_channel_is_not_started_twice(scene: Scene) -> None:
+    """Two folders that count apart would look to readers of both like an old copy, or like two truths."""
+    key = ("--key", key_file(scene, scene.key, "acme"))
+    with scene.as_publisher():
+        answer("push", scene.pack("1.0.0"), scene.folder / "one", *key)
+        told = run("push", scene.pack("1.0.0"), scene.folder / "two", *key)
+        assert (
+            told.exit_code,
+            "PublishError: this key has the channel no-harm, number 1, at another place" in told.stderr,
+        ) == (
+            1,
+            True,
+        )
 
 
 def test_a_wrong_signature_is_not_published(scene: Scene) -> None:
@@ -75,7 +120,7 @@ def test_the_root_key_is_rotated(scene: Scene) -> None:
     old, new = key_file(scene, scene.key, "acme"), key_file(scene, generate(), "acme-2")
     scene.publish("1.1.0", 1)
     with scene.as_publisher():
-        assert answer("renew", REPO, "--key", old, "--new-key", new)["serial"] == 3
+        assert answer("renew", REPO, "--key", old, "--new-key", new)["serial"] == 1
         told = run("push", scene.pack("1.2.0", 2), REPO, "--key", old)
         assert "has the root key" in told.stderr
         answer("push", scene.pack("1.2.0", 2), REPO, "--key", new)
@@ -87,9 +132,9 @@ def test_the_root_key_is_rotated(scene: Scene) -> None:
         answer("yank", REPO, "1.2.0", "--reason", "bad", "--key", new)
     assert scene.update().after == "1.1.0", "signed by the old key, and signed anew when the channel was handed over"
     only_new = Policy((TrustedKey("acme", scene.channel.root),))
-    assert update(scene.model, only_new)[0].state == "current"
+    assert updated(scene.model, only_new)[0].state == "current"
     with pytest.raises(ChannelKeyError):
-        update(scene.model, Policy())
+        updated(scene.model, Policy())
 
 
 def test_passwords_of_two_keys_come_from_one_file(scene: Scene) -> None:
@@ -99,7 +144,7 @@ def test_passwords_of_two_keys_come_from_one_file(scene: Scene) -> None:
     (scene.folder / "passwords").write_text("one\ntwo\n", encoding="utf-8")
     with scene.as_publisher():
         words = ("renew", REPO, "--key", old, "--new-key", new, "--password-file", scene.folder / "passwords")
-        assert answer(*words)["serial"] == 2
+        assert answer(*words)["serial"] == 1
 
 
 # The model card
@@ -124,6 +169,18 @@ def test_the_card(scene: Scene) -> None:
     assert "| 1.0.0 | latest |  | `" in body
     assert r"| 1.1.0 | revoked | broke \| tables \<script\> |" in body
     assert scene.key.public.key_id in body
+
+
+def test_the_card_of_a_folder_names_an_address_that_can_be_used(scene: Scene, shared: Path) -> None:
+    """Its channel has no name on the Hub, and its readers another path than its publisher."""
+    text = (shared / "README.md").read_text(encoding="utf-8")
+    assert "nestpatch apply path/to/model file:///path/to/this/folder --in-place" in text
+    assert "`file:///path/to/this/folder` stands for the place of this folder on your machine" in text
+    assert "hub://" not in text
+    assert str(scene.folder) not in text
+    card = scene.read("README.md").decode()
+    assert f"nestpatch apply path/to/model hub://{REPO} --in-place" in card
+    assert "file://" not in card
 
 
 def test_the_card_s_evaluation_table(scene: Scene) -> None:

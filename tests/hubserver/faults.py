@@ -95,6 +95,11 @@ def slow(seconds: float) -> Bend:
     return bend
 
 
+def trickled(pace: float, *, head: bool = False) -> Bend:
+    """The body comes one byte at a time, some seconds apart; with `head`, the status line and the headers too."""
+    return lambda request, serve: replace(serve(request), pace=pace, slow_head=head)
+
+
 def redirected(url: str) -> Bend:
     """The client is sent somewhere else."""
     return lambda _request, _serve: Answer(302, {"Location": url})

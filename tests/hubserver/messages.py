@@ -51,12 +51,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer. `cut`: the connection is closed after that many bytes of the body; -1: before anything is said."""
+    """One answer."""
 
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
     cut: int | None = None
+    """The connection is closed after that many bytes of the body; -1: before anything is said."""
+    pace: float = 0.0
+    """Seconds before each byte of the body."""
+    slow_head: bool = False
+    """The head has the same pace."""
 
 
 class RefusedError(Exception):

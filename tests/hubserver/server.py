@@ -6,6 +6,7 @@ import contextlib
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -190,8 +191,20 @@ class _Connection(BaseHTTPRequestHandler):
         for name, value in answer.headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(answer.body)))
-        self.end_headers()
+        if answer.slow_head:
+            self._trickle(b"".join(self._headers_buffer) + b"\r\n", answer.pace)
+        else:
+            self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(answer.body[: answer.cut])
+            self._trickle(answer.body[: answer.cut], answer.pace)
         self.close_connection |= answer.cut is not None
         self.wfile.flush()
+
+    def _trickle(self, data: bytes, pace: float) -> None:
+        if not pace:
+            self.wfile.write(data)
+            return
+        for byte in data:
+            self.wfile.write(bytes([byte]))
+            self.wfile.flush()
+            time.sleep(pace)

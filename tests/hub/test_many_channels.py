@@ -1,0 +1,112 @@
+"""A model that follows several channels: what is wrong with one does not keep the others from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nestpatch import errors
+from nestpatch.formats import nest
+from nestpatch.hub.listing import CHANNEL_FILE
+from nestpatch.patcher.update import update
+from nestpatch.signing.trust import save_policy
+from tests.helpers import tiny_pack
+from tests.hub.calls import answer, ledger_of, run
+from tests.hub.scene import REPO, Scene
+from tests.hubserver import faults
+
+
+@pytest.fixture
+def places(scene: Scene, tmp_path: Path) -> tuple[str, str, str]:
+    """Three channels that the model follows, the middle one on the Hub; all have a new version."""
+    save_policy(scene.policy)
+    folders = [tmp_path / name for name in ("a", "z")]
+    for version in ("1.0.0", "1.1.0"):
+        for number, folder in enumerate(folders):
+            pack = tiny_pack(scene.base, name=folder.name, version=version, seed=20 + number, neurons=2)
+            nest.write(pack, tmp_path / "new.nest", overwrite=True)
+            scene.push(tmp_path / "new.nest", str(folder))
+        if version == "1.0.0":
+            found = (folders[0].as_uri(), f"hub://{REPO}", folders[1].as_uri())
+            assert run("update", scene.model, "--allow-overlap", *(w for p in found for w in ("--channel", p))).exit_code == 0
+    scene.publish("1.1.0", 1)
+    return found
+
+
+def versions(scene: Scene) -> dict[str, str]:
+    return {entry.name: entry.version for entry in ledger_of(scene.model).applied}
+
+
+def test_a_channel_that_cannot_be_reached_does_not_stop_the_others(scene: Scene, places: tuple[str, str, str]) -> None:
+    scene.hub.stop()
+    told = answer("update", scene.model, "--allow-overlap", *words(places), code=1)["channels"]
+    assert [(one["channel"], one["state"]) for one in told] == [
+        (places[0], "updated"), (places[1], "failed"), (places[2], "updated"),
+    ]  # fmt: skip
+    failed = told[1]
+    assert (failed["error"], failed["before"], failed["after"], failed["steps"]) == ("HubUnavailableError", "", "", [])
+    assert "cannot read http" in failed["reason"]
+    assert "try again" in failed["advice"]
+    assert versions(scene) == {"a": "1.1.0", "no-harm": "1.0.0", "z": "1.1.0"}
+    assert (told[0]["error"], told[0]["advice"]) == ("", "")
+
+
+def words(places: tuple[str, ...]) -> list[str]:
+    return [word for place in places for word in ("--channel", place)]
+
+
+def test_a_channel_that_is_refused_does_not_stop_the_others(scene: Scene, places: tuple[str, str, str]) -> None:
+    scene.put(channel=b"{}")
+    told = run("update", scene.model, "--quiet", "--allow-overlap", *words(places))
+    assert told.exit_code == 1
+    assert told.stdout.count("went from 1.0.0 to 1.1.0") == 2
+    lines = told.stderr.splitlines()
+    assert lines[0].startswith("ChannelFormatError: the channel at hub://acme/no-harm: expected")
+    assert lines[1].startswith("What to do: ")
+    assert lines[2] == "Nothing was applied from hub://acme/no-harm."
+    assert versions(scene) == {"a": "1.1.0", "no-harm": "1.0.0", "z": "1.1.0"}
+
+
+def test_a_pack_that_is_refused_does_not_stop_the_others(scene: Scene, places: tuple[str, str, str]) -> None:
+    path = scene.channel.patches[1].file.path
+    scene.spoil_large(path, b"x" + scene.read(path)[1:])
+    told = answer("update", scene.model, "--allow-overlap", *words(places), code=1)["channels"]
+    assert [one["error"] for one in told] == ["", "SwappedFileError", ""]
+    assert versions(scene) == {"a": "1.1.0", "no-harm": "1.0.0", "z": "1.1.0"}
+
+
+def test_check_tries_all_channels_and_ends_with_the_failure(scene: Scene, places: tuple[str, str, str]) -> None:
+    (Path(places[0].removeprefix("file://")) / CHANNEL_FILE).unlink()
+    before = scene.state()
+    told = answer("update", scene.model, "--check", *words(places), code=1)["channels"]
+    assert [one["state"] for one in told] == ["failed", "available", "available"]
+    assert told[0]["error"] == "HubNotFoundError"
+    assert scene.state() == before
+    assert run("update", scene.model, "--check", *words(places[1:])).exit_code == 10
+
+
+def test_errors_are_on_stderr_with_json_too(scene: Scene) -> None:
+    save_policy(scene.policy)
+    scene.hub.fault(CHANNEL_FILE, faults.status(503))
+    told = run("update", scene.model, "--json")
+    assert (told.exit_code, told.stderr.splitlines()[0].split(":")[0]) == (1, "HubUnavailableError")
+    (only,) = json.loads(told.stdout)["channels"]
+    assert (only["state"], only["error"]) == ("failed", "HubUnavailableError")
+
+
+def test_a_file_system_in_trouble_is_reported_as_such(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is remembered cannot be written: the folder's place is taken by a file."""
+    (scene.folder / "taken").write_bytes(b"")
+    monkeypatch.setenv("NESTPATCH_HOME", str(scene.folder / "taken"))
+    (only,) = update(scene.model, scene.policy)
+    assert (only.state, only.error) == ("failed", "FileSystemError")
+    assert issubclass(getattr(errors, only.error), errors.NestpatchError)
+
+
+def test_a_place_that_is_typed_wrong_is_a_usage_error(scene: Scene) -> None:
+    save_policy(scene.policy)
+    before = scene.state()
+    assert run("update", scene.model, "--channel", REPO, "--channel", "ftp://x").exit_code == 2
+    assert scene.state() == before
