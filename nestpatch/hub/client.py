@@ -173,9 +173,10 @@ def first_line(error: Exception) -> str:
 
 
 def shown(url: str) -> str:
-    """An address without what may be secret: user name and password, query, fragment."""
+    """An address without what may be secret, that is user name, password, query and fragment, and in printable characters."""
     # The password first: it may hold what else begins a query.
-    return re.split(r"[?#]", re.sub(r"//[^/]*@", "//", url, count=1), maxsplit=1)[0]
+    bare = re.split(r"[?#]", re.sub(r"//[^/]*@", "//", url, count=1), maxsplit=1)[0]
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in bare)
 
 
 def scrubbed(text: str) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nestpatch.errors import (
+    ChannelError,
     ChannelFormatError,
     ChannelKeyError,
     ClockError,
@@ -158,6 +160,32 @@ def test_what_another_process_saw_meanwhile_counts(scene: Scene, tmp_path: Path)
     seen = recall_channel(scene.key.public.key_id, REPO)
     assert seen is not None
     assert seen.serial == 2
+
+
+def test_many_at_once_remember_the_newest(scene: Scene, tmp_path: Path) -> None:
+    """Copies of all ages, each at a place of its own: whoever comes late is refused, and forgets nothing for the others."""
+    copies = [scene.mirror(tmp_path / "1")]
+    for number in range(2, 6):
+        scene.publish(f"1.{number}.0", number)
+        copies.append(scene.mirror(tmp_path / str(number)))
+    outcomes: list[object] = []
+
+    def run(folder: Path) -> None:
+        try:
+            outcomes.append(follow(FolderSource(folder), scene.policy).admitted.channel.serial)
+        except ChannelError as error:
+            outcomes.append(type(error))
+
+    threads = [threading.Thread(target=run, args=(folder,)) for folder in copies * 4]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes.count(5) == 4
+    assert {found for found in outcomes if not isinstance(found, int)} <= {RollbackError}
+    seen = recall_channel(scene.key.public.key_id, REPO)
+    assert seen is not None
+    assert seen.serial == 5
 
 
 def test_the_memory_does_not_go_back_behind_a_hand_over(scene: Scene) -> None:

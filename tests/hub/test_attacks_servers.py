@@ -251,6 +251,13 @@ def test_a_pipe_in_place_of_a_channel_is_refused_and_not_waited_for(shared: Path
         FolderSource(shared).channel()
 
 
+def test_a_pipe_in_place_of_a_channel_does_not_hold_its_publisher(scene: Scene, shared: Path) -> None:
+    (shared / CHANNEL_FILE).unlink()
+    os.mkfifo(shared / CHANNEL_FILE)
+    with pytest.raises(HubAnswerError, match=r"channel\.json is a pipe, where a file should be"):
+        scene.publish("1.1.0", 1, shared.as_uri())
+
+
 def test_a_pipe_in_place_of_a_pack_is_refused_and_not_waited_for(scene: Scene, pack_file: Path) -> None:
     pack_file.unlink()
     os.mkfifo(pack_file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from nestpatch import errors
 from nestpatch.formats import nest
 from nestpatch.hub.listing import CHANNEL_FILE
+from nestpatch.patcher.ledger import read_ledger, write_ledger
+from nestpatch.patcher.place import place_of
 from nestpatch.patcher.update import update
 from nestpatch.signing.trust import save_policy
 from tests.helpers import tiny_pack
@@ -103,6 +106,19 @@ def test_a_file_system_in_trouble_is_reported_as_such(scene: Scene, monkeypatch:
     (only,) = update(scene.model, scene.policy)
     assert (only.state, only.error) == ("failed", "FileSystemError")
     assert issubclass(getattr(errors, only.error), errors.NestpatchError)
+
+
+def test_a_ledger_that_names_an_odd_place_does_not_stop_the_others(scene: Scene) -> None:
+    """The ledger came with the model: what it names is shown without control characters and passwords."""
+    save_policy(scene.policy)
+    file = place_of(scene.model).ledger
+    ledger = replace(read_ledger(file), follows=("https://me:pw@host:99999/\x1b[2J?t0ken", f"hub://{REPO}"))
+    write_ledger(file, ledger)
+    scene.publish("1.1.0", 1)
+    told = run("update", scene.model, "--quiet")
+    assert (told.exit_code, versions(scene)) == (1, {"no-harm": "1.1.0"})
+    assert "DataError" in told.stderr
+    assert not any(word in told.stderr for word in ("\x1b", "pw", "t0ken"))
 
 
 def test_a_place_that_is_typed_wrong_is_a_usage_error(scene: Scene) -> None:
