@@ -164,7 +164,7 @@ class Gate:
         """Trusted keys that had the channel before the first one that is remembered: it was met through a later key then."""
         for trusted in self.policy.keys:
             line = channel.walk(trusted.key)
-            if trusted.covers(self.names) and first in line:
+            if self._covers(trusted, channel) and first in line:
                 return line[: line.index(first)]
         return ()
 
