@@ -9,7 +9,7 @@ the very same rows, and when the base is by its digest the one that the pack nam
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from hashlib import sha256
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from nestpatch.errors import BaseMismatchError, PackContentError, QuantizationError, UndoError
 from nestpatch.formats.interface import Checkpoint, IntArray, TensorInfo, row_blocks
 from nestpatch.pack import Pack, TensorDelta
-from nestpatch.patcher.identity import Finding, State, examine, is_base
+from nestpatch.patcher.identity import Finding, State, evidence_of, examine, is_base
 from nestpatch.patcher.ledger import Entry
 from nestpatch.patcher.merging import FROM_ROWS, Means, fitted, merged_rows
 from nestpatch.patcher.place import Place
@@ -120,10 +120,14 @@ def look(
 
 
 def _examined(pack: Pack, checkpoint: Checkpoint, base: Checkpoint | None) -> list[Finding]:
+    """The findings; rounded tensors that together are the base beyond doubt count as the base."""
     try:
-        return examine(pack, checkpoint, base)
+        findings = examine(pack, checkpoint, base)
     except (BaseMismatchError, QuantizationError):
-        return examine(pack, checkpoint)
+        findings = examine(pack, checkpoint)
+    if evidence_of(findings).unpatched:
+        return [replace(found, state=State.BASE) if found.state is State.ROUNDED else found for found in findings]
+    return findings
 
 
 def missing(found: Sequence[Found]) -> dict[str, frozenset[str]]:
@@ -161,7 +165,21 @@ def _by_ledger(checkpoint: Checkpoint, stack: Sequence[Layer]) -> list[Found]:
     for layer in reversed(stack):
         found.append(_compare(checkpoint, layer, above))
         above = np.union1d(above, layer.delta.rows.astype(np.int64))
+    if len(stack) > 1 and any(one.holds is Holds.OTHER for one in found) and _all_before(checkpoint, stack):
+        return [replace(one, holds=Holds.BEFORE) for one in found]
     return found
+
+
+def _all_before(checkpoint: Checkpoint, stack: Sequence[Layer]) -> bool:
+    """Whether the rows hold what was there before the lowest of several packs, each row that of the lowest over it."""
+    base: dict[int, int] = {}
+    for layer in stack:
+        before, _ = layer.record.checksums(layer.delta.name)
+        for row, checksum in zip(layer.delta.rows.tolist(), before.tolist(), strict=True):
+            base.setdefault(row, checksum)
+    rows = np.array(sorted(base), np.int64)
+    sums = checksums(checkpoint.read_rows(stack[0].delta.name, rows))
+    return bool(np.array_equal(sums, np.array([base[row] for row in rows.tolist()], np.uint64)))
 
 
 def _compare(checkpoint: Checkpoint, layer: Layer, above: IntArray) -> Found:
@@ -258,12 +276,12 @@ def _is_plainly_there(layer: Layer, finding: Finding | None) -> bool:
 def _judged(layer: Layer, finding: Finding | None, proof: Proof, *, strict: bool) -> Found:
     """What examining the rows and following the undo record say together, of an entry that came with the model."""
     entry, name = layer.entry, layer.delta.name
-    if finding is not None and finding.state in (State.BASE, State.WIDENED):
-        return Found(entry, name, Holds.BEFORE, Difference(name, (), 0, "still holds the base"))
     plainly = _is_plainly_there(layer, finding) and not proof.covered
     proven = proof.leads_to_base and (proof.remade or (plainly and not proof.plain))
     if proven or (plainly and not strict):
         return Found(entry, name, Holds.PACK)
+    if finding is not None and finding.state in (State.BASE, State.WIDENED):
+        return Found(entry, name, Holds.BEFORE, Difference(name, (), 0, "still holds the base"))
     reason = finding.detail if finding is not None and finding.detail else "the rows do not show it"
     detail = f"nothing proves that it holds {entry.label}: {reason}"
     return Found(entry, name, Holds.OTHER, Difference(name, finding.rows[:SHOWN_ROWS] if finding else (), 0, detail))

@@ -7,7 +7,7 @@ where that is at hand, else by sketches.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from hashlib import sha256
@@ -69,6 +69,14 @@ class Evidence:
         """Whether the pack is in the rows, beyond doubt."""
         return self.difference < -SURE * math.sqrt(self.variance)
 
+    @property
+    def unpatched(self) -> bool:
+        """Whether the pack is not in the rows, beyond doubt."""
+        return self.difference > SURE * math.sqrt(self.variance)
+
+
+NO_EVIDENCE = Evidence(0, 0)
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -102,11 +110,14 @@ def examine(pack: Pack, checkpoint: Checkpoint, base: Checkpoint | None = None) 
         return _examine_rows(delta, identity, pack.manifest.result[delta.name], checkpoint, base)
 
     findings = [look(delta) for delta in pack]
-    rounded = [finding for finding in findings if finding.state is State.ROUNDED]
-    # A single tensor's noise may be louder than a small patch; all of them together tell.
-    if sum((f.evidence for f in rounded if f.evidence is not None), Evidence(0, 0)).patched:
+    if evidence_of(findings).patched:
         return [replace(f, state=State.PATCHED) if f.state is State.ROUNDED else f for f in findings]
     return findings
+
+
+def evidence_of(findings: Sequence[Finding]) -> Evidence:
+    """Of all rounded tensors together: a single one's noise may be louder than a small patch."""
+    return sum((f.evidence for f in findings if f.state is State.ROUNDED and f.evidence is not None), NO_EVIDENCE)
 
 
 def _examine_rows(
