@@ -26,6 +26,7 @@ HEAVY = {"torch", "transformers", "click", "sklearn", "accelerate", "datasets", 
 LAYERS = [
     {"nestpatch"},  # the root holds __version__; its own imports happen on first use
     {"nestpatch.errors"},
+    {"nestpatch.files"},
     {"nestpatch.events"},
     {"nestpatch.threads"},
     {"nestpatch.rows"},
@@ -87,7 +88,7 @@ def test_the_modules_are_found() -> None:
 
 
 def test_importing_the_deployment_side_stays_light() -> None:
-    names = ["nestpatch.errors", "nestpatch.events", "nestpatch.rows", "nestpatch.pack", *DEPLOYED, *HUB]
+    names = ["nestpatch.errors", "nestpatch.files", "nestpatch.events", "nestpatch.rows", "nestpatch.pack", *DEPLOYED, *HUB]
     loaded = modules_after("\n".join(f"import {name}" for name in names))
     assert "numpy" in loaded
     assert not loaded & (HEAVY | {"cryptography"})
@@ -239,7 +240,9 @@ def cycles(*, lazy: bool) -> set[tuple[str, str]]:
     return {tuple(sorted(pair)) for pair in pairs}  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("name", ["nestpatch.errors", "nestpatch.events", "nestpatch.rows", "nestpatch.pack", *DEPLOYED])
+@pytest.mark.parametrize(
+    "name", ["nestpatch.errors", "nestpatch.files", "nestpatch.events", "nestpatch.rows", "nestpatch.pack", *DEPLOYED]
+)
 def test_the_deployment_side_names_no_heavy_package(name: str) -> None:
     """Not even lazily: an import inside a function would fail on a host without the package."""
     assert not named_packages(name) & HEAVY

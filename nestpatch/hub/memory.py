@@ -6,14 +6,12 @@ Whoever hands over a model could else hand over what is remembered, and so make 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from nestpatch.errors import ChannelFormatError, KeyFileError, SignatureFormatError
+from nestpatch.files import alone
 from nestpatch.formats.atomic import write_bytes
 from nestpatch.hub.channel import Seen
 from nestpatch.signing.dsse import members, parse_json
@@ -80,21 +78,3 @@ def remember(place: str, memory: Memory) -> None:
         }
         text = json.dumps(value, indent=1) + "\n"
         write_bytes(file, text.encode("utf-8"), overwrite=True, mode=0o600)
-
-
-@contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """Waits for other processes that are just writing. The system frees the lock when a process dies."""
-    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(handle, msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        else:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

@@ -9,10 +9,10 @@ from hashlib import sha256
 from typing import Protocol
 
 from nestpatch.errors import DataError, HubError, HubNotFoundError, PublishError
+from nestpatch.files import alone
 from nestpatch.formats.atomic import write_bytes
 from nestpatch.hub.client import Reference, Snapshot, client, explained, look_up
 from nestpatch.hub.listing import CHANNEL_FILE
-from nestpatch.hub.memory import alone
 from nestpatch.hub.ranges import Meter, RemoteFile
 from nestpatch.hub.sources import FolderSource, HubSource, Source, open_source
 from nestpatch.signing.dsse import MAX_BYTES
