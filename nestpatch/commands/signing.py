@@ -107,10 +107,12 @@ def trust() -> None:
 def trust_add(key: Path, name: str | None, models: tuple[str, ...], as_json: bool) -> None:
     """Trust the public KEY file from now on. Compare its id with what the publisher says elsewhere."""
     from nestpatch.signing import keys, trust
+    from nestpatch.signing.places import changing
 
     patterns = tuple(_pattern(model) for model in models) or (trust.EVERYTHING,)
     trusted = trust.TrustedKey(trust.check_name(name or key.stem), keys.read_public(key), trust.check_patterns(patterns))
-    file = trust.save_policy(trust.load_policy().with_key(trusted))
+    with changing(trust.trust_file()):
+        file = trust.save_policy(trust.load_policy().with_key(trusted))
     if as_json:
         print_json({"name": trusted.name, "id": trusted.key.key_id, "models": trusted.models, "file": file})
     else:
@@ -137,11 +139,13 @@ def trust_list(as_json: bool) -> None:
 @json_option
 def trust_remove(key: str, as_json: bool) -> None:
     """Trust KEY no longer: its name, or at least 8 digits of its id."""
-    from nestpatch.signing.trust import load_policy, save_policy
+    from nestpatch.signing.places import changing
+    from nestpatch.signing.trust import load_policy, save_policy, trust_file
 
-    before = load_policy()
-    after = before.without_key(key)
-    file = save_policy(after)
+    with changing(trust_file()):
+        before = load_policy()
+        after = before.without_key(key)
+        file = save_policy(after)
     gone = next(trusted for trusted in before.keys if trusted not in after.keys)
     if as_json:
         print_json({"name": gone.name, "id": gone.key.key_id, "file": file})

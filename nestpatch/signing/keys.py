@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nestpatch.errors import KeyFileError, OutputError
+from nestpatch.files import read_bounded
 from nestpatch.formats.atomic import write_bytes
 
 if TYPE_CHECKING:
@@ -163,7 +164,6 @@ def _public(key: EllipticCurvePublicKey) -> PublicKey:
 
 def _read(path: Path) -> bytes:
     try:
-        with open(path, "rb") as file:
-            return file.read(MAX_KEY_FILE)
+        return read_bounded(path, MAX_KEY_FILE)
     except OSError as error:
-        raise KeyFileError(f"cannot read {path}: {error.strerror}", advice="Check the path.") from error
+        raise KeyFileError(f"cannot read {path}: {error.strerror or error}", advice="Check the path.") from error

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -18,9 +17,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from nestpatch.errors import KeyFileError, SignatureFormatError, TrustError
+from nestpatch.files import read_bounded
 from nestpatch.formats.atomic import write_bytes
-from nestpatch.signing.dsse import members, parse_json
+from nestpatch.signing.dsse import MAX_BYTES, members, parse_json
 from nestpatch.signing.keys import PublicKey, parse_public
+from nestpatch.signing.places import config_folder
 
 FORMAT = "nestpatch-trust/1"
 EVERYTHING = "*"
@@ -177,25 +178,21 @@ def check_patterns(patterns: Iterable[Any]) -> tuple[str, ...]:
 
 
 def trust_file() -> Path:
-    """The user's own file: $NESTPATCH_HOME/trust.json, or where this system keeps configuration."""
-    if home := os.environ.get("NESTPATCH_HOME"):
-        return Path(home) / "trust.json"
-    if sys.platform == "win32":
-        return Path(os.environ.get("APPDATA") or Path.home()) / "nestpatch" / "trust.json"
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "nestpatch" / "trust.json"
+    """The user's own file: $NESTPATCH_HOME/trust.json, or where this system keeps configuration. Raises TrustError."""
+    return config_folder() / "trust.json"
 
 
 def load_policy(path: Path | None = None) -> Policy:
     """The policy of a file, or the user's own, which may be missing and is then empty. Raises TrustError."""
     file = trust_file() if path is None else path
     try:
-        data = file.read_bytes()
+        data = read_bounded(file, MAX_BYTES)
     except FileNotFoundError as error:
         if path is None:
             return Policy()
         raise TrustError(f"there is no policy file {file}", advice="Check the path.") from error
     except OSError as error:
-        raise TrustError(f"cannot read {file}: {error.strerror}", advice="Check the file's permissions.") from error
+        raise TrustError(f"cannot read {file}: {error.strerror or error}", advice="Check the file's permissions.") from error
     return parse_policy(data, str(file))
 
 
