@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
-from nestpatch.commands.options import PathType, json_option, print_json
+from nestpatch.commands.options import PathType, json_option, print_json, say
 
 if TYPE_CHECKING:
     from nestpatch.signing.keys import PrivateKey
@@ -116,7 +116,7 @@ def trust_add(key: Path, name: str | None, models: tuple[str, ...], as_json: boo
     if as_json:
         print_json({"name": trusted.name, "id": trusted.key.key_id, "models": trusted.models, "file": file})
     else:
-        click.echo(f"trusting {trusted.name}, key {trusted.key.key_id}, for {', '.join(trusted.models)}")
+        say(f"trusting {trusted.name}, key {trusted.key.key_id}, for {', '.join(trusted.models)}")
 
 
 @trust.command("list")
@@ -150,7 +150,7 @@ def trust_remove(key: str, as_json: bool) -> None:
     if as_json:
         print_json({"name": gone.name, "id": gone.key.key_id, "file": file})
     else:
-        click.echo(f"{gone.name}, key {gone.key.key_id[:12]}.., is no longer trusted")
+        say(f"{gone.name}, key {gone.key.key_id[:12]}.., is no longer trusted")
 
 
 def unlocked(key_file: Path, password_file: IO[bytes] | None) -> PrivateKey:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from nestpatch.commands.options import PathType, json_option, print_json, progress, quiet_option
+from nestpatch.commands.options import PathType, json_option, print_json, progress, quiet_option, say
 
 
 def _help_recipe(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -143,7 +143,7 @@ def evaluate(
         views.out.print(views.evaluation_table(columns))
     failures = exceeded(result.patched or result.model, over, under)
     for failure in failures:
-        click.echo(f"FAILED: {failure}", err=True)
+        say(f"FAILED: {failure}", err=True)
     sys.exit(1 if failures else 0)
 
 
@@ -195,4 +195,4 @@ def build(directory: Path, seed: int, quiet: bool, as_json: bool) -> None:
         print_json(dataclasses.asdict(built))
     else:
         state = "is there already" if built.cached else "built"
-        views.out.print(f"lab of seed {seed} {state}: {built.path}, {built.parameters:,} parameters")
+        views.out.print(f"lab of seed {seed} {state}: {views.escape(built.path)}, {built.parameters:,} parameters")
