@@ -6,6 +6,7 @@ import codecs
 import dataclasses
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -21,7 +22,29 @@ if TYPE_CHECKING:
     from nestpatch.formats.interface import Checkpoint
 
 F = TypeVar("F", bound=Callable[..., Any])
-PathType = click.Path(path_type=Path)
+
+
+class _Path(click.Path):
+    """A path; click alone takes an empty text for the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A Path. Ends with a usage error."""
+        if not os.fspath(value):
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class _NewFile(_Path):
+    """A file to write: dir/ would be one beside that folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A Path. Ends with a usage error."""
+        if os.fspath(value).endswith(("/", os.sep)):
+            self.fail(f"{one_line(value)} names a folder; give a name in it", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PathType, NewFile = _Path(path_type=Path), _NewFile(path_type=Path)
 
 
 def json_option(command: F) -> F:
@@ -53,7 +76,7 @@ def print_json(value: Any) -> None:
         text = json.dumps(value, default=str, ensure_ascii=False, allow_nan=False)
     except ValueError:
         text = json.dumps(_finite(value), default=str, ensure_ascii=False)
-    ascii_only = not codecs.lookup(sys.stdout.encoding or "utf-8").name.startswith("utf")
+    ascii_only = not codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name.startswith("utf")
     click.echo("".join(_json_character(c, ascii_only=ascii_only) for c in text))
 
 

@@ -11,12 +11,14 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
-from nestpatch.commands.options import PathType, json_option, print_json, say
+from nestpatch.commands.options import NewFile, PathType, json_option, print_json, say
 
 if TYPE_CHECKING:
     from nestpatch.signing.keys import PrivateKey
 
 PASSWORD = "NESTPATCH_KEY_PASSWORD"  # noqa: S105 - the name of a variable
+MAX_PASSWORD = 1024
+"""Bytes."""
 password_option = click.option(
     "--password-file",
     type=click.File("rb"),
@@ -25,7 +27,7 @@ password_option = click.option(
 
 
 @click.command()
-@click.argument("name", type=PathType, default="nestpatch")
+@click.argument("name", type=NewFile, default="nestpatch")
 @click.option("--no-password", is_flag=True, help="Leave the private key unencrypted: for machines that sign on their own.")
 @password_option
 @json_option
@@ -166,7 +168,11 @@ def _password(file: IO[bytes] | None, question: str, *, confirm: bool = False) -
     from nestpatch.errors import KeyFileError
 
     if file is not None:
-        found = file.readline().rstrip(b"\r\n")
+        found = file.readline(MAX_PASSWORD + 2).rstrip(b"\r\n")
+        if len(found) > MAX_PASSWORD:
+            raise KeyFileError(
+                f"the first line of the password file has more than {MAX_PASSWORD} bytes", advice="Check the path."
+            )
     elif PASSWORD in os.environ:
         found = os.environb[PASSWORD.encode()] if os.supports_bytes_environ else os.environ[PASSWORD].encode()
     elif sys.stdin.isatty():
@@ -183,5 +189,9 @@ def _password(file: IO[bytes] | None, question: str, *, confirm: bool = False) -
 
 
 def _pattern(model: str) -> str:
-    """A path becomes absolute, and its own pattern; what is none stays as it is."""
+    """A path becomes absolute, and its own pattern; what is none stays as it is. Raises TrustError for what is no text."""
+    if any("\ud800" <= character <= "\udfff" for character in model):
+        from nestpatch.errors import TrustError
+
+        raise TrustError(f"{model} is no text, and cannot be kept", advice="Name its folder with a pattern: models/*")
     return glob.escape(Path(os.path.abspath(model)).as_posix()) if os.path.exists(model) else model  # noqa: PTH110

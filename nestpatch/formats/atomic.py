@@ -25,9 +25,13 @@ def check_place(path: Path) -> None:
 
 
 def _refuse_taken(path: Path, overwrite: bool) -> None:
+    if not path.name or "\0" in path.name:
+        raise OutputError(f"{path} is no name for a file")
     # lexists: a dangling link takes the place too.
     if os.path.lexists(path) and not overwrite:
         raise OutputError(f"{path} exists already")
+    if overwrite and os.path.exists(path) and not path.is_file():  # noqa: PTH110 - answers no where Path.exists raises
+        raise OutputError(f"{path} is no file, and is not replaced")
 
 
 def sync_folder(folder: Path) -> None:

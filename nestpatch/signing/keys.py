@@ -89,6 +89,8 @@ def keygen(path: Path, password: bytes | None) -> KeyPair:
 
     Raises OutputError when one of them exists or cannot be written; then neither is left behind.
     """
+    if path.name in {"", ".."}:
+        raise OutputError(f"{path} is a folder", advice="Give a name for the key files: nestpatch keygen NAME")
     private, public = path.with_name(f"{path.name}.key"), path.with_name(f"{path.name}.pub")
     key = generate()
     write_bytes(private, key.pem(password), mode=0o600)
