@@ -137,7 +137,7 @@ RUNNING = {
     "lab build": "{x.txt}",
     "demo --keep": "{x.txt}",
 }
-MADE = {"missing", "no UTF-8", "a digit of Thai"}
+MADE = {"missing", "no UTF-8", "a digit of Thai", "a directory"}
 """Where lab and demo would begin to make what takes minutes."""
 
 

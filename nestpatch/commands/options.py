@@ -35,11 +35,11 @@ class _Path(click.Path):
 
 
 class _NewFile(_Path):
-    """A file to write: dir/ would be one beside that folder."""
+    """A file to write: dir/ and dir/. would be one beside that folder."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """A Path. Ends with a usage error."""
-        if os.fspath(value).endswith(("/", os.sep)):
+        if os.path.basename(value) in {"", ".", ".."}:
             self.fail(f"{one_line(value)} names a folder; give a name in it", param, ctx)
         return super().convert(value, param, ctx)
 
@@ -67,7 +67,8 @@ def quiet_option(command: F) -> F:
 
 def say(text: str, *, err: bool = False) -> None:
     """One line on stdout or stderr, whatever the texts in it hold."""
-    click.echo(one_line(text), err=err)
+    encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
+    click.echo(one_line(text).encode(encoding, "backslashreplace").decode(encoding), err=err)
 
 
 def print_json(value: Any) -> None:
