@@ -126,7 +126,7 @@ def test_names_that_are_no_text_are_shown_in_every_encoding(
 ) -> None:
     """A model and a pack whose names are bytes, found and not found, with results and with errors."""
     folder = os.fsencode(tmp_path) + b"/\xff\xe9 K\xc3\xa4se"
-    os.mkdir(folder)
+    os.mkdir(folder)  # noqa: PTH102 - bytes
     for name in ("x.nest", "model"):
         subprocess.run(["cp", "-r", goods / name, folder + b"/" + name.encode()], check=True)
     model, patch = folder + b"/model", folder + b"/x.nest"
