@@ -7,6 +7,8 @@ import os
 # Before any Hugging Face library is imported: a test that reaches for the network fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# What nobody foresaw fails a test instead of being named.
+os.environ["NESTPATCH_TRACEBACK"] = "1"
 
 
 def pytest_configure() -> None:

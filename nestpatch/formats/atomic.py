@@ -45,6 +45,17 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def sync_tree(folder: Path) -> None:
+    """Makes a new folder durable with all that is in it, before it gets its name."""
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            sync_tree(entry)
+        elif entry.is_file():
+            with open(entry, "rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
 @contextmanager
 def new_place(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary sibling path to create (a file or a directory), then renames it to `path`.

@@ -14,7 +14,7 @@ from pathlib import Path
 from nestpatch.errors import ChainError, OutputError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats import nest
-from nestpatch.formats.atomic import check_place, new_place
+from nestpatch.formats.atomic import check_place, new_place, sync_tree
 from nestpatch.formats.copying import copy_file
 from nestpatch.formats.interface import Checkpoint
 from nestpatch.formats.safetensors import INDEX
@@ -157,6 +157,8 @@ def _write_copy(
         # Nobody's files yet: no journal.
         ledger = replace(change, place=own, checkpoint=copy, journaled=False).run(ledger, work.steps)
         files = tuple(_seal(file, sibling, target, on_event, digest=how.digest, sync=how.sync) for file in copy.files)
+        if how.sync:
+            sync_tree(sibling if sibling.is_dir() else own.folder)
     return ledger, files
 
 
