@@ -230,3 +230,20 @@ def test_the_honest_pack_is_still_read(patch: Path) -> None:
     """The header parsed twice, and the bytes read in parts, give the file."""
     assert nest.read_bytes(patch) == patch.read_bytes()
     assert split(nest.read_bytes(patch))[0].startswith("{")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"])
+@pytest.mark.parametrize("what", ["a pipe", "too long"])
+def test_a_model_that_transformers_would_read_whole_is_looked_at_first(name: str, what: str, tmp_path: Path) -> None:
+    from nestpatch.nest_train.model import require_bounded
+
+    model = tiny_checkpoint(tmp_path / "model")
+    require_bounded(model)
+    (model / name).unlink(missing_ok=True)
+    if what == "a pipe":
+        os.mkfifo(model / name)
+    else:
+        (model / name).write_text("{}")
+        grown(model / name, 4 << 30)
+    with pytest.raises(CheckpointFormatError, match=rf"{name}.*(it is a pipe|4294967296 bytes)"):
+        require_bounded(model)

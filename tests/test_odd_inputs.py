@@ -130,10 +130,12 @@ COMMANDS = {
     "renew": "{channel} --key {x.key} --new-key {x.key}",
 }
 RUNNING = {
-    "train": "{model} --harmful {x.jsonl} --benign {x.txt} --recipe {x.toml} -o {out.nest}",
-    "train --set": "{text} {model} --harmful {x.csv} --benign {x.json} -o {out.nest}",
+    # A base without a tokenizer: no training begins.
+    "train": "{other} --harmful {x.jsonl} --benign {x.txt} --recipe {x.toml} -o {out.nest}",
+    "train --set": "{setting} {other} --harmful {x.csv} --benign {x.json} -o {out.nest}",
     "eval": "{m.gguf} {x.nest} --suite harmful={x.jsonl}",
-    "eval --fail-over": "{text} {model} --suite {x.parquet}",
+    "eval --fail-over": "{limit} {other} --suite harmful={x.jsonl}",
+    "eval --base": "{other} {other} --suite harmful={x.csv} --suite benign={x.txt}[:3]",
     "lab build": "{x.txt}",
     "demo --keep": "{x.txt}",
 }
@@ -148,7 +150,7 @@ def goods(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = model_around(folder / "model")
     byte_level(model, "gpt2")
     tiny_checkpoint(folder / "other")
-    shutil.copy(folder / "other" / "model.safetensors", folder / "m.safetensors")
+    shutil.copy(model / "model.safetensors", folder / "m.safetensors")
     gguf_of(folder / "other", folder / "m.gguf", "F16")
     nest.write(tiny_pack(model), folder / "x.nest")
     keys.keygen(folder / "x", None)
@@ -156,8 +158,15 @@ def goods(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "m.onnx").write_bytes(b"\x08\x07")
     (folder / "password").write_text("secret\n")
     (folder / "folder").mkdir()
-    for name in ("x.jsonl", "x.json", "x.csv", "x.txt", "x.parquet", "x.toml"):
-        (folder / name).write_text("prompt\n")
+    words = [f"word {number}" for number in range(25)]
+    prompts = {
+        "x.jsonl": "".join(json.dumps({"prompt": word}) + "\n" for word in words),
+        "x.json": json.dumps([f"harmless {word}" for word in words]),
+        "x.csv": "\n".join(["prompt", *words]),
+        "x.txt": "\n".join(f"good {word}" for word in words),
+    }
+    for name, content in {**prompts, "x.toml": "steps = 1\n", "x.parquet": ""}.items():
+        (folder / name).write_text(content)
     return folder
 
 
@@ -173,7 +182,14 @@ def scene(goods: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def good(name: str, scene: Path) -> str:
     """The argument that a place in a command line should have."""
-    words = {"text": "words", "version": "1.0.0", "channel": f"file://{scene / 'channel'}", "name": str(scene / "made")}
+    words = {
+        "text": "words",
+        "setting": "steps=5",
+        "limit": "attack_success=0.5",
+        "version": "1.0.0",
+        "channel": f"file://{scene / 'channel'}",
+        "name": str(scene / "made"),
+    }
     return words.get(name) or str(scene / "goods" / name if not name.startswith("out") else scene / name)
 
 
@@ -210,7 +226,8 @@ def run_odd(command: str, template: str, odd: str, scene: Path) -> None:
         for json_too in ([], ["--json"]):
             if (place, odd) == ("password", "a pipe"):
                 continue  # from which a password may come
-            shutil.rmtree(scene / "odd")
+            for made in [scene / "odd", *scene.glob("out*"), *scene.glob("made*")]:
+                shutil.rmtree(made) if made.is_dir() else made.unlink()
             (scene / "odd").mkdir()
             value = ODD[odd](scene / "odd" / place)
             arguments = [*filled(command, template, scene, place, value), *json_too]
@@ -219,18 +236,10 @@ def run_odd(command: str, template: str, odd: str, scene: Path) -> None:
 
 def test_the_good_things_are_good(scene: Path) -> None:
     """Else every test below would be refused for another reason than the odd one."""
-    for command in (
-        "show",
-        "verify",
-        "apply --dry-run",
-        "export --to gguf",
-        "export --to lora",
-        "diff ",
-        "keygen --no-password",
-    ):
+    for command in ("show", "verify", "apply --dry-run", "export --to gguf", "export --to lora", "diff ", "sign"):
         arguments = filled(command, COMMANDS[command], scene, None, "")
         result = CliRunner().invoke(main, arguments)
-        assert result.exit_code == 0 or "BaseMismatchError" in result.stderr, (arguments, result.stderr)
+        assert result.exit_code == 0, (arguments, result.stderr)
 
 
 @pytest.mark.parametrize("odd", ODD)
@@ -239,9 +248,7 @@ def test_odd_arguments_end_in_a_named_error(command: str, odd: str, scene: Path)
     run_odd(command, COMMANDS[command], odd, scene)
 
 
-@pytest.mark.parametrize(
-    "odd", [odd for odd in ODD if odd not in ("missing", "no UTF-8", "here", "a digit of Thai", "too deep")]
-)
+@pytest.mark.parametrize("odd", [odd for odd in ODD if odd not in MADE])
 @pytest.mark.parametrize("command", RUNNING)
 def test_odd_arguments_of_commands_that_run_models(command: str, odd: str, scene: Path) -> None:
     """Refused before torch or llama.cpp see them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 
@@ -61,8 +60,8 @@ def train(
     Prompt sources are .jsonl, .json, .csv or .parquet files with a "prompt" column, or data set ids of the Hub.
     """
     from nestpatch import views
-    from nestpatch.errors import OutputError
     from nestpatch.formats import nest
+    from nestpatch.formats.atomic import check_place
     from nestpatch.label import Label
     from nestpatch.nest_train.data import join_sets, load_prompts
     from nestpatch.nest_train.evaluate import load_suite
@@ -71,8 +70,7 @@ def train(
     from nestpatch.nest_train.train import train as run
 
     # Before minutes of work: will there be a place for the result?
-    if os.path.lexists(output) or not output.absolute().parent.is_dir():
-        raise OutputError(f"{output} exists already, or its directory does not")
+    check_place(output)
     recipe = make_recipe(recipe_file, assignments)
     sets = [[load_prompts(source) for source in sources] for sources in (harmful, benign, lookalike)]
     data = TrainingData(join_sets(sets[0]), join_sets(sets[1]), join_sets(sets[2]) if sets[2] else None)
