@@ -91,6 +91,12 @@ def escape(value: object) -> str:
     return body + ("\\" * 2 * (len(text) - len(body)) + _NOTHING if body != text else "")
 
 
+def escape_lines(value: object) -> str:
+    """The same for what may have several lines: all but the first are indented, so that none looks like one of ours."""
+    first, *others = str(value).split("\n")
+    return "\n".join([escape(first), *(escape(line if line.startswith("  ") else f"  {line}") for line in others)])
+
+
 @contextmanager
 def progress(quiet: bool) -> Iterator[OnEvent]:
     """A listener that draws bars on a terminal and prints one line per stage elsewhere."""
@@ -164,7 +170,7 @@ def _grid() -> Table:
 
 def show_error(error: Exception, advice: str) -> None:
     """A named error, its reason and the way out."""
-    err.print(f"[bold red]{type(error).__name__}[/]: {escape(error)}")
+    err.print(f"[bold red]{type(error).__name__}[/]: {escape_lines(error)}")
     err.print(f"[bold]What to do[/]: {escape(advice)}")
 
 

@@ -135,7 +135,7 @@ RUNNING = {
     "train --set": "{setting} {other} --harmful {x.csv} --benign {x.json} -o {out.nest}",
     "eval": "{m.gguf} {x.nest} --suite harmful={x.jsonl}",
     "eval --fail-over": "{limit} {other} --suite harmful={x.jsonl}",
-    "eval --base": "{other} {other} --suite harmful={x.csv} --suite benign={x.txt}[:3]",
+    "eval --base": "{other} {other} --suite harmful={x.csv} --suite benign={x.txt}",
     "lab build": "{x.txt}",
     "demo --keep": "{x.txt}",
 }
