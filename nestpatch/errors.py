@@ -53,6 +53,8 @@ NestpatchError
 │   ├── HubUnavailableError     it cannot be reached, or has troubles of its own
 │   └── HubAnswerError          it answers, but not what was asked for
 ├── FileSystemError         the system refused to read or write
+├── OutOfMemoryError        the machine has too little memory
+├── UnexpectedError         an error of nestpatch itself
 ├── DataError               prompt files and recipes
 │   ├── PromptDataError         a prompt file is missing, empty or malformed
 │   └── RecipeError             an unknown knob, or a value outside its range
@@ -379,6 +381,18 @@ class FileSystemError(NestpatchError):
     """The system refused to read or write a file."""
 
     advice = "Check the disk, the path and its permissions. Nothing is half written."
+
+
+class OutOfMemoryError(NestpatchError):
+    """The system gave no more memory."""
+
+    advice = "Close other programs, or use a machine with more memory. Nothing is half written."
+
+
+class UnexpectedError(NestpatchError):
+    """What nobody foresaw: an error of nestpatch itself. The message says what, and where in its files."""
+
+    advice = "Please report this message. With NESTPATCH_TRACEBACK=1 it comes with a traceback."
 
 
 class DataError(NestpatchError):

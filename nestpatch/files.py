@@ -69,13 +69,24 @@ def read_bounded(path: str | Path, limit: int, *, follow: bool = True, error: ty
     """
     try:
         with open_regular(path, follow=follow) as file:
-            return _read(file, limit, path)
+            return read_open(file, limit, path)
     except FileNotFoundError:
         raise
     except OSError as refused:
         if error is None:
             raise
         raise error(f"cannot read {path}: {refused.strerror or refused}") from refused
+
+
+def read_text(path: str | Path, limit: int, *, error: type[NestpatchError] | None = None) -> str:
+    """The same as text in UTF-8, whatever ends its lines. Raises UnicodeDecodeError too, or the class that was given."""
+    data = read_bounded(path, limit, error=error)
+    try:
+        return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as refused:
+        if error is None:
+            raise
+        raise error(f"cannot read {path}: {refused}") from refused
 
 
 def _open(path: str | Path, follow: bool, write: bool) -> FileIO:
@@ -110,15 +121,16 @@ def _require_regular(found: os.stat_result, path: str | Path) -> None:
         _refuse(errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL, f"it is {kind}, not a file", path)
 
 
-def _read(file: FileIO, limit: int, path: str | Path) -> bytes:
+def read_open(file: FileIO, limit: int, path: str | Path) -> bytes:
+    """The whole content of an open file that may have `limit` bytes. Raises OSError for a longer one."""
     blocks, left = [], limit
     if os.fstat(file.fileno()).st_size > limit:
-        _refuse(errno.EFBIG, f"it is longer than the {limit} bytes that such a file may have", path)
+        _refuse(errno.EFBIG, f"it is too long: such a file may have {limit} bytes", path)
     # The size is no promise: files of /proc have none, and others grow.
     while block := file.read(min(BLOCK, left + 1)):
         left -= len(block)
         if left < 0:
-            _refuse(errno.EFBIG, f"it is longer than the {limit} bytes that such a file may have", path)
+            _refuse(errno.EFBIG, f"it is too long: such a file may have {limit} bytes", path)
         blocks.append(block)
     return b"".join(blocks)
 

@@ -17,7 +17,7 @@ from nestpatch.formats import nest
 from nestpatch.pack import Pack
 from nestpatch.signing.origin import Origin
 from nestpatch.signing.subject import EVERYTHING, subject_of
-from nestpatch.signing.trust import Policy, Rule, load_policy
+from nestpatch.signing.trust import Policy, Rule, load_for_looking, load_policy
 from nestpatch.signing.verify import Outcome, Sound, Unproven, settle, signers_of, verify_file
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def look(patch: Patch, *, policy: Policy | None = None, on_event: OnEvent = igno
 
     What signatures it has must be sound, by the keys of the policy, and a channel holds to its rules. Raises as `prove` does.
     """
-    known = load_policy() if policy is None else policy
+    known = load_for_looking() if policy is None else policy
     anybody = Policy(known.keys, (Rule(EVERYTHING, 0),))
     return prove(patch, policy=anybody, allow_unsigned=True, on_event=on_event)
 

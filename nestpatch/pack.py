@@ -26,6 +26,8 @@ _SEMVER = re.compile(
     r"(?:\+[0-9a-zA-Z-]+(?:\.[0-9a-zA-Z-]+)*)?",
     re.ASCII,
 )
+MAX_VERSION = 64
+"""Characters."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}", re.ASCII)
 _TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*(?:\.[A-Za-z0-9_-]+)*", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -43,7 +45,9 @@ def name_problem(name: str) -> str | None:
 
 
 def version_problem(version: str) -> str | None:
-    """Why a text is no version, or None."""
+    """Why a text is no version, or None. Python reads no number of thousands of digits, so the length is bounded."""
+    if len(version) > MAX_VERSION:
+        return f"version {version[:20]!r}.. has {len(version)} characters; {MAX_VERSION} are allowed"
     return None if _SEMVER.fullmatch(version) else f"version {version[:100]!r} is not semver (1.2.3)"
 
 

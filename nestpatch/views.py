@@ -1,18 +1,22 @@
-"""How results look to a person: rich tables on stdout, progress on stderr. Beside cli.py the only module that draws."""
+"""How results look to a person: rich tables on stdout, progress on stderr. Beside cli.py the only module that draws.
+
+Whatever is not a word of this module goes through `escape`: strings come from packs, models, channels and ledgers of others.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape as escape_markup
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
 from rich.table import Table
 
 from nestpatch.events import Event, OnEvent, ignore
+from nestpatch.plain import count, lines, number, one_line
 
 if TYPE_CHECKING:
     from nestpatch.demo_formats import FormatResult
@@ -56,16 +60,41 @@ HEADLINES = {
     "benign_correct": "benign correct",
 }
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+_NOTHING = "[none][/none]"
+"""Markup without effect."""
+
+
+class _Console(Console):
+    """Lets no control character of a text through, should `escape` have been forgotten. rich's own are marked as such."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """The parts of what is printed."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(lines(segment.text), segment.style)
+
+
+out = _Console(highlight=False, soft_wrap=True, emoji=False)
+err = _Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 if not out.is_terminal:
     # Into a file or a pipe: nothing to fit into.
     out.width = 160
 
 
-def escape(text: str) -> str:
-    """Foreign text made harmless: no rich markup, and no control characters that would drive the terminal."""
-    return escape_markup("".join(c if c == "\n" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+def escape(value: object) -> str:
+    """Foreign text made harmless, for text with markup: one line, nothing that drives the terminal, and no markup of its own.
+
+    rich's own function leaves an open bracket that begins no tag, and the next text may end it.
+    """
+    text = one_line(value).replace("[", f"[{_NOTHING}")
+    body = text.rstrip("\\")
+    # Before a tag two backslashes mean one.
+    return body + ("\\" * 2 * (len(text) - len(body)) + _NOTHING if body != text else "")
+
+
+def escape_lines(value: object) -> str:
+    """The same for what may have several lines: all but the first are indented, so that none looks like one of ours."""
+    first, *others = str(value).split("\n")
+    return "\n".join([escape(first), *(escape(line if line.startswith("  ") else f"  {line}") for line in others)])
 
 
 @contextmanager
@@ -97,7 +126,7 @@ class _Drawer:
             self.bars.console.print(f"[dim]{escape(event.note)}")
             return
         if event.stage not in self.tasks:
-            self.tasks[event.stage] = self.bars.add_task(STAGES.get(event.stage, event.stage), note="", total=None)
+            self.tasks[event.stage] = self.bars.add_task(escape(STAGES.get(event.stage, event.stage)), note="", total=None)
         total = event.total or None
         self.bars.update(self.tasks[event.stage], completed=event.done, total=total, note=escape(event.note))
 
@@ -114,7 +143,8 @@ class _Printer:
             err.print(f"  {escape(event.note)}")
         elif event.stage != self.stage:
             self.stage = event.stage
-            err.print(f"[{time.monotonic() - self.began:5.0f} s] {STAGES.get(event.stage, event.stage)}", markup=False)
+            name = one_line(STAGES.get(event.stage, event.stage))
+            err.print(f"[{time.monotonic() - self.began:5.0f} s] {name}", markup=False)
 
 
 def size(nbytes: float) -> str:
@@ -140,20 +170,20 @@ def _grid() -> Table:
 
 def show_error(error: Exception, advice: str) -> None:
     """A named error, its reason and the way out."""
-    err.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}")
+    err.print(f"[bold red]{type(error).__name__}[/]: {escape_lines(error)}")
     err.print(f"[bold]What to do[/]: {escape(advice)}")
 
 
 def show_applied(done: Applied) -> None:
     """What `apply` did."""
     verb = "would write" if done.dry_run else "wrote"
-    out.print(f"[bold]{escape(done.pack)}[/] {verb} [bold]{escape(str(done.output))}[/] in {done.seconds:.2f} s")
+    out.print(f"[bold]{escape(done.pack)}[/] {verb} [bold]{escape(done.output)}[/] in {done.seconds:.2f} s")
     grid = _grid()
     grid.add_row("changed", f"{done.rows} rows of {done.tensors} tensors, {size(done.row_bytes)}")
     if done.gain is not None:
         grid.add_row("delivered", f"{done.gain:.1%} of the patch at least, after rounding")
     for file in done.files:
-        digest = f"  sha256 {file.sha256}" if file.sha256 else ""
+        digest = f"  sha256 {escape(file.sha256)}" if file.sha256 else ""
         grid.add_row("file", f"{escape(file.path.name)}  {size(file.nbytes)}{digest}")
     if done.left_out:
         grid.add_row("left out", f"{escape(', '.join(done.left_out))} (unpatched weights of another format)")
@@ -163,7 +193,7 @@ def show_applied(done: Applied) -> None:
 def show_exported(done: Exported) -> None:
     """What `export` wrote."""
     verb = "would write" if done.dry_run else "wrote"
-    out.print(f"{verb} [bold]{escape(str(done.path))}[/] in {done.seconds:.2f} s")
+    out.print(f"{verb} [bold]{escape(done.path)}[/] in {done.seconds:.2f} s")
     grid = _grid()
     nbytes = f", {size(done.nbytes)}" if done.nbytes else ""
     grid.add_row(
@@ -172,7 +202,7 @@ def show_exported(done: Exported) -> None:
     )
     grid.add_row("patches", escape(", ".join(done.patches) or "none"))
     if done.sha256:
-        grid.add_row("file", f"sha256 {done.sha256}")
+        grid.add_row("file", f"sha256 {escape(done.sha256)}")
     for note in done.notes:
         grid.add_row("note", escape(note))
     out.print(grid)
@@ -181,11 +211,11 @@ def show_exported(done: Exported) -> None:
 def show_changed(done: Changed) -> None:
     """What an in-place command did."""
     if not done.steps:
-        out.print(f"{escape(str(done.model))}: nothing to do, {escape(', '.join(done.applied) or 'base')} is there already")
+        out.print(f"{escape(done.model)}: nothing to do, {escape(', '.join(done.applied) or 'base')} is there already")
         return
     verb = "would change" if done.dry_run else "changed"
     counts = f"{done.rows} rows of {done.tensors} tensors, {size(done.row_bytes)}"
-    out.print(f"[bold]{escape(str(done.model))}[/] {verb} in place: {counts}, in {done.seconds:.2f} s")
+    out.print(f"[bold]{escape(done.model)}[/] {verb} in place: {counts}, in {done.seconds:.2f} s")
     grid = _grid()
     for step in done.steps:
         grid.add_row("step", escape(step))
@@ -201,12 +231,12 @@ def show_status(found: Status) -> None:
     ledger = found.ledger
     names = ", ".join(one.entry.label for one in found.applied) or "nothing applied"
     doubt = "" if found.sound else " [bold red](by its ledger alone: the rows do not hold it)[/]"
-    out.print(f"[bold]{escape(str(found.model))}[/]: {escape(names)}{doubt}")
+    out.print(f"[bold]{escape(found.model)}[/]: {escape(names)}{doubt}")
     if found.problem:
         out.print(f"  [bold red]cannot be compared with the rows[/]: {escape(found.problem)}")
     grid = _grid()
     for claim in found.files_say:
-        strength = "" if claim["strength"] == 1 else f" at strength {claim['strength']}"
+        strength = "" if claim["strength"] == 1 else f" at strength {number(claim['strength'], 'g')}"
         label = escape(f"{claim['name']} {claim['version']}{strength}, pack sha256 {str(claim['pack_id'])[:12]}..")
         grid.add_row("written with", f"{label} [dim](the files say so; `nestpatch verify MODEL PATCH` proves it)[/]")
     for one in found.applied:
@@ -219,27 +249,28 @@ def show_status(found: Status) -> None:
         grid.add_row("came with", f"{escape(channel)} [dim](not followed; agree with: nestpatch update MODEL --channel)[/]")
     for event in ledger.history:
         what = f"{event.get('what')} {event.get('name')} {event.get('version')}"
-        grid.add_row(f"[dim]{escape(str(event.get('when')))}", f"[dim]{escape(what)}")
+        grid.add_row(f"[dim]{escape(event.get('when'))}", f"[dim]{escape(what)}")
     out.print(grid)
 
 
 def _applied_line(one: AppliedPack) -> str:
+    """One applied pack, on one line."""
     entry = one.entry
     rows = sum(record.rows for record in entry.tensors.values())
-    strength = f" at strength {entry.strength:g}" if entry.strength != 1 else ""
+    strength = f" at strength {number(entry.strength, 'g')}" if entry.strength != 1 else ""
     loud = " [bold red]onto another base than its own[/]" if entry.base_mismatch_allowed else ""
-    rounded = f", {entry.gain:.1%} delivered {escape(entry.rounding)}" if entry.gain is not None else ""
+    rounded = f", {number(entry.gain, '.1%')} delivered {escape(entry.rounding)}" if entry.gain is not None else ""
     signed = f", signed by {escape(', '.join(one.signers))}" if one.signers else ""
     claimed = f", [yellow]claims to be signed by {escape(', '.join(one.claims))}[/]" if one.claims else ""
     came = " [dim](came with the model)[/]" if entry.foreign else ""
-    label = f"{escape(entry.label)}{strength}: {rows} rows, pack sha256 {entry.pack_id[:12]}.."
-    return f"{label}{signed}{claimed}, by {escape(entry.tool)}{rounded}{loud}{came}"
+    pack = f"{escape(entry.label)}{strength}: {count(rows)} rows, pack sha256 {escape(entry.pack_id[:12])}.."
+    return f"{pack}{signed}{claimed}, by {escape(entry.tool)}{rounded}{loud}{came}"
 
 
 def show_verification(model: Any, found: Verification) -> None:
     """The state of a model."""
     colour = "green" if found.known else "bold red"
-    out.print(f"[{colour}]{found.verdict.value}[/]  {escape(str(model))}: {escape(found.detail)}")
+    out.print(f"[{colour}]{escape(found.verdict.value)}[/]  {escape(model)}: {escape(found.detail)}")
     for difference in found.differences[:10]:
         out.print(f"  {escape(difference.tensor)}: {escape(difference.detail)}")
     if len(found.differences) > 10:
@@ -255,9 +286,9 @@ def show_pack(pack: Pack, pack_id: str, nbytes: int) -> None:
     grid = _grid()
     base = manifest.base
     revision = f" at {base.revision}" if base.revision else ""
-    grid.add_row("id", f"sha256 {pack_id}")
+    grid.add_row("id", f"sha256 {escape(pack_id)}")
     grid.add_row("base", escape(f"{base.model_id}{revision} ({base.architecture}, {base.dtype})"))
-    grid.add_row("made", f"{manifest.created}, license {escape(manifest.license or 'not stated')}")
+    grid.add_row("made", f"{escape(manifest.created)}, license {escape(manifest.license or 'not stated')}")
     rows = sum(delta.neurons for delta in pack)
     changed = f"{rows} rows of {len(pack.deltas)} tensors through {pack.parameters} numbers"
     grid.add_row("size", f"{size(nbytes)}: {changed} ({', '.join(pack.delta_dtypes)})")
@@ -265,7 +296,7 @@ def show_pack(pack: Pack, pack_id: str, nbytes: int) -> None:
         grid.add_row("tags", escape(", ".join(manifest.tags)))
     for what, listed in (("supersedes", manifest.supersedes), ("requires", manifest.requires)):
         if listed:
-            grid.add_row(what, ", ".join(listed))
+            grid.add_row(what, escape(", ".join(listed)))
     out.print(grid)
     out.print(_pack_tensors(pack))
     _show_method(manifest.method)
@@ -290,17 +321,16 @@ def _show_method(method: Mapping[str, Any]) -> None:
     grid = _grid()
     for what, text in _pairs(method.get("decisions")):
         grid.add_row(escape(what), escape(text))
-    for layer in method.get("layers") or ():
+    layers = method.get("layers")
+    for layer in layers if isinstance(layers, list) else ():
         if isinstance(layer, dict):
             found = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in layer.items() if name != "layer")
-            grid.add_row(f"layer {escape(str(layer.get('layer', '?')))}", escape(found))
+            grid.add_row(f"layer {escape(layer.get('layer', '?'))}", escape(found))
     data = method.get("data")
     for kind, facts in data.items() if isinstance(data, dict) else ():
         if isinstance(facts, dict):
-            count, name = facts.get("prompts", "?"), facts.get("name", "?")
-            grid.add_row(
-                f"{escape(str(kind))} prompts", escape(f"{count} from {name}, sha256 {str(facts.get('sha256'))[:12]}..")
-            )
+            source = f"{count(facts.get('prompts'))} from {facts.get('name', '?')}, sha256 {str(facts.get('sha256'))[:12]}.."
+            grid.add_row(f"{escape(kind)} prompts", escape(source))
     for what, text in _pairs(method.get("tuning")):
         grid.add_row(escape(what.replace("_", " ")), escape(text))
     if grid.row_count:
@@ -325,15 +355,12 @@ def _show_pack_evaluation(evaluation: Mapping[str, Any]) -> None:
 
 
 def _stored_share(share: Mapping[str, Any]) -> str:
-    try:
-        return f"{share['value']:6.1%}  [dim]{share['count']} of {share['total']}[/dim]"
-    except (KeyError, TypeError, ValueError):
-        return "?"
+    return f"{number(share.get('value'), '6.1%')}  [dim]{count(share.get('count'))} of {count(share.get('total'))}[/dim]"
 
 
 def evaluation_table(columns: Mapping[str, Evaluation]) -> Table:
     """Models side by side: the headline numbers, then every suite."""
-    table = Table("", *columns, box=None, pad_edge=False, header_style="bold")
+    table = Table("", *map(escape, columns), box=None, pad_edge=False, header_style="bold")
     models = list(columns.values())
     for name, title in HEADLINES.items():
         shares = [model.totals().get(name) for model in models]
@@ -356,7 +383,7 @@ def formats_table(formats: Sequence[FormatResult]) -> Table:
     for one in formats:
         totals = one.evaluation.totals()
         shares = (f"{totals[name].value:.1%}" if name in totals else "" for name in HEADLINES)
-        table.add_row(one.what, *shares, "" if one.delivered is None else f"{one.delivered:.1%}")
+        table.add_row(escape(one.what), *shares, "" if one.delivered is None else f"{one.delivered:.1%}")
     return table
 
 
@@ -366,7 +393,7 @@ def stage_table(stages: Mapping[str, tuple[float, str]]) -> Table:
     table.add_column("seconds", justify="right")
     table.add_column("what happened")
     for stage, (seconds, what) in stages.items():
-        table.add_row(stage, f"{seconds:.1f}", escape(what))
+        table.add_row(escape(stage), f"{seconds:.1f}", escape(what))
     return table
 
 
@@ -385,6 +412,9 @@ def recipe_table() -> Table:
         ]
         limits = ", ".join(filter(None, bounds)) or " | ".join(meta["choices"])
         table.add_row(
-            knob.name, str(knob.default), escape(meta["unit"] + (f" ({limits})" if limits else "")), escape(meta["source"])
+            escape(knob.name),
+            escape(knob.default),
+            escape(meta["unit"] + (f" ({limits})" if limits else "")),
+            escape(meta["source"]),
         )
     return table

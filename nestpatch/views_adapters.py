@@ -17,7 +17,7 @@ VLLM_MAX_RANK = 512
 def show_adapter(done: Adapter) -> None:
     """What was exported, and how it is loaded."""
     verb = "would write" if done.dry_run else "wrote"
-    out.print(f"[bold]{escape(done.pack)}[/] {verb} [bold]{escape(str(done.output))}[/] in {done.seconds:.2f} s")
+    out.print(f"[bold]{escape(done.pack)}[/] {verb} [bold]{escape(done.output)}[/] in {done.seconds:.2f} s")
     rows = _grid()
     rows.add_row("adapter", f"{done.matrices} matrices, rank {done.rank} at most, {size(done.nbytes)}")
     if done.format == "gguf-lora":

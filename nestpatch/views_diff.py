@@ -27,11 +27,11 @@ def show_diff(found: CheckpointDiff | PackDiff | Extracted) -> None:
         return
     _show_checkpoint_diff(found.difference)
     counts = f"{found.rows} rows in {found.clusters} clusters"
-    out.print(f"wrote [bold]{escape(str(found.pack))}[/]: {counts}, {size(found.nbytes)}, sha256 {found.pack_id}")
+    out.print(f"wrote [bold]{escape(found.pack)}[/]: {counts}, {size(found.nbytes)}, sha256 {escape(found.pack_id)}")
 
 
 def _show_checkpoint_diff(found: CheckpointDiff) -> None:
-    where = f"{escape(str(found.a))} and {escape(str(found.b))}"
+    where = f"{escape(found.a)} and {escape(found.b)}"
     if found.identical:
         out.print(f"[green]identical[/]  {where}: {found.compared} tensors")
         return
@@ -40,7 +40,7 @@ def _show_checkpoint_diff(found: CheckpointDiff) -> None:
     out.print(f"[bold]different[/]  {where}: {counts}")
     for odd in found.mismatches[:10]:
         sides = " and ".join(filter(None, (odd.a, odd.b)))
-        out.print(f"  {escape(odd.name)}: {odd.what} {escape(sides)}")
+        out.print(f"  {escape(odd.name)}: {escape(odd.what)} {escape(sides)}")
     if len(found.mismatches) > 10:
         out.print(f"  and {len(found.mismatches) - 10} more tensors that are not alike")
     if found.changed:
@@ -82,7 +82,7 @@ def _show_pack_diff(found: PackDiff) -> None:
     """What an update changes."""
     out.print(f"[bold]{escape(found.a)}[/] to [bold]{escape(found.b)}[/]{': the same pack' if found.identical else ''}")
     grid = _grid()
-    grid.add_row("ids", f"sha256 {found.ids[0]}\nsha256 {found.ids[1]}")
+    grid.add_row("ids", f"sha256 {escape(found.ids[0])}\nsha256 {escape(found.ids[1])}")
     base = {
         True: "the same",
         False: "[bold red]another[/]: " + escape(", ".join(found.foreign[:3])),

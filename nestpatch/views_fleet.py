@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nestpatch.plain import count
 from nestpatch.views import err, escape, out
 
 if TYPE_CHECKING:
@@ -18,14 +19,18 @@ def show_published(done: Published) -> None:
     """A change to a channel."""
     out.print(f"[bold]{escape(done.place)}[/]: {escape(done.done)}")
     latest = f"latest version {done.latest}" if done.latest else "no version is active"
-    out.print(f"number {done.serial}, good until {done.expires}, {escape(latest)}")
+    out.print(f"number {count(done.serial)}, good until {escape(done.expires)}, {escape(latest)}")
 
 
 def show_pulled(done: Pulled) -> None:
     """A pack that was fetched."""
-    who = f"signed by {', '.join(done.signers)}" if done.signers else "[bold yellow]not signed by anybody whom you trust[/]"
+    who = (
+        f"signed by {escape(', '.join(done.signers))}"
+        if done.signers
+        else "[bold yellow]not signed by anybody whom you trust[/]"
+    )
     out.print(f"[bold]{escape(done.pack)}[/] of {escape(done.channel)}, {who}")
-    out.print(f"wrote [bold]{escape(str(done.file))}[/], sha256 {done.pack_id}")
+    out.print(f"wrote [bold]{escape(done.file)}[/], sha256 {escape(done.pack_id)}")
 
 
 def show_updated(model: Path, results: Sequence[Updated]) -> None:
@@ -35,9 +40,9 @@ def show_updated(model: Path, results: Sequence[Updated]) -> None:
             show_failed(result)
             continue
         before, after = result.before or "base", result.after or "base"
-        line = f"[bold]{escape(str(model))}[/], {escape(result.channel)}: "
+        line = f"[bold]{escape(model)}[/], {escape(result.channel)}: "
         if result.state == "current":
-            out.print(f"{line}{escape(before)} is up to date; the channel is good until {result.expires}")
+            out.print(f"{line}{escape(before)} is up to date; the channel is good until {escape(result.expires)}")
             continue
         revoked = f" ({before} was revoked: {result.reason or 'no reason given'})" if result.reason else ""
         verb = "would go" if result.state == "available" else "went"
@@ -46,6 +51,6 @@ def show_updated(model: Path, results: Sequence[Updated]) -> None:
 
 def show_failed(result: Updated) -> None:
     """A channel that was refused or could not be reached: its error, as errors look elsewhere, and the channel."""
-    err.print(f"[bold red]{result.error}[/]: {escape(result.reason)}")
+    err.print(f"[bold red]{escape(result.error)}[/]: {escape(result.reason)}")
     err.print(f"[bold]What to do[/]: {escape(result.advice)}")
     err.print(f"Nothing was applied from [bold]{escape(result.channel)}[/].")

@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 def show_exported_onnx(done: ExportedOnnx) -> None:
     """What was written, and how far its logits are from the model's."""
     verb = "would write" if done.dry_run else "wrote"
-    out.print(f"{verb} [bold]{escape(str(done.path))}[/] in {done.seconds:.1f} s")
+    out.print(f"{verb} [bold]{escape(done.path)}[/] in {done.seconds:.1f} s")
     grid = _grid()
     matrices = f", {done.matrices or 'its'} matrices in {done.bits} bits" if done.bits else ""
-    grid.add_row("model", f"{escape(done.architecture + ', ' if done.architecture else '')}{done.dtype}{matrices}")
+    grid.add_row("model", f"{escape(done.architecture + ', ' if done.architecture else '')}{escape(done.dtype)}{matrices}")
     grid.add_row("patches", escape(", ".join(done.patches) or "none"))
     for file in done.files:
-        grid.add_row("file", f"{escape(file.name)}  {size(file.nbytes)}  sha256 {file.sha256}")
+        grid.add_row("file", f"{escape(file.name)}  {size(file.nbytes)}  sha256 {escape(file.sha256)}")
     if done.adapter_weights:
         grid.add_row("adapters", f"{done.adapter_weights} weights take a patch at run time")
     for parity in done.parity:
-        grid.add_row(parity.type, _told(parity))
+        grid.add_row(escape(parity.type), _told(parity))
     for note in done.notes:
         grid.add_row("note", escape(note))
     out.print(grid)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from nestpatch.plain import count
 from nestpatch.views import escape, out
 
 if TYPE_CHECKING:
@@ -16,14 +17,14 @@ if TYPE_CHECKING:
 
 def show_pair(pair: KeyPair) -> None:
     """A new key pair."""
-    out.print(f"wrote [bold]{escape(str(pair.private))}[/]: keep it secret, and a copy of it somewhere safe")
-    out.print(f"wrote [bold]{escape(str(pair.public))}[/]: give it to everybody who is to trust your packs")
-    out.print(f"key id {pair.key_id}")
+    out.print(f"wrote [bold]{escape(pair.private)}[/]: keep it secret, and a copy of it somewhere safe")
+    out.print(f"wrote [bold]{escape(pair.public)}[/]: give it to everybody who is to trust your packs")
+    out.print(f"key id {escape(pair.key_id)}")
 
 
 def show_signature(done: Signature) -> None:
     """A new signature."""
-    out.print(f"wrote [bold]{escape(str(done.file))}[/] for sha256 {done.pack_id}, with key {done.key_id[:12]}..")
+    out.print(f"wrote [bold]{escape(done.file)}[/] for sha256 {escape(done.pack_id)}, with key {escape(done.key_id[:12])}..")
 
 
 def show_outcome(patch: str, found: Outcome) -> None:
@@ -34,9 +35,11 @@ def show_outcome(patch: str, found: Outcome) -> None:
         out.print(f"[bold yellow]unproven[/]  {escape(found.reason)}")
         return
     label = found.pack.manifest
-    out.print(f"[bold green]signed[/]  {escape(patch)}: {escape(label.name)} {escape(label.version)}, sha256 {found.pack_id}")
+    out.print(
+        f"[bold green]signed[/]  {escape(patch)}: {escape(label.name)} {escape(label.version)}, sha256 {escape(found.pack_id)}"
+    )
     for signer in found.signers:
-        out.print(f"  by [bold]{escape(signer.name)}[/], key {signer.key_id[:12]}.., in {escape(signer.file)}")
+        out.print(f"  by [bold]{escape(signer.name)}[/], key {escape(signer.key_id[:12])}.., in {escape(signer.file)}")
 
 
 def show_policy(policy: Policy, file: str) -> None:
@@ -57,8 +60,8 @@ def show_system_policy(policy: Policy, file: str) -> None:
 def _show_rules(policy: Policy) -> None:
     table = Table("key", "id", "models", box=None, pad_edge=False, header_style="dim")
     for trusted in policy.keys:
-        table.add_row(escape(trusted.name), f"{trusted.key.key_id[:12]}..", escape(", ".join(trusted.models)))
+        table.add_row(escape(trusted.name), f"{escape(trusted.key.key_id[:12])}..", escape(", ".join(trusted.models)))
     out.print(table)
     for rule in policy.rules:
         keys = f" of {', '.join(rule.keys)}" if rule.keys else ""
-        out.print(f"packs for {escape(rule.model)} need {rule.require} signatures{escape(keys)}")
+        out.print(f"packs for {escape(rule.model)} need {count(rule.require)} signatures{escape(keys)}")

@@ -13,6 +13,8 @@ os.chmod(os.environ["XDG_CONFIG_HOME"], 0o777)  # noqa: PTH101
 # Before any Hugging Face library is imported: a test that reaches for the network fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# What nobody foresaw fails a test instead of being named.
+os.environ["NESTPATCH_TRACEBACK"] = "1"
 
 
 def pytest_configure() -> None:

@@ -27,6 +27,7 @@ LAYERS = [
     {"nestpatch"},  # the root holds __version__; its own imports happen on first use
     {"nestpatch.errors"},
     {"nestpatch.files"},
+    {"nestpatch.plain"},
     {"nestpatch.events"},
     {"nestpatch.threads"},
     {"nestpatch.rows"},

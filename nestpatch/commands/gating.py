@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
+from nestpatch.commands.options import say
 
 if TYPE_CHECKING:
     from nestpatch.events import OnEvent
@@ -22,20 +22,20 @@ def proven(
 
     done = prove(patch, model, policy=load_policy(policy_file), allow_unsigned=allow_unsigned, on_event=on_event)
     if done.warning:
-        click.echo(f"WARNING: --allow-unsigned: {done.warning}", err=True)
+        say(f"WARNING: --allow-unsigned: {done.warning}", err=True)
     return done
 
 
 def say_unchecked(done: Proven | None) -> None:
     """One line, with the result of a command and also where it is quiet, for what no signature was asked of."""
     if done is not None and done.unchecked:
-        click.echo(done.unchecked, err=True)
+        say(done.unchecked, err=True)
 
 
 def say_unsigned(policy: Policy, what: str) -> None:
     """The same for what came from a channel and bears no trusted signature."""
     if policy.keys:
-        click.echo(f"WARNING: no trusted key has signed {what}", err=True)
+        say(f"WARNING: no trusted key has signed {what}", err=True)
     else:
         where = "on this machine: the signature"
-        click.echo(f"no key is trusted {where} of {what} was not checked (nestpatch trust add)", err=True)
+        say(f"no key is trusted {where} of {what} was not checked (nestpatch trust add)", err=True)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,12 +16,35 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from nestpatch.events import OnEvent, ignore
+from nestpatch.plain import is_visible, one_line
 
 if TYPE_CHECKING:
     from nestpatch.formats.interface import Checkpoint
 
 F = TypeVar("F", bound=Callable[..., Any])
-PathType = click.Path(path_type=Path)
+
+
+class _Path(click.Path):
+    """A path; click alone takes an empty text for the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A Path. Ends with a usage error."""
+        if not os.fspath(value):
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class _NewFile(_Path):
+    """A file to write: dir/ and dir/. would be one beside that folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A Path. Ends with a usage error."""
+        if os.path.basename(value) in {"", ".", ".."}:
+            self.fail(f"{one_line(value)} names a folder; give a name in it", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PathType, NewFile = _Path(path_type=Path), _NewFile(path_type=Path)
 
 
 def json_option(command: F) -> F:
@@ -38,9 +65,38 @@ def quiet_option(command: F) -> F:
     return click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")(command)
 
 
+def say(text: str, *, err: bool = False) -> None:
+    """One line on stdout or stderr, whatever the texts in it hold."""
+    encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
+    click.echo(one_line(text).encode(encoding, "backslashreplace").decode(encoding), err=err)
+
+
 def print_json(value: Any) -> None:
-    """One object on one line of stdout."""
-    click.echo(json.dumps(value, default=str, ensure_ascii=False))
+    """One object on one line of stdout, in characters that it can show. NaN and infinity, which JSON has not, become null."""
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(value), default=str, ensure_ascii=False)
+    ascii_only = not codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name.startswith("utf")
+    click.echo("".join(_json_character(c, ascii_only=ascii_only) for c in text))
+
+
+def _json_character(character: str, *, ascii_only: bool) -> str:
+    """As JSON may hold it: what is not visible, or has no place in an encoding, as an escape."""
+    if character.isascii() or (is_visible(character) and not ascii_only):
+        return character
+    # A byte of a file name that is no character: JSON cannot hold it either.
+    surrogate = "\ud800" <= character <= "\udfff"
+    return json.dumps(one_line(character) if surrogate else character)[1:-1]
+
+
+def _finite(value: Any) -> Any:
+    """The same without NaN and infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def progress(quiet: bool) -> AbstractContextManager[OnEvent]:
@@ -68,7 +124,7 @@ def opened_base(text: str | None, *, quiet: bool) -> Iterator[Checkpoint | None]
     if isinstance(base, RemoteCheckpoint) and not quiet:
         from nestpatch.views import size
 
-        click.echo(f"read {size(base.downloaded)} of the {size(base.size)} of {base.path}", err=True)
+        say(f"read {size(base.downloaded)} of the {size(base.size)} of {base.path}", err=True)
 
 
 def report(result: Any, view: str, as_json: bool) -> None:

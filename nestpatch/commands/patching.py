@@ -17,6 +17,7 @@ from nestpatch.commands.options import (
     progress,
     quiet_option,
     report,
+    say,
     trust_options,
 )
 
@@ -84,7 +85,7 @@ def apply(
         "allow_base_mismatch": allow_base_mismatch,
     }
     if allow_base_mismatch:
-        click.echo("WARNING: --allow-base-mismatch: the result is not what the pack's evaluation measured", err=True)
+        say("WARNING: --allow-base-mismatch: the result is not what the pack's evaluation measured", err=True)
     with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:
         quantized: dict[str, Any] = {"base": float_model, "dither": dither}
         checked = proven(patch, model, policy_file, on_event, allow_unsigned=allow_unsigned)
@@ -163,4 +164,4 @@ def recover(model: Path, foreign: str, as_json: bool) -> None:
         print_json(dataclasses.asdict(done))
         return
     proof = f" ({done.proof})" if done.proof else ""
-    click.echo(f"{model}: {'nothing to recover' if done.action == 'none' else done.action}{proof}")
+    say(f"{model}: {'nothing to recover' if done.action == 'none' else done.action}{proof}")

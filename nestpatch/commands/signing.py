@@ -11,12 +11,14 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
-from nestpatch.commands.options import PathType, json_option, print_json
+from nestpatch.commands.options import NewFile, PathType, json_option, print_json, say
 
 if TYPE_CHECKING:
     from nestpatch.signing.keys import PrivateKey
 
 PASSWORD = "NESTPATCH_KEY_PASSWORD"  # noqa: S105 - the name of a variable
+MAX_PASSWORD = 1024
+"""Bytes."""
 password_option = click.option(
     "--password-file",
     type=click.File("rb"),
@@ -25,7 +27,7 @@ password_option = click.option(
 
 
 @click.command()
-@click.argument("name", type=PathType, default="nestpatch")
+@click.argument("name", type=NewFile, default="nestpatch")
 @click.option("--no-password", is_flag=True, help="Leave the private key unencrypted: for machines that sign on their own.")
 @password_option
 @json_option
@@ -118,15 +120,17 @@ def trust() -> None:
 def trust_add(key: Path, name: str | None, models: tuple[str, ...], as_json: bool) -> None:
     """Trust the public KEY file from now on. Compare its id with what the publisher says elsewhere."""
     from nestpatch.signing import keys, trust
+    from nestpatch.signing.store import changing, trust_file
     from nestpatch.signing.subject import EVERYTHING
 
     patterns = tuple(_pattern(model) for model in models) or (EVERYTHING,)
     trusted = trust.TrustedKey(trust.check_name(name or key.stem), keys.read_public(key), trust.check_patterns(patterns))
-    file = trust.save_policy(trust.load_own(create=True).with_key(trusted))
+    with changing(trust_file(), create=True):
+        file = trust.save_policy(trust.load_own(create=True).with_key(trusted))
     if as_json:
         print_json({"name": trusted.name, "id": trusted.key.key_id, "models": trusted.models, "file": file})
     else:
-        click.echo(f"trusting {trusted.name}, key {trusted.key.key_id}, for {', '.join(trusted.models)}")
+        say(f"trusting {trusted.name}, key {trusted.key.key_id}, for {', '.join(trusted.models)}")
 
 
 @trust.command("list")
@@ -151,17 +155,19 @@ def trust_list(as_json: bool) -> None:
 @json_option
 def trust_remove(key: str, as_json: bool) -> None:
     """Trust KEY no longer: its name, or at least 8 digits of its id."""
+    from nestpatch.signing.store import changing, trust_file
     from nestpatch.signing.trust import load_own, load_system, refuse_system_key, save_policy
 
-    before = load_own()
-    refuse_system_key(key, before, load_system())
-    after = before.without_key(key)
-    file = save_policy(after)
+    with changing(trust_file()):
+        before = load_own()
+        refuse_system_key(key, before, load_system())
+        after = before.without_key(key)
+        file = save_policy(after)
     gone = next(trusted for trusted in before.keys if trusted not in after.keys)
     if as_json:
         print_json({"name": gone.name, "id": gone.key.key_id, "file": file})
     else:
-        click.echo(f"{gone.name}, key {gone.key.key_id[:12]}.., is no longer trusted")
+        say(f"{gone.name}, key {gone.key.key_id[:12]}.., is no longer trusted")
 
 
 def unlocked(key_file: Path, password_file: IO[bytes] | None) -> PrivateKey:
@@ -177,7 +183,11 @@ def _password(file: IO[bytes] | None, question: str, *, confirm: bool = False) -
     from nestpatch.errors import KeyFileError
 
     if file is not None:
-        found = file.readline().rstrip(b"\r\n")
+        found = file.readline(MAX_PASSWORD + 2).rstrip(b"\r\n")
+        if len(found) > MAX_PASSWORD:
+            raise KeyFileError(
+                f"the first line of the password file has more than {MAX_PASSWORD} bytes", advice="Check the path."
+            )
     elif PASSWORD in os.environ:
         found = os.environb[PASSWORD.encode()] if os.supports_bytes_environ else os.environ[PASSWORD].encode()
     elif sys.stdin.isatty():
@@ -194,5 +204,9 @@ def _password(file: IO[bytes] | None, question: str, *, confirm: bool = False) -
 
 
 def _pattern(model: str) -> str:
-    """A path becomes absolute, and its own pattern; what is none stays as it is."""
+    """A path becomes absolute, and its own pattern; what is none stays as it is. Raises TrustError for what is no text."""
+    if any("\ud800" <= character <= "\udfff" for character in model):
+        from nestpatch.errors import TrustError
+
+        raise TrustError(f"{model} is no text, and cannot be kept", advice="Name its folder with a pattern: models/*")
     return glob.escape(Path(os.path.abspath(model)).as_posix()) if os.path.exists(model) else model  # noqa: PTH110

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 
 import click
 
 from nestpatch.commands.gating import proven, say_unchecked
-from nestpatch.commands.options import PathType, json_option, print_json, progress, quiet_option, trust_options
+from nestpatch.commands.options import PathType, json_option, print_json, progress, quiet_option, say, trust_options
 
 
 def _help_recipe(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -62,8 +61,8 @@ def train(
     Prompt sources are .jsonl, .json, .csv or .parquet files with a "prompt" column, or data set ids of the Hub.
     """
     from nestpatch import views
-    from nestpatch.errors import OutputError
     from nestpatch.formats import nest
+    from nestpatch.formats.atomic import check_place
     from nestpatch.label import Label
     from nestpatch.nest_train.data import join_sets, load_prompts
     from nestpatch.nest_train.evaluate import load_suite
@@ -72,8 +71,7 @@ def train(
     from nestpatch.nest_train.train import train as run
 
     # Before minutes of work: will there be a place for the result?
-    if os.path.lexists(output) or not output.absolute().parent.is_dir():
-        raise OutputError(f"{output} exists already, or its directory does not")
+    check_place(output)
     recipe = make_recipe(recipe_file, assignments)
     sets = [[load_prompts(source) for source in sources] for sources in (harmful, benign, lookalike)]
     data = TrainingData(join_sets(sets[0]), join_sets(sets[1]), join_sets(sets[2]) if sets[2] else None)
@@ -152,7 +150,7 @@ def evaluate(
         views.out.print(views.evaluation_table(columns))
     failures = exceeded(result.patched or result.model, over, under)
     for failure in failures:
-        click.echo(f"FAILED: {failure}", err=True)
+        say(f"FAILED: {failure}", err=True)
     sys.exit(1 if failures else 0)
 
 
@@ -204,4 +202,4 @@ def build(directory: Path, seed: int, quiet: bool, as_json: bool) -> None:
         print_json(dataclasses.asdict(built))
     else:
         state = "is there already" if built.cached else "built"
-        views.out.print(f"lab of seed {seed} {state}: {built.path}, {built.parameters:,} parameters")
+        views.out.print(f"lab of seed {seed} {state}: {views.escape(built.path)}, {built.parameters:,} parameters")

@@ -25,9 +25,13 @@ def check_place(path: Path) -> None:
 
 
 def _refuse_taken(path: Path, overwrite: bool) -> None:
+    if not path.name or "\0" in path.name:
+        raise OutputError(f"{path} is no name for a file")
     # lexists: a dangling link takes the place too.
     if os.path.lexists(path) and not overwrite:
         raise OutputError(f"{path} exists already")
+    if overwrite and os.path.exists(path) and not path.is_file():  # noqa: PTH110 - answers no where Path.exists raises
+        raise OutputError(f"{path} is no file, and is not replaced")
 
 
 def sync_folder(folder: Path) -> None:
@@ -39,6 +43,17 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Makes a new folder durable with all that is in it, before it gets its name."""
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            sync_tree(entry)
+        elif entry.is_file():
+            with open(entry, "rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
 
 
 @contextmanager

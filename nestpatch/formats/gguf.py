@@ -42,14 +42,21 @@ class GgufCheckpoint:
     def _require_model(self) -> None:
         if self._metadata.get("general.type", "model") != "model":
             raise CheckpointFormatError(
-                f"{self.path} is a GGUF file of type {self._metadata['general.type']!r}, not a model",
+                f"{self.path} is a GGUF file of type {str(self._metadata['general.type'])[:40]!r}, not a model",
                 advice="Give the model's own GGUF file.",
             )
-        if int(self._metadata.get("split.count") or 0) > 1:
+        if (parts := self._number("split.count")) > 1:
             raise CheckpointFormatError(
-                f"{self.path} is one part of a GGUF file that was split into {self._metadata['split.count']}",
+                f"{self.path} is one part of a GGUF file that was split into {parts}",
                 advice="Join the parts first: llama-gguf-split --merge FIRST_PART OUT.gguf",
             )
+
+    def _number(self, key: str) -> int:
+        """A whole number of the header, 0 where there is none. Raises CheckpointFormatError for anything else."""
+        value = self._metadata.get(key, 0)
+        if type(value) is not int:
+            raise CheckpointFormatError(f"{self.path} says that {key} is {str(value)[:40]!r}; a whole number is needed")
+        return value
 
     @cached_property
     def architecture(self) -> str:
@@ -94,8 +101,7 @@ class GgufCheckpoint:
         return replace(info, name=name, shape=shape, offset=info.offset + home.expert * nbytes, nbytes=nbytes)
 
     def _home(self, name: str) -> GgufHome | None:
-        layers = self._metadata.get(f"{self.architecture}.block_count", 0)
-        return gguf_home(name, self.architecture, int(layers))
+        return gguf_home(name, self.architecture, self._number(f"{self.architecture}.block_count"))
 
     def read_rows(self, name: str, rows: IntArray) -> Rows:
         """Reads sorted rows: [rows, in_features] of the float types, [rows, row_bytes] as uint8 of the quantized ones."""

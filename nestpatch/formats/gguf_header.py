@@ -6,6 +6,7 @@ vocabulary, which patching does not need.
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from nestpatch.errors import CheckpointFormatError, NestpatchError, QuantizationError
+from nestpatch.files import open_regular
 from nestpatch.formats import quants
 from nestpatch.formats.interface import TensorInfo
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MAX_HEADER = 512 << 20
-"""Bytes. The largest vocabularies take some tens of megabytes."""
-MAX_STRING = 64 << 20
+MAX_HEADER = 128 << 20
+"""Bytes. The largest vocabularies take some twenty megabytes."""
+MAX_STRING = 16 << 20
+MAX_NAMES = 1 << 16
+"""Of tensors, of metadata keys, and of arrays in arrays. Models have some thousand tensors and some dozen keys."""
 ALIGNMENT = 32
 MAX_DIMENSIONS = 4
 STRETCH = 4 << 20
@@ -46,6 +50,7 @@ class _Cursor:
         self.file, self.size = file, size
         self.data = bytearray()
         self.at = 0
+        self.arrays = 0
 
     def need(self, count: int) -> int:
         """Makes the next `count` bytes available; gives their position and passes over them."""
@@ -90,11 +95,10 @@ class _Cursor:
 def read_header(path: Path) -> Header:
     """Reads and checks the header. Raises CheckpointFormatError when it lies about the file, or is no GGUF header at all."""
     try:
-        size = path.stat().st_size
-        with open(path, "rb", buffering=0) as file:
-            return _parse(_Cursor(file, size), path)
+        with open_regular(path) as file:
+            return _parse(_Cursor(file, os.fstat(file.fileno()).st_size), path)
     except OSError as error:
-        raise CheckpointFormatError(f"cannot read {path}: {error.strerror}") from error
+        raise CheckpointFormatError(f"cannot read {path}: {error.strerror or error}") from error
     except NestpatchError:
         raise
     except (ValueError, struct.error, MemoryError) as error:
@@ -113,6 +117,8 @@ def _parse(cursor: _Cursor, path: Path) -> Header:
     # Each takes some bytes: a count that the file cannot hold is a lie, and must not become a loop.
     if tensors * 24 > cursor.size or entries * 13 > cursor.size:
         raise ValueError(f"{tensors} tensors and {entries} entries do not fit into {cursor.size} bytes")
+    if max(tensors, entries) > MAX_NAMES:
+        raise ValueError(f"{tensors} tensors and {entries} entries; {MAX_NAMES} of each are allowed")
     metadata = _metadata(cursor, entries)
     alignment = metadata.get("general.alignment", ALIGNMENT)
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
@@ -145,7 +151,8 @@ def _scalar(kind: int) -> str:
 
 def _skip_array(cursor: _Cursor, depth: int = 0) -> None:
     kind, count = cursor.number("<I"), cursor.number("<Q")
-    if count > cursor.size or depth > MAX_DIMENSIONS:
+    cursor.arrays += 1
+    if count > cursor.size or depth > MAX_DIMENSIONS or cursor.arrays > MAX_NAMES:
         raise ValueError(f"an array claims {count} values")
     if kind == _STRING:
         cursor.skip_strings(count)

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nestpatch.errors import BaseMismatchError, CheckpointFormatError, MissingExtraError, OutputError, UnsupportedModelError
+from nestpatch.files import read_bounded
 from nestpatch.formats.atomic import new_place
 from nestpatch.formats.lora import Written, sync_size
 from nestpatch.formats.nest import pack_id
@@ -28,6 +29,8 @@ ADAPTER = "nestpatch.adapter"
 DELTA, MAP = ".nest_delta", ".nest_map"
 """What follows a weight's module in the names of its two inputs."""
 SUFFIX = ".onnx_adapter"
+MAX_GRAPH = 512 << 20
+"""Bytes of the file of a graph, which is read whole. The weights of an adapter-ready model lie in another."""
 _FLOATS = {1: np.float32, 10: np.float16}
 """ONNX's numbers for the types that activations may have."""
 _VERSION = 1
@@ -84,7 +87,7 @@ def read_sites(model: Path) -> AdapterReady:
     if file is None:
         raise CheckpointFormatError(f"there is no ONNX model at {model}", advice="Give the directory that holds model.onnx.")
     try:
-        found = onnx.load(os.fspath(file), load_external_data=False)
+        found = onnx.load_from_string(read_bounded(file, MAX_GRAPH))
     except Exception as error:  # protobuf's and onnx's own errors have no common base
         raise CheckpointFormatError(f"cannot read {file}: {error}") from error
     facts = {entry.key: entry.value for entry in found.metadata_props}

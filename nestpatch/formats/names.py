@@ -30,6 +30,8 @@ GGUF_ARCHITECTURES: dict[str, str] = {
     "GPTNeoXForCausalLM": "gptneox",
 }
 """The class in a model's config.json -> `general.architecture` of its GGUF file."""
+MAX_LAYERS = 512
+"""As in llama.cpp (LLAMA_MAX_LAYERS). The table of names is as long as a file says that the model is deep."""
 SUFFIXES = (".weight", ".bias")
 # One expert of its own: model.layers.0.mlp.experts.3.gate_proj.weight
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<number>\d+)\.(?P<part>\w+)(?P<suffix>\.weight)")
@@ -75,10 +77,15 @@ def expert_of(name: str) -> tuple[str, int, str] | None:
 def _table(architecture: str, layers: int) -> Any:
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
+    if not 0 <= layers <= MAX_LAYERS:
+        raise UnsupportedModelError(
+            f"a model of {layers} layers",
+            advice=f"llama.cpp runs models of up to {MAX_LAYERS} layers; this file may be broken.",
+        )
     known = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
     if architecture not in known:
         raise UnsupportedModelError(
-            f"the GGUF architecture {architecture!r} is not known", advice="Upgrade gguf: pip install -U gguf"
+            f"the GGUF architecture {architecture[:100]!r} is not known", advice="Upgrade gguf: pip install -U gguf"
         )
     return get_tensor_name_map(known[architecture], layers)
 

@@ -7,9 +7,11 @@ read and compares, so nothing passes that the writer would not have written.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from hashlib import sha256
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -17,11 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from nestpatch.errors import PackContentError, PackError, PackFormatError, PackTooNewError
+from nestpatch.files import open_regular
 from nestpatch.formats.atomic import write_bytes
 from nestpatch.pack import FORMAT, BaseIdentity, Manifest, Pack, TensorDelta, TensorIdentity
 from nestpatch.rows import DTYPES
 
 MAX_HEADER = 1 << 20
+MAX_PACK = 1 << 30
+"""Bytes of a file: 65,536 rows of 8,192 16-bit numbers, each with a delta of its own. Trained packs have megabytes at most."""
 ALIGNMENT = 64
 MAX_SIDE = 1 << 31
 """Rows or columns, at most: with no other side, an empty tensor could claim any number of them."""
@@ -90,6 +95,8 @@ def encode(pack: Pack) -> bytes:
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     if len(text) > MAX_HEADER:
         raise PackContentError(f"the header would have {len(text)} bytes; {MAX_HEADER} are allowed")
+    if 8 + len(text) + offset > MAX_PACK:
+        raise PackContentError(f"the pack would have {8 + len(text) + offset} bytes; {MAX_PACK} are allowed")
     return struct.pack("<Q", len(text)) + text + b"".join(arrays[name].tobytes() for name in order)
 
 
@@ -126,15 +133,21 @@ def decode(data: bytes) -> Pack:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The bytes of a `.nest` file, for `decode`; of a file that can be none only the first. Raises PackError."""
+    """The bytes of a `.nest` file, for `decode`. Raises PackError.
+
+    The header says how long the file must be: of another, such as a model in the patch's place, nothing more is read.
+    """
     try:
-        with open(path, "rb") as file:
-            # A model given in the patch's place would be gigabytes: look at the header's length first.
+        with open_regular(path) as raw, BufferedReader(raw) as file:
+            size = os.fstat(raw.fileno()).st_size
             prefix = file.read(8)
-            whole = len(prefix) < 8 or struct.unpack("<Q", prefix)[0] <= MAX_HEADER
-            return prefix + file.read() if whole else prefix + bytes(1)
+            head = prefix + file.read(_head_length(prefix, size) - 8)
+            _describe(head, size)
+            return head + file.read(size - len(head))
     except OSError as error:
-        raise PackError(f"cannot read the pack {path}: {error.strerror}", advice="Check the path.") from error
+        raise PackError(f"cannot read the pack {path}: {error.strerror or error}", advice="Check the path.") from error
+    except PackError as error:
+        raise type(error)(f"{path}: {error}", advice=error.advice) from error
 
 
 def read(path: str | Path) -> Pack:
@@ -154,26 +167,38 @@ def write(pack: Pack, path: str | Path, *, overwrite: bool = False) -> str:
 
 
 def _split(data: bytes) -> tuple[dict[str, Any], memoryview]:
-    if len(data) < 8:
-        raise PackFormatError(f"the file has {len(data)} bytes: too short for a pack")
-    (length,) = struct.unpack("<Q", data[:8])
+    head = _head_length(data[:8], len(data))
+    return _describe(data[:head], len(data)), memoryview(data)[head:]
+
+
+def _head_length(prefix: bytes, size: int) -> int:
+    """Bytes of the prefix and the header, in a file of `size` bytes."""
+    if len(prefix) < 8:
+        raise PackFormatError(f"the file has {len(prefix)} bytes: too short for a pack")
+    length: int = struct.unpack("<Q", prefix)[0]
     if length > MAX_HEADER:
         raise PackFormatError(f"the header claims {length} bytes; {MAX_HEADER} are allowed")
-    if 8 + length > len(data):
-        raise PackFormatError(f"the file ends inside its header: {len(data)} bytes, {8 + length} needed")
-    header = _strict_json(data[8 : 8 + length], "header")
+    if 8 + length > size:
+        raise PackFormatError(f"the file ends inside its header: {size} bytes, {8 + length} needed")
+    return 8 + length
+
+
+def _describe(head: bytes, size: int) -> dict[str, Any]:
+    """The header in the first bytes of a file of `size` bytes, whose tensors fill it exactly."""
+    header = _strict_json(head[8:], "header")
     if not isinstance(header, dict):
         raise PackFormatError("the header is no JSON object")
-    body = memoryview(data)[8 + length :]
     spans = sorted(_span(name, entry) for name, entry in header.items() if name != "__metadata__")
     end = 0
     for start, stop in spans:
         if start != end:
             raise PackFormatError(f"the tensors {'overlap' if start < end else 'leave a gap'} at byte {min(start, end)}")
         end = stop
-    if end != len(body):
-        raise PackFormatError(f"the header describes {end} bytes of tensors, the file holds {len(body)}")
-    return header, body
+    if end != size - len(head):
+        raise PackFormatError(f"the header describes {end} bytes of tensors, the file holds {size - len(head)}")
+    if size > MAX_PACK:
+        raise PackFormatError(f"the file has {size} bytes; {MAX_PACK} are allowed")
+    return header
 
 
 def _span(name: str, entry: Any) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from nestpatch.errors import CheckpointFormatError
+from nestpatch.files import open_regular
 from nestpatch.formats.interface import Checkpoint
 from nestpatch.formats.onnx.folder import NAME_IT, has_safetensors, models
 from nestpatch.formats.safetensors import SafetensorsCheckpoint
@@ -22,6 +23,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     # os.path answers no where Path.exists raises: for names too long, with a NUL, or in folders that may not be read.
     if not os.path.exists(place):  # noqa: PTH110
         raise CheckpointFormatError(f"there is no model at {place}", advice="Check the path.")
+    if not place.is_dir():
+        open_regular(place, error=CheckpointFormatError).close()
     if place.suffix == ".onnx" or (place.is_dir() and models(place)):
         from nestpatch.formats.onnx.checkpoint import OnnxCheckpoint
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from nestpatch.errors import CheckpointFormatError
+from nestpatch.files import open_regular
 from nestpatch.formats.interface import CHUNK, IntArray, TensorInfo
 from nestpatch.rows import Rows
 
@@ -18,7 +19,7 @@ def read_rows_at(info: TensorInfo, rows: IntArray, dtype: np.dtype[Any]) -> Rows
     """Reads sorted rows, [rows, elements] in a dtype; neighbours are read together."""
     out = np.empty((len(rows), info.row_bytes), np.uint8)
     # Unbuffered: a buffer would read twice what a row needs.
-    with open(info.file, "rb", buffering=0) as file:
+    with open_regular(info.file) as file:
         for target, offset in _runs(info, rows, out):
             read_into(file, target, offset, info)
     return out.view(dtype)
@@ -27,7 +28,7 @@ def read_rows_at(info: TensorInfo, rows: IntArray, dtype: np.dtype[Any]) -> Rows
 def write_rows_at(info: TensorInfo, rows: IntArray, values: Rows) -> None:
     """Writes sorted rows in place; neighbours are written together."""
     data = np.ascontiguousarray(values).view(np.uint8)
-    with open(info.file, "r+b", buffering=0) as file:
+    with open_regular(info.file, write=True) as file:
         for source, offset in _runs(info, rows, data):
             file.seek(offset)
             write_all(file, source)
@@ -36,7 +37,7 @@ def write_rows_at(info: TensorInfo, rows: IntArray, values: Rows) -> None:
 def read_all_at(info: TensorInfo) -> Iterator[bytes]:
     """The tensor's bytes, in blocks."""
     left = info.nbytes
-    with open(info.file, "rb") as file:
+    with open_regular(info.file) as file:
         file.seek(info.offset)
         while left:
             block = file.read(min(CHUNK, left))

@@ -6,20 +6,25 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nestpatch.errors import CheckpointFormatError
+from nestpatch.files import open_regular, read_bounded
 from nestpatch.formats.interface import IntArray, TensorInfo
 from nestpatch.formats.rowio import read_all_at, read_rows_at, write_rows_at
 from nestpatch.rows import DTYPES, Rows
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MAX_HEADER = 100_000_000
-"""The limit of the safetensors library."""
+MAX_HEADER = 16 << 20
+"""Bytes. That is room for 100,000 tensors in one file, as many as the largest mixtures of experts have in all their shards
+together. The safetensors library allows 100 MB, which take Python more than a gigabyte of memory to read."""
+MAX_INDEX = 64 << 20
+"""Bytes. The indexes of the largest models have some 15 MB."""
 BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16,
     "U8": 8, "BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -150,9 +155,9 @@ def indexed_files(folder: Path) -> frozenset[str]:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        data = path.read_bytes()
+        data = read_bounded(path, MAX_INDEX)
     except OSError as error:
-        raise CheckpointFormatError(f"cannot read {path}: {error!r}") from error
+        raise CheckpointFormatError(f"cannot read {path}: {error.strerror or error}") from error
     return parse_index(data, path)
 
 
@@ -174,18 +179,23 @@ def parse_index(data: bytes, path: Path) -> dict[str, str]:
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """(tensors, metadata) of one file. Raises CheckpointFormatError when header and file disagree."""
     try:
-        size = file.stat().st_size
-        with open(file, "rb") as handle:
+        with open_regular(file) as raw, BufferedReader(raw) as handle:
+            size = os.fstat(raw.fileno()).st_size
             text = handle.read(header_length(handle.read(8), size, file))
     except OSError as error:
-        raise CheckpointFormatError(f"cannot read {file}: {error.strerror}") from error
+        raise CheckpointFormatError(f"cannot read {file}: {error.strerror or error}") from error
     return parse_header(text, size, file)
 
 
 def header_length(prefix: bytes, size: int, file: Path) -> int:
     """Bytes of the header that follows the prefix of 8 bytes, in a file of `size` bytes; `file` is for messages."""
     length: int = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-    if not 2 <= length <= min(MAX_HEADER, size - 8):
+    if MAX_HEADER < length <= size - 8:
+        raise CheckpointFormatError(
+            f"the header of {file} has {length} bytes; {MAX_HEADER} are allowed, room for 100,000 tensors",
+            advice="Save the model in several files, as transformers does.",
+        )
+    if not 2 <= length <= size - 8:
         raise CheckpointFormatError(f"{file} is no safetensors file: header of {length} bytes in {size}")
     return length
 

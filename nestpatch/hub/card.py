@@ -10,6 +10,7 @@ from nestpatch.hub.channel import latest
 from nestpatch.hub.client import SCHEME, parse_reference
 from nestpatch.hub.listing import Channel
 from nestpatch.pack import Manifest
+from nestpatch.plain import count, markdown, number, one_line
 
 MARK = "<!-- made by nestpatch: remove this line to keep changes of your own -->"
 
@@ -23,13 +24,13 @@ def model_card(channel: Channel, manifest: Manifest | None, address: str | None 
 
     `manifest`: of the latest version. `address`: the place that readers name; None: the repository of the channel's name.
     """
-    lines = ["---", *_metadata(manifest), "---", MARK, "", f"# {_plain(channel.name)}", ""]
+    lines = ["---", *_metadata(manifest), "---", MARK, "", f"# {markdown(channel.name)}", ""]
     if manifest is not None:
-        base = _plain(manifest.base.model_id) or "a model that its publisher names elsewhere"
-        lines += [_plain(manifest.description), "", f"A safety patch for {base}, as a nestpatch channel.", ""]
+        base = markdown(manifest.base.model_id) or "a model that its publisher names elsewhere"
+        lines += [markdown(manifest.description), "", f"A safety patch for {base}, as a nestpatch channel.", ""]
     lines += [
         "    nestpatch trust add PUBLISHER.pub --name PUBLISHER",
-        f"    nestpatch apply path/to/model {address or SCHEME + channel.name} --in-place",
+        f"    nestpatch apply path/to/model {one_line(address or SCHEME + channel.name)} --in-place",
         "    nestpatch update path/to/model",
         "",
         *(_PLACEHOLDER if address == ELSEWHERE else ()),
@@ -51,9 +52,9 @@ _PLACEHOLDER = (
 def _metadata(manifest: Manifest | None) -> list[str]:
     """YAML, in which every JSON string is a string."""
     tags = dict.fromkeys(["nestpatch", "safety-patch", *(manifest.tags if manifest else ())])
-    lines = ["library_name: nestpatch", f"tags: {json.dumps(list(tags), ensure_ascii=False)}"]
+    lines = ["library_name: nestpatch", f"tags: {json.dumps(list(map(one_line, tags)), ensure_ascii=False)}"]
     if manifest and manifest.license:
-        lines.append(f"license: {json.dumps(manifest.license.lower())}")
+        lines.append(f"license: {json.dumps(one_line(manifest.license.lower()), ensure_ascii=False)}")
     if manifest and parse_reference(manifest.base.model_id) is not None:
         lines += [f"base_model: {json.dumps(manifest.base.model_id)}", "base_model_relation: adapter"]
     return lines
@@ -63,7 +64,7 @@ def _versions(channel: Channel) -> list[str]:
     best, rows = latest(channel), []
     for patch in reversed(channel.patches):
         status = "latest" if patch is best else patch.status.value
-        rows.append(f"| {patch.version} | {status} | {_plain(patch.reason)} | `{patch.file.sha256}` |")
+        rows.append(f"| {one_line(patch.version)} | {status} | {markdown(patch.reason)} | `{patch.file.sha256}` |")
     return ["## Versions", "", "| version | status | reason | sha256 |", "|---|---|---|---|", *rows, ""]
 
 
@@ -72,18 +73,13 @@ def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
     if not isinstance(before, dict) or not isinstance(after, dict):
         return []
     names = [name for name in after if _share(before.get(name)) and _share(after[name])]
-    rows = [f"| {_plain(name.replace('_', ' '))} | {_share(before[name])} | {_share(after[name])} |" for name in names]
+    rows = [f"| {markdown(name.replace('_', ' '))} | {_share(before[name])} | {_share(after[name])} |" for name in names]
     return ["## Evaluation", "", "| | before | after |", "|---|---|---|", *rows, ""] if rows else []
 
 
 def _share(value: Any) -> str:
     """A share as a pack holds it, for a table; empty for anything else."""
-    try:
-        return f"{value['value']:.1%} ({value['count']} of {value['total']})"
-    except (KeyError, TypeError, ValueError):
+    if not isinstance(value, Mapping):
         return ""
-
-
-def _plain(text: str) -> str:
-    """Foreign text on one line, without what Markdown or HTML would make more of."""
-    return "".join(f"\\{c}" if c in "|<>[]`*#\\" else c if c.isprintable() else " " for c in text)
+    parts = number(value.get("value"), ".1%"), count(value.get("count")), count(value.get("total"))
+    return "" if "?" in parts else f"{parts[0]} ({parts[1]} of {parts[2]})"

@@ -16,7 +16,7 @@ import numpy as np
 
 from nestpatch.errors import CheckpointFormatError, InPlaceError
 from nestpatch.formats.interface import IntArray, TensorInfo
-from nestpatch.formats.safetensors import INDEX, SINGLE, Headers, header_length, parse_header, parse_index, row_dtype
+from nestpatch.formats.safetensors import INDEX, MAX_INDEX, SINGLE, Headers, header_length, parse_header, parse_index, row_dtype
 from nestpatch.hub.client import Snapshot
 from nestpatch.hub.ranges import Meter, RemoteFile
 from nestpatch.rows import Rows
@@ -33,8 +33,6 @@ KEPT = 256 << 20
 """Bytes of rows kept in memory: a patch looks at its rows twice, to tell the base and to make the result."""
 FIRST = 100 << 10
 """Bytes asked for to get a header. Nearly all headers are shorter, and then one request does."""
-MAX_INDEX = 64 << 20
-"""Bytes of an index at most."""
 
 
 @dataclass(frozen=True)

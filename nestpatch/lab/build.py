@@ -52,14 +52,20 @@ def lab_key(seed: int, config: LabConfig) -> str:
 
 
 def cache_folder() -> Path:
-    """Where labs are kept between runs: $NESTPATCH_CACHE, or the platform's cache folder."""
+    """Where labs are kept between runs: $NESTPATCH_CACHE, or the platform's cache folder.
+
+    Raises OutputError where nothing says which folder that is.
+    """
     if chosen := os.environ.get("NESTPATCH_CACHE"):
         return Path(chosen)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "nestpatch" / "cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "nestpatch"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nestpatch"
+    try:
+        if sys.platform == "win32":
+            return Path(os.environ.get("LOCALAPPDATA") or Path.home()) / "nestpatch" / "cache"
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Caches" / "nestpatch"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nestpatch"
+    except RuntimeError as error:
+        raise OutputError(f"the cache folder is not known: {error}", advice="Set NESTPATCH_CACHE to a folder.") from error
 
 
 def cached_lab(seed: int, config: LabConfig | None = None, on_event: OnEvent = ignore) -> Lab:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,9 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from nestpatch.errors import MissingExtraError, PromptDataError
+from nestpatch.files import open_regular, read_bounded, read_text
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "goal", "text")
-_SLICE = re.compile(r"(.+)\[(-?\d*):(-?\d*)\]")
+_SLICE = re.compile(r"(.+)\[(-?\d{0,18}):(-?\d{0,18})\]", re.ASCII)
+MAX_FILE = 256 << 20
+"""Bytes of a prompt file: some million prompts."""
+MAX_TABLE = 1 << 30
+"""Bytes of what a Parquet file holds, unpacked."""
 ANSWER_COLUMNS = ("reference", "answer", "response", "output", "target")
 
 
@@ -59,13 +66,14 @@ def load_prompts(source: str | Path) -> PromptSet:
     path = Path(place)
     readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _txt}
     if path.suffix in readers:
-        if not path.is_file():
-            raise PromptDataError(f"there is no prompt file {path}")
         try:
             rows: list[Any] = list(readers[path.suffix](path))
-        except (OSError, ValueError, csv.Error) as error:
-            raise PromptDataError(f"cannot read {path}: {error}") from error
-    elif path.exists():
+        except FileNotFoundError as error:
+            raise PromptDataError(f"there is no prompt file {path}") from error
+        except (OSError, ValueError, RecursionError, csv.Error) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise PromptDataError(f"cannot read {path}: {reason}") from error
+    elif os.path.exists(path):  # noqa: PTH110 - answers no where Path.exists raises
         raise PromptDataError(f"{path} is not a prompt file: its name ends in none of {', '.join(readers)}")
     else:
         rows = list(_hub(place))
@@ -81,7 +89,7 @@ def _slice(start: str, stop: str) -> slice:
 
 
 def _txt(path: Path) -> Iterator[Any]:
-    yield from (line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    yield from (line for line in read_text(path, MAX_FILE).splitlines() if line.strip())
 
 
 def join_sets(sets: Sequence[PromptSet]) -> PromptSet:
@@ -101,16 +109,16 @@ def sample_set(prompts: PromptSet, limit: int, seed: int) -> PromptSet:
 
 
 def _jsonl(path: Path) -> Iterator[Any]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path, MAX_FILE).splitlines(), start=1):
         if line.strip():
             try:
                 yield json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise PromptDataError(f"{path}, line {number}: {error}") from None
 
 
 def _json(path: Path) -> Iterator[Any]:
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = json.loads(read_text(path, MAX_FILE))
     if isinstance(data, dict):
         # Some public sets are one object of parallel lists.
         lists = {name: value for name, value in data.items() if isinstance(value, list)}
@@ -122,8 +130,8 @@ def _json(path: Path) -> Iterator[Any]:
 
 
 def _csv(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8", newline="") as file:
-        yield from csv.DictReader(file, strict=True)
+    text = read_bounded(path, MAX_FILE).decode("utf-8")
+    yield from csv.DictReader(io.StringIO(text, newline=""), strict=True)
 
 
 def _parquet(path: Path) -> Iterator[Any]:
@@ -131,7 +139,12 @@ def _parquet(path: Path) -> Iterator[Any]:
         from pyarrow import parquet
     except ImportError as error:
         raise MissingExtraError("train", "reading Parquet") from error
-    yield from parquet.read_table(path).to_pylist()
+    with open_regular(path) as file:
+        table = parquet.ParquetFile(file)
+        groups = (table.metadata.row_group(number) for number in range(table.metadata.num_row_groups))
+        if (size := sum(group.total_byte_size for group in groups)) > MAX_TABLE:
+            raise PromptDataError(f"{path} unpacks to {size} bytes; {MAX_TABLE} are allowed")
+        yield from table.read().to_pylist()
 
 
 def _hub(source: str) -> Iterable[Any]:
@@ -144,6 +157,10 @@ def _hub(source: str) -> Iterable[Any]:
         return list(datasets.load_dataset(name, split=split or "train"))
     except Exception as error:  # `datasets` raises network, parsing and script errors of many kinds
         raise PromptDataError(f"there is no prompt file {source}, and the Hub gave no data set: {error}") from error
+
+
+def _is_text(value: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _prompt(row: Any, source: str | Path, number: int) -> Prompt:
@@ -159,6 +176,8 @@ def _prompt(row: Any, source: str | Path, number: int) -> Prompt:
     text = row[column]
     if not isinstance(text, str) or not text.strip():
         raise PromptDataError(f"{source}, row {number}: {column} is {'empty' if text in ('', None) else repr(text)[:60]}")
+    if any(isinstance(value, str) and not _is_text(value) for value in row.values()):
+        raise PromptDataError(f"{source}, row {number}: half a surrogate pair (\\ud800 to \\udfff), which is no character")
     extra = row.get("input")
     if isinstance(extra, str) and extra.strip():  # Alpaca keeps the material of a task in a column of its own
         text = f"{text}\n\n{extra}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
+from nestpatch.files import MAX_JSON, open_regular
 from nestpatch.formats.safetensors import SINGLE
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 FETCHED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 """What of a Hub repository is needed: no weights of other formats."""
+READ_WHOLE = (".json", ".model", ".jinja", ".txt")
+"""Endings of the files that transformers reads into memory."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,16 @@ def _link(file: Path, target: Path) -> None:
         shutil.copyfile(file, target)
 
 
+def require_bounded(folder: Path) -> None:
+    """Raises CheckpointFormatError for files beside the weights that are none, or too long: transformers reads them whole."""
+    for file in sorted(folder.iterdir()):
+        if file.suffix in READ_WHOLE and os.path.lexists(file.resolve()):
+            with open_regular(file, error=CheckpointFormatError) as opened:
+                size = os.fstat(opened.fileno()).st_size
+            if size > MAX_JSON:
+                raise CheckpointFormatError(f"{file} has {size} bytes; {MAX_JSON} are allowed")
+
+
 def load_model(source: Path, device: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model directory or a weight file beside its config, frozen and in evaluation mode.
 
@@ -185,12 +199,13 @@ def load_model(source: Path, device: str, dtype: str) -> tuple[PreTrainedModel, 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with model_directory(source) as folder:
+        require_bounded(folder)
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder))
             model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=getattr(torch, dtype))
         except Exception as error:  # transformers raises whatever the file provokes: struct, json, OS, key and value errors
             raise CheckpointFormatError(
-                f"transformers cannot load {source}: {error}",
+                f"transformers cannot load {source}: {' '.join(str(error).split())}",
                 advice="A model directory needs config.json, the weights and the tokenizer.",
             ) from error
     tokenizer.padding_side = "left"

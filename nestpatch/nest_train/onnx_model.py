@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from nestpatch.errors import CheckpointError, CheckpointFormatError, DataError, MissingExtraError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.formats.lora_onnx import onnx_file
+from nestpatch.files import MAX_JSON, read_bounded, read_text
+from nestpatch.formats.lora_onnx import MAX_GRAPH, onnx_file
 from nestpatch.rows import FloatArray
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
@@ -128,7 +129,7 @@ class OnnxModel:
 
         if "position_ids" not in self._inputs:
             return False
-        graph = onnx.load(os.fspath(self.path), load_external_data=False).graph
+        graph = onnx.load_from_string(read_bounded(self.path, MAX_GRAPH, error=CheckpointFormatError)).graph
         return all(node.op_type != "GroupQueryAttention" for node in graph.node)
 
     def step(self, ids: IntArray, mask: IntArray, past: Cache | None = None) -> tuple[npt.NDArray[Any], Cache]:
@@ -236,10 +237,10 @@ class OnnxModel:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty where there is no file. Raises CheckpointFormatError for a broken one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path, MAX_JSON, error=CheckpointFormatError))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointFormatError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointFormatError(f"{path} holds no object")

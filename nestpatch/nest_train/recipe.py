@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from nestpatch.errors import RecipeError
+from nestpatch.files import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,6 +31,10 @@ def _knob(
 ) -> Any:
     metadata = {"unit": unit, "source": source, "low": low, "high": high, "choices": choices}
     return field(default=default, metadata=metadata)
+
+
+MAX_FILE = 1 << 20
+"""Bytes of a recipe."""
 
 
 @dataclass(frozen=True)
@@ -128,12 +133,12 @@ def make_recipe(file: Path | None = None, assignments: Sequence[str] = (), defau
     known = get_type_hints(Recipe)
     if file is not None:
         try:
-            loaded = tomllib.loads(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise RecipeError(f"cannot read the recipe {file}: {error}") from error
-        for name, value in loaded.items():
             # TOML tells 1 from 1.0; a person who writes `clip = 1` means the number.
-            values[name] = float(value) if known.get(name) is float and type(value) is int else value
+            for name, value in tomllib.loads(read_text(file, MAX_FILE)).items():
+                values[name] = float(value) if known.get(name) is float and type(value) is int else value
+        except (OSError, ValueError, OverflowError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise RecipeError(f"cannot read the recipe {file}: {reason}") from error
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:

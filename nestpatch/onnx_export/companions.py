@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nestpatch.errors import CheckpointFormatError
+from nestpatch.files import MAX_JSON, read_text
+from nestpatch.formats.export.model_config import read_json
 from nestpatch.onnx_export.graph import CacheShape
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ def _repeat_template(folder: Path) -> None:
         return
     config = _read_json(path)
     if not config.get("chat_template"):
-        _write_json(path, {**config, "chat_template": template.read_text(encoding="utf-8")})
+        _write_json(path, {**config, "chat_template": read_text(template, MAX_JSON, error=CheckpointFormatError)})
 
 
 def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -115,10 +117,9 @@ def _genai_config(model: PreTrainedModel, shapes: Sequence[CacheShape], pad: int
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointFormatError(f"cannot read {path}: {error}") from error
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise CheckpointFormatError(f"{path} is missing, or holds no object")
     return value
 
 

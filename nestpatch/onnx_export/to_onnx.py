@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from nestpatch import __version__
 from nestpatch.errors import DataError, MissingExtraError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.formats.atomic import check_place, new_place, sync_folder
+from nestpatch.formats.atomic import check_place, new_place, sync_tree
 from nestpatch.formats.export.scratch import claimed, sweep
 from nestpatch.formats.export.sink import seal
 from nestpatch.formats.interface import Checkpoint
@@ -205,7 +205,7 @@ def _export(wanted: Wanted, source: Source, folder: Path, kind: _Kind, on_event:
         on_event(Event("note", note=note))
     present = [folder / name for name in (GRAPH, DATA) if (folder / name).is_file()]
     files = tuple(OnnxFile(file.name, *seal(file)) for file in present)
-    sync_folder(folder)
+    sync_tree(folder)
     return _Made(files, matrices, traced.architecture, len(traced.sites), tuple(parity), traced.notes)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from nestpatch.errors import BusyError, ChainError, OutputError, UndoError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files import open_regular
-from nestpatch.formats.atomic import check_place, new_place
+from nestpatch.formats.atomic import check_place, new_place, sync_tree
 from nestpatch.formats.copying import copy_file
 from nestpatch.formats.export.scratch import claimed, is_free
 from nestpatch.formats.interface import Checkpoint
@@ -190,6 +190,8 @@ def _write_copy(
         # Nobody's files yet: no journal.
         ledger = replace(change, place=own, checkpoint=copy, journaled=False, final=final).run(ledger, work.steps)
         files = tuple(_seal(file, sibling, target, on_event, digest=how.digest, sync=how.sync) for file in copy.files)
+        if how.sync:
+            sync_tree(sibling if sibling.is_dir() else own.folder)
         if _fingerprint(checkpoint, change.place) != before:
             raise BusyError(f"{checkpoint.path} was changed while it was copied")
     return ledger, files

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nestpatch.events import OnEvent, ignore
-from nestpatch.formats.atomic import check_place, new_place
+from nestpatch.formats.atomic import check_place, new_place, sync_tree
 from nestpatch.formats.copying import copy_file
 from nestpatch.formats.export.converter import convert_gguf, require_converter
 from nestpatch.formats.export.gguf_types import AUTO, file_type
@@ -121,6 +121,8 @@ def export_safetensors(
         if not dry_run:
             with new_place(target) as sibling:
                 written = _write_all(source, wanted, sibling, on_event)
+                if sibling.is_dir():
+                    sync_tree(sibling)
                 require_unchanged(wanted, before)
     sizes, digests = written
     names = checkpoint.tensors()

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from nestpatch import __version__
 from nestpatch.errors import DataError, ExtractionError, OutputError, PackContentError
 from nestpatch.events import Event, OnEvent, ignore
+from nestpatch.files import MAX_JSON, read_text
 from nestpatch.formats import nest
 from nestpatch.formats.interface import Checkpoint, IntArray, row_blocks
 from nestpatch.label import Label, now
@@ -331,7 +332,8 @@ def _model_name(path: Path) -> str:
 
 def _architecture(path: Path) -> str:
     try:
-        config = json.loads(((path if path.is_dir() else path.parent) / "config.json").read_text(encoding="utf-8"))
+        file = (path if path.is_dir() else path.parent) / "config.json"
+        config = json.loads(read_text(file, MAX_JSON))
         return str(config["architectures"][0])
     except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError):
         return ""

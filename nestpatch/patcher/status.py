@@ -9,12 +9,11 @@ from typing import Any
 
 from nestpatch.errors import StateError
 from nestpatch.formats.provenance import read_patches
-from nestpatch.gate import policy_of
 from nestpatch.patcher.held import Difference, Found, Holds, look
 from nestpatch.patcher.kept import load_packs, proven_signers
 from nestpatch.patcher.ledger import Entry, Ledger, read_ledger
 from nestpatch.patcher.recovery import open_model
-from nestpatch.signing.trust import Policy
+from nestpatch.signing.trust import Policy, load_for_looking
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def status(model: str | Path, policy: Policy | None = None) -> Status:
     Raises CheckpointError, InterruptedChangeError, BusyError; LedgerError when the ledger is broken.
     """
     checkpoint, place = open_model(model)
-    ledger, rules = read_ledger(place), policy_of(policy)
+    ledger, rules = read_ledger(place), load_for_looking() if policy is None else policy
     found: list[Found] = []
     problem = ""
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nestpatch.errors import KeyFileError, OutputError
+from nestpatch.files import read_bounded
 from nestpatch.formats.atomic import write_bytes
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ def keygen(path: Path, password: bytes | None) -> KeyPair:
 
     Raises OutputError when one of them exists or cannot be written; then neither is left behind.
     """
+    if path.name in {"", ".."}:
+        raise OutputError(f"{path} is a folder", advice="Give a name for the key files: nestpatch keygen NAME")
     private, public = path.with_name(f"{path.name}.key"), path.with_name(f"{path.name}.pub")
     key = generate()
     write_bytes(private, key.pem(password), mode=0o600)
@@ -163,7 +166,6 @@ def _public(key: EllipticCurvePublicKey) -> PublicKey:
 
 def _read(path: Path) -> bytes:
     try:
-        with open(path, "rb") as file:
-            return file.read(MAX_KEY_FILE)
+        return read_bounded(path, MAX_KEY_FILE)
     except OSError as error:
-        raise KeyFileError(f"cannot read {path}: {error.strerror}", advice="Check the path.") from error
+        raise KeyFileError(f"cannot read {path}: {error.strerror or error}", advice="Check the path.") from error

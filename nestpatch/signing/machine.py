@@ -16,7 +16,7 @@ from pathlib import Path
 from nestpatch.errors import NestpatchError, TrustError
 from nestpatch.files import alone, open_regular
 from nestpatch.formats.atomic import write_bytes
-from nestpatch.signing.store import trust_file
+from nestpatch.signing.store import require_home, trust_file
 
 KEY_FILE = "machine.key"
 KEY_BYTES = 32
@@ -45,8 +45,9 @@ def _seal(key: bytes, kind: str, folder: Path, digest: bytes) -> str:
 
 def _key(*, create: bool) -> bytes | None:
     try:
+        require_home()
         file = trust_file().with_name(KEY_FILE)
-    except TrustError:  # this user has no home
+    except TrustError:  # this user has no home, or names one that is not there
         return None
     try:
         found = _read(file)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import stat
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 from nestpatch.errors import TrustError
+from nestpatch.files import alone, open_regular, read_open
 from nestpatch.signing.dsse import MAX_BYTES
 
 HOME = "NESTPATCH_HOME"
@@ -52,6 +55,15 @@ def _absolute(folder: str) -> Path:
     return Path(os.path.abspath(folder))
 
 
+def has_home() -> bool:
+    """Whether this user has a folder for files of their own, made or not."""
+    try:
+        trust_file()
+    except TrustError:
+        return False
+    return True
+
+
 def require_home() -> None:
     """Raises TrustError when NESTPATCH_HOME names no folder: a mistyped path is not a user who trusts nobody."""
     if os.environ.get(HOME) and not trust_file().parent.is_dir():
@@ -90,29 +102,16 @@ def read_file(file: Path, *, owned: bool = False) -> bytes | None:
     Raises TrustError: a broken link, a directory, a pipe, a file that cannot be read.
     """
     try:
-        # Without O_NONBLOCK a pipe in place of the file would be waited for.
-        handle = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with open_regular(file) as opened:
+            if owned:
+                _require_owned(os.fstat(opened.fileno()), file)
+            return read_open(opened, MAX_BYTES, file)
     except FileNotFoundError:
         _require_absent(file)
         return None
     except OSError as error:
-        raise _unreadable(file, error.strerror or str(error)) from error
-    try:
-        state = os.fstat(handle)
-        if not stat.S_ISREG(state.st_mode):
-            raise _unreadable(file, "it is not a regular file")
-        if owned:
-            _require_owned(state, file)
-        with open(handle, "rb", closefd=False) as opened:
-            return opened.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise _unreadable(file, error.strerror or str(error)) from error
-    finally:
-        os.close(handle)
-
-
-def _unreadable(file: Path, why: str) -> TrustError:
-    return TrustError(f"cannot read {file}: {why}", advice="Check what is at that path, and its permissions.")
+        advice = "Check what is at that path, and its permissions."
+        raise TrustError(f"cannot read {file}: {error.strerror or error}", advice=advice) from error
 
 
 def _require_absent(file: Path) -> None:
@@ -136,3 +135,20 @@ def _require_owned(state: os.stat_result, place: Path) -> None:
             f"found {found}",
             advice=f"As the administrator: chown root {place} && chmod go-w {place}",
         )
+
+
+@contextmanager
+def changing(file: Path, *, create: bool = False) -> Iterator[None]:
+    """Keeps other processes from changing one of the user's files. What is changed has to be read inside the block.
+
+    `create`: a missing NESTPATCH_HOME is made. Raises TrustError when the file's folder cannot be made, or cannot be locked.
+    """
+    if not create:
+        require_home()
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        advice = f"Set {HOME} to a folder of your own."
+        raise TrustError(f"cannot make {file.parent}: {error.strerror or error}", advice=advice) from error
+    with alone(file.with_suffix(".lock"), TrustError):
+        yield

@@ -258,6 +258,11 @@ def load_policy(path: Path | None = None) -> Policy:
     return combined(load_system(), own, str(store.SYSTEM_FILE))
 
 
+def load_for_looking() -> Policy:
+    """The policy for commands that use no pack: of a user without a home, who can have no list, the administrator's alone."""
+    return load_policy() if store.has_home() else combined(load_system(), Policy(), str(store.SYSTEM_FILE))
+
+
 def load_own(*, create: bool = False) -> Policy:
     """The user's own policy alone: what `trust add` changes. `create`: its folder may be missing. Raises TrustError."""
     data = store.read_user(create=create)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from nestpatch.errors import OutputError, PackError, SignatureFormatError, UnsignedError, UntrustedError
+from nestpatch.files import read_bounded
 from nestpatch.formats import nest
 from nestpatch.formats.atomic import write_bytes
 from nestpatch.pack import Pack
@@ -220,10 +221,11 @@ def signature_files(path: Path) -> list[Path]:
 
 def _read_signature(path: Path) -> bytes:
     try:
-        with open(path, "rb") as file:
-            return file.read(MAX_BYTES + 1)
+        return read_bounded(path, MAX_BYTES)
     except OSError as error:
-        raise SignatureFormatError(f"cannot read {path}: {error.strerror}", advice="Check the file's permissions.") from error
+        raise SignatureFormatError(
+            f"cannot read {path}: {error.strerror or error}", advice="Check the file's permissions."
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class Killer:
         one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.victim"],
-            env={**os.environ, **one_thread, "LD_PRELOAD": str(shim), "PYTHONPATH": paths},
+            env={**os.environ, **one_thread, "NESTPATCH_TRACEBACK": "1", "LD_PRELOAD": str(shim), "PYTHONPATH": paths},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -64,6 +64,41 @@ def test_the_commit_is_durable_before_the_journal_goes(killer: Killer, case_of: 
     assert operation == "apply" or synced_between(calls, ".nestpatch", removal, len(calls) + 1)
 
 
+COPIES = {
+    "export": ["export", "{model}", "{pack}", "--to", "safetensors", "-o", "{out}"],
+    "apply": ["apply", "{model}", "{pack}", "-o", "{out}"],
+}
+
+
+@pytest.mark.parametrize("layout", ["bf16-sharded", "f32-single", "f16-named"])
+@pytest.mark.parametrize("what", COPIES)
+def test_a_new_model_is_durable_before_it_has_its_name(
+    killer: Killer, case_of: CaseOf, folder: Path, what: str, layout: str
+) -> None:
+    """Every file of it, companions and what is kept for a revert included, and every folder that they are in."""
+    case = case_of("apply", layout)
+    model, name = case.model(case.fresh(folder)), "out" if not case.inside else "out.safetensors"
+    watched = folder.with_name("watched")
+    watched.mkdir()
+    words = {"{model}": str(model), "{pack}": str(case.pack), "{out}": str(watched / name)}
+    calls = killer.calls([words.get(word, word) for word in COPIES[what]], watched, folder.with_name("calls"))
+    commit = number_of(calls, "rename", name)
+    made = {call.path for call in calls[: commit - 1] if call.kind in ("create", "write") and call.path.startswith(".out")}
+    assert case.inside or len([path for path in made if path.endswith("config.json")]) == 1
+    for path in made:
+        # Files that are renamed inside are synced under their temporary names.
+        assert synced_between(calls, path, last_change(calls, path), commit), f"{path} is not on disk"
+    for inner in {str(Path(path).parent) for path in made} - {"."}:
+        assert synced_between(calls, inner, last_name(calls, inner, commit), commit), f"the names in {inner} are not on disk"
+    assert synced_between(calls, "", commit, len(calls) + 1)
+
+
+def last_name(calls: list[Call], folder: str, before: int) -> int:
+    """The number of the last call before another that changed which names are in a folder."""
+    kinds = ("create", "rename", "unlink", "mkdir")
+    return max(n for n, c in enumerate(calls[: before - 1], start=1) if c.kind in kinds and str(Path(c.path).parent) == folder)
+
+
 def test_restored_rows_are_durable_before_the_journal_goes(killer: Killer, case_of: CaseOf, folder: Path) -> None:
     case = case_of("upgrade")
     number = INTERRUPTIONS["all rows"][0](calls_of(killer, case, folder))

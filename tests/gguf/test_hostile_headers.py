@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nestpatch.cli import main
-from nestpatch.errors import CheckpointFormatError
+from nestpatch.errors import CheckpointFormatError, NestpatchError
+from nestpatch.formats import nest
 from nestpatch.formats.gguf_header import read_header
 from nestpatch.formats.opening import open_checkpoint
 from tests.gguf.files import gguf_of, places
-from tests.helpers import PROPERTY, tiny_checkpoint
+from tests.helpers import PROPERTY, tiny_checkpoint, tiny_pack
 
 
 def text(value: str) -> bytes:
@@ -26,6 +28,11 @@ def text(value: str) -> bytes:
 def number(key: str, value: int) -> bytes:
     """A key with an unsigned 32-bit value."""
     return text(key) + struct.pack("<II", 4, value)
+
+
+def value(key: str, kind: int, content: bytes) -> bytes:
+    """A key with a value of any type."""
+    return text(key) + struct.pack("<I", kind) + content
 
 
 def tensor(name: str, shape: tuple[int, ...], code: int, offset: int) -> bytes:
@@ -81,6 +88,33 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: file_bytes(entries=[text("x") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 50]),
         "an array claims",
     ),
+    "more arrays in an array than anybody needs": (
+        lambda: file_bytes(entries=[text("x") + struct.pack("<IIQ", 9, 9, 70_000) + bytes(12 * 70_000)]),
+        "an array claims",
+    ),
+    "a string of an exabyte": (
+        lambda: file_bytes(entries=[text("x") + struct.pack("<IQ", 8, 1 << 60)]),
+        "a string claims 1152921504606846976 bytes",
+    ),
+    "more tensors than anybody needs": (lambda: file_bytes(counts=(70_000, 1), body=2 << 20), "70000 tensors and 1 entries"),
+    "more keys than anybody needs": (lambda: file_bytes(counts=(2, 70_000), body=2 << 20), "2 tensors and 70000 entries"),
+    "parts that are no number": (lambda: file_bytes(entries=[value("split.count", 8, text("abc"))]), "split.count is 'abc'"),
+    "parts that are NaN": (
+        lambda: file_bytes(entries=[value("split.count", 6, struct.pack("<f", math.nan))]),
+        "split.count is 'nan'",
+    ),
+    "parts without end": (
+        lambda: file_bytes(entries=[value("split.count", 12, struct.pack("<d", math.inf))]),
+        "split.count is 'inf'",
+    ),
+    "alignment as text": (
+        lambda: file_bytes(entries=[value("general.alignment", 8, text("32"))]),
+        "general.alignment is '32'",
+    ),
+    "alignment beyond the file": (
+        lambda: file_bytes(entries=[value("general.alignment", 10, struct.pack("<Q", 1 << 62))]),
+        "broken",
+    ),
     "alignment zero": (lambda: file_bytes(entries=[number("general.alignment", 0)]), "general.alignment is 0"),
     "alignment seven": (lambda: file_bytes(entries=[number("general.alignment", 7)]), "general.alignment is 7"),
     "no dimensions": (lambda: file_bytes(tensors=[text("a") + struct.pack("<IIQ", 0, 0, 0)]), "has 0 dimensions"),
@@ -99,6 +133,36 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "truncated": (lambda: file_bytes(body=4000), "truncated inside tensor 'b'"),
     "longer": (lambda: file_bytes(body=8192), "longer than its header says"),
 }
+
+
+LAYERS: dict[str, tuple[bytes, str]] = {
+    "millions": (number("llama.block_count", 5_000_000), "a model of 5000000 layers"),
+    "text": (text("llama.block_count") + struct.pack("<I", 8) + text("abc"), "block_count is 'abc'"),
+    "NaN": (text("llama.block_count") + struct.pack("<If", 6, math.nan), "block_count is 'nan'"),
+    "fewer than none": (text("llama.block_count") + struct.pack("<Ii", 5, -7), "a model of -7 layers"),
+    "true": (text("llama.block_count") + struct.pack("<IB", 7, 1), "block_count is 'True'"),
+}
+
+
+@pytest.mark.parametrize("attack", LAYERS)
+def test_a_number_of_layers_that_no_model_has_is_refused_before_their_names_are_made(attack: str, tmp_path: Path) -> None:
+    layers, says = LAYERS[attack]
+    path = tmp_path / "m.gguf"
+    path.write_bytes(file_bytes(entries=[value("general.architecture", 8, text("llama")), layers]))
+    with pytest.raises(NestpatchError, match=says):
+        open_checkpoint(path).has("model.layers.0.mlp.gate_proj.weight")
+    nest.write(tiny_pack(tiny_checkpoint(tmp_path / "base")), tmp_path / "x.nest")
+    result = CliRunner().invoke(main, ["verify", str(path), str(tmp_path / "x.nest")])
+    assert (result.exit_code, type(result.exception)) == (1, SystemExit), result.exception
+
+
+def test_a_sparse_file_of_terabytes_is_refused_by_its_header(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<I2Q", 3, 0, 1) + text("x") + struct.pack("<IIQ", 9, 8, 1 << 35))
+    with path.open("r+b") as file:
+        file.truncate(1 << 42)
+    with pytest.raises(CheckpointFormatError, match="the header is longer than"):
+        open_checkpoint(path)
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from nestpatch.errors import BadSignatureError, UnsignedError, UntrustedError
 from nestpatch.formats import nest
@@ -149,7 +151,7 @@ def test_a_key_for_one_team_signs_nothing_for_the_base_of_another(tmp_path: Path
 def test_a_wrong_signature_is_named_before_a_broken_pack(patch: Path, people: People) -> None:
     """The pack is only decoded when its signatures are known to be of its bytes."""
     sign_pack(patch, people.acme)
-    patch.write_bytes(b"no pack at all")
+    patch.write_bytes(save({"no": np.zeros(3, np.float32)}))  # a model, whose length its header tells
     for policy in (Policy(), people.policy("acme"), Policy(rules=(Rule("*", 0),))):
         with pytest.raises(BadSignatureError, match="made for other bytes"):
             verify_signature(patch, policy, allow_unsigned=True)

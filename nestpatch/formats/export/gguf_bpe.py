@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
+from nestpatch.files import MAX_JSON, read_text
 from nestpatch.formats.export.model_config import read_json
 from nestpatch.formats.export.tokenizer_files import TokenizerFiles
 
@@ -107,7 +108,7 @@ def vocabulary(files: TokenizerFiles) -> tuple[Mapping[str, int], list[str]]:
         if files.tokenizer is not None:
             model = files.tokenizer["model"]
             return model["vocab"], [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-        lines = (files.folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        lines = read_text(files.folder / "merges.txt", MAX_JSON).split("\n")
         merges = [line.rstrip("\r") for number, line in enumerate(lines) if line and not (number == 0 and line.startswith("#"))]
         return read_json(files.folder / "vocab.json"), merges
     except (KeyError, TypeError, AttributeError, OSError, UnicodeDecodeError) as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
+from nestpatch.files import MAX_JSON, read_text
 
 _WIDEST_HEAD = 1 << 16
 _REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings")
@@ -90,10 +91,10 @@ class ModelConfig:
 def read_json(path: Path) -> Any:
     """The content of a JSON file, or None when there is none. Raises CheckpointFormatError when it is broken."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path, MAX_JSON, error=CheckpointFormatError))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointFormatError(f"cannot read {path}: {error}") from error
 
 

@@ -15,6 +15,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from nestpatch.errors import CheckpointFormatError
+from nestpatch.files import MAX_JSON, read_bounded
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 BPE = 2
@@ -52,7 +53,7 @@ class SentencePieceModel:
 def read_model(path: Path) -> SentencePieceModel:
     """Raises CheckpointFormatError when the file is no sentencepiece model."""
     try:
-        return _model(path.read_bytes())
+        return _model(read_bounded(path, MAX_JSON, error=CheckpointFormatError))
     except (ValueError, LookupError, TypeError, struct.error) as error:
         raise CheckpointFormatError(f"{path} is no sentencepiece model: {error}") from error
 

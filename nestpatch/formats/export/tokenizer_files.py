@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
+from nestpatch.files import MAX_JSON, read_text
 from nestpatch.formats.export.model_config import read_json
 
 ChatTemplate: TypeAlias = str | list[dict[str, str]]
@@ -84,11 +85,15 @@ def chat_template(files: TokenizerFiles) -> ChatTemplate | None:
     if not file.is_file():
         found = files.config.get("chat_template")
         return found if isinstance(found, (str, list)) else None
-    template = file.read_text(encoding="utf-8")
+    template = _template(file)
     if not others:
         return template
-    named = [{"name": other.stem, "template": other.read_text(encoding="utf-8")} for other in others]
+    named = [{"name": other.stem, "template": _template(other)} for other in others]
     return [{"name": "default", "template": template}, *named]
+
+
+def _template(file: Path) -> str:
+    return read_text(file, MAX_JSON, error=CheckpointFormatError)
 
 
 def frame(files: TokenizerFiles) -> tuple[str | None, str | None]:

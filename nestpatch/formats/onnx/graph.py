@@ -5,12 +5,14 @@ https://github.com/onnx/onnx/blob/main/onnx/onnx.proto gives the field numbers.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nestpatch.errors import CheckpointFormatError, NestpatchError
+from nestpatch.files import open_regular
 from nestpatch.formats.onnx.tensors import Initializer, check_overlaps, read_tensor
 from nestpatch.formats.onnx.wire import MAX_TEXT, Field, Wire, require_message
 
@@ -61,11 +63,10 @@ def read_graph(path: Path) -> Graph:
     Raises CheckpointFormatError when it lies about itself or its data, or is no ONNX model.
     """
     try:
-        size = path.stat().st_size
-        with open(path, "rb", buffering=0) as file:
-            return _Reader(path, Wire(file, size)).model()
+        with open_regular(path) as file:
+            return _Reader(path, Wire(file, os.fstat(file.fileno()).st_size)).model()
     except OSError as error:
-        raise CheckpointFormatError(f"cannot read {path}: {error.strerror}") from error
+        raise CheckpointFormatError(f"cannot read {path}: {error.strerror or error}") from error
     except NestpatchError:
         raise
     except (ValueError, MemoryError) as error:

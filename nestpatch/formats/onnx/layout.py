@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from nestpatch.files import open_regular
 from nestpatch.formats.codec import Blocks
 from nestpatch.formats.interface import CHUNK, IntArray, TensorInfo
 from nestpatch.formats.rowio import read_into, read_rows_at, write_all, write_rows_at
@@ -117,7 +118,7 @@ class ColumnLayout:
         """Sorted rows, uint8 [rows, row_bytes]."""
         out = np.empty((len(rows), self.tensor.shape[0]), self._element)
         if len(rows):
-            with open(self.tensor.file, "rb", buffering=0) as file:
+            with open_regular(self.tensor.file) as file:
                 for lines, first, window, _ in self._windows(file, rows):
                     out[:, lines] = window[:, rows - first].T
         return out.view(np.uint8)
@@ -130,7 +131,7 @@ class ColumnLayout:
         if not len(rows):
             return
         elements = np.ascontiguousarray(values).view(self._element)
-        with open(self.tensor.file, "r+b", buffering=0) as file:
+        with open_regular(self.tensor.file, write=True) as file:
             for lines, first, window, offset in self._windows(file, rows):
                 window[:, rows - first] = elements[:, lines].T
                 file.seek(offset)

@@ -1,0 +1,411 @@
+"""Hostile text in every field of everything that is shown: no control character reaches the terminal, no markup works."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import importlib
+import inspect
+import io
+import json
+import math
+import pkgutil
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import nestpatch
+from nestpatch import views, views_adapters, views_diff, views_fleet, views_onnx, views_signing
+from nestpatch.commands.options import print_json, say
+from nestpatch.events import Event
+from nestpatch.formats import nest
+from nestpatch.hub.card import MARK, model_card
+from nestpatch.hub.listing import Channel, File, Patch, Status
+from nestpatch.pack import Pack
+from nestpatch.plain import count, lines, markdown, number, one_line
+from nestpatch.signing import keys
+from tests.helpers import tiny_checkpoint, tiny_pack
+
+HOSTILE = (
+    "\x1b[2J", "\x9b31m", "\x1b]8;;http://evil\x1b\\", "[red]x[/red]", "[/]", "[/bold]", "\u202eevil",
+    "a\nWhat to do: run evil", "\r",
+    "\u200b", "\u2028", "\x00", "\x07", "[link=http://evil", "x]", "\\", "\\\\\\", ":boom:", "\udcff", "\u3164", "[bold",
+)  # fmt: skip
+RAW = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\u3164]")
+MODULES = (views, views_adapters, views_diff, views_fleet, views_onnx, views_signing)
+
+
+def value_of(kind: Any, text: str, depth: int = 0) -> Any:
+    """Some value of a type, with the text wherever there is a text."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return value_of(next(one for one in inner if one is not type(None)), text, depth)
+    if origin is tuple:
+        return tuple(value_of(one, text, depth) for one in inner if one is not Ellipsis)
+    if origin in (list, Sequence):
+        return [value_of(inner[0], text, depth)]
+    if origin in (dict, Mapping):
+        return {value_of(inner[0], text, depth): value_of(inner[1], text, depth)}
+    if kind in SIMPLE:
+        return SIMPLE[kind](text)
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return next(iter(kind))
+    assert dataclasses.is_dataclass(kind), kind
+    return filled(kind, text, depth + 1)  # type: ignore[arg-type]
+
+
+SIMPLE: dict[Any, Callable[[str], Any]] = {
+    str: lambda text: text,
+    Path: Path,
+    bool: lambda _: False,
+    int: lambda _: 3,
+    float: lambda _: 0.5,
+    Any: lambda text: text,
+    object: lambda text: text,
+    bytes: lambda text: text.encode("utf-8", "surrogatepass"),
+    keys.PublicKey: lambda _: keys.generate().public,
+}
+
+
+def filled(cls: type, text: str, depth: int = 0) -> Any:
+    """A value of a dataclass whose checks are passed over: what is shown may come from anywhere."""
+    assert depth < 8
+    made = object.__new__(cls)
+    for name, kind in typing.get_type_hints(cls, localns=names_of(cls)).items():
+        if name in {field.name for field in dataclasses.fields(cls)}:
+            object.__setattr__(made, name, value_of(kind, text, depth))
+    return made
+
+
+def names_of(cls: type) -> dict[str, Any]:
+    """What annotations of a module may name though only type checkers import it."""
+    from nestpatch.nest_train.statistics import Share
+    from nestpatch.onnx_export.parity import Parity
+
+    return {"Share": Share, "Parity": Parity, **vars(importlib.import_module(cls.__module__))}
+
+
+def dataclasses_shown() -> Iterator[tuple[Callable[..., Any], str]]:
+    for module in MODULES:
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if function.__module__ == module.__name__ and re.match(r"show_|.*_table$", name):
+                yield function, name
+
+
+def cases() -> dict[str, Callable[[str], None]]:
+    """Name of each function that draws -> how it is called with a text everywhere."""
+    from nestpatch.demo_formats import FormatResult
+    from nestpatch.hub.follow import Pulled
+    from nestpatch.hub.publish import Published
+    from nestpatch.nest_train.check import Check
+    from nestpatch.nest_train.evaluate import Evaluation
+    from nestpatch.onnx_export.to_onnx import ExportedOnnx
+    from nestpatch.patcher.adapters import Adapter
+    from nestpatch.patcher.apply import Applied
+    from nestpatch.patcher.diff import CheckpointDiff
+    from nestpatch.patcher.export import Exported
+    from nestpatch.patcher.extract import Extracted
+    from nestpatch.patcher.inplace import Changed
+    from nestpatch.patcher.pack_diff import PackDiff
+    from nestpatch.patcher.status import Status
+    from nestpatch.patcher.update import Updated
+    from nestpatch.patcher.verify import Verification
+    from nestpatch.signing.keys import KeyPair
+    from nestpatch.signing.trust import Policy
+    from nestpatch.signing.verify import Signature, Signed, Unproven
+
+    def simple(function: Callable[[Any], None], *classes: type) -> Callable[[str], None]:
+        def draw(text: str) -> None:
+            for cls in classes:
+                function(filled(cls, text))
+
+        return draw
+
+    def claims(text: str) -> list[dict[str, Any]]:
+        return [dict.fromkeys(("name", "version", "pack_id", "strength"), text)]
+
+    def updated(text: str) -> None:
+        for state in ("current", "available", "failed", text):
+            views_fleet.show_updated(Path(text), [dataclasses.replace(filled(Updated, text), state=state)])
+
+    def adapters(text: str) -> None:
+        for kind in ("gguf-lora", "onnx-adapter", text):
+            views_adapters.show_adapter(dataclasses.replace(filled(Adapter, text), format=kind))
+
+    def show_evaluation(text: str) -> None:
+        views.out.print(views.evaluation_table({text: filled(Evaluation, text)}))
+
+    return {
+        "show_error": lambda text: views.show_error(ValueError(text), text),
+        "show_applied": simple(views.show_applied, Applied),
+        "show_exported": simple(views.show_exported, Exported),
+        "show_changed": lambda text: (
+            [views.show_changed(done) for done in (filled(Changed, text), dataclasses.replace(filled(Changed, text), steps=()))]
+            and None
+        ),
+        "show_status": lambda text: views.show_status(dataclasses.replace(filled(Status, text), files_say=claims(text))),
+        "show_verification": lambda text: views.show_verification(text, filled(Verification, text)),
+        "show_pack": lambda text: views.show_pack(filled_pack(text), text, 5),
+        "evaluation_table": show_evaluation,
+        "formats_table": lambda text: views.out.print(views.formats_table([filled(FormatResult, text)])),
+        "stage_table": lambda text: views.out.print(views.stage_table({text: (1.0, text)})),
+        "recipe_table": lambda text: views.out.print(views.recipe_table()),
+        "show_adapter": adapters,
+        "show_check": simple(views_adapters.show_check, Check),
+        "show_diff": simple(views_diff.show_diff, CheckpointDiff, PackDiff, Extracted),
+        "show_published": simple(views_fleet.show_published, Published),
+        "show_pulled": simple(views_fleet.show_pulled, Pulled),
+        "show_updated": updated,
+        "show_failed": simple(views_fleet.show_failed, Updated),
+        "show_exported_onnx": simple(views_onnx.show_exported_onnx, ExportedOnnx),
+        "show_pair": simple(views_signing.show_pair, KeyPair),
+        "show_signature": simple(views_signing.show_signature, Signature),
+        "show_outcome": lambda text: (
+            [views_signing.show_outcome(text, found) for found in (signed(Signed, text), filled_unproven(Unproven, text))]
+            and None
+        ),
+        "show_system_policy": lambda text: views_signing.show_system_policy(filled(Policy, text), text),
+        "show_policy": lambda text: views_signing.show_policy(filled(Policy, text), text),
+    }
+
+
+def filled_pack(text: str, **facts: Any) -> Pack:
+    """A pack whose manifest says the text in every field, and in what is free to say anything."""
+    pack = TINY[0]
+    share = {"value": text, "count": text, "total": text}
+    free = {
+        "decisions": {text: text},
+        "layers": [{"layer": text, text: text}, text],
+        "data": {text: {"prompts": text, "name": text, "sha256": text}, "odd": text},
+        "tuning": {text: text},
+    }
+    manifest = filled(type(pack.manifest), text)
+    changes = {"method": free, "evaluation": {"before": {"attack_success": share}, "after": {"attack_success": share}}}
+    for name, value in {**changes, **facts}.items():
+        object.__setattr__(manifest, name, value)
+    object.__setattr__(manifest.base, "tensors", pack.manifest.base.tensors)
+    made = object.__new__(Pack)
+    object.__setattr__(made, "manifest", manifest)
+    object.__setattr__(made, "deltas", pack.deltas)
+    return made
+
+
+def signed(cls: type, text: str) -> Any:
+    return cls(filled_pack(text), text, value_of(typing.get_type_hints(cls)["signers"], text), 1)
+
+
+def filled_unproven(cls: type, text: str) -> Any:
+    return cls(filled_pack(text), text, text, 1)
+
+
+TINY: list[Pack] = []
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> None:
+    TINY.append(tiny_pack(tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "model")))
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What reaches a terminal without colours: every escape in it is one of the text."""
+    text = io.StringIO()
+    for console in (views.out, views.err):
+        monkeypatch.setattr(console, "_file", text)
+        monkeypatch.setattr(console, "_color_system", None)
+    return text
+
+
+def test_every_function_that_draws_is_attacked() -> None:
+    drawn = {name for _, name in dataclasses_shown()}
+    assert drawn == set(cases())
+    listed = {name for _, name, _ in pkgutil.iter_modules(nestpatch.__path__) if name.startswith("views")}
+    assert listed == {module.__name__.partition(".")[2] for module in MODULES}, "a new module of views: attack it here"
+
+
+@pytest.mark.parametrize("name", cases())
+def test_no_text_drives_the_terminal_or_is_taken_for_markup(name: str, shown: io.StringIO) -> None:
+    """Every text field at once, each hostile text in turn, and all of them after each other."""
+    for text in (*HOSTILE, "".join(HOSTILE)):
+        shown.truncate(0)
+        shown.seek(0)
+        cases()[name](text)
+        drawn = shown.getvalue()
+        assert not RAW.search(drawn), (text, drawn)
+        assert "http://evil\x1b" not in drawn
+        if "[red]" in text and name != "recipe_table":
+            assert "[red]x[/red]" in drawn, "text was taken for markup"
+        # Nothing begins a line of its own.
+        assert not re.search(r"^What to do: run evil", drawn, re.MULTILINE), drawn
+
+
+def test_a_forgotten_escape_still_lets_no_control_character_through(shown: io.StringIO) -> None:
+    views.out.print("\x1b[2J\x9b1m\u202e", markup=False)
+    assert not RAW.search(shown.getvalue())
+
+
+@pytest.mark.parametrize("first", HOSTILE)
+@pytest.mark.parametrize("second", HOSTILE)
+def test_escaped_texts_are_themselves_also_side_by_side(first: str, second: str, shown: io.StringIO) -> None:
+    """One text may end the tag that the other begins, or swallow a tag of ours with a backslash."""
+    views.out.print(f"[bold]{views.escape(first)}{views.escape(second)}[/bold][dim]{views.escape(first)}[/]")
+    assert shown.getvalue() == one_line(first) + one_line(second) + one_line(first) + "\n"
+
+
+def test_progress_shows_notes_harmlessly(shown: io.StringIO) -> None:
+    with views.progress(quiet=False) as on_event:
+        for text in HOSTILE:
+            on_event(Event("note", note=text))
+            on_event(Event(text, 1, 2, text))
+    assert not RAW.search(shown.getvalue())
+
+
+def test_a_line_of_a_command_is_one_line() -> None:
+    import click
+
+    @click.command()
+    def command() -> None:
+        say("".join(HOSTILE))
+
+    result = CliRunner().invoke(command)
+    assert result.exit_code == 0, result.exception
+    assert not RAW.search(result.stdout)
+    assert result.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize("charset", ["utf-8", "ascii", "latin-1"])
+def test_json_is_one_line_of_json_without_raw_controls(charset: str) -> None:
+    import click
+
+    value = {"a": [*HOSTILE, "Käse", "\U0001f4a5", "\U000e0041"], "b": Path("x"), "nan": [math.nan, -math.inf, 1.5]}
+
+    @click.command()
+    def command() -> None:
+        print_json(value)
+
+    result = CliRunner(charset=charset).invoke(command)
+    assert result.exit_code == 0, result.exception
+    text = result.stdout_bytes.decode(charset)
+    assert text.count("\n") == 1
+    assert not RAW.search(text)
+    read = json.loads(text, parse_constant=pytest.fail)
+    expected = [one_line(text) if "\udcff" in text else text for text in value["a"]]  # type: ignore[attr-defined]
+    assert read == {"a": expected, "b": "x", "nan": [None, None, 1.5]}
+
+
+NUMBERS: list[Any] = ["3", "x" * 50, math.nan, math.inf, -math.inf, 10**400, 1e308, True, None, [], {}, b"x", -(10**5000)]
+
+
+@pytest.mark.parametrize("value", NUMBERS, ids=lambda value: type(value).__name__)
+def test_what_is_no_number_in_a_pack_is_shown_as_a_question_mark(value: Any, shown: io.StringIO) -> None:
+    share = {"value": value, "count": value, "total": value}
+    facts = {"evaluation": {"before": {"attack_success": share}, "after": {"attack_success": share}}}
+    data = {"harmful": {"prompts": value, "name": "x", "sha256": "0"}}
+    for layers in (value, [value], [{"layer": 1, "neurons": 3}]):
+        views.show_pack(
+            filled_pack("x", method={"layers": layers, "data": data, "tuning": value, "decisions": value}, **facts), "x", 1
+        )
+    assert "? of ?" in shown.getvalue()
+    if value != 1e308:
+        assert number(value, ".1%") == "?"
+    assert count(value) == "?"
+
+
+def test_numbers_are_shown_as_they_are() -> None:
+    assert (number(0.525, ".1%"), number(3, "g"), number(np.float64(0.5), ".1%")) == ("52.5%", "3", "50.0%")
+    assert (count(0), count(-5), count(10**14)) == ("0", "-5", "100000000000000")
+
+
+def test_several_lines_stay_several_where_that_is_meant() -> None:
+    assert lines("a\nb\x1b\r") == "a\nb\\x1b\\r"
+
+
+# The model card
+
+
+MARKDOWN = {
+    "<script>alert(1)</script>": r"\<script\>alert(1)\</script\>",
+    "[click](javascript:alert(1))": r"\[click\](javascript:alert(1))",
+    "![x](https://evil/x.png)": r"\!\[x\](https://evil/x.png)",
+    "a | b": r"a \| b",
+    "`code` ```": r"\`code\` \`\`\`",
+    "a\n\n# b\r\n> c": r"a  \# b  \> c",
+    "- item": r"\- item",
+    "  1. item": r"1\. item",
+    "===": r"\===",
+    "1.0.0": "1.0.0",
+    "\x1b[2J\u202e": r"\\x1b\[2J\\u202e",
+    "&lt;b&gt; $x$ ~~y~~ _z_": r"\&lt;b\&gt; \$x\$ \~\~y\~\~ \_z\_",
+    "\\|": r"\\\|",
+    "a\x85b\u2028c": "a b c",
+}
+
+
+@pytest.mark.parametrize("text", MARKDOWN)
+def test_text_in_markdown_is_text(text: str) -> None:
+    assert markdown(text) == MARKDOWN[text]
+
+
+@pytest.mark.parametrize("text", [*MARKDOWN, *HOSTILE, "\U000e0041", '"\n---\nlicense: evil'])
+def test_a_hostile_pack_makes_no_other_card(text: str) -> None:
+    """As many lines as an honest one, its front matter is what it says, and every table keeps its columns."""
+    import yaml
+
+    key = keys.generate().public
+    share = {"value": text, "count": text, "total": text}
+    good = {"value": 0.5, "count": 1, "total": 2}
+    evaluation = {"before": {text: good, "x": share}, "after": {text: good, "x": share}}
+    file = File("patches/1.0.0/x.nest", 1, "0" * 64)
+
+    def card(said: str) -> str:
+        patch = filled(Patch, said)
+        for name, value in {"version": "1.0.0", "status": Status.ACTIVE, "file": file, "reason": said}.items():
+            object.__setattr__(patch, name, value)
+        channel = filled(Channel, "acme/x")
+        for name, value in {"root": key, "patches": (patch,)}.items():
+            object.__setattr__(channel, name, value)
+        pack = filled_pack(said, evaluation=evaluation if said == text else {"before": {"y": good}, "after": {"y": good}})
+        return model_card(channel, pack.manifest)
+
+    made, honest = card(text), card("x")
+    assert not RAW.search(made)
+    assert made.count("\n") == honest.count("\n")
+    head, body = made.removeprefix("---\n").split("\n---\n", 1)
+    facts = yaml.safe_load(head)
+    assert facts["tags"] == ["nestpatch", "safety-patch", one_line(text)]
+    assert facts["license"] == one_line(text.lower())
+    assert set(facts) <= {"library_name", "tags", "license", "base_model", "base_model_relation"}
+    assert "<" not in re.sub(r"\\<", "", body.replace(MARK, ""))
+    for line in body.splitlines():
+        if line.startswith("|"):
+            assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) in (4, 5), line
+
+
+def test_show_in_full_with_a_hostile_pack_file(tmp_path: Path) -> None:
+    """The same through the command, from a file: what the format lets through is shown harmlessly."""
+    from nestpatch.cli import main
+
+    text = "".join(HOSTILE).replace("\udcff", "")
+    pack = dataclasses.replace(
+        TINY[0],
+        manifest=dataclasses.replace(
+            TINY[0].manifest,
+            description=text,
+            license=text,
+            tags=(text,),
+            method={"decisions": {text: text}, "layers": 7, "tuning": {text: [text]}},
+            evaluation={"before": {"attack_success": {"value": "x"}}, "after": {"attack_success": {"value": 10**400}}},
+        ),
+    )
+    nest.write(pack, tmp_path / "x.nest")
+    for options in ((), ("--json",)):
+        result = CliRunner().invoke(main, ["show", str(tmp_path / "x.nest"), *options])
+        assert result.exit_code == 0, result.exception
+        assert not RAW.search(result.stdout)
