@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -83,6 +82,8 @@ def _remove(path: Path) -> None:
     # A name that was too long to be made is too long to be looked at.
     with suppress(OSError):
         if path.is_dir() and not path.is_symlink():
+            import shutil  # which loads compressors: 6 ms that few writes need
+
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink()

@@ -8,7 +8,7 @@ the very same rows, and when the base is by its digest the one that the pack nam
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from hashlib import sha256
@@ -185,9 +185,10 @@ def _all_before(checkpoint: Checkpoint, stack: Sequence[Layer]) -> bool:
 def _compare(checkpoint: Checkpoint, layer: Layer, above: IntArray) -> Found:
     entry, delta = layer.entry, layer.delta
     expected = entry.tensors[delta.name]
-    digest, sums = _digest_rows(checkpoint, delta)
+    digest = _digest_rows(checkpoint, delta)
     if digest == expected.after:
         return Found(entry, delta.name, Holds.PACK)
+    sums = np.concatenate([checksums(rows) for rows in _touched(checkpoint, delta)])
     visible = ~np.isin(delta.rows, above)
     before, after = layer.record.checksums(delta.name)
     wrong = visible & (sums != after)
@@ -208,13 +209,18 @@ def _difference(layer: Layer, wrong: npt.NDArray[np.bool_], old: int, digest: st
     return Difference(delta.name, rows, count, f"{where}: {held}; rows sha256 {digest[:12]}.. instead of {expected[:12]}..")
 
 
-def _digest_rows(checkpoint: Checkpoint, delta: TensorDelta) -> tuple[str, npt.NDArray[np.uint64]]:
-    info, state, sums = checkpoint.info(delta.name), sha256(), []
-    for part in row_blocks(delta.neurons, info.row_bytes, info.stretch):
-        rows = checkpoint.read_rows(delta.name, delta.rows[part].astype(np.int64))
+def _digest_rows(checkpoint: Checkpoint, delta: TensorDelta) -> str:
+    state = sha256()
+    for rows in _touched(checkpoint, delta):
         state.update(rows.view(np.uint8).data)
-        sums.append(checksums(rows))
-    return state.hexdigest(), np.concatenate(sums)
+    return state.hexdigest()
+
+
+def _touched(checkpoint: Checkpoint, delta: TensorDelta) -> Iterator[Rows]:
+    """The touched rows as they are stored, block by block."""
+    info = checkpoint.info(delta.name)
+    for part in row_blocks(delta.neurons, info.row_bytes, info.stretch):
+        yield checkpoint.read_rows(delta.name, delta.rows[part].astype(np.int64))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from nestpatch.formats.interface import Checkpoint
 from nestpatch.pack import Pack
 from nestpatch.patcher.chain import Do, Link, Step
 from nestpatch.patcher.changes import Changer
-from nestpatch.patcher.detach import detach
 from nestpatch.patcher.journal import (
     Region,
     files_of,
@@ -123,6 +122,8 @@ class Transaction:
             # The common case: a wrong base.
             self.check(steps[0].link)
         if self.detach:
+            from nestpatch.patcher.detach import detach
+
             self.checkpoint = detach(self.checkpoint)
             require_writable(self.checkpoint, names)
 
