@@ -108,6 +108,8 @@ class Ledger:
     """The channels that updates come from."""
     offered: tuple[str, ...] = ()
     """Channels of a ledger that came along with the model: nobody here has agreed to them."""
+    sealed: bool = field(default=False, compare=False)
+    """Whether this machine's seal is on the file that it was read from."""
 
     def as_json(self) -> dict[str, Any]:
         """The file's content, without its seal."""
@@ -174,7 +176,7 @@ def _ledger(value: Any, place: Place) -> Ledger:
         tuple(_text(channel, name) for channel in _list(value.get(name, []), name)) for name in ("follows", "offered")
     )
     if is_ours("ledger", place.folder, _digest(value), found):
-        return Ledger(transaction, applied, history, follows, offered)
+        return Ledger(transaction, applied, history, follows, offered, sealed=True)
     foreign = tuple(replace(entry, foreign=True) for entry in applied)
     return Ledger(transaction, foreign, history, (), tuple(dict.fromkeys((*follows, *offered))))
 

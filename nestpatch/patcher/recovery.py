@@ -42,7 +42,7 @@ from nestpatch.patcher.journal import (
     roll_back,
 )
 from nestpatch.patcher.kept import judge_kept
-from nestpatch.patcher.ledger import read_ledger
+from nestpatch.patcher.ledger import Ledger, read_ledger
 from nestpatch.patcher.place import PACK_ID, Place, locked, place_of, require_idle
 from nestpatch.signing.trust import Policy, load_policy
 from nestpatch.signing.verify import Signed
@@ -122,7 +122,7 @@ def _recover(
         if journal is None:
             remove_journal(place.journal)
             return Recovery("nothing was changed")
-        if journal.transaction == read_ledger(place).transaction:
+        if _is_committed(journal, read_ledger(place)):
             return _finish(place, journal)
         check_fit(journal, checkpoint)
     except JournalError:
@@ -142,6 +142,14 @@ def _recover(
     remove_journal(place.journal)
     sweep(place, checkpoint)
     return Recovery("rolled back", proof or "the user asked for it")
+
+
+def _is_committed(journal: Journal, ledger: Ledger) -> bool:
+    """Whether the ledger names the journal's change: of a journal that was written here, the ledger has to be from here too.
+
+    A journal that came along with a ledger that names it is dropped, which writes no row.
+    """
+    return journal.transaction == ledger.transaction and (ledger.sealed or not journal.ours)
 
 
 def _finish(place: Place, journal: Journal) -> Recovery:

@@ -15,6 +15,8 @@ from nestpatch.errors import ForeignJournalError, InPlaceError, JournalError, St
 from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.patcher.inplace import apply_in_place
+from nestpatch.patcher.journal import read_journal
+from nestpatch.patcher.ledger import Ledger, write_ledger
 from nestpatch.patcher.recovery import Foreign, recover_model
 from nestpatch.rows import merge
 from nestpatch.signing.verify import sign_pack
@@ -259,6 +261,22 @@ def test_a_row_that_is_nearly_the_publishers_is_not(plain: Scene) -> None:
     plant(plain, forged(genuine(plain, {GATE: numbers}), change, content=content_of(numbers, [half.tobytes()])))
     with pytest.raises(ForeignJournalError):
         recover_model(plain.model)
+
+
+def test_a_forged_ledger_does_not_turn_an_interrupted_change_into_a_finished_one(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It names the transaction of the journal, which would then be dropped, and half a change would stay."""
+    before = scene.weights()
+    interrupted_apply(scene, scene.write(scene.pack()), monkeypatch)
+    journal = read_journal(scene.place)
+    assert journal is not None
+    (tmp_path / "mallory").mkdir()
+    with monkeypatch.context() as mallory:
+        mallory.setenv("NESTPATCH_HOME", str(tmp_path / "mallory"))
+        write_ledger(scene.place, Ledger(transaction=journal.transaction))
+    assert recover_model(scene.model).action == "rolled back"
+    assert scene.weights() == before
 
 
 @pytest.mark.parametrize("what", ["a pipe", "a directory", "a link", "a dangling link", "a device"])

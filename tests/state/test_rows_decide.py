@@ -11,6 +11,8 @@ from nestpatch.formats.opening import open_checkpoint
 from nestpatch.patcher.apply import apply
 from nestpatch.patcher.held import Holds
 from nestpatch.patcher.inplace import apply_in_place, revert
+from nestpatch.patcher.ledger import read_ledger
+from nestpatch.patcher.place import place_of
 from nestpatch.patcher.verify import Verdict, verify
 from tests.state.calls import answer, refused, run
 from tests.state.conftest import Scene
@@ -81,6 +83,18 @@ def test_a_copy_of_unpatched_weights_gets_the_pack(
     done = apply(scene.model, pack, target)
     found = {file.path.name: file.path.read_bytes() for file in done.files}
     assert sorted(found.values()) == sorted(patched.values())
+
+
+def test_a_copy_made_here_has_a_ledger_of_this_machine(scene: Scene, tmp_path: Path) -> None:
+    """The seal is for the place that the copy has in the end, not for the temporary one."""
+    target = tmp_path / (f"copy{scene.model.suffix}" if scene.kind == "gguf" else "copy")
+    done = apply(scene.model, scene.pack(), target)
+    (entry,) = read_ledger(place_of(done.output)).applied
+    assert not entry.foreign
+    moved = target.rename(target.with_name(f"moved{target.suffix}"))
+    if moved.is_dir():
+        (entry,) = read_ledger(place_of(moved)).applied
+        assert entry.foreign, "it is another place now"
 
 
 def test_one_shard_that_was_downloaded_again(templates: Path, tmp_path: Path) -> None:
