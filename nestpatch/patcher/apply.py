@@ -30,7 +30,7 @@ from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
 from nestpatch.patcher.merging import means_of
 from nestpatch.patcher.place import LEDGER, Place, kept_from_writers, place_of
 from nestpatch.patcher.plan import check_strength
-from nestpatch.patcher.recovery import open_model
+from nestpatch.patcher.recovery import open_model, require_settled
 from nestpatch.patcher.transaction import Transaction
 from nestpatch.patcher.work import Judge, Work, plan_work
 from nestpatch.signing.trust import Policy
@@ -128,6 +128,7 @@ def apply(
     judge, allowed = Judge(rules, model, allow_unsigned), Allowed(allow_overlap, allow_downgrade, allow_other_publisher)
     means = means_of(base, dither=dither)
     with kept_from_writers(place):
+        require_settled(place, model)  # again: a writer may have died since
         ledger = read_ledger(place)
         packs = load_packs(place, ledger.applied, {proven.pack_id: proven.pack})
         gone = missing(look(checkpoint, place, ledger.applied, packs, means.base))

@@ -1,4 +1,4 @@
-"""Commands that only look change nothing in a model's folder: they make no lock and no key, roll nothing back, sweep nothing."""
+"""Commands that only look change nothing in a model's folder: they make no lock and no key, roll back and sweep nothing."""
 
 from __future__ import annotations
 
