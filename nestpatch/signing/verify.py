@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from nestpatch.errors import OutputError, PackError, SignatureFormatError, UnsignedError, UntrustedError
+from nestpatch.files import open_regular
 from nestpatch.formats import nest
 from nestpatch.formats.atomic import write_bytes
 from nestpatch.pack import Pack
@@ -220,8 +221,8 @@ def signature_files(path: Path) -> list[Path]:
 
 def _read_signature(path: Path) -> bytes:
     try:
-        with open(path, "rb") as file:
-            return file.read(MAX_BYTES + 1)
+        with open_regular(path) as file:
+            return file.read(MAX_BYTES + 1) or b""
     except OSError as error:
         raise SignatureFormatError(f"cannot read {path}: {error.strerror}", advice="Check the file's permissions.") from error
 
