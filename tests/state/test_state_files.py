@@ -120,7 +120,7 @@ def test_something_else_in_place_of_a_state_file_harms_nobody(
     outside = victim.stat()
     (tmp_path / "out").mkdir()
     for words in commands(plain, tmp_path / "out"):
-        with at_most(30):
+        with at_most(20):
             result = run(*words)  # what is not turned into a message is raised
         assert result.exit_code in (0, 1), (words, result.output)
         if result.exit_code and words[0] not in ("verify", "status"):
@@ -163,7 +163,7 @@ def test_a_state_folder_that_is_no_folder_is_named(plain: Scene, victim: Path, o
         ["recover", plain.model],
         ["status", plain.model],
     ):
-        with at_most(30):
+        with at_most(20):
             result = run(*words)
         assert result.exit_code == 1, words
         assert result.stderr.startswith("StateError:"), result.stderr
@@ -177,6 +177,6 @@ def test_the_key_of_seals_and_its_lock_are_not_read_through_links(plain: Scene, 
     assert (result.exit_code, read_ledger(plain.place).applied == ()) in ((0, False), (1, True)), result.stderr
     (home / "machine.key").unlink()
     os.mkfifo(home / "machine.lock")
-    with at_most(30):
+    with at_most(20):
         run("revert", plain.model)
     assert victim.read_bytes() == SECRET

@@ -48,12 +48,16 @@ def by_nobody(act: Callable[[], object]) -> str:
     return told
 
 
+class Waited(BaseException):
+    """Nothing that catches errors catches this."""
+
+
 @contextmanager
 def at_most(seconds: int) -> Iterator[None]:
-    """Raises TimeoutError in a block that waits longer: for a pipe that nobody writes to, say."""
+    """Raises Waited in a block that waits longer: for a pipe that nobody writes to, say."""
 
     def stop(*_: object) -> None:
-        raise TimeoutError(f"waited for {seconds} seconds")
+        raise Waited(f"for {seconds} seconds")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)
