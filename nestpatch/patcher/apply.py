@@ -241,7 +241,9 @@ def companions_of(checkpoint: Checkpoint) -> tuple[tuple[Path, ...], tuple[str, 
     others = [file for file in sorted(source.iterdir()) if file.name not in weights and file.is_file()]
     # The copy gets a ledger of its own.
     others = [file for file in others if file.name != LEDGER and not file.name.endswith(f".{LEDGER}")]
-    left_out = [file.name for file in others if _is_weights(file) or _leads_out(file, source)]
+    # The index was read to open the model: without it the copy would be none.
+    read = {source / INDEX} if getattr(checkpoint, "index", None) else set()
+    left_out = [file.name for file in others if _is_weights(file) or (file not in read and _leads_out(file, source))]
     return tuple(file for file in others if file.name not in left_out), tuple(left_out)
 
 
