@@ -184,6 +184,8 @@ def _write_copy(
     before = _fingerprint(checkpoint, change.place)
     with _new_model(target, directory=copied(checkpoint).is_dir()) as sibling:
         _copy(checkpoint, sibling, linked, on_event, flush=how.sync)
+        # Before the rows are looked at: half a change in them would be taken for another base.
+        _require_unchanged(checkpoint, change.place, before)
         copy = checkpoint.reopen(sibling)
         own = place_of(copy.path)
         final = place_of_copy(own, sibling, target)
@@ -191,8 +193,7 @@ def _write_copy(
         # Nobody's files yet: no journal.
         ledger = replace(change, place=own, checkpoint=copy, journaled=False, final=final).run(ledger, work.steps)
         files = tuple(_seal(file, sibling, target, on_event, digest=how.digest, sync=how.sync) for file in copy.files)
-        if _fingerprint(checkpoint, change.place) != before:
-            raise BusyError(f"{checkpoint.path} was changed while it was copied")
+        _require_unchanged(checkpoint, change.place, before)
     return ledger, files
 
 
@@ -207,6 +208,11 @@ def _fingerprint(checkpoint: Checkpoint, place: Place) -> list[Any]:
     """Changes when something is written to the model: for where there is no lock to hold."""
     states = [file.stat() for file in checkpoint.files]
     return [read_ledger(place).transaction, *((state.st_ino, state.st_size, state.st_mtime_ns) for state in states)]
+
+
+def _require_unchanged(checkpoint: Checkpoint, place: Place, before: list[Any]) -> None:
+    if _fingerprint(checkpoint, place) != before:
+        raise BusyError(f"{checkpoint.path} was changed while it was copied")
 
 
 def copied(checkpoint: Checkpoint) -> Path:
@@ -243,11 +249,11 @@ def companions_of(checkpoint: Checkpoint) -> tuple[tuple[Path, ...], tuple[str, 
     others = [file for file in others if file.name != LEDGER and not file.name.endswith(f".{LEDGER}")]
     # The index was read to open the model: without it the copy would be none.
     read = {source / INDEX} if getattr(checkpoint, "index", None) else set()
-    left_out = [file.name for file in others if _is_weights(file) or (file not in read and _leads_out(file, source))]
+    left_out = [file.name for file in others if _is_weights(file) or (file not in read and leads_out(file, source))]
     return tuple(file for file in others if file.name not in left_out), tuple(left_out)
 
 
-def _leads_out(file: Path, source: Path) -> bool:
+def leads_out(file: Path, source: Path) -> bool:
     """Whether a companion is a link to a file outside of its model, where a hostile model could name any file of this user."""
     if not file.is_symlink():
         return False
