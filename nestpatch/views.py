@@ -186,7 +186,7 @@ def show_applied(done: Applied) -> None:
         digest = f"  sha256 {escape(file.sha256)}" if file.sha256 else ""
         grid.add_row("file", f"{escape(file.path.name)}  {size(file.nbytes)}{digest}")
     if done.left_out:
-        grid.add_row("left out", f"{escape(', '.join(done.left_out))} (unpatched weights of another format)")
+        grid.add_row("left out", f"{escape(', '.join(done.left_out))} (unpatched weights, or links out of the model)")
     out.print(grid)
 
 

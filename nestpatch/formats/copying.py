@@ -27,7 +27,7 @@ def copy_file(source: Path, target: Path, *, flush: bool = False) -> str:
 
     Raises OSError; the target may then be there in part.
     """
-    with open(source, "rb") as read, open(target, "xb") as write, _flushing(write.fileno(), flush) as go_on:
+    with open(source, "rb") as read, open(target, "xb", opener=_private) as write, _flushing(write.fileno(), flush) as go_on:
         how = _reflink(read.fileno(), write.fileno()) or _in_kernel(read.fileno(), write.fileno(), go_on)
         if how is None:
             read.seek(0)
@@ -38,6 +38,11 @@ def copy_file(source: Path, target: Path, *, flush: bool = False) -> str:
     # A read-only base must not make its own copy unpatchable.
     target.chmod(source.stat().st_mode & 0o777 | 0o600)
     return how
+
+
+def _private(name: str, flags: int) -> int:
+    """The source may be for its owner alone: so is the copy, from the first byte on."""
+    return os.open(name, flags, 0o600)
 
 
 @contextmanager

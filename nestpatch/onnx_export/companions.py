@@ -13,6 +13,7 @@ from nestpatch.errors import CheckpointFormatError
 from nestpatch.files import MAX_JSON, read_text
 from nestpatch.formats.export.model_config import read_json
 from nestpatch.onnx_export.graph import CacheShape
+from nestpatch.patcher.apply import leads_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,16 +30,31 @@ def write_companions(
     source: Path, folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shapes: Sequence[CacheShape]
 ) -> list[str]:
     """Writes everything but the graph. Returns what a user should know of it."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and _COPIED.fullmatch(file.name):
-            shutil.copyfile(file, folder / file.name)
-        elif file.is_dir() and file.name in _FOLDERS:
-            shutil.copytree(file, folder / file.name)
+    out = _copy(source, folder)
     _write_json(folder / "config.json", _config(source, half=str(model.dtype) == "torch.float16"))
     _repeat_template(folder)
     pad, notes = _padding(model, tokenizer)
     _write_json(folder / "genai_config.json", _genai_config(model, shapes, pad))
-    return notes
+    return [*notes, *([f"left out, as links out of the model: {', '.join(out)}"] if out else [])]
+
+
+def _copy(source: Path, folder: Path) -> list[str]:
+    """Copies the files of a model that a runtime reads. Returns the names of those that are links out of the model."""
+    left_out = []
+    for file in sorted(source.iterdir()):
+        if file.is_file() and _COPIED.fullmatch(file.name):
+            found = [file]
+        elif file.is_dir() and file.name in _FOLDERS:
+            found = [file, *sorted(file.rglob("*"))]
+        else:
+            continue
+        if odd := [below.relative_to(source).as_posix() for below in found if leads_out(below, source)]:
+            left_out += odd
+        elif file.is_dir():
+            shutil.copytree(file, folder / file.name)
+        else:
+            shutil.copyfile(file, folder / file.name)
+    return left_out
 
 
 def _config(source: Path, *, half: bool) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from nestpatch.formats.names import expert_of
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.gate import Patch, Trust, is_channel, prove
 from nestpatch.pack import Pack
+from nestpatch.patcher.place import place_of
 from nestpatch.patcher.plan import check_strength, make_plan
-from nestpatch.patcher.recovery import open_model
+from nestpatch.patcher.recovery import open_model, require_settled
 from nestpatch.signing.trust import Policy
 
 
@@ -130,6 +131,8 @@ def _export(
 ) -> Adapter:
     began = time.perf_counter()
     check_strength(strength)
+    if model is not None:
+        require_settled(place_of(model), model)
     single = any(expert_of(delta.name) for delta in pack)
     experts = count_experts(model) if single and model is not None else None
     target = Path(output) if output is not None else default_output(patch, pack, kind)

@@ -30,7 +30,7 @@ from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
 from nestpatch.patcher.merging import means_of
 from nestpatch.patcher.place import LEDGER, Place, kept_from_writers, place_of
 from nestpatch.patcher.plan import check_strength
-from nestpatch.patcher.recovery import open_model
+from nestpatch.patcher.recovery import open_model, require_settled
 from nestpatch.patcher.transaction import Transaction
 from nestpatch.patcher.work import Judge, Work, plan_work
 from nestpatch.signing.trust import Policy
@@ -128,6 +128,7 @@ def apply(
     judge, allowed = Judge(rules, model, allow_unsigned), Allowed(allow_overlap, allow_downgrade, allow_other_publisher)
     means = means_of(base, dither=dither)
     with kept_from_writers(place):
+        require_settled(place, model)  # again: a writer may have died since
         ledger = read_ledger(place)
         packs = load_packs(place, ledger.applied, {proven.pack_id: proven.pack})
         gone = missing(look(checkpoint, place, ledger.applied, packs, means.base))
@@ -183,6 +184,8 @@ def _write_copy(
     before = _fingerprint(checkpoint, change.place)
     with _new_model(target, directory=copied(checkpoint).is_dir()) as sibling:
         _copy(checkpoint, sibling, linked, on_event, flush=how.sync)
+        # Before the rows are looked at: half a change in them would be taken for another base.
+        _require_unchanged(checkpoint, change.place, before)
         copy = checkpoint.reopen(sibling)
         own = place_of(copy.path)
         final = place_of_copy(own, sibling, target)
@@ -192,8 +195,7 @@ def _write_copy(
         files = tuple(_seal(file, sibling, target, on_event, digest=how.digest, sync=how.sync) for file in copy.files)
         if how.sync:
             sync_tree(sibling if sibling.is_dir() else own.folder)
-        if _fingerprint(checkpoint, change.place) != before:
-            raise BusyError(f"{checkpoint.path} was changed while it was copied")
+        _require_unchanged(checkpoint, change.place, before)
     return ledger, files
 
 
@@ -208,6 +210,11 @@ def _fingerprint(checkpoint: Checkpoint, place: Place) -> list[Any]:
     """Changes when something is written to the model: for where there is no lock to hold."""
     states = [file.stat() for file in checkpoint.files]
     return [read_ledger(place).transaction, *((state.st_ino, state.st_size, state.st_mtime_ns) for state in states)]
+
+
+def _require_unchanged(checkpoint: Checkpoint, place: Place, before: list[Any]) -> None:
+    if _fingerprint(checkpoint, place) != before:
+        raise BusyError(f"{checkpoint.path} was changed while it was copied")
 
 
 def copied(checkpoint: Checkpoint) -> Path:
@@ -242,11 +249,13 @@ def companions_of(checkpoint: Checkpoint) -> tuple[tuple[Path, ...], tuple[str, 
     others = [file for file in sorted(source.iterdir()) if file.name not in weights and file.is_file()]
     # The copy gets a ledger of its own.
     others = [file for file in others if file.name != LEDGER and not file.name.endswith(f".{LEDGER}")]
-    left_out = [file.name for file in others if _is_weights(file) or _leads_out(file, source)]
+    # The index was read to open the model: without it the copy would be none.
+    read = {source / INDEX} if getattr(checkpoint, "index", None) else set()
+    left_out = [file.name for file in others if _is_weights(file) or (file not in read and leads_out(file, source))]
     return tuple(file for file in others if file.name not in left_out), tuple(left_out)
 
 
-def _leads_out(file: Path, source: Path) -> bool:
+def leads_out(file: Path, source: Path) -> bool:
     """Whether a companion is a link to a file outside of its model, where a hostile model could name any file of this user."""
     if not file.is_symlink():
         return False

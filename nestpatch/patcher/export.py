@@ -125,7 +125,7 @@ def export_safetensors(
                     sync_tree(sibling)
                 require_unchanged(wanted, before)
     sizes, digests = written
-    names = checkpoint.tensors()
+    names, left_out = checkpoint.tensors(), companions_of(checkpoint)[1]
     return Exported(
         path=target,
         nbytes=sum(sizes),
@@ -134,7 +134,7 @@ def export_safetensors(
         type="/".join(sorted({checkpoint.info(name).dtype for name in names})),
         architecture="",
         patches=source.labels,
-        notes=(),
+        notes=(f"left out, as unpatched weights or links out of the model: {', '.join(left_out)}",) if left_out else (),
         seconds=time.perf_counter() - began,
         dry_run=dry_run,
     )

@@ -19,7 +19,7 @@ from nestpatch.patcher.held import Found, look, missing, require_proven
 from nestpatch.patcher.kept import keep, load_packs
 from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
 from nestpatch.patcher.merging import means_of
-from nestpatch.patcher.place import Place, locked, place_of, tidy
+from nestpatch.patcher.place import Place, locked, place_of, require_own, tidy
 from nestpatch.patcher.plan import check_strength
 from nestpatch.patcher.recovery import recover, require_settled, require_writable
 from nestpatch.patcher.transaction import Transaction
@@ -59,6 +59,7 @@ class _Opened:
 def _writing(path: str | Path, policy: Policy, *, dry_run: bool = False) -> Iterator[_Opened]:
     """Opens a model under its lock, after what was interrupted has been ended. A dry run takes no lock and ends nothing."""
     checkpoint, place = open_checkpoint(path), place_of(path)
+    require_own(path)
     if dry_run:
         require_settled(place, path)
         yield _Opened(checkpoint, place, read_ledger(place))

@@ -11,16 +11,18 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
-from nestpatch.errors import LedgerError, PackError, SignatureError, StateError, UndoError
+from nestpatch.errors import LedgerError, PackError, SignatureError, SignatureFormatError, StateError, UndoError
 from nestpatch.files import read_bounded
 from nestpatch.formats import nest
 from nestpatch.formats.atomic import write_bytes
 from nestpatch.pack import Pack
 from nestpatch.patcher.ledger import Entry
 from nestpatch.patcher.place import Place
+from nestpatch.signing.dsse import MAX_BYTES
 from nestpatch.signing.origin import Origin
+from nestpatch.signing.subject import subject_of
 from nestpatch.signing.trust import Policy
-from nestpatch.signing.verify import Outcome, Signed, verify_signature
+from nestpatch.signing.verify import Outcome, Signed, judge, signature_files
 
 MAX_KEPT = 1 << 30
 """Bytes of a kept pack."""
@@ -88,10 +90,19 @@ def load_packs(place: Place, entries: Sequence[Entry], known: Mapping[str, Pack]
 def judge_kept(
     place: Place, pack_id: str, policy: Policy, model: str | Path | None, *, allow_unsigned: bool = False
 ) -> Outcome:
-    """Judges the signatures that are kept with a pack, as those of a file. Raises SignatureError, UndoError."""
+    """Judges the signatures that are kept with a pack, as those of a file; links are not followed, and pipes not waited for.
+
+    Raises SignatureError, UndoError.
+    """
     path = place.pack(pack_id)
     try:
-        outcome = verify_signature(path, policy, model, allow_unsigned=allow_unsigned)
+        data = read_bounded(path, MAX_KEPT, follow=False, error=UndoError)
+        signatures = {
+            file.name: read_bounded(file, MAX_BYTES, follow=False, error=SignatureFormatError) for file in signature_files(path)
+        }
+        outcome = judge(data, signatures, policy, subject_of(model), file=path.name, allow_unsigned=allow_unsigned)
+    except FileNotFoundError as error:
+        raise UndoError(f"the kept copy {path} is missing") from error
     except PackError as error:
         raise UndoError(f"the kept copy {path} cannot be used: {error}") from error
     if outcome.pack_id != pack_id:

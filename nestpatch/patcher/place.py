@@ -79,36 +79,138 @@ class Place:
 def place_of(model: str | Path) -> Place:
     """Where the state of a model is, whether or not it has any.
 
-    Raises CheckpointFormatError for a file that is only one part of a model.
+    Where a model had its state by the name or the company that it had before, it is found there: another weight file or an
+    index in the folder loses none.
+
+    Raises CheckpointFormatError for a file that is only one part of a model, StateError where several states could be its own.
     """
-    path = Path(os.path.abspath(model))
-    if path.is_dir():
-        return _of_directory(path)
-    if path.is_symlink():
-        # Another name of a model that has its state elsewhere.
-        target = _of_file(Path(os.path.realpath(path)))
-        if os.path.lexists(target.ledger) or os.path.lexists(target.folder):
-            return target
-    return _of_file(path)
+    # Dots stay: abspath would drop "link/..", which the system takes for the parent of what the link leads to.
+    path = Path(model).absolute()
+    own = _own(path)
+    found = {_key(place): place for place in (*own, *_behind(path)) if has_state(place)}
+    if len(found) > 1:
+        first, second = list(found.values())[:2]
+        raise StateError(
+            f"{path} has two states: {first.ledger} and {second.ledger}",
+            advice="Move away the one that is not of this model, ledger and folder. Nothing was changed.",
+        )
+    return next(iter(found.values()), own[0])
 
 
-def _of_directory(path: Path) -> Place:
+def has_state(place: Place) -> bool:
+    """Whether anything is kept there. A lock and temporary files are no state."""
+    if os.path.lexists(place.ledger):
+        return True
+    try:
+        return any(name != place.lock.name and not name.endswith(".tmp") for name in os.listdir(place.folder))  # noqa: PTH208
+    except FileNotFoundError:
+        return False
+    except OSError:  # a file, or a folder that this user may not read
+        return True
+
+
+def require_own(model: str | Path) -> None:
+    """Raises InPlaceError where a model cannot be changed by this path: its files are links to a model that nestpatch has
+    patched, so that the change would be missing in one of the two ledgers; or its folder holds two models.
+    """
+    path = Path(model).absolute()
+    own = {_key(place) for place in _own(path)}
+    for file in _files(path):
+        for place in _behind(file):
+            if _key(place) not in own and has_state(place):
+                target = Path(os.path.realpath(file))
+                raise InPlaceError(
+                    f"{file} is a link to {target}, of a model that nestpatch has patched: {place.ledger} says with what",
+                    advice="Change that model itself, or write a patched copy with -o OUTPUT.",
+                )
+    if path.is_dir() and _is_beside_an_index(path / SINGLE):
+        raise InPlaceError(
+            f"{path} holds two models: {SINGLE}, and the files that {INDEX} names",
+            advice=f"Some programs load the one, some the other. Move {SINGLE} or the files of the index to another folder.",
+        )
+
+
+def _key(place: Place) -> tuple[str, str]:
+    """The same for one place by different names."""
+    return os.path.realpath(place.ledger.parent), place.ledger.name
+
+
+def _own(path: Path) -> list[Place]:
+    """Where a model may have its state; the first is for a model that has none yet."""
+    if not path.is_dir():
+        return _of_file(path)
+    if (file := _only_file(path)) is not None:
+        return _of_file(file)
     inside = Place(path / LEDGER, path / FOLDER)
-    if (path / INDEX).is_file() or (path / SINGLE).is_file():
-        return inside
-    found = only_file(path) or next(iter(models(path)), None)
-    return inside if found is None or len(models(path)) > 1 else _beside(found)
+    if _is_beside_an_index(path / SINGLE) and has_state(inside):
+        raise _ambiguous(path / SINGLE, inside)
+    for name in sorted(indexed_files(path)):
+        if has_state(alone := _beside(path / name)):
+            raise StateError(
+                f"{path / name} was patched by itself, its ledger is {alone.ledger}; now {INDEX} makes it a part of a model",
+                advice=f"Move {INDEX} away and revert the file (nestpatch revert), or move the file's ledger and folder away.",
+            )
+    return [inside]
 
 
-def _of_file(path: Path) -> Place:
+def _only_file(folder: Path) -> Path | None:
+    """The file that is the model of a directory; None where there are several, or none."""
+    if (folder / INDEX).is_file():
+        parts = indexed_files(folder)
+        return folder / next(iter(parts)) if len(parts) == 1 else None
+    if (folder / SINGLE).is_file():
+        return folder / SINGLE
+    found = models(folder)
+    return only_file(folder) or (found[0] if len(found) == 1 else None)
+
+
+def _of_file(path: Path) -> list[Place]:
     parts = indexed_files(path.parent)
     if path.name in parts and len(parts) > 1:
         raise CheckpointFormatError(
             f"{path} is one of the {len(parts)} files of the model in {path.parent}",
             advice=f"Give the directory: {path.parent}",
         )
-    whole = path.name in parts or (path.name == SINGLE and not parts)
-    return Place(path.parent / LEDGER, path.parent / FOLDER) if whole else _beside(path)
+    inside, beside = Place(path.parent / LEDGER, path.parent / FOLDER), _beside(path)
+    if path.name in parts or (path.name == SINGLE and not parts):
+        return [inside, beside]
+    if _is_beside_an_index(path) and has_state(inside) and not has_state(beside):
+        raise _ambiguous(path, inside)
+    # It may have been called model.safetensors before.
+    return [beside, inside] if only_file(path.parent) == path else [beside]
+
+
+def _is_beside_an_index(single: Path) -> bool:
+    """Whether a file is a model.safetensors that the index in its folder leaves out."""
+    parts = indexed_files(single.parent)
+    return bool(parts) and single.name == SINGLE and single.name not in parts and os.path.lexists(single)
+
+
+def _ambiguous(single: Path, inside: Place) -> StateError:
+    return StateError(
+        f"{inside.ledger} may be the ledger of {single} or of the model that {INDEX} makes of other files",
+        advice=f"Move {SINGLE} to a folder of its own, or the files of the index: whichever came later.",
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    """The weight files of a model, as far as its state depends on them."""
+    if not path.is_dir():
+        return [path]
+    file = _only_file(path)
+    return [file] if file is not None else [path / name for name in sorted(indexed_files(path))]
+
+
+def _behind(path: Path) -> list[Place]:
+    """Where the models have their states whose files a model's links lead to: a link is another name of a file."""
+    places = []
+    for file in _files(path):
+        if file.is_symlink():
+            target = Path(os.path.realpath(file))
+            parts = indexed_files(target.parent)
+            is_part = target.name in parts and len(parts) > 1
+            places += [Place(target.parent / LEDGER, target.parent / FOLDER)] if is_part else _of_file(target)
+    return places
 
 
 def _beside(path: Path) -> Place:
@@ -201,10 +303,13 @@ def _make_folder(place: Place) -> None:
 
 
 def _require_file(handle: int, place: Place) -> int:
-    if stat.S_ISREG(os.fstat(handle).st_mode):
+    found = os.fstat(handle)
+    # A hard link to another file: owner and mode of that would be changed. None: it was tidied up in between.
+    if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:
         return handle
     os.close(handle)
-    raise _odd_lock(place, OSError(errno.EINVAL, "it is not a file"))
+    odd = "it is not a file" if not stat.S_ISREG(found.st_mode) else "it has another name elsewhere"
+    raise _odd_lock(place, OSError(errno.EINVAL, odd))
 
 
 def _own_lock(handle: int, place: Place) -> None:
@@ -250,7 +355,8 @@ def _unlock(handle: int) -> None:
     if os.name != "nt":
         import fcntl
 
-        fcntl.flock(handle, fcntl.LOCK_UN)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_UN)
 
 
 def _try_lock(handle: int, place: Place, *, shared: bool = False) -> bool:

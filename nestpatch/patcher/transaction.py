@@ -126,6 +126,9 @@ class Transaction:
 
             self.checkpoint = detach(self.checkpoint)
             require_writable(self.checkpoint, names)
+            if steps and steps[0].do is Do.CHECK:
+                # No lock of this model kept others from changing the files by their other names since.
+                self.check(steps[0].link)
 
     def _retired(self, ledger: Ledger, steps: Sequence[Step]) -> tuple[str, ...]:
         """The undo records that nothing needs once the steps are done."""
