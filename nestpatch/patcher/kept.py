@@ -11,19 +11,22 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
-from nestpatch.errors import LedgerError, PackError, SignatureError, StateError, UndoError
+from nestpatch.errors import LedgerError, PackError, SignatureError, SignatureFormatError, StateError, UndoError
 from nestpatch.files import read_bounded
 from nestpatch.formats import nest
 from nestpatch.formats.atomic import write_bytes
 from nestpatch.pack import Pack
 from nestpatch.patcher.ledger import Entry
 from nestpatch.patcher.place import Place
+from nestpatch.signing.dsse import MAX_BYTES
 from nestpatch.signing.origin import Origin
+from nestpatch.signing.subject import subject_of
 from nestpatch.signing.trust import Policy
-from nestpatch.signing.verify import Outcome, Signed, verify_signature
+from nestpatch.signing.verify import Outcome, Signed, judge, signature_files
 
 MAX_KEPT = 1 << 30
 """Bytes of a kept pack."""
+_AGAIN = "Apply the pack's file again: nestpatch apply MODEL PATCH --in-place puts the copy back."
 _SUFFIX = re.compile(r"(?:\.[0-9a-f]{12})?\.sig", re.ASCII)
 
 
@@ -58,7 +61,7 @@ def load_pack(place: Place, pack_id: str, label: str) -> Pack:
     if data is None or sha256(data).hexdigest() != pack_id:
         raise UndoError(
             f"{path}, the kept copy of {label}, is missing or altered",
-            advice="Apply the pack's file again: nestpatch apply MODEL PATCH --in-place puts the copy back.",
+            advice=_AGAIN,
         )
     try:
         pack = nest.decode(data)
@@ -90,13 +93,22 @@ def judge_kept(
 ) -> Outcome:
     """Judges the signatures that are kept with a pack, as those of a file. Raises SignatureError, UndoError."""
     path = place.pack(pack_id)
+    data = _read(path)
+    if data is None or sha256(data).hexdigest() != pack_id:
+        raise UndoError(f"the kept copy {path} is missing or altered", advice=_AGAIN)
+    signatures = {file.name: _signature(file) for file in signature_files(path)}
     try:
-        outcome = verify_signature(path, policy, model, allow_unsigned=allow_unsigned)
+        return judge(data, signatures, policy, subject_of(model), file=path.name, allow_unsigned=allow_unsigned)
     except PackError as error:
         raise UndoError(f"the kept copy {path} cannot be used: {error}") from error
-    if outcome.pack_id != pack_id:
-        raise UndoError(f"the kept copy {path} is altered: its sha256 is {outcome.pack_id[:12]}..")
-    return outcome
+
+
+def _signature(file: Path) -> bytes:
+    """The content of a kept signature. Raises SignatureFormatError for what is not a small file of its own."""
+    try:
+        return read_bounded(file, MAX_BYTES, follow=False, error=SignatureFormatError)
+    except FileNotFoundError as error:
+        raise SignatureFormatError(f"{file} is gone", advice="Run the command again.") from error
 
 
 def proven_signers(place: Place, pack_id: str, policy: Policy, model: str | Path | None) -> dict[str, str]:
