@@ -233,23 +233,19 @@ def _digest_rows(checkpoint: Checkpoint, delta: TensorDelta) -> tuple[str, npt.N
 class Proof:
     """What following the undo record of one layer showed."""
 
-    changed: bool
-    """Whether what was restored differs from the rows that are there."""
     remade: bool
     """Whether merging leads from what was restored to the rows that are there."""
     covered: bool
     """Whether a pack above changed some of its rows again."""
     leads_to_base: bool
     """Whether what was restored is the base that the pack names."""
-    plain: bool
 
 
 def _prove(checkpoint: Checkpoint, name: str, stack: Sequence[Layer], base: Checkpoint | None) -> list[Proof]:
     """Follows the undo records of a tensor's packs down to the base, in memory. One proof a layer, bottom first."""
-    info = checkpoint.info(name)
     rows = np.unique(np.concatenate([layer.delta.rows.astype(np.int64) for layer in stack]))
     values = checkpoint.read_rows(name, rows)
-    changed, remade, covered = [], [], []
+    remade, covered = [], []
     above = np.empty(0, np.int64)
     for layer in reversed(stack):
         places = np.searchsorted(rows, layer.delta.rows)
@@ -257,16 +253,15 @@ def _prove(checkpoint: Checkpoint, name: str, stack: Sequence[Layer], base: Chec
         (data,) = layer.record.residuals(name, iter([current.nbytes]))
         lacking = np.frombuffer(data, f"<u{current.dtype.itemsize}").reshape(current.shape)
         original = restored(current, lacking, layer.delta.dense(), layer.entry.strength)
-        changed.append(not np.array_equal(bits(original), bits(current)))
         remade.append(_is_remade(checkpoint, layer, original, current, base))
         covered.append(bool(np.isin(layer.delta.rows, above).any()))
         values[places] = original
         above = np.union1d(above, layer.delta.rows.astype(np.int64))
     proofs = []
-    for layer, differs, again, over in zip(stack, reversed(changed), reversed(remade), reversed(covered), strict=True):
+    for layer, again, over in zip(stack, reversed(remade), reversed(covered), strict=True):
         identity = layer.pack.manifest.base.tensors[name]
-        bottom = is_base(layer.delta, identity, info, values[np.searchsorted(rows, layer.delta.rows)])
-        proofs.append(Proof(differs, again, over, bottom, info.plain))
+        bottom = is_base(layer.delta, identity, checkpoint, values[np.searchsorted(rows, layer.delta.rows)], base)
+        proofs.append(Proof(again, over, bottom))
     return proofs
 
 
@@ -283,8 +278,8 @@ def _is_remade(checkpoint: Checkpoint, layer: Layer, original: Rows, current: Ro
                 return False
     except (PackContentError, QuantizationError):
         return False
-    # Rounding can swallow a change: the same rows again prove nothing then.
-    return means.base is not None or total.share >= LEAST_GAIN
+    # Rounding can swallow a change, and some packs change nothing: the same rows again prove nothing then.
+    return info.plain or means.base is not None or (total.asked > 0 and total.share >= LEAST_GAIN)
 
 
 def _is_plainly_there(layer: Layer, finding: Finding | None) -> bool:
@@ -297,10 +292,7 @@ def _judged(layer: Layer, finding: Finding | None, proof: Proof, *, strict: bool
     if finding is not None and finding.state in (State.BASE, State.WIDENED):
         return Found(entry, name, Holds.BEFORE, Difference(name, (), 0, "still holds the base"))
     plainly = _is_plainly_there(layer, finding) and not proof.covered
-    if finding is not None and finding.state is State.ROUNDED and proof.leads_to_base and not proof.changed:
-        return Found(entry, name, Holds.BEFORE, Difference(name, (), 0, "holds the base, as far as rounded rows tell"))
-    proven = proof.leads_to_base and (proof.remade or (plainly and not proof.plain))
-    if proven or (plainly and not strict):
+    if (proof.leads_to_base and proof.remade) or (plainly and not strict):
         return Found(entry, name, Holds.PACK)
     reason = finding.detail if finding is not None and finding.detail else "the rows do not show it"
     detail = f"nothing proves that it holds {entry.label}: {reason}"
