@@ -249,7 +249,8 @@ def show_status(found: Status) -> None:
         grid.add_row("came with", f"{escape(channel)} [dim](not followed; agree with: nestpatch update MODEL --channel)[/]")
     for event in ledger.history:
         what = f"{event.get('what')} {event.get('name')} {event.get('version')}"
-        grid.add_row(f"[dim]{escape(event.get('when'))}", f"[dim]{escape(what)}")
+        came = " (came with the model)" if event.get("foreign") else ""
+        grid.add_row(f"[dim]{escape(event.get('when'))}", f"[dim]{escape(what)}{came}")
     out.print(grid)
 
 
@@ -262,7 +263,8 @@ def _applied_line(one: AppliedPack) -> str:
     rounded = f", {number(entry.gain, '.1%')} delivered {escape(entry.rounding)}" if entry.gain is not None else ""
     signed = f", signed by {escape(', '.join(one.signers))}" if one.signers else ""
     claimed = f", [yellow]claims to be signed by {escape(', '.join(one.claims))}[/]" if one.claims else ""
-    came = " [dim](came with the model)[/]" if entry.foreign else ""
+    came = " [dim](came with the model)[/]" if entry.foreign and one.signers else ""
+    came = " [yellow](came with the model, signed by nobody whom you trust)[/]" if entry.foreign and not one.signers else came
     pack = f"{escape(entry.label)}{strength}: {count(rows)} rows, pack sha256 {escape(entry.pack_id[:12])}.."
     return f"{pack}{signed}{claimed}, by {escape(entry.tool)}{rounded}{loud}{came}"
 

@@ -45,6 +45,8 @@ def show_updated(model: Path, results: Sequence[Updated]) -> None:
             out.print(f"{line}{escape(before)} is up to date; the channel is good until {escape(result.expires)}")
             continue
         revoked = f" ({before} was revoked: {result.reason or 'no reason given'})" if result.reason else ""
+        # The same version again: the rows did not hold it as they should.
+        revoked = f" ({result.reason})" if before == after else revoked
         verb = "would go" if result.state == "available" else "went"
         out.print(f"{line}{verb} from {escape(before)} to {escape(after)}{escape(revoked)}")
 

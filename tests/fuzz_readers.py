@@ -172,7 +172,7 @@ def read_undo(folder: Path, data: bytes) -> None:
     for name in ("a", "b", "c", "d"):
         for _ in reader.residuals(name, iter([100, 60, 20])):
             pass
-        reader.checksums(name)
+        reader.checksums(name, 9)
 
 
 def read_damaged_journal(folder: Path, data: bytes) -> None:

@@ -90,6 +90,8 @@ class Admitted:
     """To be remembered from now on."""
     policy: Policy
     """The user's, with the root key in the place of the trusted key that it comes from."""
+    line: tuple[PublicKey, ...]
+    """The root keys from the first one that this user trusts or remembers to the one in office."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,12 @@ class Gate:
         """The same for a file that was read already."""
         self._require_name(channel, source)
         roots = self._roots(envelope, channel, source)
-        policy = self._require_trust(channel, roots, source)
+        line = (*self._ancestors(channel, roots[0]), *roots)
+        policy = self._require_trust(channel, line, source)
         seen = Seen(channel.name, channel.serial, sha256(envelope.payload).hexdigest(), roots)
         self._require_order(channel, seen, source)
         self._require_time(channel, source)
-        return Admitted(channel, seen, policy)
+        return Admitted(channel, seen, policy, line)
 
     def _roots(self, envelope: Envelope, channel: Channel, source: str) -> tuple[PublicKey, ...]:
         """The root keys up to the one in office, those that were known before first."""
@@ -152,9 +155,8 @@ class Gate:
             return (channel.root,)
         raise ChannelKeyError(f"{source} is signed by {channel.root.key_id[:12]}.., which is not trusted here")
 
-    def _require_trust(self, channel: Channel, roots: tuple[PublicKey, ...], source: str) -> Policy:
+    def _require_trust(self, channel: Channel, line: tuple[PublicKey, ...], source: str) -> Policy:
         """The policy with the key in office in the place of the one that is trusted."""
-        line = (*self._ancestors(channel, roots[0]), *roots)
         found = [self.policy.find(key.key_id) for key in line]
         if not self.allow_unsigned and not any(trusted and self._covers(trusted, channel) for trusted in found):
             raise ChannelKeyError(f"{source} is followed, but its key is no longer trusted here for this model")

@@ -95,7 +95,7 @@ def download(followed: Followed, patch: Patch, *, on_event: OnEvent = ignore) ->
     )
     require_as_listed(patch, outcome.pack.manifest, place)
     signatures = {name.removeprefix(patch.file.name): content for name, content in contents.items()}
-    roots = tuple(key.key_id for key in followed.admitted.seen.roots)
+    roots = tuple(key.key_id for key in followed.admitted.line)
     return Downloaded(patch, outcome, Origin(signers_of(outcome), place, roots, signatures), data)
 
 

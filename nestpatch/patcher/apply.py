@@ -24,7 +24,7 @@ from nestpatch.formats.safetensors import INDEX
 from nestpatch.gate import Patch, Trust, policy_of, prove
 from nestpatch.pack import Pack
 from nestpatch.patcher.chain import Allowed, Do
-from nestpatch.patcher.held import look, missing
+from nestpatch.patcher.held import look, missing, require_undoable
 from nestpatch.patcher.kept import load_packs
 from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
 from nestpatch.patcher.merging import means_of
@@ -134,6 +134,7 @@ def apply(
         gone = missing(look(checkpoint, place, ledger.applied, packs, means.base))
         lost = [entry for entry in ledger.applied if entry.pack_id in gone]
         work = plan_work(place, ledger, proven.pack, strength, judge, proven.origin, allowed, lost)
+        require_undoable(checkpoint, place, ledger.applied, work.packs, work.undone, means.base)
         if not work.steps:
             label = proven.pack.label
             raise ChainError(f"{label} is applied to {model} already", advice="Nothing to do: copy the model as it is.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,8 @@ def source_of(
     Raises BaseMismatchError, ChainError, PackContentError.
     """
     checkpoint, place, proven, strength = wanted.checkpoint, wanted.place, wanted.proven, wanted.strength
-    ledger, judge = _confirmed(checkpoint, place), Judge(load_policy(), checkpoint.path)
+    judge = Judge(load_policy(), checkpoint.path)
+    ledger = _confirmed(checkpoint, place, judge)
     steps = plan_work(place, ledger, proven.pack, strength, judge, proven.origin).steps if proven is not None else ()
     if proven is None or not steps:
         yield Source(checkpoint, ledger.applied)
@@ -146,8 +147,11 @@ def source_of(
             yield Source(checkpoint.reopen(done.output), read_ledger(place_of(done.output)).applied)
 
 
-def _confirmed(checkpoint: Checkpoint, place: Place) -> Ledger:
-    """The ledger of a model, whose rows hold what it says: an export passes it on. Raises BaseMismatchError, UndoError."""
+def _confirmed(checkpoint: Checkpoint, place: Place, judge: Judge) -> Ledger:
+    """The ledger of a model, whose rows hold what it says: an export passes it on, but no claims about who signed what.
+
+    Raises BaseMismatchError, UndoError; SignatureError for a pack that came with the model and that nobody answers for.
+    """
     ledger = read_ledger(place)
     gone = missing(look(checkpoint, place, ledger.applied, load_packs(place, ledger.applied)))
     if lost := [entry.label for entry in ledger.applied if entry.pack_id in gone]:
@@ -155,7 +159,12 @@ def _confirmed(checkpoint: Checkpoint, place: Place) -> Ledger:
             f"the ledger of {checkpoint.path} names {', '.join(lost)}, and the rows do not hold that",
             advice="Put the pack back (nestpatch apply MODEL PATCH --in-place), or take it off (nestpatch revert MODEL).",
         )
-    return ledger
+    return replace(ledger, applied=tuple(_vouched(entry, place, judge) for entry in ledger.applied))
+
+
+def _vouched(entry: Entry, place: Place, judge: Judge) -> Entry:
+    """With the signers that were checked, where the entry came with the model."""
+    return replace(entry, signers=judge.require(place, entry.pack_id).signers, roots=()) if entry.foreign else entry
 
 
 def _entry(proven: Proven, strength: float, tensors: dict[str, TensorRecord]) -> Entry:

@@ -8,7 +8,7 @@ the very same rows, and when the base is by its digest the one that the pack nam
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from hashlib import sha256
@@ -16,12 +16,12 @@ from hashlib import sha256
 import numpy as np
 import numpy.typing as npt
 
-from nestpatch.errors import BaseMismatchError, PackContentError, QuantizationError, UndoError
+from nestpatch.errors import BaseMismatchError, LedgerError, PackContentError, QuantizationError, UndoError
 from nestpatch.formats.interface import Checkpoint, IntArray, TensorInfo, row_blocks
 from nestpatch.pack import Pack, TensorDelta
 from nestpatch.patcher.identity import Finding, State, evidence_of, examine, is_base
 from nestpatch.patcher.ledger import Entry
-from nestpatch.patcher.merging import FROM_ROWS, Means, fitted, merged_rows
+from nestpatch.patcher.merging import FROM_ROWS, LEAST_GAIN, Gain, Means, fitted, merged_rows
 from nestpatch.patcher.place import Place
 from nestpatch.patcher.undo import UndoReader, bits, checksums, restored
 from nestpatch.rows import Rows
@@ -96,8 +96,10 @@ def look(
     `base`: the float model, for rows that were rounded. With `down_to_base` the undo records of entries that came with the
     model are followed even where the rows are plainly the pack's result: they are about to be used.
 
-    Raises UndoError, CheckpointError.
+    Raises UndoError, CheckpointError; LedgerError when a pack changes tensors that the model does not have.
     """
+    for entry in applied:
+        _require_fit(checkpoint, entry, packs[entry.pack_id])
     layers = layers_of(place, applied, packs)
     examined = {
         entry.pack_id: {finding.name: finding for finding in _examined(packs[entry.pack_id], checkpoint, base)}
@@ -119,15 +121,29 @@ def look(
     return sorted(found, key=lambda one: (-order[one.entry.pack_id], one.tensor))
 
 
+def _require_fit(checkpoint: Checkpoint, entry: Entry, pack: Pack) -> None:
+    for delta in pack:
+        wanted = pack.manifest.base.tensors[delta.name].shape
+        found = checkpoint.info(delta.name).shape if checkpoint.has(delta.name) else None
+        if found != wanted:
+            there = f"{list(found)}" if found is not None else "nothing"
+            raise LedgerError(
+                f"the ledger names {entry.label}, which was made for another model: {delta.name} has the shape {list(wanted)} "
+                f"there, and this model has {there}"
+            )
+
+
 def _examined(pack: Pack, checkpoint: Checkpoint, base: Checkpoint | None) -> list[Finding]:
-    """The findings; rounded tensors that together are the base beyond doubt count as the base."""
+    """The findings, by the pack's own sketches where `base` is not its float base.
+
+    The evidence of rounded tensors is that of all of them together.
+    """
     try:
         findings = examine(pack, checkpoint, base)
     except (BaseMismatchError, QuantizationError):
         findings = examine(pack, checkpoint)
-    if evidence_of(findings).unpatched:
-        return [replace(found, state=State.BASE) if found.state is State.ROUNDED else found for found in findings]
-    return findings
+    together = evidence_of(findings)
+    return [replace(found, evidence=together) if found.state is State.ROUNDED else found for found in findings]
 
 
 def missing(found: Sequence[Found]) -> dict[str, frozenset[str]]:
@@ -159,6 +175,22 @@ def require_proven(found: Sequence[Found]) -> None:
             )
 
 
+def require_undoable(
+    checkpoint: Checkpoint,
+    place: Place,
+    applied: Sequence[Entry],
+    packs: Mapping[str, Pack],
+    undone: Collection[str],
+    base: Checkpoint | None = None,
+) -> None:
+    """Raises UndoError where a step would undo a pack (`undone`: pack ids) by a record that came with the model, and nothing
+    proves that the record leads to the pack's base.
+    """
+    if any(entry.foreign and entry.pack_id in undone for entry in applied):
+        found = look(checkpoint, place, applied, packs, base, down_to_base=True)
+        require_proven([one for one in found if one.entry.pack_id in undone])
+
+
 def _by_ledger(checkpoint: Checkpoint, stack: Sequence[Layer]) -> list[Found]:
     """Digests that this machine wrote down, top first. Rows that a pack above changed again are that pack's business."""
     found, above = [], np.empty(0, np.int64)
@@ -174,7 +206,7 @@ def _all_before(checkpoint: Checkpoint, stack: Sequence[Layer]) -> bool:
     """Whether the rows hold what was there before the lowest of several packs, each row that of the lowest over it."""
     base: dict[int, int] = {}
     for layer in stack:
-        before, _ = layer.record.checksums(layer.delta.name)
+        before, _ = layer.record.checksums(layer.delta.name, layer.delta.neurons)
         for row, checksum in zip(layer.delta.rows.tolist(), before.tolist(), strict=True):
             base.setdefault(row, checksum)
     rows = np.array(sorted(base), np.int64)
@@ -190,7 +222,7 @@ def _compare(checkpoint: Checkpoint, layer: Layer, above: IntArray) -> Found:
         return Found(entry, delta.name, Holds.PACK)
     sums = np.concatenate([checksums(rows) for rows in _touched(checkpoint, delta)])
     visible = ~np.isin(delta.rows, above)
-    before, after = layer.record.checksums(delta.name)
+    before, after = layer.record.checksums(delta.name, delta.neurons)
     wrong = visible & (sums != after)
     if not wrong.any() and not visible.all():
         return Found(entry, delta.name, Holds.PACK)  # only rows that a pack above changed differ, as they must
@@ -229,16 +261,14 @@ class Proof:
 
     remade: bool
     """Whether merging leads from what was restored to the rows that are there."""
-    leads_to_base: bool
-    """Whether what was restored is the base that the pack names."""
-    plain: bool
     covered: bool
     """Whether a pack above changed some of its rows again."""
+    leads_to_base: bool
+    """Whether what was restored is the base that the pack names."""
 
 
 def _prove(checkpoint: Checkpoint, name: str, stack: Sequence[Layer], base: Checkpoint | None) -> list[Proof]:
     """Follows the undo records of a tensor's packs down to the base, in memory. One proof a layer, bottom first."""
-    info = checkpoint.info(name)
     rows = np.unique(np.concatenate([layer.delta.rows.astype(np.int64) for layer in stack]))
     values = checkpoint.read_rows(name, rows)
     remade, covered = [], []
@@ -256,8 +286,8 @@ def _prove(checkpoint: Checkpoint, name: str, stack: Sequence[Layer], base: Chec
     proofs = []
     for layer, again, over in zip(stack, reversed(remade), reversed(covered), strict=True):
         identity = layer.pack.manifest.base.tensors[name]
-        bottom = is_base(layer.delta, identity, info, values[np.searchsorted(rows, layer.delta.rows)])
-        proofs.append(Proof(again, bottom, info.plain, over))
+        bottom = is_base(layer.delta, identity, checkpoint, values[np.searchsorted(rows, layer.delta.rows)], base)
+        proofs.append(Proof(again, over, bottom))
     return proofs
 
 
@@ -265,14 +295,17 @@ def _is_remade(checkpoint: Checkpoint, layer: Layer, original: Rows, current: Ro
     delta, dtype = layer.delta, layer.pack.manifest.base.tensors[layer.delta.name].dtype
     means = Means(None if layer.entry.rounding.startswith(FROM_ROWS) else base, "dither" in layer.entry.rounding)
     info: TensorInfo = fitted(checkpoint, delta, means.base)
+    total = Gain()
     try:
         for part in row_blocks(delta.neurons, info.row_bytes, info.stretch):
-            made, _ = merged_rows(info, delta, dtype, part, original[part], layer.entry.strength, means)
+            made, gain = merged_rows(info, delta, dtype, part, original[part], layer.entry.strength, means)
+            total += gain
             if not np.array_equal(bits(made), bits(np.ascontiguousarray(current[part]))):
                 return False
     except (PackContentError, QuantizationError):
         return False
-    return True
+    # Rounding can swallow a change, and some packs change nothing: the same rows again prove nothing then.
+    return info.plain or means.base is not None or (total.asked > 0 and total.share >= LEAST_GAIN)
 
 
 def _is_plainly_there(layer: Layer, finding: Finding | None) -> bool:
@@ -282,12 +315,15 @@ def _is_plainly_there(layer: Layer, finding: Finding | None) -> bool:
 def _judged(layer: Layer, finding: Finding | None, proof: Proof, *, strict: bool) -> Found:
     """What examining the rows and following the undo record say together, of an entry that came with the model."""
     entry, name = layer.entry, layer.delta.name
-    plainly = _is_plainly_there(layer, finding) and not proof.covered
-    proven = proof.leads_to_base and (proof.remade or (plainly and not proof.plain))
-    if proven or (plainly and not strict):
-        return Found(entry, name, Holds.PACK)
+    before = Found(entry, name, Holds.BEFORE, Difference(name, (), 0, "still holds the base"))
     if finding is not None and finding.state in (State.BASE, State.WIDENED):
-        return Found(entry, name, Holds.BEFORE, Difference(name, (), 0, "still holds the base"))
+        # Also where a pack changes nothing, and its result would be the same.
+        return before
+    plainly = _is_plainly_there(layer, finding) and not proof.covered
+    if (proof.leads_to_base and proof.remade) or (plainly and not strict):
+        return Found(entry, name, Holds.PACK)
+    if finding is not None and finding.evidence is not None and finding.evidence.unpatched:
+        return before
     reason = finding.detail if finding is not None and finding.detail else "the rows do not show it"
     detail = f"nothing proves that it holds {entry.label}: {reason}"
     return Found(entry, name, Holds.OTHER, Difference(name, finding.rows[:SHOWN_ROWS] if finding else (), 0, detail))

@@ -14,7 +14,7 @@ from hashlib import sha256
 
 import numpy as np
 
-from nestpatch.errors import BaseMismatchError
+from nestpatch.errors import BaseMismatchError, QuantizationError
 from nestpatch.formats.interface import Checkpoint, TensorInfo, row_blocks
 from nestpatch.pack import Pack, TensorDelta, TensorIdentity
 from nestpatch.patcher.merging import fitted, rows_of, working_bytes
@@ -27,6 +27,8 @@ COARSE_MATCH = 0.85
 SURE = 3.0
 """Standard deviations from which rounded rows count as patched. In doubt they are the base: a patch that cannot be seen is
 refused anyway when it is made from such rows, and made from the float base it gives the same rows again."""
+WITNESSES = 16
+"""Untouched rows that show how a tensor was rounded."""
 ROUNDING = 1.5
 """How much farther from the float base than plain quantization rows may be: other quantizers weigh errors otherwise."""
 
@@ -173,19 +175,50 @@ def _narrow(rows: Rows, dtype: str) -> Rows | None:
         return narrow if np.array_equal(narrow.astype(rows.dtype), rows) else None
 
 
-def is_base(delta: TensorDelta, identity: TensorIdentity, info: TensorInfo, rows: Rows) -> bool:
+def is_base(
+    delta: TensorDelta, identity: TensorIdentity, checkpoint: Checkpoint, rows: Rows, base: Checkpoint | None = None
+) -> bool:
     """Whether rows in memory, in the form in which a file holds them, are the base of a pack.
 
-    By digest, or by their sketch where they were rounded.
+    By digest; where they were rounded by `base`, the float model, or without it by their sketch.
 
     rows: [neurons, in_features] in the stored dtype, or uint8 [neurons, row_bytes].
     """
+    info = checkpoint.info(delta.name)
     if info.plain:
         narrow = rows if info.dtype == identity.dtype else _narrow(rows, identity.dtype)
         if narrow is not None:
             return sha256(np.ascontiguousarray(narrow).view(np.uint8).data).hexdigest() == identity.rows_sha256
+    if base is not None:
+        return _is_rounded_base(delta, identity, checkpoint, np.ascontiguousarray(rows), base)
     match = COARSE_MATCH if info.coding.bits < 4 else SKETCH_MATCH
     return sketch_correlation(delta.sketch, sketch(info.coding.decode(np.ascontiguousarray(rows).view(np.uint8)))) >= match
+
+
+def _is_rounded_base(
+    delta: TensorDelta, identity: TensorIdentity, checkpoint: Checkpoint, rows: Rows, base: Checkpoint
+) -> bool:
+    try:
+        _require_base(delta, identity, checkpoint.info(delta.name), base)
+        info, facts = fitted(checkpoint, delta, base), _Distances()
+    except (BaseMismatchError, QuantizationError):
+        return False
+    for part in _parts(delta, info):
+        origin = base.read_rows(delta.name, rows_of(delta, part))
+        goal = merge(origin, delta.dense(part.start, part.stop))
+        facts.add(rows[part].view(np.uint8), info, origin.astype(np.float32), goal.astype(np.float32))
+    found = facts.finding(delta.name, info)
+    if found.state is State.BASE or _rounds_plainly(delta, info, checkpoint, base):
+        return found.state is State.BASE
+    return found.state is State.ROUNDED and not (found.evidence is not None and found.evidence.patched)
+
+
+def _rounds_plainly(delta: TensorDelta, info: TensorInfo, checkpoint: Checkpoint, base: Checkpoint) -> bool:
+    """Whether rows that the pack leaves alone are, bit for bit, the base's own rows after plain rounding."""
+    spared = np.setdiff1d(np.arange(info.rows), delta.rows)[:WITNESSES]
+    origin = base.read_rows(delta.name, spared).astype(np.float32)
+    stored = checkpoint.read_rows(delta.name, spared).view(np.uint8)
+    return len(spared) > 0 and np.array_equal(info.coding.encode(origin), stored)
 
 
 def _describe_stranger(delta: TensorDelta, identity: TensorIdentity, digest: str, checkpoint: Checkpoint) -> Finding:
@@ -280,7 +313,7 @@ class _Distances:
             return Finding(name, State.PATCHED, info.dtype)
         allowed = ROUNDING**2 * self.cost
         detail = f"{info.dtype}, {np.sqrt(self.base / self.cost) if self.cost else np.inf:.1f} times the error of rounding"
-        if min(self.base, self.goal) > allowed:
+        if not min(self.base, self.goal) <= allowed:  # or no number
             return Finding(name, State.CHANGED, detail)
         if self.base > allowed:
             return Finding(name, State.PATCHED, detail)

@@ -15,7 +15,7 @@ from nestpatch.formats.opening import open_checkpoint
 from nestpatch.gate import Patch, Trust, policy_of, prove
 from nestpatch.pack import Pack
 from nestpatch.patcher.chain import Allowed, Do
-from nestpatch.patcher.held import Found, look, missing, require_proven
+from nestpatch.patcher.held import Found, look, missing, require_proven, require_undoable
 from nestpatch.patcher.kept import keep, load_packs
 from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
 from nestpatch.patcher.merging import means_of
@@ -120,6 +120,7 @@ def apply_in_place(
         gone = missing(found)
         lost = [entry for entry in opened.ledger.applied if entry.pack_id in gone]
         work = plan_work(opened.place, opened.ledger, pack, strength, judge, proven.origin, allowed, lost)
+        require_undoable(opened.checkpoint, opened.place, opened.ledger.applied, work.packs, work.undone, means.base)
         change = Transaction(
             opened.place,
             opened.checkpoint,

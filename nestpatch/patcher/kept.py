@@ -26,6 +26,7 @@ from nestpatch.signing.verify import Outcome, Signed, judge, signature_files
 
 MAX_KEPT = 1 << 30
 """Bytes of a kept pack."""
+_AGAIN = "Apply the pack's file again: nestpatch apply MODEL PATCH --in-place puts the copy back."
 _SUFFIX = re.compile(r"(?:\.[0-9a-f]{12})?\.sig", re.ASCII)
 
 
@@ -60,7 +61,7 @@ def load_pack(place: Place, pack_id: str, label: str) -> Pack:
     if data is None or sha256(data).hexdigest() != pack_id:
         raise UndoError(
             f"{path}, the kept copy of {label}, is missing or altered",
-            advice="Apply the pack's file again: nestpatch apply MODEL PATCH --in-place puts the copy back.",
+            advice=_AGAIN,
         )
     try:
         pack = nest.decode(data)
@@ -95,19 +96,22 @@ def judge_kept(
     Raises SignatureError, UndoError.
     """
     path = place.pack(pack_id)
+    data = _read(path)
+    if data is None or sha256(data).hexdigest() != pack_id:
+        raise UndoError(f"the kept copy {path} is missing or altered", advice=_AGAIN)
+    signatures = {file.name: _signature(file) for file in signature_files(path)}
     try:
-        data = read_bounded(path, MAX_KEPT, follow=False, error=UndoError)
-        signatures = {
-            file.name: read_bounded(file, MAX_BYTES, follow=False, error=SignatureFormatError) for file in signature_files(path)
-        }
-        outcome = judge(data, signatures, policy, subject_of(model), file=path.name, allow_unsigned=allow_unsigned)
-    except FileNotFoundError as error:
-        raise UndoError(f"the kept copy {path} is missing") from error
+        return judge(data, signatures, policy, subject_of(model), file=path.name, allow_unsigned=allow_unsigned)
     except PackError as error:
         raise UndoError(f"the kept copy {path} cannot be used: {error}") from error
-    if outcome.pack_id != pack_id:
-        raise UndoError(f"the kept copy {path} is altered: its sha256 is {outcome.pack_id[:12]}..")
-    return outcome
+
+
+def _signature(file: Path) -> bytes:
+    """The content of a kept signature. Raises SignatureFormatError for what is not a small file of its own."""
+    try:
+        return read_bounded(file, MAX_BYTES, follow=False, error=SignatureFormatError)
+    except FileNotFoundError as error:
+        raise SignatureFormatError(f"{file} is gone", advice="Run the command again.") from error
 
 
 def proven_signers(place: Place, pack_id: str, policy: Policy, model: str | Path | None) -> dict[str, str]:

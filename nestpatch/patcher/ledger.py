@@ -98,7 +98,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Ledger:
-    """All that is applied, bottom first. `history` keeps what was replaced or reverted, oldest first."""
+    """All that is applied, bottom first. `history` keeps what was replaced or reverted, oldest first; lines that came along
+    with the model are marked "foreign".
+    """
 
     transaction: str = ""
     """The last one that was finished."""
@@ -178,6 +180,7 @@ def _ledger(value: Any, place: Place) -> Ledger:
     if is_ours("ledger", place.folder, _digest(value), found):
         return Ledger(transaction, applied, history, follows, offered, sealed=True)
     foreign = tuple(replace(entry, foreign=True) for entry in applied)
+    history = tuple(event | {"foreign": True} for event in history)
     return Ledger(transaction, foreign, history, (), tuple(dict.fromkeys((*follows, *offered))))
 
 
@@ -200,11 +203,13 @@ def _entry(value: Any) -> Entry:
     return Entry(**{name: check(value[name], name) for name, check in _FIELDS.items()})
 
 
-def _event(value: Any) -> dict[str, str]:
+def _event(value: Any) -> dict[str, Any]:
     fields: dict[str, Check] = {"what": _event_kind, "when": _when, "pack_id": _sha256, "name": _name, "version": _version}
-    if not isinstance(value, dict) or set(value) != set(fields):
+    if not isinstance(value, dict) or set(value) - {"foreign"} != set(fields):
         raise ValueError("a line of the history has other fields than nestpatch writes")
-    return {name: check(value[name], name) for name, check in fields.items()}
+    # Of what came along with the model, that is written down too.
+    more = {"foreign": True} if _flag(value.get("foreign", False), "foreign") else {}
+    return {name: check(value[name], name) for name, check in fields.items()} | more
 
 
 def _record(value: Any, what: str) -> TensorRecord:

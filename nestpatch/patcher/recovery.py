@@ -138,7 +138,9 @@ def _recover(
     if not proof and foreign is Foreign.REFUSE:
         raise _refusal(journal, checkpoint)
     roll_back(journal, checkpoint)
-    retire(place, journal.makes)
+    if journal.ours:
+        # Of another journal the rows are confirmed, not what it says of undo records: these may be needed.
+        retire(place, journal.makes)
     remove_journal(place.journal)
     sweep(place, checkpoint)
     return Recovery("rolled back", proof or "the user asked for it")

@@ -177,13 +177,15 @@ class UndoReader:
             missing -= len(piece)
         return b"".join(pieces)
 
-    def checksums(self, tensor: str) -> tuple[Checksums, Checksums]:
-        """(before, after) of a tensor's rows."""
+    def checksums(self, tensor: str, rows: int) -> tuple[Checksums, Checksums]:
+        """(before, after) of a tensor's rows, of which there are so many."""
         offset, length = self.parts[tensor].checksums
+        if length != 16 * rows:
+            raise UndoError(f"the undo record {self.path} is damaged: it has no two checksums for each of {rows} rows")
         with open_regular(self.path, follow=False, error=UndoError) as file:
             file.seek(offset)
             table = file.read(length)
-        if len(table) % 16:
+        if len(table) != length:
             raise UndoError(f"the undo record {self.path} is damaged: its checksums are cut")
         both = np.frombuffer(table, "<u8").reshape(2, -1)
         return both[0], both[1]

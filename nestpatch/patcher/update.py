@@ -109,15 +109,12 @@ def _bring(model: Path, followed: Followed, policy: Policy, *, check: bool, **me
     channel, place = followed.admitted.channel, followed.source.place
     entry = _applied(model, followed, policy, check=check)
     decision = decide(channel, (entry.version, entry.pack_id) if entry else None)
-    if isinstance(decision, Stay) and entry is not None and not _is_there(model, entry, means.get("base")):
-        # The ledger says so, the rows do not.
-        decision = Upgrade(choose(channel, entry.version))
+    reason = decision.reason if isinstance(decision, GoBack) else ""
+    if isinstance(decision, Stay) and entry is not None and (lack := _lack(model, entry, means.get("base"))):
+        decision, reason = Upgrade(choose(channel, entry.version)), lack
     before = entry.version if entry else ""
     target = decision.patch if not isinstance(decision, Stay) else None
     after = before if isinstance(decision, Stay) else target.version if target else ""
-    reason = decision.reason if isinstance(decision, GoBack) else ""
-    if isinstance(decision, Upgrade) and before == after:
-        reason = "its rows were not in the model"
     steps: tuple[str, ...] = ()
     if not check:
         steps = _carry_out(model, followed, entry, decision, policy, **means)
@@ -128,23 +125,39 @@ def _bring(model: Path, followed: Followed, policy: Policy, *, check: bool, **me
 def _applied(model: Path, followed: Followed, policy: Policy, *, check: bool) -> Entry | None:
     """The entry of the channel's patch, which has to be of the channel's own publisher. Raises PublisherError."""
     entry = next((entry for entry in _ledger_of(model, check=check).applied if entry.name == followed.patch_id), None)
-    if entry is None or entry.pack_id in {patch.file.sha256 for patch in followed.admitted.channel.patches}:
+    if entry is None:
+        return None
+    listed = entry.pack_id in {patch.file.sha256 for patch in followed.admitted.channel.patches}
+    roots = {key.key_id for key in followed.admitted.line}
+    publishers = Judge(policy, model).publishers(place_of(model), entry)
+    # Anybody can list another publisher's pack, and then withdraw it.
+    if roots & publishers or (listed and not publishers):
         return entry
-    roots = {key.key_id for key in followed.admitted.seen.roots}
-    if not roots & Judge(policy, model).publishers(place_of(model), entry):
-        raise PublisherError(
-            f"the ledger of {model} names {entry.label} (sha256 {entry.pack_id[:12]}..), which {followed.source.place} never "
-            "published",
-            advice="Take it off first: nestpatch revert MODEL. Then update again.",
-        )
-    return entry
+    lack = "another publisher signed" if publishers else f"{followed.source.place} never published"
+    raise PublisherError(
+        f"the ledger of {model} names {entry.label} (sha256 {entry.pack_id[:12]}..), which {lack}: "
+        f"{followed.source.place} has no say over it",
+        advice="Take it off first: nestpatch revert MODEL. Then update again.",
+    )
 
 
-def _is_there(model: Path, entry: Entry, base: Checkpoint | None) -> bool:
-    """Whether the rows hold an applied pack. Raises BaseMismatchError where they hold neither it nor what was there before."""
+def _lack(model: Path, entry: Entry, base: Checkpoint | None) -> str:
+    """Why an applied pack has to be applied again; empty where the rows hold it as they should.
+
+    Raises BaseMismatchError where they hold neither it nor what was there before.
+    """
     checkpoint, place = open_model(model)
     applied = read_ledger(place).applied
-    return entry.pack_id not in missing(look(checkpoint, place, applied, load_packs(place, applied), base))
+    if entry.pack_id in missing(look(checkpoint, place, applied, load_packs(place, applied), base)):
+        return "its rows were not in the model"
+    if entry.strength != _strength(entry):
+        return f"it came with the model at strength {entry.strength:g}, which nobody here has asked for"
+    return ""
+
+
+def _strength(entry: Entry | None) -> float:
+    """At which strength a channel's patch is applied: that which a user of this machine once chose, else in full."""
+    return entry.strength if entry is not None and not entry.foreign else 1.0
 
 
 def _carry_out(
@@ -170,7 +183,7 @@ def _carry_out(
         model,
         new,
         policy=policy,
-        strength=entry.strength if entry else 1.0,
+        strength=_strength(entry),
         allow_downgrade=isinstance(decision, GoBack),
         allow_overlap=allow_overlap,
         base=base,

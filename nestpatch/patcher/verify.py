@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from hashlib import sha256
@@ -15,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from nestpatch.errors import LedgerError, PackError, StateError
+from nestpatch.errors import LedgerError, PackError, SignatureError, StateError
 from nestpatch.formats import nest
 from nestpatch.formats.interface import Checkpoint, IntArray, row_blocks
+from nestpatch.gate import policy_of
 from nestpatch.pack import Pack
 from nestpatch.patcher.held import Difference, Found, Holds, Layer, layers_of, look
 from nestpatch.patcher.identity import APPLICABLE, Finding, State, examine
@@ -26,7 +28,9 @@ from nestpatch.patcher.ledger import Entry, Ledger, read_ledger
 from nestpatch.patcher.place import Place
 from nestpatch.patcher.recovery import open_model
 from nestpatch.patcher.undo import restored
+from nestpatch.patcher.work import Judge
 from nestpatch.rows import Rows
+from nestpatch.signing.trust import Policy
 
 SHOWN_ROWS = 5
 
@@ -71,6 +75,7 @@ def verify(
     strength: float = 1.0,
     base: Checkpoint | None = None,
     full: bool = False,
+    policy: Policy | None = None,
 ) -> Verification:
     """Looks at the rows that packs touch. Writes nothing.
 
@@ -80,6 +85,7 @@ def verify(
         strength: Only with a patch.
         base: The float model, for quantized rows.
         full: Hashes whole tensors too.
+        policy: Only without a patch: who has to have signed packs that came with the model; None means that of this user.
 
     Raises:
         CheckpointError: The model cannot be read.
@@ -94,9 +100,10 @@ def verify(
         result = _is_in_rows(checkpoint, place, ledger, pack, strength, base, full=full)
     elif ledger.applied:
         result = _against_ledger(checkpoint, place, ledger.applied, base, full=full)
+        if result[0] is Verdict.PATCHED and (doubt := _unproven(place, ledger.applied, Judge(policy_of(policy), model))):
+            result = (Verdict.UNKNOWN, *result[1:4], doubt)
     else:
-        history = [(str(event["pack_id"]), f"{event['name']} {event['version']}") for event in ledger.history]
-        result = _against_packs(checkpoint, _kept_packs(place, history), full=full)
+        result = _against_packs(checkpoint, _kept_packs(place, ledger, Judge(policy_of(policy), model)), full=full)
     verdict, packs, tensors, differences, detail = result
     asked, seconds = pack.label if pack is not None else "", time.perf_counter() - began
     return Verification(verdict, packs, tensors, tuple(differences), detail, full, seconds, asked)
@@ -172,15 +179,27 @@ def _uncovered(one: Found, stack: Sequence[Layer]) -> Found:
     return one
 
 
-def _kept_packs(place: Place, history: Sequence[tuple[str, str]]) -> list[Pack]:
-    """history: (pack id, label)."""
+def _kept_packs(place: Place, ledger: Ledger, judge: Judge) -> list[Pack]:
+    """The packs of the history, as far as they are at hand; what came with the model only as the policy lets it pass."""
     packs = []
-    for pack_id, label in dict.fromkeys(history):
-        try:
+    lines = [(event["pack_id"], f"{event['name']} {event['version']}", "foreign" in event) for event in ledger.history]
+    for pack_id, label, foreign in dict.fromkeys(lines):
+        with suppress(PackError, SignatureError, StateError):  # it only served this comparison
+            if foreign:
+                judge.require(place, pack_id)
             packs.append(load_pack(place, pack_id, label))
-        except (PackError, StateError):  # it only served this comparison
-            continue
     return packs
+
+
+def _unproven(place: Place, applied: Sequence[Entry], judge: Judge) -> str:
+    """Why a pack that came with the model, and is in the rows, proves nothing; empty when the policy lets all of them pass."""
+    for entry in applied:
+        try:
+            if entry.foreign:
+                judge.require(place, entry.pack_id)
+        except (SignatureError, StateError) as error:
+            return f"holds {entry.label} by a pack that came with the model, and nobody answers for that pack: {error}"
+    return ""
 
 
 def _against_packs(checkpoint: Checkpoint, packs: Sequence[Pack], *, full: bool) -> _Result:
@@ -262,7 +281,9 @@ def _against_ledger(
     if full and (altered := _whole_below(checkpoint, layers_of(place, applied, packs))):
         return Verdict.ALTERED, labels, len(found), altered, "the patched rows are right, but tensors differ elsewhere"
     came = "; the ledger came with the model, the packs confirm it" if any(entry.foreign for entry in applied) else ""
-    return Verdict.PATCHED, labels, len(found), [], f"holds {', '.join(labels)}{came}"
+    doses = (f" at strength {entry.strength:g}" if entry.strength != 1 else "" for entry in applied)
+    held = ", ".join(label + dose for label, dose in zip(labels, doses, strict=True))
+    return Verdict.PATCHED, labels, len(found), [], f"holds {held}{came}"
 
 
 def _whole_below(checkpoint: Checkpoint, stacks: Mapping[str, Sequence[Layer]]) -> list[Difference]:
@@ -271,7 +292,8 @@ def _whole_below(checkpoint: Checkpoint, stacks: Mapping[str, Sequence[Layer]]) 
     for name, layers in sorted(stacks.items()):
         info = checkpoint.info(name)
         identity = layers[0].pack.manifest.base.tensors[name]
-        if info.dtype != identity.dtype or layers[0].entry.base_mismatch_allowed:
+        entry = layers[0].entry
+        if info.dtype != identity.dtype or (entry.base_mismatch_allowed and not entry.foreign):
             continue  # no digest to compare with
         rows = np.unique(np.concatenate([layer.delta.rows.astype(np.int64) for layer in layers]))
         values = checkpoint.read_rows(name, rows)

@@ -45,6 +45,11 @@ class Work:
         return frozenset(delta.name for step in self.steps for delta in self.packs[step.link.pack_id])
 
     @property
+    def undone(self) -> frozenset[str]:
+        """The ids of the packs that are undone, for good or for the while."""
+        return frozenset(step.link.pack_id for step in self.steps if step.do is Do.UNDO)
+
+    @property
     def told(self) -> tuple[str, ...]:
         """The steps, for people."""
         return tuple(f"{step.do.value} {step.link.label}" for step in self.steps if step.do is not Do.CHECK)

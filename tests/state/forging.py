@@ -1,0 +1,125 @@
+"""What a hostile model repository writes beside its weights: everything that needs no key of this machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nestpatch.formats import nest
+from nestpatch.formats.opening import open_checkpoint
+from nestpatch.pack import Pack
+from nestpatch.patcher.ledger import FORMAT
+from nestpatch.patcher.place import Place
+from nestpatch.patcher.undo import TensorPacker, UndoWriter, checksums, residual
+from nestpatch.rows import Rows
+from nestpatch.signing.verify import signature_files
+from tests.state.conftest import Scene
+
+TRANSACTION = "f0" * 8
+WHEN = "2026-11-25T08:00:00Z"
+Lie = Callable[[str, Rows], Rows]
+"""Tensor, the rows that are there -> what they are said to have been before."""
+
+
+def content(place: Place) -> dict[str, Any]:
+    """What a ledger says, without its checksum and its seal."""
+    value: dict[str, Any] = json.loads(place.ledger.read_text(encoding="utf-8"))
+    return {name: part for name, part in value.items() if name not in {"sha256", "seal"}}
+
+
+def write_ledger(place: Place, value: dict[str, Any], seal: str = "00" * 32) -> None:
+    """A ledger with the right checksum, which anybody can make, and with a seal that nobody made."""
+    digest = sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    place.ledger.write_text(json.dumps({**value, "sha256": digest, "seal": seal}), encoding="utf-8")
+
+
+def edit(place: Place, change: Callable[[dict[str, Any]], None]) -> None:
+    """The ledger, changed and with its checksum made right again."""
+    value = content(place)
+    change(value)
+    write_ledger(place, value)
+
+
+def ledger(*entries: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """A ledger's content."""
+    return {"format": FORMAT, "transaction": TRANSACTION, "applied": list(entries), "history": [], **more}
+
+
+def entry(pack: Pack, tensors: dict[str, Any], strength: float = 1.0, **claims: Any) -> dict[str, Any]:
+    """An entry as nestpatch would write it, with other claims where some are given."""
+    manifest = pack.manifest
+    return {
+        "pack_id": nest.pack_id(pack),
+        "name": manifest.name,
+        "version": manifest.version,
+        "strength": strength,
+        "when": WHEN,
+        "tool": "nestpatch 0.1.0",
+        "transaction": TRANSACTION,
+        "tensors": tensors,
+        "supersedes": list(manifest.supersedes),
+        "requires": list(manifest.requires),
+        "base_mismatch_allowed": False,
+        "rounding": "",
+        "signers": {},
+        "roots": [],
+        "foreign": False,
+        **claims,
+    }
+
+
+def event(pack: Pack, what: str = "applied", **claims: str) -> dict[str, str]:
+    """A line of a history."""
+    manifest = pack.manifest
+    line = {"what": what, "when": WHEN, "pack_id": nest.pack_id(pack), "name": manifest.name, "version": manifest.version}
+    return {**line, **claims}
+
+
+def honest(name: str, rows: Rows) -> Rows:
+    """They were always like this."""
+    return rows
+
+
+def plant(scene: Scene, file: Path, strength: float = 1.0, lie: Lie = honest, *, undo: bool = True, **claims: Any) -> Pack:
+    """Claims that a pack is applied: a ledger, the kept pack with what signatures lie beside its file, and an undo record that
+    makes of the present rows what `lie` says.
+    """
+    pack, place = nest.read(file), scene.place
+    keep(place, file)
+    found = write_undo(scene, pack, place.undo(f"{TRANSACTION}-{nest.pack_id(pack)[:16]}"), strength, lie)
+    if not undo:
+        place.undo(f"{TRANSACTION}-{nest.pack_id(pack)[:16]}").unlink()
+    write_ledger(place, ledger(entry(pack, found, strength, **claims), history=[event(pack)]))
+    return pack
+
+
+def keep(place: Place, file: Path) -> Path:
+    """A pack's file with its signatures in the place of a kept copy."""
+    place.folder.mkdir(exist_ok=True)
+    kept = place.pack(sha256(file.read_bytes()).hexdigest())
+    shutil.copyfile(file, kept)
+    for signature in signature_files(file):
+        shutil.copyfile(signature, kept.with_name(kept.name + signature.name.removeprefix(file.name)))
+    return kept
+
+
+def write_undo(scene: Scene, pack: Pack, path: Path, strength: float = 1.0, lie: Lie = honest) -> dict[str, Any]:
+    """An undo record that makes of the present rows what `lie` says; the tensors of the entry that goes with it."""
+    checkpoint, tensors = open_checkpoint(scene.model), {}
+    with open(path, "wb") as file:
+        writer = UndoWriter(file)
+        for delta in pack:
+            current = checkpoint.read_rows(delta.name, delta.rows.astype(np.int64))
+            original = np.ascontiguousarray(lie(delta.name, current))
+            packer = TensorPacker()
+            packer.add(residual(original, current, delta.dense(), strength), checksums(original), checksums(current))
+            writer.tensor(packer.finish())
+            before, after = (sha256(rows.tobytes()).hexdigest() for rows in (original, current))
+            tensors[delta.name] = {"rows": delta.neurons, "before": before, "after": after, "gain": None}
+    return tensors

@@ -1,0 +1,515 @@
+"""Ledgers that came with a model and lie. Commands believe rows and signed packs, never the ledger."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nestpatch.formats import nest
+from nestpatch.formats.opening import open_checkpoint
+from nestpatch.hub.publish import push
+from nestpatch.pack import Pack
+from nestpatch.patcher.inplace import apply_in_place
+from nestpatch.patcher.ledger import read_ledger
+from tests.helpers import tiny_checkpoint, tiny_pack
+from tests.state import forging
+from tests.state.calls import answer, refused, run
+from tests.state.conftest import Scene
+
+SURE = {
+    # Words by which a command would say that the patch is in the model
+    "nothing to do",
+    "applied already",
+    "current",
+    "up to date",
+}
+
+
+def based(scene: Scene) -> list[object]:
+    """How quantized rows are judged and made exactly."""
+    return ["--base", scene.base] if scene.kind == "gguf" else []
+
+
+def nothing(scene: Scene, name: str = "no-harm", version: str = "99.0.0") -> Pack:
+    """A well-formed pack that changes nothing: its base is its result."""
+    pack = scene.pack(name, version)
+    deltas = tuple(replace(delta, delta=np.zeros_like(delta.delta)) for delta in pack)
+    result = {delta.name: pack.manifest.base.tensors[delta.name].rows_sha256 for delta in pack}
+    return Pack(replace(pack.manifest, result=result), deltas)
+
+
+def harmless(scene: Scene, key: str | None = None) -> Path:
+    """The pack that everybody wants, and that the forged ledgers name."""
+    return scene.write(scene.pack(), scene.acme if key is None else None)
+
+
+CLAIMS: dict[str, Callable[[Scene], Path]] = {
+    # What a hostile repository lays beside base weights -> the pack's file that it names
+    "the real signed pack": lambda scene: _planted(scene, harmless(scene)),
+    "the real pack at no strength": lambda scene: _planted(scene, harmless(scene), strength=1e-30),
+    "the real pack without signature": lambda scene: _planted(scene, harmless(scene, "none")),
+    "a pack of its own that changes nothing": lambda scene: _planted(scene, scene.write(nothing(scene))),
+    "the real pack and a forged signer": lambda scene: _planted(
+        scene, harmless(scene), signers={"acme": scene.acme.public.key_id}, roots=[scene.acme.public.key_id]
+    ),
+    "the real pack on another base": lambda scene: _planted(scene, harmless(scene), base_mismatch_allowed=True),
+}
+
+
+def _planted(scene: Scene, file: Path, **claims: Any) -> Path:
+    forging.plant(scene, file, **claims)
+    return file
+
+
+@pytest.fixture(params=CLAIMS)
+def claimed(request: pytest.FixtureRequest, scene: Scene) -> Scene:
+    """Base weights whose ledger says that a pack is applied; acme's key is trusted."""
+    scene.trust(acme=scene.acme)
+    CLAIMS[request.param](scene)
+    return scene
+
+
+def test_base_weights_are_never_called_patched(claimed: Scene) -> None:
+    before = claimed.weights()
+    wanted = harmless(claimed)
+    for words in ((), (wanted,), (wanted, "--strength", "1e-30")):
+        for more in ((), based(claimed)):
+            found = answer("verify", claimed.model, *words, *more, code=1)
+            assert not found["known"]
+            assert found["verdict"] != "patched"
+    found = answer("status", claimed.model, code=1)
+    assert not found["sound"]
+    assert not any(entry["in_rows"] for entry in found["applied"])
+    assert claimed.weights() == before
+
+
+def test_apply_repairs_or_refuses(claimed: Scene) -> None:
+    """Whatever it says, afterwards the pack is in the rows where it ended well, and nothing was changed where it did not."""
+    before, file = claimed.weights(), harmless(claimed)
+    for more in ((), based(claimed), ("--allow-downgrade", *based(claimed))):
+        result = run("apply", claimed.model, file, "--in-place", *more)
+        assert not any(word in result.stdout for word in SURE)
+        if result.exit_code == 0:
+            assert answer("verify", claimed.model, file, *based(claimed))["known"]
+            assert claimed.weights() != before
+            return
+        assert claimed.weights() == before
+        assert "What to do" in result.stderr
+    # Its own pack stands in the way, and is no publisher's: that it was never there, revert finds out.
+    assert "99.0.0" in run("status", claimed.model).stdout or "not signed" in result.stderr
+
+
+def test_a_copy_of_base_weights_is_repaired_or_refused(claimed: Scene, tmp_path: Path) -> None:
+    file, target = harmless(claimed), tmp_path / f"copy{claimed.model.suffix if claimed.model.is_file() else ''}"
+    target = tmp_path / "copy" if claimed.kind == "onnx" else target
+    result = run("apply", claimed.model, file, "-o", target, *based(claimed))
+    if result.exit_code:
+        assert not target.exists()
+        assert "applied" not in result.stderr or "not signed" in result.stderr or "99.0.0" in result.stderr
+    else:
+        model = target / claimed.model.name if claimed.kind == "onnx" else target
+        assert answer("verify", model, file, *based(claimed))["known"]
+
+
+def test_update_is_not_current_with_base_weights(scene: Scene, tmp_path: Path) -> None:
+    """The channel's very pack is named, with its signature beside it, at a strength at which it changes nothing."""
+    scene.trust(acme=scene.acme)
+    file, channel = harmless(scene), tmp_path / "channel"
+    push(file, str(channel), scene.acme)
+    for strength in (1.0, 1e-30):
+        forging.plant(scene, file, strength, roots=[scene.acme.public.key_id])
+        checked = answer("update", scene.model, "--check", "--channel", channel.as_uri(), *based(scene), code=10)
+        assert [one["state"] for one in checked["channels"]] == ["available"]
+    (done,) = answer("update", scene.model, "--channel", channel.as_uri(), *based(scene))["channels"]
+    assert done["state"] == "updated"
+    assert done["reason"]
+    assert answer("verify", scene.model, file, *based(scene))["known"]
+    (entry,) = read_ledger(scene.place).applied
+    assert (entry.strength, entry.foreign) == (1.0, False)
+    assert answer("update", scene.model, *based(scene))["channels"][0]["state"] == "current"
+
+
+def test_update_does_not_keep_the_strength_of_a_ledger_that_came_along(scene: Scene, tmp_path: Path) -> None:
+    """A repository could else have every later version applied at next to nothing."""
+    scene.trust(acme=scene.acme)
+    one, two, channel = harmless(scene), scene.write(scene.pack(version="1.1.0", seed=2), scene.acme), tmp_path / "channel"
+    push(one, str(channel), scene.acme)
+    assert run("apply", scene.model, one, "--in-place", "--strength", "0.5", *based(scene)).exit_code == 0
+    got = scene.sent()
+    checked = answer("update", got.model, "--check", "--channel", channel.as_uri(), *based(scene), code=10)["channels"][0]
+    assert "0.5" in checked["reason"]
+    push(two, str(channel), scene.acme)
+    assert answer("update", got.model, "--channel", channel.as_uri(), *based(scene))["channels"][0]["after"] == "1.1.0"
+    assert [entry.strength for entry in read_ledger(got.place).applied] == [1.0]
+    # On the machine where a user chose it, it stays.
+    assert answer("update", scene.model, "--channel", channel.as_uri(), *based(scene))["channels"][0]["after"] == "1.1.0"
+    assert [entry.strength for entry in read_ledger(scene.place).applied] == [0.5]
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_no_release_says_that_it_holds_what_the_rows_do_not(plain: Scene, tmp_path: Path, claim: str) -> None:
+    plain.trust(acme=plain.acme)
+    CLAIMS[claim](plain)
+    for words in ((), (plain.write(plain.pack("other", seed=7, neurons=2), plain.acme),)):
+        assert run("export", plain.model, *words, "--to", "safetensors", "-o", tmp_path / "release").exit_code == 1
+        assert not (tmp_path / "release").exists()
+
+
+def test_a_release_passes_no_claims_on(plain: Scene, tmp_path: Path) -> None:
+    """The pack is in the rows, and its signature beside it; that evil signed it too, the ledger alone says."""
+    plain.trust(acme=plain.acme, evil=plain.evil)
+    assert run("apply", plain.model, harmless(plain), "--in-place").exit_code == 0
+    got = plain.sent()
+    forging.edit(got.place, lambda value: value["applied"][0].update(signers={"evil": plain.evil.public.key_id}))
+    assert run("export", got.model, "--to", "safetensors", "-o", tmp_path / "release").exit_code == 0
+    record = json.loads(str(open_checkpoint(tmp_path / "release").metadata()["nestpatch.record"]))
+    assert record[0]["signers"] == {"acme": plain.acme.public.key_id}
+    assert record[0]["roots"] == []
+
+
+def small(scene: Scene) -> Pack:
+    """A pack of the attacker's own that does next to nothing: half a bit in a single row."""
+    return scene.pack("no-harm", "99.0.0", neurons=1, clusters=1, scale=0.02, tensors=["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_a_pack_of_the_attackers_own_in_the_rows_proves_nothing_where_keys_are_trusted(scene: Scene, tmp_path: Path) -> None:
+    """Rows, ledger and pack agree with each other. Nobody whom this user trusts answers for the pack, whatever its name is."""
+    file = scene.write(small(scene))
+    assert run("apply", scene.model, file, "--in-place", *based(scene)).exit_code == 0
+    got = scene.sent()
+    found = answer("verify", got.model, *based(scene))
+    assert (found["verdict"], found["known"]) == ("patched", True)
+    got.trust(acme=scene.acme)
+    found = answer("verify", got.model, *based(scene), code=1)
+    assert found["verdict"] == "unknown"
+    assert "nobody answers for that pack" in found["detail"]
+    assert "signed by nobody whom you trust" in " ".join(run("status", got.model).stdout.split())
+    if scene.kind in {"safetensors", "sharded"}:
+        refused("UnsignedError", "export", got.model, "--to", "safetensors", "-o", tmp_path / "release")
+    # This machine applied it once, with its user's consent: here it stands.
+    assert answer("verify", scene.model, *based(scene))["known"]
+
+
+def test_a_history_that_came_along_proves_nothing_where_keys_are_trusted(plain: Scene) -> None:
+    """A made-up pack whose base is what the attacker's rows hold, in the history alone."""
+    altered = plain.folder / "model.safetensors"
+    data = bytearray(altered.read_bytes())
+    data[-4000:] = bytes(4000)
+    altered.write_bytes(data)
+    pack = tiny_pack(plain.folder, name="no-harm")
+    forging.keep(plain.place, plain.write(pack))
+    forging.write_ledger(plain.place, forging.ledger(history=[forging.event(pack)]))
+    plain.trust(acme=plain.acme)
+    assert answer("verify", plain.model, code=1)["verdict"] == "unknown"
+    # Nor after this machine has written the ledger anew.
+    other = plain.write(tiny_pack(plain.folder, name="other", seed=5), plain.acme)
+    assert run("apply", plain.model, other, "--in-place").exit_code == 0
+    assert run("revert", plain.model).exit_code == 0
+    assert read_ledger(plain.place).history[0]["foreign"] is True
+    plain.place.pack(nest.pack_id(nest.read(other))).unlink()
+    assert answer("verify", plain.model, code=1)["verdict"] == "unknown"
+    assert "came with the model" in run("status", plain.model).stdout
+
+
+def test_verify_full_compares_whole_tensors_whatever_a_ledger_says_of_its_base(plain: Scene) -> None:
+    """A ledger that allowed a mismatch would else hide every row that no pack changes."""
+    plain.trust(acme=plain.acme)
+    assert run("apply", plain.model, harmless(plain), "--in-place").exit_code == 0
+    got = plain.sent()
+    forging.edit(got.place, lambda value: value["applied"][0].update(base_mismatch_allowed=True))
+    assert answer("verify", got.model, "--full")["known"]
+    spoil(got)
+    assert answer("verify", got.model)["known"]
+    assert answer("verify", got.model, "--full", code=1)["verdict"] == "altered"
+
+
+def spoil(scene: Scene) -> None:
+    """Another value in a row of a patched tensor that the pack leaves alone."""
+    checkpoint, (delta, *_) = open_checkpoint(scene.model), scene.pack().deltas
+    row = np.setdiff1d(np.arange(32), delta.rows)[:1]
+    checkpoint.write_rows(delta.name, row, np.ascontiguousarray(checkpoint.read_rows(delta.name, row)[:, ::-1]))
+
+
+def test_a_pack_for_another_model_is_refused_by_name(scene: Scene, tmp_path: Path) -> None:
+    scene.trust(acme=scene.acme)
+    wanted = harmless(scene)
+    shapes = {"wide": {"hidden": 64, "inter": 32}, "long": {"hidden": 32, "inter": 900}, "deep": {"hidden": 32, "layers": 5}}
+    for name, shape in shapes.items():
+        other = tiny_checkpoint(tmp_path / name, dtype="BF16", **shape)
+        file = scene.write(tiny_pack(other, seed=3), scene.acme)
+        forging.keep(scene.place, file)
+        pack, foreign = nest.read(file), replace(scene, model=other)
+        record = scene.place.undo(f"{forging.TRANSACTION}-{nest.pack_id(pack)[:16]}")
+        tensors = forging.write_undo(foreign, pack, record)
+        forging.write_ledger(scene.place, forging.ledger(forging.entry(pack, tensors)))
+        for words in (["verify"], ["revert"], ["apply", wanted, "--in-place"], ["apply", file, "--in-place"]):
+            assert "made for another model" in refused("LedgerError", words[0], scene.model, *words[1:])
+        assert "made for another model" in answer("status", scene.model, code=1)["problem"]
+        assert not answer("verify", scene.model, wanted, code=1)["known"]
+
+
+# What a ledger may say at all
+
+GIANT = int("9" * 4000)
+ABSURD: list[Any] = [None, True, -1, 0, 3, GIANT, 0.5, float("nan"), float("inf"), "", "x", "\x1b[2J", "a\0b", "../../x",
+                     "é" * 3000, f"{'9' * 5000}.0.0", "A" * 64, [], [[]], ["x"], {}, {"x": {}}, [[[[[[[]]]]]]]]  # fmt: skip
+FIELDS = [
+    "pack_id", "name", "version", "strength", "when", "tool", "transaction", "tensors", "supersedes", "requires",
+    "base_mismatch_allowed", "rounding", "signers", "roots", "foreign",
+]  # fmt: skip
+
+
+@pytest.fixture
+def patched(plain: Scene, tmp_path: Path) -> tuple[Scene, list[list[object]]]:
+    """A patched model, and every command that reads its ledger."""
+    plain.trust(acme=plain.acme)
+    file, channel = harmless(plain), tmp_path / "channel"
+    push(file, str(channel), plain.acme)
+    assert run("apply", plain.model, file, "--in-place").exit_code == 0
+    later = plain.write(plain.pack(version="1.1.0", seed=2), plain.acme)
+    commands: list[list[object]] = [
+        ["status", plain.model],
+        ["verify", plain.model],
+        ["verify", plain.model, later],
+        ["apply", plain.model, later, "--in-place", "--dry-run"],
+        ["apply", plain.model, later, "--dry-run", "-o", tmp_path / "copy"],
+        ["revert", plain.model, "--dry-run"],
+        ["update", plain.model, "--quiet", "--channel", channel.as_uri()],
+        ["export", plain.model, "--to", "safetensors", "-o", tmp_path / "release"],
+    ]
+    return plain, commands
+
+
+def broken(scene: Scene, commands: list[list[object]], value: object) -> None:
+    """All commands end with 1 and a named error. `recover` has nothing to do and reads no ledger."""
+    for words in commands:
+        result = run(*words)
+        assert result.exit_code == 1, (value, words, result.stdout)
+        named = result.stderr.startswith("LedgerError: ") and "What to do: " in result.stderr
+        # A sound ledger that names packs otherwise than they are: `status` still shows it, and says so.
+        assert named or (words[0] == "status" and "cannot be compared with the rows" in result.stdout), (
+            value,
+            words,
+            result.stderr,
+        )
+        assert "\x1b" not in result.stderr
+    assert run("recover", scene.model).exit_code == 0
+
+
+def plausible(field: str, value: Any) -> bool:
+    """What a ledger may hold in a field: then rows and packs decide."""
+    number = type(value) in (int, float)
+    fine = {
+        "tool": isinstance(value, str) and len(value) <= 2048,
+        "rounding": isinstance(value, str) and len(value) <= 2048,
+        "strength": number and 0 < value <= 2,
+        "name": value in ("x", "A" * 64),
+        "gain": value is None or (number and abs(value) < 1e300),
+        "rows": type(value) is int and 0 < value < 1 << 40,
+        "base_mismatch_allowed": value is True,
+        "foreign": value is True,
+        "transaction": False,
+        **dict.fromkeys(("supersedes", "requires", "roots"), value == []),
+        **dict.fromkeys(("signers", "tensors"), value == {}),
+    }
+    return bool(fine.get(field, False))
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_absurd_values_in_an_entry_are_refused_by_name(patched: tuple[Scene, list[list[object]]], field: str) -> None:
+    scene, commands = patched
+    good = forging.content(scene.place)
+    for value in ABSURD:
+        if not plausible(field, value):
+            (entry,) = good["applied"]
+            forging.write_ledger(scene.place, good | {"applied": [entry | {field: value}]})
+            broken(scene, commands[:1] if value not in ("x", GIANT) else commands, value)
+    forging.write_ledger(
+        scene.place, good | {"applied": [{name: v for name, v in good["applied"][0].items() if name != field}]}
+    )
+    if field not in {"foreign", "roots", "signers", "rounding"}:
+        broken(scene, commands, "missing")
+
+
+@pytest.mark.parametrize("field", ["format", "transaction", "applied", "history", "follows", "offered"])
+def test_absurd_values_in_a_ledger_are_refused_by_name(patched: tuple[Scene, list[list[object]]], field: str) -> None:
+    scene, commands = patched
+    good = forging.content(scene.place)
+    for value in ABSURD:
+        if (
+            value != []
+            and not (field == "transaction" and value == "")
+            and not (field in {"follows", "offered"} and value == ["x"])
+        ):
+            forging.write_ledger(scene.place, good | {field: value})
+            broken(scene, commands[:1] if value != GIANT else commands, value)
+
+
+@pytest.mark.parametrize("field", ["rows", "before", "after", "gain"])
+def test_absurd_values_in_a_tensor_are_refused_by_name(patched: tuple[Scene, list[list[object]]], field: str) -> None:
+    scene, commands = patched
+    good = forging.content(scene.place)
+    name = next(iter(good["applied"][0]["tensors"]))
+    for value in ABSURD:
+        if not plausible(field, value):
+            changed = json.loads(json.dumps(good))
+            changed["applied"][0]["tensors"][name][field] = value
+            forging.write_ledger(scene.place, changed)
+            broken(scene, commands[:1], value)
+
+
+def test_other_nonsense_is_refused_by_name(patched: tuple[Scene, list[list[object]]]) -> None:
+    scene, commands = patched
+    good, place = forging.content(scene.place), scene.place
+    (entry,) = good["applied"]
+    event = good["history"][0]
+    for value in (
+        good | {"applied": [entry, entry]},
+        good | {"applied": [entry | {"more": 1}]},
+        good | {"history": [event | {"what": "\x1b[2J"}]},
+        good | {"history": [event | {"foreign": "yes"}]},
+        good | {"history": [event | {"more": 1}]},
+        good | {"history": [event | {"pack_id": "../../../etc/passwd"}]},
+    ):  # fmt: skip
+        forging.write_ledger(place, value)
+        broken(scene, commands, value)
+
+
+def test_a_ledger_that_disagrees_with_its_pack_is_refused_by_name(patched: tuple[Scene, list[list[object]]]) -> None:
+    scene, commands = patched
+    good = forging.content(scene.place)
+    (entry,) = good["applied"]
+    some = next(iter(entry["tensors"].values()))
+    for lie in ({"tensors": {}}, {"tensors": entry["tensors"] | {"\x1b[2J": some}}, {"name": "other"}, {"version": "2.0.0"}):
+        forging.write_ledger(scene.place, good | {"applied": [entry | lie]})
+        # With a patch, `verify` asks the rows alone.
+        broken(scene, [words for words in commands if len(words) != 3], lie)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "1e400", "NaN", "[" * 100_000, '{"format": "nestpatch-ledger/1"}', '{"a":1}' * 2, "\0", '"\\ud800"',
+     '{"format": ' + "9" * 5000 + "}", '{"format":"nestpatch-ledger/9"}'],
+)  # fmt: skip
+def test_what_is_no_ledger_is_refused_by_name(patched: tuple[Scene, list[list[object]]], text: str) -> None:
+    scene, commands = patched
+    scene.place.ledger.write_text(text, encoding="utf-8")
+    broken(scene, commands, text[:20])
+
+
+def test_terminal_codes_of_a_ledger_do_not_reach_the_terminal(plain: Scene) -> None:
+    plain.trust(acme=plain.acme)
+    code = "\x1b[2J\x07[bold]"
+    forging.plant(plain, harmless(plain), tool=code, rounding=code, signers={code: "0" * 64})
+    forging.edit(plain.place, lambda value: value.update(follows=[code], offered=[code]))
+    for words in (["status"], ["verify"], ["update"], ["revert", "--dry-run"]):
+        result = run(words[0], plain.model, *words[1:])
+        assert "\x1b" not in result.stdout + result.stderr
+        assert "\x07" not in result.stdout + result.stderr
+
+
+# Who signed
+
+
+def test_status_says_what_was_checked_and_what_is_claimed(scene: Scene) -> None:
+    scene.trust(acme=scene.acme)
+    file = harmless(scene)
+    assert run("apply", scene.model, file, "--in-place", *based(scene)).exit_code == 0
+    assert "signed by acme" in run("status", scene.model).stdout
+    got = scene.sent()
+    forging.edit(
+        got.place,
+        lambda value: value["applied"][0].update(signers={"acme": scene.acme.public.key_id, "NIST": scene.evil.public.key_id}),
+    )
+    told = run("status", got.model).stdout
+    assert ", signed by acme, claims to be signed by NIST," in told
+    (entry,) = answer("status", got.model)["applied"]
+    assert entry["signers"] == {"acme": scene.acme.public.key_id}
+    assert entry["claims"] == ["NIST"]
+    for signature in got.place.folder.glob("*.sig"):
+        signature.unlink()
+    told = run("status", got.model).stdout
+    assert "claims to be signed by acme, NIST" in told
+    assert ", signed by acme" not in told
+    # Someone else's signature under acme's name proves nothing either.
+    other = scene.write(scene.pack(version="1.1.0"), scene.acme)
+    kept = got.place.pack(nest.pack_id(nest.read(file)))
+    kept.with_name(f"{kept.name}.sig").write_bytes(other.with_name(f"{other.name}.sig").read_bytes())
+    assert "claims to be signed by acme, NIST" in run("status", got.model).stdout
+
+
+# verify MODEL PATCH
+
+
+def test_verify_with_a_patch_asks_for_exactly_this_pack(scene: Scene) -> None:
+    file, more = harmless(scene), based(scene)
+    assert answer("verify", scene.model, file, *more, code=1)["verdict"] == "base"
+    assert run("apply", scene.model, file, "--in-place", "--strength", "0.5", *more).exit_code == 0
+    half = answer("verify", scene.model, file, *more, code=1)
+    assert half["verdict"] == "altered"
+    assert "0.5" in half["detail"]
+    assert answer("verify", scene.model, file, "--strength", "0.5", *more)["known"]
+    assert run("apply", scene.model, file, "--in-place", *more).exit_code == 0
+    assert answer("verify", scene.model, file, *more)["known"]
+    assert not answer("verify", scene.model, file, "--strength", "0.5", *more, code=1)["known"]
+    assert not answer("verify", scene.model, scene.write(scene.pack(seed=9)), *more, code=1)["known"]
+    # Without any ledger the rows say it as well.
+    scene.place.ledger.unlink()
+    assert answer("verify", scene.model, file, *more)["verdict"] == "patched"
+
+
+def apart(scene: Scene, pack: Pack) -> Pack:
+    """A pack in the same tensors, in rows that the other one leaves alone."""
+    for seed in range(100, 4000):
+        other = scene.pack("other", seed=seed, neurons=3)
+        if not any(np.intersect1d(a.rows, b.rows).size for a, b in zip(pack, other, strict=True)):
+            return other
+    raise AssertionError("no such pack")
+
+
+def test_verify_with_a_patch_names_the_packs_beside_it(scene: Scene) -> None:
+    file, pack = harmless(scene), scene.pack()
+    other = scene.write(apart(scene, pack))
+    for one in (file, other):
+        assert run("apply", scene.model, one, "--in-place", *based(scene)).exit_code == 0
+    found = answer("verify", scene.model, file, *based(scene))
+    assert found["known"]
+    assert "the ledger also names other 1.0.0" in found["detail"]
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_verify_with_a_patch_names_a_pack_on_top_of_it(plain: Scene, *, foreign: bool) -> None:
+    file = harmless(plain)
+    assert run("apply", plain.model, file, "--in-place").exit_code == 0
+    assert run("apply", plain.model, plain.write(plain.pack("other", seed=2)), "--in-place", "--allow-overlap").exit_code == 0
+    found = answer("verify", (plain.sent() if foreign else plain).model, file, code=1)
+    assert found["verdict"] == "altered"
+    assert any("changed again by other 1.0.0" in one["detail"] for one in found["differences"])
+
+
+def test_rows_at_another_strength_are_called_so(scene: Scene) -> None:
+    """A repository that patched at a tenth: that much is true, and it is said."""
+    if scene.kind == "gguf":
+        pytest.skip("rounding loses a tenth of this pack: applying it is refused")
+    scene.trust(acme=scene.acme)
+    file = harmless(scene)
+    assert run("apply", scene.model, file, "--in-place", "--strength", "0.1").exit_code == 0
+    got = scene.sent()
+    assert "at strength 0.1" in answer("verify", got.model)["detail"]
+    assert not answer("verify", got.model, file, code=1)["known"]
+
+
+def test_own_and_foreign_entries_stand_side_by_side(plain: Scene) -> None:
+    """A pack that this machine adds to a model that came patched does not make the other entry its own."""
+    plain.trust(acme=plain.acme)
+    apply_in_place(plain.model, harmless(plain))
+    got = plain.sent()
+    apply_in_place(got.model, plain.write(apart(plain, plain.pack()), plain.acme))
+    assert [entry.foreign for entry in read_ledger(got.place).applied] == [True, False]
+    assert answer("verify", got.model)["known"]
