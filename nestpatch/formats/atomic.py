@@ -41,6 +41,11 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def temporary(path: Path) -> Path:
+    """A new name beside a place, for what is written there until it is complete."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
 @contextmanager
 def new_place(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary sibling path to create (a file or a directory), then renames it to `path`.
@@ -49,7 +54,7 @@ def new_place(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises OutputError when the place is taken or cannot be written.
     """
     _refuse_taken(path, overwrite)
-    sibling = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    sibling = temporary(path)
     try:
         yield sibling
         if not overwrite:
@@ -58,6 +63,8 @@ def new_place(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         sync_folder(path.parent)
     except OSError as error:
         _remove(sibling)
+        # A directory takes no place that another process has taken since: that is what the error was.
+        _refuse_taken(path, overwrite)
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     except BaseException:
         _remove(sibling)
