@@ -143,9 +143,7 @@ class Killer:
         """Runs a command until it stops or ends."""
         return self.start(args, folder, fault or Fault(), home=home).wait()
 
-    def calls(
-        self, args: Sequence[str], folder: Path, log: Path, *, code: int = 0, home: Path | None = None
-    ) -> list[Call]:
+    def calls(self, args: Sequence[str], folder: Path, log: Path, *, code: int = 0, home: Path | None = None) -> list[Call]:
         """The calls that a command makes when nothing is done to it. It must end with that exit code."""
         end = self.start(args, folder, Fault(), log=log, home=home).wait()
         assert (end.how, end.code) == ("ended", code), end

@@ -13,7 +13,7 @@ from nestpatch.errors import NestpatchError
 from nestpatch.patcher.inplace import revert
 from nestpatch.patcher.verify import Verdict, verify
 from tests.faults.cases import digests
-from tests.faults.killer import End, Fault, Killer
+from tests.faults.killer import Call, End, Fault, Killer
 from tests.helpers import tree_digest
 
 _TRANSACTION = re.compile(r"[0-9a-f]{16}(?=-[0-9a-f]{16}\.undo$)")
@@ -22,6 +22,11 @@ _TRANSACTION = re.compile(r"[0-9a-f]{16}(?=-[0-9a-f]{16}\.undo$)")
 def names(folder: Path) -> list[str]:
     """All that is in a folder; transactions, which are random, are left out of the names of undo records."""
     return sorted(_TRANSACTION.sub("*", name) for name in tree_digest(folder))
+
+
+def weights(model: Path) -> dict[str, str]:
+    """Weight file -> SHA-256; of a single file, that of the file, whatever is beside it."""
+    return tree_digest(model) if model.is_file() and model.suffix != ".onnx" else digests(model)
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Making:
 
     def found(self) -> dict[str, str]:
         """The target, as in `content`."""
-        return digests(self.copy) if self.copy else tree_digest(self.target)
+        return weights(self.copy) if self.copy else tree_digest(self.target)
 
     def check_source(self) -> None:
         """All that was in the folder before is as it was."""
@@ -68,7 +73,7 @@ class Making:
         """Reverting the copy gives the base."""
         if self.copy:
             revert(self.copy)
-            assert digests(self.copy) == self.base, "the copy does not revert to the base"
+            assert weights(self.copy) == self.base, "the copy does not revert to the base"
 
     def check_retry(self, killer: Killer, *, thorough: bool) -> str:
         """The same command run again, after a kill: "nothing" was there under the final name, or "all" was."""
@@ -139,3 +144,9 @@ def stopped_before(killer: Killer, making: Making, number: int) -> None:
     victim = killer.start(making.command, making.folder, Fault(number))
     assert victim.wait().stopped
     victim.kill()
+
+
+def calls_of(killer: Killer, making: Making) -> list[Call]:
+    """What the command does, call by call."""
+    making.fresh()
+    return killer.calls(making.command, making.folder, making.folder.with_name("calls"))
