@@ -1,4 +1,4 @@
-"""Temporary files of copies and exports. Locked while their process lives, so the next one can remove what a killed one left."""
+"""Temporary files of copies and exports. Locked while their process lives, so the next can remove what a killed one left."""
 
 from __future__ import annotations
 
@@ -49,12 +49,17 @@ def _claim(path: Path, directory: bool) -> int:
     while True:
         if directory:
             path.mkdir(exist_ok=True)
-        with suppress(FileNotFoundError):
+        try:
             handle = os.open(path, os.O_RDONLY if directory or path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
-            _lock(handle, wait=True)
-            if os.path.lexists(path) and os.path.samestat(os.fstat(handle), path.stat()):
+        except FileNotFoundError:
+            if path.parent.is_dir():
+                continue  # swept by another process before it was marked
+            raise
+        _lock(handle, wait=True)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.lstat()):
                 return handle
-            os.close(handle)  # swept by another process before it was marked
+        os.close(handle)  # the same
 
 
 @contextmanager
