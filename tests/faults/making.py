@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
 from nestpatch.errors import NestpatchError
@@ -17,6 +18,7 @@ from tests.faults.killer import Call, End, Fault, Killer
 from tests.helpers import tree_digest
 
 _TRANSACTION = re.compile(r"[0-9a-f]{16}(?=-[0-9a-f]{16}\.undo$)")
+_WHEN = re.compile(rb'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ|(?<=transaction\\":\\")[0-9a-f]{16}(?=\\")')
 
 
 def names(folder: Path) -> list[str]:
@@ -27,6 +29,12 @@ def names(folder: Path) -> list[str]:
 def weights(model: Path) -> dict[str, str]:
     """Weight file -> SHA-256; of a single file, that of the file, whatever is beside it."""
     return tree_digest(model) if model.is_file() and model.suffix != ".onnx" else digests(model)
+
+
+def _exported(target: Path) -> dict[str, str]:
+    """File -> SHA-256 of all of it but the times and the transactions in the record of its patches."""
+    files = [target] if target.is_file() else [file for file in target.rglob("*") if file.is_file()]
+    return {file.name: sha256(_WHEN.sub(b"", file.read_bytes())).hexdigest() for file in files}
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Making:
     names: list[str]
     """All that is in the folder after an undisturbed run."""
     content: dict[str, str]
-    """The target then: relative path -> SHA-256; for copies, of the weight files alone."""
+    """The target then: relative path -> SHA-256; for copies, of the weight files alone; without times."""
     copy: Path | None
     """The model in the target, for copies; None for exports, which have no undo records."""
     base: dict[str, str]
@@ -55,7 +63,7 @@ class Making:
 
     def found(self) -> dict[str, str]:
         """The target, as in `content`."""
-        return weights(self.copy) if self.copy else tree_digest(self.target)
+        return weights(self.copy) if self.copy else _exported(self.target)
 
     def check_source(self) -> None:
         """All that was in the folder before is as it was."""
