@@ -7,6 +7,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from nestpatch.errors import OutputError
@@ -78,6 +79,14 @@ def _remove(path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink()
+
+
+def sweep_writes(path: Path) -> None:
+    """Removes what killed processes left of `write_bytes` to a place. Call it under the lock that all who write there hold."""
+    with suppress(OSError):
+        for file in path.parent.glob(f".{escape(path.name)}.????????.tmp"):
+            if not file.is_dir() or file.is_symlink():
+                file.unlink(missing_ok=True)
 
 
 def write_bytes(
