@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from nestpatch.errors import OutputError
@@ -55,6 +56,11 @@ def sync_tree(folder: Path) -> None:
     sync_folder(folder)
 
 
+def temporary(path: Path) -> Path:
+    """A new name beside a place, for what is written there until it is complete."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
 @contextmanager
 def new_place(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary sibling path to create (a file or a directory), then renames it to `path`.
@@ -63,7 +69,7 @@ def new_place(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises OutputError when the place is taken or cannot be written.
     """
     _refuse_taken(path, overwrite)
-    sibling = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    sibling = temporary(path)
     try:
         yield sibling
         if not overwrite:
@@ -72,6 +78,8 @@ def new_place(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         sync_folder(path.parent)
     except OSError as error:
         _remove(sibling)
+        # A directory takes no place that another process has taken since: that is what the error was.
+        _refuse_taken(path, overwrite)
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     except BaseException:
         _remove(sibling)
@@ -87,6 +95,14 @@ def _remove(path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink()
+
+
+def sweep_writes(path: Path) -> None:
+    """Removes what killed processes left of `write_bytes` to a place. Call it under the lock that all who write there hold."""
+    with suppress(OSError):
+        for file in path.parent.glob(f".{escape(path.name)}.????????.tmp"):
+            if not file.is_dir() or file.is_symlink():
+                file.unlink(missing_ok=True)
 
 
 def write_bytes(

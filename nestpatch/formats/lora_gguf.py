@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from nestpatch.errors import UnsupportedModelError
-from nestpatch.formats.atomic import new_place
+from nestpatch.formats.export.scratch import new_output
 from nestpatch.formats.lora import (
     Matrix,
     Part,
@@ -107,7 +107,7 @@ def write(pack: Pack, output: Path, strength: float = 1.0, experts: int | None =
         return size
     from gguf import GGUFWriter
 
-    with new_place(output) as sibling:
+    with new_output(output) as sibling:
         with closing(GGUFWriter(sibling, gguf_architecture(pack.manifest.base.architecture))) as writer:
             _add_metadata(writer, pack, strength)
             for matrix, rank in found:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from nestpatch.errors import BaseMismatchError, CheckpointFormatError, MissingExtraError, OutputError, UnsupportedModelError
 from nestpatch.files import read_bounded
-from nestpatch.formats.atomic import new_place
+from nestpatch.formats.export.scratch import new_output
 from nestpatch.formats.lora import Written, sync_size
 from nestpatch.formats.nest import pack_id
 from nestpatch.formats.provenance import read_patches
@@ -186,7 +186,7 @@ def write(content: Mapping[str, npt.NDArray[Any]], ready: AdapterReady, output: 
     if dry_run:
         return size
     runtime = _runtime()
-    with new_place(output) as sibling:
+    with new_output(output) as sibling:
         form = runtime.AdapterFormat()
         form.set_adapter_version(_VERSION)
         form.set_model_version(_VERSION)

@@ -19,7 +19,8 @@ import numpy as np
 
 from nestpatch.errors import UnsupportedModelError
 from nestpatch.formats import nest
-from nestpatch.formats.atomic import new_place, sync_folder
+from nestpatch.formats.atomic import sync_folder
+from nestpatch.formats.export.scratch import new_output
 from nestpatch.formats.lora import (
     MERGE_INSTEAD,
     Matrix,
@@ -63,8 +64,7 @@ def write(pack: Pack, output: Path, strength: float = 1.0, experts: int | None =
     size = size_of([(matrix, rank) for matrix in found])
     if dry_run:
         return size
-    with new_place(output) as sibling:
-        sibling.mkdir()
+    with new_output(output, directory=True) as sibling:
         (sibling / CONFIG).write_text(json.dumps(config(pack, found, rank), indent=2, sort_keys=True) + "\n", encoding="utf-8")
         with open(sibling / WEIGHTS, "wb") as file:
             _write_weights(file, found, rank, strength, patches_json([patch_entry(pack, strength)]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from nestpatch.errors import HubAnswerError, OutputError
 from nestpatch.events import OnEvent, ignore
-from nestpatch.formats.atomic import write_bytes
+from nestpatch.formats.export.scratch import new_output
 from nestpatch.hub.channel import Admitted, Gate, choose, require_as_listed
 from nestpatch.hub.listing import TIME, Patch
 from nestpatch.hub.memory import Memory, held, judged, keep, recall
@@ -148,6 +149,9 @@ def pull(
 def _write_once(file: Path, content: bytes) -> None:
     if not (file.is_file() and file.read_bytes() == content):
         try:
-            write_bytes(file, content)
+            with new_output(file) as sibling, open(sibling, "wb") as opened:
+                opened.write(content)
+                opened.flush()
+                os.fsync(opened.fileno())
         except OutputError as error:
             raise OutputError(str(error), advice="Choose another place with -o, or remove what is there.") from error

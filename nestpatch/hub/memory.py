@@ -20,7 +20,7 @@ from typing import Any
 
 from nestpatch.errors import ChannelFormatError, KeyFileError, SignatureFormatError
 from nestpatch.files import alone
-from nestpatch.formats.atomic import write_bytes
+from nestpatch.formats.atomic import sweep_writes, write_bytes
 from nestpatch.hub.channel import Admitted, Gate, Seen
 from nestpatch.hub.listing import Channel, parse
 from nestpatch.signing.dsse import members
@@ -166,5 +166,7 @@ def keep(place: str, memory: Memory) -> None:
 
 
 def _write(file: Path, value: Mapping[str, Any]) -> None:
+    """Called inside `held` alone."""
     text = json.dumps(value, indent=1) + "\n"
+    sweep_writes(file)
     write_bytes(file, text.encode("utf-8"), overwrite=True, mode=0o600)

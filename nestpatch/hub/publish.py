@@ -117,10 +117,14 @@ def push(
 def withdraw(place: str, version: str, reason: str, key: PrivateKey, *, days: int = DAYS) -> Published:
     """Revokes a version: who has it applied goes back. Its files stay, for those who ask what it was.
 
+    One that is revoked already, for this very reason, is left as it is.
     Raises VersionError, RevokedError, ChannelKeyError, PublishError, HubError.
     """
 
     def edit(channel: Channel) -> Change:
+        if any((p.version, p.status, p.reason) == (version, Status.REVOKED, reason) for p in channel.patches):
+            # An attempt before this one was written, and its process died before it could say so.
+            return Change(channel, key, f"{version} is revoked already: {reason}", standing=True)
         return Change(revoke(channel, version, reason), key, f"revoke {version}: {reason}")
 
     return _publish(open_site(place), edit, key, days)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from nestpatch.errors import DataError, HubError, HubNotFoundError, PublishError
 from nestpatch.files import alone
-from nestpatch.formats.atomic import write_bytes
+from nestpatch.formats.atomic import sweep_writes, write_bytes
 from nestpatch.hub.client import Reference, Snapshot, client, explained, look_up
 from nestpatch.hub.listing import CHANNEL_FILE
 from nestpatch.hub.ranges import Meter, RemoteFile
@@ -138,6 +138,7 @@ class FolderSite:
             for path in sorted(files, key=lambda path: path == CHANNEL_FILE):
                 file = folder / path
                 file.parent.mkdir(parents=True, exist_ok=True)
+                sweep_writes(file)
                 # What the channel does not name may be left of an interrupted push.
                 write_bytes(file, files[path], overwrite=True)
         return _digest(files[CHANNEL_FILE])

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from nestpatch import __version__
 from nestpatch.errors import DataError, MissingExtraError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.formats.atomic import check_place, new_place, sync_tree
-from nestpatch.formats.export.scratch import claimed, sweep
+from nestpatch.formats.atomic import check_place, sync_tree
+from nestpatch.formats.export.scratch import new_output
 from nestpatch.formats.export.sink import seal
 from nestpatch.formats.interface import Checkpoint
 from nestpatch.formats.lora_onnx import ADAPTER, Site, sites_json
@@ -120,11 +120,8 @@ def export_onnx(
     before, made = wanted.fingerprint, _Made()
     with source_of(wanted, target, dry_run=dry_run, on_event=on_event) as source:
         if not dry_run:
-            sweep(target)
-            with new_place(target) as sibling:
-                sibling.mkdir()
-                with claimed(sibling):
-                    made = _export(wanted, source, sibling, kind, on_event)
+            with new_output(target, directory=True) as sibling:
+                made = _export(wanted, source, sibling, kind, on_event)
                 require_unchanged(wanted, before)
     return ExportedOnnx(
         path=target,

@@ -15,6 +15,7 @@ from nestpatch.formats.names import expert_of
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.gate import Patch, Trust, is_channel, prove
 from nestpatch.pack import Pack
+from nestpatch.patcher.apply import sweep_unfinished
 from nestpatch.patcher.place import place_of
 from nestpatch.patcher.plan import check_strength, make_plan
 from nestpatch.patcher.recovery import open_model, require_settled
@@ -136,6 +137,8 @@ def _export(
     single = any(expert_of(delta.name) for delta in pack)
     experts = count_experts(model) if single and model is not None else None
     target = Path(output) if output is not None else default_output(patch, pack, kind)
+    if not dry_run:
+        sweep_unfinished(target)
     written = write(pack, target, strength, experts, dry_run=dry_run)
     return Adapter(
         pack=pack.label,

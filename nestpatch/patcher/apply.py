@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from glob import escape
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from typing import Any
 from nestpatch.errors import BusyError, ChainError, OutputError, UndoError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files import open_regular
-from nestpatch.formats.atomic import check_place, new_place, sync_tree
+from nestpatch.formats.atomic import check_place, sync_folder, sync_tree, temporary
 from nestpatch.formats.copying import copy_file
-from nestpatch.formats.export.scratch import claimed, is_free
+from nestpatch.formats.export.scratch import claimed, new_output, sweep
 from nestpatch.formats.interface import Checkpoint
 from nestpatch.formats.safetensors import INDEX
 from nestpatch.gate import Patch, Trust, policy_of, prove
@@ -40,8 +39,6 @@ OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".ort", ".msgpack", ".
 """Endings of files that would carry unpatched weights into the output if they were copied along."""
 MORE_WEIGHTS = ".onnx"
 """Inside the names of their data: model.onnx_data, model.onnx.data, model.onnx_data_1."""
-UNFINISHED = "unfinished"
-"""In the state folder of a copied file until the file has its name."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +235,9 @@ def _check_target(checkpoint: Checkpoint, target: Path) -> None:
         place = place_of(target)
         for taken in (place.ledger, place.folder):
             if os.path.lexists(taken):
-                raise OutputError(f"{taken} exists already: it belongs to a model that was once at {target}")
+                raise OutputError(
+                    f"{taken} exists already: it belongs to a model that was once at {target}, or is being copied there now"
+                )
 
 
 def companions_of(checkpoint: Checkpoint) -> tuple[tuple[Path, ...], tuple[str, ...]]:
@@ -278,58 +277,74 @@ def _untouched(checkpoint: Checkpoint, work: Work) -> frozenset[Path]:
 
 @contextmanager
 def _new_model(target: Path, *, directory: bool) -> Iterator[Path]:
-    """A temporary sibling of `target`; it and the state of its model get their names together at the end.
+    """A temporary place for a copy, which gets its name at the end, together with its state.
 
-    A directory carries its own state inside; that of a single file is beside it and is named first, so that a file that has its
-    name has its ledger too. A folder is marked as in use while the process lives (formats/export/scratch.py), so that the next
-    command can remove what a killed one left.
+    A directory carries its own state inside. A single file is made in a temporary folder, with its state beside it. Both are
+    marked as in use while the process lives (formats/export/scratch.py), so that the next command can remove what a killed one
+    left. Raises OutputError.
     """
-    with new_place(target) as sibling:
-        if directory:
-            sibling.mkdir()
-            with claimed(sibling):
-                yield sibling
-            return
-        beside, final = place_of(sibling), place_of(target)
-        beside.folder.mkdir()
-        (beside.folder / UNFINISHED).touch()
-        made = [beside]
+    with new_output(target, directory=True) if directory else _new_file(target) as place:
+        yield place
+
+
+@contextmanager
+def _new_file(target: Path) -> Iterator[Path]:
+    folder = temporary(target)
+    file = folder / target.name
+    with claimed(folder, directory=True):
         try:
-            with claimed(beside.folder):
-                yield sibling
-            beside.folder.rename(final.folder)
-            made.append(final)
-            beside.ledger.rename(final.ledger)
-        except BaseException:
-            for place in made:
-                shutil.rmtree(place.folder, ignore_errors=True)
-                place.ledger.unlink(missing_ok=True)
-            raise
-    (final.folder / UNFINISHED).unlink(missing_ok=True)
+            # Before the file: a file without this folder beside it has its state under the final name already.
+            place_of(file).folder.mkdir()
+            yield file
+            _name(file, target)
+        except OSError as error:
+            raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+        finally:
+            _remove_copy(folder, target)
+
+
+def _name(file: Path, target: Path) -> None:
+    """Moves a copied file and its state to their place, the state first: a file that has its name has its ledger too."""
+    own, final = place_of(file), place_of(target)
+    try:
+        if os.path.lexists(target):
+            raise FileExistsError
+        # Fails where another process was faster: its folder is not empty.
+        own.folder.rename(final.folder)
+    except OSError as error:
+        if os.path.lexists(target) or os.path.lexists(final.folder):
+            raise OutputError(f"{target} exists already: another process has made it meanwhile") from error
+        raise
+    own.ledger.rename(final.ledger)
+    sync_folder(target.parent)
+    file.rename(target)
+    sync_folder(target.parent)
 
 
 def sweep_unfinished(target: Path) -> None:
-    """Removes what a killed process left of a copy to this place: temporary siblings, and state that got its name first."""
+    """Removes what killed processes left of copies and exports to this place."""
     with suppress(OSError):  # names too long, folders that may not be read: nothing was left there
-        for sibling in target.parent.glob(f".{escape(target.name)}.????????.tmp"):
-            _remove_abandoned(sibling if sibling.is_dir() else place_of(sibling).folder, sibling)
-        if not os.path.lexists(target):
-            final = place_of(target)
-            if (final.folder / UNFINISHED).is_file():
-                _remove_abandoned(final.folder, target)
+        sweep(target, lambda path: _remove_copy(path, target))
 
 
-def _remove_abandoned(folder: Path, model: Path) -> None:
-    """Removes a copy whose process is gone: its folder is no longer in use."""
-    if folder.is_symlink() or not folder.is_dir() or not is_free(folder):
-        return
-    place = place_of(model)
-    with suppress(OSError):
-        if model != folder:
-            place.ledger.unlink(missing_ok=True)
-            if model.name.endswith(".tmp"):
-                model.unlink(missing_ok=True)
-        shutil.rmtree(folder)
+def _remove_copy(path: Path, target: Path) -> None:
+    """Removes the temporary file or folder of a copy, and state that has its final name while the file has not.
+
+    Killed at any point and called again, it ends in the same: the state goes back into the folder, and is removed with it after
+    the file is gone.
+    """
+    file = path / target.name
+    if file.is_file() and not os.path.lexists(target):
+        own, final = place_of(file), place_of(target)
+        if not own.folder.exists():
+            for source, back in ((final.ledger, own.ledger), (final.folder, own.folder)):
+                with suppress(FileNotFoundError):
+                    source.rename(back)
+        file.unlink()
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _copy(checkpoint: Checkpoint, target: Path, linked: frozenset[Path], on_event: OnEvent, *, flush: bool) -> None:

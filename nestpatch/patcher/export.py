@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from nestpatch.events import OnEvent, ignore
-from nestpatch.formats.atomic import check_place, new_place, sync_tree
+from nestpatch.formats.atomic import check_place, sync_tree
 from nestpatch.formats.copying import copy_file
 from nestpatch.formats.export.converter import convert_gguf, require_converter
 from nestpatch.formats.export.gguf_types import AUTO, file_type
+from nestpatch.formats.export.scratch import new_output
 from nestpatch.formats.export.to_gguf import model_name, write_gguf
 from nestpatch.formats.export.to_safetensors import write_file
 from nestpatch.formats.export.written import WrittenModel
 from nestpatch.gate import Patch, Trust, prove
-from nestpatch.patcher.apply import companions_of
+from nestpatch.patcher.apply import companions_of, sweep_unfinished
 from nestpatch.patcher.export_source import Source, Wanted, open_wanted, require_unchanged, source_of
 from nestpatch.signing.trust import Policy
 
@@ -63,7 +64,7 @@ def export_gguf(
         proven = prove(patch, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event)
     wanted = open_wanted(model, proven, strength)
     target = Path(output) if output is not None else wanted.default_output(".gguf", *([] if kind == AUTO else [kind]))
-    check_place(target)
+    _make_room(target, dry_run=dry_run)
     before = wanted.fingerprint
     with source_of(wanted, target, whole=llama_cpp is not None, dry_run=dry_run, on_event=on_event) as source:
         common: dict[str, Any] = {
@@ -72,17 +73,12 @@ def export_gguf(
             "keys": source.keys(),
             "dry_run": dry_run,
             "on_event": on_event,
+            "confirm": lambda: require_unchanged(wanted, before),
         }
         if llama_cpp is not None:
             written = convert_gguf(source.checkpoint, target, Path(llama_cpp), **common)
         else:
             written = write_gguf(source.checkpoint, target, **common)
-    if not dry_run:
-        try:
-            require_unchanged(wanted, before)
-        except BaseException:
-            target.unlink(missing_ok=True)
-            raise
     facts = vars(written) | {"seconds": time.perf_counter() - began}
     return Exported(**facts, patches=source.labels)
 
@@ -115,11 +111,11 @@ def export_safetensors(
     checkpoint = wanted.checkpoint
     suffix = "" if checkpoint.path.is_dir() else ".safetensors"
     target = Path(output) if output is not None else wanted.default_output(suffix, "release")
-    check_place(target)
+    _make_room(target, dry_run=dry_run)
     before, written = wanted.fingerprint, ((), ())  # type: tuple[Any, tuple[tuple[int, ...], tuple[str, ...]]]
     with source_of(wanted, target, dry_run=dry_run, on_event=on_event) as source:
         if not dry_run:
-            with new_place(target) as sibling:
+            with new_output(target, directory=checkpoint.path.is_dir()) as sibling:
                 written = _write_all(source, wanted, sibling, on_event)
                 if sibling.is_dir():
                     sync_tree(sibling)
@@ -140,11 +136,17 @@ def export_safetensors(
     )
 
 
+def _make_room(target: Path, *, dry_run: bool) -> None:
+    """Removes what killed processes left there. Raises OutputError when the place is taken or cannot be written."""
+    if not dry_run:
+        sweep_unfinished(target)
+    check_place(target)
+
+
 def _write_all(source: Source, wanted: Wanted, sibling: Path, on_event: OnEvent) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """(bytes, SHA-256) of every weight file."""
     directory = wanted.checkpoint.path.is_dir()
     if directory:
-        sibling.mkdir()
         for file in companions_of(wanted.checkpoint)[0]:
             copy_file(file, sibling / file.name)
     files = source.checkpoint.files

@@ -141,8 +141,7 @@ def source_of(
             apply(checkpoint.path, proven, copy, strength=strength, dry_run=True)
             yield Source(checkpoint, (*kept, _entry(proven, strength, {})))
             return
-        copy.mkdir()
-        with claimed(copy):
+        with claimed(copy, directory=True):
             done = apply(checkpoint.path, proven, copy / checkpoint.path.name, strength=strength, on_event=on_event)
             yield Source(checkpoint.reopen(done.output), read_ledger(place_of(done.output)).applied)
 

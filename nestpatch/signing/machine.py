@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nestpatch.errors import NestpatchError, TrustError
 from nestpatch.files import alone, open_regular
-from nestpatch.formats.atomic import write_bytes
+from nestpatch.formats.atomic import sweep_writes, write_bytes
 from nestpatch.signing.store import require_home, trust_file
 
 KEY_FILE = "machine.key"
@@ -89,6 +89,8 @@ def _read(file: Path) -> bytes | None:
 
 
 def _make(file: Path) -> bytes:
+    """Called under the lock alone: nobody else makes one now."""
     key = secrets.token_bytes(KEY_BYTES)
+    sweep_writes(file)
     write_bytes(file, (key.hex() + "\n").encode("ascii"), mode=0o600)
     return key

@@ -132,18 +132,20 @@ class Killer:
         answer: dict[str, Any] = json.loads(self.process.stdout.readline())
         return answer
 
-    def start(self, args: Sequence[str], folder: Path, fault: Fault, *, log: Path | None = None) -> Victim:
-        """Starts a command; calls under `folder` are counted."""
-        target = {"args": list(args), "folder": str(folder), "log": str(log) if log else ""}
+    def start(
+        self, args: Sequence[str], folder: Path, fault: Fault, *, log: Path | None = None, home: Path | None = None
+    ) -> Victim:
+        """Starts a command; calls under `folder` are counted. `home`: its NESTPATCH_HOME, where it is not this process's."""
+        target = {"args": list(args), "folder": str(folder), "log": str(log) if log else "", "home": str(home) if home else ""}
         return Victim(self, self.ask("start", **target, **vars(fault))["child"])
 
-    def run(self, args: Sequence[str], folder: Path, fault: Fault | None = None) -> End:
+    def run(self, args: Sequence[str], folder: Path, fault: Fault | None = None, *, home: Path | None = None) -> End:
         """Runs a command until it stops or ends."""
-        return self.start(args, folder, fault or Fault()).wait()
+        return self.start(args, folder, fault or Fault(), home=home).wait()
 
-    def calls(self, args: Sequence[str], folder: Path, log: Path, *, code: int = 0) -> list[Call]:
+    def calls(self, args: Sequence[str], folder: Path, log: Path, *, code: int = 0, home: Path | None = None) -> list[Call]:
         """The calls that a command makes when nothing is done to it. It must end with that exit code."""
-        end = self.start(args, folder, Fault(), log=log).wait()
+        end = self.start(args, folder, Fault(), log=log, home=home).wait()
         assert (end.how, end.code) == ("ended", code), end
         lines = [line.split("\t") for line in log.read_text(encoding="utf-8").splitlines()]
         log.unlink()
@@ -156,17 +158,20 @@ class Killer:
         *,
         tear: bool = False,
         after: Fault | None = None,
+        home: Path | None = None,
+        every: int = 1,
     ) -> Iterator[tuple[int, Path]]:
         """Kills a command at its first call, at its second, and so on, each time on a fresh folder: (number, folder) of each.
 
-        `after`: the command also meets this fault, and is killed at the calls from there on.
+        `after`: the command also meets this fault, and is killed at the calls from there on. `every`: for commands of hundreds
+        of calls, kills at every second one, third one, and so on.
         """
         also = after or Fault()
-        for number in itertools.count(also.fail_at + 1):
+        for number in itertools.count(also.fail_at + 1, every):
             assert number < MOST_CALLS, "the command makes more and more calls"
             folder = fresh()
             fault = Fault(number, tear, also.fail_at, also.error, also.dead, also.powerless)
-            victim = self.start(args(folder), folder, fault)
+            victim = self.start(args(folder), folder, fault, home=home)
             if not victim.wait().stopped:
                 return
             victim.kill()

@@ -140,6 +140,8 @@ CALL(ssize_t, copy_file_range, (int in, off64_t *from, int fd, off64_t *at, size
      (in, from, fd, at, size, flags), strike_fd("write", fd, 1))
 CALL(int, ftruncate, (int fd, off_t size), (fd, size), strike_fd("truncate", fd, 0))
 CALL(int, ftruncate64, (int fd, off64_t size), (fd, size), strike_fd("truncate", fd, 0))
+CALL(int, chmod, (const char *name, mode_t mode), (name, mode), strike_at("chmod", AT_FDCWD, name))
+CALL(int, fchmod, (int fd, mode_t mode), (fd, mode), strike_fd("chmod", fd, 0))
 CALL(int, unlink, (const char *name), (name), strike_at("unlink", AT_FDCWD, name))
 CALL(int, unlinkat, (int dir, const char *name, int flags), (dir, name, flags), strike_at("unlink", dir, name))
 CALL(int, rmdir, (const char *name), (name), strike_at("unlink", AT_FDCWD, name))

@@ -19,7 +19,8 @@ from typing import Any
 
 from nestpatch import views  # noqa: F401 - loaded once for all children
 from nestpatch.cli import main
-from nestpatch.patcher import apply, inplace, verify  # noqa: F401 - the same
+from nestpatch.hub import follow, publish  # noqa: F401 - the same
+from nestpatch.patcher import adapters, apply, export, inplace, update, verify  # noqa: F401 - the same
 
 PR_SET_PDEATHSIG = 1
 CAPABILITY_VERSION_3 = 0x20080522
@@ -47,6 +48,8 @@ def run_command(request: dict[str, Any]) -> dict[str, Any]:
     system.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if request["powerless"]:
         give_up_power(system)
+    if request["home"]:
+        os.environ["NESTPATCH_HOME"] = request["home"]
     shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND) if request["log"] else -1
     stop, fail = (ctypes.c_long(request[key]) for key in ("stop_at", "fail_at"))

@@ -6,18 +6,17 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from nestpatch import __version__
 from nestpatch.errors import DataError, UnsupportedModelError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.formats.atomic import new_place
 from nestpatch.formats.export import quantizing
 from nestpatch.formats.export.gguf_header import Fact, encode_facts
 from nestpatch.formats.export.gguf_types import AUTO, FileType, file_type
-from nestpatch.formats.export.scratch import CONVERTED, WHOLE, claimed, scratch, sweep
+from nestpatch.formats.export.scratch import CONVERTED, WHOLE, claimed, new_output, scratch
 from nestpatch.formats.export.sink import Sink, seal
 from nestpatch.formats.export.to_gguf import model_name
 from nestpatch.formats.export.written import WrittenModel
@@ -50,8 +49,11 @@ def convert_gguf(
     keys: Mapping[str, str] | None = None,
     dry_run: bool = False,
     on_event: OnEvent = ignore,
+    confirm: Callable[[], None] = lambda: None,
 ) -> WrittenModel:
     """Exports a model directory through llama.cpp's converter, and adds `keys` to what it wrote.
+
+    `confirm` is called before the file gets its name: if it raises, there is no file.
 
     Raises DataError without the converter, UnsupportedModelError with the end of its output when it fails,
     QuantizationError, OutputError, MissingExtraError without llama-cpp-python where that has to quantize.
@@ -63,8 +65,7 @@ def convert_gguf(
     facts: dict[str, Fact] = {VERSION: __version__, **(keys or {})}
     if dry_run:
         return WrittenModel(target, 0, "", 0, wanted.name, "", (), time.perf_counter() - began, dry_run=True)
-    sweep(target)
-    with new_place(target) as sibling, claimed(sibling), scratch(sibling, CONVERTED) as raw:
+    with new_output(target) as sibling, scratch(sibling, CONVERTED) as raw:
         _run(script, checkpoint, raw, _outtype(checkpoint, wanted), name or model_name(checkpoint.path), on_event)
         if wanted.direct:
             architecture, tensors = _add_facts(raw, sibling, facts)
@@ -75,6 +76,7 @@ def convert_gguf(
                 raw.unlink()
                 quantizing.quantize(whole, sibling, wanted.name, on_event)
         nbytes, digest = seal(sibling)
+        confirm()
     return WrittenModel(target, nbytes, digest, tensors, wanted.name, architecture, (), time.perf_counter() - began)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,6 @@ import numpy as np
 from nestpatch import __version__
 from nestpatch.errors import CheckpointFormatError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.formats.atomic import new_place
 from nestpatch.formats.export import gguf_types, quantizing
 from nestpatch.formats.export.gguf_architectures import family_of
 from nestpatch.formats.export.gguf_header import Facts, encode_header, padding
@@ -23,7 +22,7 @@ from nestpatch.formats.export.gguf_tensors import Target, plan_tensors, total, w
 from nestpatch.formats.export.gguf_tokenizer import Vocabulary, read_vocabulary
 from nestpatch.formats.export.gguf_types import AUTO, FileType, file_type
 from nestpatch.formats.export.model_config import read_config
-from nestpatch.formats.export.scratch import WHOLE, claimed, scratch, sweep
+from nestpatch.formats.export.scratch import WHOLE, claimed, new_output, scratch
 from nestpatch.formats.export.sink import Sink, seal
 from nestpatch.formats.export.written import WrittenModel
 from nestpatch.formats.interface import Checkpoint
@@ -117,11 +116,12 @@ def write_gguf(
     keys: Mapping[str, str] | None = None,
     dry_run: bool = False,
     on_event: OnEvent = ignore,
+    confirm: Callable[[], None] = lambda: None,
 ) -> WrittenModel:
     """Exports a checkpoint to a GGUF file that appears whole or not at all.
 
     Types that llama.cpp mixes itself need llama-cpp-python; they start from a temporary file beside the target that has lost
-    nothing. `keys` are metadata to add.
+    nothing. `keys` are metadata to add. `confirm` is called before the file gets its name: if it raises, there is no file.
 
     Raises UnsupportedModelError, CheckpointFormatError, QuantizationError, DataError for an unknown type, OutputError,
     MissingExtraError without llama-cpp-python.
@@ -134,9 +134,9 @@ def write_gguf(
     if dry_run:
         nbytes, digest = plan.size() if wanted.direct else 0, ""
     else:
-        sweep(target)
-        with new_place(target) as sibling, claimed(sibling):
+        with new_output(target) as sibling:
             nbytes, digest = _export(plan, checkpoint, sibling, on_event)
+            confirm()
     seconds = time.perf_counter() - began
     tensors = len(plan.targets)
     return WrittenModel(target, nbytes, digest, tensors, plan.type, plan.architecture, plan.notes, seconds, dry_run)
