@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nestpatch.patcher.inplace import apply_in_place
+from nestpatch.patcher.place import place_of
 from tests.faults.cases import LAYOUTS, convert, digests, write_packs
 from tests.faults.killer import Fault, Killer, needs_shim
 from tests.faults.making import (
@@ -23,7 +24,7 @@ from tests.faults.making import (
     settle_all,
     stopped_before,
 )
-from tests.helpers import tiny_checkpoint
+from tests.helpers import tiny_checkpoint, tree_digest
 
 pytestmark = needs_shim
 
@@ -103,6 +104,18 @@ def test_the_second_attempt_is_killed_too(killer: Killer, folder: Path, layout: 
             killed += 1
             assert making.check_retry(killer, thorough=second == 1) == "nothing", f"killed at {first}, then at {second}"
     assert killed >= 20
+
+
+def test_an_export_to_the_place_of_a_killed_copy_gets_none_of_its_state(killer: Killer, folder: Path) -> None:
+    """The copy was killed when its state had its name, and its file had not."""
+    making = copying(killer, folder, "f16-named")
+    calls = calls_of(killer, making)
+    name = making.target.relative_to(folder).as_posix()
+    stopped_before(killer, making, next(n for n, c in enumerate(calls, start=1) if (c.kind, c.path) == ("rename", name)))
+    assert place_of(making.target).ledger.exists()
+    end = killer.run(["export", making.command[1], "--to", "safetensors", "-o", str(making.target)], folder)
+    assert (end.code, end.trouble) == (0, ""), end
+    assert sorted(names(folder)) == sorted([*tree_digest(making.template), name])
 
 
 def is_final(path: str, making: Making) -> bool:
