@@ -144,7 +144,8 @@ def plan_return(
     if only is None and to != "base":
         link = _earlier(ledger, to)
         pack, origin = load_pack(place, link.pack_id, link.label), judge.require(place, link.pack_id)
-        allowed = Allowed(overlap=True, downgrade=True)
+        # Nobody's pack in the place of a signed one: who allows unsigned packs has asked for that.
+        allowed = Allowed(overlap=True, downgrade=True, other_publisher=judge.allow_unsigned and not origin.publishers)
         return plan_work(place, ledger, pack, link.strength, judge, origin, allowed, lost)
     packs, links = load_packs(place, ledger.applied), _links(place, ledger, judge)
     shared = _overlap(packs)
