@@ -316,7 +316,7 @@ def _own_lock(handle: int, place: Place) -> None:
     """Nobody but the owner of the model's folder may hold the lock: whoever can open it could keep all writers out."""
     if os.name == "nt":
         return
-    with suppress(PermissionError):  # somebody else's lock: the folder's owner has to mend it
+    with suppress(PermissionError):  # another user's lock: the folder's owner has to mend it
         found = os.fstat(handle)
         if found.st_mode & 0o077:
             os.fchmod(handle, 0o600)

@@ -1,4 +1,4 @@
-"""Seals of this machine: what nestpatch itself wrote beside a model, told from what came along with the model.
+"""Seals of this machine, by which nestpatch knows what it wrote beside a model itself from what came along with the model.
 
 A seal is an HMAC-SHA256 under a key that this user's configuration folder holds, never a model's folder. It covers what kind of
 record it is, the folder that the record is for, and the record's SHA-256: a record that was copied to another model, or that

@@ -86,7 +86,7 @@ def read_user(*, create: bool = False) -> bytes | None:
 def read_system() -> bytes | None:
     """The content of the administrator's file; None where there is none.
 
-    Raises TrustError when somebody else than the administrator owns or can write it, or its folder.
+    Raises TrustError when another user than the administrator owns or can write it, or its folder.
     """
     data = read_file(SYSTEM_FILE, owned=True)
     if data is None:

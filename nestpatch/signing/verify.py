@@ -101,7 +101,7 @@ class Sound:
     trusted: Mapping[str, Signer]
     """Key id -> who signed, of keys that are trusted for anything."""
     unknown: tuple[str, ...] = ()
-    """Ids of keys that are not known here: whether they made these signatures cannot be told."""
+    """Ids of keys that are not known here: whether they made these signatures is not known."""
 
 
 def _sound(digest: str, signatures: Mapping[str, bytes], policy: Policy, file: str) -> Sound:
