@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
-from click.testing import CliRunner, Result
-
-from nestpatch.cli import main
 from nestpatch.patcher.ledger import Ledger, read_ledger
 from nestpatch.patcher.place import place_of
 from nestpatch.signing.keys import PrivateKey
 from tests.helpers import weight_files
 from tests.hub.scene import Scene
-
-
-def run(*words: object) -> Result:
-    result = CliRunner().invoke(main, [str(word) for word in words])
-    assert "Traceback" not in result.stderr
-    return result
-
-
-def answer(*words: object, code: int = 0) -> Any:
-    result = run(*words, "--json")
-    assert result.exit_code == code, result.stderr
-    return json.loads(result.stdout)
 
 
 def key_file(scene: Scene, key: PrivateKey, name: str) -> Path:

@@ -17,7 +17,8 @@ from nestpatch.hub.follow import follow, pull
 from nestpatch.hub.listing import CHANNEL_FILE
 from nestpatch.hub.sources import FolderSource, HubSource, open_source
 from nestpatch.signing.trust import save_policy, trust_file
-from tests.hub.calls import answer, ledger_of, run
+from tests.calls import answer, run
+from tests.hub.calls import ledger_of
 from tests.hub.scene import PATCH, REPO, Scene, refused, updated
 from tests.hub.web import Web
 from tests.hubserver import faults

@@ -20,9 +20,10 @@ from nestpatch.patcher.place import place_of
 from nestpatch.signing.origin import Origin
 from nestpatch.signing.trust import Policy, save_policy
 from nestpatch.signing.verify import sign_pack
+from tests.calls import answer, run
 from tests.gguf.files import gguf_of
 from tests.helpers import tiny_checkpoint, tiny_pack
-from tests.hub.calls import answer, ledger_of, run, weights
+from tests.hub.calls import ledger_of, weights
 from tests.hub.scene import REPO, Scene
 from tests.hubserver.machine import Machine
 

@@ -16,8 +16,9 @@ from nestpatch.patcher.place import place_of
 from nestpatch.signing.keys import generate
 from nestpatch.signing.trust import Policy, TrustedKey, save_policy
 from nestpatch.signing.verify import sign_pack
+from tests.calls import answer, run
 from tests.helpers import tiny_checkpoint, tiny_pack
-from tests.hub.calls import answer, run, weights
+from tests.hub.calls import weights
 from tests.hubserver.server import Hub
 from tests.state.conftest import Scene
 from tests.state.journals import content_of, forged, genuine, plant

@@ -15,8 +15,9 @@ from nestpatch.patcher.ledger import read_ledger, write_ledger
 from nestpatch.patcher.place import place_of
 from nestpatch.patcher.update import update
 from nestpatch.signing.trust import save_policy
+from tests.calls import answer, run
 from tests.helpers import tiny_pack
-from tests.hub.calls import answer, ledger_of, run
+from tests.hub.calls import ledger_of
 from tests.hub.scene import REPO, Scene
 from tests.hubserver import faults
 

@@ -17,8 +17,9 @@ from nestpatch.hub.sources import open_source
 from nestpatch.signing import store
 from nestpatch.signing.trust import Policy, Rule, TrustedKey, save_policy
 from nestpatch.signing.verify import sign_pack
+from tests.calls import answer, run
 from tests.helpers import tree_digest
-from tests.hub.calls import answer, key_file, run
+from tests.hub.calls import key_file
 from tests.hub.scene import PATCH, REPO, Scene
 
 CHANNEL = f"hub://{REPO}"

@@ -15,7 +15,8 @@ from nestpatch.hub.release import add, listed, new_channel
 from nestpatch.signing.keys import generate
 from nestpatch.signing.trust import Policy, TrustedKey, load_policy
 from nestpatch.signing.verify import sign_pack
-from tests.hub.calls import answer, key_file, ledger_of, run
+from tests.calls import answer, run
+from tests.hub.calls import key_file, ledger_of
 from tests.hub.scene import REPO, Scene, updated
 
 

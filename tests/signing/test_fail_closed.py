@@ -8,25 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
 import nestpatch
-from nestpatch.cli import main
 from nestpatch.errors import TrustError
 from nestpatch.formats import nest
 from nestpatch.signing import keys
 from nestpatch.signing.store import trust_file
 from nestpatch.signing.trust import Policy, load_own, load_policy
+from tests.calls import run
 from tests.helpers import tiny_checkpoint, tiny_pack, tree_digest
 
 pytestmark = pytest.mark.usefixtures("own_home")
 NOTHING_CHECKED = "no key is trusted on this machine: the signature of no-harm 1.0.0 was not checked (nestpatch trust add)"
-
-
-def run(*words: object) -> Result:
-    result = CliRunner().invoke(main, [str(word) for word in words])
-    assert "Traceback" not in result.stderr
-    return result
 
 
 @pytest.fixture

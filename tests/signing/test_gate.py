@@ -8,27 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
 import nestpatch
-from nestpatch.cli import main
 from nestpatch.errors import BadSignatureError, NestpatchError, UnsignedError, UntrustedError
 from nestpatch.formats import nest
 from nestpatch.gate import look, prove
 from nestpatch.patcher.export_source import RECORD
 from nestpatch.signing.trust import Policy, Rule, TrustedKey, save_policy
 from nestpatch.signing.verify import sign_pack
+from tests.calls import run
 from tests.helpers import tiny_checkpoint, tiny_pack, tree_digest
 from tests.signing.conftest import People, spoil
 
 pytestmark = pytest.mark.usefixtures("own_home")
 Verb = Callable[..., Any]
-
-
-def run(*words: object) -> Result:
-    result = CliRunner().invoke(main, [str(word) for word in words])
-    assert "Traceback" not in result.stderr
-    return result
 
 
 @pytest.fixture

@@ -9,29 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
 import nestpatch
-from nestpatch.cli import main
 from nestpatch.errors import TrustError, UnsignedError, UntrustedError
 from nestpatch.formats import nest
 from nestpatch.signing import keys, store
 from nestpatch.signing.subject import Subject
 from nestpatch.signing.trust import Policy, Rule, TrustedKey, combined, load_policy, save_policy
 from nestpatch.signing.verify import Signed, Unproven, sign_pack, verify_signature
+from tests.calls import run
 from tests.helpers import PROPERTY, tiny_checkpoint, tiny_pack, tree_digest
 from tests.signing.conftest import People
 
 pytestmark = pytest.mark.usefixtures("own_home")
 FILE = "/etc/nestpatch/trust.json"
-
-
-def run(*words: object) -> Result:
-    result = CliRunner().invoke(main, [str(word) for word in words])
-    assert "Traceback" not in result.stderr
-    return result
 
 
 def administer(policy: Policy | Any) -> Path:

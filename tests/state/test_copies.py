@@ -20,7 +20,7 @@ from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.journal import Region, write_journal
 from nestpatch.patcher.place import Place, kept_from_writers, locked
 from nestpatch.patcher.verify import verify
-from tests.state.calls import answer, run
+from tests.calls import answer, run
 from tests.state.conftest import Scene, make_scene
 
 SECRET = b'{"token": "the user\'s own"}'

@@ -15,8 +15,8 @@ from nestpatch.patcher import detach as detaching
 from nestpatch.patcher.detach import detach
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.verify import verify
+from tests.calls import refused
 from tests.helpers import tiny_checkpoint, tiny_pack, tree_digest
-from tests.state.calls import refused
 from tests.state.conftest import Scene
 from tests.state.users import NOBODY, needs_root
 

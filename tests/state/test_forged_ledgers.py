@@ -17,9 +17,9 @@ from nestpatch.hub.publish import push
 from nestpatch.pack import Pack
 from nestpatch.patcher.inplace import apply_in_place
 from nestpatch.patcher.ledger import read_ledger
+from tests.calls import answer, refused, run
 from tests.helpers import tiny_checkpoint, tiny_pack
 from tests.state import forging
-from tests.state.calls import answer, refused, run
 from tests.state.conftest import Scene
 
 SURE = {

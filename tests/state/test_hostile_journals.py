@@ -20,7 +20,7 @@ from nestpatch.patcher.ledger import Ledger, write_ledger
 from nestpatch.patcher.recovery import Foreign, recover_model
 from nestpatch.rows import merge
 from nestpatch.signing.verify import sign_pack
-from tests.state.calls import answer, refused, run
+from tests.calls import answer, refused, run
 from tests.state.conftest import Scene
 from tests.state.journals import Header, content_of, forged, genuine, plant
 

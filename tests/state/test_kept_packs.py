@@ -17,9 +17,9 @@ from nestpatch.patcher.journal import MAGIC, Region, write_journal
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.signing import bundle
 from nestpatch.signing.machine import seal
+from tests.calls import answer, refused, run
 from tests.helpers import tree_digest
 from tests.state import forging
-from tests.state.calls import answer, refused, run
 from tests.state.conftest import Scene
 from tests.state.test_forged_ledgers import based
 

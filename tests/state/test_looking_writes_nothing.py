@@ -17,7 +17,7 @@ from nestpatch.formats.opening import open_checkpoint
 from nestpatch.hub.publish import push
 from nestpatch.patcher.inplace import apply_in_place
 from nestpatch.patcher.journal import Region, write_journal
-from tests.state.calls import run
+from tests.calls import run
 from tests.state.conftest import KINDS, Scene, make_scene
 from tests.state.users import NOBODY, as_nobody
 

@@ -17,8 +17,8 @@ from nestpatch.patcher.ledger import read_ledger
 from nestpatch.patcher.place import locked, place_of
 from nestpatch.patcher.status import status
 from nestpatch.patcher.verify import Verdict, verify
+from tests.calls import answer, refused
 from tests.helpers import tiny_checkpoint, tree_digest
-from tests.state.calls import answer, refused
 from tests.state.conftest import KINDS, Scene, make_scene
 
 INDEX = "model.safetensors.index.json"

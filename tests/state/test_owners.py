@@ -21,7 +21,7 @@ from nestpatch.patcher.place import locked
 from nestpatch.patcher.recovery import recover_model
 from nestpatch.patcher.status import status
 from nestpatch.patcher.verify import Verdict, verify
-from tests.state.calls import refused
+from tests.calls import refused
 from tests.state.conftest import KINDS, Scene, make_scene
 from tests.state.users import NOBODY, as_nobody, by_nobody, needs_root
 

@@ -20,9 +20,9 @@ from nestpatch.patcher.inplace import apply_in_place
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.signing.keys import generate
 from nestpatch.signing.verify import sign_pack
+from tests.calls import answer, refused, run
 from tests.helpers import PROPERTY
 from tests.state import forging
-from tests.state.calls import answer, refused, run
 from tests.state.conftest import Scene
 from tests.state.test_forged_ledgers import apart
 

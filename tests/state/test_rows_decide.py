@@ -14,7 +14,7 @@ from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.patcher.place import place_of
 from nestpatch.patcher.verify import Verdict, verify
-from tests.state.calls import answer, refused, run
+from tests.calls import answer, refused, run
 from tests.state.conftest import Scene
 
 

@@ -16,8 +16,8 @@ from nestpatch import errors
 from nestpatch.errors import NestpatchError
 from nestpatch.patcher.inplace import apply_in_place
 from nestpatch.patcher.ledger import read_ledger
+from tests.calls import run
 from tests.helpers import tree_digest
-from tests.state.calls import run
 from tests.state.conftest import Scene
 from tests.state.users import at_most, needs_root
 

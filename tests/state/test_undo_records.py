@@ -22,8 +22,8 @@ from nestpatch.patcher.journal import Region, write_journal
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.rows import Rows
 from nestpatch.signing.verify import sign_pack
+from tests.calls import answer, refused, run
 from tests.state import forging
-from tests.state.calls import answer, refused, run
 from tests.state.conftest import Scene, make_scene
 from tests.state.test_forged_ledgers import apart, based
 

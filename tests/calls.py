@@ -1,4 +1,4 @@
-"""The command line, as a user of a test calls it."""
+"""The command line, called in the process of a test."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from nestpatch.cli import main
 
 
 def run(*words: object) -> Result:
-    """Runs a command in this process. What it does not turn into a message is raised."""
+    """Runs a command. What it does not turn into a message is raised."""
     result = CliRunner().invoke(main, [str(word) for word in words])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
+    assert "Traceback" not in result.stderr
     return result
 
 
@@ -26,9 +27,8 @@ def refused(error: str, *words: object) -> str:
     return result.stderr
 
 
-def answer(*words: object, code: int = 0) -> dict[str, Any]:
+def answer(*words: object, code: int = 0) -> Any:
     """Runs a command with --json: its answer."""
     result = run(*words, "--json")
     assert result.exit_code == code, (words, result.stdout, result.stderr)
-    value: dict[str, Any] = json.loads(result.stdout)
-    return value
+    return json.loads(result.stdout)
