@@ -119,8 +119,11 @@ def test_an_upgrade_removes_exactly_the_records_that_it_makes_unneeded(scene: Sc
     assert set(records(scene)) == {stray.name}
 
 
-def test_a_journal_of_others_takes_no_record_along(plain: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its rows are the base of a signed pack, so it is rolled back; what it says of undo records nothing confirms."""
+@pytest.mark.parametrize("confirmed", [True, False])
+def test_a_journal_of_others_takes_no_record_along(
+    plain: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, confirmed: bool
+) -> None:
+    """Its rows are the base of a signed pack, or the user wants them; what it says of undo records nothing confirms."""
     plain.trust(acme=plain.acme)
     pack, checkpoint = plain.pack(), open_checkpoint(plain.model)
     regions = [Region(checkpoint.info(delta.name), delta.rows.astype("int64")) for delta in pack]
@@ -132,7 +135,12 @@ def test_a_journal_of_others_takes_no_record_along(plain: Scene, tmp_path: Path,
         elsewhere.setenv("NESTPATCH_HOME", str(tmp_path / "attacker"))
         write_journal(plain.place, "a" * 16, open_checkpoint(plain.model), regions, makes=[record.removesuffix(".undo")])
     plain.restore(weights)
-    assert answer("recover", plain.model)["action"] == "rolled back"
+    if not confirmed:
+        for signature in plain.place.folder.glob("*.sig"):
+            signature.unlink()
+        refused("ForeignJournalError", "recover", plain.model)
+    words = [] if confirmed else ["--foreign", "roll-back"]
+    assert answer("recover", plain.model, *words)["action"] == "rolled back"
     assert list(records(plain)) == [record]
 
 
