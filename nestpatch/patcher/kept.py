@@ -6,6 +6,7 @@ only when the signatures beside it are judged as those of a file are.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
@@ -41,6 +42,8 @@ def keep(place: Place, pack: Pack, pack_id: str, origin: Origin) -> None:
 
 def _write(place: Place, file: Path, data: bytes) -> None:
     if _read(file) != data:
+        if os.path.lexists(file) and not file.is_file() and not file.is_dir():
+            file.unlink()  # a pipe, or a link to nowhere, in the place of a file of nestpatch's own
         write_bytes(file, data, overwrite=True, owner=place.owner)
 
 

@@ -138,10 +138,9 @@ def _recover(
     if not proof and foreign is Foreign.REFUSE:
         raise _refusal(journal, checkpoint)
     roll_back(journal, checkpoint)
-    if journal.ours or foreign is Foreign.ROLL_BACK:
-        # Packs confirm a foreign journal's rows, not what it says of undo records. No ledger's entry may lose its own.
-        needed = {entry.undo for entry in read_ledger(place).applied}
-        retire(place, [name for name in journal.makes if name not in needed])
+    if journal.ours:
+        # Of another journal rows are confirmed, or wanted; what it says of undo records is not: these may be needed.
+        retire(place, journal.makes)
     remove_journal(place.journal)
     sweep(place, checkpoint)
     return Recovery("rolled back", proof or "the user asked for it")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nestpatch.errors import ChainError
+from nestpatch.errors import ChainError, UnsignedError, UntrustedError
 from nestpatch.formats import nest
 from nestpatch.formats.interface import Checkpoint
 from nestpatch.pack import Pack
@@ -129,10 +129,16 @@ def plan_work(
 
 def _require_signed(place: Place, ledger: Ledger, steps: Sequence[Step], judge: Judge, new: str = "") -> None:
     """Packs that came with the model pass the gate before their deltas are used."""
-    foreign = {entry.pack_id for entry in ledger.applied if entry.foreign} - {new}
-    for pack_id in dict.fromkeys(step.link.pack_id for step in steps):
-        if pack_id in foreign:
+    foreign = {entry.pack_id: entry for entry in ledger.applied if entry.foreign and entry.pack_id != new}
+    for pack_id in dict.fromkeys(step.link.pack_id for step in steps if step.link.pack_id in foreign):
+        try:
             judge.require(place, pack_id)
+        except (UnsignedError, UntrustedError) as error:
+            raise type(error)(
+                f"{foreign[pack_id].label} came along with the model, and no key that you trust has signed it: {error}",
+                advice="If you know its publisher: nestpatch trust add KEY.pub --name NAME. To use its records all the same, "
+                "as far as the pack's own digests prove them: --allow-unsigned.",
+            ) from error
 
 
 def plan_return(
