@@ -23,15 +23,13 @@ from nestpatch.formats.safetensors import INDEX
 from nestpatch.gate import Patch, Trust, policy_of, prove
 from nestpatch.pack import Pack
 from nestpatch.patcher.chain import Allowed, Do
-from nestpatch.patcher.held import look, missing, require_undoable
-from nestpatch.patcher.kept import load_packs
 from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
 from nestpatch.patcher.merging import means_of
 from nestpatch.patcher.place import LEDGER, Place, kept_from_writers, place_of
 from nestpatch.patcher.plan import check_strength
 from nestpatch.patcher.recovery import open_model, require_settled
 from nestpatch.patcher.transaction import Transaction
-from nestpatch.patcher.work import Judge, Work, plan_work
+from nestpatch.patcher.work import Judge, Work, plan_on_rows
 from nestpatch.signing.trust import Policy
 from nestpatch.signing.verify import signature_files
 
@@ -127,11 +125,7 @@ def apply(
     with kept_from_writers(place):
         require_settled(place, model)  # again: a writer may have died since
         ledger = read_ledger(place)
-        packs = load_packs(place, ledger.applied, {proven.pack_id: proven.pack})
-        gone = missing(look(checkpoint, place, ledger.applied, packs, means.base))
-        lost = [entry for entry in ledger.applied if entry.pack_id in gone]
-        work = plan_work(place, ledger, proven.pack, strength, judge, proven.origin, allowed, lost)
-        require_undoable(checkpoint, place, ledger.applied, work.packs, work.undone, means.base)
+        work = plan_on_rows(checkpoint, place, ledger, proven, strength, judge, allowed, means.base)
         if not work.steps:
             label = proven.pack.label
             raise ChainError(f"{label} is applied to {model} already", advice="Nothing to do: copy the model as it is.")
@@ -143,7 +137,7 @@ def apply(
             on_event,
             means=means,
             origin=proven.origin,
-            missing=gone,
+            missing=work.missing,
         )
         if work.steps[0].do is Do.CHECK:
             change.check(work.steps[0].link)

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from hashlib import sha256
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,8 @@ from nestpatch.patcher.undo import UndoReader, bits, checksums, restored
 from nestpatch.rows import Rows
 
 SHOWN_ROWS = 5
+Missing: TypeAlias = Mapping[str, frozenset[str]]
+"""Pack id -> the tensors in which the pack is missing, for packs that are missing in some."""
 
 
 class Holds(Enum):
@@ -146,8 +149,8 @@ def _examined(pack: Pack, checkpoint: Checkpoint, base: Checkpoint | None) -> li
     return [replace(found, evidence=together) if found.state is State.ROUNDED else found for found in findings]
 
 
-def missing(found: Sequence[Found]) -> dict[str, frozenset[str]]:
-    """Pack id -> the tensors in which a pack is missing, for packs that are missing in some.
+def missing(found: Sequence[Found]) -> Missing:
+    """The packs that are missing, and where.
 
     Raises BaseMismatchError where rows hold neither the pack nor what was there before: putting the pack back would hide that.
     """

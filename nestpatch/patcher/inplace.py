@@ -13,9 +13,8 @@ from nestpatch.events import OnEvent, ignore
 from nestpatch.formats.interface import Checkpoint
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.gate import Patch, Trust, policy_of, prove
-from nestpatch.pack import Pack
 from nestpatch.patcher.chain import Allowed, Do
-from nestpatch.patcher.held import Found, look, missing, require_proven, require_undoable
+from nestpatch.patcher.held import look, missing, require_proven
 from nestpatch.patcher.kept import keep, load_packs
 from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
 from nestpatch.patcher.merging import means_of
@@ -23,7 +22,7 @@ from nestpatch.patcher.place import Place, locked, place_of, require_own, tidy
 from nestpatch.patcher.plan import check_strength
 from nestpatch.patcher.recovery import recover, require_settled, require_writable
 from nestpatch.patcher.transaction import Transaction
-from nestpatch.patcher.work import Judge, Work, plan_return, plan_work
+from nestpatch.patcher.work import Judge, Work, plan_on_rows, plan_return
 from nestpatch.signing.trust import Policy
 
 
@@ -116,11 +115,7 @@ def apply_in_place(
     judge = Judge(rules, model, allow_unsigned)
     allowed = Allowed(allow_overlap, allow_downgrade, allow_other_publisher)
     with _writing(model, rules, dry_run=dry_run) as opened:
-        found = _look(opened, {proven.pack_id: pack}, means.base)
-        gone = missing(found)
-        lost = [entry for entry in opened.ledger.applied if entry.pack_id in gone]
-        work = plan_work(opened.place, opened.ledger, pack, strength, judge, proven.origin, allowed, lost)
-        require_undoable(opened.checkpoint, opened.place, opened.ledger.applied, work.packs, work.undone, means.base)
+        work = plan_on_rows(opened.checkpoint, opened.place, opened.ledger, proven, strength, judge, allowed, means.base)
         change = Transaction(
             opened.place,
             opened.checkpoint,
@@ -129,21 +124,12 @@ def apply_in_place(
             on_event,
             means=means,
             origin=proven.origin,
-            missing=gone,
+            missing=work.missing,
             detach=detach,
         )
         if not work.steps and not dry_run:
             keep(opened.place, pack, proven.pack_id, proven.origin)
         return _carry_out(change, opened.ledger, work, began, dry_run=dry_run)
-
-
-def _look(opened: _Opened, known: dict[str, Pack], base: Checkpoint | None, *, down_to_base: bool = False) -> list[Found]:
-    """What the rows hold of what the ledger says is applied."""
-    applied = opened.ledger.applied
-    if not applied:
-        return []
-    packs = load_packs(opened.place, applied, known)
-    return look(opened.checkpoint, opened.place, applied, packs, base, down_to_base=down_to_base)
 
 
 def revert(
@@ -176,7 +162,8 @@ def revert(
         ledger, place = opened.ledger, opened.place
         if not ledger.applied and not ledger.follows:
             raise ChainError(f"nothing is applied to {model}: it is at its base, as far as its ledger knows")
-        found = _look(opened, {}, means.base, down_to_base=True)
+        packs = load_packs(place, ledger.applied)
+        found = look(opened.checkpoint, place, ledger.applied, packs, means.base, down_to_base=True)
         require_proven(found)
         gone = missing(found)
         lost = [entry for entry in ledger.applied if entry.pack_id in gone]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from nestpatch.formats.interface import Checkpoint
 from nestpatch.pack import Pack
 from nestpatch.patcher.chain import Do, Link, Step
 from nestpatch.patcher.changes import Changer
+from nestpatch.patcher.held import Missing
 from nestpatch.patcher.journal import (
     Region,
     files_of,
@@ -40,8 +41,6 @@ from nestpatch.patcher.place import Place
 from nestpatch.patcher.plan import make_plan, measure
 from nestpatch.patcher.recovery import require_writable, retire, sweep
 from nestpatch.signing.origin import Origin
-
-Missing: TypeAlias = Mapping[str, frozenset[str]]
 
 
 def _keep_heap() -> None:

@@ -11,8 +11,10 @@ import numpy as np
 from nestpatch.errors import ChainError, UnsignedError, UntrustedError
 from nestpatch.formats import nest
 from nestpatch.formats.interface import Checkpoint
+from nestpatch.gate import Proven
 from nestpatch.pack import Pack
 from nestpatch.patcher.chain import NOTHING, Allowed, Do, Link, Step, plan_apply, plan_revert
+from nestpatch.patcher.held import Missing, look, missing, require_undoable
 from nestpatch.patcher.kept import judge_kept, load_pack, load_packs, proven_signers
 from nestpatch.patcher.ledger import Entry, Ledger
 from nestpatch.patcher.place import Place
@@ -38,6 +40,8 @@ class Work:
     packs: Mapping[str, Pack]
     origin: Origin = field(default_factory=Origin)
     """Of the pack that is applied; what is only put back keeps its own."""
+    missing: Missing = field(default_factory=dict)
+    """What is undone by leaving it: it is not in the rows any more."""
 
     @property
     def names(self) -> frozenset[str]:
@@ -116,15 +120,38 @@ def plan_work(
     Raises ChainError and its kinds, UndoError, LedgerError; SignatureError for an entry that came with the model.
     """
     manifest = pack.manifest
-    links, missing = _links(place, ledger, judge), [entry.link for entry in lost]
+    links, absent = _links(place, ledger, judge), [entry.link for entry in lost]
     link = Link(
         nest.pack_id(pack), manifest.name, manifest.version, strength, manifest.supersedes, manifest.requires, origin.publishers
     )
     packs = load_packs(place, ledger.applied, {link.pack_id: pack}) | {link.pack_id: pack}
     shared = _overlap(packs)
-    steps = plan_apply(links, link, lambda a, b: shared[a.pack_id, b.pack_id], allowed, missing)
+    steps = plan_apply(links, link, lambda a, b: shared[a.pack_id, b.pack_id], allowed, absent)
     _require_signed(place, ledger, steps, judge, new=link.pack_id)
     return Work(steps, packs, origin)
+
+
+def plan_on_rows(
+    checkpoint: Checkpoint,
+    place: Place,
+    ledger: Ledger,
+    proven: Proven,
+    strength: float,
+    judge: Judge,
+    allowed: Allowed,
+    base: Checkpoint | None,
+) -> Work:
+    """The same after a look at the rows: what is missing there is put back or replaced, and what is undone is proven first.
+
+    `base`: the float model, for quantized rows. Raises BaseMismatchError where rows hold neither a pack nor what was there
+    before it, and as `plan_work` does.
+    """
+    packs = load_packs(place, ledger.applied, {proven.pack_id: proven.pack})
+    gone = missing(look(checkpoint, place, ledger.applied, packs, base))
+    lost = [entry for entry in ledger.applied if entry.pack_id in gone]
+    work = plan_work(place, ledger, proven.pack, strength, judge, proven.origin, allowed, lost)
+    require_undoable(checkpoint, place, ledger.applied, work.packs, work.undone, base)
+    return replace(work, missing=gone)
 
 
 def _require_signed(place: Place, ledger: Ledger, steps: Sequence[Step], judge: Judge, new: str = "") -> None:
