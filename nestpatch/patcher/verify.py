@@ -19,7 +19,6 @@ import numpy as np
 from nestpatch.errors import LedgerError, PackError, SignatureError, StateError
 from nestpatch.formats import nest
 from nestpatch.formats.interface import Checkpoint, IntArray, row_blocks
-from nestpatch.gate import policy_of
 from nestpatch.pack import Pack
 from nestpatch.patcher.held import Difference, Found, Holds, Layer, layers_of, look
 from nestpatch.patcher.identity import APPLICABLE, Finding, State, examine
@@ -30,7 +29,7 @@ from nestpatch.patcher.recovery import open_model
 from nestpatch.patcher.undo import restored
 from nestpatch.patcher.work import Judge
 from nestpatch.rows import Rows
-from nestpatch.signing.trust import Policy
+from nestpatch.signing.trust import Policy, load_for_looking
 
 SHOWN_ROWS = 5
 
@@ -96,14 +95,15 @@ def verify(
     checkpoint, place = open_model(model)
     pack = nest.read(patch) if isinstance(patch, (str, Path)) else patch
     ledger = read_ledger(place)
+    judge = Judge(load_for_looking() if policy is None else policy, model)
     if pack is not None:
         result = _is_in_rows(checkpoint, place, ledger, pack, strength, base, full=full)
     elif ledger.applied:
         result = _against_ledger(checkpoint, place, ledger.applied, base, full=full)
-        if result[0] is Verdict.PATCHED and (doubt := _unproven(place, ledger.applied, Judge(policy_of(policy), model))):
+        if result[0] is Verdict.PATCHED and (doubt := _unproven(place, ledger.applied, judge)):
             result = (Verdict.UNKNOWN, *result[1:4], doubt)
     else:
-        result = _against_packs(checkpoint, _kept_packs(place, ledger, Judge(policy_of(policy), model)), full=full)
+        result = _against_packs(checkpoint, _kept_packs(place, ledger, judge), full=full)
     verdict, packs, tensors, differences, detail = result
     asked, seconds = pack.label if pack is not None else "", time.perf_counter() - began
     return Verification(verdict, packs, tensors, tuple(differences), detail, full, seconds, asked)
