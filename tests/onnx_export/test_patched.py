@@ -111,7 +111,10 @@ def test_an_older_version_is_undone_first(sources, pack, tmp_path, whole):
     model = tmp_path / "model"
     if not whole:  # a file of any other name has a ledger of its own
         model = tmp_path / "model" / "weights.safetensors"
+        # The state of what was there goes with it: one file has one state.
         (tmp_path / "model" / "model.safetensors").unlink()
+        (tmp_path / "model" / "nestpatch.json").unlink()
+        shutil.rmtree(tmp_path / "model" / ".nestpatch")
         nestpatch.apply(base / "model.safetensors", older, model)
     before = tree_digest(tmp_path / "model")
     source, loaded, _ = prepared(model, pack, tmp_path)
