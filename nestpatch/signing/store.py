@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nestpatch.errors import TrustError
 from nestpatch.files import alone, open_regular, read_open
+from nestpatch.formats.atomic import sweep_writes
 from nestpatch.signing.dsse import MAX_BYTES
 
 HOME = "NESTPATCH_HOME"
@@ -151,4 +152,5 @@ def changing(file: Path, *, create: bool = False) -> Iterator[None]:
         advice = f"Set {HOME} to a folder of your own."
         raise TrustError(f"cannot make {file.parent}: {error.strerror or error}", advice=advice) from error
     with alone(file.with_suffix(".lock"), TrustError):
+        sweep_writes(file)
         yield

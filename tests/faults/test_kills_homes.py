@@ -36,6 +36,7 @@ def test_trust_add_killed_at_every_call(killer: Killer, folder: Path, first: boo
         fleet.answer(user, *words)
         assert [key["name"] for key in fleet.answer(user, "trust", "list", "--json")["keys"]] == after
         assert (home / "trust.json").stat().st_mode & 0o777 == 0o600
+        assert not list(home.glob(".*.tmp")), "what the killed one left"
     assert len(states) >= 5
     assert before in states
     assert after in states
