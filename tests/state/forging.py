@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -123,3 +124,30 @@ def write_undo(scene: Scene, pack: Pack, path: Path, strength: float = 1.0, lie:
             before, after = (sha256(rows.tobytes()).hexdigest() for rows in (original, current))
             tensors[delta.name] = {"rows": delta.neurons, "before": before, "after": after, "gain": None}
     return tensors
+
+
+def based(scene: Scene) -> list[object]:
+    """How quantized rows are judged and made exactly."""
+    return ["--base", scene.base] if scene.kind == "gguf" else []
+
+
+def nothing(scene: Scene, name: str = "no-harm", version: str = "99.0.0") -> Pack:
+    """A well-formed pack that changes nothing: its base is its result."""
+    pack = scene.pack(name, version)
+    deltas = tuple(replace(delta, delta=np.zeros_like(delta.delta)) for delta in pack)
+    result = {delta.name: pack.manifest.base.tensors[delta.name].rows_sha256 for delta in pack}
+    return Pack(replace(pack.manifest, result=result), deltas)
+
+
+def harmless(scene: Scene, key: str | None = None) -> Path:
+    """The pack that everybody wants, and that the forged ledgers name."""
+    return scene.write(scene.pack(), scene.acme if key is None else None)
+
+
+def apart(scene: Scene, pack: Pack) -> Pack:
+    """A pack in the same tensors, in rows that the other one leaves alone."""
+    for seed in range(100, 4000):
+        other = scene.pack("other", seed=seed, neurons=3)
+        if not any(np.intersect1d(a.rows, b.rows).size for a, b in zip(pack, other, strict=True)):
+            return other
+    raise AssertionError("no such pack")

@@ -21,7 +21,7 @@ from tests.calls import answer, refused, run
 from tests.helpers import tree_digest
 from tests.state import forging
 from tests.state.conftest import Scene
-from tests.state.test_forged_ledgers import based
+from tests.state.forging import based
 
 NAMES = {
     # No id of a pack, no transaction, no undo record has such a name

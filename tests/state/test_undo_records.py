@@ -25,7 +25,7 @@ from nestpatch.signing.verify import sign_pack
 from tests.calls import answer, refused, run
 from tests.state import forging
 from tests.state.conftest import Scene, make_scene
-from tests.state.test_forged_ledgers import apart, based
+from tests.state.forging import apart, based
 
 
 def records(scene: Scene) -> dict[str, bytes]:
