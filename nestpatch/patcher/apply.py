@@ -22,7 +22,7 @@ from nestpatch.formats.interface import Checkpoint
 from nestpatch.formats.safetensors import INDEX
 from nestpatch.gate import Patch, Trust, policy_of, prove
 from nestpatch.pack import Pack
-from nestpatch.patcher.chain import Allowed, Do
+from nestpatch.patcher.chain import Allowed
 from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
 from nestpatch.patcher.merging import means_of
 from nestpatch.patcher.place import LEDGER, Place, kept_from_writers, place_of
@@ -129,21 +129,11 @@ def apply(
         if not work.steps:
             label = proven.pack.label
             raise ChainError(f"{label} is applied to {model} already", advice="Nothing to do: copy the model as it is.")
-        change = Transaction(
-            place,
-            checkpoint,
-            work.packs,
-            allow_base_mismatch,
-            on_event,
-            means=means,
-            origin=proven.origin,
-            missing=work.missing,
-        )
-        if work.steps[0].do is Do.CHECK:
-            change.check(work.steps[0].link)
+        change = Transaction(place, checkpoint, work, allow_base_mismatch, on_event, means=means)
+        change.check_first()
         files: tuple[WrittenFile, ...] = ()
         if not dry_run:
-            ledger, files = _write_copy(change, ledger, work, target, _How(hard_link, digest, sync))
+            ledger, files = _write_copy(change, ledger, target, _How(hard_link, digest, sync))
     return Applied(
         pack=proven.pack.label,
         pack_id=proven.pack_id,
@@ -167,12 +157,10 @@ class _How:
     sync: bool
 
 
-def _write_copy(
-    change: Transaction, ledger: Ledger, work: Work, target: Path, how: _How
-) -> tuple[Ledger, tuple[WrittenFile, ...]]:
+def _write_copy(change: Transaction, ledger: Ledger, target: Path, how: _How) -> tuple[Ledger, tuple[WrittenFile, ...]]:
     """Copies the model of a change and carries the change out in the copy, which appears when all is done."""
     checkpoint, on_event = change.checkpoint, change.on_event
-    linked = _untouched(checkpoint, work) if how.hard_link else frozenset()
+    linked = _untouched(checkpoint, change.work) if how.hard_link else frozenset()
     before = _fingerprint(checkpoint, change.place)
     with _new_model(target, directory=copied(checkpoint).is_dir()) as sibling:
         _copy(checkpoint, sibling, linked, on_event, flush=how.sync)
@@ -183,7 +171,7 @@ def _write_copy(
         final = place_of_copy(own, sibling, target)
         _copy_state(change.place, own, ledger, final)
         # Nobody's files yet: no journal.
-        ledger = replace(change, place=own, checkpoint=copy, journaled=False, final=final).run(ledger, work.steps)
+        ledger = replace(change, place=own, checkpoint=copy, journaled=False, final=final).run(ledger)
         files = tuple(_seal(file, sibling, target, on_event, digest=how.digest, sync=how.sync) for file in copy.files)
         if how.sync:
             sync_tree(sibling if sibling.is_dir() else own.folder)

@@ -13,7 +13,7 @@ from nestpatch.events import OnEvent, ignore
 from nestpatch.formats.interface import Checkpoint
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.gate import Patch, Trust, policy_of, prove
-from nestpatch.patcher.chain import Allowed, Do
+from nestpatch.patcher.chain import Allowed
 from nestpatch.patcher.held import look, missing, require_proven
 from nestpatch.patcher.kept import keep, load_packs
 from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
@@ -22,7 +22,7 @@ from nestpatch.patcher.place import Place, locked, place_of, require_own, tidy
 from nestpatch.patcher.plan import check_strength
 from nestpatch.patcher.recovery import recover, require_settled, require_writable
 from nestpatch.patcher.transaction import Transaction
-from nestpatch.patcher.work import Judge, Work, plan_on_rows, plan_return
+from nestpatch.patcher.work import Judge, plan_on_rows, plan_return
 from nestpatch.signing.trust import Policy
 
 
@@ -116,20 +116,10 @@ def apply_in_place(
     allowed = Allowed(allow_overlap, allow_downgrade, allow_other_publisher)
     with _writing(model, rules, dry_run=dry_run) as opened:
         work = plan_on_rows(opened.checkpoint, opened.place, opened.ledger, proven, strength, judge, allowed, means.base)
-        change = Transaction(
-            opened.place,
-            opened.checkpoint,
-            work.packs,
-            allow_base_mismatch,
-            on_event,
-            means=means,
-            origin=proven.origin,
-            missing=work.missing,
-            detach=detach,
-        )
+        change = Transaction(opened.place, opened.checkpoint, work, allow_base_mismatch, on_event, means=means, detach=detach)
         if not work.steps and not dry_run:
             keep(opened.place, pack, proven.pack_id, proven.origin)
-        return _carry_out(change, opened.ledger, work, began, dry_run=dry_run)
+        return _carry_out(change, opened.ledger, began, dry_run=dry_run)
 
 
 def revert(
@@ -169,12 +159,10 @@ def revert(
         lost = [entry for entry in ledger.applied if entry.pack_id in gone]
         work = plan_return(place, ledger, to, judge, only, lost)
         left = replace(ledger, follows=(), offered=()) if to == "base" and only is None else ledger
-        change = Transaction(
-            place, opened.checkpoint, work.packs, on_event=on_event, means=means, origin=work.origin, missing=gone
-        )
+        change = Transaction(place, opened.checkpoint, replace(work, missing=gone), on_event=on_event, means=means)
         if left != ledger and not work.steps and not dry_run:
             write_ledger(place, left)
-        return _carry_out(change, left, work, began, dry_run=dry_run)
+        return _carry_out(change, left, began, dry_run=dry_run)
 
 
 def follow_channel(model: str | Path, channel: str, policy: Policy) -> None:
@@ -185,19 +173,18 @@ def follow_channel(model: str | Path, channel: str, policy: Policy) -> None:
         write_ledger(opened.place, opened.ledger.following(channel))
 
 
-def _carry_out(transaction: Transaction, ledger: Ledger, work: Work, began: float, *, dry_run: bool) -> Changed:
-    checkpoint, steps = transaction.checkpoint, work.steps
+def _carry_out(transaction: Transaction, ledger: Ledger, began: float, *, dry_run: bool) -> Changed:
+    checkpoint, work = transaction.checkpoint, transaction.work
     if dry_run:
         if not transaction.detach:
             require_writable(checkpoint, sorted(work.names))
-        if steps and steps[0].do is Do.CHECK:
-            transaction.check(steps[0].link)
-    elif steps:
-        ledger = transaction.run(ledger, steps)
-    elif (followed := ledger.following(transaction.origin.channel)) != ledger:
+        transaction.check_first()
+    elif work.steps:
+        ledger = transaction.run(ledger)
+    elif (followed := ledger.following(work.origin.channel)) != ledger:
         write_ledger(transaction.place, followed)
     size, applied = work.size(checkpoint), tuple(entry.label for entry in ledger.applied)
-    new = [entry.gain for entry in ledger.applied if entry.transaction == ledger.transaction and steps]
+    new = [entry.gain for entry in ledger.applied if entry.transaction == ledger.transaction and work.steps]
     gain = min((gain for gain in new if gain is not None), default=None)
     seconds = time.perf_counter() - began
     return Changed(checkpoint.path, work.told, applied, size.tensors, size.rows, size.row_bytes, seconds, gain, dry_run)

@@ -21,10 +21,8 @@ from nestpatch.errors import InPlaceError, JournalError, OutputError, OverlapErr
 from nestpatch.events import OnEvent, ignore
 from nestpatch.formats.atomic import sync_folder
 from nestpatch.formats.interface import Checkpoint
-from nestpatch.pack import Pack
 from nestpatch.patcher.chain import Do, Link, Step
 from nestpatch.patcher.changes import Changer
-from nestpatch.patcher.held import Missing
 from nestpatch.patcher.journal import (
     Region,
     files_of,
@@ -40,6 +38,7 @@ from nestpatch.patcher.merging import Means, require_gain
 from nestpatch.patcher.place import Place
 from nestpatch.patcher.plan import make_plan, measure
 from nestpatch.patcher.recovery import require_writable, retire, sweep
+from nestpatch.patcher.work import Work
 from nestpatch.signing.origin import Origin
 
 
@@ -57,18 +56,14 @@ class Transaction:
 
     place: Place
     checkpoint: Checkpoint
-    packs: Mapping[str, Pack]
-    """Pack id -> pack, for every step."""
+    work: Work
+    """The steps, their packs, and what is missing in the rows already."""
     allow_base_mismatch: bool = False
     on_event: OnEvent = ignore
     journaled: bool = True
     """False where the files are nobody's yet: a copy that is thrown away when anything fails."""
     means: Means = field(default_factory=Means)
     """For rows that are stored quantized."""
-    origin: Origin = field(default_factory=Origin)
-    """Of the pack that is applied; what is only put back keeps its own."""
-    missing: Missing = field(default_factory=dict)
-    """Pack id -> tensors that hold what they held before that pack already: there is nothing to undo in them."""
     detach: bool = False
     """Whether links are replaced by files of the model's own first."""
     final: Place | None = None
@@ -78,18 +73,18 @@ class Transaction:
     def _changer(self) -> Changer:
         return Changer(self.checkpoint, self.means, self.journaled, self.on_event, self.place.owner)
 
-    def run(self, ledger: Ledger, steps: Sequence[Step]) -> Ledger:
+    def run(self, ledger: Ledger) -> Ledger:
         """Carries the steps out and returns the new ledger.
 
         Raises BaseMismatchError, UndoError or InPlaceError; then everything is as before.
         """
         _keep_heap()
         identity, before = secrets.token_hex(8), {entry.pack_id: entry for entry in ledger.applied}
-        names = sorted({delta.name for step in steps for delta in self.packs[step.link.pack_id]})
-        self._prepare(steps, names)
-        retired = self._retired(ledger, steps)
+        names, steps = sorted(self.work.names), self.work.steps
+        self._prepare(names)
+        retired = tuple(entry.undo for entry in ledger.applied if entry.pack_id in self.work.undone)
         if self.journaled:
-            self._open_journal(identity, steps, retired)
+            self._open_journal(identity, retired)
         try:
             for number, step in enumerate(steps):
                 # A check that comes first has been made, under the same lock. A copy is checked again: it was made since.
@@ -99,11 +94,11 @@ class Transaction:
             if self.journaled:
                 sync_files(files_of(self.checkpoint, names))
                 sync_folder(self.place.folder)
-            ledger = replace(ledger, transaction=identity).following(self.origin.channel)
+            ledger = replace(ledger, transaction=identity).following(self.work.origin.channel)
             write_ledger(self.place, ledger, self.final)
         except BaseException as error:
             if self.journaled:
-                self._close_journal(error, identity, steps)
+                self._close_journal(error, identity)
             raise
         # Committed: what cannot be removed now is removed by the next recovery.
         retire(self.place, retired)
@@ -113,41 +108,38 @@ class Transaction:
         sweep(self.place, self.checkpoint)
         return ledger
 
-    def _prepare(self, steps: Sequence[Step], names: Sequence[str]) -> None:
+    def check_first(self) -> None:
+        """The check that a change of this kind begins with, if it does: the common case is a wrong base. Raises as `check`."""
+        if self.work.steps and self.work.steps[0].do is Do.CHECK:
+            self.check(self.work.steps[0].link)
+
+    def _prepare(self, names: Sequence[str]) -> None:
         """All that can be refused before anything is written anywhere; then links are replaced, where that was asked for."""
         if not self.detach:
             require_writable(self.checkpoint, names)
-        if steps and steps[0].do is Do.CHECK:
-            # The common case: a wrong base.
-            self.check(steps[0].link)
+        self.check_first()
         if self.detach:
             from nestpatch.patcher.detach import detach
 
             self.checkpoint = detach(self.checkpoint)
             require_writable(self.checkpoint, names)
-            if steps and steps[0].do is Do.CHECK:
-                # No lock of this model kept others from changing the files by their other names since.
-                self.check(steps[0].link)
+            # No lock of this model kept others from changing the files by their other names since.
+            self.check_first()
 
-    def _retired(self, ledger: Ledger, steps: Sequence[Step]) -> tuple[str, ...]:
-        """The undo records that nothing needs once the steps are done."""
-        undone = {step.link.pack_id for step in steps if step.do is Do.UNDO}
-        return tuple(entry.undo for entry in ledger.applied if entry.pack_id in undone)
-
-    def _made(self, identity: str, steps: Sequence[Step]) -> tuple[str, ...]:
+    def _made(self, identity: str) -> tuple[str, ...]:
         """The undo records that the steps write."""
-        return tuple(f"{identity}-{step.link.pack_id[:16]}" for step in steps if step.do in (Do.APPLY, Do.REDO))
+        return tuple(f"{identity}-{step.link.pack_id[:16]}" for step in self.work.steps if step.do in (Do.APPLY, Do.REDO))
 
-    def _open_journal(self, identity: str, steps: Sequence[Step], retired: Sequence[str]) -> None:
-        makes = self._made(identity, steps)
+    def _open_journal(self, identity: str, retired: Sequence[str]) -> None:
+        makes = self._made(identity)
         try:
-            write_journal(self.place, identity, self.checkpoint, self._regions(steps), makes=makes, retires=retired)
+            write_journal(self.place, identity, self.checkpoint, self._regions(), makes=makes, retires=retired)
         except OSError as error:
             with suppress(OSError):
                 remove_journal(self.place.journal)
             raise InPlaceError(f"cannot write the journal {self.place.journal}: {error.strerror}") from error
 
-    def _close_journal(self, cause: BaseException, identity: str, steps: Sequence[Step]) -> None:
+    def _close_journal(self, cause: BaseException, identity: str) -> None:
         if read_ledger(self.place).transaction == identity:
             # The commit stands; only what follows it failed, and the next command does that.
             if isinstance(cause, (OSError, OutputError)):
@@ -160,7 +152,7 @@ class Transaction:
             journal = read_journal(self.place)
             if journal is not None:
                 roll_back(journal, self.checkpoint)
-            retire(self.place, self._made(identity, steps))
+            retire(self.place, self._made(identity))
             remove_journal(self.place.journal)
             sweep(self.place, self.checkpoint)
         except OSError as error:
@@ -171,11 +163,11 @@ class Transaction:
         if isinstance(cause, OSError):
             raise InPlaceError(f"cannot change the model: {cause.strerror or cause}") from cause
 
-    def _regions(self, steps: Sequence[Step]) -> list[Region]:
+    def _regions(self) -> list[Region]:
         """The rows that the steps touch, each tensor once."""
         touched: dict[str, list[Any]] = {}
-        for pack_id in dict.fromkeys(step.link.pack_id for step in steps):
-            for delta in self.packs[pack_id]:
+        for pack_id in dict.fromkeys(step.link.pack_id for step in self.work.steps):
+            for delta in self.work.packs[pack_id]:
                 touched.setdefault(delta.name, []).append(delta.rows.astype(np.int64))
         unions = {name: np.unique(np.concatenate(rows)) if len(rows) > 1 else rows[0] for name, rows in touched.items()}
         return [Region(self.checkpoint.info(name), rows) for name, rows in sorted(unions.items())]
@@ -187,8 +179,8 @@ class Transaction:
             return ledger
         if step.do is Do.UNDO:
             entry = next(entry for entry in ledger.applied if entry.link == step.link)
-            gone = self.missing.get(entry.pack_id, frozenset())
-            self._changer.restore(self.packs[entry.pack_id], entry, self.place.undo(entry.undo), gone)
+            gone = self.work.missing.get(entry.pack_id, frozenset())
+            self._changer.restore(self.work.packs[entry.pack_id], entry, self.place.undo(entry.undo), gone)
             kept = tuple(other for other in ledger.applied if other is not entry)
             return replace(ledger, applied=kept).with_event("found missing" if gone else "undone", entry, now)
         if step.do is Do.REDO:
@@ -199,7 +191,7 @@ class Transaction:
 
     def _require_floats(self, link: Link) -> None:
         """Quantized rows are made of the base and one pack; what another one added to them would be lost."""
-        names = (delta.name for delta in self.packs[link.pack_id])
+        names = (delta.name for delta in self.work.packs[link.pack_id])
         if odd := next((name for name in names if not self.checkpoint.info(name).plain), None):
             raise OverlapError(
                 f"{odd} is stored quantized: packs that share rows cannot be stacked in it",
@@ -211,7 +203,7 @@ class Transaction:
 
         Raises BaseMismatchError when that is not the pack's base, QuantizationError when quantized rows would lose the pack.
         """
-        pack = self.packs[link.pack_id]
+        pack = self.work.packs[link.pack_id]
         make_plan(pack, self.checkpoint, link.strength, allow_mismatch=self.allow_base_mismatch, base=self.means.base)
         for codec in {self.checkpoint.info(delta.name).coding for delta in pack}:
             codec.require()
@@ -219,7 +211,7 @@ class Transaction:
             require_gain(measure(pack, link.strength, self.checkpoint, self.means), pack.label)
 
     def _apply(self, link: Link, identity: str, now: str, old: Entry | None) -> Entry:
-        pack = self.packs[link.pack_id]
+        pack = self.work.packs[link.pack_id]
         entry = Entry(
             pack_id=link.pack_id,
             name=link.name,
@@ -232,10 +224,10 @@ class Transaction:
             supersedes=link.supersedes,
             requires=link.requires,
             base_mismatch_allowed=self.allow_base_mismatch or bool(old and old.base_mismatch_allowed),
-            signers=old.signers if old else self.origin.signers,
-            roots=old.roots if old else self.origin.roots,
+            signers=old.signers if old else self.work.origin.signers,
+            roots=old.roots if old else self.work.origin.roots,
             foreign=bool(old and old.foreign),
         )
-        keep(self.place, pack, link.pack_id, Origin() if old else self.origin)
+        keep(self.place, pack, link.pack_id, Origin() if old else self.work.origin)
         entry = replace(entry, tensors=self._changer.merge(pack, link.strength, self.place.undo(entry.undo)))
         return replace(entry, rounding=self.means.told) if entry.gain is not None else entry
