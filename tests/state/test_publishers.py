@@ -24,7 +24,7 @@ from tests.calls import answer, refused, run
 from tests.helpers import PROPERTY
 from tests.state import forging
 from tests.state.conftest import Scene
-from tests.state.test_forged_ledgers import apart
+from tests.state.forging import apart
 
 
 def labels(scene: Scene) -> list[str]:
