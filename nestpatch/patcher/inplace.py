@@ -157,7 +157,7 @@ def revert(
         require_proven(found)
         gone = missing(found)
         lost = [entry for entry in ledger.applied if entry.pack_id in gone]
-        work = plan_return(place, ledger, to, judge, only, lost)
+        work = plan_return(place, ledger, packs, to, judge, only, lost)
         left = replace(ledger, follows=(), offered=()) if to == "base" and only is None else ledger
         change = Transaction(place, opened.checkpoint, replace(work, missing=gone), on_event=on_event, means=means)
         if left != ledger and not work.steps and not dry_run:

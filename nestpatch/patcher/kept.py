@@ -25,8 +25,6 @@ from nestpatch.signing.subject import subject_of
 from nestpatch.signing.trust import Policy
 from nestpatch.signing.verify import Outcome, Signed, judge, signature_files
 
-MAX_KEPT = 1 << 30
-"""Bytes of a kept pack."""
 _AGAIN = "Apply the pack's file again: nestpatch apply MODEL PATCH --in-place puts the copy back."
 _SUFFIX = re.compile(r"(?:\.[0-9a-f]{12})?\.sig", re.ASCII)
 
@@ -49,7 +47,7 @@ def _write(place: Place, file: Path, data: bytes) -> None:
 
 def _read(file: Path) -> bytes | None:
     try:
-        return read_bounded(file, MAX_KEPT, follow=False)
+        return read_bounded(file, nest.MAX_PACK, follow=False)
     except OSError:
         return None
 

@@ -20,7 +20,7 @@ from nestpatch.errors import LedgerError, PackError, SignatureError, StateError
 from nestpatch.formats import nest
 from nestpatch.formats.interface import Checkpoint, IntArray, row_blocks
 from nestpatch.pack import Pack
-from nestpatch.patcher.held import Difference, Found, Holds, Layer, layers_of, look
+from nestpatch.patcher.held import SHOWN_ROWS, Difference, Found, Holds, Layer, layers_of, look
 from nestpatch.patcher.identity import APPLICABLE, Finding, State, examine
 from nestpatch.patcher.kept import load_pack, load_packs
 from nestpatch.patcher.ledger import Entry, Ledger, read_ledger
@@ -30,8 +30,6 @@ from nestpatch.patcher.undo import restored
 from nestpatch.patcher.work import Judge
 from nestpatch.rows import Rows
 from nestpatch.signing.trust import Policy, load_for_looking
-
-SHOWN_ROWS = 5
 
 
 class Verdict(Enum):

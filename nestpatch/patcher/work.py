@@ -112,10 +112,12 @@ def plan_work(
     origin: Origin,
     allowed: Allowed = NOTHING,
     lost: Sequence[Entry] = (),
+    known: Mapping[str, Pack] | None = None,
 ) -> Work:
     """The work of applying a pack to a model with this ledger.
 
-    `lost`: applied packs whose rows are missing; they are put back, or replaced.
+    `lost`: applied packs whose rows are missing; they are put back, or replaced. `known`: applied packs that were read and
+    checked already, by id.
 
     Raises ChainError and its kinds, UndoError, LedgerError; SignatureError for an entry that came with the model.
     """
@@ -124,7 +126,7 @@ def plan_work(
     link = Link(
         nest.pack_id(pack), manifest.name, manifest.version, strength, manifest.supersedes, manifest.requires, origin.publishers
     )
-    packs = load_packs(place, ledger.applied, {link.pack_id: pack}) | {link.pack_id: pack}
+    packs = load_packs(place, ledger.applied, {**(known or {}), link.pack_id: pack}) | {link.pack_id: pack}
     shared = _overlap(packs)
     steps = plan_apply(links, link, lambda a, b: shared[a.pack_id, b.pack_id], allowed, absent)
     _require_signed(place, ledger, steps, judge, new=link.pack_id)
@@ -149,7 +151,7 @@ def plan_on_rows(
     packs = load_packs(place, ledger.applied, {proven.pack_id: proven.pack})
     gone = missing(look(checkpoint, place, ledger.applied, packs, base))
     lost = [entry for entry in ledger.applied if entry.pack_id in gone]
-    work = plan_work(place, ledger, proven.pack, strength, judge, proven.origin, allowed, lost)
+    work = plan_work(place, ledger, proven.pack, strength, judge, proven.origin, allowed, lost, packs)
     require_undoable(checkpoint, place, ledger.applied, work.packs, work.undone, base)
     return replace(work, missing=gone)
 
@@ -169,18 +171,24 @@ def _require_signed(place: Place, ledger: Ledger, steps: Sequence[Step], judge: 
 
 
 def plan_return(
-    place: Place, ledger: Ledger, to: str, judge: Judge, only: str | None = None, lost: Sequence[Entry] = ()
+    place: Place,
+    ledger: Ledger,
+    packs: Mapping[str, Pack],
+    to: str,
+    judge: Judge,
+    only: str | None = None,
+    lost: Sequence[Entry] = (),
 ) -> Work:
     """The work of going back to the base, or to an earlier version of an applied pack; or of taking away only the pack
-    with this id. Raises ChainError, UndoError, LedgerError, SignatureError.
+    with this id. `packs`: the applied ones, read and checked. Raises ChainError, UndoError, LedgerError, SignatureError.
     """
     if only is None and to != "base":
         link = _earlier(ledger, to)
         pack, origin = load_pack(place, link.pack_id, link.label), judge.require(place, link.pack_id)
         # Nobody's pack in the place of a signed one: who allows unsigned packs has asked for that.
         allowed = Allowed(overlap=True, downgrade=True, other_publisher=judge.allow_unsigned and not origin.publishers)
-        return plan_work(place, ledger, pack, link.strength, judge, origin, allowed, lost)
-    packs, links = load_packs(place, ledger.applied), _links(place, ledger, judge)
+        return plan_work(place, ledger, pack, link.strength, judge, origin, allowed, lost, packs)
+    links = _links(place, ledger, judge)
     shared = _overlap(packs)
     removed = links if only is None else [link for link in links if link.pack_id == only]
     steps = plan_revert(links, removed, lambda a, b: shared[a.pack_id, b.pack_id], [entry.link for entry in lost])
