@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 
-from nestpatch.nest_train.evaluate import HEADLINES
+from nestpatch.evaluation.suites import HEADLINES
 
 
 def run(seed: int) -> dict:

@@ -13,17 +13,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nestpatch.channels.follow import pull
+    from nestpatch.channels.publish import push
+    from nestpatch.compare.diff import diff
+    from nestpatch.evaluation.evaluator import assess as evaluate
+    from nestpatch.export.adapters import export_gguf_lora, export_lora, export_onnx_adapter
+    from nestpatch.export.models import export_gguf, export_safetensors
+    from nestpatch.export.onnx.exporter import export_onnx
     from nestpatch.formats.nest import read as load_pack
     from nestpatch.gate import prove
-    from nestpatch.hub.follow import pull
-    from nestpatch.hub.publish import push
-    from nestpatch.nest_train.assess import assess as evaluate
     from nestpatch.nest_train.train import train
-    from nestpatch.onnx_export.to_onnx import export_onnx
-    from nestpatch.patcher.adapters import export_gguf_lora, export_lora, export_onnx_adapter
     from nestpatch.patcher.apply import apply
-    from nestpatch.patcher.diff import diff
-    from nestpatch.patcher.export import export_gguf, export_safetensors
     from nestpatch.patcher.inplace import apply_in_place, revert
     from nestpatch.patcher.update import update
     from nestpatch.patcher.verify import verify
@@ -36,19 +36,19 @@ __version__ = "0.1.0"
 _HOMES = {
     "apply": ("nestpatch.patcher.apply", "apply"),
     "apply_in_place": ("nestpatch.patcher.inplace", "apply_in_place"),
-    "diff": ("nestpatch.patcher.diff", "diff"),
-    "evaluate": ("nestpatch.nest_train.assess", "assess"),
-    "export_gguf": ("nestpatch.patcher.export", "export_gguf"),
-    "export_gguf_lora": ("nestpatch.patcher.adapters", "export_gguf_lora"),
-    "export_lora": ("nestpatch.patcher.adapters", "export_lora"),
-    "export_onnx": ("nestpatch.onnx_export.to_onnx", "export_onnx"),
-    "export_onnx_adapter": ("nestpatch.patcher.adapters", "export_onnx_adapter"),
-    "export_safetensors": ("nestpatch.patcher.export", "export_safetensors"),
+    "diff": ("nestpatch.compare.diff", "diff"),
+    "evaluate": ("nestpatch.evaluation.evaluator", "assess"),
+    "export_gguf": ("nestpatch.export.models", "export_gguf"),
+    "export_gguf_lora": ("nestpatch.export.adapters", "export_gguf_lora"),
+    "export_lora": ("nestpatch.export.adapters", "export_lora"),
+    "export_onnx": ("nestpatch.export.onnx.exporter", "export_onnx"),
+    "export_onnx_adapter": ("nestpatch.export.adapters", "export_onnx_adapter"),
+    "export_safetensors": ("nestpatch.export.models", "export_safetensors"),
     "load_pack": ("nestpatch.formats.nest", "read"),
     "load_policy": ("nestpatch.signing.trust", "load_policy"),
     "prove": ("nestpatch.gate", "prove"),
-    "pull": ("nestpatch.hub.follow", "pull"),
-    "push": ("nestpatch.hub.publish", "push"),
+    "pull": ("nestpatch.channels.follow", "pull"),
+    "push": ("nestpatch.channels.publish", "push"),
     "revert": ("nestpatch.patcher.inplace", "revert"),
     "sign": ("nestpatch.signing.verify", "sign_pack"),
     "train": ("nestpatch.nest_train.train", "train"),

@@ -15,13 +15,12 @@ from nestpatch.errors import PackError, UnsignedError
 from nestpatch.events import OnEvent, ignore
 from nestpatch.formats import nest
 from nestpatch.pack import Pack
-from nestpatch.signing.origin import Origin
-from nestpatch.signing.subject import EVERYTHING, subject_of
+from nestpatch.signing.subject import EVERYTHING, Origin, subject_of
 from nestpatch.signing.trust import Policy, Rule, load_for_looking, load_policy
 from nestpatch.signing.verify import Outcome, Sound, Unproven, settle, signers_of, verify_file
 
 if TYPE_CHECKING:
-    from nestpatch.hub.follow import Downloaded
+    from nestpatch.channels.follow import Downloaded
 
 CHANNELS = ("hub://", "file://", "https://", "http://")
 """How a patch is named by its channel instead of by a file."""
@@ -82,7 +81,7 @@ def prove(
     if isinstance(patch, Pack):
         done = _in_memory(patch, rules, model, allow_unsigned=allow_unsigned)
     elif is_channel(patch):
-        from nestpatch.hub.follow import fetch_patch
+        from nestpatch.channels.follow import fetch_patch
 
         done = passed(
             fetch_patch(str(patch), rules, model, allow_unsigned=allow_unsigned or trust == "none", on_event=on_event)

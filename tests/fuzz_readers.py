@@ -24,17 +24,17 @@ import numpy as np
 
 from nestpatch.errors import NestpatchError
 from nestpatch.formats import nest
-from nestpatch.formats.gguf import GgufCheckpoint
-from nestpatch.formats.interface import Checkpoint
+from nestpatch.formats.checkpoint import Checkpoint
+from nestpatch.formats.gguf.checkpoint import GgufCheckpoint
 from nestpatch.formats.onnx.checkpoint import OnnxCheckpoint
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.formats.safetensors import INDEX, SafetensorsCheckpoint
+from nestpatch.patcher._journal import Region, write_journal
+from nestpatch.patcher._undo import UndoReader
 from nestpatch.patcher.inplace import apply_in_place
-from nestpatch.patcher.journal import Region, write_journal
 from nestpatch.patcher.ledger import read_ledger
-from nestpatch.patcher.place import place_of
 from nestpatch.patcher.recovery import recover_model
-from nestpatch.patcher.undo import UndoReader
+from nestpatch.patcher.state_dir import place_of
 from nestpatch.patcher.verify import verify
 from tests.gguf.files import gguf_of
 from tests.helpers import tiny_checkpoint, tiny_pack

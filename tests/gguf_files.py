@@ -13,8 +13,8 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from gguf import TokenType
 
-from nestpatch.formats.names import gguf_architecture, gguf_name, gguf_spans
-from nestpatch.formats.quants import quantize
+from nestpatch.formats.gguf.names import gguf_architecture, gguf_name, gguf_spans
+from nestpatch.formats.gguf.quants import quantize
 from tests.helpers import load_tensors
 
 needs_llama = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nestpatch.patcher.diff import CheckpointDiff, diff
+from nestpatch.compare.diff import CheckpointDiff, diff
 from tests.helpers import tiny_tensors, write_checkpoint
 
 GATE = "model.layers.1.mlp.gate_proj.weight"

@@ -19,7 +19,8 @@ from click.testing import CliRunner
 from nestpatch.cli import main
 from nestpatch.errors import DataError, OutputError, PackContentError
 from nestpatch.events import Event
-from nestpatch.formats import interface, nest
+from nestpatch.formats import checkpoint as interface
+from nestpatch.formats import nest
 from nestpatch.formats.safetensors import SafetensorsCheckpoint
 from nestpatch.pack import Pack, TensorDelta
 from nestpatch.patcher.apply import apply

@@ -27,9 +27,9 @@ from nestpatch.errors import (
 from nestpatch.formats import nest, safetensors
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.formats.safetensors import INDEX
-from nestpatch.nest_train.data import load_prompts
 from nestpatch.nest_train.recipe import make_recipe
 from nestpatch.pack import version_problem
+from nestpatch.prompts.readers import load_prompts
 from nestpatch.signing.keys import read_private, read_public
 from nestpatch.signing.trust import load_policy
 from nestpatch.signing.verify import read_signatures
@@ -217,7 +217,7 @@ def test_a_table_that_unpacks_to_gigabytes_is_refused_unread(tmp_path: Path, mon
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    from nestpatch.nest_train import data
+    from nestpatch.prompts import readers as data
 
     parquet.write_table(pyarrow.table({"prompt": ["the same"] * 1000}), tmp_path / "x.parquet")
     assert len(load_prompts(tmp_path / "x.parquet").prompts) == 1
@@ -235,7 +235,7 @@ def test_the_honest_pack_is_still_read(patch: Path) -> None:
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"])
 @pytest.mark.parametrize("what", ["a pipe", "too long"])
 def test_a_model_that_transformers_would_read_whole_is_looked_at_first(name: str, what: str, tmp_path: Path) -> None:
-    from nestpatch.nest_train.model import require_bounded
+    from nestpatch.runtimes.transformers import require_bounded
 
     model = tiny_checkpoint(tmp_path / "model")
     require_bounded(model)

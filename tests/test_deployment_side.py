@@ -26,31 +26,26 @@ HEAVY = {"torch", "transformers", "click", "sklearn", "accelerate", "datasets", 
 LAYERS = [
     {"nestpatch"},  # the root holds __version__; its own imports happen on first use
     {"nestpatch.errors"},
-    {"nestpatch.files"},
     {"nestpatch.plain"},
     {"nestpatch.events"},
-    {"nestpatch.threads"},
-    {"nestpatch.rows"},
     {"nestpatch.version"},
+    {"nestpatch.rows"},
+    {"nestpatch.files"},
     {"nestpatch.pack"},
-    {"nestpatch.label"},
     {"nestpatch.formats"},
     {"nestpatch.signing"},
     {"nestpatch.hub"},
+    {"nestpatch.channels"},
     {"nestpatch.gate"},
     {"nestpatch.patcher"},
+    {"nestpatch.compare"},
+    {"nestpatch.prompts"},
+    {"nestpatch.runtimes"},
+    {"nestpatch.export"},
+    {"nestpatch.evaluation"},
     {"nestpatch.nest_train"},
-    {"nestpatch.onnx_export"},
     {"nestpatch.lab"},
-    {"nestpatch.demo_formats"},
-    {"nestpatch.demo", "nestpatch.views"},
-    {
-        "nestpatch.views_diff",
-        "nestpatch.views_adapters",
-        "nestpatch.views_onnx",
-        "nestpatch.views_signing",
-        "nestpatch.views_fleet",
-    },
+    {"nestpatch.views"},
     {"nestpatch.commands"},
     {"nestpatch.cli"},
     {"nestpatch.__main__"},
@@ -74,8 +69,11 @@ def module_name(file: Path) -> str:
 
 
 FILES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
-DEPLOYED = [name for name in FILES if name.startswith(("nestpatch.formats", "nestpatch.patcher", "nestpatch.signing"))]
-HUB = [name for name in FILES if name.startswith("nestpatch.hub")]
+LIGHT = ("files", "formats", "signing", "patcher", "compare", "export")
+DEPLOYED = [
+    name for name in FILES if name.startswith(tuple(f"nestpatch.{room}" for room in LIGHT)) and ".export.onnx" not in name
+]
+HUB = [name for name in FILES if name.startswith(("nestpatch.hub", "nestpatch.channels"))]
 
 
 def test_the_modules_are_found() -> None:
@@ -86,12 +84,20 @@ def test_the_modules_are_found() -> None:
         "nestpatch.patcher.apply",
         "nestpatch.signing.verify",
     } <= set(DEPLOYED)
-    assert {"nestpatch.hub.client", "nestpatch.hub.remote", "nestpatch.hub.channel", "nestpatch.hub.follow"} <= set(HUB)
+    assert {"nestpatch.hub.client", "nestpatch.hub.remote", "nestpatch.channels.rules", "nestpatch.channels.follow"} <= set(HUB)
     assert len(FILES) > 20
 
 
 def test_importing_the_deployment_side_stays_light() -> None:
-    names = ["nestpatch.errors", "nestpatch.files", "nestpatch.events", "nestpatch.rows", "nestpatch.pack", *DEPLOYED, *HUB]
+    names = [
+        "nestpatch.errors",
+        "nestpatch.files.reading",
+        "nestpatch.events",
+        "nestpatch.rows",
+        "nestpatch.pack",
+        *DEPLOYED,
+        *HUB,
+    ]
     loaded = modules_after("\n".join(f"import {name}" for name in names))
     assert "numpy" in loaded
     assert not loaded & (HEAVY | {"cryptography"})
@@ -109,7 +115,7 @@ def test_applying_stays_light(tmp_path: Path) -> None:
 def test_exporting_adapters_stays_light(tmp_path: Path) -> None:
     nest.write(tiny_pack(tiny_checkpoint(tmp_path / "base")), tmp_path / "x.nest")
     code = """import sys
-from nestpatch.patcher.adapters import export_gguf_lora, export_lora
+from nestpatch.export.adapters import export_gguf_lora, export_lora
 export_lora(sys.argv[1], sys.argv[2])
 export_gguf_lora(sys.argv[1], sys.argv[3])"""
     loaded = modules_after(code, str(tmp_path / "x.nest"), str(tmp_path / "lora"), str(tmp_path / "lora.gguf"))
@@ -210,12 +216,6 @@ def test_imports_point_down(name: str) -> None:
     assert not upward, f"{name} imports {', '.join(upward)} from a higher layer"
 
 
-@pytest.mark.parametrize("one", ["demo", "views"])
-def test_neighbours_of_a_layer_do_not_know_each_other(one: str) -> None:
-    other = {"demo": "views", "views": "demo"}[one]
-    assert f"nestpatch.{other}" not in imports_of(f"nestpatch.{one}", lazy=True)
-
-
 def test_the_root_imports_nothing_when_it_is_imported() -> None:
     assert imports_of("nestpatch", lazy=False) == frozenset()
 
@@ -223,7 +223,7 @@ def test_the_root_imports_nothing_when_it_is_imported() -> None:
 def test_only_the_registry_of_formats_looks_back() -> None:
     """No cycle among the imports that run at import time; among all, only open_checkpoint knows its formats."""
     assert cycles(lazy=False) == set()
-    assert cycles(lazy=True) <= {("nestpatch.formats.interface", f"nestpatch.formats.{f}") for f in ("safetensors",)}
+    assert cycles(lazy=True) <= {("nestpatch.formats.checkpoint", f"nestpatch.formats.{f}") for f in ("safetensors",)}
 
 
 def cycles(*, lazy: bool) -> set[tuple[str, str]]:
@@ -243,9 +243,7 @@ def cycles(*, lazy: bool) -> set[tuple[str, str]]:
     return {tuple(sorted(pair)) for pair in pairs}  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(
-    "name", ["nestpatch.errors", "nestpatch.files", "nestpatch.events", "nestpatch.rows", "nestpatch.pack", *DEPLOYED]
-)
+@pytest.mark.parametrize("name", ["nestpatch.errors", "nestpatch.events", "nestpatch.rows", "nestpatch.pack", *DEPLOYED])
 def test_the_deployment_side_names_no_heavy_package(name: str) -> None:
     """Not even lazily: an import inside a function would fail on a host without the package."""
     assert not named_packages(name) & HEAVY

@@ -13,10 +13,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from nestpatch.cli import main
+from nestpatch.compare._packs import PackDiff, compare_packs
+from nestpatch.compare.diff import LayerChange, Mismatch, compare, diff
 from nestpatch.errors import CheckpointFormatError, DataError, InterruptedChangeError, PackError
 from nestpatch.formats import nest
-from nestpatch.patcher.diff import LayerChange, Mismatch, compare, diff
-from nestpatch.patcher.pack_diff import PackDiff, compare_packs
 from nestpatch.patcher.recovery import open_model, recover_model
 from tests.helpers import DTYPES, FLOATS, load_tensors, tiny_checkpoint, tiny_pack, tree_digest, write_checkpoint
 from tests.pairs import GATE, NORM, UP, compared, models, small_blocks, tensors_of
@@ -184,7 +184,8 @@ def test_a_missing_model_is_named(tmp_path: Path) -> None:
 
 
 def test_a_leftover_journal_has_to_be_recovered_first(tmp_path: Path) -> None:
-    from nestpatch.patcher import inplace, transaction
+    from nestpatch.patcher import _transaction as transaction
+    from nestpatch.patcher import inplace
 
     a, b = tiny_checkpoint(tmp_path / "a"), tiny_checkpoint(tmp_path / "b")
     with pytest.MonkeyPatch.context() as patch:

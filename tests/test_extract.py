@@ -11,13 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nestpatch.compare import extract as extraction
+from nestpatch.compare.extract import Extracted, Groups, delta_bounds, extract_to, floats, places
 from nestpatch.errors import DataError, ExtractionError, OutputError
 from nestpatch.formats import nest
-from nestpatch.label import Label
-from nestpatch.pack import Pack
-from nestpatch.patcher import extract as extraction
+from nestpatch.pack import Label, Pack
 from nestpatch.patcher.apply import apply
-from nestpatch.patcher.extract import Extracted, Groups, delta_bounds, extract_to, floats, places
 from nestpatch.rows import merge
 from tests.helpers import DTYPES, FLOATS, PROPERTY, load_tensors, tiny_checkpoint, tiny_pack, write_checkpoint
 from tests.pairs import F32, GATE, NORM, UP, compared, models, small_blocks, tensors_of

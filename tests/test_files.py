@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nestpatch.errors import FileSystemError, LedgerError
-from nestpatch.files import alone, open_regular, read_bounded
+from nestpatch.files.reading import alone, open_regular, read_bounded
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="pipes and devices of POSIX")
 
@@ -146,7 +146,7 @@ def test_one_holds_the_lock_at_a_time(tmp_path: Path) -> None:
     (tmp_path / "number").write_text("0")
     code = """import sys
 from pathlib import Path
-from nestpatch.files import alone
+from nestpatch.files.reading import alone
 folder = Path(sys.argv[1])
 for _ in range(50):
     with alone(folder / "lock"):

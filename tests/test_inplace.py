@@ -25,8 +25,8 @@ from nestpatch.formats.opening import open_checkpoint
 from nestpatch.patcher.apply import apply
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.ledger import read_ledger
-from nestpatch.patcher.place import place_of
 from nestpatch.patcher.recovery import recover_model
+from nestpatch.patcher.state_dir import place_of
 from nestpatch.patcher.verify import Verdict, verify
 from tests.helpers import tiny_checkpoint, tiny_pack, tree_digest
 

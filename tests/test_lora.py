@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from nestpatch.errors import DataError, NestpatchError, OutputError, PackContentError, UnsupportedModelError
+from nestpatch.export.adapters import count_experts, export_gguf_lora, export_lora
 from nestpatch.formats import nest
 from nestpatch.pack import Pack
-from nestpatch.patcher.adapters import count_experts, export_gguf_lora, export_lora
 from nestpatch.patcher.apply import apply
 from nestpatch.rows import merge
 from tests.helpers import load_tensors, tiny_checkpoint, tiny_pack, tiny_tensors, tree_digest, write_checkpoint
@@ -377,7 +377,7 @@ def test_a_place_that_is_taken_stays_as_it_is(base: Path, tmp_path: Path, export
 
 
 def test_the_known_architectures_are_llama_cpps_own() -> None:
-    from nestpatch.formats.names import GGUF_ARCHITECTURES
+    from nestpatch.formats.gguf.names import GGUF_ARCHITECTURES
 
     assert set(GGUF_ARCHITECTURES.values()) <= set(gguf.MODEL_ARCH_NAMES.values())
 

@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from nestpatch.errors import OutputError, PackContentError, PackError
+from nestpatch.files.atomic import new_place
 from nestpatch.formats import nest
-from nestpatch.formats.atomic import new_place
 from nestpatch.pack import BaseIdentity, Manifest, Pack, TensorDelta, TensorIdentity
 from tests.attacks import tools
 from tests.helpers import DTYPES, FLOATS, PROPERTY, changed, tiny_checkpoint, tiny_pack, tree_digest

@@ -243,8 +243,8 @@ def test_dtype_names(name: str) -> None:
 
 def test_rows_beyond_two_gibibytes(tmp_path):
     """Row numbers of 32 bits, places of more: as in any model of some size."""
-    from nestpatch.formats.interface import TensorInfo
-    from nestpatch.formats.rowio import read_rows_at, write_rows_at
+    from nestpatch.formats._rowio import read_rows_at, write_rows_at
+    from nestpatch.formats.checkpoint import TensorInfo
 
     path, start, width = tmp_path / "sparse", (1 << 31) + 64, 4096
     with open(path, "wb") as file:

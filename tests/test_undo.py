@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nestpatch.errors import UndoError
-from nestpatch.patcher.undo import TensorPacker, UndoReader, UndoWriter, checksums, residual, restored
+from nestpatch.patcher._undo import TensorPacker, UndoReader, UndoWriter, checksums, residual, restored
 from nestpatch.rows import DTYPES, merge
 
 

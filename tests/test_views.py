@@ -22,15 +22,20 @@ import pytest
 from click.testing import CliRunner
 
 import nestpatch
-from nestpatch import views, views_adapters, views_diff, views_fleet, views_onnx, views_signing
-from nestpatch.commands.options import print_json, say
+from nestpatch.channels._card import MARK, model_card
+from nestpatch.channels.listing import Channel, File, Patch, Status
+from nestpatch.commands._options import print_json, say
 from nestpatch.events import Event
 from nestpatch.formats import nest
-from nestpatch.hub.card import MARK, model_card
-from nestpatch.hub.listing import Channel, File, Patch, Status
 from nestpatch.pack import Pack
 from nestpatch.plain import count, lines, markdown, number, one_line
 from nestpatch.signing import keys
+from nestpatch.views import channels as views_fleet
+from nestpatch.views import comparing as views_diff
+from nestpatch.views import exporting as views_adapters
+from nestpatch.views import exporting as views_onnx
+from nestpatch.views import results as views
+from nestpatch.views import signing as views_signing
 from tests.helpers import tiny_checkpoint, tiny_pack
 
 HOSTILE = (
@@ -86,8 +91,8 @@ def filled(cls: type, text: str, depth: int = 0) -> Any:
 
 def names_of(cls: type) -> dict[str, Any]:
     """What annotations of a module may name though only type checkers import it."""
-    from nestpatch.nest_train.statistics import Share
-    from nestpatch.onnx_export.parity import Parity
+    from nestpatch.evaluation.statistics import Share
+    from nestpatch.export.onnx.parity import Parity
 
     return {"Share": Share, "Parity": Parity, **vars(importlib.import_module(cls.__module__))}
 
@@ -101,19 +106,19 @@ def dataclasses_shown() -> Iterator[tuple[Callable[..., Any], str]]:
 
 def cases() -> dict[str, Callable[[str], None]]:
     """Name of each function that draws -> how it is called with a text everywhere."""
-    from nestpatch.demo_formats import FormatResult
-    from nestpatch.hub.follow import Pulled
-    from nestpatch.hub.publish import Published
-    from nestpatch.nest_train.check import Check
-    from nestpatch.nest_train.evaluate import Evaluation
-    from nestpatch.onnx_export.to_onnx import ExportedOnnx
-    from nestpatch.patcher.adapters import Adapter
+    from nestpatch.channels.follow import Pulled
+    from nestpatch.channels.publish import Published
+    from nestpatch.compare._packs import PackDiff
+    from nestpatch.compare.diff import CheckpointDiff
+    from nestpatch.compare.extract import Extracted
+    from nestpatch.evaluation.parity import Check
+    from nestpatch.evaluation.suites import Evaluation
+    from nestpatch.export.adapters import Adapter
+    from nestpatch.export.models import Exported
+    from nestpatch.export.onnx.exporter import ExportedOnnx
+    from nestpatch.lab.demo import FormatResult
     from nestpatch.patcher.apply import Applied
-    from nestpatch.patcher.diff import CheckpointDiff
-    from nestpatch.patcher.export import Exported
-    from nestpatch.patcher.extract import Extracted
     from nestpatch.patcher.inplace import Changed
-    from nestpatch.patcher.pack_diff import PackDiff
     from nestpatch.patcher.status import Status
     from nestpatch.patcher.update import Updated
     from nestpatch.patcher.verify import Verification

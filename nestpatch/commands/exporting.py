@@ -13,8 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nestpatch.commands.gating import proven, say_unchecked
-from nestpatch.commands.options import PathType, json_option, print_json, progress, quiet_option, trust_options
+from nestpatch.commands._options import (
+    PathType,
+    json_option,
+    print_json,
+    progress,
+    proven,
+    quiet_option,
+    say_unchecked,
+    trust_options,
+)
 from nestpatch.events import Event, OnEvent
 
 if TYPE_CHECKING:
@@ -22,40 +30,40 @@ if TYPE_CHECKING:
 
 
 def _to_gguf(model: Path, patch: Proven | None, output: Path | None, options: Mapping[str, Any]) -> Any:
-    from nestpatch.patcher.export import export_gguf
+    from nestpatch.export.models import export_gguf
 
     own = ("strength", "type", "name", "llama_cpp", "dry_run", "on_event")
     return export_gguf(model, output, patch, **{name: options[name] for name in own})
 
 
 def _to_safetensors(model: Path, patch: Proven | None, output: Path | None, options: Mapping[str, Any]) -> Any:
-    from nestpatch.patcher.export import export_safetensors
+    from nestpatch.export.models import export_safetensors
 
     own = ("strength", "dry_run", "on_event")
     return export_safetensors(model, output, patch, **{name: options[name] for name in own})
 
 
 def _to_onnx(model: Path, patch: Proven | None, output: Path | None, options: Mapping[str, Any]) -> Any:
-    from nestpatch.onnx_export.to_onnx import export_onnx
+    from nestpatch.export.onnx.exporter import export_onnx
 
     own = {name: options[name] for name in ("strength", "bits", "adapter_ready", "dry_run", "on_event")}
     return export_onnx(model, output, patch, dtype=options["dtype"] or "fp32", **own)
 
 
 def _to_onnx_adapter(model: Path, patch: Proven, output: Path, options: Mapping[str, Any]) -> Any:
-    from nestpatch.patcher.adapters import export_onnx_adapter
+    from nestpatch.export.adapters import export_onnx_adapter
 
     return export_onnx_adapter(patch, model, output, options["strength"], dry_run=options["dry_run"])
 
 
 def _to_lora(model: Path | None, patch: Proven, output: Path, options: Mapping[str, Any]) -> Any:
-    from nestpatch.patcher.adapters import export_lora
+    from nestpatch.export.adapters import export_lora
 
     return export_lora(patch, output, options["strength"], model=model, dry_run=options["dry_run"])
 
 
 def _to_gguf_lora(model: Path | None, patch: Proven, output: Path, options: Mapping[str, Any]) -> Any:
-    from nestpatch.patcher.adapters import export_gguf_lora
+    from nestpatch.export.adapters import export_gguf_lora
 
     return export_gguf_lora(patch, output, options["strength"], model=model, dry_run=options["dry_run"])
 
@@ -105,7 +113,7 @@ def _place(target: str, output: Path | None, patch: str | None, done: Proven | N
     """Where the export goes, where the command has a say in that: an adapter beside the pack's file."""
     if output is not None or target not in ADAPTERS or patch is None or done is None:
         return output
-    from nestpatch.patcher.adapters import default_output
+    from nestpatch.export.adapters import default_output
 
     return default_output(patch, done.pack, target)
 
@@ -202,7 +210,7 @@ def export(
         _refuse_others(target, options)
         source, text = _sides(target, model, patch, for_)
         if check:
-            from nestpatch.nest_train.check import require_check
+            from nestpatch.evaluation.parity import require_check
 
             require_check()
         passed = None
@@ -217,7 +225,7 @@ def export(
 
 
 def _checked(file: Path, model: Path, patch: Proven | None, strength: float, on_event: OnEvent) -> Any:
-    from nestpatch.nest_train.check import check_gguf
+    from nestpatch.evaluation.parity import check_gguf
 
     return check_gguf(file, model, patch=patch.pack if patch else None, strength=strength, on_event=on_event)
 
@@ -226,7 +234,9 @@ def _show(target: str, done: Any, found: Any, as_json: bool) -> None:
     if as_json:
         print_json(dataclasses.asdict(done) | ({"check": found.as_json()} if found is not None else {}))
         return
-    from nestpatch import views, views_adapters, views_onnx
+    from nestpatch.views import exporting as views_adapters
+    from nestpatch.views import exporting as views_onnx
+    from nestpatch.views import results as views
 
     if target == "onnx":
         views_onnx.show_exported_onnx(done)

@@ -9,13 +9,21 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
-from nestpatch.commands.gating import say_unsigned
-from nestpatch.commands.options import PathType, json_option, opened_base, print_json, progress, quiet_option, trust_options
+from nestpatch.commands._options import (
+    PathType,
+    json_option,
+    opened_base,
+    print_json,
+    progress,
+    quiet_option,
+    say_unsigned,
+    trust_options,
+)
 from nestpatch.commands.patching import base_option, dither_option
 from nestpatch.commands.signing import password_option, unlocked
 
 if TYPE_CHECKING:
-    from nestpatch.hub.publish import Published
+    from nestpatch.channels.publish import Published
 
 AVAILABLE = 10
 """Exit code of `update --check` when there is something to do."""
@@ -41,7 +49,7 @@ def push(
     The pack is signed with the key unless it is already; signatures of others beside it go along. A published version never
     changes. The channel has to be renewed before it expires.
     """
-    from nestpatch.hub.publish import push as run
+    from nestpatch.channels.publish import push as run
 
     _report(run(patch, repo, unlocked(key_file, password_file), days=days, private=private), as_json)
 
@@ -58,7 +66,7 @@ def withdraw(
     repo: str, version: str, reason: str, key_file: Path, password_file: IO[bytes] | None, days: int, as_json: bool
 ) -> None:
     """Withdraw VERSION from the channel in REPO: models that have it go back with their next update."""
-    from nestpatch.hub.publish import withdraw as run
+    from nestpatch.channels.publish import withdraw as run
 
     _report(run(repo, version, reason, unlocked(key_file, password_file), days=days), as_json)
 
@@ -72,7 +80,7 @@ def withdraw(
 @json_option
 def renew(repo: str, key_file: Path, password_file: IO[bytes] | None, new_key: Path | None, days: int, as_json: bool) -> None:
     """Sign the channel in REPO anew before it expires, or hand it over to a new key."""
-    from nestpatch.hub.publish import renew as run
+    from nestpatch.channels.publish import renew as run
 
     key = unlocked(key_file, password_file)
     _report(run(repo, key, unlocked(new_key, password_file) if new_key else None, days=days), as_json)
@@ -82,7 +90,7 @@ def _report(done: Published, as_json: bool) -> None:
     if as_json:
         print_json(dataclasses.asdict(done))
         return
-    from nestpatch.views_fleet import show_published
+    from nestpatch.views.channels import show_published
 
     show_published(done)
 
@@ -95,7 +103,7 @@ def _report(done: Published, as_json: bool) -> None:
 @json_option
 def pull(repo: str, output: Path | None, policy_file: Path | None, allow_unsigned: bool, quiet: bool, as_json: bool) -> None:
     """Fetch a version from the channel REPO[@VERSION], check it and write it, with its signatures."""
-    from nestpatch.hub.follow import pull as run
+    from nestpatch.channels.follow import pull as run
     from nestpatch.signing.trust import load_policy
 
     with progress(quiet or as_json) as on_event:
@@ -106,7 +114,7 @@ def pull(repo: str, output: Path | None, policy_file: Path | None, allow_unsigne
     if as_json:
         print_json(dataclasses.asdict(done))
         return
-    from nestpatch.views_fleet import show_pulled
+    from nestpatch.views.channels import show_pulled
 
     show_pulled(done)
 
@@ -151,7 +159,7 @@ def update(
     if as_json:
         print_json({"model": model, "channels": [dataclasses.asdict(result) for result in results]})
     if not as_json or "failed" in states:
-        from nestpatch.views_fleet import show_updated
+        from nestpatch.views.channels import show_updated
 
         show_updated(model, [result for result in results if not as_json or result.state == "failed"])
     sys.exit(1 if "failed" in states else AVAILABLE if "available" in states else 0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from nestpatch.commands.options import PathType, json_option, opened_base, print_json, progress, quiet_option
+from nestpatch.commands._options import PathType, json_option, opened_base, print_json, progress, quiet_option
 from nestpatch.commands.patching import base_option
 
 
@@ -18,9 +18,9 @@ from nestpatch.commands.patching import base_option
 @json_option
 def show(patch: str, as_json: bool) -> None:
     """Explain PATCH, a file or hub://owner/name: what it changes, what it is for, how it was trained and measured."""
-    from nestpatch import views
     from nestpatch.formats import nest
     from nestpatch.gate import look
+    from nestpatch.views import results as views
 
     found = look(patch)
     if as_json:
@@ -43,7 +43,7 @@ def status(model: Path, as_json: bool) -> None:
     if as_json:
         print_json(found.as_json())
     else:
-        from nestpatch import views
+        from nestpatch.views import results as views
 
         views.show_status(found)
     sys.exit(0 if found.sound else 1)
@@ -72,7 +72,7 @@ def verify(model: Path, patch: str | None, strength: float, base: str | None, fu
     if as_json:
         print_json(dataclasses.asdict(result) | {"verdict": result.verdict.value, "known": result.known})
     else:
-        from nestpatch import views
+        from nestpatch.views import results as views
 
         views.show_verification(model, result)
     sys.exit(0 if result.known else 1)
@@ -109,21 +109,21 @@ def diff(
     given = {what: value for what, value in facts.items() if value is not None}
     with progress(quiet or as_json) as on_event:
         if output is not None:
-            from nestpatch.label import Label
-            from nestpatch.patcher.extract import extract_to
+            from nestpatch.compare.extract import extract_to
+            from nestpatch.pack import Label
 
             label = Label(name or output.name.removesuffix(".nest"), **given)  # type: ignore[arg-type]
             found: Any = extract_to(a, b, output, label, on_event=on_event)
         elif name is not None or given:
             raise click.UsageError("--name, --version, --description and --license go with -o")
         else:
-            from nestpatch.patcher.diff import diff as run
+            from nestpatch.compare.diff import diff as run
 
             found = run(a, b, on_event=on_event)
     if as_json:
         print_json(found.as_json())
     else:
-        from nestpatch.views_diff import show_diff
+        from nestpatch.views.comparing import show_diff
 
         show_diff(found)
     sys.exit(0 if output is not None or found.identical else 1)

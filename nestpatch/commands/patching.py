@@ -8,16 +8,17 @@ from typing import Any
 
 import click
 
-from nestpatch.commands.gating import proven, say_unchecked
-from nestpatch.commands.options import (
+from nestpatch.commands._options import (
     PathType,
     json_option,
     opened_base,
     print_json,
     progress,
+    proven,
     quiet_option,
     report,
     say,
+    say_unchecked,
     trust_options,
 )
 

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
-from nestpatch.commands.options import NewFile, PathType, json_option, print_json, say
+from nestpatch.commands._options import NewFile, PathType, json_option, print_json, say
 
 if TYPE_CHECKING:
     from nestpatch.signing.keys import PrivateKey
@@ -42,7 +42,7 @@ def keygen(name: Path, no_password: bool, password_file: IO[bytes] | None, as_js
     if as_json:
         print_json(dataclasses.asdict(pair))
         return
-    from nestpatch.views_signing import show_pair
+    from nestpatch.views.signing import show_pair
 
     show_pair(pair)
 
@@ -64,7 +64,7 @@ def sign(
     if as_json:
         print_json(dataclasses.asdict(done))
         return
-    from nestpatch.views_signing import show_signature
+    from nestpatch.views.signing import show_signature
 
     show_signature(done)
 
@@ -88,7 +88,7 @@ def verify_signature(
     for file in key_files:
         policy = policy.with_key(trust.TrustedKey(str(file), keys.read_public(file)))
     if is_channel(patch):
-        from nestpatch.hub.follow import fetch_patch
+        from nestpatch.channels.follow import fetch_patch
 
         found = fetch_patch(patch, policy, model).outcome
     else:
@@ -96,7 +96,7 @@ def verify_signature(
     if as_json:
         print_json(found.as_json())
     else:
-        from nestpatch.views_signing import show_outcome
+        from nestpatch.views.signing import show_outcome
 
         show_outcome(patch, found)
     sys.exit(0 if isinstance(found, verify.Signed) else 1)
@@ -144,7 +144,7 @@ def trust_list(as_json: bool) -> None:
     if as_json:
         print_json({"file": file, **own.as_json(), "system": {"file": store.SYSTEM_FILE, **system.as_json()}})
         return
-    from nestpatch.views_signing import show_policy, show_system_policy
+    from nestpatch.views.signing import show_policy, show_system_policy
 
     show_policy(own, str(file))
     show_system_policy(system, str(store.SYSTEM_FILE))

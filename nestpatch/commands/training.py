@@ -8,13 +8,22 @@ from pathlib import Path
 
 import click
 
-from nestpatch.commands.gating import proven, say_unchecked
-from nestpatch.commands.options import PathType, json_option, print_json, progress, quiet_option, say, trust_options
+from nestpatch.commands._options import (
+    PathType,
+    json_option,
+    print_json,
+    progress,
+    proven,
+    quiet_option,
+    say,
+    say_unchecked,
+    trust_options,
+)
 
 
 def _help_recipe(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
-        from nestpatch.views import out, recipe_table
+        from nestpatch.views.results import out, recipe_table
 
         out.print(recipe_table())
         ctx.exit(0)
@@ -60,15 +69,15 @@ def train(
 
     Prompt sources are .jsonl, .json, .csv or .parquet files with a "prompt" column, or data set ids of the Hub.
     """
-    from nestpatch import views
+    from nestpatch.evaluation.suites import load_suite
+    from nestpatch.files.atomic import check_place
     from nestpatch.formats import nest
-    from nestpatch.formats.atomic import check_place
-    from nestpatch.label import Label
-    from nestpatch.nest_train.data import join_sets, load_prompts
-    from nestpatch.nest_train.evaluate import load_suite
     from nestpatch.nest_train.recipe import make_recipe
     from nestpatch.nest_train.train import TrainingData
     from nestpatch.nest_train.train import train as run
+    from nestpatch.pack import Label
+    from nestpatch.prompts.readers import join_sets, load_prompts
+    from nestpatch.views import results as views
 
     # Before minutes of work: will there be a place for the result?
     check_place(output)
@@ -127,10 +136,10 @@ def evaluate(
     A suite's kind is told by its file name (harmful*, jailbreak*, benign*, lookalike*) or said: harmful=FILE. Limits are for
     MODEL with PATCH, where there is one; their names are those of --json.
     """
-    from nestpatch import views
-    from nestpatch.nest_train.assess import assess, write_answers
-    from nestpatch.nest_train.evaluate import load_suite
-    from nestpatch.nest_train.gate import exceeded, parse_limits
+    from nestpatch.evaluation.evaluator import assess, write_answers
+    from nestpatch.evaluation.limits import exceeded, parse_limits
+    from nestpatch.evaluation.suites import load_suite
+    from nestpatch.views import results as views
 
     over, under = parse_limits(fail_over), parse_limits(fail_under)
     suites = [load_suite(text) for text in suite]
@@ -161,8 +170,8 @@ def evaluate(
 @json_option
 def demo(seed: int, keep: Path | None, quiet: bool, as_json: bool) -> None:
     """Show the whole way on a small model made here: train, apply, evaluate. Takes a few minutes on a CPU."""
-    from nestpatch import views
-    from nestpatch.demo import run_demo
+    from nestpatch.lab.demo import run_demo
+    from nestpatch.views import results as views
 
     with progress(quiet) as on_event:
         result = run_demo(seed, keep, on_event)
@@ -193,8 +202,8 @@ def lab() -> None:
 @json_option
 def build(directory: Path, seed: int, quiet: bool, as_json: bool) -> None:
     """Make a small half-aligned chat model and its prompt sets in DIRECTORY, about two minutes on two CPU cores."""
-    from nestpatch import views
     from nestpatch.lab.build import build_lab
+    from nestpatch.views import results as views
 
     with progress(quiet) as on_event:
         built = build_lab(directory, seed, on_event=on_event)

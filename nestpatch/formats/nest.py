@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from nestpatch.errors import PackContentError, PackError, PackFormatError, PackTooNewError
-from nestpatch.files import open_regular
-from nestpatch.formats.atomic import write_bytes
+from nestpatch.files.atomic import write_bytes
+from nestpatch.files.reading import open_regular
 from nestpatch.pack import FORMAT, BaseIdentity, Manifest, Pack, TensorDelta, TensorIdentity
 from nestpatch.rows import DTYPES
 

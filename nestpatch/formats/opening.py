@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from nestpatch.errors import CheckpointFormatError
-from nestpatch.files import open_regular
-from nestpatch.formats.interface import Checkpoint
+from nestpatch.files.reading import open_regular
+from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.formats.onnx.folder import NAME_IT, has_safetensors, models
 from nestpatch.formats.safetensors import SafetensorsCheckpoint
 
@@ -36,7 +36,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if place.is_dir() or place.suffix == ".safetensors":
         return SafetensorsCheckpoint(place)
     if place.suffix == ".gguf":
-        from nestpatch.formats.gguf import GgufCheckpoint
+        from nestpatch.formats.gguf.checkpoint import GgufCheckpoint
 
         return GgufCheckpoint(place)
     if place.suffix == ".ort":

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from nestpatch.errors import CheckpointFormatError
-from nestpatch.files import open_regular, read_bounded
-from nestpatch.formats.interface import IntArray, TensorInfo
-from nestpatch.formats.rowio import read_all_at, read_rows_at, write_rows_at
+from nestpatch.files.reading import open_regular, read_bounded
+from nestpatch.formats._rowio import read_all_at, read_rows_at, write_rows_at
+from nestpatch.formats.checkpoint import IntArray, TensorInfo
 from nestpatch.rows import DTYPES, Rows
 
 SINGLE = "model.safetensors"

@@ -1,1 +1,1 @@
-"""Models and patches on the Hugging Face Hub, or on a mirror of it (HF_ENDPOINT)."""
+"""The Hugging Face Hub, or a mirror of it (HF_ENDPOINT): its client, and models there as checkpoints."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nestpatch.errors import OutputError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.formats.atomic import new_place
+from nestpatch.files.atomic import new_place
 from nestpatch.lab.model import LabConfig, train_base
 from nestpatch.lab.world import make_world, prompt_sets
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.lab.world import World, dialogues
-from nestpatch.nest_train.text import IGNORED, Pair, collate, encode_pairs
+from nestpatch.runtimes.text import IGNORED, Pair, collate, encode_pairs
 
 if TYPE_CHECKING:
     import torch

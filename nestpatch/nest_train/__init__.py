@@ -1,1 +1,1 @@
-"""The trainer: a base model and prompts in, a Pack out. The only part that imports torch and transformers."""
+"""The trainer: a base model and prompts in, a pack out. Imports torch and transformers."""

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from nestpatch.errors import CheckpointFormatError
-from nestpatch.formats.interface import Checkpoint
-from nestpatch.label import Label, now
-from nestpatch.nest_train.deltas import ClusterDelta
-from nestpatch.pack import BaseIdentity, Manifest, Pack, TensorDelta, TensorIdentity
+from nestpatch.formats.checkpoint import Checkpoint
+from nestpatch.nest_train.tune import ClusterDelta
+from nestpatch.pack import BaseIdentity, Label, Manifest, Pack, TensorDelta, TensorIdentity, now
 from nestpatch.rows import DTYPES, digest, merge, sketch
+from nestpatch.runtimes.transformers import disk_name, same_weights
 
 
 @dataclass(frozen=True)
@@ -25,31 +25,6 @@ class BaseHints:
     model_id: str
     revision: str
     architecture: str
-
-
-def disk_name(weight: str, checkpoint: Checkpoint) -> str:
-    """The name on disk of a parameter: the same, or the same without or with the model's own prefix.
-
-    Raises CheckpointFormatError when none or several tensors fit.
-    """
-    names = checkpoint.tensors()
-    if weight in names:
-        return weight
-    fits = [name for name in names if weight.endswith(f".{name}") or name.endswith(f".{weight}")]
-    if len(fits) != 1:
-        found = ", ".join(fits) or "none"
-        raise CheckpointFormatError(
-            f"{checkpoint.path} has no tensor for the parameter {weight} (candidates: {found})",
-            advice="transformers renames this model's weights while loading, which nestpatch cannot follow.",
-        )
-    return fits[0]
-
-
-def same_weights(stored: Any, parameter: torch.Tensor) -> bool:
-    """Whether rows on disk are the model's own, after the conversion that loading made."""
-    # Through float32: every stored dtype widens to it exactly, and it narrows as loading does.
-    loaded = torch.from_numpy(stored.astype(np.float32)).to(parameter.dtype)
-    return torch.equal(loaded, parameter.cpu())
 
 
 def make_pack(

@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from nestpatch.errors import TrainingError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.nest_train.model import MlpBlock
 from nestpatch.nest_train.recipe import Recipe
-from nestpatch.nest_train.text import pad_left
+from nestpatch.runtimes.text import pad_left
+from nestpatch.runtimes.transformers import MlpBlock
 
 if TYPE_CHECKING:
     import torch

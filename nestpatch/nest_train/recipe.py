@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from nestpatch.errors import RecipeError
-from nestpatch.files import read_text
+from nestpatch.files.reading import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nestpatch.errors import TrainingError
-from nestpatch.nest_train.judge import is_refusal
+from nestpatch.evaluation.judges import is_refusal
 from nestpatch.nest_train.recipe import Recipe
 
 # Different openings and lengths, so that a model learns to refuse and not to recite.

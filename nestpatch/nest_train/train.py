@@ -15,24 +15,21 @@ import numpy as np
 import torch
 
 from nestpatch.errors import PromptDataError
+from nestpatch.evaluation import suites as evaluation
+from nestpatch.evaluation.drift import drift_between
+from nestpatch.evaluation.judges import is_refusal
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.label import Label
-from nestpatch.nest_train import evaluate as evaluation
 from nestpatch.nest_train.cluster import Clusters, cluster
-from nestpatch.nest_train.data import PromptSet, sample_set
-from nestpatch.nest_train.deltas import DeltaSet
-from nestpatch.nest_train.drift import drift_between
-from nestpatch.nest_train.generate import with_transformers
-from nestpatch.nest_train.judge import is_refusal
-from nestpatch.nest_train.model import Source, find_mlps, load_model, locate, pick_device, pick_dtype
 from nestpatch.nest_train.packing import BaseHints, make_pack
 from nestpatch.nest_train.probe import Selection, collect, require_neurons, select
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.nest_train.refusals import choose_refusals
-from nestpatch.nest_train.text import encode_pairs, prompt_ids
-from nestpatch.nest_train.tune import Halves, TuneResult, tune
-from nestpatch.pack import Pack
+from nestpatch.nest_train.tune import DeltaSet, Halves, TuneResult, tune
+from nestpatch.pack import Label, Pack
 from nestpatch.patcher.recovery import open_model
+from nestpatch.prompts.readers import PromptSet, sample_set
+from nestpatch.runtimes.text import encode_pairs, prompt_ids
+from nestpatch.runtimes.transformers import Source, find_mlps, load_model, locate, pick_device, pick_dtype, with_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -279,7 +276,7 @@ def _facts(before: evaluation.Evaluation | None, after: evaluation.Evaluation | 
     if before is None or after is None:
         return {}
     return {
-        "judge": "keywords and references (nestpatch.nest_train.judge)",
+        "judge": "keywords and references (nestpatch.evaluation.judges)",
         "before": before.as_json(),
         "after": after.as_json(),
     }

@@ -14,22 +14,22 @@ from typing import Any
 
 from nestpatch.errors import BusyError, ChainError, OutputError, UndoError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.files import open_regular
-from nestpatch.formats.atomic import check_place, sync_folder, sync_tree, temporary
-from nestpatch.formats.copying import copy_file
-from nestpatch.formats.export.scratch import claimed, new_output, sweep
-from nestpatch.formats.interface import Checkpoint
+from nestpatch.files.atomic import check_place, sync_folder, sync_tree, temporary
+from nestpatch.files.copying import copy_file
+from nestpatch.files.reading import open_regular
+from nestpatch.files.scratch import claimed, new_output, sweep
+from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.formats.safetensors import INDEX
 from nestpatch.gate import Patch, Trust, policy_of, prove
 from nestpatch.pack import Pack
+from nestpatch.patcher._transaction import Transaction
 from nestpatch.patcher.chain import Allowed
 from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
-from nestpatch.patcher.merging import means_of
-from nestpatch.patcher.place import LEDGER, Place, kept_from_writers, place_of
+from nestpatch.patcher.merge import means_of
 from nestpatch.patcher.plan import check_strength
 from nestpatch.patcher.recovery import open_model, require_settled
-from nestpatch.patcher.transaction import Transaction
-from nestpatch.patcher.work import Judge, Work, plan_on_rows
+from nestpatch.patcher.state_dir import LEDGER, Place, kept_from_writers, place_of
+from nestpatch.patcher.steps import Judge, Work, plan_on_rows
 from nestpatch.signing.trust import Policy
 from nestpatch.signing.verify import signature_files
 

@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from nestpatch.errors import BaseMismatchError, LedgerError, PackContentError, QuantizationError, UndoError
-from nestpatch.formats.interface import Checkpoint, IntArray, TensorInfo, row_blocks
+from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo, row_blocks
 from nestpatch.pack import Pack, TensorDelta
+from nestpatch.patcher._undo import UndoReader, bits, checksums, restored
 from nestpatch.patcher.identity import Finding, State, evidence_of, examine, is_base
 from nestpatch.patcher.ledger import Entry
-from nestpatch.patcher.merging import FROM_ROWS, LEAST_GAIN, Gain, Means, fitted, merged_rows
-from nestpatch.patcher.place import Place
-from nestpatch.patcher.undo import UndoReader, bits, checksums, restored
+from nestpatch.patcher.merge import FROM_ROWS, LEAST_GAIN, Gain, Means, fitted, merged_rows
+from nestpatch.patcher.state_dir import Place
 from nestpatch.rows import Rows
 
 SHOWN_ROWS = 5

@@ -15,9 +15,9 @@ from hashlib import sha256
 import numpy as np
 
 from nestpatch.errors import BaseMismatchError, QuantizationError
-from nestpatch.formats.interface import Checkpoint, TensorInfo, row_blocks
+from nestpatch.formats.checkpoint import Checkpoint, TensorInfo, row_blocks
 from nestpatch.pack import Pack, TensorDelta, TensorIdentity
-from nestpatch.patcher.merging import fitted, rows_of, working_bytes
+from nestpatch.patcher.merge import fitted, rows_of, working_bytes
 from nestpatch.rows import DTYPES, SKETCH_MATCH, FloatArray, Rows, merge, sketch, sketch_correlation
 
 ROW_TOLERANCE = 0.05

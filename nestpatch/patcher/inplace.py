@@ -10,19 +10,19 @@ from pathlib import Path
 
 from nestpatch.errors import ChainError, InPlaceError
 from nestpatch.events import OnEvent, ignore
-from nestpatch.formats.interface import Checkpoint
+from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.gate import Patch, Trust, policy_of, prove
+from nestpatch.patcher._transaction import Transaction
 from nestpatch.patcher.chain import Allowed
 from nestpatch.patcher.held import look, missing, require_proven
 from nestpatch.patcher.kept import keep, load_packs
 from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
-from nestpatch.patcher.merging import means_of
-from nestpatch.patcher.place import Place, locked, place_of, require_own, tidy
+from nestpatch.patcher.merge import means_of
 from nestpatch.patcher.plan import check_strength
 from nestpatch.patcher.recovery import recover, require_settled, require_writable
-from nestpatch.patcher.transaction import Transaction
-from nestpatch.patcher.work import Judge, plan_on_rows, plan_return
+from nestpatch.patcher.state_dir import Place, locked, place_of, require_own, tidy
+from nestpatch.patcher.steps import Judge, plan_on_rows, plan_return
 from nestpatch.signing.trust import Policy
 
 

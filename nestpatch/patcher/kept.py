@@ -13,15 +13,14 @@ from hashlib import sha256
 from pathlib import Path
 
 from nestpatch.errors import LedgerError, PackError, SignatureError, SignatureFormatError, StateError, UndoError
-from nestpatch.files import read_bounded
+from nestpatch.files.atomic import write_bytes
+from nestpatch.files.reading import read_bounded
 from nestpatch.formats import nest
-from nestpatch.formats.atomic import write_bytes
 from nestpatch.pack import Pack
 from nestpatch.patcher.ledger import Entry
-from nestpatch.patcher.place import Place
+from nestpatch.patcher.state_dir import Place
 from nestpatch.signing.dsse import MAX_BYTES
-from nestpatch.signing.origin import Origin
-from nestpatch.signing.subject import subject_of
+from nestpatch.signing.subject import Origin, subject_of
 from nestpatch.signing.trust import Policy
 from nestpatch.signing.verify import Outcome, Signed, judge, signature_files
 

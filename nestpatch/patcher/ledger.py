@@ -15,11 +15,11 @@ from hashlib import sha256
 from typing import Any, TypeAlias
 
 from nestpatch.errors import LedgerError
-from nestpatch.files import read_bounded
-from nestpatch.formats.atomic import write_bytes
+from nestpatch.files.atomic import write_bytes
+from nestpatch.files.reading import read_bounded
 from nestpatch.pack import name_problem, version_problem
 from nestpatch.patcher.chain import Link
-from nestpatch.patcher.place import PACK_ID, TRANSACTION, Place
+from nestpatch.patcher.state_dir import PACK_ID, TRANSACTION, Place
 from nestpatch.signing.machine import is_ours, seal
 
 FORMAT = "nestpatch-ledger/1"

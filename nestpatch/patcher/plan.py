@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from nestpatch.errors import BaseMismatchError, DataError
-from nestpatch.formats.interface import Checkpoint, TensorInfo, row_blocks
+from nestpatch.formats.checkpoint import Checkpoint, TensorInfo, row_blocks
 from nestpatch.pack import Pack, TensorDelta
 from nestpatch.patcher.identity import APPLICABLE, Finding, State, examine
-from nestpatch.patcher.merging import Gain, Means, fitted, merged_rows, rows_of, working_bytes
+from nestpatch.patcher.merge import Gain, Means, fitted, merged_rows, rows_of, working_bytes
 from nestpatch.rows import Rows
 
 MAX_STRENGTH = 1.5

@@ -28,10 +28,10 @@ from nestpatch.errors import (
     StateError,
     TrustError,
 )
-from nestpatch.formats.interface import Checkpoint, IntArray
+from nestpatch.formats.checkpoint import Checkpoint, IntArray
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack
-from nestpatch.patcher.journal import (
+from nestpatch.patcher._journal import (
     Journal,
     Saved,
     check_fit,
@@ -43,7 +43,7 @@ from nestpatch.patcher.journal import (
 )
 from nestpatch.patcher.kept import judge_kept
 from nestpatch.patcher.ledger import Ledger, read_ledger
-from nestpatch.patcher.place import PACK_ID, Place, locked, place_of, require_idle
+from nestpatch.patcher.state_dir import PACK_ID, Place, locked, place_of, require_idle
 from nestpatch.signing.trust import Policy, load_policy
 from nestpatch.signing.verify import Signed
 

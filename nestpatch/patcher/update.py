@@ -8,22 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nestpatch.channels.follow import Followed, download, follow
+from nestpatch.channels.rules import Decision, GoBack, Stay, Upgrade, choose, decide
+from nestpatch.channels.sources import open_source
 from nestpatch.errors import ChannelError, FileSystemError, NestpatchError, PublisherError
 from nestpatch.events import OnEvent, ignore
-from nestpatch.formats.interface import Checkpoint
+from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.gate import passed
-from nestpatch.hub.channel import Decision, GoBack, Stay, Upgrade, choose, decide
 from nestpatch.hub.client import shown
-from nestpatch.hub.follow import Followed, download, follow
-from nestpatch.hub.sources import open_source
 from nestpatch.patcher.held import look, missing
 from nestpatch.patcher.inplace import apply_in_place, follow_channel, revert
 from nestpatch.patcher.kept import load_packs
 from nestpatch.patcher.ledger import Entry, Ledger, read_ledger
-from nestpatch.patcher.place import place_of
 from nestpatch.patcher.recovery import open_model, recover_model
-from nestpatch.patcher.work import Judge
+from nestpatch.patcher.state_dir import place_of
+from nestpatch.patcher.steps import Judge
 from nestpatch.signing.trust import Policy
 
 

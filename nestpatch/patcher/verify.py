@@ -18,16 +18,16 @@ import numpy as np
 
 from nestpatch.errors import LedgerError, PackError, SignatureError, StateError
 from nestpatch.formats import nest
-from nestpatch.formats.interface import Checkpoint, IntArray, row_blocks
+from nestpatch.formats.checkpoint import Checkpoint, IntArray, row_blocks
 from nestpatch.pack import Pack
+from nestpatch.patcher._undo import restored
 from nestpatch.patcher.held import SHOWN_ROWS, Difference, Found, Holds, Layer, layers_of, look
 from nestpatch.patcher.identity import APPLICABLE, Finding, State, examine
 from nestpatch.patcher.kept import load_pack, load_packs
 from nestpatch.patcher.ledger import Entry, Ledger, read_ledger
-from nestpatch.patcher.place import Place
 from nestpatch.patcher.recovery import open_model
-from nestpatch.patcher.undo import restored
-from nestpatch.patcher.work import Judge
+from nestpatch.patcher.state_dir import Place
+from nestpatch.patcher.steps import Judge
 from nestpatch.rows import Rows
 from nestpatch.signing.trust import Policy, load_for_looking
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nestpatch.errors import KeyFileError, OutputError
-from nestpatch.files import read_bounded
-from nestpatch.formats.atomic import write_bytes
+from nestpatch.files.atomic import write_bytes
+from nestpatch.files.reading import read_bounded
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey

@@ -14,8 +14,8 @@ import secrets
 from pathlib import Path
 
 from nestpatch.errors import NestpatchError, TrustError
-from nestpatch.files import alone, open_regular
-from nestpatch.formats.atomic import sweep_writes, write_bytes
+from nestpatch.files.atomic import sweep_writes, write_bytes
+from nestpatch.files.reading import alone, open_regular
 from nestpatch.signing.store import require_home, trust_file
 
 KEY_FILE = "machine.key"

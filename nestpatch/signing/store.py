@@ -11,8 +11,8 @@ from functools import cache
 from pathlib import Path
 
 from nestpatch.errors import TrustError
-from nestpatch.files import alone, open_regular, read_open
-from nestpatch.formats.atomic import sweep_writes
+from nestpatch.files.atomic import sweep_writes
+from nestpatch.files.reading import alone, open_regular, read_open
 from nestpatch.signing.dsse import MAX_BYTES
 
 HOME = "NESTPATCH_HOME"

@@ -10,8 +10,8 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -103,3 +103,22 @@ def subject_of(model: str | Path | None) -> Subject:
     paths = [Path(os.path.abspath(text)), Path(os.path.realpath(text))]
     paths += [path.parent for path in paths if os.path.isfile(path)]  # noqa: PTH113 - the same
     return Subject(tuple(dict.fromkeys(path.as_posix() for path in paths)))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who answers for a pack. Nothing of it decides which bytes are written into a model."""
+
+    signers: Mapping[str, str] = field(default_factory=dict)
+    """Name -> key id of the trusted keys whose signatures were checked."""
+    channel: str = ""
+    """The channel that the model follows from now on: hub://owner/name, https://... or file://..."""
+    roots: tuple[str, ...] = ()
+    """Key ids of the channel's root keys, oldest first: each has signed that the next one follows it."""
+    signatures: Mapping[str, bytes] = field(default_factory=dict)
+    """What follows the pack's file name -> content of the signature file, to be kept beside the model."""
+
+    @property
+    def publishers(self) -> frozenset[str]:
+        """The key ids in whose name the pack speaks; empty: nobody's."""
+        return frozenset((*self.signers.values(), *self.roots))

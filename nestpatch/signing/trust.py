@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nestpatch.errors import KeyFileError, SignatureFormatError, TrustError
-from nestpatch.formats.atomic import write_bytes
+from nestpatch.files.atomic import write_bytes
 from nestpatch.signing import store
 from nestpatch.signing.dsse import members, parse_json
 from nestpatch.signing.keys import PublicKey, parse_public

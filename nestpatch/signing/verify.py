@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from nestpatch.errors import OutputError, PackError, SignatureFormatError, UnsignedError, UntrustedError
-from nestpatch.files import read_bounded
+from nestpatch.files.atomic import write_bytes
+from nestpatch.files.reading import read_bounded
 from nestpatch.formats import nest
-from nestpatch.formats.atomic import write_bytes
 from nestpatch.pack import Pack
 from nestpatch.signing import bundle
 from nestpatch.signing.dsse import MAX_BYTES

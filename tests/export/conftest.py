@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nestpatch.formats.export.to_gguf import write_gguf
+from nestpatch.export._gguf import write_gguf
 from nestpatch.formats.opening import open_checkpoint
 from tests.export.families import make
 

@@ -10,10 +10,10 @@ import pytest
 from gguf import GGUFReader
 
 from nestpatch.errors import DataError, UnsupportedModelError
-from nestpatch.formats.export.converter import SCRIPT
-from nestpatch.formats.export.to_gguf import write_gguf
+from nestpatch.export._converter import SCRIPT
+from nestpatch.export._gguf import write_gguf
+from nestpatch.export.models import export_gguf
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.patcher.export import export_gguf
 from tests.export.expected import expected_tensors
 from tests.export.families import make
 from tests.export.test_export import listed, merged
@@ -26,7 +26,7 @@ REAL = os.environ.get("NESTPATCH_LLAMA_CPP")
 # Takes the arguments of the real one, pretends that the model is a Llama, and exports it.
 STAND_IN = """
 import argparse, json, pathlib, sys
-from nestpatch.formats.export.to_gguf import write_gguf
+from nestpatch.export._gguf import write_gguf
 from nestpatch.formats.opening import open_checkpoint
 parser = argparse.ArgumentParser()
 parser.add_argument("model", type=pathlib.Path)

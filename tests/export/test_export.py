@@ -21,17 +21,19 @@ import nestpatch
 from nestpatch.cli import main
 from nestpatch.errors import BaseMismatchError, BusyError, DataError, DowngradeError, OutputError, PackContentError
 from nestpatch.events import Event
-from nestpatch.formats import interface, nest, rowio
-from nestpatch.formats.export.scratch import claimed, sweep
+from nestpatch.export._merged import merged_view
+from nestpatch.export._source import open_wanted
+from nestpatch.export.models import export_gguf
+from nestpatch.files.scratch import claimed, sweep
+from nestpatch.formats import _rowio as rowio
+from nestpatch.formats import checkpoint as interface
+from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.formats.provenance import PATCHES
 from nestpatch.gate import prove
 from nestpatch.pack import Pack
 from nestpatch.patcher.apply import apply
-from nestpatch.patcher.export import export_gguf
-from nestpatch.patcher.export_source import open_wanted
 from nestpatch.patcher.inplace import apply_in_place
-from nestpatch.patcher.overlay import merged_view
 from tests.export.expected import expected_tensors
 from tests.export.families import make
 from tests.export.test_families import assert_holds, stored
@@ -262,7 +264,7 @@ def start(folder: Path, target: Path, *more: str) -> subprocess.Popen[bytes]:
     """An export in a process of its own, stopped at its fourth tensor."""
     code = """
 import os, signal, sys
-from nestpatch.patcher import export
+from nestpatch.export import models as export
 written = export.write_gguf
 def stopping(*arguments, on_event, **options):
     def hear(event):

@@ -13,9 +13,9 @@ import pytest
 from gguf import GGUFReader
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
-from nestpatch.formats import quants
-from nestpatch.formats.export.gguf_types import file_type
-from nestpatch.formats.export.to_gguf import plan_gguf, write_gguf
+from nestpatch.export._gguf import plan_gguf, write_gguf
+from nestpatch.formats.gguf import quants
+from nestpatch.formats.gguf.quants import file_type
 from nestpatch.formats.opening import open_checkpoint
 from tests.export.expected import expected_tensors, is_float32
 from tests.export.families import FAMILIES, LLAMA3_ROPE, LONG, make

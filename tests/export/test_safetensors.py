@@ -11,10 +11,10 @@ from safetensors import safe_open
 
 from nestpatch.cli import main
 from nestpatch.errors import OutputError, UnsupportedModelError
+from nestpatch.export.models import export_safetensors
 from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.patcher.apply import apply
-from nestpatch.patcher.export import export_safetensors
 from nestpatch.patcher.inplace import apply_in_place
 from nestpatch.patcher.verify import Verdict, verify
 from tests.gguf.files import gguf_of

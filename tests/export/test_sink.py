@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nestpatch.errors import CheckpointFormatError
-from nestpatch.formats.export.sink import Sink, seal
+from nestpatch.files.hashing import Sink, seal
 
 DATA = np.random.default_rng(0).integers(0, 256, 3_300_017, np.uint8).tobytes()
 

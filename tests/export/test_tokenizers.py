@@ -12,9 +12,9 @@ import pytest
 from gguf import GGUFReader
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
-from nestpatch.formats.export.gguf_tokenizer import read_vocabulary
-from nestpatch.formats.export.sentencepiece_model import Kind, read_model
-from nestpatch.formats.export.to_gguf import model_name, write_gguf
+from nestpatch.export._gguf import model_name, write_gguf
+from nestpatch.export._gguf_tokenizer import read_vocabulary
+from nestpatch.export._tokenizer_files import Kind, read_model
 from nestpatch.formats.opening import open_checkpoint
 from tests.export.families import model_around
 from tests.export.running import loaded, token_ids

@@ -13,10 +13,11 @@ from gguf import GGUFReader, LlamaFileType
 
 from nestpatch.errors import DataError, MissingExtraError, OutputError, QuantizationError
 from nestpatch.events import Event
-from nestpatch.formats import quants
-from nestpatch.formats.export import gguf_types, quantizing
-from nestpatch.formats.export.gguf_types import ALIASES, DIRECT, NEED_IMATRIX, QUANTIZED, file_type
-from nestpatch.formats.export.to_gguf import write_gguf
+from nestpatch.export import _quantizer as quantizing
+from nestpatch.export._gguf import write_gguf
+from nestpatch.formats.gguf import quants
+from nestpatch.formats.gguf import quants as gguf_types
+from nestpatch.formats.gguf.quants import ALIASES, DIRECT, NEED_IMATRIX, QUANTIZED, file_type
 from nestpatch.formats.opening import open_checkpoint
 from tests.export.expected import expected_tensors
 from tests.export.families import WIDE, make

@@ -12,8 +12,8 @@ from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.ledger import read_ledger
-from nestpatch.patcher.place import place_of
 from nestpatch.patcher.recovery import recover_model
+from nestpatch.patcher.state_dir import place_of
 from nestpatch.patcher.verify import Verdict, verify
 from tests.gguf.files import gguf_of
 from tests.helpers import tiny_checkpoint, tiny_pack

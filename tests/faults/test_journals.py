@@ -10,8 +10,8 @@ import pytest
 
 from nestpatch.errors import ForeignJournalError, JournalError
 from nestpatch.patcher.inplace import apply_in_place
-from nestpatch.patcher.place import place_of
 from nestpatch.patcher.recovery import Foreign, recover_model
+from nestpatch.patcher.state_dir import place_of
 from tests.faults.cases import digests
 from tests.faults.interrupting import INTERRUPTIONS, CaseOf, calls_of, interrupted
 from tests.faults.killer import Killer, needs_shim

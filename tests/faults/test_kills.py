@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from nestpatch.patcher.place import place_of
 from nestpatch.patcher.recovery import recover_model
+from nestpatch.patcher.state_dir import place_of
 from tests.faults.cases import digests
 from tests.faults.interrupting import (
     INTERRUPTIONS,

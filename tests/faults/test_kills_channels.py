@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from nestpatch.channels.listing import CHANNEL_FILE, parse
+from nestpatch.channels.memory import recall
 from nestpatch.errors import NestpatchError
-from nestpatch.hub.listing import CHANNEL_FILE, parse
-from nestpatch.hub.memory import recall
 from nestpatch.patcher.inplace import revert
 from nestpatch.patcher.recovery import recover_model
 from tests.faults.cases import Case, digests

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nestpatch.patcher.inplace import apply_in_place
-from nestpatch.patcher.place import place_of
+from nestpatch.patcher.state_dir import place_of
 from tests.faults.cases import LAYOUTS, convert, digests, write_packs
 from tests.faults.killer import Fault, Killer, needs_shim
 from tests.faults.making import (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nestpatch.patcher.ledger import read_ledger
-from nestpatch.patcher.place import place_of
+from nestpatch.patcher.state_dir import place_of
 from nestpatch.signing.machine import KEY_BYTES, KEY_FILE
 from tests.faults.cases import write_packs
 from tests.faults.fleet import new_fleet

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nestpatch.patcher.place import place_of
+from nestpatch.patcher.state_dir import place_of
 from tests.faults.interrupting import INTERRUPTIONS, CaseOf, calls_of, number_of, row_writes
 from tests.faults.killer import Fault, Killer, needs_shim
 from tests.helpers import tree_digest

@@ -17,10 +17,11 @@ import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
-from nestpatch import views  # noqa: F401 - loaded once for all children
+from nestpatch.channels import follow, publish  # noqa: F401
 from nestpatch.cli import main
-from nestpatch.hub import follow, publish  # noqa: F401 - the same
-from nestpatch.patcher import adapters, apply, export, inplace, update, verify  # noqa: F401 - the same
+from nestpatch.export import adapters  # noqa: F401
+from nestpatch.patcher import apply, inplace, update, verify  # noqa: F401
+from nestpatch.views import results as views  # noqa: F401
 
 PR_SET_PDEATHSIG = 1
 CAPABILITY_VERSION_3 = 0x20080522

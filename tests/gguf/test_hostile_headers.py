@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nestpatch.cli import main
 from nestpatch.errors import CheckpointFormatError, NestpatchError
 from nestpatch.formats import nest
-from nestpatch.formats.gguf_header import read_header
+from nestpatch.formats.gguf.header import read_header
 from nestpatch.formats.opening import open_checkpoint
 from tests.gguf.files import gguf_of, places
 from tests.helpers import PROPERTY, tiny_checkpoint, tiny_pack

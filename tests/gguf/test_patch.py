@@ -13,6 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from nestpatch.cli import main
+from nestpatch.compare.diff import CheckpointDiff, diff
+from nestpatch.compare.extract import extract_to
 from nestpatch.errors import (
     BaseMismatchError,
     CheckpointFormatError,
@@ -22,17 +24,14 @@ from nestpatch.errors import (
 )
 from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.label import Label
-from nestpatch.pack import Pack
+from nestpatch.pack import Label, Pack
 from nestpatch.patcher.apply import apply
-from nestpatch.patcher.diff import CheckpointDiff, diff
-from nestpatch.patcher.extract import extract_to
 from nestpatch.patcher.identity import State, examine
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.ledger import read_ledger
-from nestpatch.patcher.merging import LEAST_GAIN, Means
-from nestpatch.patcher.place import place_of
+from nestpatch.patcher.merge import LEAST_GAIN, Means
 from nestpatch.patcher.plan import measure
+from nestpatch.patcher.state_dir import place_of
 from nestpatch.patcher.verify import Verdict, verify
 from tests.gguf.files import K_TYPES, NAMES, PLAIN, ROUND, digest, gguf_of, needs_llama, places, values, write_gguf
 from tests.helpers import load_tensors, tiny_checkpoint, tiny_pack, write_checkpoint
@@ -282,7 +281,7 @@ def test_files_that_are_no_whole_model(extra: Mapping[str, str | int], says: str
 
 def test_without_llama_cpp(base: Path, file_of, monkeypatch: pytest.MonkeyPatch) -> None:
     """gguf does Q8_0 with the same bytes, and K types are refused with the command that helps."""
-    from nestpatch.formats import quants
+    from nestpatch.formats.gguf import quants
 
     with_library = file_of("Q8_0")
     apply_in_place(with_library, pack_of(base), base=base)

@@ -6,7 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from nestpatch.patcher.ledger import Ledger, read_ledger
-from nestpatch.patcher.place import place_of
+from nestpatch.patcher.state_dir import place_of
 from nestpatch.signing.keys import PrivateKey
 from tests.helpers import weight_files
 from tests.hub.scene import Scene

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 
 from nestpatch import errors
+from nestpatch.channels import listing
+from nestpatch.channels._release import issue
+from nestpatch.channels.follow import utc_now
+from nestpatch.channels.listing import CHANNEL_FILE, Channel
+from nestpatch.channels.memory import recall
+from nestpatch.channels.publish import Published, push, withdraw
 from nestpatch.errors import NestpatchError
 from nestpatch.formats import nest
-from nestpatch.hub import listing
-from nestpatch.hub.follow import utc_now
-from nestpatch.hub.listing import CHANNEL_FILE, Channel
-from nestpatch.hub.memory import recall
-from nestpatch.hub.publish import Published, push, withdraw
-from nestpatch.hub.release import issue
 from nestpatch.patcher.ledger import read_ledger
-from nestpatch.patcher.place import place_of
+from nestpatch.patcher.state_dir import place_of
 from nestpatch.patcher.update import Updated, update
 from nestpatch.signing.keys import PrivateKey, generate
 from nestpatch.signing.trust import Policy, TrustedKey

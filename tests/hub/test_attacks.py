@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from nestpatch.channels.follow import pull, utc_now
+from nestpatch.channels.listing import CHANNEL_FILE, File, payload, write_envelope
+from nestpatch.channels.rules import Gate
 from nestpatch.errors import (
     ChannelFormatError,
     ChannelKeyError,
@@ -19,9 +22,6 @@ from nestpatch.errors import (
     NestpatchError,
     RollbackError,
 )
-from nestpatch.hub.channel import Gate
-from nestpatch.hub.follow import pull, utc_now
-from nestpatch.hub.listing import CHANNEL_FILE, File, payload, write_envelope
 from nestpatch.signing.dsse import Envelope
 from nestpatch.signing.trust import Policy
 from tests.hub.scene import REPO, Scene, refused
@@ -101,7 +101,7 @@ def test_an_expired_channel(scene: Scene) -> None:
 
 def test_a_server_that_says_for_ever_that_nothing_is_new(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     assert scene.update().state == "current"
-    monkeypatch.setattr("nestpatch.hub.follow.utc_now", lambda: "2999-01-01T00:00:00Z")
+    monkeypatch.setattr("nestpatch.channels.follow.utc_now", lambda: "2999-01-01T00:00:00Z")
     refused(scene, ExpiredError, "now it is 2999-01-01T00:00:00Z")
 
 

@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from nestpatch.channels import publish
+from nestpatch.channels._release import listed
+from nestpatch.channels.follow import fetch_patch, pull
+from nestpatch.channels.listing import CHANNEL_FILE, File, base_digest, parse
+from nestpatch.channels.publish import push, renew, withdraw
 from nestpatch.errors import (
     BadSignatureError,
     BaseMismatchError,
@@ -29,11 +34,6 @@ from nestpatch.errors import (
     VersionError,
 )
 from nestpatch.formats import nest
-from nestpatch.hub import publish
-from nestpatch.hub.follow import fetch_patch, pull
-from nestpatch.hub.listing import CHANNEL_FILE, File, base_digest, parse
-from nestpatch.hub.publish import push, renew, withdraw
-from nestpatch.hub.release import listed
 from nestpatch.signing import bundle
 from tests.helpers import tiny_checkpoint, tiny_pack
 from tests.hub.scene import PATCH, REPO, Scene, refused

@@ -11,6 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from nestpatch.channels._release import hand_over
+from nestpatch.channels.follow import follow
+from nestpatch.channels.listing import CHANNEL_FILE, MAX_FIRST, MAX_NUMBER, Channel
+from nestpatch.channels.memory import Memory, memory_file, place_file, recall, recall_channel, remember
+from nestpatch.channels.publish import push, renew, withdraw
+from nestpatch.channels.rules import MAX_JUMP, Seen
+from nestpatch.channels.sources import Fetched, FolderSource
 from nestpatch.errors import (
     ChannelError,
     ChannelFormatError,
@@ -21,13 +28,6 @@ from nestpatch.errors import (
     RollbackError,
     SerialJumpError,
 )
-from nestpatch.hub.channel import MAX_JUMP, Seen
-from nestpatch.hub.follow import follow
-from nestpatch.hub.listing import CHANNEL_FILE, MAX_FIRST, MAX_NUMBER, Channel
-from nestpatch.hub.memory import Memory, memory_file, place_file, recall, recall_channel, remember
-from nestpatch.hub.publish import push, renew, withdraw
-from nestpatch.hub.release import hand_over
-from nestpatch.hub.sources import Fetched, FolderSource
 from nestpatch.signing.keys import PrivateKey, generate
 from nestpatch.signing.trust import Policy, TrustedKey
 from tests.hub.scene import REPO, Scene, refused, updated
@@ -259,7 +259,7 @@ def test_a_later_key_alone_was_trusted_at_first_contact(scene: Scene, tmp_path: 
 def test_a_clock_that_is_behind_the_channel(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else whoever can turn a clock back could serve an old copy for ever."""
     issued = scene.channel.issued
-    monkeypatch.setattr("nestpatch.hub.follow.utc_now", lambda: "2020-01-01T00:00:00Z")
+    monkeypatch.setattr("nestpatch.channels.follow.utc_now", lambda: "2020-01-01T00:00:00Z")
     refused(scene, ClockError, f"was issued at {issued}; this machine's clock says that it is 2020-01-01T00:00:00Z")
 
 
@@ -270,7 +270,7 @@ def test_a_channel_of_the_future(scene: Scene) -> None:
 
 
 def test_a_publisher_whose_clock_is_behind(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nestpatch.hub.publish.utc_now", lambda: "2020-01-01T00:00:00Z")
+    monkeypatch.setattr("nestpatch.channels.publish.utc_now", lambda: "2020-01-01T00:00:00Z")
     before = scene.read(CHANNEL_FILE)
     with scene.as_publisher():
         for act in (lambda: push(scene.pack("1.1.0", 1), REPO, scene.key), lambda: renew(REPO, scene.key),

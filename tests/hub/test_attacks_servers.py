@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from nestpatch.channels.follow import follow, pull
+from nestpatch.channels.listing import CHANNEL_FILE
+from nestpatch.channels.sources import FolderSource, HubSource, open_source
 from nestpatch.errors import DataError, HubAccessError, HubAnswerError, HubError, HubNotFoundError, HubUnavailableError
 from nestpatch.hub import deadline
 from nestpatch.hub.client import look_up, scrubbed, shown
 from nestpatch.hub.deadline import Deadline
-from nestpatch.hub.follow import follow, pull
-from nestpatch.hub.listing import CHANNEL_FILE
-from nestpatch.hub.sources import FolderSource, HubSource, open_source
 from nestpatch.signing.trust import save_policy, trust_file
 from tests.calls import answer, run
 from tests.hub.calls import ledger_of

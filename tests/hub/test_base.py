@@ -63,7 +63,7 @@ def test_only_touched_rows_are_read(hub: Hub, model: Path, patch: Path, machine:
     """The gap that is read along, taken away: what is left are headers and rows."""
     code = """
 from nestpatch.hub import remote
-from nestpatch.hub.locate import open_base
+from nestpatch.hub.remote import open_base
 from nestpatch.patcher.inplace import apply_in_place
 remote.spans.__kwdefaults__["gap"] = 0
 base = open_base("acme/tiny-llama")

@@ -15,6 +15,21 @@ from typing import Any
 import pytest
 
 from nestpatch import errors
+from nestpatch.channels._release import add, hand_over, issue, new_channel, require_next_number, revoke
+from nestpatch.channels.listing import (
+    MAX_FIRST,
+    MAX_NUMBER,
+    PAYLOAD_TYPE,
+    Channel,
+    File,
+    Patch,
+    Status,
+    parse,
+    patch_path,
+    payload,
+    write_envelope,
+)
+from nestpatch.channels.rules import MAX_JUMP, Admitted, Gate, GoBack, Stay, Upgrade, choose, decide, inherit, latest
 from nestpatch.errors import (
     ChannelError,
     ChannelFormatError,
@@ -29,21 +44,6 @@ from nestpatch.errors import (
     VersionError,
 )
 from nestpatch.formats.nest import canonical_json
-from nestpatch.hub.channel import MAX_JUMP, Admitted, Gate, GoBack, Stay, Upgrade, choose, decide, inherit, latest
-from nestpatch.hub.listing import (
-    MAX_FIRST,
-    MAX_NUMBER,
-    PAYLOAD_TYPE,
-    Channel,
-    File,
-    Patch,
-    Status,
-    parse,
-    patch_path,
-    payload,
-    write_envelope,
-)
-from nestpatch.hub.release import add, hand_over, issue, new_channel, require_next_number, revoke
 from nestpatch.signing.dsse import seal
 from nestpatch.signing.keys import PrivateKey, generate
 from nestpatch.signing.subject import Subject
@@ -345,7 +345,7 @@ def test_times_that_are_none(keys: tuple[PrivateKey, ...]) -> None:
 
 
 def test_a_newer_format_says_so(keys: tuple[PrivateKey, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nestpatch.hub.listing.FORMAT", "nestpatch-channel/2")
+    monkeypatch.setattr("nestpatch.channels.listing.FORMAT", "nestpatch-channel/2")
     _, data = issue(channel_of(keys[0], "1.0.0"), keys[0], NOW)
     monkeypatch.undo()
     with pytest.raises(ChannelFormatError, match="has the format 'nestpatch-channel/2'") as caught:

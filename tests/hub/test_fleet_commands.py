@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
+from nestpatch.channels.listing import CHANNEL_FILE
+from nestpatch.channels.memory import recall, remember
 from nestpatch.formats import nest
 from nestpatch.gate import Proven
-from nestpatch.hub.listing import CHANNEL_FILE
-from nestpatch.hub.memory import recall, remember
 from nestpatch.patcher.inplace import apply_in_place
-from nestpatch.patcher.place import place_of
-from nestpatch.signing.origin import Origin
+from nestpatch.patcher.state_dir import place_of
+from nestpatch.signing.subject import Origin
 from nestpatch.signing.trust import Policy, save_policy
 from nestpatch.signing.verify import sign_pack
 from tests.calls import answer, run

@@ -12,7 +12,7 @@ from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.patcher.inplace import apply_in_place
 from nestpatch.patcher.ledger import read_ledger, write_ledger
-from nestpatch.patcher.place import place_of
+from nestpatch.patcher.state_dir import place_of
 from nestpatch.signing.keys import generate
 from nestpatch.signing.trust import Policy, TrustedKey, save_policy
 from nestpatch.signing.verify import sign_pack

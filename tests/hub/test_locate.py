@@ -11,8 +11,7 @@ import pytest
 from nestpatch.errors import CheckpointFormatError, HubUnavailableError
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.formats.safetensors import SafetensorsCheckpoint
-from nestpatch.hub.locate import open_base
-from nestpatch.hub.remote import RemoteCheckpoint
+from nestpatch.hub.remote import RemoteCheckpoint, open_base
 from tests.helpers import assert_same_bytes, tiny_checkpoint
 from tests.hub.models import MODEL, put
 from tests.hubserver.machine import Machine
@@ -24,7 +23,7 @@ ROWS = np.array([1, 2, 20])
 READ = f"""
 import numpy as np
 from nestpatch.errors import NestpatchError
-from nestpatch.hub.locate import open_base
+from nestpatch.hub.remote import open_base
 try:
     base = open_base(sys.argv[1])
     rows = base.read_rows("{GATE}", np.array([1, 2, 20]))

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from nestpatch import errors
+from nestpatch.channels.listing import CHANNEL_FILE
 from nestpatch.formats import nest
-from nestpatch.hub.listing import CHANNEL_FILE
 from nestpatch.patcher.ledger import read_ledger, write_ledger
-from nestpatch.patcher.place import place_of
+from nestpatch.patcher.state_dir import place_of
 from nestpatch.patcher.update import update
 from nestpatch.signing.trust import save_policy
 from tests.calls import answer, run

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 import nestpatch
+from nestpatch.channels.follow import follow, utc_now
+from nestpatch.channels.listing import CHANNEL_FILE
+from nestpatch.channels.sources import open_source
 from nestpatch.errors import BadSignatureError, ChannelKeyError, SwappedFileError, UnsignedError, UntrustedError
 from nestpatch.formats import nest
 from nestpatch.gate import look, prove
-from nestpatch.hub.follow import follow, utc_now
-from nestpatch.hub.listing import CHANNEL_FILE
-from nestpatch.hub.sources import open_source
 from nestpatch.signing import store
 from nestpatch.signing.trust import Policy, Rule, TrustedKey, save_policy
 from nestpatch.signing.verify import sign_pack

@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from nestpatch.channels.follow import follow, pull
+from nestpatch.channels.listing import CHANNEL_FILE
+from nestpatch.channels.memory import place_file
+from nestpatch.channels.publish import push, renew
+from nestpatch.channels.sources import FolderSource, HubSource, WebSource, open_source, split_version
 from nestpatch.errors import (
     ChannelFormatError,
     DataError,
@@ -22,11 +27,6 @@ from nestpatch.errors import (
     SwappedFileError,
     VersionError,
 )
-from nestpatch.hub.follow import follow, pull
-from nestpatch.hub.listing import CHANNEL_FILE
-from nestpatch.hub.memory import place_file
-from nestpatch.hub.publish import push, renew
-from nestpatch.hub.sources import FolderSource, HubSource, WebSource, open_source, split_version
 from nestpatch.patcher.inplace import revert
 from nestpatch.patcher.update import Updated
 from tests.helpers import weight_files

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from nestpatch.channels._card import MARK, model_card
+from nestpatch.channels._release import add, listed, new_channel
+from nestpatch.channels.listing import CHANNEL_FILE, parse
 from nestpatch.errors import ChannelKeyError, UntrustedError
 from nestpatch.formats import nest
-from nestpatch.hub.card import MARK, model_card
-from nestpatch.hub.listing import CHANNEL_FILE, parse
-from nestpatch.hub.release import add, listed, new_channel
 from nestpatch.signing.keys import generate
 from nestpatch.signing.trust import Policy, TrustedKey, load_policy
 from nestpatch.signing.verify import sign_pack

@@ -13,7 +13,7 @@ import pytest
 
 from nestpatch.formats import nest
 from nestpatch.patcher.ledger import read_ledger
-from nestpatch.patcher.place import place_of
+from nestpatch.patcher.state_dir import place_of
 from tests.helpers import tiny_checkpoint, tiny_pack, weight_files
 from tests.hubserver.machine import Machine
 from tests.hubserver.server import Hub

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from nestpatch.export.adapters import export_gguf_lora, export_lora
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.nest_train.fold import fold
-from nestpatch.nest_train.llama import LlamaModel
-from nestpatch.nest_train.model import load_model
-from nestpatch.patcher.adapters import export_gguf_lora, export_lora
 from nestpatch.patcher.apply import apply
+from nestpatch.runtimes.llama import LlamaModel
+from nestpatch.runtimes.transformers import fold, load_model
 from tests.gguf_files import needs_llama, write_gguf
 from tests.helpers import load_tensors
 from tests.varied_packs import varied_pack

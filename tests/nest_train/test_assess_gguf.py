@@ -13,12 +13,12 @@ from click.testing import CliRunner
 
 from nestpatch.cli import main
 from nestpatch.errors import BaseMismatchError, DataError
+from nestpatch.evaluation.drift import drift
+from nestpatch.evaluation.evaluator import assess
+from nestpatch.evaluation.suites import load_suite
+from nestpatch.export.adapters import export_gguf_lora
 from nestpatch.formats import nest
-from nestpatch.nest_train.assess import assess
-from nestpatch.nest_train.drift_logits import drift
-from nestpatch.nest_train.evaluate import load_suite
-from nestpatch.nest_train.text import Pair
-from nestpatch.patcher.adapters import export_gguf_lora
+from nestpatch.runtimes.text import Pair
 from tests.gguf_files import needs_llama, write_gguf
 from tests.varied_packs import varied_pack
 

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from nestpatch.errors import BaseMismatchError, CheckpointFormatError
-from nestpatch.nest_train.check import EXACT, EXACT_GEMMA, bound_for, check_gguf
-from nestpatch.patcher.adapters import export_gguf_lora
+from nestpatch.evaluation.parity import EXACT, EXACT_GEMMA, bound_for, check_gguf
+from nestpatch.export.adapters import export_gguf_lora
 from nestpatch.patcher.apply import apply
 from tests import gguf_files
 from tests.gguf_files import needs_llama, write_gguf

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nestpatch.errors import PromptDataError
-from nestpatch.nest_train.data import Prompt, join_sets, load_prompts, sample_set
-from nestpatch.nest_train.text import IGNORED, Pair, collate, encode_pairs, endless, pad_left, prompt_ids, split_off
+from nestpatch.prompts.readers import Prompt, join_sets, load_prompts, sample_set
+from nestpatch.runtimes.text import IGNORED, Pair, collate, encode_pairs, endless, pad_left, prompt_ids, split_off
 
 ROWS = [{"prompt": "a, b", "reference": "x"}, {"prompt": 'say "c"', "reference": ""}, {"prompt": "ü\nd", "reference": "y"}]
 PROMPTS = (Prompt("a, b", "x"), Prompt('say "c"', None), Prompt("ü\nd", "y"))
@@ -66,7 +66,7 @@ def test_a_data_set_of_the_hub_is_a_source_too(tmp_path):
     folder = tmp_path / "some-set"
     folder.mkdir()
     (folder / "train.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
-    from nestpatch.nest_train import data
+    from nestpatch.prompts import readers as data
 
     assert [row["prompt"] for row in data._hub(str(folder))] == ["a", "b"]
     with pytest.raises(PromptDataError, match="the Hub gave no data set"):

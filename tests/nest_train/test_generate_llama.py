@@ -9,14 +9,13 @@ import gguf
 import pytest
 
 from nestpatch.errors import CheckpointFormatError, MissingExtraError
-from nestpatch.nest_train import generate_llama, llama, text
-from nestpatch.nest_train.chat import chat_renderer
-from nestpatch.nest_train.check import TEXTS
-from nestpatch.nest_train.generate import with_transformers
-from nestpatch.nest_train.generate_llama import with_llama
-from nestpatch.nest_train.llama import LlamaModel
-from nestpatch.nest_train.model import load_model
-from nestpatch.patcher.adapters import export_gguf_lora
+from nestpatch.evaluation.parity import TEXTS
+from nestpatch.export.adapters import export_gguf_lora
+from nestpatch.runtimes import llama, text
+from nestpatch.runtimes import llama as generate_llama
+from nestpatch.runtimes.chat import chat_renderer
+from nestpatch.runtimes.llama import LlamaModel, with_llama
+from nestpatch.runtimes.transformers import load_model, with_transformers
 from tests.gguf_files import needs_llama, write_gguf
 from tests.varied_packs import varied_pack, with_architecture
 

@@ -5,13 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nestpatch.errors import DataError, PromptDataError, TrainingError
-from nestpatch.nest_train.data import Prompt, PromptSet
-from nestpatch.nest_train.evaluate import Evaluation, Suite, SuiteResult, evaluate, judge, load_suite
-from nestpatch.nest_train.gate import exceeded, parse_limits
-from nestpatch.nest_train.judge import is_refusal, matches
+from nestpatch.evaluation.judges import is_refusal, matches
+from nestpatch.evaluation.limits import exceeded, parse_limits
+from nestpatch.evaluation.statistics import Share
+from nestpatch.evaluation.suites import Evaluation, Suite, SuiteResult, evaluate, judge, load_suite
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.nest_train.refusals import BUILT_IN, choose_refusals
-from nestpatch.nest_train.statistics import Share
+from nestpatch.prompts.readers import Prompt, PromptSet
 
 
 @pytest.mark.parametrize(

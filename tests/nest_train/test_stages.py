@@ -9,12 +9,11 @@ from torch import nn
 
 from nestpatch.errors import TrainingError, UnsupportedModelError
 from nestpatch.nest_train.cluster import cluster
-from nestpatch.nest_train.deltas import ClusterDelta, DeltaSet
-from nestpatch.nest_train.model import find_mlps, load_model
 from nestpatch.nest_train.probe import Selection, collect, require_neurons, select, standardise
 from nestpatch.nest_train.recipe import Recipe
-from nestpatch.nest_train.text import Pair, pad_left
-from nestpatch.nest_train.tune import Halves, tune
+from nestpatch.nest_train.tune import ClusterDelta, DeltaSet, Halves, tune
+from nestpatch.runtimes.text import Pair, pad_left
+from nestpatch.runtimes.transformers import find_mlps, load_model
 
 
 @pytest.fixture

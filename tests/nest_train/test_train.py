@@ -13,17 +13,16 @@ from safetensors import safe_open
 
 from nestpatch.cli import main
 from nestpatch.errors import CheckpointFormatError, DataError, PromptDataError, TrainingError
+from nestpatch.evaluation.suites import load_suite
 from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.label import Label
-from nestpatch.nest_train.data import load_prompts
-from nestpatch.nest_train.evaluate import load_suite
-from nestpatch.nest_train.fold import fold
-from nestpatch.nest_train.model import load_model
 from nestpatch.nest_train.packing import disk_name
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.nest_train.train import TrainingData, train
+from nestpatch.pack import Label
 from nestpatch.patcher.apply import apply
+from nestpatch.prompts.readers import load_prompts
+from nestpatch.runtimes.transformers import fold, load_model
 
 FAST = Recipe(
     steps=6, batch=4, eval_every=3, learning_rate=0.2, clip=100.0, max_answer_tokens=6, threshold=0.8, probe_margin=0.0

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from nestpatch.formats.onnx.nbits import NBitsCodec
+from nestpatch.formats.onnx._nbits import NBitsCodec
 from tests.helpers import load_tensors
 
 CODES = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}

@@ -19,7 +19,7 @@ from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack
 from nestpatch.patcher.apply import apply
 from nestpatch.patcher.inplace import apply_in_place, revert
-from nestpatch.patcher.place import place_of
+from nestpatch.patcher.state_dir import place_of
 from nestpatch.patcher.verify import Verdict, verify
 from tests.helpers import tiny_pack, tree_digest
 from tests.onnx.files import build, data_of, in_blocks, save

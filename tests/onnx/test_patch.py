@@ -12,16 +12,15 @@ import pytest
 from click.testing import CliRunner
 
 from nestpatch.cli import main
+from nestpatch.compare.diff import CheckpointDiff, diff
+from nestpatch.compare.extract import extract_to
 from nestpatch.errors import (
     ExtractionError,
 )
 from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.label import Label
-from nestpatch.pack import Pack
+from nestpatch.pack import Label, Pack
 from nestpatch.patcher.apply import apply
-from nestpatch.patcher.diff import CheckpointDiff, diff
-from nestpatch.patcher.extract import extract_to
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.verify import Verdict, verify
 from tests.helpers import load_tensors, tiny_checkpoint, tiny_pack

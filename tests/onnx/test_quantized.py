@@ -10,17 +10,17 @@ import numpy as np
 import onnx
 import pytest
 
+from nestpatch.compare.diff import CheckpointDiff, diff
 from nestpatch.errors import BaseMismatchError, OverlapError, QuantizationError
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack
 from nestpatch.patcher.apply import apply
-from nestpatch.patcher.diff import CheckpointDiff, diff
 from nestpatch.patcher.identity import State, examine
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.ledger import read_ledger
-from nestpatch.patcher.merging import LEAST_GAIN, Means
-from nestpatch.patcher.place import place_of
+from nestpatch.patcher.merge import LEAST_GAIN, Means
 from nestpatch.patcher.plan import measure
+from nestpatch.patcher.state_dir import place_of
 from nestpatch.patcher.verify import Verdict, verify
 from tests.helpers import load_tensors, tiny_checkpoint, tiny_pack, tree_digest, write_checkpoint
 from tests.onnx.files import build, data_of, narrowed, quantized, run, save

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from nestpatch.errors import QuantizationError
-from nestpatch.formats.onnx.nbits import NBitsCodec
+from nestpatch.formats.onnx._nbits import NBitsCodec
 
 onnxruntime = pytest.importorskip("onnxruntime")
 FORMS = list(itertools.product((2, 4, 8), (16, 32, 128), (False, True)))

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from nestpatch.errors import BaseMismatchError, CheckpointFormatError, DataError, OutputError, UnsupportedModelError
+from nestpatch.export.adapters import export_onnx_adapter
+from nestpatch.export.onnx._adapter_ready import add_inputs
+from nestpatch.export.onnx._quantize import quantize
+from nestpatch.export.onnx.exporter import save
 from nestpatch.formats import nest
-from nestpatch.formats.lora_onnx import onnx_file, read_sites
+from nestpatch.formats.lora.onnx import onnx_file, read_sites
 from nestpatch.formats.provenance import PATCHES, patch_entry, patches_json
-from nestpatch.onnx_export.adapter_ready import add_inputs
-from nestpatch.onnx_export.quantize import quantize
-from nestpatch.onnx_export.to_onnx import save
 from nestpatch.pack import Pack
-from nestpatch.patcher.adapters import export_onnx_adapter
 from nestpatch.patcher.inplace import apply_in_place, revert
 from tests.helpers import FUSED, tiny_pack, tree_digest
 from tests.onnx_export.runs import Run, batch, facts, reference

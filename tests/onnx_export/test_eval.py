@@ -15,18 +15,15 @@ from click.testing import CliRunner
 import nestpatch
 from nestpatch.cli import main
 from nestpatch.errors import CheckpointFormatError, DataError, MissingExtraError
+from nestpatch.evaluation._onnx import is_onnx
+from nestpatch.evaluation.drift import drift, drift_between, torch_logits
+from nestpatch.evaluation.evaluator import assess
+from nestpatch.evaluation.suites import load_suite
+from nestpatch.export.adapters import export_onnx_adapter
 from nestpatch.lab.world import dialogues, make_world
-from nestpatch.nest_train.assess import assess
-from nestpatch.nest_train.assess_onnx import is_onnx
-from nestpatch.nest_train.drift import drift_between
-from nestpatch.nest_train.drift_logits import drift, torch_logits
-from nestpatch.nest_train.evaluate import load_suite
-from nestpatch.nest_train.generate import with_transformers
-from nestpatch.nest_train.generate_onnx import ends_of, load_tokenizer, with_onnx
-from nestpatch.nest_train.model import load_model
-from nestpatch.nest_train.onnx_model import OnnxModel
-from nestpatch.nest_train.text import encode_pairs
-from nestpatch.patcher.adapters import export_onnx_adapter
+from nestpatch.runtimes.onnx import OnnxModel, ends_of, load_tokenizer, with_onnx
+from nestpatch.runtimes.text import encode_pairs
+from nestpatch.runtimes.transformers import load_model, with_transformers
 from tests.helpers import tiny_pack, tree_digest
 
 PROMPTS = [prompt for prompt, _ in zip((p for p, _ in dialogues(make_world(3))), range(9), strict=False)]
@@ -273,8 +270,8 @@ def run_without(absent: str, code: str, *arguments: object) -> str:
 def test_without_onnxruntime_the_extra_is_named(exports, ready, pack, tmp_path):
     nestpatch.formats.nest.write(pack, tmp_path / "p.nest")
     code = """
-from nestpatch.nest_train.onnx_model import OnnxModel
-from nestpatch.patcher.adapters import export_onnx_adapter
+from nestpatch.runtimes.onnx import OnnxModel
+from nestpatch.export.adapters import export_onnx_adapter
 for call in (lambda: OnnxModel(sys.argv[1]), lambda: export_onnx_adapter(sys.argv[2], sys.argv[1], sys.argv[3])):
     try:
         call()
@@ -290,8 +287,8 @@ def test_an_onnx_model_is_evaluated_without_torch(ready, pack, suites, tmp_path)
     nestpatch.formats.nest.write(pack, tmp_path / "p.nest")
     code = """
 from nestpatch import load_pack
-from nestpatch.nest_train.assess_onnx import assess_onnx
-from nestpatch.nest_train.evaluate import load_suite
+from nestpatch.evaluation._onnx import assess_onnx
+from nestpatch.evaluation.suites import load_suite
 done = assess_onnx(sys.argv[1], [load_suite(sys.argv[3])], patch=load_pack(sys.argv[2]), max_new_tokens=4)
 print(done.patched.drift > 0, "torch" in sys.modules)
 """

@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 
-from nestpatch.nest_train.onnx_model import OnnxModel
+from nestpatch.runtimes.onnx import OnnxModel
 from tests.onnx_export.conftest import FAMILIES, VOCABULARY
 from tests.onnx_export.runs import Run, batch, reference, weights
 

@@ -12,8 +12,8 @@ import subprocess
 import numpy as np
 import pytest
 
-from nestpatch.nest_train.onnx_model import OnnxModel
-from nestpatch.patcher.adapters import export_onnx_adapter
+from nestpatch.export.adapters import export_onnx_adapter
+from nestpatch.runtimes.onnx import OnnxModel
 from tests.helpers import FUSED, tiny_pack
 
 PROMPT = [5, 100, 77, 300, 12, 9, 30, 31, 32, 33, 34, 35, 36, 37]

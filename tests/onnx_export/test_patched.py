@@ -13,14 +13,14 @@ import pytest
 import nestpatch
 from nestpatch.errors import BusyError, DataError, OutputError, PackContentError, ParityError, UnsupportedModelError
 from nestpatch.events import ignore
+from nestpatch.export._source import open_wanted, source_of
+from nestpatch.export.onnx import _graph as graphs
+from nestpatch.export.onnx._quantize import quantize
+from nestpatch.export.onnx._weights import load
+from nestpatch.export.onnx.exporter import export_onnx, save
 from nestpatch.formats import nest
 from nestpatch.gate import prove
-from nestpatch.onnx_export import graph as graphs
-from nestpatch.onnx_export.quantize import quantize
-from nestpatch.onnx_export.to_onnx import export_onnx, save
-from nestpatch.onnx_export.weights import load
 from nestpatch.pack import Pack
-from nestpatch.patcher.export_source import open_wanted, source_of
 from tests.helpers import load_tensors, tiny_pack, tree_digest
 from tests.onnx_export.runs import facts, unsigned
 

@@ -11,9 +11,9 @@ import onnx_ir
 import pytest
 
 from nestpatch.errors import QuantizationError
-from nestpatch.nest_train.onnx_model import OnnxModel
-from nestpatch.onnx_export.quantize import quantize, quantize_matrix, require_faithful
-from nestpatch.onnx_export.to_onnx import save
+from nestpatch.export.onnx._quantize import quantize, quantize_matrix, require_faithful
+from nestpatch.export.onnx.exporter import save
+from nestpatch.runtimes.onnx import OnnxModel
 from tests.onnx_export.runs import Run, batch, reference, weights
 
 

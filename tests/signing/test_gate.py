@@ -11,9 +11,9 @@ import pytest
 
 import nestpatch
 from nestpatch.errors import BadSignatureError, NestpatchError, UnsignedError, UntrustedError
+from nestpatch.export._source import RECORD
 from nestpatch.formats import nest
 from nestpatch.gate import look, prove
-from nestpatch.patcher.export_source import RECORD
 from nestpatch.signing.trust import Policy, Rule, TrustedKey, save_policy
 from nestpatch.signing.verify import sign_pack
 from tests.calls import run
@@ -34,7 +34,7 @@ def place(tmp_path: Path) -> Path:
 
 
 def evaluate(model: Path, _: Path, patch: Any, **options: Any) -> Any:
-    from nestpatch.nest_train.evaluate import load_suite
+    from nestpatch.evaluation.suites import load_suite
 
     return nestpatch.evaluate(model, [load_suite(str(model.with_name("benign.jsonl")))], patch=patch, **options)
 
@@ -138,7 +138,7 @@ def test_export_uses_what_it_checked_and_reads_no_file_again(
     place: Path, people: People, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """--check measured the file that lay there after the export."""
-    from nestpatch.nest_train import check
+    from nestpatch.evaluation import parity as check
 
     seen: list[Any] = []
 
@@ -152,7 +152,7 @@ def test_export_uses_what_it_checked_and_reads_no_file_again(
 
     monkeypatch.setattr(check, "check_gguf", check_gguf)
     monkeypatch.setattr(check, "require_check", lambda: None)
-    monkeypatch.setattr("nestpatch.patcher.export.export_gguf", other_file)
+    monkeypatch.setattr("nestpatch.export.models.export_gguf", other_file)
     run("export", place / "model", place / "no-harm.nest", "--to", "gguf", "-o", place / "out", "--check")
     assert seen == ["no-harm 1.0.0"]
 

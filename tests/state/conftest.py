@@ -11,7 +11,7 @@ import pytest
 from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack
-from nestpatch.patcher.place import Place, place_of
+from nestpatch.patcher.state_dir import Place, place_of
 from nestpatch.signing.keys import PrivateKey, generate
 from nestpatch.signing.trust import Policy, TrustedKey, save_policy
 from nestpatch.signing.verify import sign_pack

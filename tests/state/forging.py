@@ -15,9 +15,9 @@ import numpy as np
 from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack
+from nestpatch.patcher._undo import TensorPacker, UndoWriter, checksums, residual
 from nestpatch.patcher.ledger import FORMAT
-from nestpatch.patcher.place import Place
-from nestpatch.patcher.undo import TensorPacker, UndoWriter, checksums, residual
+from nestpatch.patcher.state_dir import Place
 from nestpatch.rows import Rows
 from nestpatch.signing.verify import signature_files
 from tests.state.conftest import Scene

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.patcher.journal import MAGIC, Region, write_journal
+from nestpatch.patcher._journal import MAGIC, Region, write_journal
 from tests.state.conftest import Scene
 
 Header = dict[str, Any]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nestpatch.hub.publish import push
+from nestpatch.channels.publish import push
 from tests.calls import run
 from tests.state import forging
 from tests.state.conftest import Scene

@@ -12,13 +12,13 @@ import pytest
 
 from nestpatch.errors import BusyError, InterruptedChangeError
 from nestpatch.events import Event
+from nestpatch.export.models import export_safetensors
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.patcher import apply as applying
+from nestpatch.patcher._journal import Region, write_journal
 from nestpatch.patcher.apply import apply
-from nestpatch.patcher.export import export_safetensors
 from nestpatch.patcher.inplace import apply_in_place, revert
-from nestpatch.patcher.journal import Region, write_journal
-from nestpatch.patcher.place import Place, kept_from_writers, locked
+from nestpatch.patcher.state_dir import Place, kept_from_writers, locked
 from nestpatch.patcher.verify import verify
 from tests.calls import answer, run
 from tests.state.conftest import Scene, make_scene
@@ -204,7 +204,7 @@ def test_the_blobs_of_a_cache_are_the_models_own(plain: Scene, tmp_path: Path, s
 
 def test_an_onnx_export_copies_no_links_out_of_the_model(plain: Scene, tmp_path: Path, secret: Path) -> None:
     pytest.importorskip("torch")
-    from nestpatch.onnx_export.companions import _copy
+    from nestpatch.export.onnx._companions import _copy
 
     (plain.folder / "tokenizer.json").symlink_to(secret)
     (plain.folder / "merges.txt").write_bytes(b"a b")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from nestpatch.errors import BadSignatureError, BaseMismatchError, BusyError, DowngradeError
-from nestpatch.formats import copying
+from nestpatch.files import copying
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.patcher import detach as detaching
-from nestpatch.patcher.detach import detach
+from nestpatch.patcher import _transaction as detaching
+from nestpatch.patcher._transaction import detach
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.verify import verify
 from tests.calls import refused
@@ -167,7 +167,7 @@ def test_rows_that_changed_after_the_check_are_no_base(plain: Scene, monkeypatch
         checkpoint.write_rows(delta.name, rows, checkpoint.read_rows(delta.name, rows)[:, ::-1])
         return detach(checkpoint)
 
-    monkeypatch.setattr("nestpatch.patcher.detach.detach", late)
+    monkeypatch.setattr("nestpatch.patcher._transaction.detach", late)
     with pytest.raises(BaseMismatchError):
         apply_in_place(model, plain.pack(), detach=True)
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nestpatch.channels.publish import push
 from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.hub.publish import push
 from nestpatch.pack import Pack
 from nestpatch.patcher.ledger import read_ledger
 from tests.calls import answer, refused, run

@@ -14,8 +14,8 @@ import pytest
 from nestpatch.errors import ForeignJournalError, InPlaceError, JournalError, StateError
 from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
+from nestpatch.patcher._journal import read_journal
 from nestpatch.patcher.inplace import apply_in_place
-from nestpatch.patcher.journal import read_journal
 from nestpatch.patcher.ledger import Ledger, write_ledger
 from nestpatch.patcher.recovery import Foreign, recover_model
 from nestpatch.rows import merge
@@ -164,7 +164,7 @@ def test_a_machine_that_lost_its_key_asks(scene: Scene, home: Path) -> None:
 
 def interrupted_apply(scene: Scene, pack_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves a model as a kill between the rows and the commit does."""
-    from nestpatch.patcher import transaction
+    from nestpatch.patcher import _transaction as transaction
 
     def dies(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -13,7 +13,7 @@ import pytest
 
 from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.patcher.journal import MAGIC, Region, write_journal
+from nestpatch.patcher._journal import MAGIC, Region, write_journal
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.signing import bundle
 from nestpatch.signing.machine import seal

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nestpatch.channels.publish import push
 from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.hub.publish import push
+from nestpatch.patcher._journal import Region, write_journal
 from nestpatch.patcher.inplace import apply_in_place
-from nestpatch.patcher.journal import Region, write_journal
 from tests.calls import run
 from tests.state.conftest import KINDS, Scene, make_scene
 from tests.state.users import NOBODY, as_nobody

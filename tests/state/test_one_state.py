@@ -14,7 +14,7 @@ from nestpatch.errors import BusyError, CheckpointFormatError, InPlaceError, Sta
 from nestpatch.patcher.apply import apply
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.ledger import read_ledger
-from nestpatch.patcher.place import locked, place_of
+from nestpatch.patcher.state_dir import locked, place_of
 from nestpatch.patcher.status import status
 from nestpatch.patcher.verify import Verdict, verify
 from tests.calls import answer, refused

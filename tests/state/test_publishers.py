@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nestpatch.channels.publish import push, renew, withdraw
 from nestpatch.errors import ChainError, PublisherError
 from nestpatch.formats import nest
 from nestpatch.gate import Trust
-from nestpatch.hub.publish import push, renew, withdraw
 from nestpatch.pack import Pack
 from nestpatch.patcher.chain import Allowed, Do, Link, Step, plan_apply, plan_revert
 from nestpatch.patcher.inplace import apply_in_place

@@ -12,7 +12,7 @@ from nestpatch.patcher.apply import apply
 from nestpatch.patcher.held import Holds
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.ledger import read_ledger
-from nestpatch.patcher.place import place_of
+from nestpatch.patcher.state_dir import place_of
 from nestpatch.patcher.verify import Verdict, verify
 from tests.calls import answer, refused, run
 from tests.state.conftest import Scene

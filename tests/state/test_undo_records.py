@@ -17,8 +17,8 @@ import pytest
 from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack
+from nestpatch.patcher._journal import Region, write_journal
 from nestpatch.patcher.inplace import apply_in_place, revert
-from nestpatch.patcher.journal import Region, write_journal
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.rows import Rows
 from nestpatch.signing.verify import sign_pack

@@ -15,16 +15,15 @@ from typing import Any
 import numpy as np
 
 from nestpatch.errors import CheckpointError, CheckpointFormatError, UnsupportedModelError
-from nestpatch.formats.interface import IntArray, TensorInfo, row_blocks
-from nestpatch.formats.onnx.blocks import find_blocks
-from nestpatch.formats.onnx.finder import Finder, Found
+from nestpatch.formats._rowio import read_all_at
+from nestpatch.formats.checkpoint import IntArray, TensorInfo, row_blocks
+from nestpatch.formats.onnx._finder import Finder, Found, find_blocks
+from nestpatch.formats.onnx._graph import read_graph
+from nestpatch.formats.onnx._layout import JoinedLayout, Layout, RowLayout, Segment
+from nestpatch.formats.onnx._linear import Form, Weight, find_weights
+from nestpatch.formats.onnx._stored import WAY_OUT, Stored, refusal, stored
+from nestpatch.formats.onnx._tensors import Initializer
 from nestpatch.formats.onnx.folder import only_model
-from nestpatch.formats.onnx.graph import read_graph
-from nestpatch.formats.onnx.layout import JoinedLayout, Layout, RowLayout, Segment
-from nestpatch.formats.onnx.linear import Form, Weight, find_weights
-from nestpatch.formats.onnx.stored import WAY_OUT, Stored, refusal, stored
-from nestpatch.formats.onnx.tensors import Initializer
-from nestpatch.formats.rowio import read_all_at
 from nestpatch.rows import DTYPES, Rows
 
 

@@ -1,0 +1,1 @@
+"""Channels: signed lists of pack versions, read, remembered, followed and published."""

@@ -1,0 +1,131 @@
+"""What a publisher does to a channel: values in, values out. Each change is issued under the next serial number."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from datetime import datetime, timedelta
+from hashlib import sha256
+
+from nestpatch.channels.listing import (
+    MAX_FIRST,
+    PAYLOAD_TYPE,
+    SUCCESSION_TYPE,
+    TIME,
+    Channel,
+    File,
+    Patch,
+    Status,
+    Succession,
+    base_digest,
+    patch_path,
+    payload,
+    succession_payload,
+    write_envelope,
+)
+from nestpatch.channels.rules import choose
+from nestpatch.errors import PublishError, VersionError
+from nestpatch.pack import Manifest
+from nestpatch.signing.dsse import MAX_BYTES, seal
+from nestpatch.signing.keys import PrivateKey, PublicKey
+
+DAYS = 30
+"""That a channel is good for, by default: for so long somebody who controls the server can hold back a fix."""
+
+
+def new_channel(name: str, root: PublicKey) -> Channel:
+    """A channel that was never issued."""
+    return Channel(name, 0, "", "", root)
+
+
+def issue(channel: Channel, key: PrivateKey, now: str, days: int = DAYS) -> tuple[Channel, bytes]:
+    """The channel under its next number, good for some days, and its signed file. Raises PublishError when that is too long."""
+    end = datetime.strptime(now, TIME) + timedelta(days=days)  # noqa: DTZ007 - UTC by its Z
+    issued = replace(channel, serial=channel.serial + 1, issued=now, expires=end.strftime(TIME), root=key.public)
+    data = write_envelope(seal(PAYLOAD_TYPE, payload(issued), [key]))
+    if len(data) > MAX_BYTES:
+        raise PublishError(
+            f"{channel.name} would have {len(data)} bytes; readers take {MAX_BYTES}", advice="Start a new channel."
+        )
+    return issued, data
+
+
+def require_next_number(channel: Channel) -> None:
+    """Raises PublishError when its next number would be too high for new readers."""
+    if channel.serial >= MAX_FIRST:
+        raise PublishError(
+            f"{channel.name} has number {channel.serial}; new readers take numbers up to {MAX_FIRST}",
+            advice="Hand the channel over to a new key, which starts the count again: nestpatch renew REPO --new-key NEW",
+        )
+
+
+def listed(manifest: Manifest, data: bytes, signatures: Mapping[str, bytes]) -> tuple[Patch, dict[str, bytes]]:
+    """The entry of a pack, and the files that belong to it by their paths. `signatures`: what follows .nest -> content."""
+    stem = patch_path(manifest.name, manifest.version)
+    files = {stem: data} | {f"{stem}{suffix}": content for suffix, content in signatures.items()}
+    entries = [File(path, len(content), sha256(content).hexdigest()) for path, content in files.items()]
+    base = manifest.base.model_id, base_digest(manifest)
+    return Patch(manifest.name, manifest.version, entries[0], tuple(entries[1:]), *base, manifest.supersedes), files
+
+
+def add(channel: Channel, patch: Patch) -> Channel:
+    """One more version. Raises VersionError for one that is there, or that belongs to another patch or model."""
+    for other in channel.patches:
+        if other.order == patch.order:
+            same = "the same content" if other.file.sha256 == patch.file.sha256 else "other content"
+            raise VersionError(f"{channel.name} has {other.label} already, with {same}")
+        if other.id != patch.id:
+            raise VersionError(
+                f"{channel.name} is the channel of {other.id}, not of {patch.id}",
+                advice="Publish it in a repository of its own: a model can follow several channels.",
+            )
+    replaced = [_superseded(other, patch) for other in channel.patches]
+    return replace(channel, patches=tuple(sorted([*replaced, patch], key=lambda entry: entry.order)))
+
+
+def stands(channel: Channel, patch: Patch, signatures: Collection[str]) -> bool:
+    """Whether this very pack is published already, not withdrawn, with signatures of these SHA-256 among its own."""
+    for other in channel.patches:
+        if other.order == patch.order and other.file.sha256 == patch.file.sha256 and other.status is not Status.REVOKED:
+            return set(signatures) <= {file.sha256 for file in other.signatures}
+    return False
+
+
+def _superseded(old: Patch, new: Patch) -> Patch:
+    # A prerelease replaces nothing that is finished.
+    replaces = old.order < new.order and (not new.order.prerelease or bool(old.order.prerelease))
+    if old.status is Status.ACTIVE and (replaces or old.file.sha256 in new.supersedes):
+        return replace(old, status=Status.SUPERSEDED)
+    return old
+
+
+def revoke(channel: Channel, version: str, reason: str) -> Channel:
+    """Withdraws a version. Where it was the last active one, the highest that stands becomes active again.
+
+    Raises VersionError when there is no such version, RevokedError when it is withdrawn already.
+    """
+    gone = choose(channel, version)
+    patches = [replace(p, status=Status.REVOKED, reason=reason) if p is gone else p for p in channel.patches]
+    standing = [patch for patch in patches if patch.status is not Status.REVOKED]
+    if standing and not any(patch.status is Status.ACTIVE for patch in standing):
+        finished = [patch for patch in standing if not patch.order.prerelease]
+        best = max(finished or standing, key=lambda patch: patch.order)
+        patches = [replace(patch, status=Status.ACTIVE) if patch is best else patch for patch in patches]
+    return replace(channel, patches=tuple(patches))
+
+
+def hand_over(channel: Channel, old: PrivateKey, new: PrivateKey) -> Channel:
+    """Lets a new root key sign from now on, with numbers that start again. Issue it with the new key."""
+    said = succession_payload(channel.name, old.public, new.public)
+    step = Succession(seal(SUCCESSION_TYPE, said, [old]), channel.name, old.public.key_id, new.public)
+    return replace(channel, serial=0, successions=(*channel.successions, step), root=new.public)
+
+
+def with_signatures(channel: Channel, more: Mapping[str, Mapping[str, bytes]]) -> Channel:
+    """Adds signature files: version -> path -> content."""
+    patches = []
+    for patch in channel.patches:
+        files = more.get(patch.version, {})
+        entries = [File(path, len(content), sha256(content).hexdigest()) for path, content in files.items()]
+        patches.append(replace(patch, signatures=(*patch.signatures, *entries)))
+    return replace(channel, patches=tuple(patches))

@@ -1,0 +1,1 @@
+"""Differences between models and between packs; a difference as a pack."""

@@ -1,0 +1,144 @@
+"""What differs between two packs: the audit of an update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nestpatch.formats import nest
+from nestpatch.formats.checkpoint import IntArray, row_blocks
+from nestpatch.pack import Pack, TensorDelta
+from nestpatch.rows import Rows
+
+SHOWN_ROWS = 5
+"""Row numbers that a result names."""
+MAX_DEPTH = 8
+"""Levels of a manifest that are compared field by field; what lies deeper is compared as a whole."""
+_TOLD_ELSEWHERE = ("name", "version", "base.tensors.", "result.tensors.")
+
+
+@dataclass(frozen=True)
+class PackTensorDiff:
+    """How one tensor's change differs between two packs."""
+
+    name: str
+    kept: int
+    """Rows that both change."""
+    added: int
+    removed: int
+    changed: int
+    """Kept rows with another delta."""
+    relative: float | None
+    """||B - A|| / ||A|| of the deltas of the kept rows; None where they cannot be compared."""
+    clusters: tuple[int, int]
+    first_added: tuple[int, ...]
+    first_removed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FieldDiff:
+    """A fact of the manifest that differs. Lists are given as JSON text; None where a pack lacks the fact."""
+
+    field: str
+    """Dotted: "method.recipe.threshold"."""
+    a: str | float | bool | None
+    b: str | float | bool | None
+
+
+@dataclass(frozen=True)
+class PackDiff:
+    """What an update changes."""
+
+    a: str
+    """Name and version."""
+    b: str
+    ids: tuple[str, str]
+    same_base: bool | None
+    """Whether the tensors that both change have the same digests in both bases; None where there is no such tensor."""
+    foreign: tuple[str, ...]
+    """The tensors whose digests, shapes or dtypes differ."""
+    tensors: tuple[PackTensorDiff, ...]
+    fields: tuple[FieldDiff, ...]
+
+    @property
+    def identical(self) -> bool:
+        return self.ids[0] == self.ids[1]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"kind": "packs", "identical": self.identical, **asdict(self)}
+
+
+def compare_packs(a: Pack, b: Pack) -> PackDiff:
+    """The audit of an update from pack A to pack B."""
+    ours, theirs = ({delta.name: delta for delta in pack} for pack in (a, b))
+    names, common = sorted({*ours, *theirs}), sorted(ours.keys() & theirs.keys())
+    # The digest of the touched rows depends on which rows those are; the other three are facts of the base.
+    facts = [{name: (i.shape, i.dtype, i.sha256) for name, i in pack.manifest.base.tensors.items()} for pack in (a, b)]
+    foreign = tuple(name for name in common if facts[0][name] != facts[1][name])
+    tensors = tuple(_compare_deltas(name, ours.get(name), theirs.get(name)) for name in names)
+    same_base = not foreign if common else None
+    ids = nest.pack_id(a), nest.pack_id(b)
+    return PackDiff(a.label, b.label, ids, same_base, foreign, tensors, _compare_manifests(a, b))
+
+
+def _compare_deltas(name: str, ours: TensorDelta | None, theirs: TensorDelta | None) -> PackTensorDiff:
+    before, after = (np.empty(0, np.int64) if d is None else d.rows.astype(np.int64) for d in (ours, theirs))
+    kept, *where = np.intersect1d(before, after, assume_unique=True, return_indices=True)
+    added, removed = np.setdiff1d(after, before), np.setdiff1d(before, after)
+    changed, relative = 0, None
+    if ours is not None and theirs is not None and len(kept):
+        changed, relative = _compare_kept(ours, theirs, where)
+    clusters = 0 if ours is None else ours.clusters, 0 if theirs is None else theirs.clusters
+    first = [tuple(found[:SHOWN_ROWS].tolist()) for found in (added, removed)]
+    return PackTensorDiff(name, len(kept), len(added), len(removed), changed, relative, clusters, *first)
+
+
+def _compare_kept(ours: TensorDelta, theirs: TensorDelta, where: list[IntArray]) -> tuple[int, float | None]:
+    """(rows with another delta, relative norm of the change). `where` holds the kept rows' places in each."""
+    if ours.delta.shape[1] != theirs.delta.shape[1]:
+        return len(where[0]), None
+    count, change, base = 0, 0.0, 0.0
+    for part in row_blocks(len(where[0]), 8 * ours.delta.shape[1]):
+        pair = [d.delta[d.cluster[w[part]]].astype(np.float32) for d, w in zip((ours, theirs), where, strict=True)]
+        count += int((pair[0] != pair[1]).any(axis=1).sum())
+        changes, bases = squares(*pair)
+        change, base = change + float(changes.sum()), base + float(bases.sum())
+    return count, finite(math.sqrt(change / base)) if base > 0 else None
+
+
+def _compare_manifests(a: Pack, b: Pack) -> tuple[FieldDiff, ...]:
+    ours, theirs = (dict(_flat(nest.manifest_json(pack.manifest))) for pack in (a, b))
+    pairs = ((name, ours.get(name), theirs.get(name)) for name in sorted(ours.keys() | theirs.keys()))
+    return tuple(FieldDiff(*pair) for pair in pairs if pair[1] != pair[2] and not pair[0].startswith(_TOLD_ELSEWHERE))
+
+
+def _flat(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value and depth < MAX_DEPTH:
+        for key, entry in value.items():
+            yield from _flat(entry, f"{path}.{key}" if path else key, depth + 1)
+    else:
+        yield path, nest.canonical_json(value) if isinstance(value, (dict, list)) else value
+
+
+Sums = npt.NDArray[np.float64]
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for infinity and NaN, which JSON cannot hold."""
+    return value if math.isfinite(value) else None
+
+
+def squares(ours: Rows, theirs: Rows) -> tuple[Sums, Sums]:
+    """Sums of squares of B - A and of A, per row."""
+    if ours.dtype == np.uint8:  # bytes of who knows what
+        return np.full(len(ours), np.nan), np.full(len(ours), np.nan)
+    with np.errstate(over="ignore", invalid="ignore"):
+        base = ours.astype(np.float64)
+        change = theirs.astype(np.float64) - base
+        return np.einsum("ij,ij->i", change, change), np.einsum("ij,ij->i", base, base)

@@ -1,0 +1,289 @@
+"""What differs between two checkpoints, by tensor and row, or between two packs.
+
+Checkpoints are read side by side in blocks, so memory does not grow with them; equal bytes are passed over. Only the weights
+are compared: no configuration, no tokenizer.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from nestpatch.compare._packs import PackDiff, Sums, compare_packs, finite, squares
+from nestpatch.errors import CheckpointFormatError, DataError, QuantizationError
+from nestpatch.events import Event, OnEvent, ignore
+from nestpatch.formats.checkpoint import CHUNK, Checkpoint, IntArray, TensorInfo, row_blocks
+from nestpatch.formats.safetensors import read_header
+from nestpatch.gate import is_channel, look
+from nestpatch.patcher.recovery import open_model
+from nestpatch.rows import DTYPES, Rows
+
+SHOWN_ROWS = 5
+"""Row numbers that a result names."""
+_VALUES: dict[str, np.dtype[Any]] = {
+    **DTYPES,
+    "F64": np.dtype("<f8"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+"""Dtypes with norms, and that compare with each other by value. Others are bytes."""
+# The number of a layer stands between separators: model.layers.7.mlp, blk.7.ffn_up, h/7/fc.
+_LAYER = re.compile(r"(?:^|[./])(\d{1,6})(?=[./]|$)", re.ASCII)
+
+_Difference = tuple[IntArray, Sums, Sums]
+"""Numbers of changed rows, and for each the sums of squares of B - A and of A; NaN where there are no values."""
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A tensor that the two do not have alike."""
+
+    name: str
+    what: str
+    """"only in A", "only in B", "shape", "dtype" (values compared) or "dtype, not compared"."""
+    a: str
+    """The shape or dtype in A; empty where A has no such tensor."""
+    b: str
+
+
+@dataclass(frozen=True)
+class TensorDiff:
+    """A tensor with other values. Norms are Euclidean, over the changed rows; None where there is no finite number."""
+
+    name: str
+    dtype: str
+    """In A."""
+    shape: tuple[int, ...]
+    rows: int
+    """All rows of the tensor; one of a single dimension is one row, experts are flattened."""
+    changed: int
+    first_rows: tuple[int, ...]
+    relative: float | None
+    """||B - A|| / ||A||."""
+    largest: float | None
+    """||B - A|| of the row that changed most, and its number."""
+    largest_row: int
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """The tensors of one layer together."""
+
+    stack: str
+    """What comes before the number in the names: "model.layers"."""
+    layer: int
+    changed: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class CheckpointDiff:
+    """What differs between the weights of two models."""
+
+    a: Path
+    b: Path
+    compared: int
+    """Tensors whose values were compared."""
+    mismatches: tuple[Mismatch, ...]
+    changed: tuple[TensorDiff, ...]
+    layers: tuple[LayerChange, ...]
+    """All layers of all stacks, changed or not, in order."""
+
+    @property
+    def identical(self) -> bool:
+        return not self.mismatches and not self.changed
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"kind": "checkpoints", "identical": self.identical, **asdict(self)}
+
+
+def is_pack(path: str | Path) -> bool:
+    """Whether a path is, or claims to be, a pack: by its name, its channel's, or its header. Reads no more than that."""
+    if is_channel(path) or Path(path).suffix == ".nest":
+        return True
+    # os.path answers no where Path.is_file raises.
+    if not os.path.isfile(path):  # noqa: PTH113
+        return False
+    try:
+        return set(read_header(Path(path))[1]) == {"nest"}
+    except CheckpointFormatError:
+        return False
+
+
+def diff(a: str | Path, b: str | Path, *, on_event: OnEvent = ignore) -> CheckpointDiff | PackDiff:
+    """Compares two models or two packs: files, or hub://owner/name[@VERSION].
+
+    Packs need not be signed, but what signatures they have must be sound.
+
+    Raises DataError for a pack and a model, SignatureError, PackError, CheckpointError, BusyError or JournalError.
+    """
+    if is_pack(a) and is_pack(b):
+        return compare_packs(look(a, on_event=on_event).pack, look(b, on_event=on_event).pack)
+    if is_pack(a) or is_pack(b):
+        raise DataError(
+            f"one of {a} and {b} is a pack, the other a model: they cannot be compared",
+            advice="Give two models or two packs. What a pack has to do with a model: nestpatch verify MODEL PATCH",
+        )
+    return compare(open_model(a)[0], open_model(b)[0], on_event=on_event)
+
+
+def compare(a: Checkpoint, b: Checkpoint, *, on_event: OnEvent = ignore) -> CheckpointDiff:
+    """Compares the weights of two open models, however they are cut into files. Raises CheckpointFormatError."""
+    ours, theirs = set(a.tensors()), set(b.tensors())
+    mismatches = [Mismatch(name, "only in A", str(list(a.info(name).shape)), "") for name in ours - theirs]
+    mismatches += [Mismatch(name, "only in B", "", str(list(b.info(name).shape))) for name in theirs - ours]
+    changed: list[TensorDiff] = []
+    rows: dict[str, tuple[int, int]] = {}
+    common = sorted(ours & theirs)
+    for number, name in enumerate(common, start=1):
+        mismatch = _mismatch(a.info(name), b.info(name))
+        mismatches += [mismatch] if mismatch is not None else []
+        if mismatch is None or mismatch.what == "dtype":
+            found = _compare_tensor(a, b, name)
+            changed += [found] if found is not None else []
+            rows[name] = found.changed if found is not None else 0, _shape(a.info(name))[0]
+        on_event(Event("compare", number, len(common), name))
+    mismatches.sort(key=lambda mismatch: mismatch.name)
+    return CheckpointDiff(a.path, b.path, len(rows), tuple(mismatches), tuple(changed), _layers(rows))
+
+
+def changed_rows(a: Checkpoint, b: Checkpoint, name: str) -> IntArray:
+    """The numbers of the rows that differ, int64, sorted. The tensor must have the same shape in both."""
+    found = [rows for rows, _, _ in _differences(a, b, name)]
+    return np.concatenate([np.empty(0, np.int64), *found])
+
+
+def _mismatch(ours: TensorInfo, theirs: TensorInfo) -> Mismatch | None:
+    if ours.shape != theirs.shape:
+        return Mismatch(ours.name, "shape", str(list(ours.shape)), str(list(theirs.shape)))
+    if ours.dtype != theirs.dtype:
+        comparable = ours.dtype in _VALUES and theirs.dtype in _VALUES
+        return Mismatch(ours.name, "dtype" if comparable else "dtype, not compared", ours.dtype, theirs.dtype)
+    return None
+
+
+def _layers(rows: Mapping[str, tuple[int, int]]) -> tuple[LayerChange, ...]:
+    """Sums (changed, rows) of tensors by the first number in their names."""
+    sums: dict[tuple[str, int], tuple[int, int]] = {}
+    for name, (changed, total) in rows.items():
+        if found := _LAYER.search(name):
+            key = name[: found.start()], int(found[1])
+            before = sums.get(key, (0, 0))
+            sums[key] = before[0] + changed, before[1] + total
+    return tuple(LayerChange(*key, *sums[key]) for key in sorted(sums))
+
+
+def _compare_tensor(a: Checkpoint, b: Checkpoint, name: str) -> TensorDiff | None:
+    info = a.info(name)
+    count, first = 0, list[int]()
+    change = base = 0.0
+    largest, largest_row = -1.0, 0
+    for rows, changes, bases in _differences(a, b, name):
+        count += len(rows)
+        first += rows[: SHOWN_ROWS - len(first)].tolist()
+        change, base = change + float(changes.sum()), base + float(bases.sum())
+        # A row that became NaN changed most of all.
+        sizes = np.where(np.isnan(changes), np.inf, changes)
+        if sizes.max() > largest:
+            largest, largest_row = float(sizes.max()), int(rows[sizes.argmax()])
+    if not count:
+        return None
+    relative = finite(math.sqrt(change / base)) if base > 0 else None
+    norms = relative, finite(math.sqrt(largest)), largest_row
+    return TensorDiff(name, info.dtype, info.shape, _shape(info)[0], count, tuple(first), *norms)
+
+
+def _shape(info: TensorInfo) -> tuple[int, int]:
+    """(rows, elements per row), in bytes where the dtype is none of _VALUES; one row where rows end inside a byte."""
+    if not info.nbytes:
+        return 0, 0
+    size = _unit(info).itemsize
+    rows = info.rows if info.nbytes % (info.rows * size) == 0 else 1
+    return rows, info.nbytes // (rows * size)
+
+
+def _unit(info: TensorInfo) -> np.dtype[Any]:
+    return _VALUES.get(info.dtype, np.dtype(np.uint8))
+
+
+class _Side:
+    """One tensor of one model, read from its first element to its last."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self.info = checkpoint.info(name)
+        self.unit = _unit(self.info)
+        self._blocks = checkpoint.read_all(name)
+        self._rest = memoryview(b"")
+
+    def take(self, count: int) -> bytes:
+        """The bytes of the next `count` elements. Formats cut their blocks as they like."""
+        parts, lacking = [], count * self.unit.itemsize
+        while lacking:
+            if not self._rest:
+                self._rest = memoryview(next(self._blocks, b""))
+            if not self._rest:
+                raise CheckpointFormatError(f"{self.info.file} ends inside tensor {self.info.name}")
+            parts.append(self._rest[:lacking])
+            self._rest = self._rest[len(parts[-1]) :]
+            lacking -= len(parts[-1])
+        return b"".join(parts)
+
+
+def _differences(a: Checkpoint, b: Checkpoint, name: str) -> Iterator[_Difference]:
+    ours, theirs = _Side(a, name), _Side(b, name)
+    rows, width = _shape(ours.info)
+    # Norms take several arrays of eight bytes per element; so much smaller blocks keep each of them below CHUNK.
+    size = 8 * max(ours.unit.itemsize, theirs.unit.itemsize)
+    if width * size > CHUNK:
+        yield from _wide_differences(ours, theirs, rows, width)
+        return
+    for part in row_blocks(rows, width * size):
+        data = [side.take((part.stop - part.start) * width) for side in (ours, theirs)]
+        if ours.unit == theirs.unit and data[0] == data[1]:
+            continue
+        x, y = np.frombuffer(data[0], ours.unit).reshape(-1, width), np.frombuffer(data[1], theirs.unit).reshape(-1, width)
+        where = np.flatnonzero(_unlike(x, y).any(axis=1))
+        if len(where):
+            yield part.start + where, *squares(_numbers(x[where], ours.info), _numbers(y[where], theirs.info))
+
+
+def _wide_differences(ours: _Side, theirs: _Side, rows: int, width: int) -> Iterator[_Difference]:
+    """For rows that are longer than a block, such as a tensor of one huge dimension."""
+    for row in range(rows):
+        differs, change, base = False, np.zeros(1), np.zeros(1)
+        for part in row_blocks(width, 8 * max(ours.unit.itemsize, theirs.unit.itemsize)):
+            x, y = (np.frombuffer(side.take(part.stop - part.start), side.unit)[None] for side in (ours, theirs))
+            differs |= bool(_unlike(x, y).any())
+            changes, bases = squares(x, y)
+            change, base = change + changes, base + bases
+        if differs:
+            yield np.array([row]), change, base
+
+
+def _numbers(rows: Rows, info: TensorInfo) -> Rows:
+    """The values of rows that are stored quantized; others as they are."""
+    if info.dtype in _VALUES or info.codec is None:
+        return rows
+    try:
+        return info.codec.decode(rows)
+    except QuantizationError:  # a type that holds no numbers of this kind: its bytes were compared
+        return rows
+
+
+def _unlike(ours: Rows, theirs: Rows) -> npt.NDArray[np.bool_]:
+    """Where elements differ: in their bits, or across dtypes in their values."""
+    if ours.dtype == theirs.dtype:
+        bits = f"u{ours.dtype.itemsize}"
+        return np.asarray(ours.view(bits) != theirs.view(bits))
+    wide = ours.astype(np.float64), theirs.astype(np.float64)
+    return np.asarray((wide[0] != wide[1]) & ~(np.isnan(wide[0]) & np.isnan(wide[1])))

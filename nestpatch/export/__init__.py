@@ -1,0 +1,1 @@
+"""Whole models and adapters in other formats."""

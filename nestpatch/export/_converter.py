@@ -1,0 +1,123 @@
+"""The other route to GGUF: llama.cpp's own converter, from a checkout of the user's, for models that are not known here."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nestpatch import __version__
+from nestpatch.errors import DataError, UnsupportedModelError
+from nestpatch.events import Event, OnEvent, ignore
+from nestpatch.export import _quantizer as quantizing
+from nestpatch.export._gguf import WrittenModel, model_name
+from nestpatch.files.hashing import Sink, seal
+from nestpatch.files.scratch import CONVERTED, WHOLE, claimed, new_output, scratch
+from nestpatch.formats.checkpoint import CHUNK, Checkpoint
+from nestpatch.formats.gguf.header import Fact, encode_facts
+from nestpatch.formats.gguf.quants import AUTO, FileType, file_type
+from nestpatch.formats.provenance import VERSION
+
+SCRIPT = "convert_hf_to_gguf.py"
+_TAIL = 12
+"""Lines of the converter's output that an error shows."""
+
+
+def require_converter(llama_cpp: Path) -> Path:
+    """The converter in a checkout of llama.cpp. Raises DataError when it is not there."""
+    script = llama_cpp / SCRIPT
+    if not script.is_file():
+        raise DataError(
+            f"{llama_cpp} has no {SCRIPT}",
+            advice="Give a checkout of llama.cpp: git clone https://github.com/ggml-org/llama.cpp",
+        )
+    return script
+
+
+def convert_gguf(
+    checkpoint: Checkpoint,
+    target: Path,
+    llama_cpp: Path,
+    *,
+    kind: str = AUTO,
+    name: str | None = None,
+    keys: Mapping[str, str] | None = None,
+    dry_run: bool = False,
+    on_event: OnEvent = ignore,
+    confirm: Callable[[], None] = lambda: None,
+) -> WrittenModel:
+    """Exports a model directory through llama.cpp's converter, and adds `keys` to what it wrote.
+
+    `confirm` is called before the file gets its name: if it raises, there is no file.
+
+    Raises DataError without the converter, UnsupportedModelError with the end of its output when it fails,
+    QuantizationError, OutputError, MissingExtraError without llama-cpp-python where that has to quantize.
+    """
+    began = time.perf_counter()
+    script, wanted = require_converter(llama_cpp), file_type(kind)
+    if not wanted.direct:
+        quantizing.require()
+    facts: dict[str, Fact] = {VERSION: __version__, **(keys or {})}
+    if dry_run:
+        return WrittenModel(target, 0, "", 0, wanted.name, "", (), time.perf_counter() - began, dry_run=True)
+    with new_output(target) as sibling, scratch(sibling, CONVERTED) as raw:
+        _run(script, checkpoint, raw, _outtype(checkpoint, wanted), name or model_name(checkpoint.path), on_event)
+        if wanted.direct:
+            architecture, tensors = _add_facts(raw, sibling, facts)
+            on_event(Event("convert", 1, 1, target.name))
+        else:
+            with scratch(sibling, WHOLE) as whole, claimed(whole):
+                architecture, tensors = _add_facts(raw, whole, facts)
+                raw.unlink()
+                quantizing.quantize(whole, sibling, wanted.name, on_event)
+        nbytes, digest = seal(sibling)
+        confirm()
+    return WrittenModel(target, nbytes, digest, tensors, wanted.name, architecture, (), time.perf_counter() - began)
+
+
+def _outtype(checkpoint: Checkpoint, wanted: FileType) -> str:
+    """The type that loses nothing, where none is wanted or llama.cpp quantizes afterwards."""
+    if wanted.direct and wanted.name != AUTO:
+        return wanted.name.lower()
+    dtypes = {checkpoint.info(name).dtype for name in checkpoint.tensors()}
+    return dtypes.pop().lower() if len(dtypes) == 1 and dtypes <= {"F16", "BF16"} else "f32"
+
+
+def _run(script: Path, checkpoint: Checkpoint, target: Path, outtype: str, name: str, on_event: OnEvent) -> None:
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    on_event(Event("convert", 0, 1, str(folder)))
+    command = [sys.executable, str(script), str(folder), "--outfile", str(target), "--outtype", outtype, "--model-name", name]
+    done = subprocess.run(  # noqa: S603 - the user's own checkout, named on purpose
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
+        check=False,
+    )  # fmt: skip
+    if done.returncode or not target.is_file():
+        tail = "\n  ".join(line for line in done.stdout.splitlines()[-_TAIL:] if line.strip())
+        raise UnsupportedModelError(
+            f"llama.cpp's converter could not convert {folder} (exit code {done.returncode}):\n  {tail}",
+            advice=f"It has needs of its own: pip install -r {script.parent / 'requirements.txt'}. Or take a newer one.",
+        )
+
+
+def _add_facts(source: Path, target: Path, facts: Mapping[str, Fact]) -> tuple[str, int]:
+    """Copies a GGUF file with more metadata. Returns (architecture, number of tensors)."""
+    import gguf
+
+    reader: Any = gguf.GGUFReader(source)
+    facts = {key: value for key, value in facts.items() if key not in reader.fields}
+    architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
+    first, last = reader.tensors[0].field, reader.tensors[-1].field
+    end = last.offset + sum(part.nbytes for part in last.parts)
+    with open(source, "rb") as file, Sink(target) as sink:
+        magic, version, tensors, count = struct.unpack("<4sIQQ", file.read(24))
+        sink.write(struct.pack("<4sIQQ", magic, version, tensors, count + len(facts)))
+        sink.write(file.read(first.offset - 24) + encode_facts(facts) + file.read(end - first.offset))
+        sink.write(bytes(-sink.nbytes % reader.alignment))
+        file.seek(reader.data_offset)
+        while block := file.read(CHUNK):
+            sink.write(block)
+    return architecture, len(reader.tensors)

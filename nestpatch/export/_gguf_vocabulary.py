@@ -1,0 +1,232 @@
+"""Byte-level BPE: how the text is split before merging, which llama.cpp must be told by name, and the merges."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
+from nestpatch.export._model_config import read_json
+from nestpatch.export._tokenizer_files import BPE, Kind, Piece, TokenizerFiles, read_model
+from nestpatch.files.reading import MAX_JSON, read_text
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SLASH_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_EDGE = r"[^\r\n\p{L}\p{N}]?"
+
+LLAMA3 = rf"{_CONTRACTIONS}|{_EDGE}\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}"
+QWEN2 = rf"{_CONTRACTIONS}|{_EDGE}\p{{L}}+|\p{{N}}|{_TAIL}"
+GPT4O = rf"{_EDGE}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_EDGE}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_SLASH_TAIL}"
+TEKKEN = rf"{_EDGE}{_UPPER}*{_LOWER}+|{_EDGE}{_UPPER}+{_LOWER}*|\p{{N}}|{_SLASH_TAIL}"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGITS = "every digit by itself"
+
+PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
+    ((LLAMA3,), True): "llama-bpe",
+    ((LLAMA3,), False): "dbrx",
+    ((QWEN2,), False): "qwen2",
+    ((GPT4O,), False): "gpt-4o",
+    ((TEKKEN,), True): "tekken",
+    ((GPT2,), False): "gpt-2",
+    ((DIGITS, GPT2), False): "smollm",
+}
+"""(splits, whether whole words skip merging) -> llama.cpp's name. Names with the same splits differ only in that."""
+_BY_CLASS: dict[str, tuple[str, ...]] = {"Qwen2Tokenizer": (QWEN2,), "GPT2Tokenizer": (GPT2,)}
+"""Classes whose tokenizers may lie there as vocab.json and merges.txt."""
+
+
+def is_byte_level(files: TokenizerFiles) -> bool:
+    """Whether this is a byte-level BPE, by the pre-tokenizer of tokenizer.json or by its files."""
+    if files.tokenizer is None:
+        return (files.folder / "vocab.json").is_file() and (files.folder / "merges.txt").is_file()
+    return any(step.get("type") == "ByteLevel" for step in _steps(files.tokenizer))
+
+
+def _steps(tokenizer: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The pre-tokenizers, one after the other."""
+    first = tokenizer.get("pre_tokenizer") or {}
+    steps = first.get("pretokenizers", [first])
+    return [step for step in steps if step]
+
+
+def pre_tokenizer(files: TokenizerFiles) -> str:
+    """llama.cpp's name of the splits that this tokenizer makes. Raises UnsupportedModelError when it knows none like them."""
+    if files.tokenizer is None:
+        name = str(files.config.get("tokenizer_class", "")).removesuffix("Fast")
+        splits, whole = _BY_CLASS.get(name, ()), False
+    else:
+        splits = tuple(_splits(files.tokenizer))
+        whole = bool(files.tokenizer["model"].get("ignore_merges"))
+    found = PRE_TOKENIZERS.get((splits, whole))
+    if found is None:
+        seen = ", then ".join(splits) or f"those of tokenizer class {files.config.get('tokenizer_class')!r}"
+        raise UnsupportedModelError(
+            f"the tokenizer splits text by rules for which no pre-tokenizer of llama.cpp is known here: {seen}"
+            + (" (with ignore_merges)" if whole else ""),
+            advice="Let llama.cpp's own converter try: --llama-cpp DIR, where DIR is a checkout of llama.cpp.",
+        )
+    return found
+
+
+def _splits(tokenizer: Mapping[str, Any]) -> Iterator[str]:
+    for step in _steps(tokenizer):
+        kind, pattern = step.get("type"), step.get("pattern") or {}
+        plain = step.get("behavior") == "Isolated" and not step.get("invert")
+        if kind == "Split" and plain and "Regex" in pattern:
+            yield pattern["Regex"]
+        elif kind == "Digits" and step.get("individual_digits"):
+            yield DIGITS
+        elif kind == "ByteLevel" and not step.get("add_prefix_space"):
+            if step.get("use_regex", True):
+                yield GPT2
+        else:
+            yield f"{kind} {dict(step)}"
+
+
+def check(files: TokenizerFiles) -> tuple[str, ...]:
+    """What llama.cpp does otherwise, in words. Raises UnsupportedModelError for what would change ordinary text."""
+    model = (files.tokenizer or {}).get("model", {})
+    if model.get("type", "BPE") != "BPE":
+        raise UnsupportedModelError(f"tokenizers of type {model.get('type')} cannot be exported to GGUF here")
+    odd = [name for name in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout") if model.get(name)]
+    if odd:
+        raise UnsupportedModelError(f"llama.cpp has no byte-level BPE with {' and '.join(odd)}")
+    first = (files.tokenizer or {}).get("normalizer") or {}
+    kinds = [step.get("type") for step in first.get("normalizers", [first]) if step]
+    if set(kinds) - {"NFC"}:
+        raise UnsupportedModelError(f"llama.cpp does not normalize text as this tokenizer does ({', '.join(map(str, kinds))})")
+    if kinds or (files.tokenizer is None and "Qwen2" in str(files.config.get("tokenizer_class"))):
+        return ("llama.cpp does not compose characters (NFC): text with separate accents becomes other tokens",)
+    return ()
+
+
+def vocabulary(files: TokenizerFiles) -> tuple[Mapping[str, int], list[str]]:
+    """(token -> id, merges in order as "a b"). Raises CheckpointFormatError when a file is broken."""
+    try:
+        if files.tokenizer is not None:
+            model = files.tokenizer["model"]
+            return model["vocab"], [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        lines = read_text(files.folder / "merges.txt", MAX_JSON).split("\n")
+        merges = [line.rstrip("\r") for number, line in enumerate(lines) if line and not (number == 0 and line.startswith("#"))]
+        return read_json(files.folder / "vocab.json"), merges
+    except (KeyError, TypeError, AttributeError, OSError, UnicodeDecodeError) as error:
+        raise CheckpointFormatError(f"the tokenizer of {files.folder} is broken: {error!r}") from error
+
+
+SPACE = "\u2581"
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+UNREACHABLE = -1e6
+"""The score of pieces that no merge makes."""
+
+
+def pieces(files: TokenizerFiles) -> tuple[Mapping[int, Piece], bool, tuple[str, ...]]:
+    """(pieces by id, whether a space is put before text, notes), from tokenizer.model or rebuilt from tokenizer.json.
+
+    Raises UnsupportedModelError for vocabularies that llama.cpp would read otherwise, CheckpointFormatError without any.
+    """
+    found: Mapping[int, Piece]
+    notes: tuple[str, ...] = ()
+    if files.model_file.is_file():
+        model = read_model(files.model_file)
+        if model.model_type != BPE:
+            raise _refused("a unigram model")
+        found, prefix = dict(enumerate(model.pieces)), model.add_dummy_prefix
+    elif files.tokenizer is not None:
+        found, notes = _rebuilt(files.tokenizer)
+        prefix = False
+    else:
+        raise CheckpointFormatError(
+            f"{files.folder} has no tokenizer", advice="Put tokenizer.json or tokenizer.model into the model's directory."
+        )
+    if sum(piece.kind is Kind.BYTE for piece in found.values()) != 256:
+        # Its tokenizer throws an exception at the first character without a piece.
+        raise _refused("no byte fallback")
+    if files.tokenizer is not None:
+        prefix = _prefix(files.tokenizer)
+    if isinstance(said := files.config.get("add_prefix_space"), bool):
+        prefix = said
+    return found, prefix, (*notes, *(_prefix_note(files) if prefix else ()))
+
+
+def _refused(what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"llama.cpp cannot read this tokenizer: {what}",
+        advice="Let llama.cpp's own converter try: --llama-cpp DIR, where DIR is a checkout of llama.cpp.",
+    )
+
+
+def _prefix_note(files: TokenizerFiles) -> tuple[str, ...]:
+    """llama.cpp has one way to put spaces before text; newer tokenizers have another."""
+    schemes = {step.get("prepend_scheme") for step in _flat((files.tokenizer or {}).get("pre_tokenizer"), "pretokenizers")}
+    # These classes rebuild their steps from the flag, whatever tokenizer.json says.
+    by_flag = files.tokenizer is None or str(files.config.get("tokenizer_class", "")).startswith("LlamaTokenizer")
+    if "first" in schemes or (by_flag and files.config.get("legacy") is not True):
+        return ("llama.cpp puts a space after every special token inside a text, this tokenizer only at the beginning",)
+    return ()
+
+
+def _prefix(tokenizer: Mapping[str, Any]) -> bool:
+    """Whether the tokenizer puts a space before text. Raises UnsupportedModelError for steps that llama.cpp does not have."""
+    prefix = False
+    for step in _flat(tokenizer.get("normalizer"), "normalizers"):
+        kind = step.get("type")
+        if kind == "Prepend" and step.get("prepend") == SPACE:
+            prefix = True
+        elif not (kind == "Replace" and step.get("pattern") == {"String": " "} and step.get("content") == SPACE):
+            raise _refused(f"it normalizes text by {kind}")
+    for step in _flat(tokenizer.get("pre_tokenizer"), "pretokenizers"):
+        kind = step.get("type")
+        if kind == "Metaspace" and step.get("replacement") == SPACE:
+            prefix = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never") != "never"
+        elif not (kind == "Split" and step.get("pattern") == {"String": " "}):
+            # Splitting at spaces does nothing: the normalizer has replaced them all.
+            raise _refused(f"it splits text by {kind}")
+    return prefix
+
+
+def _flat(step: Any, key: str) -> Sequence[Mapping[str, Any]]:
+    return [part for part in (step or {}).get(key, [step]) if part]
+
+
+def _rebuilt(tokenizer: Mapping[str, Any]) -> tuple[dict[int, Piece], tuple[str, ...]]:
+    """The pieces of what was once a sentencepiece model: the earlier a merge, the higher the score of its result."""
+    model = tokenizer["model"]
+    if model.get("type", "BPE") != "BPE" or not model.get("byte_fallback"):
+        raise _refused(f"type {model.get('type')}, byte fallback {bool(model.get('byte_fallback'))}")
+    vocab: Mapping[str, int] = model["vocab"]
+    pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(pairs):
+        ranks.setdefault("".join(pair), rank)
+    unknown = model.get("unk_token")
+    found = {
+        number: Piece(text, float(-ranks[text]) if text in ranks else UNREACHABLE, _kind(text, unknown))
+        for text, number in vocab.items()
+    }
+    return found, _ambiguity(vocab, set(pairs))
+
+
+def _kind(text: str, unknown: str | None) -> Kind:
+    if _BYTE.fullmatch(text):
+        return Kind.BYTE
+    return Kind.UNKNOWN if text == unknown else Kind.NORMAL
+
+
+def _ambiguity(vocab: Mapping[str, int], merges: set[Any]) -> tuple[str, ...]:
+    """llama.cpp merges any two pieces whose whole is a piece; a tokenizer that was trained as BPE knows one pair for each."""
+    for text in vocab:
+        if _BYTE.fullmatch(text):
+            continue
+        for at in range(1, len(text)):
+            pair = text[:at], text[at:]
+            if pair[0] in vocab and pair[1] in vocab and pair not in merges and _made(text, merges):
+                return ("this vocabulary was not made by sentencepiece: llama.cpp may split some words otherwise",)
+    return ()
+
+
+def _made(text: str, merges: set[Any]) -> bool:
+    """Whether any merge makes this piece; others are added tokens, which are found before merging."""
+    return any((text[:at], text[at:]) in merges for at in range(1, len(text)))

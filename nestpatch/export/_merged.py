@@ -1,0 +1,99 @@
+"""A checkpoint as it would be with a pack merged, without writing it: rows are merged when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nestpatch.errors import OutputError, PackContentError
+from nestpatch.formats.checkpoint import Checkpoint, Extents, IntArray, TensorInfo, row_blocks
+from nestpatch.pack import Pack
+from nestpatch.patcher.identity import State
+from nestpatch.patcher.merge import Means
+from nestpatch.patcher.plan import Plan, make_plan, merged_blocks
+from nestpatch.rows import Rows, digest, merge
+
+
+class MergedCheckpoint:
+    """A Checkpoint that reads like the patched model and cannot be written. What lies on disk stays the base."""
+
+    converted = False
+
+    def __init__(self, plan: Plan, base: Checkpoint) -> None:
+        self.path: Path = base.path
+        self.files: tuple[Path, ...] = base.files
+        self._base = base
+        self._strength = plan.strength
+        self._deltas = {tensor.info.name: tensor.delta for tensor in plan.tensors}
+
+    def reopen(self, path: Path) -> Checkpoint:
+        """Raises OutputError: a view has no other place."""
+        raise OutputError(f"{self.path} is only seen as patched: there is nothing at {path}")
+
+    def tensors(self) -> Sequence[str]:
+        """The names of all tensors, sorted."""
+        return self._base.tensors()
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor."""
+        return self._base.has(name)
+
+    def info(self, name: str) -> TensorInfo:
+        """As in the base: a merge changes no shape and no dtype. The file that it names holds the base's rows."""
+        return self._base.info(name)
+
+    def extent(self, name: str) -> TensorInfo | None:
+        """Where an untouched tensor's bytes lie; those of a patched one are nowhere."""
+        if name in self._deltas or not isinstance(self._base, Extents):
+            return None
+        return self._base.extent(name)
+
+    def read_rows(self, name: str, rows: IntArray) -> Rows:
+        """Sorted rows, merged where the pack touches them. Raises PackContentError when a sum leaves the dtype's range."""
+        found = self._base.read_rows(name, rows)
+        delta = self._deltas.get(name)
+        if delta is None:
+            return found
+        places = np.searchsorted(delta.rows, rows)
+        places[places == delta.neurons] = 0  # beyond the last one: equal to none
+        touched = delta.rows[places] == rows
+        if touched.any():
+            change = delta.delta[delta.cluster[places[touched]]]
+            found[touched] = merge(found[touched], change, self._strength)
+        return found
+
+    def write_rows(self, name: str, rows: IntArray, values: Rows) -> None:
+        """Raises OutputError."""
+        raise OutputError(f"{self.path} is only seen as patched: {len(rows)} rows {values.dtype} of {name} cannot be written")
+
+    def read_all(self, name: str) -> Iterator[bytes]:
+        """The tensor's bytes, in blocks."""
+        if name not in self._deltas:
+            yield from self._base.read_all(name)
+            return
+        info = self.info(name)
+        for part in row_blocks(info.rows, info.row_bytes):
+            yield self.read_rows(name, np.arange(part.start, part.stop, dtype=np.int64)).tobytes()
+
+    def metadata(self) -> Mapping[str, Any]:
+        """What the base's files say of themselves."""
+        return self._base.metadata()
+
+
+def merged_view(pack: Pack, checkpoint: Checkpoint, strength: float = 1.0) -> MergedCheckpoint:
+    """Checks that the checkpoint is the pack's base, and that the merge gives what the pack promises.
+
+    Raises BaseMismatchError, PackContentError.
+    """
+    plan = make_plan(pack, checkpoint, strength)
+    for tensor in plan.tensors:
+        name = tensor.info.name
+        if tensor.state is not State.BASE or strength != 1.0:
+            continue
+        merged = merged_blocks(pack, tensor.delta, strength, checkpoint, Means())
+        if digest(block.new for block in merged) != pack.manifest.result[name]:
+            raise PackContentError(f"{name}: the merged rows are not those that {pack.label} promises")
+    return MergedCheckpoint(plan, checkpoint)

@@ -1,0 +1,1 @@
+"""transformers models as ONNX graphs. Imports torch."""

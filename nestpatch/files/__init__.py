@@ -1,0 +1,1 @@
+"""Durable files: atomic writes, copies, locks, scratch files, and files of unknown origin."""

@@ -1,0 +1,80 @@
+"""Rows of a matrix that lies in a file, whatever the format: where they are is all that counts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from io import FileIO
+from typing import Any
+
+import numpy as np
+
+from nestpatch.errors import CheckpointFormatError
+from nestpatch.files.reading import open_regular
+from nestpatch.formats.checkpoint import CHUNK, IntArray, TensorInfo
+from nestpatch.rows import Rows
+
+
+def read_rows_at(info: TensorInfo, rows: IntArray, dtype: np.dtype[Any]) -> Rows:
+    """Reads sorted rows, [rows, elements] in a dtype; neighbours are read together."""
+    out = np.empty((len(rows), info.row_bytes), np.uint8)
+    # Unbuffered: a buffer would read twice what a row needs.
+    with open_regular(info.file) as file:
+        for target, offset in _runs(info, rows, out):
+            read_into(file, target, offset, info)
+    return out.view(dtype)
+
+
+def write_rows_at(info: TensorInfo, rows: IntArray, values: Rows) -> None:
+    """Writes sorted rows in place; neighbours are written together."""
+    data = np.ascontiguousarray(values).view(np.uint8)
+    with open_regular(info.file, write=True) as file:
+        for source, offset in _runs(info, rows, data):
+            file.seek(offset)
+            write_all(file, source)
+
+
+def read_all_at(info: TensorInfo) -> Iterator[bytes]:
+    """The tensor's bytes, in blocks."""
+    left = info.nbytes
+    with open_regular(info.file) as file:
+        file.seek(info.offset)
+        while left:
+            block = file.read(min(CHUNK, left))
+            if not block:
+                raise _truncated(info)
+            left -= len(block)
+            yield block
+
+
+def _runs(info: TensorInfo, rows: IntArray, data: Any) -> Iterator[tuple[memoryview, int]]:
+    """(the part of data, its place in the file) of every stretch of consecutive row numbers. data: uint8 [rows, row_bytes]."""
+    if not len(rows):
+        return
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    edges = [0, *breaks.tolist(), len(rows)]
+    width, view = info.row_bytes, memoryview(data).cast("B")
+    # In 64 bits: files are longer than 2 GiB, and row numbers may come in 32.
+    offsets = (info.offset + rows[edges[:-1]].astype(np.int64) * width).tolist()
+    for (start, stop), offset in zip(itertools.pairwise(edges), offsets, strict=True):
+        yield view[start * width : stop * width], offset
+
+
+def read_into(file: FileIO, out: memoryview, offset: int, info: TensorInfo) -> None:
+    """Fills `out` from a place in a file. Raises CheckpointFormatError when the file ends before; `info` is for the message."""
+    file.seek(offset)
+    while out:  # raw reads and writes may be short
+        count = file.readinto(out)
+        if not count:
+            raise _truncated(info)
+        out = out[count:]
+
+
+def write_all(file: FileIO, data: memoryview) -> None:
+    """Writes all of `data` where the file stands."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def _truncated(info: TensorInfo) -> CheckpointFormatError:
+    return CheckpointFormatError(f"{info.file} ends inside tensor {info.name}")

@@ -1,0 +1,1 @@
+"""GGUF files: header, types, tensor names, and the checkpoint."""

@@ -1,0 +1,1 @@
+"""A pack as a low-rank adapter: PEFT, llama.cpp and onnxruntime."""

@@ -1,0 +1,129 @@
+"""A pack as a LoRA adapter for llama.cpp: one GGUF file that is loaded with the base model, whatever the base's types are.
+
+Per matrix `<tensor>.lora_a` [rank, in_features] and `<tensor>.lora_b` [rows, rank], F32, experts stacked before them.
+`adapter.lora.alpha` is 0, which llama.cpp reads as scale 1; any other alpha it would divide by the rank of each matrix.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nestpatch.errors import UnsupportedModelError
+from nestpatch.files.scratch import new_output
+from nestpatch.formats.gguf.names import Span, expert_of, gguf_architecture, gguf_spans
+from nestpatch.formats.lora.factors import Matrix, Part, Written, check_shape, require_experts, size_of, sync_size
+from nestpatch.formats.provenance import PATCHES, patch_entry, patches_json
+from nestpatch.pack import Pack, TensorDelta
+
+MAX_LAYERS = 4096
+"""More than any model has: the table of names grows with it."""
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+def matrices(pack: Pack, experts: int | None = None) -> list[Matrix]:
+    """The matrices of a pack by their names in the GGUF file of its base.
+
+    `experts` (per layer) is needed where the pack changes experts that the base stores one by one.
+
+    Raises UnsupportedModelError for architectures and tensors that a GGUF adapter cannot reach.
+    """
+    base = pack.manifest.base
+    architecture, layers = gguf_architecture(base.architecture), _layers(pack)
+    found: dict[str, list[Matrix]] = {}
+    for delta in pack:
+        shape = base.tensors[delta.name].shape
+        check_shape(delta, shape)
+        spans = gguf_spans(delta.name, shape, architecture, layers)
+        for matrix in _pieces(delta, shape, spans, experts):
+            found.setdefault(matrix.name, []).append(matrix)
+    return [_join(found[name]) for name in sorted(found)]
+
+
+def _layers(pack: Pack) -> int:
+    numbers = [int(match[1]) for delta in pack if (match := _LAYER.search(delta.name))]
+    layers = 1 + max(numbers, default=0)
+    if layers > MAX_LAYERS:
+        raise UnsupportedModelError(f"the pack names layer {layers - 1}", advice="Is this the pack's base?")
+    return layers
+
+
+def _pieces(delta: TensorDelta, shape: tuple[int, ...], spans: tuple[Span, ...], experts: int | None) -> Iterator[Matrix]:
+    """The matrices that one tensor of the pack is, or is a part of."""
+    width = shape[-1]
+    if len(shape) == 2:
+        (span,) = spans
+        number = expert_of(delta.name)
+        if number is None:
+            yield Matrix(span.tensor, span.rows, width, (Part(delta, 0, span.rows),))
+            return
+        count = require_experts(experts, delta, number[1])
+        yield Matrix(span.tensor, span.rows, width, (Part(delta, 0, span.rows, number[1]),), count)
+        return
+    yield from _stack(delta, shape, list(dict.fromkeys(span.tensor for span in spans)))
+
+
+def _stack(delta: TensorDelta, shape: tuple[int, ...], names: list[str]) -> Iterator[Matrix]:
+    """The matrices of a stacked tensor: itself, or the halves of each expert, gate rows before up rows."""
+    experts, rows = shape[0], shape[1] // len(names)
+    # Blocks of `rows` rows: those of expert 0 for each name, then those of expert 1.
+    blocks = np.unique(delta.rows.astype(np.int64) // rows).tolist()
+    for place, name in enumerate(names):
+        mine = [block for block in blocks if block % len(names) == place]
+        parts = tuple(Part(delta, block * rows, rows, block // len(names)) for block in mine)
+        if parts:
+            yield Matrix(name, rows, shape[-1], parts, experts)
+
+
+def _join(pieces: list[Matrix]) -> Matrix:
+    """One matrix of what several tensors of a pack change in it."""
+    first = pieces[0]
+    if any((m.rows, m.width, m.experts) != (first.rows, first.width, first.experts) for m in pieces):
+        raise UnsupportedModelError(f"the pack's tensors for {first.name} have different shapes")
+    return Matrix(first.name, first.rows, first.width, tuple(part for m in pieces for part in m.parts), first.experts)
+
+
+def write(pack: Pack, output: Path, strength: float = 1.0, experts: int | None = None, *, dry_run: bool = False) -> Written:
+    """Writes the adapter; equal packs give equal bytes.
+
+    Raises UnsupportedModelError, PackContentError or OutputError; then nothing was written.
+    """
+    found = [(matrix, matrix.rank) for matrix in matrices(pack, experts)]
+    size = size_of(found)
+    if dry_run:
+        return size
+    from gguf import GGUFWriter
+
+    with new_output(output) as sibling:
+        with closing(GGUFWriter(sibling, gguf_architecture(pack.manifest.base.architecture))) as writer:
+            _add_metadata(writer, pack, strength)
+            for matrix, rank in found:
+                for suffix, shape in zip("ab", matrix.shapes(rank), strict=True):
+                    nbytes = 4 * int(np.prod(shape, dtype=np.int64))
+                    writer.add_tensor_info(f"{matrix.name}.lora_{suffix}", shape, np.dtype(np.float32), nbytes)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            # One matrix in memory at a time: `b` is as tall as the matrix.
+            for matrix, rank in found:
+                for factor in matrix.factors(rank, strength):
+                    writer.write_tensor_data(factor)
+        nbytes = sync_size(sibling)
+    return Written(size.matrices, size.rank, nbytes)
+
+
+def _add_metadata(writer: Any, pack: Pack, strength: float) -> None:
+    manifest = pack.manifest
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 0.0)
+    writer.add_name(pack.label)
+    writer.add_version(manifest.version)
+    writer.add_description(manifest.description)
+    writer.add_license(manifest.license)
+    writer.add_string(PATCHES, patches_json([patch_entry(pack, strength)]))

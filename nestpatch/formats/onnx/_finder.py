@@ -1,0 +1,239 @@
+"""Finds a checkpoint's matrices in an ONNX graph, where few weights keep their names.
+
+In this order: the name of the tensor, the name of the operation that uses it, the modules that the exporter says the operation
+belongs to, and the shape of the graph: a feed-forward block is known by its activation and its product. What is found is only
+believed when its rows are those of the base, as in every format.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from nestpatch.errors import UnsupportedModelError
+from nestpatch.formats.onnx._graph import Graph, Node
+from nestpatch.formats.onnx._linear import Weight
+
+ACTIVATIONS = frozenset(
+    ["Sigmoid", "Gelu", "Erf", "Tanh", "QuickGelu", "FastGelu", "BiasGelu", "Swish", "Silu", "Relu", "LeakyRelu", "Elu"]
+    + ["HardSwish"]
+)
+_PASSING = frozenset({"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze"})
+"""Operations that hand on their first input."""
+_ELEMENTWISE = frozenset({"Mul", "Add", "Div", "Pow", "Sub", "Sqrt", "Neg"}) | _PASSING | ACTIVATIONS
+_BETWEEN = 64
+"""Operations between the weights of a block: tanh approximations of gelu take about a dozen."""
+_PASSED = 4
+"""Operations between a packed weight and the operation that splits its product."""
+
+
+@dataclass(frozen=True)
+class Half:
+    """Some rows of a weight."""
+
+    weight: Weight
+    start: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """One feed-forward block."""
+
+    gate: Half | None
+    """None in a plain block."""
+    up: Half
+
+
+def find_blocks(graph: Graph, weights: Sequence[Weight]) -> tuple[Block, ...]:
+    """All feed-forward blocks, in the order in which they run."""
+    walk = _Walk(graph, weights)
+    found = (walk.block(weight) for weight in weights)
+    return tuple(block for block in found if block is not None)
+
+
+class _Walk:
+    """Goes from a weight back to those whose products it multiplies."""
+
+    def __init__(self, graph: Graph, weights: Sequence[Weight]) -> None:
+        self.makers: Mapping[str, Node] = {name: node for node in graph.nodes for name in node.outputs if name}
+        self.constants = graph.tensors.keys() | {name for node in graph.nodes if node.op == "Constant" for name in node.outputs}
+        self.products = {weight.node.outputs[0]: weight for weight in weights if weight.node.outputs}
+
+    def block(self, last: Weight) -> Block | None:
+        """The block that a weight ends, if it ends one."""
+        sources = self._sources(last.node.inputs[0])
+        if sources is None:
+            return None
+        halves = {activated: self._half(*source) for source, activated in sources.items()}
+        gate, up = halves.get(True), halves.get(False)
+        if len(sources) == 1 and gate is not None and gate.rows == last.width:
+            return Block(None, gate)
+        if len(sources) == 2 and gate is not None and up is not None and gate.rows == up.rows == last.width:
+            return Block(gate, up)
+        return None
+
+    def _sources(self, name: str) -> dict[tuple[Weight, int], bool] | None:
+        """(weight, part of its product) -> whether an activation lies between; None where the way leads elsewhere."""
+        sources: dict[tuple[str, int], bool] = {}
+        todo, seen = [(name, False)], set[tuple[str, bool]]()
+        while todo and len(seen) < _BETWEEN:
+            name, activated = todo.pop()
+            if (name, activated) in seen or name in self.constants:
+                continue
+            seen.add((name, activated))
+            node, part = self.makers.get(name), self._part(name)
+            if part is not None:
+                sources[part] = sources.get(part, False) or activated
+            elif node is None or node.op not in _ELEMENTWISE:
+                return None
+            else:
+                inputs = node.inputs[:1] if node.op in _PASSING else node.inputs
+                todo += [(value, activated or node.op in ACTIVATIONS) for value in inputs if value]
+        return None if todo else {(self.products[product], part): found for (product, part), found in sources.items()}
+
+    def _part(self, name: str) -> tuple[str, int] | None:
+        """(a weight's product, 0 for all of it, 1 or 2 for a half), if a value is that."""
+        if name in self.products:
+            return name, 0
+        node = self.makers.get(name)
+        if node is None or node.op != "Split" or len(node.outputs) != 2:
+            return None
+        product = node.inputs[0]
+        for _ in range(_PASSED):
+            maker = self.makers.get(product)
+            if product in self.products or maker is None or maker.op not in _PASSING or not maker.inputs:
+                break
+            product = maker.inputs[0]
+        return (product, 1 + node.outputs.index(name)) if product in self.products else None
+
+    def _half(self, weight: Weight, part: int) -> Half:
+        rows = weight.rows if part == 0 else weight.rows // 2
+        return Half(weight, rows if part == 2 else 0, rows)
+
+
+GATE, UP, FUSED = "gate_proj", "up_proj", "gate_up_proj"
+PLAIN = ("fc1", "fc_in", "c_fc", "dense_h_to_4h")
+# What a tensor's or an operation's name has behind that of its module.
+_TAIL = re.compile(r"(?:(?:Fused)?MatMul|Gemm|q?weight|base_layer)(?:_\w+)?", re.IGNORECASE)
+_LAYER = re.compile(r"[0-9]{1,6}")
+_TEXTS: Mapping[str, Callable[[Weight], Sequence[str]]] = {
+    "the tensor's name": lambda weight: (weight.tensor.name,),
+    "the operation's name": lambda weight: (weight.node.name,),
+    "the exporter's module names": lambda weight: weight.node.scopes,
+}
+Path = tuple[str, ...]
+"""A module's name in its parts: ("model", "layers", "0", "mlp", "gate_proj")."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Rows of weights that together are a matrix."""
+
+    halves: tuple[Half, ...]
+    how: str
+    """By what they were found, for people."""
+
+
+class Finder:
+    """All names of all weights of one graph."""
+
+    def __init__(self, weights: Sequence[Weight], blocks: Sequence[Block]) -> None:
+        self.blocks = blocks
+        self._known: dict[tuple[str, str], list[tuple[Path, Weight]]] = {}
+        for weight in weights:
+            for how, texts in _TEXTS.items():
+                for path in filter(None, map(_untailed, texts(weight))):
+                    self._known.setdefault((how, path[-1]), []).append((path, weight))
+
+    def find(self, name: str) -> Found | None:
+        """The rows that are a pack's tensor, or None. Raises UnsupportedModelError when several weights could be it."""
+        module = _parts(name.removesuffix(".weight"))
+        if not module:
+            return None
+        whole = self._by_name(module)
+        if whole is not None:
+            return whole
+        parent, part = module[:-1], module[-1]
+        if part in (GATE, UP) and (fused := self._by_name((*parent, FUSED))) is not None:
+            return Found((self._half(fused.halves[0].weight, part),), fused.how)
+        if part == FUSED:
+            gate, up = (self._by_name((*parent, other)) for other in (GATE, UP))
+            if gate is not None and up is not None:
+                return Found((*gate.halves, *up.halves), gate.how)
+        return self._by_structure(module)
+
+    def _by_name(self, module: Path) -> Found | None:
+        """The weight whose names end in the module's."""
+        for how in _TEXTS:
+            scores: dict[int, dict[str, Weight]] = {}
+            for path, weight in self._known.get((how, module[-1]), ()):
+                if score := _likeness(path, module):
+                    scores.setdefault(score, {})[weight.tensor.name] = weight
+            best = scores[max(scores)] if scores else {}
+            if len(best) > 1:
+                raise UnsupportedModelError(
+                    f"{len(best)} weights of the model could be {'.'.join(module)}: {', '.join(sorted(best)[:3])}",
+                    advice="Export the model anew with the names of its weights: nestpatch export MODEL --to onnx",
+                )
+            for weight in best.values():
+                return Found((Half(weight, 0, weight.rows),), how)
+        return None
+
+    def _half(self, weight: Weight, part: str) -> Half:
+        """The gate's or the other rows of a packed weight: as the graph uses them, else the gate first."""
+        for block in self.blocks:
+            half = block.gate if part == GATE else block.up
+            if half is not None and half.weight is weight:
+                return half
+        rows = weight.rows // 2
+        return Half(weight, 0 if part == GATE else rows, rows)
+
+    def _by_structure(self, module: Path) -> Found | None:
+        """The weights of the layer's feed-forward block, counted from the first."""
+        numbers = [int(part) for part in module if _LAYER.fullmatch(part)]
+        part = module[-1]
+        if len(numbers) != 1 or part not in (GATE, UP, FUSED, *PLAIN):
+            return None
+        alike = [block for block in self.blocks if (block.gate is None) == (part in PLAIN)]
+        if numbers[0] >= len(alike):
+            return None
+        block = alike[numbers[0]]
+        if block.gate is not None and part == FUSED:
+            return Found(_joined(block.gate, block.up), "the shape of the graph")
+        half = block.gate if block.gate is not None and part == GATE else block.up
+        return Found((half,), "the shape of the graph")
+
+
+def _parts(text: str) -> Path:
+    return tuple(filter(None, re.split(r"[./]", text)))
+
+
+def _untailed(text: str) -> Path:
+    """The parts of a name without what exporters add to that of its module."""
+    parts = _parts(text)
+    while parts and _TAIL.fullmatch(parts[-1]):
+        parts = parts[:-1]
+    return parts
+
+
+def _likeness(path: Path, module: Path) -> int:
+    """How many of a module's last names a path ends in; 0 unless its layer's is among them."""
+    count = 0
+    while count < min(len(path), len(module)) and path[-1 - count] == module[-1 - count]:
+        count += 1
+    return count if count >= _needed(module) else 0
+
+
+def _needed(module: Path) -> int:
+    """How many of its last names tell a module from all others: from what its first number counts."""
+    first = next((place for place, part in enumerate(module) if _LAYER.fullmatch(part)), 1)
+    return len(module) - max(0, first - 1)
+
+
+def _joined(gate: Half, up: Half) -> tuple[Half, ...]:
+    """Gate and up; as one, where they follow each other in one weight."""
+    if gate.weight is up.weight and gate.start + gate.rows == up.start:
+        return (Half(gate.weight, gate.start, gate.rows + up.rows),)
+    return gate, up

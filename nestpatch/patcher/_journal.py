@@ -1,0 +1,384 @@
+"""Crash-safe row writes.
+
+Before any row of a model changes, its present content is written here, checksummed, sealed and synced. A journal that is whole
+means: a transaction may have changed rows, and this is what they held. A journal that is not means: nothing was changed yet.
+
+Rows are read and put back by the checkpoint, so that it does not matter how a format lays them out.
+
+A journal lies beside the model and travels with it, so it is checked in full before the first byte is put back: what it is,
+whose it is, that it fits the model. Whether it may be carried out, its seal says (signing/machine.py) or recovery.py finds out.
+
+Layout: MAGIC, header length (u64, little endian), header JSON, then per region its row numbers (int64) and their bytes, then
+the SHA-256 of everything before, then 32 bytes of seal (HMAC-SHA256; zeros where this user has no key).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from nestpatch.errors import CheckpointError, InPlaceError, JournalError
+from nestpatch.files.atomic import sync_folder
+from nestpatch.files.reading import open_regular
+from nestpatch.formats.checkpoint import CHUNK, Checkpoint, IntArray, TensorInfo, row_blocks
+from nestpatch.patcher.state_dir import TRANSACTION, UNDO, Place
+from nestpatch.rows import Rows
+from nestpatch.signing.machine import is_ours, seal
+
+FAMILY = b"nestpatch-journal/"
+MAGIC = FAMILY + b"3\n"
+DIGEST = 32
+MAX_HEADER = 16 << 20
+"""Bytes of header JSON: a line per tensor."""
+WITNESSES = 64
+"""Untouched rows that the model is known by, at most."""
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """Rows of one tensor that a transaction may change."""
+
+    info: TensorInfo
+    rows: IntArray
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Where a journal holds the rows of one tensor."""
+
+    tensor: str
+    rows: int
+    row_bytes: int
+    offset: int
+    """Of its row numbers; their bytes follow."""
+
+    @property
+    def content(self) -> int:
+        """Where the bytes of the rows begin."""
+        return self.offset + 8 * self.rows
+
+
+@dataclass(frozen=True)
+class Journal:
+    """A whole journal, by its own account."""
+
+    path: Path
+    transaction: str
+    sizes: Mapping[str, int]
+    """Weight file -> bytes."""
+    witness: tuple[tuple[str, int], ...]
+    """(tensor, row) that no step touches."""
+    witness_sha256: str
+    regions: tuple[Saved, ...]
+    makes: tuple[str, ...]
+    """Undo records that the transaction writes."""
+    retires: tuple[str, ...]
+    """Undo records that nothing needs once it is committed."""
+    ours: bool
+    """Whether this machine's seal is on it."""
+
+    @property
+    def rows(self) -> int:
+        return sum(region.rows for region in self.regions)
+
+    def row_numbers(self, file: FileIO, region: Saved) -> IntArray:
+        """The rows of a region, int64."""
+        return np.frombuffer(_read_at(file, region.offset, 8 * region.rows), "<i8")
+
+    def content(self, file: FileIO, region: Saved, part: slice) -> Rows:
+        """The saved bytes of some rows of a region: uint8 [rows, row_bytes]."""
+        count = part.stop - part.start
+        data = _read_at(file, region.content + part.start * region.row_bytes, count * region.row_bytes)
+        return np.frombuffer(data, np.uint8).reshape(count, -1)
+
+
+class _Hashed:
+    """A file that digests what it is given."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.state = sha256()
+
+    def write(self, data: Any) -> None:
+        self.file.write(data)
+        self.state.update(data)
+
+
+def write_journal(
+    place: Place,
+    transaction: str,
+    checkpoint: Checkpoint,
+    regions: Sequence[Region],
+    *,
+    makes: Sequence[str] = (),
+    retires: Sequence[str] = (),
+) -> None:
+    """Saves the regions' present content, synced to disk: file and folder.
+
+    Raises OSError, or InPlaceError where every row would change; then nothing of the model was changed.
+    """
+    spared = _witnesses(checkpoint, regions)
+    facts = {
+        "transaction": transaction,
+        "sizes": {file.name: file.stat().st_size for file in checkpoint.files},
+        "witness": {"rows": spared, "sha256": _digest(spared, checkpoint)},
+        "regions": [{"tensor": r.info.name, "row_bytes": r.info.row_bytes, "rows": len(r.rows)} for r in regions],
+        "makes": list(makes),
+        "retires": list(retires),
+    }
+    header = json.dumps(facts).encode()
+    with open(place.journal, "wb", opener=_create) as file:
+        out = _Hashed(file)
+        out.write(MAGIC + struct.pack("<Q", len(header)) + header)
+        for region in regions:
+            out.write(np.ascontiguousarray(region.rows, "<i8").data)
+            for part in row_blocks(len(region.rows), region.info.row_bytes, region.info.stretch):
+                out.write(checkpoint.read_rows(region.info.name, region.rows[part]).view(np.uint8).data)
+        digest = out.state.digest()
+        file.write(digest + (bytes.fromhex(seal("journal", place.folder, digest)) or bytes(DIGEST)))
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(place.folder)
+    # The folder may be as new as the journal.
+    sync_folder(place.folder.parent)
+
+
+def _create(name: str, flags: int) -> int:
+    """For its owner alone, and never through a link."""
+    return os.open(name, flags | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
+
+
+def _witnesses(checkpoint: Checkpoint, regions: Sequence[Region]) -> list[tuple[str, int]]:
+    """Rows that stay as they are: by them the model is known again."""
+    spared = [found for region in regions if (found := _untouched(region.info, region.rows))]
+    if not spared:
+        touched = {region.info.name for region in regions}
+        files = {(region.info.file, region.info.offset) for region in regions}
+        for name in checkpoint.tensors():
+            info = checkpoint.info(name)
+            if name not in touched and (info.file, info.offset) not in files and _has_rows(checkpoint, info):
+                return [(name, 0)]
+        raise InPlaceError("every row of the model would change: nothing is left to know it by after a crash")
+    return spared[:: max(1, len(spared) // WITNESSES)][:WITNESSES]
+
+
+def _untouched(info: TensorInfo, rows: IntArray) -> tuple[str, int] | None:
+    """(tensor, its first row that stays as it is)."""
+    gaps = np.flatnonzero(rows != np.arange(len(rows)))
+    row = int(gaps[0]) if len(gaps) else len(rows)
+    return (info.name, row) if row < info.rows else None
+
+
+def _has_rows(checkpoint: Checkpoint, info: TensorInfo) -> bool:
+    try:
+        return info.nbytes > 0 and len(checkpoint.read_rows(info.name, np.array([0]))) == 1
+    except CheckpointError:
+        return False
+
+
+def _digest(rows: Sequence[tuple[str, int]], checkpoint: Checkpoint) -> str:
+    state = sha256()
+    for name, row in rows:
+        state.update(checkpoint.read_rows(name, np.array([row])).view(np.uint8).data)
+    return state.hexdigest()
+
+
+def remove_journal(path: Path) -> None:
+    """Ends a transaction."""
+    path.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def open_journal(path: Path) -> Iterator[FileIO]:
+    """Opens a journal for reading. Raises JournalError for what is not a file of this user's or of root's."""
+    try:
+        file = open_regular(path, follow=False, error=JournalError)
+    except FileNotFoundError as error:
+        raise JournalError(f"the journal {path} is gone", advice="Run the command again.") from error
+    except JournalError as error:
+        error.advice = f"Run the command as the user who started the change, or remove {path} if you did not put it there."
+        raise
+    with file:
+        owner = os.fstat(file.fileno()).st_uid
+        if os.name != "nt" and owner not in {os.geteuid(), 0}:
+            raise JournalError(
+                f"the journal {path} belongs to the user with number {owner}, not to this user or to root",
+                advice="Run the command as the user who started the change, or remove the journal.",
+            )
+        yield file
+
+
+def read_journal(place: Place) -> Journal | None:
+    """A journal that is whole; None for one whose writing was interrupted. Nothing is changed.
+
+    Raises JournalError for one of another version (removing it could leave a model half patched), and for one whose header and
+    size contradict each other.
+    """
+    path = place.journal
+    with open_journal(path) as file:
+        magic = file.read(len(MAGIC)) or b""
+        if magic != MAGIC and magic.startswith(FAMILY) and magic.endswith(b"\n"):
+            raise JournalError(
+                f"the journal {path} is of another nestpatch", advice="Run the command with the version that wrote it."
+            )
+        size = os.fstat(file.fileno()).st_size
+        if size < len(MAGIC) + 8 + 2 * DIGEST or magic != MAGIC:
+            return None
+        digest = _digest_file(file, size - 2 * DIGEST)
+        if digest is None or file.read(DIGEST) != digest:
+            return None
+        mac = (file.read(DIGEST) or b"").hex()
+        try:
+            return _parse(file, path, size - 2 * DIGEST, ours=is_ours("journal", place.folder, digest, mac))
+        except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
+            raise JournalError(f"the journal {path} makes no sense: {str(error)[:200]}", advice=_REMOVE) from error
+
+
+_REMOVE = (
+    "nestpatch did not write it like that for this model. To remove it and leave the rows as they are: "
+    "nestpatch recover MODEL --foreign remove"
+)
+
+
+def _digest_file(file: FileIO, length: int) -> bytes | None:
+    file.seek(0)
+    state, left = sha256(), length
+    while left:
+        block = file.read(min(CHUNK, left))
+        if not block:
+            return None
+        state.update(block)
+        left -= len(block)
+    return state.digest()
+
+
+def _parse(file: FileIO, path: Path, end: int, *, ours: bool) -> Journal:
+    file.seek(len(MAGIC))
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > MAX_HEADER:
+        raise ValueError(f"a header of {length} bytes")
+    header = json.loads(_read_at(file, len(MAGIC) + 8, length))
+    regions, offset = [], len(MAGIC) + 8 + length
+    for region in header["regions"]:
+        rows, row_bytes = _count(region["rows"]), _count(region["row_bytes"])
+        regions.append(Saved(_text(region["tensor"]), rows, row_bytes, offset))
+        offset += rows * (8 + row_bytes)
+    if offset != end:
+        raise ValueError(f"its regions take {offset} bytes, it has {end}")
+    if not (TRANSACTION.fullmatch(_text(header["transaction"])) and header["sizes"] and header["witness"]["rows"] and regions):
+        raise ValueError("it names no transaction, no files, no rows, or nothing to know the model by")
+    makes, retires = (tuple(_undo_name(name) for name in header[part]) for part in ("makes", "retires"))
+    return Journal(
+        path=path,
+        transaction=header["transaction"],
+        sizes={_text(name): _count(size) for name, size in header["sizes"].items()},
+        witness=tuple((_text(name), _count(row, least=0)) for name, row in header["witness"]["rows"]),
+        witness_sha256=_text(header["witness"]["sha256"]),
+        regions=tuple(regions),
+        makes=makes,
+        retires=retires,
+        ours=ours,
+    )
+
+
+def _count(value: Any, least: int = 1) -> int:
+    if type(value) is not int or not least <= value < 1 << 48:
+        raise ValueError(f"{str(value)[:40]} where a number should be")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > 4096:
+        raise ValueError(f"{str(value)[:40]} where a name should be")
+    return value
+
+
+def _undo_name(value: Any) -> str:
+    if not UNDO.fullmatch(_text(value)):
+        raise ValueError(f"{value[:40]} is no name of an undo record")
+    return str(value)
+
+
+def _read_at(file: FileIO, offset: int, length: int) -> bytes:
+    file.seek(offset)
+    parts = []
+    while length:
+        block = file.read(min(length, 64 << 20))
+        if not block:
+            raise ValueError("it ends early")
+        parts.append(block)
+        length -= len(block)
+    return b"".join(parts)
+
+
+def check_fit(journal: Journal, checkpoint: Checkpoint) -> None:
+    """Raises JournalError unless the journal was written for this very model: its files, tensors, rows, untouched content."""
+    files = {file.name: file for file in checkpoint.files}
+    for name, size in journal.sizes.items():
+        # Only plain names of the model's own weight files: a journal must not reach out of the model.
+        if name not in files or files[name].stat().st_size != size:
+            raise _misfit(journal, f"another {name}")
+    if set(journal.sizes) != set(files):
+        raise _misfit(journal, "a model of other files")
+    with open_journal(journal.path) as file:
+        for region in journal.regions:
+            if not checkpoint.has(region.tensor):
+                raise _misfit(journal, f"a model with the tensor {region.tensor}")
+            info = checkpoint.info(region.tensor)
+            rows = journal.row_numbers(file, region)
+            if info.row_bytes != region.row_bytes or rows[0] < 0 or rows[-1] >= info.rows or (np.diff(rows) <= 0).any():
+                raise _misfit(journal, f"a {region.tensor} of another shape than {list(info.shape)}")
+    _check_witness(journal, checkpoint)
+
+
+def _check_witness(journal: Journal, checkpoint: Checkpoint) -> None:
+    for name, row in journal.witness:
+        if not checkpoint.has(name) or row >= checkpoint.info(name).rows:
+            raise _misfit(journal, f"a model with row {row} of {name}")
+    try:
+        found = _digest(journal.witness, checkpoint)
+    except CheckpointError as error:
+        raise _misfit(journal, f"another model: {error}") from error
+    if found != journal.witness_sha256:
+        raise _misfit(journal, "a model with other weights")
+
+
+def _misfit(journal: Journal, what: str) -> JournalError:
+    return JournalError(f"the journal {journal.path} was written for {what}", advice=_REMOVE)
+
+
+def roll_back(journal: Journal, checkpoint: Checkpoint) -> None:
+    """Puts the rows of a journal back and syncs the files that hold them. Doing it twice does no harm.
+
+    Call `check_fit` first. Raises OSError.
+    """
+    with open_journal(journal.path) as file:
+        for region in journal.regions:
+            info, rows = checkpoint.info(region.tensor), journal.row_numbers(file, region)
+            stored = checkpoint.read_rows(region.tensor, rows[:0]).dtype
+            for part in row_blocks(len(rows), region.row_bytes, info.stretch):
+                checkpoint.write_rows(region.tensor, rows[part], journal.content(file, region, part).view(stored))
+    sync_files(files_of(checkpoint, [region.tensor for region in journal.regions]))
+
+
+def files_of(checkpoint: Checkpoint, names: Sequence[str]) -> list[Path]:
+    """The weight files that hold these tensors, sorted."""
+    return sorted({file for name in names for file in checkpoint.info(name).files})
+
+
+def sync_files(files: Sequence[Path]) -> None:
+    """Makes all writes to these files durable."""
+    for file in files:
+        with open(file, "r+b") as handle:
+            os.fsync(handle.fileno())

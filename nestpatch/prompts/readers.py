@@ -1,0 +1,185 @@
+"""Prompt sets: from files and data sets to texts."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from nestpatch.errors import MissingExtraError, PromptDataError
+from nestpatch.files.reading import open_regular, read_bounded, read_text
+
+PROMPT_COLUMNS = ("prompt", "instruction", "question", "goal", "text")
+_SLICE = re.compile(r"(.+)\[(-?\d{0,18}):(-?\d{0,18})\]", re.ASCII)
+MAX_FILE = 256 << 20
+"""Bytes of a prompt file: some million prompts."""
+MAX_TABLE = 1 << 30
+"""Bytes of what a Parquet file holds, unpacked."""
+ANSWER_COLUMNS = ("reference", "answer", "response", "output", "target")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One request, and the right answer where one is known."""
+
+    text: str
+    reference: str | None = None
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts from one place. `digest` is the SHA-256 over their canonical JSON, whatever the file type."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+
+    @property
+    def digest(self) -> str:
+        rows = [[p.text, p.reference] for p in self.prompts]
+        return sha256(json.dumps(rows, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
+
+    def facts(self) -> dict[str, Any]:
+        """What the pack records of this set."""
+        return {"name": self.name, "prompts": len(self.prompts), "sha256": self.digest}
+
+
+def load_prompts(source: str | Path) -> PromptSet:
+    """Reads prompts from a file (.jsonl, .json, .csv, .parquet, .txt) or a data set of the Hub ("user/set", "user/set:split").
+
+    "SOURCE[100:200]" takes a slice of the rows, as in Python.
+
+    The prompt is the column "prompt", or the first of PROMPT_COLUMNS that exists; the reference likewise of ANSWER_COLUMNS.
+    Duplicates are dropped.
+
+    Raises PromptDataError when the source is missing, empty or malformed.
+    """
+    slicing = _SLICE.fullmatch(str(source))
+    place, wanted = (slicing[1], _slice(slicing[2], slicing[3])) if slicing else (str(source), slice(None))
+    path = Path(place)
+    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _txt}
+    if path.suffix in readers:
+        try:
+            rows: list[Any] = list(readers[path.suffix](path))
+        except FileNotFoundError as error:
+            raise PromptDataError(f"there is no prompt file {path}") from error
+        except (OSError, ValueError, RecursionError, csv.Error) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise PromptDataError(f"cannot read {path}: {reason}") from error
+    elif os.path.exists(path):  # noqa: PTH110 - answers no where Path.exists raises
+        raise PromptDataError(f"{path} is not a prompt file: its name ends in none of {', '.join(readers)}")
+    else:
+        rows = list(_hub(place))
+    prompts = tuple(dict.fromkeys(_prompt(row, source, number) for number, row in enumerate(rows[wanted], start=1)))
+    if not prompts:
+        raise PromptDataError(f"{source} holds no prompts")
+    name = path.stem if path.suffix in readers else place
+    return PromptSet(name + (f"[{slicing[2]}:{slicing[3]}]" if slicing else ""), prompts)
+
+
+def _slice(start: str, stop: str) -> slice:
+    return slice(int(start) if start else None, int(stop) if stop else None)
+
+
+def _txt(path: Path) -> Iterator[Any]:
+    yield from (line for line in read_text(path, MAX_FILE).splitlines() if line.strip())
+
+
+def join_sets(sets: Sequence[PromptSet]) -> PromptSet:
+    """One set of several; duplicates are dropped."""
+    if len(sets) == 1:
+        return sets[0]
+    prompts = dict.fromkeys(prompt for each in sets for prompt in each.prompts)
+    return PromptSet("+".join(each.name for each in sets), tuple(prompts))
+
+
+def sample_set(prompts: PromptSet, limit: int, seed: int) -> PromptSet:
+    """At most `limit` prompts, chosen by the seed, in their old order."""
+    if len(prompts.prompts) <= limit:
+        return prompts
+    kept = sorted(random.Random(f"sample {seed}").sample(range(len(prompts.prompts)), limit))
+    return PromptSet(prompts.name, tuple(prompts.prompts[i] for i in kept))
+
+
+def _jsonl(path: Path) -> Iterator[Any]:
+    for number, line in enumerate(read_text(path, MAX_FILE).splitlines(), start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise PromptDataError(f"{path}, line {number}: {error}") from None
+
+
+def _json(path: Path) -> Iterator[Any]:
+    data = json.loads(read_text(path, MAX_FILE))
+    if isinstance(data, dict):
+        # Some public sets are one object of parallel lists.
+        lists = {name: value for name, value in data.items() if isinstance(value, list)}
+        named = next((lists[f"{name}s"] for name in PROMPT_COLUMNS if f"{name}s" in lists), None)
+        data = named or (next(iter(lists.values())) if len(lists) == 1 else data)
+    if not isinstance(data, list):
+        raise PromptDataError(f"{path} must hold a list of prompts")
+    yield from data
+
+
+def _csv(path: Path) -> Iterator[Any]:
+    text = read_bounded(path, MAX_FILE).decode("utf-8")
+    yield from csv.DictReader(io.StringIO(text, newline=""), strict=True)
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise MissingExtraError("train", "reading Parquet") from error
+    with open_regular(path) as file:
+        table = parquet.ParquetFile(file)
+        groups = (table.metadata.row_group(number) for number in range(table.metadata.num_row_groups))
+        if (size := sum(group.total_byte_size for group in groups)) > MAX_TABLE:
+            raise PromptDataError(f"{path} unpacks to {size} bytes; {MAX_TABLE} are allowed")
+        yield from table.read().to_pylist()
+
+
+def _hub(source: str) -> Iterable[Any]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError("train", "reading a data set of the Hub") from error
+    name, _, split = source.partition(":")
+    try:
+        return list(datasets.load_dataset(name, split=split or "train"))
+    except Exception as error:  # `datasets` raises network, parsing and script errors of many kinds
+        raise PromptDataError(f"there is no prompt file {source}, and the Hub gave no data set: {error}") from error
+
+
+def _is_text(value: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _prompt(row: Any, source: str | Path, number: int) -> Prompt:
+    if isinstance(row, str):
+        row = {"prompt": row}
+    if not isinstance(row, Mapping):
+        raise PromptDataError(f"{source}, row {number}: expected an object, got {type(row).__name__}")
+    column = next((name for name in PROMPT_COLUMNS if name in row), None)
+    if column is None:
+        raise PromptDataError(
+            f"{source}, row {number}: no column {' or '.join(PROMPT_COLUMNS)}; it has {', '.join(map(str, row))}"
+        )
+    text = row[column]
+    if not isinstance(text, str) or not text.strip():
+        raise PromptDataError(f"{source}, row {number}: {column} is {'empty' if text in ('', None) else repr(text)[:60]}")
+    if any(isinstance(value, str) and not _is_text(value) for value in row.values()):
+        raise PromptDataError(f"{source}, row {number}: half a surrogate pair (\\ud800 to \\udfff), which is no character")
+    extra = row.get("input")
+    if isinstance(extra, str) and extra.strip():  # Alpaca keeps the material of a task in a column of its own
+        text = f"{text}\n\n{extra}"
+    reference = next((row[name] for name in ANSWER_COLUMNS if isinstance(row.get(name), str) and row[name].strip()), None)
+    return Prompt(text, reference)

@@ -1,0 +1,1 @@
+"""What runs a model: transformers, llama.cpp and onnxruntime."""

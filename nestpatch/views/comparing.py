@@ -1,0 +1,106 @@
+"""How differences look to a person: two models, or two packs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from nestpatch.views.results import _grid, escape, out, size
+
+if TYPE_CHECKING:
+    from nestpatch.compare._packs import PackDiff
+    from nestpatch.compare.diff import CheckpointDiff, LayerChange
+    from nestpatch.compare.extract import Extracted
+
+
+def show_diff(found: CheckpointDiff | PackDiff | Extracted) -> None:
+    """What differs between two models or packs, and the pack that was made of it."""
+    from nestpatch.compare._packs import PackDiff
+    from nestpatch.compare.diff import CheckpointDiff
+
+    if isinstance(found, PackDiff):
+        _show_pack_diff(found)
+        return
+    if isinstance(found, CheckpointDiff):
+        _show_checkpoint_diff(found)
+        return
+    _show_checkpoint_diff(found.difference)
+    counts = f"{found.rows} rows in {found.clusters} clusters"
+    out.print(f"wrote [bold]{escape(found.pack)}[/]: {counts}, {size(found.nbytes)}, sha256 {escape(found.pack_id)}")
+
+
+def _show_checkpoint_diff(found: CheckpointDiff) -> None:
+    where = f"{escape(found.a)} and {escape(found.b)}"
+    if found.identical:
+        out.print(f"[green]identical[/]  {where}: {found.compared} tensors")
+        return
+    rows = sum(tensor.changed for tensor in found.changed)
+    counts = f"{rows} rows of {len(found.changed)} tensors changed, {found.compared} tensors compared"
+    out.print(f"[bold]different[/]  {where}: {counts}")
+    for odd in found.mismatches[:10]:
+        sides = " and ".join(filter(None, (odd.a, odd.b)))
+        out.print(f"  {escape(odd.name)}: {escape(odd.what)} {escape(sides)}")
+    if len(found.mismatches) > 10:
+        out.print(f"  and {len(found.mismatches) - 10} more tensors that are not alike")
+    if found.changed:
+        out.print(_changed_tensors(found))
+    for stack in dict.fromkeys(layer.stack for layer in found.layers):
+        out.print(_strip(stack, [layer for layer in found.layers if layer.stack == stack]))
+
+
+def _changed_tensors(found: CheckpointDiff, most: int = 40) -> Table:
+    table = Table("tensor", box=None, pad_edge=False, header_style="dim")
+    for title in ("rows", "of", "relative norm", "largest"):
+        table.add_column(title, justify="right")
+    table.add_column("first rows")
+    for tensor in found.changed[:most]:
+        first = ", ".join(map(str, tensor.first_rows)) + (", .." if tensor.changed > len(tensor.first_rows) else "")
+        norms = _number(tensor.relative), f"{_number(tensor.largest)} in row {tensor.largest_row}"
+        table.add_row(escape(tensor.name), str(tensor.changed), str(tensor.rows), *norms, first)
+    if len(found.changed) > most:
+        table.add_row(f"and {len(found.changed) - most} more")
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "?" if value is None else f"{value:.3g}"
+
+
+def _strip(stack: str, layers: list[LayerChange]) -> str:
+    """One character per layer: the darker, the more rows of it changed."""
+    # A pipe may be ASCII, and must not break on a picture.
+    shades = "·░▒▓█" if out.encoding.lower().startswith("utf") else ".-+*#"
+    most = max(layer.changed for layer in layers)
+    # Rounded up, so that a single row shows.
+    cells = "".join(shades[-(-4 * layer.changed // most) if most else 0] for layer in layers)
+    legend = f"layers {layers[0].layer} to {layers[-1].layer}, {shades[-1]} = {most} rows" if most else "no layer changed"
+    return f"{escape(stack or 'layers')}  {cells}  [dim]{legend}[/]"
+
+
+def _show_pack_diff(found: PackDiff) -> None:
+    """What an update changes."""
+    out.print(f"[bold]{escape(found.a)}[/] to [bold]{escape(found.b)}[/]{': the same pack' if found.identical else ''}")
+    grid = _grid()
+    grid.add_row("ids", f"sha256 {escape(found.ids[0])}\nsha256 {escape(found.ids[1])}")
+    base = {
+        True: "the same",
+        False: "[bold red]another[/]: " + escape(", ".join(found.foreign[:3])),
+        None: "no tensor in common",
+    }
+    grid.add_row("base", base[found.same_base])
+    for field in found.fields:
+        # Of the evaluation only the headline numbers; --json has all.
+        if field.field.startswith("evaluation.") and (".suites." in field.field or not field.field.endswith(".value")):
+            continue
+        sides = ["nothing" if side in (None, "") else escape(str(side)[:200]) for side in (field.a, field.b)]
+        grid.add_row(escape(field.field), " [dim]to[/] ".join(sides))
+    out.print(grid)
+    table = Table("tensor", box=None, pad_edge=False, header_style="dim")
+    for title in ("rows kept", "added", "removed", "with other deltas", "relative norm", "clusters"):
+        table.add_column(title, justify="right")
+    for tensor in found.tensors:
+        counts = tensor.kept, tensor.added, tensor.removed, tensor.changed
+        clusters = f"{tensor.clusters[0]} to {tensor.clusters[1]}"
+        table.add_row(escape(tensor.name), *map(str, counts), _number(tensor.relative), clusters)
+    out.print(table)
