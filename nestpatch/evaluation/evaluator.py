@@ -21,7 +21,7 @@ from nestpatch.files.atomic import write_bytes
 from nestpatch.gate import Patch, Trust, prove
 from nestpatch.pack import Pack
 from nestpatch.patcher.recovery import open_model
-from nestpatch.runtimes.transformers import Generate, load_model, locate, pick_device, pick_dtype, with_transformers
+from nestpatch.runtimes.transformers import Generate, fold, load_model, locate, pick_device, pick_dtype, with_transformers
 from nestpatch.signing.trust import Policy
 
 if TYPE_CHECKING:
