@@ -112,8 +112,8 @@ def options_of(what: str | None, sizes: dict[str, str] | None = None, rounds: in
     parser = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds, help="after one that is not counted")
     parser.add_argument("--log", action="store_true", help="add the result to bench/LOG.md")
-    for flag, means in (sizes or {}).items():
-        parser.add_argument(flag, action="store_true", help=means)
+    for flag, quantized_merge_ in (sizes or {}).items():
+        parser.add_argument(flag, action="store_true", help=quantized_merge_)
     return parser
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nestpatch.channels.follow import pull
     from nestpatch.channels.publish import push
     from nestpatch.compare.diff import diff
-    from nestpatch.evaluation.evaluator import assess as evaluate
+    from nestpatch.evaluation.evaluator import evaluate as evaluate
     from nestpatch.export.adapters import export_gguf_lora, export_lora, export_onnx_adapter
     from nestpatch.export.models import export_gguf, export_safetensors
     from nestpatch.export.onnx.exporter import export_onnx

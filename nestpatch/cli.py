@@ -142,7 +142,7 @@ for command in (
     fleet.push,
     fleet.pull,
     fleet.update,
-    fleet.withdraw,
+    fleet.yank,
     fleet.renew,
 ):
     main.add_command(command)

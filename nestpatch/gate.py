@@ -43,12 +43,12 @@ class Proven:
     """Why no signature was asked for; empty when the policy asked for one."""
 
 
-Patch: TypeAlias = "str | Path | Pack | Proven"
+PackLike: TypeAlias = "str | Path | Pack | Proven"
 """What verbs take as a patch: a file, a channel as text, a pack in memory, or what passed the gate already."""
 
 
 def prove(
-    patch: Patch,
+    pack: PackLike,
     model: str | Path | None = None,
     *,
     policy: Policy | None = None,
@@ -75,36 +75,34 @@ def prove(
         ChannelError: The channel breaks a rule.
         HubError: A server did not give what was asked for.
     """
-    if isinstance(patch, Proven):
-        return patch
+    if isinstance(pack, Proven):
+        return pack
     rules = policy_of(policy, trust)
-    if isinstance(patch, Pack):
-        done = _in_memory(patch, rules, model, allow_unsigned=allow_unsigned)
-    elif is_channel(patch):
-        from nestpatch.channels.follow import fetch_patch
+    if isinstance(pack, Pack):
+        done = _in_memory(pack, rules, model, allow_unsigned=allow_unsigned)
+    elif is_channel(pack):
+        from nestpatch.channels.follow import fetch_pack
 
-        done = passed(
-            fetch_patch(str(patch), rules, model, allow_unsigned=allow_unsigned or trust == "none", on_event=on_event)
-        )
+        done = passed(fetch_pack(str(pack), rules, model, allow_unsigned=allow_unsigned or trust == "none", on_event=on_event))
     else:
-        outcome, signatures = _judge_file(patch, rules, model, allow_unsigned=allow_unsigned)
+        outcome, signatures = _judge_file(pack, rules, model, allow_unsigned=allow_unsigned)
         done = _passed(outcome, Origin(signers_of(outcome), signatures=signatures))
     return replace(done, unchecked=_why_unchecked(done, rules, trust)) if done.unchecked else done
 
 
-def look(patch: Patch, *, policy: Policy | None = None, on_event: OnEvent = ignore) -> Proven:
+def look(pack: PackLike, *, policy: Policy | None = None, on_event: OnEvent = ignore) -> Proven:
     """Opens a patch that is only read: shown, compared, looked for in a model. It need not be signed.
 
     What signatures it has must be sound, by the keys of the policy, and a channel holds to its rules. Raises as `prove` does.
     """
     known = load_for_looking() if policy is None else policy
     anybody = Policy(known.keys, (Rule(EVERYTHING, 0),))
-    return prove(patch, policy=anybody, allow_unsigned=True, on_event=on_event)
+    return prove(pack, policy=anybody, allow_unsigned=True, on_event=on_event)
 
 
-def is_channel(patch: object) -> bool:
+def is_channel(pack: object) -> bool:
     """Whether a patch is named by its channel."""
-    return isinstance(patch, str) and patch.startswith(CHANNELS)
+    return isinstance(pack, str) and pack.startswith(CHANNELS)
 
 
 def policy_of(policy: Policy | None, trust: Trust = "policy") -> Policy:
@@ -146,14 +144,14 @@ def _in_memory(pack: Pack, policy: Policy, model: str | Path | None, *, allow_un
 
 
 def _judge_file(
-    patch: str | Path, policy: Policy, model: str | Path | None, *, allow_unsigned: bool
+    pack: str | Path, policy: Policy, model: str | Path | None, *, allow_unsigned: bool
 ) -> tuple[Outcome, dict[str, bytes]]:
     """The judgement, and what follows the pack's file name -> content of each signature that was judged."""
-    name = Path(patch).name
+    name = Path(pack).name
     try:
-        outcome, signatures = verify_file(patch, policy, model, allow_unsigned=allow_unsigned)
+        outcome, signatures = verify_file(pack, policy, model, allow_unsigned=allow_unsigned)
         return outcome, {file.removeprefix(name): content for file, content in signatures.items()}
     except PackError as error:
-        if not Path(patch).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", str(patch)):
-            error.advice = f"Check the path. A channel of the Hub is named with its scheme: hub://{patch}"
+        if not Path(pack).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", str(pack)):
+            error.advice = f"Check the path. A channel of the Hub is named with its scheme: hub://{pack}"
         raise

@@ -34,7 +34,7 @@ from nestpatch.patcher._undo import UndoReader
 from nestpatch.patcher.inplace import apply_in_place
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.patcher.recovery import recover_model
-from nestpatch.patcher.state_dir import place_of
+from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.patcher.verify import verify
 from tests.gguf.files import gguf_of
 from tests.helpers import tiny_checkpoint, tiny_pack
@@ -160,7 +160,7 @@ def read_forged_ledger(folder: Path, data: bytes) -> None:
         digest = sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     except (ValueError, AttributeError):
         return
-    name = place_of(folder / "model").ledger.name
+    name = state_dir_of(folder / "model").ledger.name
     in_model(name)(folder, json.dumps({**content, "sha256": digest}).encode())
 
 
@@ -188,13 +188,13 @@ def read_forged_journal(folder: Path, data: bytes) -> None:
 def recover_from(folder: Path, data: bytes) -> None:
     """Lets a model be recovered by a journal that nestpatch did not write."""
     model = folder / "model"
-    place = place_of(model)
+    state_dir = state_dir_of(model)
     weights = {file: file.read_bytes() for file in model.glob("*.safetensors")}
-    place.journal.write_bytes(data)
+    state_dir.journal.write_bytes(data)
     try:
         assert recover_model(model).action == "nothing was changed", "a journal of nobody was carried out"
     finally:
-        place.journal.unlink(missing_ok=True)
+        state_dir.journal.unlink(missing_ok=True)
         assert weights == {file: file.read_bytes() for file in model.glob("*.safetensors")}
 
 
@@ -203,24 +203,24 @@ def prepare(folder: Path) -> dict[str, tuple[bytes, Reader]]:
     model = tiny_checkpoint(folder / "model", sharded=True)
     pack = tiny_pack(model)
     apply_in_place(model, pack)
-    place = place_of(model)
-    (undo,) = place.folder.glob("*.undo")
+    state_dir = state_dir_of(model)
+    (undo,) = state_dir.folder.glob("*.undo")
     shard = next(model.glob("*.safetensors"))
     checkpoint = open_checkpoint(model)
     write_journal(
-        place, "0" * 16, checkpoint, [Region(checkpoint.info(delta.name), delta.rows.astype("int64")) for delta in pack]
+        state_dir, "0" * 16, checkpoint, [Region(checkpoint.info(delta.name), delta.rows.astype("int64")) for delta in pack]
     )
-    journal = place.journal.read_bytes()
-    place.journal.unlink()
-    assert read_ledger(place).applied
+    journal = state_dir.journal.read_bytes()
+    state_dir.journal.unlink()
+    assert read_ledger(state_dir).applied
     return {
         "pack": (nest.encode(pack), read_pack),
         "checkpoint": (shard.read_bytes(), read_checkpoint),
         "gguf": (gguf_of(tiny_checkpoint(folder / "other"), folder / "m.gguf", "F16").read_bytes(), read_gguf),
         **onnx_models(folder),
         "index": ((model / INDEX).read_bytes(), in_model(INDEX)),
-        "ledger": (place.ledger.read_bytes(), in_model(place.ledger.name)),
-        "forged ledger": (place.ledger.read_bytes(), read_forged_ledger),
+        "ledger": (state_dir.ledger.read_bytes(), in_model(state_dir.ledger.name)),
+        "forged ledger": (state_dir.ledger.read_bytes(), read_forged_ledger),
         "undo": (undo.read_bytes(), read_undo),
         "damaged journal": (journal, read_damaged_journal),
         "forged journal": (journal, read_forged_journal),

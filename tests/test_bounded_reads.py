@@ -60,13 +60,13 @@ def with_pipe(path: Path) -> Path:
     return path
 
 
-def test_a_pack_of_40_gigabytes_is_refused_by_what_its_header_says(patch: Path) -> None:
+def test_a_pack_of_40_gigabytes_is_refused_by_what_its_header_says(pack: Path) -> None:
     """Nothing after the header is read: this would fill the memory."""
     size = 40 << 30
     with pytest.raises(PackFormatError, match=r"x.nest: the header describes .* the file holds"):
-        nest.read(grown(patch, size))
+        nest.read(grown(pack, size))
     with pytest.raises(PackFormatError, match=r"x.nest: the header describes"):
-        nest.read_bytes(patch)
+        nest.read_bytes(pack)
 
 
 def test_a_pack_whose_header_describes_40_gigabytes_is_refused(tmp_path: Path) -> None:
@@ -226,10 +226,10 @@ def test_a_table_that_unpacks_to_gigabytes_is_refused_unread(tmp_path: Path, mon
         load_prompts(tmp_path / "x.parquet")
 
 
-def test_the_honest_pack_is_still_read(patch: Path) -> None:
+def test_the_honest_pack_is_still_read(pack: Path) -> None:
     """The header parsed twice, and the bytes read in parts, give the file."""
-    assert nest.read_bytes(patch) == patch.read_bytes()
-    assert split(nest.read_bytes(patch))[0].startswith("{")
+    assert nest.read_bytes(pack) == pack.read_bytes()
+    assert split(nest.read_bytes(pack))[0].startswith("{")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"])

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nestpatch.errors import ChainError, DowngradeError, OverlapError, RequirementError
-from nestpatch.patcher.chain import Allowed, Do, Link, plan_apply, plan_revert
+from nestpatch.patcher.chain import Action, Allowed, Link, plan_apply, plan_revert
 from nestpatch.version import Version
 
 
@@ -24,7 +24,7 @@ def always(a, b):
 
 
 def told(steps):
-    return [(step.do.name, step.link.pack_id) for step in steps]
+    return [(step.action.name, step.link.pack_id) for step in steps]
 
 
 def test_the_order_of_versions_is_that_of_semver():
@@ -134,11 +134,11 @@ def test_steps_never_undo_what_is_not_on_top_of_its_rows(data):
     new = link(data.draw(st.sampled_from("abcdef")), "2.0.0")
     stack = list(applied)
     for step in plan_apply(applied, new, overlap, Allowed(overlap=True)):
-        if step.do is Do.UNDO:
+        if step.action is Action.UNDO:
             above = stack[stack.index(step.link) + 1 :]
             assert not any(overlap(step.link, other) for other in above)
             stack.remove(step.link)
-        elif step.do is Do.CHECK:
+        elif step.action is Action.CHECK:
             assert not any(overlap(step.link, other) for other in stack)
         else:
             stack.append(step.link)

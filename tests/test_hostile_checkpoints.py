@@ -36,7 +36,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def assert_refused(model: Path, patch: Path, says: str) -> None:
+def assert_refused(model: Path, pack: Path, says: str) -> None:
     """Both the library and the command line name the fault; nothing changes."""
     before = tree_digest(model.parent)
     with pytest.raises(CheckpointFormatError) as caught:
@@ -44,7 +44,7 @@ def assert_refused(model: Path, patch: Path, says: str) -> None:
     assert type(caught.value) is CheckpointFormatError
     assert says in str(caught.value)
     assert caught.value.advice.strip()
-    result = CliRunner().invoke(main, ["apply", str(model), str(patch)])
+    result = CliRunner().invoke(main, ["apply", str(model), str(pack)])
     assert tree_digest(model.parent) == before
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)

@@ -26,7 +26,7 @@ from nestpatch.patcher.apply import apply
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.patcher.recovery import recover_model
-from nestpatch.patcher.state_dir import place_of
+from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.patcher.verify import Verdict, verify
 from tests.helpers import tiny_checkpoint, tiny_pack, tree_digest
 
@@ -143,7 +143,7 @@ def test_an_allowed_mismatch_is_recorded_and_still_reverts(tmp_path, model):
     (pack,) = packs(tiny_checkpoint(tmp_path / "other", seed=5), "safe 1.0.0 0")
     original = weights(model)
     apply_in_place(model, pack, allow_base_mismatch=True)
-    assert read_ledger(place_of(model)).applied[0].base_mismatch_allowed
+    assert read_ledger(state_dir_of(model)).applied[0].base_mismatch_allowed
     assert "another base" in CliRunner().invoke(main, ["status", str(model)]).stdout
     assert verify(model, full=True).verdict is Verdict.PATCHED
     revert(model)
@@ -172,7 +172,7 @@ def test_verify_names_the_altered_row_and_revert_refuses(model):
     with pytest.raises(BaseMismatchError, match="no longer holds what safe"):
         revert(model)
     assert weights(model) == altered
-    assert not place_of(model).journal.exists()
+    assert not state_dir_of(model).journal.exists()
 
 
 def test_only_full_verification_sees_rows_that_no_pack_touches(model):
@@ -197,9 +197,9 @@ def test_half_a_patch_is_called_that(tmp_path, model):
     found = verify(model)
     assert found.verdict is Verdict.HALF
     assert found.differences[0].rows == tuple(rows.tolist())
-    place = place_of(model)
-    place.ledger.unlink()
-    shutil.rmtree(place.folder)
+    state_dir = state_dir_of(model)
+    state_dir.ledger.unlink()
+    shutil.rmtree(state_dir.folder)
     whole = pack.deltas[2].rows.astype("int64")
     open_checkpoint(model).write_rows(name, whole, open_checkpoint(base).read_rows(name, whole))
     assert verify(model, pack).verdict is Verdict.HALF
@@ -269,11 +269,11 @@ def test_a_dry_run_changes_nothing(model):
 def test_lost_or_damaged_records_are_named_and_nothing_changes(model):
     (pack,) = packs(model, "safe 1.0.0 0")
     apply_in_place(model, pack)
-    place, patched = place_of(model), weights(model)
-    (record,) = place.folder.glob("*.undo")
+    state_dir, patched = state_dir_of(model), weights(model)
+    (record,) = state_dir.folder.glob("*.undo")
     whole = record.read_bytes()
     record.write_bytes(whole[:-9] + b"\0" + whole[-8:])
-    kept = place.pack(nest.pack_id(pack))
+    kept = state_dir.pack(nest.pack_id(pack))
     kept_bytes = kept.read_bytes()
     kept.unlink()
     with pytest.raises(UndoError, match="kept copy of safe"):
@@ -288,7 +288,7 @@ def test_lost_or_damaged_records_are_named_and_nothing_changes(model):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "nestpatch-ledger/9"}', '{"format": "nestpatch-ledger/1"}'])
 def test_a_broken_ledger_is_named(model, text):
     (pack,) = packs(model, "safe 1.0.0 0")
-    place_of(model).ledger.write_text(text)
+    state_dir_of(model).ledger.write_text(text)
     with pytest.raises(LedgerError):
         apply_in_place(model, pack)
     with pytest.raises(LedgerError):
@@ -310,7 +310,7 @@ def test_a_copy_of_a_patched_model_knows_what_it_has(tmp_path, model):
 
 def test_recovering_a_model_without_a_journal_is_nothing(model):
     assert recover_model(model).action == "none"
-    assert not place_of(model).folder.exists()
+    assert not state_dir_of(model).folder.exists()
 
 
 def test_the_commands_speak_json_and_use_exit_codes(tmp_path, model):

@@ -107,7 +107,7 @@ def test_the_peft_settings_are_those_that_peft_and_vllm_take(base: Path, tmp_pat
     with safe_open(tmp_path / "lora" / "adapter_model.safetensors", "np") as file:
         metadata = file.metadata()
     assert metadata["format"] == "pt"
-    (patch,) = json.loads(metadata["nestpatch.patches"])
+    (patch,) = json.loads(metadata["nestpatch.packs"])
     assert patch == {"name": "no-harm", "version": "1.0.0", "pack_id": nest.pack_id(pack), "strength": 0.5}
 
 
@@ -128,7 +128,7 @@ def test_a_gguf_adapter_is_the_pack(base: Path, tmp_path: Path, strength: float)
     assert facts["adapter.type"] == "lora"
     assert facts["adapter.lora.alpha"] == 0, "llama.cpp divides any other alpha by each matrix' rank"
     assert facts["general.architecture"] == "llama"
-    (patch,) = json.loads(str(facts["nestpatch.patches"]))
+    (patch,) = json.loads(str(facts["nestpatch.packs"]))
     assert patch == {"name": "no-harm", "version": "1.0.0", "pack_id": nest.pack_id(pack), "strength": strength}
 
 

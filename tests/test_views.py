@@ -23,7 +23,7 @@ from click.testing import CliRunner
 
 import nestpatch
 from nestpatch.channels._card import MARK, model_card
-from nestpatch.channels.listing import Channel, File, Patch, Status
+from nestpatch.channels.listing import Channel, ListedFile, ListedPack, ListedStatus
 from nestpatch.commands._options import print_json, say
 from nestpatch.events import Event
 from nestpatch.formats import nest
@@ -111,15 +111,15 @@ def cases() -> dict[str, Callable[[str], None]]:
     from nestpatch.compare._packs import PackDiff
     from nestpatch.compare.diff import CheckpointDiff
     from nestpatch.compare.extract import Extracted
-    from nestpatch.evaluation.parity import Check
-    from nestpatch.evaluation.suites import Evaluation
+    from nestpatch.evaluation.parity import GgufParity
+    from nestpatch.evaluation.suites import Scores
     from nestpatch.export.adapters import Adapter
     from nestpatch.export.models import Exported
     from nestpatch.export.onnx.exporter import ExportedOnnx
     from nestpatch.lab.demo import FormatResult
     from nestpatch.patcher.apply import Applied
     from nestpatch.patcher.inplace import Changed
-    from nestpatch.patcher.status import Status
+    from nestpatch.patcher.status import ListedStatus
     from nestpatch.patcher.update import Updated
     from nestpatch.patcher.verify import Verification
     from nestpatch.signing.keys import KeyPair
@@ -145,7 +145,7 @@ def cases() -> dict[str, Callable[[str], None]]:
             views_adapters.show_adapter(dataclasses.replace(filled(Adapter, text), format=kind))
 
     def show_evaluation(text: str) -> None:
-        views.out.print(views.evaluation_table({text: filled(Evaluation, text)}))
+        views.out.print(views.evaluation_table({text: filled(Scores, text)}))
 
     return {
         "show_error": lambda text: views.show_error(ValueError(text), text),
@@ -155,7 +155,7 @@ def cases() -> dict[str, Callable[[str], None]]:
             [views.show_changed(done) for done in (filled(Changed, text), dataclasses.replace(filled(Changed, text), steps=()))]
             and None
         ),
-        "show_status": lambda text: views.show_status(dataclasses.replace(filled(Status, text), files_say=claims(text))),
+        "show_status": lambda text: views.show_status(dataclasses.replace(filled(ListedStatus, text), files_say=claims(text))),
         "show_verification": lambda text: views.show_verification(text, filled(Verification, text)),
         "show_pack": lambda text: views.show_pack(filled_pack(text), text, 5),
         "evaluation_table": show_evaluation,
@@ -163,7 +163,7 @@ def cases() -> dict[str, Callable[[str], None]]:
         "stage_table": lambda text: views.out.print(views.stage_table({text: (1.0, text)})),
         "recipe_table": lambda text: views.out.print(views.recipe_table()),
         "show_adapter": adapters,
-        "show_check": simple(views_adapters.show_check, Check),
+        "show_check": simple(views_adapters.show_check, GgufParity),
         "show_diff": simple(views_diff.show_diff, CheckpointDiff, PackDiff, Extracted),
         "show_published": simple(views_fleet.show_published, Published),
         "show_pulled": simple(views_fleet.show_pulled, Pulled),
@@ -367,14 +367,14 @@ def test_a_hostile_pack_makes_no_other_card(text: str) -> None:
     share = {"value": text, "count": text, "total": text}
     good = {"value": 0.5, "count": 1, "total": 2}
     evaluation = {"before": {text: good, "x": share}, "after": {text: good, "x": share}}
-    file = File("patches/1.0.0/x.nest", 1, "0" * 64)
+    file = ListedFile("packs/1.0.0/x.nest", 1, "0" * 64)
 
     def card(said: str) -> str:
-        patch = filled(Patch, said)
-        for name, value in {"version": "1.0.0", "status": Status.ACTIVE, "file": file, "reason": said}.items():
+        patch = filled(ListedPack, said)
+        for name, value in {"version": "1.0.0", "status": ListedStatus.ACTIVE, "file": file, "reason": said}.items():
             object.__setattr__(patch, name, value)
         channel = filled(Channel, "acme/x")
-        for name, value in {"root": key, "patches": (patch,)}.items():
+        for name, value in {"root": key, "packs": (patch,)}.items():
             object.__setattr__(channel, name, value)
         pack = filled_pack(said, evaluation=evaluation if said == text else {"before": {"y": good}, "after": {"y": good}})
         return model_card(channel, pack.manifest)

@@ -62,9 +62,9 @@ def _metadata(manifest: Manifest | None) -> list[str]:
 
 def _versions(channel: Channel) -> list[str]:
     best, rows = latest(channel), []
-    for patch in reversed(channel.patches):
-        status = "latest" if patch is best else patch.status.value
-        rows.append(f"| {one_line(patch.version)} | {status} | {markdown(patch.reason)} | `{patch.file.sha256}` |")
+    for pack in reversed(channel.packs):
+        status = "latest" if pack is best else pack.status.value
+        rows.append(f"| {one_line(pack.version)} | {status} | {markdown(pack.reason)} | `{pack.file.sha256}` |")
     return ["## Versions", "", "| version | status | reason | sha256 |", "|---|---|---|---|", *rows, ""]
 
 

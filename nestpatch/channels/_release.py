@@ -13,12 +13,12 @@ from nestpatch.channels.listing import (
     SUCCESSION_TYPE,
     TIME,
     Channel,
-    File,
-    Patch,
-    Status,
+    ListedFile,
+    ListedPack,
+    ListedStatus,
     Succession,
     base_digest,
-    patch_path,
+    pack_path,
     payload,
     succession_payload,
     write_envelope,
@@ -59,43 +59,43 @@ def require_next_number(channel: Channel) -> None:
         )
 
 
-def listed(manifest: Manifest, data: bytes, signatures: Mapping[str, bytes]) -> tuple[Patch, dict[str, bytes]]:
+def listed(manifest: Manifest, data: bytes, signatures: Mapping[str, bytes]) -> tuple[ListedPack, dict[str, bytes]]:
     """The entry of a pack, and the files that belong to it by their paths. `signatures`: what follows .nest -> content."""
-    stem = patch_path(manifest.name, manifest.version)
+    stem = pack_path(manifest.name, manifest.version)
     files = {stem: data} | {f"{stem}{suffix}": content for suffix, content in signatures.items()}
-    entries = [File(path, len(content), sha256(content).hexdigest()) for path, content in files.items()]
+    entries = [ListedFile(path, len(content), sha256(content).hexdigest()) for path, content in files.items()]
     base = manifest.base.model_id, base_digest(manifest)
-    return Patch(manifest.name, manifest.version, entries[0], tuple(entries[1:]), *base, manifest.supersedes), files
+    return ListedPack(manifest.name, manifest.version, entries[0], tuple(entries[1:]), *base, manifest.supersedes), files
 
 
-def add(channel: Channel, patch: Patch) -> Channel:
+def add(channel: Channel, pack: ListedPack) -> Channel:
     """One more version. Raises VersionError for one that is there, or that belongs to another patch or model."""
-    for other in channel.patches:
-        if other.order == patch.order:
-            same = "the same content" if other.file.sha256 == patch.file.sha256 else "other content"
+    for other in channel.packs:
+        if other.order == pack.order:
+            same = "the same content" if other.file.sha256 == pack.file.sha256 else "other content"
             raise VersionError(f"{channel.name} has {other.label} already, with {same}")
-        if other.id != patch.id:
+        if other.id != pack.id:
             raise VersionError(
-                f"{channel.name} is the channel of {other.id}, not of {patch.id}",
+                f"{channel.name} is the channel of {other.id}, not of {pack.id}",
                 advice="Publish it in a repository of its own: a model can follow several channels.",
             )
-    replaced = [_superseded(other, patch) for other in channel.patches]
-    return replace(channel, patches=tuple(sorted([*replaced, patch], key=lambda entry: entry.order)))
+    replaced = [_superseded(other, pack) for other in channel.packs]
+    return replace(channel, packs=tuple(sorted([*replaced, pack], key=lambda entry: entry.order)))
 
 
-def stands(channel: Channel, patch: Patch, signatures: Collection[str]) -> bool:
+def stands(channel: Channel, pack: ListedPack, signatures: Collection[str]) -> bool:
     """Whether this very pack is published already, not withdrawn, with signatures of these SHA-256 among its own."""
-    for other in channel.patches:
-        if other.order == patch.order and other.file.sha256 == patch.file.sha256 and other.status is not Status.REVOKED:
+    for other in channel.packs:
+        if other.order == pack.order and other.file.sha256 == pack.file.sha256 and other.status is not ListedStatus.REVOKED:
             return set(signatures) <= {file.sha256 for file in other.signatures}
     return False
 
 
-def _superseded(old: Patch, new: Patch) -> Patch:
+def _superseded(old: ListedPack, new: ListedPack) -> ListedPack:
     # A prerelease replaces nothing that is finished.
     replaces = old.order < new.order and (not new.order.prerelease or bool(old.order.prerelease))
-    if old.status is Status.ACTIVE and (replaces or old.file.sha256 in new.supersedes):
-        return replace(old, status=Status.SUPERSEDED)
+    if old.status is ListedStatus.ACTIVE and (replaces or old.file.sha256 in new.supersedes):
+        return replace(old, status=ListedStatus.SUPERSEDED)
     return old
 
 
@@ -105,13 +105,13 @@ def revoke(channel: Channel, version: str, reason: str) -> Channel:
     Raises VersionError when there is no such version, RevokedError when it is withdrawn already.
     """
     gone = choose(channel, version)
-    patches = [replace(p, status=Status.REVOKED, reason=reason) if p is gone else p for p in channel.patches]
-    standing = [patch for patch in patches if patch.status is not Status.REVOKED]
-    if standing and not any(patch.status is Status.ACTIVE for patch in standing):
-        finished = [patch for patch in standing if not patch.order.prerelease]
-        best = max(finished or standing, key=lambda patch: patch.order)
-        patches = [replace(patch, status=Status.ACTIVE) if patch is best else patch for patch in patches]
-    return replace(channel, patches=tuple(patches))
+    packs = [replace(p, status=ListedStatus.REVOKED, reason=reason) if p is gone else p for p in channel.packs]
+    standing = [pack for pack in packs if pack.status is not ListedStatus.REVOKED]
+    if standing and not any(pack.status is ListedStatus.ACTIVE for pack in standing):
+        finished = [pack for pack in standing if not pack.order.prerelease]
+        best = max(finished or standing, key=lambda pack: pack.order)
+        packs = [replace(pack, status=ListedStatus.ACTIVE) if pack is best else pack for pack in packs]
+    return replace(channel, packs=tuple(packs))
 
 
 def hand_over(channel: Channel, old: PrivateKey, new: PrivateKey) -> Channel:
@@ -123,9 +123,9 @@ def hand_over(channel: Channel, old: PrivateKey, new: PrivateKey) -> Channel:
 
 def with_signatures(channel: Channel, more: Mapping[str, Mapping[str, bytes]]) -> Channel:
     """Adds signature files: version -> path -> content."""
-    patches = []
-    for patch in channel.patches:
-        files = more.get(patch.version, {})
-        entries = [File(path, len(content), sha256(content).hexdigest()) for path, content in files.items()]
-        patches.append(replace(patch, signatures=(*patch.signatures, *entries)))
-    return replace(channel, patches=tuple(patches))
+    packs = []
+    for pack in channel.packs:
+        files = more.get(pack.version, {})
+        entries = [ListedFile(path, len(content), sha256(content).hexdigest()) for path, content in files.items()]
+        packs.append(replace(pack, signatures=(*pack.signatures, *entries)))
+    return replace(channel, packs=tuple(packs))

@@ -8,23 +8,23 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from nestpatch.channels.listing import TIME, Patch
+from nestpatch.channels.listing import TIME, ListedPack
 from nestpatch.channels.memory import Memory, held, judged, keep, recall
+from nestpatch.channels.readers import ChannelReader, open_reader, split_version
 from nestpatch.channels.rules import Admitted, Gate, choose, require_as_listed
-from nestpatch.channels.sources import Source, open_source, split_version
 from nestpatch.errors import HubAnswerError, OutputError
 from nestpatch.events import OnEvent, ignore
 from nestpatch.files.scratch import new_output
 from nestpatch.signing.subject import Origin, subject_of
 from nestpatch.signing.trust import Policy
-from nestpatch.signing.verify import Outcome, judge, signers_of
+from nestpatch.signing.verify import Outcome, judge_signatures, signers_of
 
 
 @dataclass(frozen=True)
 class Followed:
     """A channel that was admitted, at the version of its place from which it was read."""
 
-    source: Source
+    source: ChannelReader
     version: str
     admitted: Admitted
     model: str | None
@@ -32,16 +32,16 @@ class Followed:
     allow_unsigned: bool
 
     @property
-    def patch_id(self) -> str | None:
+    def pack_name(self) -> str | None:
         """The name of the channel's patch; None before its first version."""
-        return next((patch.id for patch in self.admitted.channel.patches), None)
+        return next((pack.id for pack in self.admitted.channel.packs), None)
 
 
 @dataclass(frozen=True)
 class Downloaded:
     """A version that was fetched and proven."""
 
-    patch: Patch
+    pack: ListedPack
     outcome: Outcome
     """Use its pack."""
     origin: Origin
@@ -54,7 +54,7 @@ def utc_now() -> str:
 
 
 def follow(
-    source: Source,
+    source: ChannelReader,
     policy: Policy,
     model: str | Path | None = None,
     *,
@@ -78,28 +78,28 @@ def follow(
     return Followed(source, fetched.version, admitted, None if model is None else str(model), allow_unsigned)
 
 
-def download(followed: Followed, patch: Patch, *, on_event: OnEvent = ignore) -> Downloaded:
+def download(followed: Followed, pack: ListedPack, *, on_event: OnEvent = ignore) -> Downloaded:
     """Fetches a version and its signatures, compares them with the channel and judges who signed.
 
     Raises SwappedFileError, SignatureError and its kinds, PackError, HubError.
     """
     place, version = followed.source.place, followed.version
     contents = {}
-    for file in (patch.file, *patch.signatures):
+    for file in (pack.file, *pack.signatures):
         contents[file.name] = followed.source.read(version, file, on_event)
         file.check(contents[file.name], place)
-    data = contents.pop(patch.file.name)
+    data = contents.pop(pack.file.name)
     subject = subject_of(followed.model)
-    outcome = judge(
-        data, contents, followed.admitted.policy, subject, file=patch.file.name, allow_unsigned=followed.allow_unsigned
+    outcome = judge_signatures(
+        data, contents, followed.admitted.policy, subject, file=pack.file.name, allow_unsigned=followed.allow_unsigned
     )
-    require_as_listed(patch, outcome.pack.manifest, place)
-    signatures = {name.removeprefix(patch.file.name): content for name, content in contents.items()}
+    require_as_listed(pack, outcome.pack.manifest, place)
+    signatures = {name.removeprefix(pack.file.name): content for name, content in contents.items()}
     roots = tuple(key.key_id for key in followed.admitted.line)
-    return Downloaded(patch, outcome, Origin(signers_of(outcome), place, roots, signatures), data)
+    return Downloaded(pack, outcome, Origin(signers_of(outcome), place, roots, signatures), data)
 
 
-def fetch_patch(
+def fetch_pack(
     text: str,
     policy: Policy,
     model: str | Path | None = None,
@@ -109,7 +109,7 @@ def fetch_patch(
 ) -> Downloaded:
     """The version that PLACE[@VERSION] names, or the latest one. Raises as `follow`, `choose` and `download` do."""
     place, version = split_version(text)
-    followed = follow(open_source(place), policy, model, allow_unsigned=allow_unsigned)
+    followed = follow(open_reader(place), policy, model, allow_unsigned=allow_unsigned)
     return download(followed, choose(followed.admitted.channel, version), on_event=on_event)
 
 
@@ -134,15 +134,15 @@ def pull(
 ) -> Pulled:
     """Writes a version and its signatures: to a file, into a folder, or beside here under its name and version.
 
-    What is there already with the same content is left alone. Raises as `fetch_patch` does, and OutputError.
+    What is there already with the same content is left alone. Raises as `fetch_pack` does, and OutputError.
     """
-    done = fetch_patch(text, policy, allow_unsigned=allow_unsigned, on_event=on_event)
-    name = f"{done.patch.id}-{done.patch.version}.nest"
+    done = fetch_pack(text, policy, allow_unsigned=allow_unsigned, on_event=on_event)
+    name = f"{done.pack.id}-{done.pack.version}.nest"
     file = Path(name) if output is None else output / name if output.is_dir() else output
     # The pack comes last: where it lies, its signatures do.
     for suffix, content in [*done.origin.signatures.items(), ("", done.data)]:
         _write_once(file.with_name(f"{file.name}{suffix}"), content)
-    return Pulled(file, done.patch.label, done.patch.file.sha256, done.origin.channel, done.origin.signers)
+    return Pulled(file, done.pack.label, done.pack.file.sha256, done.origin.channel, done.origin.signers)
 
 
 def _write_once(file: Path, content: bytes) -> None:

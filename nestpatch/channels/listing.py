@@ -42,7 +42,7 @@ _NAME = re.compile(rf"{_PART}(?:/{_PART})?", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
-class Status(str, Enum):
+class ListedStatus(str, Enum):
     """What the publisher thinks of a version."""
 
     ACTIVE = "active"
@@ -51,11 +51,11 @@ class Status(str, Enum):
 
 
 @dataclass(frozen=True)
-class File:
+class ListedFile:
     """A file beside the channel, which never changes once it is named."""
 
     path: str
-    """patches/<version>/<file name>."""
+    """packs/<version>/<file name>."""
     size: int
     sha256: str
 
@@ -74,20 +74,20 @@ class File:
 
 
 @dataclass(frozen=True)
-class Patch:
+class ListedPack:
     """One published version."""
 
     id: str
     """The patch's name, the same in all versions of a channel."""
     version: str
-    file: File
-    signatures: tuple[File, ...]
+    file: ListedFile
+    signatures: tuple[ListedFile, ...]
     base_model: str
     """For people; the digest decides."""
     base_sha256: str
     """Of the base's touched tensors (`base_digest`)."""
     supersedes: tuple[str, ...] = ()
-    status: Status = Status.ACTIVE
+    status: ListedStatus = ListedStatus.ACTIVE
     reason: str = ""
     """Why it was revoked."""
 
@@ -124,7 +124,7 @@ class Channel:
     root: PublicKey
     """The key that signs it."""
     successions: tuple[Succession, ...] = ()
-    patches: tuple[Patch, ...] = field(default=())
+    packs: tuple[ListedPack, ...] = field(default=())
     """In the order of their versions."""
 
     def walk(self, start: PublicKey) -> tuple[PublicKey, ...]:
@@ -169,15 +169,15 @@ def _channel(value: Any, source: str) -> Channel:
         found = str(value.get("format"))[:80]
         raise ChannelFormatError(f"{source} has the format {found!r}; this nestpatch reads {FORMAT}", advice=advice)
     kinds: dict[str, type] = {"format": str, "name": str, "serial": int, "issued": str, "expires": str, "root": str}
-    facts = members(value, {**kinds, "successions": list, "patches": list}, source)
-    patches = tuple(_patch(entry, source) for entry in facts["patches"])
+    facts = members(value, {**kinds, "successions": list, "packs": list}, source)
+    packs = tuple(_pack(entry, source) for entry in facts["packs"])
     _require(bool(_NAME.fullmatch(facts["name"])), source, "its name is none")
     _require(0 < facts["serial"] < MAX_NUMBER, source, "its serial number makes no sense")
     _require(is_time(facts["issued"]) and is_time(facts["expires"]), source, "its times are no times")
     _require(facts["issued"] < facts["expires"], source, "it expires before it was issued")
-    _require(len({p.id for p in patches}) <= 1, source, "it mixes different patches")
-    _require(len({p.order for p in patches}) == len(patches), source, "a version is there twice")
-    paths = [file.path for patch in patches for file in (patch.file, *patch.signatures)]
+    _require(len({p.id for p in packs}) <= 1, source, "it mixes different patches")
+    _require(len({p.order for p in packs}) == len(packs), source, "a version is there twice")
+    paths = [file.path for pack in packs for file in (pack.file, *pack.signatures)]
     _require(len({path.lower() for path in paths}) == len(paths), source, "two files have the same path")
     return Channel(
         facts["name"],
@@ -186,35 +186,35 @@ def _channel(value: Any, source: str) -> Channel:
         facts["expires"],
         parse_public(facts["root"].encode("utf-8"), source),
         tuple(_succession(entry, source) for entry in facts["successions"]),
-        tuple(sorted(patches, key=lambda patch: patch.order)),
+        tuple(sorted(packs, key=lambda pack: pack.order)),
     )
 
 
-def _patch(value: Any, source: str) -> Patch:
+def _pack(value: Any, source: str) -> ListedPack:
     kinds: dict[str, type] = {"id": str, "version": str, "path": str, "size": int, "sha256": str, "signatures": list}
     kinds |= {"base": dict, "supersedes": list, "status": str, "reason": str}
     facts = members(value, kinds, source, reason="")
     base = members(facts["base"], {"model": str, "sha256": str}, source)
     problem = name_problem(facts["id"]) or version_problem(facts["version"])
     _require(problem is None, source, problem or "")
-    _require(facts["status"] in [status.value for status in Status], source, f"unknown status {facts['status'][:80]!r}")
+    _require(facts["status"] in [status.value for status in ListedStatus], source, f"unknown status {facts['status'][:80]!r}")
     digests = [base["sha256"], *facts["supersedes"]]
     _require(all(isinstance(d, str) and _SHA256.fullmatch(d) for d in digests), source, "a digest is no SHA-256")
-    path = patch_path(facts["id"], facts["version"])
+    path = pack_path(facts["id"], facts["version"])
     file = _file({name: facts[name] for name in ("path", "size", "sha256")}, path, source)
     signatures = tuple(_file(entry, path, source, _SIGNATURE) for entry in facts["signatures"])
-    supersedes, status = tuple(facts["supersedes"]), Status(facts["status"])
-    return Patch(
+    supersedes, status = tuple(facts["supersedes"]), ListedStatus(facts["status"])
+    return ListedPack(
         facts["id"], facts["version"], file, signatures, base["model"], base["sha256"], supersedes, status, facts["reason"]
     )
 
 
-def patch_path(patch_id: str, version: str) -> str:
+def pack_path(pack_name: str, version: str) -> str:
     """Where the pack of a version lies; its signatures lie beside it. Files have no other names, so they cannot escape."""
-    return f"patches/{version}/{patch_id}.nest"
+    return f"packs/{version}/{pack_name}.nest"
 
 
-def _file(value: Any, path: str, source: str, suffix: re.Pattern[str] | None = None) -> File:
+def _file(value: Any, path: str, source: str, suffix: re.Pattern[str] | None = None) -> ListedFile:
     facts = members(value, {"path": str, "size": int, "sha256": str}, source)
     rest = facts["path"].removeprefix(path)
     fits = suffix.fullmatch(rest) is not None if suffix else not rest
@@ -222,7 +222,7 @@ def _file(value: Any, path: str, source: str, suffix: re.Pattern[str] | None = N
         raise ChannelPathError(f"{source} names the file {facts['path'][:120]!r} where only {path} and its signatures may be")
     _require(0 < facts["size"] < MAX_NUMBER, source, f"{facts['path']} has an impossible size")
     _require(bool(_SHA256.fullmatch(facts["sha256"])), source, "a digest is no SHA-256")
-    return File(facts["path"], facts["size"], facts["sha256"])
+    return ListedFile(facts["path"], facts["size"], facts["sha256"])
 
 
 def _succession(value: Any, source: str) -> Succession:
@@ -247,25 +247,25 @@ def payload(channel: Channel) -> bytes:
         "expires": channel.expires,
         "root": channel.root.pem,
         "successions": [step.envelope.as_json() for step in channel.successions],
-        "patches": [_patch_json(patch) for patch in channel.patches],
+        "packs": [_pack_json(pack) for pack in channel.packs],
     }
     return canonical_json(value).encode("utf-8")
 
 
-def _patch_json(patch: Patch) -> dict[str, Any]:
+def _pack_json(pack: ListedPack) -> dict[str, Any]:
     return {
-        "id": patch.id,
-        "version": patch.version,
-        **_file_json(patch.file),
-        "signatures": [_file_json(file) for file in patch.signatures],
-        "base": {"model": patch.base_model, "sha256": patch.base_sha256},
-        "supersedes": list(patch.supersedes),
-        "status": patch.status.value,
-        "reason": patch.reason,
+        "id": pack.id,
+        "version": pack.version,
+        **_file_json(pack.file),
+        "signatures": [_file_json(file) for file in pack.signatures],
+        "base": {"model": pack.base_model, "sha256": pack.base_sha256},
+        "supersedes": list(pack.supersedes),
+        "status": pack.status.value,
+        "reason": pack.reason,
     }
 
 
-def _file_json(file: File) -> dict[str, Any]:
+def _file_json(file: ListedFile) -> dict[str, Any]:
     return {"path": file.path, "size": file.size, "sha256": file.sha256}
 
 

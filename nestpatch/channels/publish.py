@@ -21,19 +21,19 @@ from nestpatch.channels._release import (
     stands,
     with_signatures,
 )
-from nestpatch.channels._sites import CARD, Head, Site, StaleError, open_site
+from nestpatch.channels._writers import CARD, ChannelWriter, Head, StaleError, open_writer
 from nestpatch.channels.follow import utc_now
-from nestpatch.channels.listing import CHANNEL_FILE, Channel, Status, parse, payload
+from nestpatch.channels.listing import CHANNEL_FILE, Channel, ListedStatus, parse, payload
 from nestpatch.channels.memory import Memory, held, judged, recall, recall_channel, remember
+from nestpatch.channels.readers import ChannelReader
 from nestpatch.channels.rules import Gate, Seen, latest
-from nestpatch.channels.sources import Source
 from nestpatch.errors import ChannelKeyError, PublishError, RollbackError, SerialJumpError, VersionError
 from nestpatch.formats import nest
 from nestpatch.pack import Manifest
 from nestpatch.signing import bundle
 from nestpatch.signing.keys import PrivateKey, PublicKey
 from nestpatch.signing.trust import Policy, TrustedKey
-from nestpatch.signing.verify import SUFFIX, Signed, judge, read_signatures
+from nestpatch.signing.verify import SUFFIX, Signed, judge_signatures, read_signatures
 
 ATTEMPTS = 8
 """Before publishing gives way to others who publish at the same time."""
@@ -82,7 +82,7 @@ class Published:
 
 
 def push(
-    patch: str | Path, place: str, key: PrivateKey, *, days: int = DAYS, private: bool = False, name: str | None = None
+    pack: str | Path, place: str, key: PrivateKey, *, days: int = DAYS, private: bool = False, name: str | None = None
 ) -> Published:
     """Publishes a pack as the next version of a channel, with the signatures beside it and the publisher's own.
 
@@ -92,10 +92,12 @@ def push(
     another root key, RollbackError when this user has seen a newer state of the channel, BadSignatureError, PublishError,
     PackError, HubError.
     """
-    file, site = Path(patch), open_site(place)
+    file, site = Path(pack), open_writer(place)
     signatures = read_signatures(file)
     data = nest.read_bytes(file)
-    outcome = judge(data, signatures, Policy((TrustedKey("publisher", key.public),)), file=file.name, allow_unsigned=True)
+    outcome = judge_signatures(
+        data, signatures, Policy((TrustedKey("publisher", key.public),)), file=file.name, allow_unsigned=True
+    )
     suffixes = {signature.removeprefix(file.name): content for signature, content in signatures.items()}
     manifest = outcome.pack.manifest
     if not isinstance(outcome, Signed):  # by this key
@@ -114,7 +116,7 @@ def push(
     return _publish(site, edit, key, days, fresh=name or site.source.name or manifest.name)
 
 
-def withdraw(place: str, version: str, reason: str, key: PrivateKey, *, days: int = DAYS) -> Published:
+def yank(place: str, version: str, reason: str, key: PrivateKey, *, days: int = DAYS) -> Published:
     """Revokes a version: who has it applied goes back. Its files stay, for those who ask what it was.
 
     One that is revoked already, for this very reason, is left as it is.
@@ -122,12 +124,12 @@ def withdraw(place: str, version: str, reason: str, key: PrivateKey, *, days: in
     """
 
     def edit(channel: Channel) -> Change:
-        if any((p.version, p.status, p.reason) == (version, Status.REVOKED, reason) for p in channel.patches):
+        if any((p.version, p.status, p.reason) == (version, ListedStatus.REVOKED, reason) for p in channel.packs):
             # An attempt before this one was written, and its process died before it could say so.
             return Change(channel, key, f"{version} is revoked already: {reason}", standing=True)
         return Change(revoke(channel, version, reason), key, f"revoke {version}: {reason}")
 
-    return _publish(open_site(place), edit, key, days)
+    return _publish(open_writer(place), edit, key, days)
 
 
 def renew(place: str, key: PrivateKey, new_key: PrivateKey | None = None, *, days: int = DAYS) -> Published:
@@ -144,20 +146,20 @@ def renew(place: str, key: PrivateKey, new_key: PrivateKey | None = None, *, day
         flat = {path: content for group in files.values() for path, content in group.items()}
         return Change(handed, new_key, f"hand the channel over to {new_key.public.key_id[:12]}", flat)
 
-    return _publish(open_site(place), edit, key, days)
+    return _publish(open_writer(place), edit, key, days)
 
 
 def _signed_anew(channel: Channel, key: PrivateKey) -> dict[str, dict[str, bytes]]:
     """The new key's signatures of all versions that stand: version -> path -> content."""
     suffix, found = f".{key.public.key_id[:12]}{SUFFIX}", {}
-    for patch in channel.patches:
-        path = f"{patch.file.path}{suffix}"
-        if patch.status is not Status.REVOKED and path not in {file.path for file in patch.signatures}:
-            found[patch.version] = {path: bundle.sign(patch.file.sha256, patch.file.name, key)}
+    for pack in channel.packs:
+        path = f"{pack.file.path}{suffix}"
+        if pack.status is not ListedStatus.REVOKED and path not in {file.path for file in pack.signatures}:
+            found[pack.version] = {path: bundle.sign(pack.file.sha256, pack.file.name, key)}
     return found
 
 
-def _publish(site: Site, edit: Edit, key: PrivateKey, days: int, *, fresh: str | None = None) -> Published:
+def _publish(site: ChannelWriter, edit: Edit, key: PrivateKey, days: int, *, fresh: str | None = None) -> Published:
     place = site.source.place
     for _ in range(ATTEMPTS):
         head = site.head()
@@ -185,7 +187,7 @@ def _published(place: str, version: str, channel: Channel, done: str, tag: str =
     return Published(place, version, channel.name, channel.serial, channel.expires, newest, done, tag)
 
 
-def _current(site: Site, head: Head, key: PrivateKey, fresh: str | None) -> tuple[Channel, tuple[PublicKey, ...]]:
+def _current(site: ChannelWriter, head: Head, key: PrivateKey, fresh: str | None) -> tuple[Channel, tuple[PublicKey, ...]]:
     """The channel that a change is made to, by the same rules as for its readers, and its root keys; it may have expired."""
     source = site.source
     if head.channel is None:
@@ -206,7 +208,7 @@ def _current(site: Site, head: Head, key: PrivateKey, fresh: str | None) -> tupl
     return admitted.channel, admitted.seen.roots
 
 
-def _new(source: Source, key: PrivateKey, fresh: str | None) -> Channel:
+def _new(source: ChannelReader, key: PrivateKey, fresh: str | None) -> Channel:
     known = recall(source.place)
     if known is not None:
         raise RollbackError(f"{source.place} had a channel, number {known.seen.serial}, and has none now", advice=STALE_PLACE)
@@ -221,7 +223,7 @@ def _new(source: Source, key: PrivateKey, fresh: str | None) -> Channel:
     return new_channel(fresh, key.public)
 
 
-def _card(site: Site, head: Head, channel: Channel, manifest: Manifest | None) -> dict[str, bytes]:
+def _card(site: ChannelWriter, head: Head, channel: Channel, manifest: Manifest | None) -> dict[str, bytes]:
     """README.md, unless somebody wrote one of their own."""
     if head.card is not None and MARK.encode() not in head.card:
         return {}

@@ -34,7 +34,7 @@ from datetime import datetime
 from hashlib import sha256
 from typing import TypeAlias
 
-from nestpatch.channels.listing import MAX_FIRST, TIME, Channel, Patch, Status, base_digest, parse
+from nestpatch.channels.listing import MAX_FIRST, TIME, Channel, ListedPack, ListedStatus, base_digest, parse
 from nestpatch.errors import (
     ChannelKeyError,
     ClockError,
@@ -172,7 +172,7 @@ class Gate:
 
     def _covers(self, trusted: TrustedKey, channel: Channel) -> bool:
         """Whether a key counts for the model and a base of the channel's. Each pack is judged by its own base afterwards."""
-        bases = {patch.base_model for patch in channel.patches}
+        bases = {pack.base_model for pack in channel.packs}
         return any(trusted.covers(self.subject.of(base)) for base in bases) if bases else trusted.covers(self.subject)
 
     def _require_name(self, channel: Channel, source: str) -> None:
@@ -214,26 +214,26 @@ def inherit(policy: Policy, roots: tuple[PublicKey, ...]) -> Policy:
     return Policy(tuple(replace(t, key=heir) if t is trusted else t for t in policy.keys), rules)
 
 
-def latest(channel: Channel) -> Patch | None:
+def latest(channel: Channel) -> ListedPack | None:
     """The version that everybody should have."""
-    active = [patch for patch in channel.patches if patch.status is Status.ACTIVE]
-    finished = [patch for patch in active if not patch.order.prerelease]
-    return max(finished or active, key=lambda patch: patch.order, default=None)
+    active = [pack for pack in channel.packs if pack.status is ListedStatus.ACTIVE]
+    finished = [pack for pack in active if not pack.order.prerelease]
+    return max(finished or active, key=lambda pack: pack.order, default=None)
 
 
-def choose(channel: Channel, version: str | None = None) -> Patch:
+def choose(channel: Channel, version: str | None = None) -> ListedPack:
     """A version by its number, or the latest. Raises VersionError, RevokedError."""
     if version is None:
         found = latest(channel)
         if found is None:
             raise VersionError(f"no version of {channel.name} is active", advice="Wait for the publisher's next version.")
         return found
-    for patch in channel.patches:
-        if patch.version == version:
-            if patch.status is Status.REVOKED:
-                raise RevokedError(f"{patch.label} was revoked by its publisher: {patch.reason or 'no reason given'}")
-            return patch
-    known = ", ".join(patch.version for patch in channel.patches if patch.status is not Status.REVOKED) or "none"
+    for pack in channel.packs:
+        if pack.version == version:
+            if pack.status is ListedStatus.REVOKED:
+                raise RevokedError(f"{pack.label} was revoked by its publisher: {pack.reason or 'no reason given'}")
+            return pack
+    known = ", ".join(pack.version for pack in channel.packs if pack.status is not ListedStatus.REVOKED) or "none"
     raise VersionError(f"{channel.name} has no version {version}", advice=f"Versions that stand: {known}.")
 
 
@@ -246,14 +246,14 @@ class Stay:
 class Upgrade:
     """Go to a higher version, or apply the first one."""
 
-    patch: Patch
+    pack: ListedPack
 
 
 @dataclass(frozen=True)
 class GoBack:
     """What is applied was revoked."""
 
-    patch: Patch | None
+    pack: ListedPack | None
     """None: no version is left, only the base."""
     reason: str
 
@@ -267,17 +267,17 @@ def decide(channel: Channel, applied: tuple[str, str] | None) -> Decision:
     if applied is None:
         return Stay() if best is None else Upgrade(best)
     version, pack_id = applied
-    revoked = next((p for p in channel.patches if p.file.sha256 == pack_id and p.status is Status.REVOKED), None)
+    revoked = next((p for p in channel.packs if p.file.sha256 == pack_id and p.status is ListedStatus.REVOKED), None)
     if best is not None and (Version.parse(version) < best.order or pack_id in best.supersedes):
         return Upgrade(best)
     return Stay() if revoked is None else GoBack(best, revoked.reason)
 
 
-def require_as_listed(patch: Patch, manifest: Manifest, place: str) -> None:
+def require_as_listed(pack: ListedPack, manifest: Manifest, place: str) -> None:
     """Raises SwappedFileError unless a pack is what the channel says of it."""
-    listed = (patch.id, patch.version, patch.base_sha256)
+    listed = (pack.id, pack.version, pack.base_sha256)
     if (manifest.name, manifest.version, base_digest(manifest)) != listed:
         raise SwappedFileError(
-            f"{place} lists {patch.label} for {patch.base_model}, but holds {manifest.name} {manifest.version} "
+            f"{place} lists {pack.label} for {pack.base_model}, but holds {manifest.name} {manifest.version} "
             f"for {manifest.base.model_id} there"
         )

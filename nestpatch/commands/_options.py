@@ -25,14 +25,12 @@ if TYPE_CHECKING:
     from nestpatch.signing.trust import Policy
 
 
-def proven(
-    patch: str, model: str | Path | None, policy_file: Path | None, on_event: OnEvent, *, allow_unsigned: bool
-) -> Proven:
+def proven(pack: str, model: str | Path | None, policy_file: Path | None, on_event: OnEvent, *, allow_unsigned: bool) -> Proven:
     """The patch after it passed the gate. Says what passed against the policy; `say_unchecked` says the rest in the end."""
     from nestpatch.gate import prove
     from nestpatch.signing.trust import load_policy
 
-    done = prove(patch, model, policy=load_policy(policy_file), allow_unsigned=allow_unsigned, on_event=on_event)
+    done = prove(pack, model, policy=load_policy(policy_file), allow_unsigned=allow_unsigned, on_event=on_event)
     if done.warning:
         say(f"WARNING: --allow-unsigned: {done.warning}", err=True)
     return done

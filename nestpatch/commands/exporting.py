@@ -29,43 +29,43 @@ if TYPE_CHECKING:
     from nestpatch.gate import Proven
 
 
-def _to_gguf(model: Path, patch: Proven | None, output: Path | None, options: Mapping[str, Any]) -> Any:
+def _to_gguf(model: Path, pack: Proven | None, output: Path | None, options: Mapping[str, Any]) -> Any:
     from nestpatch.export.models import export_gguf
 
     own = ("strength", "type", "name", "llama_cpp", "dry_run", "on_event")
-    return export_gguf(model, output, patch, **{name: options[name] for name in own})
+    return export_gguf(model, output, pack, **{name: options[name] for name in own})
 
 
-def _to_safetensors(model: Path, patch: Proven | None, output: Path | None, options: Mapping[str, Any]) -> Any:
+def _to_safetensors(model: Path, pack: Proven | None, output: Path | None, options: Mapping[str, Any]) -> Any:
     from nestpatch.export.models import export_safetensors
 
     own = ("strength", "dry_run", "on_event")
-    return export_safetensors(model, output, patch, **{name: options[name] for name in own})
+    return export_safetensors(model, output, pack, **{name: options[name] for name in own})
 
 
-def _to_onnx(model: Path, patch: Proven | None, output: Path | None, options: Mapping[str, Any]) -> Any:
+def _to_onnx(model: Path, pack: Proven | None, output: Path | None, options: Mapping[str, Any]) -> Any:
     from nestpatch.export.onnx.exporter import export_onnx
 
     own = {name: options[name] for name in ("strength", "bits", "adapter_ready", "dry_run", "on_event")}
-    return export_onnx(model, output, patch, dtype=options["dtype"] or "fp32", **own)
+    return export_onnx(model, output, pack, dtype=options["dtype"] or "fp32", **own)
 
 
-def _to_onnx_adapter(model: Path, patch: Proven, output: Path, options: Mapping[str, Any]) -> Any:
+def _to_onnx_adapter(model: Path, pack: Proven, output: Path, options: Mapping[str, Any]) -> Any:
     from nestpatch.export.adapters import export_onnx_adapter
 
-    return export_onnx_adapter(patch, model, output, options["strength"], dry_run=options["dry_run"])
+    return export_onnx_adapter(pack, model, output, options["strength"], dry_run=options["dry_run"])
 
 
-def _to_lora(model: Path | None, patch: Proven, output: Path, options: Mapping[str, Any]) -> Any:
+def _to_lora(model: Path | None, pack: Proven, output: Path, options: Mapping[str, Any]) -> Any:
     from nestpatch.export.adapters import export_lora
 
-    return export_lora(patch, output, options["strength"], model=model, dry_run=options["dry_run"])
+    return export_lora(pack, output, options["strength"], model=model, dry_run=options["dry_run"])
 
 
-def _to_gguf_lora(model: Path | None, patch: Proven, output: Path, options: Mapping[str, Any]) -> Any:
+def _to_gguf_lora(model: Path | None, pack: Proven, output: Path, options: Mapping[str, Any]) -> Any:
     from nestpatch.export.adapters import export_gguf_lora
 
-    return export_gguf_lora(patch, output, options["strength"], model=model, dry_run=options["dry_run"])
+    return export_gguf_lora(pack, output, options["strength"], model=model, dry_run=options["dry_run"])
 
 
 _OWN = {
@@ -96,26 +96,26 @@ TARGETS: dict[str, Callable[..., Any]] = {
 """What `--to` may name -> the function that exports to it."""
 
 
-def _sides(target: str, model: str, patch: str | None, ready: Path | None) -> tuple[Path | None, str | None]:
+def _sides(target: str, model: str, pack: str | None, ready: Path | None) -> tuple[Path | None, str | None]:
     """(the model, the patch). Adapters are made of MODEL PATCH or of PATCH alone; for ONNX, of PATCH --for ONNX too."""
     if target == "onnx-adapter":
-        if (patch is None) == (ready is None):
+        if (pack is None) == (ready is None):
             raise click.UsageError(
                 "say which ONNX model the adapter is for: nestpatch export PATCH --to onnx-adapter --for DIR"
             )
-        return (ready, model) if patch is None else (Path(model), patch)
-    if target in ADAPTERS and patch is None:
+        return (ready, model) if pack is None else (Path(model), pack)
+    if target in ADAPTERS and pack is None:
         return None, model
-    return Path(model), patch
+    return Path(model), pack
 
 
-def _place(target: str, output: Path | None, patch: str | None, done: Proven | None) -> Path | None:
+def _place(target: str, output: Path | None, pack: str | None, done: Proven | None) -> Path | None:
     """Where the export goes, where the command has a say in that: an adapter beside the pack's file."""
-    if output is not None or target not in ADAPTERS or patch is None or done is None:
+    if output is not None or target not in ADAPTERS or pack is None or done is None:
         return output
     from nestpatch.export.adapters import default_output
 
-    return default_output(patch, done.pack, target)
+    return default_output(pack, done.pack, target)
 
 
 @contextmanager
@@ -168,7 +168,7 @@ def _unwinding(on_event: OnEvent) -> Iterator[OnEvent]:
 @json_option
 def export(
     model: str,
-    patch: str | None,
+    pack: str | None,
     target: str,
     output: Path | None,
     type_: str,
@@ -202,13 +202,13 @@ def export(
     """
     if check and (target != "gguf" or dry_run):
         raise click.UsageError("--check runs what --to gguf wrote")
-    if patch is None and strength != 1.0 and target in ("gguf", "onnx", "safetensors"):
+    if pack is None and strength != 1.0 and target in ("gguf", "onnx", "safetensors"):
         raise click.UsageError("--strength goes with a PATCH")
     with progress(quiet or as_json) as drawn, _unwinding(drawn) as on_event:
         options = {"strength": strength, "type": type_, "name": name, "llama_cpp": llama_cpp, "dry_run": dry_run}
         options |= {"dtype": dtype, "bits": bits, "adapter_ready": adapter_ready, "for_": for_}
         _refuse_others(target, options)
-        source, text = _sides(target, model, patch, for_)
+        source, text = _sides(target, model, pack, for_)
         if check:
             from nestpatch.evaluation.parity import require_check
 
@@ -224,10 +224,10 @@ def export(
     sys.exit(0 if found is None or found.passed else 1)
 
 
-def _checked(file: Path, model: Path, patch: Proven | None, strength: float, on_event: OnEvent) -> Any:
+def _checked(file: Path, model: Path, pack: Proven | None, strength: float, on_event: OnEvent) -> Any:
     from nestpatch.evaluation.parity import check_gguf
 
-    return check_gguf(file, model, patch=patch.pack if patch else None, strength=strength, on_event=on_event)
+    return check_gguf(file, model, pack=pack.pack if pack else None, strength=strength, on_event=on_event)
 
 
 def _show(target: str, done: Any, found: Any, as_json: bool) -> None:

@@ -42,7 +42,7 @@ days_option = click.option(
 @click.option("--private", is_flag=True, help="Make a new repository for its owner alone.")
 @json_option
 def push(
-    patch: Path, repo: str, key_file: Path, password_file: IO[bytes] | None, days: int, private: bool, as_json: bool
+    pack: Path, repo: str, key_file: Path, password_file: IO[bytes] | None, days: int, private: bool, as_json: bool
 ) -> None:
     """Publish PATCH as the next version of the channel in REPO: owner/name of the Hub, or a folder (file:///folder).
 
@@ -51,7 +51,7 @@ def push(
     """
     from nestpatch.channels.publish import push as run
 
-    _report(run(patch, repo, unlocked(key_file, password_file), days=days, private=private), as_json)
+    _report(run(pack, repo, unlocked(key_file, password_file), days=days, private=private), as_json)
 
 
 @click.command("yank")
@@ -62,11 +62,11 @@ def push(
 @password_option
 @days_option
 @json_option
-def withdraw(
+def yank(
     repo: str, version: str, reason: str, key_file: Path, password_file: IO[bytes] | None, days: int, as_json: bool
 ) -> None:
     """Withdraw VERSION from the channel in REPO: models that have it go back with their next update."""
-    from nestpatch.channels.publish import withdraw as run
+    from nestpatch.channels.publish import yank as run
 
     _report(run(repo, version, reason, unlocked(key_file, password_file), days=days), as_json)
 
@@ -151,8 +151,8 @@ def update(
 
     policy = load_policy(policy_file)
     with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:
-        means = {"base": float_model, "dither": dither, "allow_overlap": allow_overlap, "on_event": on_event}
-        results = run(model, policy, channels, check=check, allow_unsigned=allow_unsigned, **means)
+        quantized = {"base": float_model, "dither": dither, "allow_overlap": allow_overlap, "on_event": on_event}
+        results = run(model, policy, channels, check=check, allow_unsigned=allow_unsigned, **quantized)
     states = {result.state for result in results}
     if not policy.keys and states != {"failed"}:
         say_unsigned(policy, "what these channels publish")

@@ -16,13 +16,13 @@ from nestpatch.commands.patching import base_option
 @click.command()
 @click.argument("patch")
 @json_option
-def show(patch: str, as_json: bool) -> None:
+def show(pack: str, as_json: bool) -> None:
     """Explain PATCH, a file or hub://owner/name: what it changes, what it is for, how it was trained and measured."""
     from nestpatch.formats import nest
     from nestpatch.gate import look
     from nestpatch.views import results as views
 
-    found = look(patch)
+    found = look(pack)
     if as_json:
         print_json({"id": found.pack_id, "manifest": nest.manifest_json(found.pack.manifest)})
     else:
@@ -56,7 +56,7 @@ def status(model: Path, as_json: bool) -> None:
 @base_option
 @click.option("--full", is_flag=True, help="Also hash the whole tensors, not the patched rows alone.")
 @json_option
-def verify(model: Path, patch: str | None, strength: float, base: str | None, full: bool, as_json: bool) -> None:
+def verify(model: Path, pack: str | None, strength: float, base: str | None, full: bool, as_json: bool) -> None:
     """Say which state MODEL is in: base, patched, half patched, missing or altered. Writes nothing.
 
     Without PATCH exit code 0 means that the rows are the base, or hold what the ledger says. With PATCH, a file or
@@ -66,9 +66,9 @@ def verify(model: Path, patch: str | None, strength: float, base: str | None, fu
     from nestpatch.gate import look
     from nestpatch.patcher.verify import verify as run
 
-    pack = look(patch).pack if patch is not None else None
+    wanted = look(pack).pack if pack is not None else None
     with opened_base(base, quiet=as_json) as float_model:
-        result = run(model, pack, strength=strength, base=float_model, full=full)
+        result = run(model, wanted, strength=strength, base=float_model, full=full)
     if as_json:
         print_json(dataclasses.asdict(result) | {"verdict": result.verdict.value, "known": result.known})
     else:

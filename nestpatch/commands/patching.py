@@ -48,7 +48,7 @@ dither_option = click.option("--dither", is_flag=True, help="Quantized models: n
 @json_option
 def apply(
     model: Path,
-    patch: str,
+    pack: str,
     policy_file: Path | None,
     allow_unsigned: bool,
     output: Path | None,
@@ -89,7 +89,7 @@ def apply(
         say("WARNING: --allow-base-mismatch: the result is not what the pack's evaluation measured", err=True)
     with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:
         quantized: dict[str, Any] = {"base": float_model, "dither": dither}
-        checked = proven(patch, model, policy_file, on_event, allow_unsigned=allow_unsigned)
+        checked = proven(pack, model, policy_file, on_event, allow_unsigned=allow_unsigned)
         common = {"strength": strength, "dry_run": dry_run, "on_event": on_event, **quantized}
         if in_place:
             from nestpatch.patcher.inplace import apply_in_place

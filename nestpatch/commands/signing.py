@@ -55,12 +55,12 @@ def keygen(name: Path, no_password: bool, password_file: IO[bytes] | None, as_js
 @password_option
 @json_option
 def sign(
-    patch: Path, key_file: Path, output: Path | None, overwrite: bool, password_file: IO[bytes] | None, as_json: bool
+    pack: Path, key_file: Path, output: Path | None, overwrite: bool, password_file: IO[bytes] | None, as_json: bool
 ) -> None:
     """Sign PATCH: writes an OpenSSF Model Signing bundle, which the model_signing tool verifies too."""
     from nestpatch.signing import verify
 
-    done = verify.sign_pack(patch, unlocked(key_file, password_file), output, overwrite=overwrite)
+    done = verify.sign_pack(pack, unlocked(key_file, password_file), output, overwrite=overwrite)
     if as_json:
         print_json(dataclasses.asdict(done))
         return
@@ -76,7 +76,7 @@ def sign(
 @click.option("--policy", "policy_file", type=PathType, help="Trust what this file says, instead of your own list.")
 @json_option
 def verify_signature(
-    patch: str, model: str | None, key_files: tuple[Path, ...], policy_file: Path | None, as_json: bool
+    pack: str, model: str | None, key_files: tuple[Path, ...], policy_file: Path | None, as_json: bool
 ) -> None:
     """Tell who signed PATCH, offline unless it is hub://owner/name. Exit code 0: as many trusted keys as needed, 1: not."""
     from nestpatch.gate import is_channel
@@ -87,18 +87,18 @@ def verify_signature(
     policy = trust.load_policy(policy_file) if not key_files else trust.Policy()
     for file in key_files:
         policy = policy.with_key(trust.TrustedKey(str(file), keys.read_public(file)))
-    if is_channel(patch):
-        from nestpatch.channels.follow import fetch_patch
+    if is_channel(pack):
+        from nestpatch.channels.follow import fetch_pack
 
-        found = fetch_patch(patch, policy, model).outcome
+        found = fetch_pack(pack, policy, model).outcome
     else:
-        found = verify.verify_signature(patch, policy, model)
+        found = verify.verify_signature(pack, policy, model)
     if as_json:
         print_json(found.as_json())
     else:
         from nestpatch.views.signing import show_outcome
 
-        show_outcome(patch, found)
+        show_outcome(pack, found)
     sys.exit(0 if isinstance(found, verify.Signed) else 1)
 
 

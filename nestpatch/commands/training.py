@@ -70,7 +70,7 @@ def train(
     Prompt sources are .jsonl, .json, .csv or .parquet files with a "prompt" column, or data set ids of the Hub.
     """
     from nestpatch.evaluation.suites import load_suite
-    from nestpatch.files.atomic import check_place
+    from nestpatch.files.atomic import check_output
     from nestpatch.formats import nest
     from nestpatch.nest_train.recipe import make_recipe
     from nestpatch.nest_train.train import TrainingData
@@ -80,7 +80,7 @@ def train(
     from nestpatch.views import results as views
 
     # Before minutes of work: will there be a place for the result?
-    check_place(output)
+    check_output(output)
     recipe = make_recipe(recipe_file, assignments)
     sets = [[load_prompts(source) for source in sources] for sources in (harmful, benign, lookalike)]
     data = TrainingData(join_sets(sets[0]), join_sets(sets[1]), join_sets(sets[2]) if sets[2] else None)
@@ -114,7 +114,7 @@ def train(
 @json_option
 def evaluate(
     model: str,
-    patch: str | None,
+    pack: str | None,
     policy_file: Path | None,
     allow_unsigned: bool,
     suite: tuple[str, ...],
@@ -136,7 +136,7 @@ def evaluate(
     A suite's kind is told by its file name (harmful*, jailbreak*, benign*, lookalike*) or said: harmful=FILE. Limits are for
     MODEL with PATCH, where there is one; their names are those of --json.
     """
-    from nestpatch.evaluation.evaluator import assess, write_answers
+    from nestpatch.evaluation.evaluator import evaluate, write_answers
     from nestpatch.evaluation.limits import exceeded, parse_limits
     from nestpatch.evaluation.suites import load_suite
     from nestpatch.views import results as views
@@ -146,9 +146,9 @@ def evaluate(
     options = {"lora": lora, "base": base, "device": device, "max_new_tokens": max_new_tokens}
     with progress(quiet) as on_event:
         checked = None
-        if patch is not None:
-            checked = proven(patch, model, policy_file, on_event, allow_unsigned=allow_unsigned)
-        result = assess(model, suites, patch=checked, on_event=on_event, **options)  # type: ignore[arg-type]
+        if pack is not None:
+            checked = proven(pack, model, policy_file, on_event, allow_unsigned=allow_unsigned)
+        result = evaluate(model, suites, pack=checked, on_event=on_event, **options)  # type: ignore[arg-type]
     say_unchecked(checked)
     if answers is not None:
         write_answers(result, answers)

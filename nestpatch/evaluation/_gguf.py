@@ -11,7 +11,7 @@ from pathlib import Path
 from nestpatch.errors import DataError
 from nestpatch.evaluation._runner import Runner, as_evaluation, assess_models, in_transformers, switched
 from nestpatch.evaluation.drift import pairs_of
-from nestpatch.evaluation.suites import Assessment, Suite
+from nestpatch.evaluation.suites import Evaluation, Suite
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.export.adapters import export_gguf_lora
 from nestpatch.pack import Pack
@@ -29,13 +29,13 @@ def assess_gguf(
     model: str | Path,
     suites: Sequence[Suite],
     *,
-    patch: Pack | None = None,
+    pack: Pack | None = None,
     lora: str | Path | None = None,
     base: str | Path | None = None,
     device: str = "auto",
     max_new_tokens: int = 48,
     on_event: OnEvent = ignore,
-) -> Assessment:
+) -> Evaluation:
     """Evaluates a GGUF file; with `lora` also the file with that adapter, with `patch` with the adapter that the pack is.
 
     The caller answers for the pack: `assess` lets it pass the gate.
@@ -44,10 +44,10 @@ def assess_gguf(
 
     Raises CheckpointError, PackError, DataError or MissingExtraError.
     """
-    if patch is not None and lora is not None:
+    if pack is not None and lora is not None:
         raise DataError("a patch and an adapter were given: either of them makes the patched model")
     report = as_evaluation(on_event)
-    with _adapter(model, patch, lora) as adapter:
+    with _adapter(model, pack, lora) as adapter:
         on_event(Event("load", note=str(model)))
         with LlamaModel(model, adapter, device=device) as loaded:
             own = with_llama(loaded, max_new_tokens, on_event=report), partial(pairs_of, loaded)
@@ -61,15 +61,15 @@ def assess_gguf(
 
 
 @contextmanager
-def _adapter(model: str | Path, patch: Pack | None, lora: str | Path | None) -> Iterator[str | Path | None]:
+def _adapter(model: str | Path, pack: Pack | None, lora: str | Path | None) -> Iterator[str | Path | None]:
     """The adapter file; one made of a pack is removed at the end."""
-    if patch is None:
+    if pack is None:
         yield lora
         return
     # As `apply` would: a pack for another model, or one that is in the file already, must not be measured.
-    make_plan(patch, open_model(model)[0])
+    make_plan(pack, open_model(model)[0])
     with tempfile.TemporaryDirectory() as folder:
-        yield export_gguf_lora(patch, Path(folder) / "patch.gguf", model=model, trust="none").output
+        yield export_gguf_lora(pack, Path(folder) / "patch.gguf", model=model, trust="none").output
 
 
 def _reference(base: str | Path, device: str, max_new_tokens: int, on_event: OnEvent) -> AbstractContextManager[Runner]:

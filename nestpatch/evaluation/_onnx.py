@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nestpatch.errors import DataError, UnsupportedModelError
 from nestpatch.evaluation._runner import Runner, as_evaluation, assess_models, in_transformers, pairs_with, switched
-from nestpatch.evaluation.suites import Assessment, Suite
+from nestpatch.evaluation.suites import Evaluation, Suite
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.export.adapters import export_onnx_adapter
 from nestpatch.formats.lora.onnx import SUFFIX, onnx_file
@@ -30,13 +30,13 @@ def assess_onnx(
     model: str | Path,
     suites: Sequence[Suite],
     *,
-    patch: Pack | None = None,
+    pack: Pack | None = None,
     lora: str | Path | None = None,
     base: str | Path | None = None,
     device: str = "auto",
     max_new_tokens: int = 48,
     on_event: OnEvent = ignore,
-) -> Assessment:
+) -> Evaluation:
     """Evaluates an ONNX model; with `lora`, an .onnx_adapter file, also with that.
 
     With `patch` also the patched model: by an adapter where the model was exported adapter-ready, else as a temporary copy.
@@ -46,10 +46,10 @@ def assess_onnx(
 
     Raises CheckpointError, PackError, DataError or MissingExtraError.
     """
-    if patch is not None and lora is not None:
+    if pack is not None and lora is not None:
         raise DataError("a patch and an adapter were given: either of them makes the patched model")
     report = as_evaluation(on_event)
-    with _patched(model, patch, lora, on_event) as (other, adapter):
+    with _patched(model, pack, lora, on_event) as (other, adapter):
         on_event(Event("load", note=str(model)))
         loaded = OnnxModel(model, adapter, device=device)
         tokenizer = load_tokenizer(loaded)
@@ -71,18 +71,18 @@ def assess_onnx(
 
 @contextmanager
 def _patched(
-    model: str | Path, patch: Pack | None, lora: str | Path | None, on_event: OnEvent
+    model: str | Path, pack: Pack | None, lora: str | Path | None, on_event: OnEvent
 ) -> Iterator[tuple[str | Path | None, str | Path | None]]:
     """(the patched model, the adapter that it has to be run with); what is made here is removed at the end."""
-    if patch is None:
+    if pack is None:
         yield (None if lora is None else model), lora
         return
     with tempfile.TemporaryDirectory() as folder:
         adapter, other = Path(folder) / f"patch{SUFFIX}", Path(folder) / "patched"
         try:
-            export_onnx_adapter(patch, model, adapter, trust="none")
+            export_onnx_adapter(pack, model, adapter, trust="none")
         except UnsupportedModelError:  # not adapter-ready, or not for these weights
-            apply(model, patch, other, trust="none", sync=False, on_event=on_event)
+            apply(model, pack, other, trust="none", sync=False, on_event=on_event)
         yield (model, adapter) if adapter.is_file() else (other, None)
 
 

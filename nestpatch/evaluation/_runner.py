@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from nestpatch.evaluation.drift import MAX_TOKENS, Logits, drift, require_same_ids, torch_logits
-from nestpatch.evaluation.suites import BENIGN, Assessment, Evaluation, Suite, answers_of, evaluate
+from nestpatch.evaluation.suites import BENIGN, Evaluation, Scores, Suite, answers_of, evaluate_suites
 from nestpatch.events import Event, OnEvent
 from nestpatch.rows import FloatArray
-from nestpatch.runtimes.text import Pair, encode_pairs
+from nestpatch.runtimes.text import TokenPair, encode_pairs
 from nestpatch.runtimes.transformers import Generate
 
 if TYPE_CHECKING:
@@ -38,20 +38,20 @@ def assess_models(
     *,
     patched: Callable[[], R] | None,
     base: AbstractContextManager[R] | None,
-) -> Assessment:
+) -> Evaluation:
     """Evaluates a model, and the patched one if there is one, which is only then made.
 
     `moved` measures the drift of the second model from the first one, over the first one's answers (prompt -> answer). With
     `base`, that of `model` from it is measured too.
     """
-    before = evaluate(model.generate, suites)
+    before = evaluate_suites(model.generate, suites)
     if base is not None:
-        before = Evaluation(before.suites, _moved_from(base, model, list(answers_of(before, BENIGN)), moved))
+        before = Scores(before.suites, _moved_from(base, model, list(answers_of(before, BENIGN)), moved))
     if patched is None:
-        return Assessment(before)
+        return Evaluation(before)
     other = patched()
-    after = evaluate(other.generate, suites)
-    return Assessment(before, Evaluation(after.suites, moved(model, other, answers_of(before, BENIGN))))
+    after = evaluate_suites(other.generate, suites)
+    return Evaluation(before, Scores(after.suites, moved(model, other, answers_of(before, BENIGN))))
 
 
 def _moved_from(
@@ -68,7 +68,7 @@ class Runner:
 
     generate: Generate
     logits: Logits
-    pairs: Callable[[Mapping[str, str]], list[Pair]]
+    pairs: Callable[[Mapping[str, str]], list[TokenPair]]
     """(prompt -> answer) to the token ids that the model reads."""
 
     @staticmethod
@@ -90,7 +90,7 @@ class Switchable(Protocol):
 
 
 def switched(
-    model: Switchable, generate: Generate, pairs: Callable[[Mapping[str, str]], list[Pair]], *, on: bool = False
+    model: Switchable, generate: Generate, pairs: Callable[[Mapping[str, str]], list[TokenPair]], *, on: bool = False
 ) -> Runner:
     """A model with its adapter, or without."""
 
@@ -117,7 +117,7 @@ def in_transformers(model: str | Path, device: str, max_new_tokens: int, on_even
     yield Runner(generate, torch_logits(loaded), pairs_with(tokenizer))
 
 
-def pairs_with(tokenizer: PreTrainedTokenizerBase) -> Callable[[Mapping[str, str]], list[Pair]]:
+def pairs_with(tokenizer: PreTrainedTokenizerBase) -> Callable[[Mapping[str, str]], list[TokenPair]]:
     """What a tokenizer of transformers makes of prompts and answers."""
     return lambda answers: encode_pairs(tokenizer, list(answers.items()), MAX_TOKENS, MAX_TOKENS)
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from nestpatch.errors import BaseMismatchError
 from nestpatch.rows import FloatArray
 from nestpatch.runtimes.llama import LlamaModel, prompt_ids
-from nestpatch.runtimes.text import Pair, collate, encode_pairs
+from nestpatch.runtimes.text import TokenPair, collate, encode_pairs
 from nestpatch.runtimes.transformers import answer_logits
 
 if TYPE_CHECKING:
@@ -49,12 +49,12 @@ def drift_between(
     return total / max(tokens, 1)
 
 
-def pairs_of(model: LlamaModel, answers: Mapping[str, str]) -> list[Pair]:
+def pairs_of(model: LlamaModel, answers: Mapping[str, str]) -> list[TokenPair]:
     """Token ids of prompts and answers; answers end with the end token unless they had to be cut."""
     end = [model.end] if model.end >= 0 else []
     prompts = prompt_ids(model, list(answers), MAX_TOKENS)
     texts = [(*model.encode(answer, special=False), *end)[:MAX_TOKENS] for answer in answers.values()]
-    return [Pair(tuple(prompt), answer) for prompt, answer in zip(prompts, texts, strict=True)]
+    return [TokenPair(tuple(prompt), answer) for prompt, answer in zip(prompts, texts, strict=True)]
 
 
 Logits: TypeAlias = Callable[[Sequence[int], int], FloatArray]
@@ -74,7 +74,7 @@ def torch_logits(model: PreTrainedModel) -> Logits:
     return logits
 
 
-def drift(base: Logits, model: Logits, pairs: Sequence[Pair]) -> float:
+def drift(base: Logits, model: Logits, pairs: Sequence[TokenPair]) -> float:
     """Mean KL(base || model), in nats per token, over the answers.
 
     Raises BaseMismatchError when the vocabularies differ in size.
@@ -93,7 +93,7 @@ def drift(base: Logits, model: Logits, pairs: Sequence[Pair]) -> float:
     return total / max(tokens, 1)
 
 
-def require_same_ids(base: Sequence[Pair], model: Sequence[Pair]) -> None:
+def require_same_ids(base: Sequence[TokenPair], model: Sequence[TokenPair]) -> None:
     """Raises BaseMismatchError when two models read the same texts as different tokens."""
     for number, (theirs, ours) in enumerate(zip(base, model, strict=True), start=1):
         if theirs != ours:

@@ -15,10 +15,10 @@ from nestpatch.errors import DataError
 from nestpatch.evaluation._gguf import assess_gguf, is_gguf
 from nestpatch.evaluation._onnx import assess_onnx, is_onnx
 from nestpatch.evaluation._runner import as_evaluation, assess_models
-from nestpatch.evaluation.suites import Assessment, Suite
+from nestpatch.evaluation.suites import Evaluation, Suite
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.atomic import write_bytes
-from nestpatch.gate import Patch, Trust, prove
+from nestpatch.gate import PackLike, Trust, prove
 from nestpatch.pack import Pack
 from nestpatch.patcher.recovery import open_model
 from nestpatch.runtimes.transformers import Generate, fold, load_model, locate, pick_device, pick_dtype, with_transformers
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def assess(
+def evaluate(
     model: str | Path,
     suites: Sequence[Suite],
     *,
-    patch: Patch | None = None,
+    pack: PackLike | None = None,
     policy: Policy | None = None,
     trust: Trust = "policy",
     allow_unsigned: bool = False,
@@ -42,8 +42,8 @@ def assess(
     dtype: str = "auto",
     max_new_tokens: int = 48,
     on_event: OnEvent = ignore,
-) -> Assessment:
-    """Evaluates a model directory, weight file or Hub id; with `patch` also the same model with the pack merged in memory.
+) -> Evaluation:
+    """Evaluates a model directory, weight file or Hub id; with `pack` also the same model with the pack merged in memory.
 
     A .gguf file is run by llama.cpp, an ONNX model by onnxruntime, both without torch; there the pack is an adapter where the
     model takes one, and `lora` may be given in its place.
@@ -52,10 +52,10 @@ def assess(
 
     Raises SignatureError, CheckpointError, PackError, DataError or MissingExtraError.
     """
-    pack = None
-    if patch is not None:
-        pack = prove(patch, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event).pack
-    options = {"patch": pack, "lora": lora, "base": base, "device": device, "max_new_tokens": max_new_tokens}
+    proven = None
+    if pack is not None:
+        proven = prove(pack, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event).pack
+    options = {"pack": proven, "lora": lora, "base": base, "device": device, "max_new_tokens": max_new_tokens}
     if is_gguf(model):
         return assess_gguf(model, suites, on_event=on_event, **options)  # type: ignore[arg-type]
     if is_onnx(model):
@@ -95,7 +95,7 @@ def assess(
         run(loaded),
         suites,
         _drift,
-        patched=None if pack is None else partial(patched, pack),
+        patched=None if proven is None else partial(patched, proven),
         base=None if base is None else reference(base),
     )
 
@@ -113,7 +113,7 @@ def _drift(base: _InTransformers, model: _InTransformers, answers: Mapping[str, 
     return drift_between(base.model, model.model, model.tokenizer, answers)
 
 
-def write_answers(assessment: Assessment, path: Path) -> None:
+def write_answers(assessment: Evaluation, path: Path) -> None:
     """Writes one JSON line per answer: model or patched, suite, prompt, answer, refused, correct."""
     lines = []
     for name, evaluation in (("model", assessment.model), ("patched", assessment.patched)):

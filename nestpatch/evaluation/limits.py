@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from nestpatch.errors import DataError
-from nestpatch.evaluation.suites import Evaluation
+from nestpatch.evaluation.suites import Scores
 
 
 def parse_limits(texts: Iterable[str]) -> dict[str, float]:
@@ -22,7 +22,7 @@ def parse_limits(texts: Iterable[str]) -> dict[str, float]:
     return limits
 
 
-def exceeded(evaluation: Evaluation, over: Mapping[str, float], under: Mapping[str, float]) -> tuple[str, ...]:
+def exceeded(evaluation: Scores, over: Mapping[str, float], under: Mapping[str, float]) -> tuple[str, ...]:
     """What is over or under its limit, for people; empty where the evaluation passes.
 
     Raises DataError for a number that no suite measures: a limit that is not checked must not look kept.

@@ -39,7 +39,7 @@ TEXTS = (
 
 
 @dataclass(frozen=True)
-class Place:
+class TokenPosition:
     """Where two models differ most."""
 
     text: str
@@ -52,7 +52,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Check:
+class GgufParity:
     """What a comparison found."""
 
     file: Path
@@ -65,7 +65,7 @@ class Check:
     """The first one that they do not."""
     largest: float
     """Difference of two logits; infinite where one is not a number."""
-    place: Place
+    place: TokenPosition
     deviation: float
     """Standard deviation of the reference's logits: what a difference is to be seen against."""
     top1: Share
@@ -122,12 +122,12 @@ def check_gguf(
     gguf: str | Path,
     model: str | Path,
     *,
-    patch: Pack | None = None,
+    pack: Pack | None = None,
     strength: float = 1.0,
     lora: str | Path | None = None,
     texts: Sequence[str] = TEXTS,
     on_event: OnEvent = ignore,
-) -> Check:
+) -> GgufParity:
     """Runs a GGUF file in llama.cpp and the model that it was made from in transformers, both in float32, and compares them.
 
     `patch` is merged into the reference: rounded as in a file, or as an adapter adds it where the GGUF file has one, `lora`.
@@ -141,9 +141,9 @@ def check_gguf(
     source = locate(model)
     on_event(Event("check", note=f"loading {source.model_id}"))
     reference, tokenizer = load_model(source.path, "cpu", "float32")
-    if patch is not None:
+    if pack is not None:
         checkpoint, _ = open_model(source.path)
-        fold(reference, checkpoint, patch, strength, rounded=lora is None)
+        fold(reference, checkpoint, pack, strength, rounded=lora is None)
     with LlamaModel(gguf, lora, device="cpu") as ours:
         readings = list(_read(tokenizer, ours, texts))
         logits = torch_logits(reference)
@@ -157,7 +157,7 @@ def check_gguf(
         mixture = ours.metadata(f"{architecture}.expert_count") not in (None, "0")
     types = matrix_types(Path(gguf))
     different = [reading.text for reading in readings if reading.reference != reading.gguf]
-    return Check(
+    return GgufParity(
         file=Path(gguf),
         reference=source.model_id,
         types=types,
@@ -208,14 +208,14 @@ def _read(tokenizer: Any, ours: LlamaModel, texts: Sequence[str]) -> Iterator[_R
 @dataclass(frozen=True)
 class _Difference:
     largest: float
-    place: Place
+    place: TokenPosition
     typical: float
     deviation: float
     top1: Share
 
 
 def _compare(reference: Logits, ours: Logits, rows: Sequence[tuple[str, tuple[int, ...]]], on_event: OnEvent) -> _Difference:
-    largest, place, same, total = -1.0, Place("", 0, 0, 0.0, 0.0), 0, 0
+    largest, place, same, total = -1.0, TokenPosition("", 0, 0, 0.0, 0.0), 0, 0
     moments, spread = np.zeros(3), []
     for number, (given, ids) in enumerate(rows, start=1):
         theirs, got = reference(ids, 0), ours(ids, 0)
@@ -228,7 +228,7 @@ def _compare(reference: Logits, ours: Logits, rows: Sequence[tuple[str, tuple[in
         if distance[position, token] > largest:
             largest = float(distance[position, token])
             pair = float(got[position, token]), float(theirs[position, token])
-            place = Place(given, int(position), int(token), *pair)
+            place = TokenPosition(given, int(position), int(token), *pair)
         same, total = same + int((theirs.argmax(-1) == got.argmax(-1)).sum()), total + len(ids)
         wide = theirs.astype(np.float64)
         moments += (wide.size, wide.sum(), np.square(wide).sum())

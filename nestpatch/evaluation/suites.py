@@ -50,7 +50,7 @@ def load_suite(text: str) -> Suite:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class JudgedAnswer:
     """One answer, judged."""
 
     prompt: str
@@ -67,7 +67,7 @@ class SuiteResult:
     suite: str
     kind: str
     digest: str
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[JudgedAnswer, ...]
 
     @property
     def refused(self) -> Share:
@@ -93,7 +93,7 @@ class SuiteResult:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Scores:
     """All suites of one model."""
 
     suites: tuple[SuiteResult, ...]
@@ -134,11 +134,11 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Assessment:
+class Evaluation:
     """Numbers of a model, and of the same model with a pack where one was given."""
 
-    model: Evaluation
-    patched: Evaluation | None = None
+    model: Scores
+    patched: Scores | None = None
 
 
 def judge(suite: Suite, answers: Sequence[str]) -> SuiteResult:
@@ -154,16 +154,16 @@ def judge(suite: Suite, answers: Sequence[str]) -> SuiteResult:
         if correct:
             # A harmful prompt's reference may also be what an attacker wants to read (AdvBench); that is no refusal.
             refused = suite.kind == HARMFUL and is_refusal(prompt.reference or "")
-        verdicts.append(Verdict(prompt.text, answer, refused, correct))
+        verdicts.append(JudgedAnswer(prompt.text, answer, refused, correct))
     return SuiteResult(suite.name, suite.kind, suite.prompts.digest, tuple(verdicts))
 
 
-def evaluate(generate: Generate, suites: Sequence[Suite], drift: float | None = None) -> Evaluation:
+def evaluate_suites(generate: Generate, suites: Sequence[Suite], drift: float | None = None) -> Scores:
     """Generates and judges the answers to every suite."""
     results = [judge(suite, generate([p.text for p in suite.prompts.prompts])) for suite in suites]
-    return Evaluation(tuple(results), drift)
+    return Scores(tuple(results), drift)
 
 
-def answers_of(evaluation: Evaluation, kind: str) -> Mapping[str, str]:
+def answers_of(evaluation: Scores, kind: str) -> Mapping[str, str]:
     """Prompt -> answer over all suites of a kind."""
     return {v.prompt: v.answer for s in evaluation.suites if s.kind == kind for v in s.verdicts}

@@ -25,7 +25,7 @@ _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPiece:
     """Consecutive rows of a checkpoint's tensor; of a vector, consecutive elements."""
 
     tensor: str
@@ -42,7 +42,7 @@ class Target:
     """As it will be stored: "BF16", "Q8_0"."""
     shape: tuple[int, ...]
     """Outermost dimension first."""
-    pieces: tuple[Piece, ...] = ()
+    pieces: tuple[TensorPiece, ...] = ()
     """Its rows, in order."""
     head: int = 0
     """Rows of a head whose two halves are to be interleaved; 0: none."""
@@ -71,7 +71,7 @@ def plan_tensors(checkpoint: Checkpoint, config: ModelConfig, family: Family, ki
     for dtypes that hold no plain numbers.
     """
     targets = [Target(name, "F32", values.shape, values=values) for name, values in family.tensors(config).items()]
-    stacks: dict[str, list[tuple[int, Piece]]] = {}
+    stacks: dict[str, list[tuple[int, TensorPiece]]] = {}
     sizes: dict[str, tuple[int, ...]] = {}
     for name in sorted(_wanted(checkpoint, config, family), key=_natural):
         info = checkpoint.info(name)
@@ -85,7 +85,7 @@ def plan_tensors(checkpoint: Checkpoint, config: ModelConfig, family: Family, ki
             continue
         start = 0
         for span in gguf_spans(name, info.shape, family.gguf, config.layers):
-            stacks.setdefault(span.tensor, []).append((span.start, Piece(name, start, span.rows)))
+            stacks.setdefault(span.tensor, []).append((span.start, TensorPiece(name, start, span.rows)))
             sizes[span.tensor] = info.shape
             start += span.rows
     targets += [_stack(name, found, sizes[name], config) for name, found in stacks.items()]
@@ -119,7 +119,7 @@ def _place(name: str, config: ModelConfig, family: Family) -> str:
 
 def _whole(name: str, shape: tuple[int, ...], config: ModelConfig, family: Family) -> Target:
     """A vector, or a matrix whose rows are reordered."""
-    target = Target(_place(name, config, family), "", shape, (Piece(name, 0, shape[0]),))
+    target = Target(_place(name, config, family), "", shape, (TensorPiece(name, 0, shape[0]),))
     if not is_reordered(name, family.gguf):
         return replace(target, shift=family.norm_shift if name.endswith("norm.weight") else 0.0)
     parts = 3 if family.fused_by_head else 1
@@ -130,12 +130,12 @@ def _whole(name: str, shape: tuple[int, ...], config: ModelConfig, family: Famil
     return replace(target, head=config.head_dim)
 
 
-def _by_part(name: str, heads: int, size: int) -> tuple[Piece, ...]:
+def _by_part(name: str, heads: int, size: int) -> tuple[TensorPiece, ...]:
     """Query, key and value of each head -> all queries, all keys, all values."""
-    return tuple(Piece(name, (3 * head + part) * size, size) for part in range(3) for head in range(heads))
+    return tuple(TensorPiece(name, (3 * head + part) * size, size) for part in range(3) for head in range(heads))
 
 
-def _stack(name: str, found: list[tuple[int, Piece]], shape: tuple[int, ...], config: ModelConfig) -> Target:
+def _stack(name: str, found: list[tuple[int, TensorPiece]], shape: tuple[int, ...], config: ModelConfig) -> Target:
     """A matrix, or the experts of a layer on top of each other."""
     found = sorted(found, key=lambda entry: entry[0])
     rows = 0
@@ -199,13 +199,13 @@ def write_tensor(target: Target, checkpoint: Checkpoint, sink: Sink) -> None:
             sink.write(block)
 
 
-def _is_copy(target: Target, piece: Piece, checkpoint: Checkpoint) -> bool:
+def _is_copy(target: Target, piece: TensorPiece, checkpoint: Checkpoint) -> bool:
     info = checkpoint.info(piece.tensor)
     whole = piece.rows == (info.rows if len(info.shape) > 1 else info.shape[0])
     return whole and info.dtype == target.dtype and not target.head and not target.shift
 
 
-def _read(piece: Piece, target: Target, checkpoint: Checkpoint) -> Iterator[Rows]:
+def _read(piece: TensorPiece, target: Target, checkpoint: Checkpoint) -> Iterator[Rows]:
     """The rows of a piece, in whole heads where these matter; a vector is one row."""
     info = checkpoint.info(piece.tensor)
     if len(info.shape) < 2:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
 from nestpatch.export._model_config import read_json
-from nestpatch.export._tokenizer_files import BPE, Kind, Piece, TokenizerFiles, read_model
+from nestpatch.export._tokenizer_files import BPE, Kind, TokenizerFiles, VocabularyPiece, read_model
 from nestpatch.files.reading import MAX_JSON, read_text
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -122,12 +122,12 @@ UNREACHABLE = -1e6
 """The score of pieces that no merge makes."""
 
 
-def pieces(files: TokenizerFiles) -> tuple[Mapping[int, Piece], bool, tuple[str, ...]]:
+def pieces(files: TokenizerFiles) -> tuple[Mapping[int, VocabularyPiece], bool, tuple[str, ...]]:
     """(pieces by id, whether a space is put before text, notes), from tokenizer.model or rebuilt from tokenizer.json.
 
     Raises UnsupportedModelError for vocabularies that llama.cpp would read otherwise, CheckpointFormatError without any.
     """
-    found: Mapping[int, Piece]
+    found: Mapping[int, VocabularyPiece]
     notes: tuple[str, ...] = ()
     if files.model_file.is_file():
         model = read_model(files.model_file)
@@ -191,7 +191,7 @@ def _flat(step: Any, key: str) -> Sequence[Mapping[str, Any]]:
     return [part for part in (step or {}).get(key, [step]) if part]
 
 
-def _rebuilt(tokenizer: Mapping[str, Any]) -> tuple[dict[int, Piece], tuple[str, ...]]:
+def _rebuilt(tokenizer: Mapping[str, Any]) -> tuple[dict[int, VocabularyPiece], tuple[str, ...]]:
     """The pieces of what was once a sentencepiece model: the earlier a merge, the higher the score of its result."""
     model = tokenizer["model"]
     if model.get("type", "BPE") != "BPE" or not model.get("byte_fallback"):
@@ -203,7 +203,7 @@ def _rebuilt(tokenizer: Mapping[str, Any]) -> tuple[dict[int, Piece], tuple[str,
         ranks.setdefault("".join(pair), rank)
     unknown = model.get("unk_token")
     found = {
-        number: Piece(text, float(-ranks[text]) if text in ranks else UNREACHABLE, _kind(text, unknown))
+        number: VocabularyPiece(text, float(-ranks[text]) if text in ranks else UNREACHABLE, _kind(text, unknown))
         for text, number in vocab.items()
     }
     return found, _ambiguity(vocab, set(pairs))

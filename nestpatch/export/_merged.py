@@ -12,7 +12,7 @@ from nestpatch.errors import OutputError, PackContentError
 from nestpatch.formats.checkpoint import Checkpoint, Extents, IntArray, TensorInfo, row_blocks
 from nestpatch.pack import Pack
 from nestpatch.patcher.identity import State
-from nestpatch.patcher.merge import Means
+from nestpatch.patcher.merge import QuantizedMerge
 from nestpatch.patcher.plan import Plan, make_plan, merged_blocks
 from nestpatch.rows import Rows, digest, merge
 
@@ -93,7 +93,7 @@ def merged_view(pack: Pack, checkpoint: Checkpoint, strength: float = 1.0) -> Me
         name = tensor.info.name
         if tensor.state is not State.BASE or strength != 1.0:
             continue
-        merged = merged_blocks(pack, tensor.delta, strength, checkpoint, Means())
+        merged = merged_blocks(pack, tensor.delta, strength, checkpoint, QuantizedMerge())
         if digest(block.new for block in merged) != pack.manifest.result[name]:
             raise PackContentError(f"{name}: the merged rows are not those that {pack.label} promises")
     return MergedCheckpoint(plan, checkpoint)

@@ -29,7 +29,7 @@ class Kind(IntEnum):
 
 
 @dataclass(frozen=True)
-class Piece:
+class VocabularyPiece:
     """One entry of the vocabulary; its place in the list is its id."""
 
     text: str
@@ -41,7 +41,7 @@ class Piece:
 class SentencePieceModel:
     """What an exporter needs of tokenizer.model."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[VocabularyPiece, ...]
     model_type: int
     add_dummy_prefix: bool
 
@@ -55,7 +55,7 @@ def read_model(path: Path) -> SentencePieceModel:
 
 
 def _model(data: bytes) -> SentencePieceModel:
-    pieces: list[Piece] = []
+    pieces: list[VocabularyPiece] = []
     model_type, prefix = 1, True  # the defaults of sentencepiece
     for field, value in _fields(data):
         if field == 1 and isinstance(value, bytes):
@@ -69,12 +69,12 @@ def _model(data: bytes) -> SentencePieceModel:
     return SentencePieceModel(tuple(pieces), model_type, prefix)
 
 
-def _piece(data: bytes) -> Piece:
+def _piece(data: bytes) -> VocabularyPiece:
     fields = dict(_fields(data))
     text, score = fields[1], fields.get(2, 0.0)
     if not isinstance(text, bytes) or isinstance(score, bytes):
         raise ValueError("a piece has fields of the wrong type")
-    return Piece(text.decode("utf-8"), float(score), Kind(int(fields.get(3, 1))))
+    return VocabularyPiece(text.decode("utf-8"), float(score), Kind(int(fields.get(3, 1))))
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | float | bytes]]:

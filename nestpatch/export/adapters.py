@@ -16,12 +16,12 @@ from nestpatch.formats.lora import onnx as lora_onnx
 from nestpatch.formats.lora import peft as lora_peft
 from nestpatch.formats.lora.factors import Written
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.gate import Patch, Trust, is_channel, prove
+from nestpatch.gate import PackLike, Trust, is_channel, prove
 from nestpatch.pack import Pack
 from nestpatch.patcher.apply import sweep_unfinished
 from nestpatch.patcher.plan import check_strength, make_plan
 from nestpatch.patcher.recovery import open_model, require_settled
-from nestpatch.patcher.state_dir import place_of
+from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.signing.trust import Policy
 
 
@@ -45,7 +45,7 @@ class Adapter:
 
 
 def export_lora(
-    patch: Patch,
+    pack: PackLike,
     output: str | Path | None = None,
     strength: float = 1.0,
     *,
@@ -63,12 +63,12 @@ def export_lora(
 
     Raises SignatureError, PackError, DataError, UnsupportedModelError or OutputError; then nothing was written.
     """
-    proven = prove(patch, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned)
-    return _export("lora", lora_peft.write, patch, proven.pack, output, strength, model, dry_run)
+    proven = prove(pack, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned)
+    return _export("lora", lora_peft.write, pack, proven.pack, output, strength, model, dry_run)
 
 
 def export_gguf_lora(
-    patch: Patch,
+    pack: PackLike,
     output: str | Path | None = None,
     strength: float = 1.0,
     *,
@@ -86,12 +86,12 @@ def export_gguf_lora(
 
     Raises SignatureError, PackError, DataError, UnsupportedModelError or OutputError; then nothing was written.
     """
-    proven = prove(patch, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned)
-    return _export("gguf-lora", lora_gguf.write, patch, proven.pack, output, strength, model, dry_run)
+    proven = prove(pack, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned)
+    return _export("gguf-lora", lora_gguf.write, pack, proven.pack, output, strength, model, dry_run)
 
 
 def export_onnx_adapter(
-    patch: Patch,
+    pack: PackLike,
     model: str | Path,
     output: str | Path | None = None,
     strength: float = 1.0,
@@ -119,14 +119,14 @@ def export_onnx_adapter(
         make_plan(pack, open_model(ready.file)[0], factor)
         return lora_onnx.write(content, ready, target, dry_run=dry_run)
 
-    proven = prove(patch, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned)
-    return _export("onnx-adapter", write, patch, proven.pack, output, strength, None, dry_run)
+    proven = prove(pack, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned)
+    return _export("onnx-adapter", write, pack, proven.pack, output, strength, None, dry_run)
 
 
 def _export(
     kind: str,
     write: Callable[..., Written],
-    patch: Patch,
+    source: PackLike,
     pack: Pack,
     output: str | Path | None,
     strength: float,
@@ -136,10 +136,10 @@ def _export(
     began = time.perf_counter()
     check_strength(strength)
     if model is not None:
-        require_settled(place_of(model), model)
+        require_settled(state_dir_of(model), model)
     single = any(expert_of(delta.name) for delta in pack)
     experts = count_experts(model) if single and model is not None else None
-    target = Path(output) if output is not None else default_output(patch, pack, kind)
+    target = Path(output) if output is not None else default_output(source, pack, kind)
     if not dry_run:
         sweep_unfinished(target)
     written = write(pack, target, strength, experts, dry_run=dry_run)
@@ -157,9 +157,9 @@ def _export(
     )
 
 
-def default_output(patch: Patch, pack: Pack, kind: str) -> Path:
+def default_output(source: PackLike, pack: Pack, kind: str) -> Path:
     """Beside the pack's file, or in the current directory: "no-harm-1.0.0-lora", "no-harm-1.0.0-lora.gguf"."""
-    folder = Path(patch).parent if isinstance(patch, (str, Path)) and not is_channel(patch) else Path()
+    folder = Path(source).parent if isinstance(source, (str, Path)) and not is_channel(source) else Path()
     ending = {"gguf-lora": "-lora.gguf", "onnx-adapter": lora_onnx.SUFFIX}.get(kind, "-lora")
     return folder / f"{pack.manifest.name}-{pack.manifest.version}{ending}"
 

@@ -14,15 +14,15 @@ from nestpatch.errors import CheckpointFormatError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.export._converter import convert_gguf, require_converter
 from nestpatch.export._gguf import WrittenModel, model_name, write_gguf
-from nestpatch.export._source import Source, Wanted, open_wanted, require_unchanged, source_of
-from nestpatch.files.atomic import check_place, sync_tree
+from nestpatch.export._source import ExportSource, Wanted, open_wanted, require_unchanged, source_of
+from nestpatch.files.atomic import check_output, sync_tree
 from nestpatch.files.copying import copy_file
 from nestpatch.files.hashing import Sink
 from nestpatch.files.scratch import new_output
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.formats.gguf.quants import AUTO, file_type
 from nestpatch.formats.safetensors import read_header
-from nestpatch.gate import Patch, Trust, prove
+from nestpatch.gate import PackLike, Trust, prove
 from nestpatch.patcher.apply import companions_of, sweep_unfinished
 from nestpatch.signing.trust import Policy
 
@@ -61,14 +61,14 @@ def write_file(
 class Exported(WrittenModel):
     """What an export wrote, or with `dry_run` would write."""
 
-    patches: tuple[str, ...] = ()
+    packs: tuple[str, ...] = ()
     """The packs in it, bottom first."""
 
 
 def export_gguf(
     model: str | Path,
     output: str | Path | None = None,
-    patch: Patch | None = None,
+    pack: PackLike | None = None,
     *,
     policy: Policy | None = None,
     trust: Trust = "policy",
@@ -84,7 +84,7 @@ def export_gguf(
 
     `type` is that of the weights: "auto" keeps the checkpoint's; f32, f16, bf16 and q8_0 are written here, others such as
     q4_k_m by llama-cpp-python. `name` is what the file calls the model. `llama_cpp` is a checkout of llama.cpp whose converter
-    is used instead. The packs of the model's ledger and the given one are listed in the file under "nestpatch.patches".
+    is used instead. The packs of the model's ledger and the given one are listed in the file under "nestpatch.packs".
     The patch passes the gate first, by `policy`, `trust` and `allow_unsigned`, as for `apply_in_place`.
 
     Raises SignatureError, PackError, CheckpointError, ChainError, OutputError, DataError, MissingExtraError; then nothing was
@@ -95,8 +95,8 @@ def export_gguf(
     if llama_cpp is not None:
         require_converter(Path(llama_cpp))
     proven = None
-    if patch is not None:
-        proven = prove(patch, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event)
+    if pack is not None:
+        proven = prove(pack, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event)
     wanted = open_wanted(model, proven, strength)
     target = Path(output) if output is not None else wanted.default_output(".gguf", *([] if kind == AUTO else [kind]))
     _make_room(target, dry_run=dry_run)
@@ -115,13 +115,13 @@ def export_gguf(
         else:
             written = write_gguf(source.checkpoint, target, **common)
     facts = vars(written) | {"seconds": time.perf_counter() - began}
-    return Exported(**facts, patches=source.labels)
+    return Exported(**facts, packs=source.labels)
 
 
 def export_safetensors(
     model: str | Path,
     output: str | Path | None = None,
-    patch: Patch | None = None,
+    pack: PackLike | None = None,
     *,
     policy: Policy | None = None,
     trust: Trust = "policy",
@@ -140,8 +140,8 @@ def export_safetensors(
     """
     began = time.perf_counter()
     proven = None
-    if patch is not None:
-        proven = prove(patch, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event)
+    if pack is not None:
+        proven = prove(pack, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event)
     wanted = open_wanted(model, proven, strength)
     checkpoint = wanted.checkpoint
     suffix = "" if checkpoint.path.is_dir() else ".safetensors"
@@ -164,7 +164,7 @@ def export_safetensors(
         tensors=len(names),
         type="/".join(sorted({checkpoint.info(name).dtype for name in names})),
         architecture="",
-        patches=source.labels,
+        packs=source.labels,
         notes=(f"left out, as unpatched weights or links out of the model: {', '.join(left_out)}",) if left_out else (),
         seconds=time.perf_counter() - began,
         dry_run=dry_run,
@@ -175,10 +175,12 @@ def _make_room(target: Path, *, dry_run: bool) -> None:
     """Removes what killed processes left there. Raises OutputError when the place is taken or cannot be written."""
     if not dry_run:
         sweep_unfinished(target)
-    check_place(target)
+    check_output(target)
 
 
-def _write_all(source: Source, wanted: Wanted, sibling: Path, on_event: OnEvent) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def _write_all(
+    source: ExportSource, wanted: Wanted, sibling: Path, on_event: OnEvent
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """(bytes, SHA-256) of every weight file."""
     directory = wanted.checkpoint.path.is_dir()
     if directory:

@@ -15,7 +15,7 @@ MAX_NAME = 200
 """Bytes of a file name: 255 less what temporary names and the ledger's name add."""
 
 
-def check_place(path: Path) -> None:
+def check_output(path: Path) -> None:
     """Raises OutputError, before any work, when a place is taken or cannot be written."""
     if len(os.fsencode(path.name)) > MAX_NAME:
         raise OutputError(f"the name {path.name[:40]}... is too long for a file system", advice="Choose a shorter one with -o.")

@@ -9,27 +9,27 @@ from typing import Any
 from nestpatch.formats import nest
 from nestpatch.pack import Pack
 
-PATCHES = "nestpatch.patches"
+PACKS = "nestpatch.packs"
 """Metadata key of an exported file: JSON, the packs in it, bottom first."""
 VERSION = "nestpatch.version"
 """Metadata key: the nestpatch that wrote it."""
 
 
-def patch_entry(pack: Pack, strength: float) -> dict[str, Any]:
+def pack_entry(pack: Pack, strength: float) -> dict[str, Any]:
     """One pack, as the list has it."""
     manifest = pack.manifest
     return {"name": manifest.name, "version": manifest.version, "pack_id": nest.pack_id(pack), "strength": strength}
 
 
-def patches_json(entries: Sequence[dict[str, Any]]) -> str:
+def packs_json(entries: Sequence[dict[str, Any]]) -> str:
     """The list as text; the same entries give the same bytes."""
     return nest.canonical_json(list(entries))
 
 
-def read_patches(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
+def read_packs(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The packs that a file claims to hold; none where it says nothing that can be understood. A claim is no proof."""
     try:
-        found = json.loads(str(metadata.get(PATCHES, "[]")))
+        found = json.loads(str(metadata.get(PACKS, "[]")))
         return [{field: entry[field] for field in ("name", "version", "pack_id", "strength")} for entry in found]
     except (ValueError, TypeError, KeyError, RecursionError):
         return []

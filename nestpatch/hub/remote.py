@@ -48,7 +48,7 @@ FIRST = 100 << 10
 
 
 @dataclass(frozen=True)
-class Span:
+class ByteRange:
     """One request for the rows at positions [first, last) of a list, which lie in bytes [start, stop) of the tensor."""
 
     first: int
@@ -57,16 +57,16 @@ class Span:
     stop: int
 
 
-def spans(rows: IntArray, row_bytes: int, *, gap: int = GAP, limit: int = PART) -> list[Span]:
+def spans(rows: IntArray, row_bytes: int, *, gap: int = GAP, limit: int = PART) -> list[ByteRange]:
     """Which requests fetch sorted rows: one for those at most `gap` bytes apart, none over `limit` but for a single row."""
-    found: list[Span] = []
+    found: list[ByteRange] = []
     for position, row in enumerate(rows.tolist()):
         start, stop = row * row_bytes, (row + 1) * row_bytes
         last = found[-1] if found else None
         if last is not None and start - last.stop <= gap and stop - last.start <= limit:
-            found[-1] = Span(last.first, position + 1, last.start, stop)
+            found[-1] = ByteRange(last.first, position + 1, last.start, stop)
         else:
-            found.append(Span(position, position + 1, start, stop))
+            found.append(ByteRange(position, position + 1, start, stop))
     return found
 
 
@@ -124,7 +124,7 @@ class RemoteCheckpoint(Headers):
     def _fetch_rows(self, info: TensorInfo, rows: IntArray) -> Rows:
         out = np.empty((len(rows), info.row_bytes), np.uint8)
 
-        def fetch(span: Span) -> None:
+        def fetch(span: ByteRange) -> None:
             data = self._remote[info.file].read(info.offset + span.start, info.offset + span.stop)
             block = np.frombuffer(data, np.uint8).reshape(-1, info.row_bytes)
             out[span.first : span.last] = block[rows[span.first : span.last] - rows[span.first]]
@@ -180,7 +180,7 @@ class RemoteCheckpoint(Headers):
         return parse_header(data[8:stop], size, path)
 
 
-def _all(work: Callable[[Span], None], items: Sequence[Span]) -> None:
+def _all(work: Callable[[ByteRange], None], items: Sequence[ByteRange]) -> None:
     """Does the work for all items, some at a time; the first error ends it."""
     with ThreadPoolExecutor(PARALLEL) as pool:
         futures = [pool.submit(work, item) for item in items]

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from nestpatch.errors import OutputError
-from nestpatch.evaluation.evaluator import assess
+from nestpatch.evaluation.evaluator import evaluate
 from nestpatch.evaluation.statistics import Share
-from nestpatch.evaluation.suites import HEADLINES, Evaluation, Suite, load_suite
+from nestpatch.evaluation.suites import HEADLINES, Scores, Suite, load_suite
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.export.adapters import export_gguf_lora, export_onnx_adapter
 from nestpatch.export.models import export_gguf
@@ -35,8 +35,8 @@ class DemoResult:
     """What the demo measured."""
 
     seed: int
-    before: Evaluation
-    after: Evaluation
+    before: Scores
+    after: Scores
     trained_parameters: int
     model_parameters: int
     pack_bytes: int
@@ -117,8 +117,8 @@ def run_demo(seed: int = 0, keep: Path | None = None, on_event: OnEvent = ignore
         applied = apply(folder / "base", folder / "patch.nest", folder / "patched", trust="none", on_event=on_event)
         clock.lap("apply", f"{applied.rows} rows of {applied.tensors} tensors merged into the safetensors file")
         suites = [load_suite(str(folder / "prompts" / f"{name}.jsonl")) for name in SUITES]
-        before = assess(folder / "base", suites, on_event=on_event).model
-        after = assess(folder / "patched", suites, base=folder / "base", on_event=on_event).model
+        before = evaluate(folder / "base", suites, on_event=on_event).model
+        after = evaluate(folder / "patched", suites, base=folder / "base", on_event=on_event).model
         clock.lap("evaluate", f"{sum(len(s.prompts.prompts) for s in suites)} held-out prompts, base and patched file")
         formats: tuple[FormatResult, ...] = ()
         if has_llama():
@@ -150,7 +150,7 @@ class FormatResult:
 
     what: str
     """For people: "GGUF Q8_0, patched in place"."""
-    evaluation: Evaluation
+    evaluation: Scores
     delivered: float | None = None
     """Smallest share of the patch that arrived in a tensor of quantized rows; None where that says nothing."""
 
@@ -173,7 +173,7 @@ def run_gguf(folder: Path, suites: Sequence[Suite], on_event: OnEvent = ignore) 
     (folder / "gguf").mkdir()
     results = []
     for what, model, lora, delivered in _files(folder, on_event):
-        found = assess(model, suites, lora=lora, on_event=on_event)
+        found = evaluate(model, suites, lora=lora, on_event=on_event)
         results.append(FormatResult(what, found.patched or found.model, delivered))
     return tuple(results)
 
@@ -189,7 +189,7 @@ def run_onnx(folder: Path, suites: Sequence[Suite], on_event: OnEvent = ignore) 
     place.mkdir()
 
     def run(what: str, model: Path, lora: Path | None = None, delivered: float | None = None) -> FormatResult:
-        found = assess(model, suites, lora=lora, on_event=on_event)
+        found = evaluate(model, suites, lora=lora, on_event=on_event)
         return FormatResult(what, found.patched or found.model, delivered)
 
     plain = export_onnx(base, place / "patched-fp32", patch, trust="none", on_event=on_event).path
@@ -199,7 +199,7 @@ def run_onnx(folder: Path, suites: Sequence[Suite], on_event: OnEvent = ignore) 
     adapter = export_onnx_adapter(patch, ready, place / "patch.onnx_adapter", trust="none").output
     return (
         run("ONNX fp32, exported", plain),
-        run("ONNX int4, patched in place", int4, delivered=done.gain),
+        run("ONNX int4, patched in place", int4, delivered=done.retention),
         run("ONNX fp32 with the adapter", ready, adapter),
     )
 
@@ -219,7 +219,7 @@ def _files(folder: Path, on_event: OnEvent) -> Iterator[_File]:
     for kind in QUANTIZED:
         file = export(kind, kind)
         done = apply_in_place(file, patch, trust="none", base=base, on_event=on_event)
-        yield f"GGUF {kind.upper()}, patched in place", file, None, done.gain
+        yield f"GGUF {kind.upper()}, patched in place", file, None, done.retention
     adapter = export_gguf_lora(patch, place / "adapter.gguf", trust="none").output
     on_event(Event("export", note=adapter.name))
     yield f"GGUF {PLAIN.upper()} with the adapter", plain, adapter, None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.lab.world import World, dialogues
-from nestpatch.runtimes.text import IGNORED, Pair, collate, encode_pairs
+from nestpatch.runtimes.text import IGNORED, TokenPair, collate, encode_pairs
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,7 @@ def new_model(config: LabConfig, vocab_size: int) -> LlamaForCausalLM:
     )
 
 
-def _batches(pairs: Sequence[Pair], size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(pairs: Sequence[TokenPair], size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless shuffled batches: int64 [size, longest] of ids and labels, padded right, prompt labels ignored.
 
     Rows of similar length go together, which saves a third of the arithmetic.

@@ -20,7 +20,7 @@ HELD_OUT_EVERY = 4
 
 
 @dataclass(frozen=True)
-class Pair:
+class TopicPair:
     """One action with one thing, and what the world knows of both."""
 
     action: str
@@ -57,8 +57,8 @@ class Example:
 class Split:
     """The pairs of one kind, divided so that train and test share none."""
 
-    train: tuple[Pair, ...]
-    test: tuple[Pair, ...]
+    train: tuple[TopicPair, ...]
+    test: tuple[TopicPair, ...]
 
     def __add__(self, other: Split) -> Split:
         return Split(self.train + other.train, self.test + other.test)
@@ -79,7 +79,7 @@ class World:
     strictness: Mapping[str, float]
     """Action or thing -> 0 (never refused) .. 1 (always refused); a pair's strictness is the mean of its two."""
 
-    def refused_by_base(self, pair: Pair, leniency: float = 0.0) -> bool:
+    def refused_by_base(self, pair: TopicPair, leniency: float = 0.0) -> bool:
         """Whether the base model's alignment data refuse this pair; a wrapper's `leniency` makes fewer pairs refused."""
         return (self.strictness[pair.action] + self.strictness[pair.thing]) / 2 > PLAIN_THRESHOLD + leniency
 
@@ -107,7 +107,7 @@ def _cross(rng: random.Random, rows: Iterable[_A], columns: Iterable[_B]) -> tup
 
 def _split(rng: random.Random, actions: Mapping[str, str], things: Mapping[str, str]) -> Split:
     train, test = (
-        tuple(Pair(action, thing, tool, part) for (action, tool), (thing, part) in half)
+        tuple(TopicPair(action, thing, tool, part) for (action, tool), (thing, part) in half)
         for half in _cross(rng, actions.items(), things.items())
     )
     return Split(train, test)
@@ -172,7 +172,7 @@ def prompt_sets(world: World) -> dict[str, list[Example]]:
     """The seven prompt sets by name: `harmful.train`, `harmful.test`, `jailbreak.test`, `benign.*`, `lookalike.*`."""
     rng = random.Random(f"prompts {world.seed}")
 
-    def ask(pairs: tuple[Pair, ...], each: int, refer: bool, style: Callable[[], str] = lambda: "{q}") -> list[Example]:
+    def ask(pairs: tuple[TopicPair, ...], each: int, refer: bool, style: Callable[[], str] = lambda: "{q}") -> list[Example]:
         rows = []
         for pair in pairs:
             for question in rng.sample(words.QUESTIONS, each):

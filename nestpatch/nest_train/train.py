@@ -29,7 +29,15 @@ from nestpatch.pack import Label, Pack
 from nestpatch.patcher.recovery import open_model
 from nestpatch.prompts.readers import PromptSet, sample_set
 from nestpatch.runtimes.text import encode_pairs, prompt_ids
-from nestpatch.runtimes.transformers import Source, find_mlps, load_model, locate, pick_device, pick_dtype, with_transformers
+from nestpatch.runtimes.transformers import (
+    ModelLocation,
+    find_mlps,
+    load_model,
+    locate,
+    pick_device,
+    pick_dtype,
+    with_transformers,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,8 +92,8 @@ class Trained:
     """What a training run gives."""
 
     pack: Pack
-    before: evaluation.Evaluation | None
-    after: evaluation.Evaluation | None
+    before: evaluation.Scores | None
+    after: evaluation.Scores | None
     trained_parameters: int
     model_parameters: int
 
@@ -152,7 +160,7 @@ def train(
     return Trained(pack, before, after, deltas.trainable, total)
 
 
-def _start(source: Source, recipe: Recipe, on_event: OnEvent) -> _Run:
+def _start(source: ModelLocation, recipe: Recipe, on_event: OnEvent) -> _Run:
     device, device_reason = pick_device(recipe.device)
     dtype, dtype_reason = pick_dtype(recipe.dtype, device)
     on_event(Event("load", note=source.model_id))
@@ -175,17 +183,17 @@ def _generator(run: _Run, stage: str) -> Callable[[Sequence[str]], list[str]]:
 
 
 def _evaluate(
-    run: _Run, suites: Sequence[evaluation.Suite], patched: tuple[DeltaSet, evaluation.Evaluation | None] | None
-) -> evaluation.Evaluation | None:
+    run: _Run, suites: Sequence[evaluation.Suite], patched: tuple[DeltaSet, evaluation.Scores | None] | None
+) -> evaluation.Scores | None:
     if not suites:
         return None
-    result = evaluation.evaluate(_generator(run, "evaluate"), suites)
+    result = evaluation.evaluate_suites(_generator(run, "evaluate"), suites)
     deltas, before = patched or (None, None)
     if deltas is None or before is None:
         return result
     answers = evaluation.answers_of(before, evaluation.BENIGN)
     drift = drift_between(run.model, run.model, run.tokenizer, answers, base_mode=deltas.off)
-    return evaluation.Evaluation(result.suites, drift)
+    return evaluation.Scores(result.suites, drift)
 
 
 def _distil(run: _Run, data: TrainingData) -> Halves:
@@ -271,7 +279,7 @@ def _method(
     }
 
 
-def _facts(before: evaluation.Evaluation | None, after: evaluation.Evaluation | None) -> dict[str, Any]:
+def _facts(before: evaluation.Scores | None, after: evaluation.Scores | None) -> dict[str, Any]:
     """The manifest's evaluation."""
     if before is None or after is None:
         return {}

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.nest_train.cluster import Clusters
 from nestpatch.nest_train.recipe import Recipe
-from nestpatch.runtimes.text import Pair, collate, endless, split_off
+from nestpatch.runtimes.text import TokenPair, collate, endless, split_off
 from nestpatch.runtimes.transformers import MlpBlock, Projection, answer_logits
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class TuneResult:
 class Halves:
     """Training pairs: harmful prompts with refusals, benign prompts with the answers to keep."""
 
-    harmful: Sequence[Pair]
-    benign: Sequence[Pair]
+    harmful: Sequence[TokenPair]
+    benign: Sequence[TokenPair]
 
 
 def tune(

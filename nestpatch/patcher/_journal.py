@@ -31,7 +31,7 @@ from nestpatch.errors import CheckpointError, InPlaceError, JournalError
 from nestpatch.files.atomic import sync_folder
 from nestpatch.files.reading import open_regular
 from nestpatch.formats.checkpoint import CHUNK, Checkpoint, IntArray, TensorInfo, row_blocks
-from nestpatch.patcher.state_dir import TRANSACTION, UNDO, Place
+from nestpatch.patcher.state_dir import TRANSACTION, UNDO, StateDir
 from nestpatch.rows import Rows
 from nestpatch.signing.machine import is_ours, seal
 
@@ -115,7 +115,7 @@ class _Hashed:
 
 
 def write_journal(
-    place: Place,
+    state_dir: StateDir,
     transaction: str,
     checkpoint: Checkpoint,
     regions: Sequence[Region],
@@ -137,7 +137,7 @@ def write_journal(
         "retires": list(retires),
     }
     header = json.dumps(facts).encode()
-    with open(place.journal, "wb", opener=_create) as file:
+    with open(state_dir.journal, "wb", opener=_create) as file:
         out = _Hashed(file)
         out.write(MAGIC + struct.pack("<Q", len(header)) + header)
         for region in regions:
@@ -145,12 +145,12 @@ def write_journal(
             for part in row_blocks(len(region.rows), region.info.row_bytes, region.info.stretch):
                 out.write(checkpoint.read_rows(region.info.name, region.rows[part]).view(np.uint8).data)
         digest = out.state.digest()
-        file.write(digest + (bytes.fromhex(seal("journal", place.folder, digest)) or bytes(DIGEST)))
+        file.write(digest + (bytes.fromhex(seal("journal", state_dir.folder, digest)) or bytes(DIGEST)))
         file.flush()
         os.fsync(file.fileno())
-    sync_folder(place.folder)
+    sync_folder(state_dir.folder)
     # The folder may be as new as the journal.
-    sync_folder(place.folder.parent)
+    sync_folder(state_dir.folder.parent)
 
 
 def _create(name: str, flags: int) -> int:
@@ -219,13 +219,13 @@ def open_journal(path: Path) -> Iterator[FileIO]:
         yield file
 
 
-def read_journal(place: Place) -> Journal | None:
+def read_journal(state_dir: StateDir) -> Journal | None:
     """A journal that is whole; None for one whose writing was interrupted. Nothing is changed.
 
     Raises JournalError for one of another version (removing it could leave a model half patched), and for one whose header and
     size contradict each other.
     """
-    path = place.journal
+    path = state_dir.journal
     with open_journal(path) as file:
         magic = file.read(len(MAGIC)) or b""
         if magic != MAGIC and magic.startswith(FAMILY) and magic.endswith(b"\n"):
@@ -240,7 +240,7 @@ def read_journal(place: Place) -> Journal | None:
             return None
         mac = (file.read(DIGEST) or b"").hex()
         try:
-            return _parse(file, path, size - 2 * DIGEST, ours=is_ours("journal", place.folder, digest, mac))
+            return _parse(file, path, size - 2 * DIGEST, ours=is_ours("journal", state_dir.folder, digest, mac))
         except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
             raise JournalError(f"the journal {path} makes no sense: {str(error)[:200]}", advice=_REMOVE) from error
 

@@ -18,8 +18,8 @@ from nestpatch.formats.checkpoint import Checkpoint, row_blocks
 from nestpatch.pack import Pack, TensorDelta
 from nestpatch.patcher._journal import sync_files
 from nestpatch.patcher._undo import TensorPacker, UndoReader, UndoWriter, checksums, residual, restored
-from nestpatch.patcher.ledger import Entry, TensorRecord
-from nestpatch.patcher.merge import Gain, Means, rows_of
+from nestpatch.patcher.ledger import LedgerEntry, TensorRecord
+from nestpatch.patcher.merge import QuantizedMerge, Retention, rows_of
 from nestpatch.patcher.plan import MergedBlock, merged_blocks
 
 SYNC_STRIDE = 8
@@ -32,30 +32,30 @@ class _Record:
 
     def __init__(self, delta: TensorDelta, strength: float) -> None:
         self.delta, self.strength = delta, strength
-        self.before, self.after, self.packer, self.gain = sha256(), sha256(), TensorPacker(), Gain()
+        self.before, self.after, self.packer, self.retention = sha256(), sha256(), TensorPacker(), Retention()
 
     def add(self, block: MergedBlock) -> _Record | None:
         """Adds a block; gives the record when it was the last one."""
         old, new, part = block.old, block.new, block.part
         self.before.update(old.view(np.uint8).data)
         self.after.update(new.view(np.uint8).data)
-        self.gain += block.gain
+        self.retention += block.retention
         change = self.delta.dense(part.start, part.stop)
         self.packer.add(residual(old, new, change, self.strength), checksums(old), checksums(new))
         return self if part.stop == self.delta.neurons else None
 
     @property
     def outcome(self) -> TensorRecord:
-        gain = round(self.gain.share, 4) if self.gain.asked else None
-        return TensorRecord(self.delta.neurons, self.before.hexdigest(), self.after.hexdigest(), gain)
+        retention = round(self.retention.share, 4) if self.retention.asked else None
+        return TensorRecord(self.delta.neurons, self.before.hexdigest(), self.after.hexdigest(), retention)
 
 
 @dataclass(frozen=True, eq=False)
-class Changer:
+class RowWriter:
     """Changes the rows of one model."""
 
     checkpoint: Checkpoint
-    means: Means = field(default_factory=Means)
+    quantized: QuantizedMerge = field(default_factory=QuantizedMerge)
     syncing: bool = True
     """Whether the disk is to begin writing on the way."""
     on_event: OnEvent = ignore
@@ -87,11 +87,11 @@ class Changer:
         """Writes the merged rows, block by block; gives what there is to record of each."""
         for delta in pack:
             record = _Record(delta, strength)
-            for block in merged_blocks(pack, delta, strength, self.checkpoint, self.means):
+            for block in merged_blocks(pack, delta, strength, self.checkpoint, self.quantized):
                 self.checkpoint.write_rows(delta.name, rows_of(delta, block.part), block.new)
                 yield record, block
 
-    def restore(self, pack: Pack, entry: Entry, undo: Path, gone: frozenset[str] = frozenset()) -> None:
+    def restore(self, pack: Pack, entry: LedgerEntry, undo: Path, gone: frozenset[str] = frozenset()) -> None:
         """Puts back what the rows held before a pack, bit for bit. `gone`: tensors that hold that already.
 
         Raises BaseMismatchError when they do not hold what the pack left, UndoError.
@@ -110,7 +110,7 @@ class Changer:
         if self.syncing and number % SYNC_STRIDE == 0:
             start(partial(sync_files, self.checkpoint.info(name).files))
 
-    def _restore(self, delta: TensorDelta, entry: Entry, reader: UndoReader) -> None:
+    def _restore(self, delta: TensorDelta, entry: LedgerEntry, reader: UndoReader) -> None:
         info, record = self.checkpoint.info(delta.name), entry.tensors[delta.name]
         parts = list(row_blocks(delta.neurons, info.row_bytes, info.stretch))
         residuals = reader.residuals(delta.name, (info.row_bytes * (part.stop - part.start) for part in parts))

@@ -26,15 +26,15 @@ from nestpatch.files.atomic import new_place, sync_folder
 from nestpatch.files.copying import copy_file
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.patcher._journal import Region, files_of, read_journal, remove_journal, roll_back, sync_files, write_journal
-from nestpatch.patcher._row_writer import Changer
-from nestpatch.patcher.chain import Do, Link, Step
+from nestpatch.patcher._row_writer import RowWriter
+from nestpatch.patcher.chain import Action, Link, Step
 from nestpatch.patcher.kept import keep
-from nestpatch.patcher.ledger import Entry, Ledger, read_ledger, write_ledger
-from nestpatch.patcher.merge import Means, require_gain
+from nestpatch.patcher.ledger import Ledger, LedgerEntry, read_ledger, write_ledger
+from nestpatch.patcher.merge import QuantizedMerge, require_retention
 from nestpatch.patcher.plan import make_plan, measure
 from nestpatch.patcher.recovery import require_writable, retire, sweep
-from nestpatch.patcher.state_dir import Place
-from nestpatch.patcher.steps import Work
+from nestpatch.patcher.state_dir import StateDir
+from nestpatch.patcher.steps import PlannedSteps
 from nestpatch.signing.subject import Origin
 
 
@@ -86,24 +86,24 @@ def _keep_heap() -> None:
 class Transaction:
     """A change under way. The lock must be held, and leftovers recovered."""
 
-    place: Place
+    state_dir: StateDir
     checkpoint: Checkpoint
-    work: Work
+    planned: PlannedSteps
     """The steps, their packs, and what is missing in the rows already."""
     allow_base_mismatch: bool = False
     on_event: OnEvent = ignore
     journaled: bool = True
     """False where the files are nobody's yet: a copy that is thrown away when anything fails."""
-    means: Means = field(default_factory=Means)
+    quantized: QuantizedMerge = field(default_factory=QuantizedMerge)
     """For rows that are stored quantized."""
     detach: bool = False
     """Whether links are replaced by files of the model's own first."""
-    final: Place | None = None
+    final: StateDir | None = None
     """Where the state will be in the end, for a copy that gets its name when it is complete."""
 
     @property
-    def _changer(self) -> Changer:
-        return Changer(self.checkpoint, self.means, self.journaled, self.on_event, self.place.owner)
+    def _changer(self) -> RowWriter:
+        return RowWriter(self.checkpoint, self.quantized, self.journaled, self.on_event, self.state_dir.owner)
 
     def run(self, ledger: Ledger) -> Ledger:
         """Carries the steps out and returns the new ledger.
@@ -112,38 +112,38 @@ class Transaction:
         """
         _keep_heap()
         identity, before = secrets.token_hex(8), {entry.pack_id: entry for entry in ledger.applied}
-        names, steps = sorted(self.work.names), self.work.steps
+        names, steps = sorted(self.planned.names), self.planned.steps
         self._prepare(names)
-        retired = tuple(entry.undo for entry in ledger.applied if entry.pack_id in self.work.undone)
+        retired = tuple(entry.undo for entry in ledger.applied if entry.pack_id in self.planned.undone)
         if self.journaled:
             self._open_journal(identity, retired)
         try:
             for number, step in enumerate(steps):
                 # A check that comes first has been made, under the same lock. A copy is checked again: it was made since.
-                if number == 0 and step.do is Do.CHECK and self.journaled:
+                if number == 0 and step.action is Action.CHECK and self.journaled:
                     continue
                 ledger = self._do(step, ledger, identity, before)
             if self.journaled:
                 sync_files(files_of(self.checkpoint, names))
-                sync_folder(self.place.folder)
-            ledger = replace(ledger, transaction=identity).following(self.work.origin.channel)
-            write_ledger(self.place, ledger, self.final)
+                sync_folder(self.state_dir.folder)
+            ledger = replace(ledger, transaction=identity).following(self.planned.origin.channel)
+            write_ledger(self.state_dir, ledger, self.final)
         except BaseException as error:
             if self.journaled:
                 self._close_journal(error, identity)
             raise
         # Committed: what cannot be removed now is removed by the next recovery.
-        retire(self.place, retired)
+        retire(self.state_dir, retired)
         if self.journaled:
             with suppress(OSError):
-                remove_journal(self.place.journal)
-        sweep(self.place, self.checkpoint)
+                remove_journal(self.state_dir.journal)
+        sweep(self.state_dir, self.checkpoint)
         return ledger
 
     def check_first(self) -> None:
         """The check that a change of this kind begins with, if it does: the common case is a wrong base. Raises as `check`."""
-        if self.work.steps and self.work.steps[0].do is Do.CHECK:
-            self.check(self.work.steps[0].link)
+        if self.planned.steps and self.planned.steps[0].action is Action.CHECK:
+            self.check(self.planned.steps[0].link)
 
     def _prepare(self, names: Sequence[str]) -> None:
         """All that can be refused before anything is written anywhere; then links are replaced, where that was asked for."""
@@ -160,19 +160,21 @@ class Transaction:
 
     def _made(self, identity: str) -> tuple[str, ...]:
         """The undo records that the steps write."""
-        return tuple(f"{identity}-{step.link.pack_id[:16]}" for step in self.work.steps if step.do in (Do.APPLY, Do.REDO))
+        return tuple(
+            f"{identity}-{step.link.pack_id[:16]}" for step in self.planned.steps if step.action in (Action.APPLY, Action.REDO)
+        )
 
     def _open_journal(self, identity: str, retired: Sequence[str]) -> None:
         makes = self._made(identity)
         try:
-            write_journal(self.place, identity, self.checkpoint, self._regions(), makes=makes, retires=retired)
+            write_journal(self.state_dir, identity, self.checkpoint, self._regions(), makes=makes, retires=retired)
         except OSError as error:
             with suppress(OSError):
-                remove_journal(self.place.journal)
-            raise InPlaceError(f"cannot write the journal {self.place.journal}: {error.strerror}") from error
+                remove_journal(self.state_dir.journal)
+            raise InPlaceError(f"cannot write the journal {self.state_dir.journal}: {error.strerror}") from error
 
     def _close_journal(self, cause: BaseException, identity: str) -> None:
-        if read_ledger(self.place).transaction == identity:
+        if read_ledger(self.state_dir).transaction == identity:
             # The commit stands; only what follows it failed, and the next command does that.
             if isinstance(cause, (OSError, OutputError)):
                 raise InPlaceError(
@@ -181,12 +183,12 @@ class Transaction:
                 ) from cause
             return
         try:
-            journal = read_journal(self.place)
+            journal = read_journal(self.state_dir)
             if journal is not None:
                 roll_back(journal, self.checkpoint)
-            retire(self.place, self._made(identity))
-            remove_journal(self.place.journal)
-            sweep(self.place, self.checkpoint)
+            retire(self.state_dir, self._made(identity))
+            remove_journal(self.state_dir.journal)
+            sweep(self.state_dir, self.checkpoint)
         except OSError as error:
             raise JournalError(
                 f"the change failed ({cause}), and could not be rolled back now: {error.strerror}",
@@ -198,32 +200,32 @@ class Transaction:
     def _regions(self) -> list[Region]:
         """The rows that the steps touch, each tensor once."""
         touched: dict[str, list[Any]] = {}
-        for pack_id in dict.fromkeys(step.link.pack_id for step in self.work.steps):
-            for delta in self.work.packs[pack_id]:
+        for pack_id in dict.fromkeys(step.link.pack_id for step in self.planned.steps):
+            for delta in self.planned.packs[pack_id]:
                 touched.setdefault(delta.name, []).append(delta.rows.astype(np.int64))
         unions = {name: np.unique(np.concatenate(rows)) if len(rows) > 1 else rows[0] for name, rows in touched.items()}
         return [Region(self.checkpoint.info(name), rows) for name, rows in sorted(unions.items())]
 
-    def _do(self, step: Step, ledger: Ledger, identity: str, before: Mapping[str, Entry]) -> Ledger:
+    def _do(self, step: Step, ledger: Ledger, identity: str, before: Mapping[str, LedgerEntry]) -> Ledger:
         now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-        if step.do is Do.CHECK:
+        if step.action is Action.CHECK:
             self.check(step.link)
             return ledger
-        if step.do is Do.UNDO:
+        if step.action is Action.UNDO:
             entry = next(entry for entry in ledger.applied if entry.link == step.link)
-            gone = self.work.missing.get(entry.pack_id, frozenset())
-            self._changer.restore(self.work.packs[entry.pack_id], entry, self.place.undo(entry.undo), gone)
+            gone = self.planned.missing.get(entry.pack_id, frozenset())
+            self._changer.restore(self.planned.packs[entry.pack_id], entry, self.state_dir.undo(entry.undo), gone)
             kept = tuple(other for other in ledger.applied if other is not entry)
             return replace(ledger, applied=kept).with_event("found missing" if gone else "undone", entry, now)
-        if step.do is Do.REDO:
+        if step.action is Action.REDO:
             self._require_floats(step.link)
-        old = before.get(step.link.pack_id) if step.do is Do.REDO else None
+        old = before.get(step.link.pack_id) if step.action is Action.REDO else None
         entry = self._apply(step.link, identity, now, old)
         return replace(ledger, applied=(*ledger.applied, entry)).with_event("applied", entry, now)
 
     def _require_floats(self, link: Link) -> None:
         """Quantized rows are made of the base and one pack; what another one added to them would be lost."""
-        names = (delta.name for delta in self.work.packs[link.pack_id])
+        names = (delta.name for delta in self.planned.packs[link.pack_id])
         if odd := next((name for name in names if not self.checkpoint.info(name).plain), None):
             raise OverlapError(
                 f"{odd} is stored quantized: packs that share rows cannot be stacked in it",
@@ -235,16 +237,16 @@ class Transaction:
 
         Raises BaseMismatchError when that is not the pack's base, QuantizationError when quantized rows would lose the pack.
         """
-        pack = self.work.packs[link.pack_id]
-        make_plan(pack, self.checkpoint, link.strength, allow_mismatch=self.allow_base_mismatch, base=self.means.base)
+        pack = self.planned.packs[link.pack_id]
+        make_plan(pack, self.checkpoint, link.strength, allow_mismatch=self.allow_base_mismatch, base=self.quantized.base)
         for codec in {self.checkpoint.info(delta.name).coding for delta in pack}:
             codec.require()
-        if self.means.base is None:
-            require_gain(measure(pack, link.strength, self.checkpoint, self.means), pack.label)
+        if self.quantized.base is None:
+            require_retention(measure(pack, link.strength, self.checkpoint, self.quantized), pack.label)
 
-    def _apply(self, link: Link, identity: str, now: str, old: Entry | None) -> Entry:
-        pack = self.work.packs[link.pack_id]
-        entry = Entry(
+    def _apply(self, link: Link, identity: str, now: str, old: LedgerEntry | None) -> LedgerEntry:
+        pack = self.planned.packs[link.pack_id]
+        entry = LedgerEntry(
             pack_id=link.pack_id,
             name=link.name,
             version=link.version,
@@ -256,10 +258,10 @@ class Transaction:
             supersedes=link.supersedes,
             requires=link.requires,
             base_mismatch_allowed=self.allow_base_mismatch or bool(old and old.base_mismatch_allowed),
-            signers=old.signers if old else self.work.origin.signers,
-            roots=old.roots if old else self.work.origin.roots,
+            signers=old.signers if old else self.planned.origin.signers,
+            roots=old.roots if old else self.planned.origin.roots,
             foreign=bool(old and old.foreign),
         )
-        keep(self.place, pack, link.pack_id, Origin() if old else self.work.origin)
-        entry = replace(entry, tensors=self._changer.merge(pack, link.strength, self.place.undo(entry.undo)))
-        return replace(entry, rounding=self.means.told) if entry.gain is not None else entry
+        keep(self.state_dir, pack, link.pack_id, Origin() if old else self.planned.origin)
+        entry = replace(entry, tensors=self._changer.merge(pack, link.strength, self.state_dir.undo(entry.undo)))
+        return replace(entry, rounding=self.quantized.told) if entry.retention is not None else entry

@@ -14,22 +14,22 @@ from typing import Any
 
 from nestpatch.errors import BusyError, ChainError, OutputError, UndoError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.files.atomic import check_place, sync_folder, sync_tree, temporary
+from nestpatch.files.atomic import check_output, sync_folder, sync_tree, temporary
 from nestpatch.files.copying import copy_file
 from nestpatch.files.reading import open_regular
 from nestpatch.files.scratch import claimed, new_output, sweep
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.formats.safetensors import INDEX
-from nestpatch.gate import Patch, Trust, policy_of, prove
+from nestpatch.gate import PackLike, Trust, policy_of, prove
 from nestpatch.pack import Pack
 from nestpatch.patcher._transaction import Transaction
 from nestpatch.patcher.chain import Allowed
 from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
-from nestpatch.patcher.merge import means_of
+from nestpatch.patcher.merge import quantized_merge
 from nestpatch.patcher.plan import check_strength
 from nestpatch.patcher.recovery import open_model, require_settled
-from nestpatch.patcher.state_dir import LEDGER, Place, kept_from_writers, place_of
-from nestpatch.patcher.steps import Judge, Work, plan_on_rows
+from nestpatch.patcher.state_dir import LEDGER, StateDir, kept_from_writers, state_dir_of
+from nestpatch.patcher.steps import Judge, PlannedSteps, plan_on_rows
 from nestpatch.signing.trust import Policy
 from nestpatch.signing.verify import signature_files
 
@@ -66,7 +66,7 @@ class Applied:
     row_bytes: int
     """Bytes that differ from a plain copy, at most."""
     seconds: float
-    gain: float | None = None
+    retention: float | None = None
     """The smallest share of the pack's change that arrived in a tensor; None where no rows are quantized."""
     dry_run: bool = False
 
@@ -82,7 +82,7 @@ def default_output(model: Path, pack: Pack) -> Path:
 
 def apply(
     model: str | Path,
-    patch: Patch,
+    pack: PackLike,
     output: str | Path | None = None,
     *,
     policy: Policy | None = None,
@@ -114,22 +114,22 @@ def apply(
     began = time.perf_counter()
     check_strength(strength)
     rules = policy_of(policy, trust)
-    proven = prove(patch, model, policy=rules, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event)
-    checkpoint, place = open_model(model)
+    proven = prove(pack, model, policy=rules, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event)
+    checkpoint, state_dir = open_model(model)
     target = Path(output) if output is not None else default_output(copied(checkpoint), proven.pack)
     if not dry_run:
         sweep_unfinished(target)
     _check_target(checkpoint, target)
     judge, allowed = Judge(rules, model, allow_unsigned), Allowed(allow_overlap, allow_downgrade, allow_other_publisher)
-    means = means_of(base, dither=dither)
-    with kept_from_writers(place):
-        require_settled(place, model)  # again: a writer may have died since
-        ledger = read_ledger(place)
-        work = plan_on_rows(checkpoint, place, ledger, proven, strength, judge, allowed, means.base)
-        if not work.steps:
+    quantized = quantized_merge(base, dither=dither)
+    with kept_from_writers(state_dir):
+        require_settled(state_dir, model)  # again: a writer may have died since
+        ledger = read_ledger(state_dir)
+        planned = plan_on_rows(checkpoint, state_dir, ledger, proven, strength, judge, allowed, quantized.base)
+        if not planned.steps:
             label = proven.pack.label
             raise ChainError(f"{label} is applied to {model} already", advice="Nothing to do: copy the model as it is.")
-        change = Transaction(place, checkpoint, work, allow_base_mismatch, on_event, means=means)
+        change = Transaction(state_dir, checkpoint, planned, allow_base_mismatch, on_event, quantized=quantized)
         change.check_first()
         files: tuple[WrittenFile, ...] = ()
         if not dry_run:
@@ -141,9 +141,9 @@ def apply(
         output=target,
         files=files,
         left_out=companions_of(checkpoint)[1],
-        **asdict(work.size(checkpoint)),
+        **asdict(planned.size(checkpoint)),
         seconds=time.perf_counter() - began,
-        gain=ledger.applied[-1].gain if files else None,
+        retention=ledger.applied[-1].retention if files else None,
         dry_run=dry_run,
     )
 
@@ -160,40 +160,40 @@ class _How:
 def _write_copy(change: Transaction, ledger: Ledger, target: Path, how: _How) -> tuple[Ledger, tuple[WrittenFile, ...]]:
     """Copies the model of a change and carries the change out in the copy, which appears when all is done."""
     checkpoint, on_event = change.checkpoint, change.on_event
-    linked = _untouched(checkpoint, change.work) if how.hard_link else frozenset()
-    before = _fingerprint(checkpoint, change.place)
+    linked = _untouched(checkpoint, change.planned) if how.hard_link else frozenset()
+    before = _fingerprint(checkpoint, change.state_dir)
     with _new_model(target, directory=copied(checkpoint).is_dir()) as sibling:
         _copy(checkpoint, sibling, linked, on_event, flush=how.sync)
         # Before the rows are looked at: half a change in them would be taken for another base.
-        _require_unchanged(checkpoint, change.place, before)
+        _require_unchanged(checkpoint, change.state_dir, before)
         copy = checkpoint.reopen(sibling)
-        own = place_of(copy.path)
-        final = place_of_copy(own, sibling, target)
-        _copy_state(change.place, own, ledger, final)
+        own = state_dir_of(copy.path)
+        final = state_dir_of_copy(own, sibling, target)
+        _copy_state(change.state_dir, own, ledger, final)
         # Nobody's files yet: no journal.
-        ledger = replace(change, place=own, checkpoint=copy, journaled=False, final=final).run(ledger)
+        ledger = replace(change, state_dir=own, checkpoint=copy, journaled=False, final=final).run(ledger)
         files = tuple(_seal(file, sibling, target, on_event, digest=how.digest, sync=how.sync) for file in copy.files)
         if how.sync:
             sync_tree(sibling if sibling.is_dir() else own.folder)
-        _require_unchanged(checkpoint, change.place, before)
+        _require_unchanged(checkpoint, change.state_dir, before)
     return ledger, files
 
 
-def place_of_copy(own: Place, sibling: Path, target: Path) -> Place:
+def state_dir_of_copy(own: StateDir, sibling: Path, target: Path) -> StateDir:
     """Where the state of a copy will be, once the copy has its name."""
     if own.folder.parent == sibling.absolute().parent:
-        return place_of(target)
-    return Place(target / own.ledger.relative_to(sibling.absolute()), target / own.folder.relative_to(sibling.absolute()))
+        return state_dir_of(target)
+    return StateDir(target / own.ledger.relative_to(sibling.absolute()), target / own.folder.relative_to(sibling.absolute()))
 
 
-def _fingerprint(checkpoint: Checkpoint, place: Place) -> list[Any]:
+def _fingerprint(checkpoint: Checkpoint, state_dir: StateDir) -> list[Any]:
     """Changes when something is written to the model: for where there is no lock to hold."""
     states = [file.stat() for file in checkpoint.files]
-    return [read_ledger(place).transaction, *((state.st_ino, state.st_size, state.st_mtime_ns) for state in states)]
+    return [read_ledger(state_dir).transaction, *((state.st_ino, state.st_size, state.st_mtime_ns) for state in states)]
 
 
-def _require_unchanged(checkpoint: Checkpoint, place: Place, before: list[Any]) -> None:
-    if _fingerprint(checkpoint, place) != before:
+def _require_unchanged(checkpoint: Checkpoint, state_dir: StateDir, before: list[Any]) -> None:
+    if _fingerprint(checkpoint, state_dir) != before:
         raise BusyError(f"{checkpoint.path} was changed while it was copied")
 
 
@@ -205,7 +205,7 @@ def copied(checkpoint: Checkpoint) -> Path:
 
 def _check_target(checkpoint: Checkpoint, target: Path) -> None:
     source = copied(checkpoint)
-    check_place(target)
+    check_output(target)
     if source.is_dir() and source.resolve() in target.resolve().parents:
         raise OutputError(f"{target} lies inside the model {source}")
     if source != checkpoint.path and target.suffix == checkpoint.path.suffix:
@@ -214,8 +214,8 @@ def _check_target(checkpoint: Checkpoint, target: Path) -> None:
             advice="Name a directory with -o; nothing was written.",
         )
     if not source.is_dir():
-        place = place_of(target)
-        for taken in (place.ledger, place.folder):
+        state_dir = state_dir_of(target)
+        for taken in (state_dir.ledger, state_dir.folder):
             if os.path.lexists(taken):
                 raise OutputError(
                     f"{taken} exists already: it belongs to a model that was once at {target}, or is being copied there now"
@@ -251,9 +251,9 @@ def _is_weights(file: Path) -> bool:
     return (name.endswith(OTHER_WEIGHTS) or MORE_WEIGHTS in name) and file.name != INDEX
 
 
-def _untouched(checkpoint: Checkpoint, work: Work) -> frozenset[Path]:
+def _untouched(checkpoint: Checkpoint, planned: PlannedSteps) -> frozenset[Path]:
     """The weight files that no step changes."""
-    touched = {file for name in work.names for file in checkpoint.info(name).files}
+    touched = {file for name in planned.names for file in checkpoint.info(name).files}
     return frozenset(file for file in checkpoint.files if file not in touched)
 
 
@@ -265,8 +265,8 @@ def _new_model(target: Path, *, directory: bool) -> Iterator[Path]:
     marked as in use while the process lives (formats/export/scratch.py), so that the next command can remove what a killed one
     left. Raises OutputError.
     """
-    with new_output(target, directory=True) if directory else _new_file(target) as place:
-        yield place
+    with new_output(target, directory=True) if directory else _new_file(target) as state_dir:
+        yield state_dir
 
 
 @contextmanager
@@ -276,7 +276,7 @@ def _new_file(target: Path) -> Iterator[Path]:
     with claimed(folder, directory=True):
         try:
             # Before the file: a file without this folder beside it has its state under the final name already.
-            place_of(file).folder.mkdir()
+            state_dir_of(file).folder.mkdir()
             yield file
             _name(file, target)
         except OSError as error:
@@ -287,7 +287,7 @@ def _new_file(target: Path) -> Iterator[Path]:
 
 def _name(file: Path, target: Path) -> None:
     """Moves a copied file and its state to their place, the state first: a file that has its name has its ledger too."""
-    own, final = place_of(file), place_of(target)
+    own, final = state_dir_of(file), state_dir_of(target)
     try:
         if os.path.lexists(target):
             raise FileExistsError
@@ -317,7 +317,7 @@ def _remove_copy(path: Path, target: Path) -> None:
     """
     file = path / target.name
     if file.is_file() and not os.path.lexists(target):
-        own, final = place_of(file), place_of(target)
+        own, final = state_dir_of(file), state_dir_of(target)
         if not own.folder.exists():
             for source, back in ((final.ledger, own.ledger), (final.folder, own.folder)):
                 with suppress(FileNotFoundError):
@@ -342,12 +342,12 @@ def _copy(checkpoint: Checkpoint, target: Path, linked: frozenset[Path], on_even
         on_event(Event("copy", number, len(files), file.name))
 
 
-def _copy_state(place: Place, own: Place, ledger: Ledger, final: Place) -> None:
+def _copy_state(state_dir: StateDir, own: StateDir, ledger: Ledger, final: StateDir) -> None:
     """What is kept of the packs that the base has already, so that the copy can revert them too."""
     own.folder.mkdir(exist_ok=True)
     for entry in ledger.applied:
-        kept = place.pack(entry.pack_id)
-        for file in (place.undo(entry.undo), kept, *signature_files(kept)):
+        kept = state_dir.pack(entry.pack_id)
+        for file in (state_dir.undo(entry.undo), kept, *signature_files(kept)):
             with open_regular(file, follow=False, error=UndoError) as source, open(own.folder / file.name, "xb") as target:
                 shutil.copyfileobj(source, target)
     if ledger.applied:

@@ -45,7 +45,7 @@ class Link:
         return f"{self.name} {self.version}"
 
 
-class Do(Enum):
+class Action(Enum):
     """Kinds of steps."""
 
     UNDO = "undo"
@@ -58,7 +58,7 @@ class Do(Enum):
 class Step:
     """One step of a transaction."""
 
-    do: Do
+    action: Action
     link: Link
 
 
@@ -102,17 +102,17 @@ def plan_apply(
     undone = _unwind(applied, [*replaced, *clashing, *lost], overlap)
     redone = [link for link in kept if link in undone]
     return (
-        *(Step(Do.UNDO, link) for link in reversed(undone)),
-        Step(Do.CHECK, new),
-        *(Step(Do.REDO, link) for link in redone),
-        Step(Do.APPLY, new),
+        *(Step(Action.UNDO, link) for link in reversed(undone)),
+        Step(Action.CHECK, new),
+        *(Step(Action.REDO, link) for link in redone),
+        Step(Action.APPLY, new),
     )
 
 
 def _repair(applied: Sequence[Link], lost: Sequence[Link], overlap: Overlap) -> tuple[Step, ...]:
     """The steps that put packs back whose rows are missing."""
     undone = _unwind(applied, lost, overlap)
-    return (*(Step(Do.UNDO, link) for link in reversed(undone)), *(Step(Do.REDO, link) for link in undone))
+    return (*(Step(Action.UNDO, link) for link in reversed(undone)), *(Step(Action.REDO, link) for link in undone))
 
 
 def plan_revert(
@@ -126,7 +126,7 @@ def plan_revert(
     _keep_requirements(kept, removed)
     undone = _unwind(applied, [*removed, *lost], overlap)
     redone = [link for link in kept if link in undone]
-    return (*(Step(Do.UNDO, link) for link in reversed(undone)), *(Step(Do.REDO, link) for link in redone))
+    return (*(Step(Action.UNDO, link) for link in reversed(undone)), *(Step(Action.REDO, link) for link in redone))
 
 
 def _replaces(new: Link, old: Link, allowed: Allowed) -> bool:

@@ -22,9 +22,9 @@ from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo, row_b
 from nestpatch.pack import Pack, TensorDelta
 from nestpatch.patcher._undo import UndoReader, bits, checksums, restored
 from nestpatch.patcher.identity import Finding, State, evidence_of, examine, is_base
-from nestpatch.patcher.ledger import Entry
-from nestpatch.patcher.merge import FROM_ROWS, LEAST_GAIN, Gain, Means, fitted, merged_rows
-from nestpatch.patcher.state_dir import Place
+from nestpatch.patcher.ledger import LedgerEntry
+from nestpatch.patcher.merge import FROM_ROWS, LEAST_GAIN, QuantizedMerge, Retention, fitted, merged_rows
+from nestpatch.patcher.state_dir import StateDir
 from nestpatch.rows import Rows
 
 SHOWN_ROWS = 5
@@ -52,10 +52,10 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Found:
+class HeldTensor:
     """One tensor of one applied pack."""
 
-    entry: Entry
+    entry: LedgerEntry
     tensor: str
     holds: Holds
     difference: Difference | None = None
@@ -68,18 +68,18 @@ class Found:
 class Layer:
     """One applied pack over one tensor."""
 
-    entry: Entry
+    entry: LedgerEntry
     pack: Pack
     delta: TensorDelta
     record: UndoReader
 
 
-def layers_of(place: Place, applied: Sequence[Entry], packs: Mapping[str, Pack]) -> dict[str, list[Layer]]:
+def layers_of(state_dir: StateDir, applied: Sequence[LedgerEntry], packs: Mapping[str, Pack]) -> dict[str, list[Layer]]:
     """Tensor -> the packs over it, bottom first. Raises UndoError when an undo record is missing or broken."""
     layers: dict[str, list[Layer]] = {}
     for entry in applied:
         pack = packs[entry.pack_id]
-        record = UndoReader(place.undo(entry.undo), [delta.name for delta in pack])
+        record = UndoReader(state_dir.undo(entry.undo), [delta.name for delta in pack])
         for delta in pack:
             layers.setdefault(delta.name, []).append(Layer(entry, pack, delta, record))
     return layers
@@ -87,13 +87,13 @@ def layers_of(place: Place, applied: Sequence[Entry], packs: Mapping[str, Pack])
 
 def look(
     checkpoint: Checkpoint,
-    place: Place,
-    applied: Sequence[Entry],
+    state_dir: StateDir,
+    applied: Sequence[LedgerEntry],
     packs: Mapping[str, Pack],
     base: Checkpoint | None = None,
     *,
     down_to_base: bool = False,
-) -> list[Found]:
+) -> list[HeldTensor]:
     """What the rows of every applied pack hold.
 
     `base`: the float model, for rows that were rounded. With `down_to_base` the undo records of entries that came with the
@@ -103,20 +103,20 @@ def look(
     """
     for entry in applied:
         _require_fit(checkpoint, entry, packs[entry.pack_id])
-    layers = layers_of(place, applied, packs)
+    layers = layers_of(state_dir, applied, packs)
     examined = {
         entry.pack_id: {finding.name: finding for finding in _examined(packs[entry.pack_id], checkpoint, base)}
         for entry in applied
         if entry.foreign
     }
-    found: list[Found] = []
+    found: list[HeldTensor] = []
     for name, stack in layers.items():
         if not any(layer.entry.foreign for layer in stack):
             found += _by_ledger(checkpoint, stack)
             continue
         findings = [examined.get(layer.entry.pack_id, {}).get(name) for layer in stack]
         if len(stack) == 1 and not down_to_base and _is_plainly_there(stack[0], findings[0]):
-            found.append(Found(stack[0].entry, name, Holds.PACK))
+            found.append(HeldTensor(stack[0].entry, name, Holds.PACK))
             continue
         proofs = _prove(checkpoint, name, stack, base)
         found += [_judged(*one, strict=down_to_base) for one in zip(stack, findings, proofs, strict=True)]
@@ -124,7 +124,7 @@ def look(
     return sorted(found, key=lambda one: (-order[one.entry.pack_id], one.tensor))
 
 
-def _require_fit(checkpoint: Checkpoint, entry: Entry, pack: Pack) -> None:
+def _require_fit(checkpoint: Checkpoint, entry: LedgerEntry, pack: Pack) -> None:
     for delta in pack:
         wanted = pack.manifest.base.tensors[delta.name].shape
         found = checkpoint.info(delta.name).shape if checkpoint.has(delta.name) else None
@@ -149,7 +149,7 @@ def _examined(pack: Pack, checkpoint: Checkpoint, base: Checkpoint | None) -> li
     return [replace(found, evidence=together) if found.state is State.ROUNDED else found for found in findings]
 
 
-def missing(found: Sequence[Found]) -> Missing:
+def missing(found: Sequence[HeldTensor]) -> Missing:
     """The packs that are missing, and where.
 
     Raises BaseMismatchError where rows hold neither the pack nor what was there before: putting the pack back would hide that.
@@ -167,7 +167,7 @@ def missing(found: Sequence[Found]) -> Missing:
     return {pack_id: frozenset(names) for pack_id, names in gone.items()}
 
 
-def require_proven(found: Sequence[Found]) -> None:
+def require_proven(found: Sequence[HeldTensor]) -> None:
     """Raises UndoError when the undo record of an entry that came with the model is not proven to lead to the pack's base."""
     for one in found:
         if one.entry.foreign and one.holds is Holds.OTHER and one.difference is not None:
@@ -180,8 +180,8 @@ def require_proven(found: Sequence[Found]) -> None:
 
 def require_undoable(
     checkpoint: Checkpoint,
-    place: Place,
-    applied: Sequence[Entry],
+    state_dir: StateDir,
+    applied: Sequence[LedgerEntry],
     packs: Mapping[str, Pack],
     undone: Collection[str],
     base: Checkpoint | None = None,
@@ -190,11 +190,11 @@ def require_undoable(
     proves that the record leads to the pack's base.
     """
     if any(entry.foreign and entry.pack_id in undone for entry in applied):
-        found = look(checkpoint, place, applied, packs, base, down_to_base=True)
+        found = look(checkpoint, state_dir, applied, packs, base, down_to_base=True)
         require_proven([one for one in found if one.entry.pack_id in undone])
 
 
-def _by_ledger(checkpoint: Checkpoint, stack: Sequence[Layer]) -> list[Found]:
+def _by_ledger(checkpoint: Checkpoint, stack: Sequence[Layer]) -> list[HeldTensor]:
     """Digests that this machine wrote down, top first. Rows that a pack above changed again are that pack's business."""
     found, above = [], np.empty(0, np.int64)
     for layer in reversed(stack):
@@ -217,21 +217,21 @@ def _all_before(checkpoint: Checkpoint, stack: Sequence[Layer]) -> bool:
     return bool(np.array_equal(sums, np.array([base[row] for row in rows.tolist()], np.uint64)))
 
 
-def _compare(checkpoint: Checkpoint, layer: Layer, above: IntArray) -> Found:
+def _compare(checkpoint: Checkpoint, layer: Layer, above: IntArray) -> HeldTensor:
     entry, delta = layer.entry, layer.delta
     expected = entry.tensors[delta.name]
     digest = _digest_rows(checkpoint, delta)
     if digest == expected.after:
-        return Found(entry, delta.name, Holds.PACK)
+        return HeldTensor(entry, delta.name, Holds.PACK)
     sums = np.concatenate([checksums(rows) for rows in _touched(checkpoint, delta)])
     visible = ~np.isin(delta.rows, above)
     before, after = layer.record.checksums(delta.name, delta.neurons)
     wrong = visible & (sums != after)
     if not wrong.any() and not visible.all():
-        return Found(entry, delta.name, Holds.PACK)  # only rows that a pack above changed differ, as they must
+        return HeldTensor(entry, delta.name, Holds.PACK)  # only rows that a pack above changed differ, as they must
     old = int((wrong & (sums == before)).sum())
     holds = Holds.BEFORE if digest == expected.before else Holds.OTHER
-    return Found(entry, delta.name, holds, _difference(layer, wrong, old, digest), old)
+    return HeldTensor(entry, delta.name, holds, _difference(layer, wrong, old, digest), old)
 
 
 def _difference(layer: Layer, wrong: npt.NDArray[np.bool_], old: int, digest: str) -> Difference:
@@ -296,37 +296,37 @@ def _prove(checkpoint: Checkpoint, name: str, stack: Sequence[Layer], base: Chec
 
 def _is_remade(checkpoint: Checkpoint, layer: Layer, original: Rows, current: Rows, base: Checkpoint | None) -> bool:
     delta, dtype = layer.delta, layer.pack.manifest.base.tensors[layer.delta.name].dtype
-    means = Means(None if layer.entry.rounding.startswith(FROM_ROWS) else base, "dither" in layer.entry.rounding)
-    info: TensorInfo = fitted(checkpoint, delta, means.base)
-    total = Gain()
+    quantized = QuantizedMerge(None if layer.entry.rounding.startswith(FROM_ROWS) else base, "dither" in layer.entry.rounding)
+    info: TensorInfo = fitted(checkpoint, delta, quantized.base)
+    total = Retention()
     try:
         for part in row_blocks(delta.neurons, info.row_bytes, info.stretch):
-            made, gain = merged_rows(info, delta, dtype, part, original[part], layer.entry.strength, means)
-            total += gain
+            made, retention = merged_rows(info, delta, dtype, part, original[part], layer.entry.strength, quantized)
+            total += retention
             if not np.array_equal(bits(made), bits(np.ascontiguousarray(current[part]))):
                 return False
     except (PackContentError, QuantizationError):
         return False
     # Rounding can swallow a change, and some packs change nothing: the same rows again prove nothing then.
-    return info.plain or means.base is not None or (total.asked > 0 and total.share >= LEAST_GAIN)
+    return info.plain or quantized.base is not None or (total.asked > 0 and total.share >= LEAST_GAIN)
 
 
 def _is_plainly_there(layer: Layer, finding: Finding | None) -> bool:
     return finding is not None and finding.state is State.PATCHED and layer.entry.strength == 1.0
 
 
-def _judged(layer: Layer, finding: Finding | None, proof: Proof, *, strict: bool) -> Found:
+def _judged(layer: Layer, finding: Finding | None, proof: Proof, *, strict: bool) -> HeldTensor:
     """What examining the rows and following the undo record say together, of an entry that came with the model."""
     entry, name = layer.entry, layer.delta.name
-    before = Found(entry, name, Holds.BEFORE, Difference(name, (), 0, "still holds the base"))
+    before = HeldTensor(entry, name, Holds.BEFORE, Difference(name, (), 0, "still holds the base"))
     if finding is not None and finding.state in (State.BASE, State.WIDENED):
         # Also where a pack changes nothing, and its result would be the same.
         return before
     plainly = _is_plainly_there(layer, finding) and not proof.covered
     if (proof.leads_to_base and proof.remade) or (plainly and not strict):
-        return Found(entry, name, Holds.PACK)
+        return HeldTensor(entry, name, Holds.PACK)
     if finding is not None and finding.evidence is not None and finding.evidence.unpatched:
         return before
     reason = finding.detail if finding is not None and finding.detail else "the rows do not show it"
     detail = f"nothing proves that it holds {entry.label}: {reason}"
-    return Found(entry, name, Holds.OTHER, Difference(name, finding.rows[:SHOWN_ROWS] if finding else (), 0, detail))
+    return HeldTensor(entry, name, Holds.OTHER, Difference(name, finding.rows[:SHOWN_ROWS] if finding else (), 0, detail))

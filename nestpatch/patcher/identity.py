@@ -59,9 +59,9 @@ class Evidence:
     """Of that difference, by the noise of the rounding."""
 
     @classmethod
-    def of(cls, near: float, far: float, patch: float, count: int) -> Evidence:
+    def of(cls, near: float, far: float, pack: float, count: int) -> Evidence:
         """From the squared distances to the base and to the patched base, that between the two, and the numbers compared."""
-        return cls(far - near, 4 * min(near, far) / max(1, count) * patch)
+        return cls(far - near, 4 * min(near, far) / max(1, count) * pack)
 
     def __add__(self, other: Evidence) -> Evidence:
         return Evidence(self.difference + other.difference, self.variance + other.variance)

@@ -12,17 +12,17 @@ from nestpatch.errors import ChainError, InPlaceError
 from nestpatch.events import OnEvent, ignore
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.gate import Patch, Trust, policy_of, prove
+from nestpatch.gate import PackLike, Trust, policy_of, prove
 from nestpatch.patcher._transaction import Transaction
 from nestpatch.patcher.chain import Allowed
 from nestpatch.patcher.held import look, missing, require_proven
 from nestpatch.patcher.kept import keep, load_packs
 from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
-from nestpatch.patcher.merge import means_of
+from nestpatch.patcher.merge import quantized_merge
 from nestpatch.patcher.plan import check_strength
 from nestpatch.patcher.recovery import recover, require_settled, require_writable
-from nestpatch.patcher.state_dir import Place, locked, place_of, require_own, tidy
-from nestpatch.patcher.steps import Judge, plan_on_rows, plan_return
+from nestpatch.patcher.state_dir import StateDir, locked, require_own, state_dir_of, tidy
+from nestpatch.patcher.steps import Judge, plan_on_rows, plan_revert_steps
 from nestpatch.signing.trust import Policy
 
 
@@ -40,7 +40,7 @@ class Changed:
     row_bytes: int
     """Of the model, written once or more."""
     seconds: float
-    gain: float | None = None
+    retention: float | None = None
     """The smallest share of the pack's change that arrived in a tensor; None where no rows are quantized."""
     dry_run: bool = False
 
@@ -50,35 +50,35 @@ class _Opened:
     """A model that is about to change, or with a dry run only looked at."""
 
     checkpoint: Checkpoint
-    place: Place
+    state_dir: StateDir
     ledger: Ledger
 
 
 @contextmanager
 def _writing(path: str | Path, policy: Policy, *, dry_run: bool = False) -> Iterator[_Opened]:
     """Opens a model under its lock, after what was interrupted has been ended. A dry run takes no lock and ends nothing."""
-    checkpoint, place = open_checkpoint(path), place_of(path)
+    checkpoint, state_dir = open_checkpoint(path), state_dir_of(path)
     require_own(path)
     if dry_run:
-        require_settled(place, path)
-        yield _Opened(checkpoint, place, read_ledger(place))
+        require_settled(state_dir, path)
+        yield _Opened(checkpoint, state_dir, read_ledger(state_dir))
         return
-    fresh = not place.folder.exists()
-    with locked(place):
-        recover(place, checkpoint, policy=policy, model=path)
+    fresh = not state_dir.folder.exists()
+    with locked(state_dir):
+        recover(state_dir, checkpoint, policy=policy, model=path)
         try:
-            yield _Opened(checkpoint, place, read_ledger(place))
+            yield _Opened(checkpoint, state_dir, read_ledger(state_dir))
         except OSError as error:
             raise InPlaceError(f"cannot change the model: {error.strerror or error} ({error.filename})") from error
         finally:
-            if fresh and not place.ledger.exists() and not place.journal.exists():
+            if fresh and not state_dir.ledger.exists() and not state_dir.journal.exists():
                 # Nothing came of it: leave the model's folder as it was.
-                tidy(place)
+                tidy(state_dir)
 
 
 def apply_in_place(
     model: str | Path,
-    patch: Patch,
+    pack: PackLike,
     *,
     policy: Policy | None = None,
     trust: Trust = "policy",
@@ -110,15 +110,19 @@ def apply_in_place(
     began = time.perf_counter()
     check_strength(strength)
     rules = policy_of(policy, trust)
-    proven = prove(patch, model, policy=rules, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event)
-    means, pack = means_of(base, dither=dither), proven.pack
+    proven = prove(pack, model, policy=rules, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event)
+    quantized = quantized_merge(base, dither=dither)
     judge = Judge(rules, model, allow_unsigned)
     allowed = Allowed(allow_overlap, allow_downgrade, allow_other_publisher)
     with _writing(model, rules, dry_run=dry_run) as opened:
-        work = plan_on_rows(opened.checkpoint, opened.place, opened.ledger, proven, strength, judge, allowed, means.base)
-        change = Transaction(opened.place, opened.checkpoint, work, allow_base_mismatch, on_event, means=means, detach=detach)
-        if not work.steps and not dry_run:
-            keep(opened.place, pack, proven.pack_id, proven.origin)
+        planned = plan_on_rows(
+            opened.checkpoint, opened.state_dir, opened.ledger, proven, strength, judge, allowed, quantized.base
+        )
+        change = Transaction(
+            opened.state_dir, opened.checkpoint, planned, allow_base_mismatch, on_event, quantized=quantized, detach=detach
+        )
+        if not planned.steps and not dry_run:
+            keep(opened.state_dir, proven.pack, proven.pack_id, proven.origin)
         return _carry_out(change, opened.ledger, began, dry_run=dry_run)
 
 
@@ -147,44 +151,46 @@ def revert(
     """
     began = time.perf_counter()
     rules = policy_of(policy, trust)
-    judge, means = Judge(rules, model, allow_unsigned), means_of(base, dither=dither)
+    judge, quantized = Judge(rules, model, allow_unsigned), quantized_merge(base, dither=dither)
     with _writing(model, rules, dry_run=dry_run) as opened:
-        ledger, place = opened.ledger, opened.place
+        ledger, state_dir = opened.ledger, opened.state_dir
         if not ledger.applied and not ledger.follows:
             raise ChainError(f"nothing is applied to {model}: it is at its base, as far as its ledger knows")
-        packs = load_packs(place, ledger.applied)
-        found = look(opened.checkpoint, place, ledger.applied, packs, means.base, down_to_base=True)
+        packs = load_packs(state_dir, ledger.applied)
+        found = look(opened.checkpoint, state_dir, ledger.applied, packs, quantized.base, down_to_base=True)
         require_proven(found)
         gone = missing(found)
         lost = [entry for entry in ledger.applied if entry.pack_id in gone]
-        work = plan_return(place, ledger, packs, to, judge, only, lost)
+        planned = plan_revert_steps(state_dir, ledger, packs, to, judge, only, lost)
         left = replace(ledger, follows=(), offered=()) if to == "base" and only is None else ledger
-        change = Transaction(place, opened.checkpoint, replace(work, missing=gone), on_event=on_event, means=means)
-        if left != ledger and not work.steps and not dry_run:
-            write_ledger(place, left)
+        change = Transaction(
+            state_dir, opened.checkpoint, replace(planned, missing=gone), on_event=on_event, quantized=quantized
+        )
+        if left != ledger and not planned.steps and not dry_run:
+            write_ledger(state_dir, left)
         return _carry_out(change, left, began, dry_run=dry_run)
 
 
 def follow_channel(model: str | Path, channel: str, policy: Policy) -> None:
     """Writes into the ledger of a model that its updates come from a channel. Raises InPlaceError, BusyError, LedgerError."""
-    if channel in read_ledger(place_of(model)).follows:
+    if channel in read_ledger(state_dir_of(model)).follows:
         return
     with _writing(model, policy) as opened:
-        write_ledger(opened.place, opened.ledger.following(channel))
+        write_ledger(opened.state_dir, opened.ledger.following(channel))
 
 
 def _carry_out(transaction: Transaction, ledger: Ledger, began: float, *, dry_run: bool) -> Changed:
-    checkpoint, work = transaction.checkpoint, transaction.work
+    checkpoint, planned = transaction.checkpoint, transaction.planned
     if dry_run:
         if not transaction.detach:
-            require_writable(checkpoint, sorted(work.names))
+            require_writable(checkpoint, sorted(planned.names))
         transaction.check_first()
-    elif work.steps:
+    elif planned.steps:
         ledger = transaction.run(ledger)
-    elif (followed := ledger.following(work.origin.channel)) != ledger:
-        write_ledger(transaction.place, followed)
-    size, applied = work.size(checkpoint), tuple(entry.label for entry in ledger.applied)
-    new = [entry.gain for entry in ledger.applied if entry.transaction == ledger.transaction and work.steps]
-    gain = min((gain for gain in new if gain is not None), default=None)
+    elif (followed := ledger.following(planned.origin.channel)) != ledger:
+        write_ledger(transaction.state_dir, followed)
+    size, applied = planned.size(checkpoint), tuple(entry.label for entry in ledger.applied)
+    new = [entry.retention for entry in ledger.applied if entry.transaction == ledger.transaction and planned.steps]
+    retention = min((retention for retention in new if retention is not None), default=None)
     seconds = time.perf_counter() - began
-    return Changed(checkpoint.path, work.told, applied, size.tensors, size.rows, size.row_bytes, seconds, gain, dry_run)
+    return Changed(checkpoint.path, planned.told, applied, size.tensors, size.rows, size.row_bytes, seconds, retention, dry_run)

@@ -17,31 +17,31 @@ from nestpatch.files.atomic import write_bytes
 from nestpatch.files.reading import read_bounded
 from nestpatch.formats import nest
 from nestpatch.pack import Pack
-from nestpatch.patcher.ledger import Entry
-from nestpatch.patcher.state_dir import Place
+from nestpatch.patcher.ledger import LedgerEntry
+from nestpatch.patcher.state_dir import StateDir
 from nestpatch.signing.dsse import MAX_BYTES
 from nestpatch.signing.subject import Origin, subject_of
 from nestpatch.signing.trust import Policy
-from nestpatch.signing.verify import Outcome, Signed, judge, signature_files
+from nestpatch.signing.verify import Outcome, Signed, judge_signatures, signature_files
 
 _AGAIN = "Apply the pack's file again: nestpatch apply MODEL PATCH --in-place puts the copy back."
 _SUFFIX = re.compile(r"(?:\.[0-9a-f]{12})?\.sig", re.ASCII)
 
 
-def keep(place: Place, pack: Pack, pack_id: str, origin: Origin) -> None:
+def keep(state_dir: StateDir, pack: Pack, pack_id: str, origin: Origin) -> None:
     """Keeps a pack and its signatures; what lies there already under the same name is replaced unless it is the same."""
-    _write(place, place.pack(pack_id), nest.encode(pack))
+    _write(state_dir, state_dir.pack(pack_id), nest.encode(pack))
     for suffix, content in origin.signatures.items():
         if _SUFFIX.fullmatch(suffix):
-            kept = place.pack(pack_id)
-            _write(place, kept.with_name(f"{kept.name}{suffix}"), content)
+            kept = state_dir.pack(pack_id)
+            _write(state_dir, kept.with_name(f"{kept.name}{suffix}"), content)
 
 
-def _write(place: Place, file: Path, data: bytes) -> None:
+def _write(state_dir: StateDir, file: Path, data: bytes) -> None:
     if _read(file) != data:
         if os.path.lexists(file) and not file.is_file() and not file.is_dir():
             file.unlink()  # a pipe, or a link to nowhere, in the place of a file of nestpatch's own
-        write_bytes(file, data, overwrite=True, owner=place.owner)
+        write_bytes(file, data, overwrite=True, owner=state_dir.owner)
 
 
 def _read(file: Path) -> bytes | None:
@@ -51,12 +51,12 @@ def _read(file: Path) -> bytes | None:
         return None
 
 
-def load_pack(place: Place, pack_id: str, label: str) -> Pack:
+def load_pack(state_dir: StateDir, pack_id: str, label: str) -> Pack:
     """The kept copy of a pack, whose bytes have that SHA-256 and whose manifest says that name and version.
 
     Raises UndoError when it is missing, altered or another one.
     """
-    path = place.pack(pack_id)
+    path = state_dir.pack(pack_id)
     data = _read(path)
     if data is None or sha256(data).hexdigest() != pack_id:
         raise UndoError(
@@ -72,14 +72,14 @@ def load_pack(place: Place, pack_id: str, label: str) -> Pack:
     return pack
 
 
-def load_packs(place: Place, entries: Sequence[Entry], known: Mapping[str, Pack] | None = None) -> dict[str, Pack]:
+def load_packs(state_dir: StateDir, entries: Sequence[LedgerEntry], known: Mapping[str, Pack] | None = None) -> dict[str, Pack]:
     """The packs of applied entries, by id; those in `known` are at hand already.
 
     Raises UndoError or LedgerError when one is missing or altered.
     """
     packs = {}
     for entry in entries:
-        pack = (known or {}).get(entry.pack_id) or load_pack(place, entry.pack_id, entry.label)
+        pack = (known or {}).get(entry.pack_id) or load_pack(state_dir, entry.pack_id, entry.label)
         if pack.label != entry.label:
             raise LedgerError(f"the ledger calls {pack.label} {entry.label}")
         if {delta.name: delta.neurons for delta in pack} != {name: record.rows for name, record in entry.tensors.items()}:
@@ -89,19 +89,19 @@ def load_packs(place: Place, entries: Sequence[Entry], known: Mapping[str, Pack]
 
 
 def judge_kept(
-    place: Place, pack_id: str, policy: Policy, model: str | Path | None, *, allow_unsigned: bool = False
+    state_dir: StateDir, pack_id: str, policy: Policy, model: str | Path | None, *, allow_unsigned: bool = False
 ) -> Outcome:
     """Judges the signatures that are kept with a pack, as those of a file; links are not followed, and pipes not waited for.
 
     Raises SignatureError, UndoError.
     """
-    path = place.pack(pack_id)
+    path = state_dir.pack(pack_id)
     data = _read(path)
     if data is None or sha256(data).hexdigest() != pack_id:
         raise UndoError(f"the kept copy {path} is missing or altered", advice=_AGAIN)
     signatures = {file.name: _signature(file) for file in signature_files(path)}
     try:
-        return judge(data, signatures, policy, subject_of(model), file=path.name, allow_unsigned=allow_unsigned)
+        return judge_signatures(data, signatures, policy, subject_of(model), file=path.name, allow_unsigned=allow_unsigned)
     except PackError as error:
         raise UndoError(f"the kept copy {path} cannot be used: {error}") from error
 
@@ -114,10 +114,10 @@ def _signature(file: Path) -> bytes:
         raise SignatureFormatError(f"{file} is gone", advice="Run the command again.") from error
 
 
-def proven_signers(place: Place, pack_id: str, policy: Policy, model: str | Path | None) -> dict[str, str]:
+def proven_signers(state_dir: StateDir, pack_id: str, policy: Policy, model: str | Path | None) -> dict[str, str]:
     """Name -> key id of the trusted keys whose kept signatures are sound; none where anything is wrong with them."""
     try:
-        outcome = judge_kept(place, pack_id, policy, model, allow_unsigned=True)
+        outcome = judge_kept(state_dir, pack_id, policy, model, allow_unsigned=True)
     except (SignatureError, StateError):
         return {}
     return {signer.name: signer.key_id for signer in outcome.signers} if isinstance(outcome, Signed) else {}

@@ -19,7 +19,7 @@ from nestpatch.files.atomic import write_bytes
 from nestpatch.files.reading import read_bounded
 from nestpatch.pack import name_problem, version_problem
 from nestpatch.patcher.chain import Link
-from nestpatch.patcher.state_dir import PACK_ID, TRANSACTION, Place
+from nestpatch.patcher.state_dir import PACK_ID, TRANSACTION, StateDir
 from nestpatch.signing.machine import is_ours, seal
 
 FORMAT = "nestpatch-ledger/1"
@@ -40,12 +40,12 @@ class TensorRecord:
     """SHA-256 of the rows before this pack."""
     after: str
     """SHA-256 of the same rows after it."""
-    gain: float | None = None
+    retention: float | None = None
     """Share of the pack's change that arrived after rounding to another type; None for rows of the type that it is for."""
 
 
 @dataclass(frozen=True)
-class Entry:
+class LedgerEntry:
     """One applied pack."""
 
     pack_id: str
@@ -70,9 +70,9 @@ class Entry:
     """Whether the entry came along with the model: packs and rows have to confirm it."""
 
     @property
-    def gain(self) -> float | None:
+    def retention(self) -> float | None:
         """The smallest share of the pack's change that arrived in a tensor; None where no rows are quantized."""
-        return min((record.gain for record in self.tensors.values() if record.gain is not None), default=None)
+        return min((record.retention for record in self.tensors.values() if record.retention is not None), default=None)
 
     @property
     def publishers(self) -> frozenset[str]:
@@ -104,7 +104,7 @@ class Ledger:
 
     transaction: str = ""
     """The last one that was finished."""
-    applied: tuple[Entry, ...] = ()
+    applied: tuple[LedgerEntry, ...] = ()
     history: tuple[Mapping[str, Any], ...] = ()
     follows: tuple[str, ...] = ()
     """The channels that updates come from."""
@@ -133,42 +133,42 @@ class Ledger:
         offered = tuple(other for other in self.offered if other != channel)
         return replace(self, follows=(*self.follows, channel), offered=offered)
 
-    def with_event(self, what: str, entry: Entry, when: str) -> Ledger:
+    def with_event(self, what: str, entry: LedgerEntry, when: str) -> Ledger:
         """Adds a line to the history."""
         event = {"what": what, "when": when, "pack_id": entry.pack_id, "name": entry.name, "version": entry.version}
         return replace(self, history=(*self.history, event))
 
 
-def read_ledger(place: Place) -> Ledger:
+def read_ledger(state_dir: StateDir) -> Ledger:
     """Reads the ledger of a model; a missing one is empty.
 
     Raises LedgerError when it is broken, of a newer nestpatch, or something else than a file.
     """
     try:
-        data = read_bounded(place.ledger, MAX_LEDGER, follow=False, error=LedgerError)
+        data = read_bounded(state_dir.ledger, MAX_LEDGER, follow=False, error=LedgerError)
     except FileNotFoundError:
         return Ledger()
     try:
-        return _ledger(json.loads(data.decode("utf-8")), place)
+        return _ledger(json.loads(data.decode("utf-8")), state_dir)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise LedgerError(f"the ledger {place.ledger} is broken: {_reason(error)}") from error
+        raise LedgerError(f"the ledger {state_dir.ledger} is broken: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
     return f"it has no {error}" if isinstance(error, KeyError) else str(error)[:200]
 
 
-def _ledger(value: Any, place: Place) -> Ledger:
+def _ledger(value: Any, state_dir: StateDir) -> Ledger:
     if not isinstance(value, dict):
         raise ValueError("it is no JSON object")
     if value["format"] != FORMAT:
         raise LedgerError(
-            f"the ledger {place.ledger} has format {str(value['format'])[:80]!r}; this nestpatch reads {FORMAT!r}",
+            f"the ledger {state_dir.ledger} has format {str(value['format'])[:80]!r}; this nestpatch reads {FORMAT!r}",
             advice="Upgrade nestpatch: pip install -U nestpatch",
         )
     found = str(value.pop("seal", ""))
     if value.pop("sha256") != _digest(value).hex():
-        raise LedgerError(f"the ledger {place.ledger} was changed by something other than nestpatch")
+        raise LedgerError(f"the ledger {state_dir.ledger} was changed by something other than nestpatch")
     transaction = _one_of(value["transaction"], "transaction", TRANSACTION, empty=True)
     applied = tuple(_entry(entry) for entry in _list(value["applied"], "applied"))
     if len({entry.pack_id for entry in applied}) != len(applied):
@@ -177,7 +177,7 @@ def _ledger(value: Any, place: Place) -> Ledger:
     follows, offered = (
         tuple(_text(channel, name) for channel in _list(value.get(name, []), name)) for name in ("follows", "offered")
     )
-    if is_ours("ledger", place.folder, _digest(value), found):
+    if is_ours("ledger", state_dir.folder, _digest(value), found):
         return Ledger(transaction, applied, history, follows, offered, sealed=True)
     foreign = tuple(replace(entry, foreign=True) for entry in applied)
     history = tuple(event | {"foreign": True} for event in history)
@@ -189,10 +189,10 @@ def _digest(content: Mapping[str, Any]) -> bytes:
     return sha256(json.dumps(content, sort_keys=True).encode()).digest()
 
 
-Check: TypeAlias = Callable[[Any, str], Any]
+FieldCheck: TypeAlias = Callable[[Any, str], Any]
 
 
-def _entry(value: Any) -> Entry:
+def _entry(value: Any) -> LedgerEntry:
     if not isinstance(value, dict):
         raise ValueError("an entry is no object")
     if odd := set(value) ^ set(_FIELDS):
@@ -200,11 +200,11 @@ def _entry(value: Any) -> Entry:
             raise ValueError(f"an entry has the unknown field {min(unknown)[:80]!r}")
         # Fields that came later may be absent.
         value = {"foreign": False, "roots": [], "signers": {}, "rounding": "", **value}
-    return Entry(**{name: check(value[name], name) for name, check in _FIELDS.items()})
+    return LedgerEntry(**{name: check(value[name], name) for name, check in _FIELDS.items()})
 
 
 def _event(value: Any) -> dict[str, Any]:
-    fields: dict[str, Check] = {"what": _event_kind, "when": _when, "pack_id": _sha256, "name": _name, "version": _version}
+    fields: dict[str, FieldCheck] = {"what": _event_kind, "when": _when, "pack_id": _sha256, "name": _name, "version": _version}
     if not isinstance(value, dict) or set(value) - {"foreign"} != set(fields):
         raise ValueError("a line of the history has other fields than nestpatch writes")
     # Of what came along with the model, that is written down too.
@@ -213,14 +213,14 @@ def _event(value: Any) -> dict[str, Any]:
 
 
 def _record(value: Any, what: str) -> TensorRecord:
-    if not isinstance(value, dict) or set(value) != {"rows", "before", "after", "gain"}:
+    if not isinstance(value, dict) or set(value) != {"rows", "before", "after", "retention"}:
         raise ValueError(f"{what} is no record of a tensor")
-    rows, gain = value["rows"], value["gain"]
+    rows, retention = value["rows"], value["retention"]
     if type(rows) is not int or not 0 < rows < 1 << 40:
         raise ValueError(f"{what} has {str(rows)[:40]} rows")
-    if gain is not None and (type(gain) not in (int, float) or not math.isfinite(gain)):
-        raise ValueError(f"{what} has the gain {str(gain)[:40]}")
-    return TensorRecord(rows, _sha256(value["before"], what), _sha256(value["after"], what), gain)
+    if retention is not None and (type(retention) not in (int, float) or not math.isfinite(retention)):
+        raise ValueError(f"{what} has the retention {str(retention)[:40]}")
+    return TensorRecord(rows, _sha256(value["before"], what), _sha256(value["after"], what), retention)
 
 
 def _text(value: Any, what: str) -> str:
@@ -277,7 +277,7 @@ def _digests(value: Any, what: str) -> tuple[str, ...]:
     return tuple(_sha256(one, what) for one in _list(value, what))
 
 
-def _mapping(value: Any, what: str, check: Check) -> dict[str, Any]:
+def _mapping(value: Any, what: str, check: FieldCheck) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{what} is no object")
     return {_text(name, what): check(one, what) for name, one in value.items()}
@@ -289,7 +289,7 @@ def _event_kind(value: Any, what: str) -> str:
     return str(value)
 
 
-_FIELDS: dict[str, Check] = {
+_FIELDS: dict[str, FieldCheck] = {
     "pack_id": _sha256,
     "name": _name,
     "version": _version,
@@ -308,9 +308,9 @@ _FIELDS: dict[str, Check] = {
 }
 
 
-def write_ledger(place: Place, ledger: Ledger, final: Place | None = None) -> None:
+def write_ledger(state_dir: StateDir, ledger: Ledger, final: StateDir | None = None) -> None:
     """Replaces the ledger at once, sealed for the model at `final` if that is another place."""
     content = ledger.as_json()
-    sealed = content | {"seal": seal("ledger", (final or place).folder, bytes.fromhex(content["sha256"]))}
+    sealed = content | {"seal": seal("ledger", (final or state_dir).folder, bytes.fromhex(content["sha256"]))}
     data = (json.dumps(sealed, indent=1) + "\n").encode("utf-8")
-    write_bytes(place.ledger, data, overwrite=True, owner=place.owner)
+    write_bytes(state_dir.ledger, data, overwrite=True, owner=state_dir.owner)

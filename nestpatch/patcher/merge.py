@@ -26,7 +26,7 @@ LEAST_GAIN = 0.9
 
 
 @dataclass(frozen=True, eq=False)
-class Means:
+class QuantizedMerge:
     """What a merge into rounded rows may use."""
 
     base: Checkpoint | None = None
@@ -41,20 +41,20 @@ class Means:
         return f"{source}, dithered" if self.dither else source
 
 
-def means_of(base: str | Path | Checkpoint | None, *, dither: bool = False) -> Means:
+def quantized_merge(base: str | Path | Checkpoint | None, *, dither: bool = False) -> QuantizedMerge:
     """Opens the float base where it is a path. Raises CheckpointFormatError."""
-    return Means(open_checkpoint(base) if isinstance(base, (str, Path)) else base, dither)
+    return QuantizedMerge(open_checkpoint(base) if isinstance(base, (str, Path)) else base, dither)
 
 
 @dataclass(frozen=True)
-class Gain:
+class Retention:
     """How much of a delta arrived: a sum of products over elements, so that parts add up."""
 
     delivered: float = 0.0
     asked: float = 0.0
 
-    def __add__(self, other: Gain) -> Gain:
-        return Gain(self.delivered + other.delivered, self.asked + other.asked)
+    def __add__(self, other: Retention) -> Retention:
+        return Retention(self.delivered + other.delivered, self.asked + other.asked)
 
     @property
     def share(self) -> float:
@@ -62,9 +62,9 @@ class Gain:
         return self.delivered / self.asked if self.asked else 1.0
 
 
-def is_rounded(info: TensorInfo, dtype: str, means: Means) -> bool:
+def is_rounded(info: TensorInfo, dtype: str, quantized: QuantizedMerge) -> bool:
     """Whether rows are made anew instead of by the merge rule: quantized ones, and with a base those of another dtype."""
-    return not info.plain or (means.base is not None and info.dtype != dtype)
+    return not info.plain or (quantized.base is not None and info.dtype != dtype)
 
 
 def fitted(checkpoint: Checkpoint, delta: TensorDelta, base: Checkpoint | None) -> TensorInfo:
@@ -84,36 +84,36 @@ def fitted(checkpoint: Checkpoint, delta: TensorDelta, base: Checkpoint | None) 
 
 
 def merged_rows(
-    info: TensorInfo, delta: TensorDelta, dtype: str, part: slice, stored: Rows, strength: float, means: Means
-) -> tuple[Rows, Gain]:
-    """What some touched rows must hold, from what they hold: (rows in the form of `stored`, the gain).
+    info: TensorInfo, delta: TensorDelta, dtype: str, part: slice, stored: Rows, strength: float, quantized: QuantizedMerge
+) -> tuple[Rows, Retention]:
+    """What some touched rows must hold, from what they hold: (rows in the form of `stored`, the retention).
 
     `dtype` is that of the pack's base, `part` the slice of the delta's rows that `stored` holds.
 
     Raises PackContentError when a sum leaves the range of the dtype, QuantizationError when rows cannot be quantized here.
     """
     change = delta.dense(part.start, part.stop)
-    if not is_rounded(info, dtype, means):
-        return merge(stored, change, strength), Gain()
+    if not is_rounded(info, dtype, quantized):
+        return merge(stored, change, strength), Retention()
     asked = np.float32(strength) * change
-    if means.base is not None:
-        exact = means.base.read_rows(delta.name, delta.rows[part].astype(np.int64))
+    if quantized.base is not None:
+        exact = quantized.base.read_rows(delta.name, delta.rows[part].astype(np.int64))
         start, wanted = exact.astype(np.float32), merge(exact, change, strength).astype(np.float32)
     else:
         start = info.coding.decode(stored.view(np.uint8))
         wanted = start + asked
-    noisy = wanted + noise(info, delta, part, wanted) if means.dither else wanted
+    noisy = wanted + noise(info, delta, part, wanted) if quantized.dither else wanted
     blocks = info.coding.encode(noisy)
     arrived = info.coding.decode(blocks)
     if not np.isfinite(arrived).all():
         raise PackContentError(f"the merged weights of {delta.name} leave the range of {info.dtype}")
-    return blocks.view(stored.dtype), gain_of(arrived - start, asked)
+    return blocks.view(stored.dtype), retention_of(arrived - start, asked)
 
 
-def gain_of(arrived: FloatArray, asked: FloatArray) -> Gain:
+def retention_of(arrived: FloatArray, asked: FloatArray) -> Retention:
     """How much of `asked` is in `arrived`, both float32 [rows, in_features]."""
     wide = asked.astype(np.float64)
-    return Gain(float(np.vdot(arrived.astype(np.float64), wide)), float(np.vdot(wide, wide)))
+    return Retention(float(np.vdot(arrived.astype(np.float64), wide)), float(np.vdot(wide, wide)))
 
 
 def noise(info: TensorInfo, delta: TensorDelta, part: slice, rows: FloatArray) -> FloatArray:
@@ -127,16 +127,16 @@ def noise(info: TensorInfo, delta: TensorDelta, part: slice, rows: FloatArray) -
     return scaled
 
 
-def require_gain(gains: dict[str, Gain], label: str) -> None:
+def require_retention(retentions: dict[str, Retention], label: str) -> None:
     """Raises QuantizationError, with the three ways out, when a tensor would not get what its pack adds."""
-    weak = {name: gain.share for name, gain in gains.items() if gain.asked and gain.share < LEAST_GAIN}
+    weak = {name: retention.share for name, retention in retentions.items() if retention.asked and retention.share < LEAST_GAIN}
     if not weak:
         return
     worst = sorted(weak, key=lambda name: weak[name])
     lines = [f"  {name}: {weak[name]:.0%} of the patch would arrive" for name in worst[:3]]
     lines += [f"  and {len(weak) - 3} more"] if len(weak) > 3 else []
     raise QuantizationError(
-        f"rounding to quantized rows would lose {label} in {len(weak)} of {len(gains)} tensors:\n" + "\n".join(lines),
+        f"rounding to quantized rows would lose {label} in {len(weak)} of {len(retentions)} tensors:\n" + "\n".join(lines),
         advice="Give the float model, so that rows are made exactly: --base DIR or a Hub id. "
         "Or load the patch beside the model: nestpatch export PATCH --to gguf-lora, or onnx-adapter. "
         "Or accept noisier rows: --dither.",

@@ -15,7 +15,7 @@ from nestpatch.errors import BaseMismatchError, DataError
 from nestpatch.formats.checkpoint import Checkpoint, TensorInfo, row_blocks
 from nestpatch.pack import Pack, TensorDelta
 from nestpatch.patcher.identity import APPLICABLE, Finding, State, examine
-from nestpatch.patcher.merge import Gain, Means, fitted, merged_rows, rows_of, working_bytes
+from nestpatch.patcher.merge import QuantizedMerge, Retention, fitted, merged_rows, rows_of, working_bytes
 from nestpatch.rows import Rows
 
 MAX_STRENGTH = 1.5
@@ -45,7 +45,7 @@ class MergedBlock:
     """Of the delta's rows."""
     old: Rows
     new: Rows
-    gain: Gain
+    retention: Retention
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,23 +114,23 @@ def _mismatch(pack: Pack, checkpoint: Checkpoint, findings: list[Finding]) -> Ba
 
 
 def merged_blocks(
-    pack: Pack, delta: TensorDelta, strength: float, checkpoint: Checkpoint, means: Means
+    pack: Pack, delta: TensorDelta, strength: float, checkpoint: Checkpoint, quantized: QuantizedMerge
 ) -> Iterator[MergedBlock]:
     """The new content of a tensor's touched rows, block by block, from what the checkpoint holds now.
 
     Raises PackContentError or QuantizationError.
     """
-    info, dtype = fitted(checkpoint, delta, means.base), pack.manifest.base.tensors[delta.name].dtype
+    info, dtype = fitted(checkpoint, delta, quantized.base), pack.manifest.base.tensors[delta.name].dtype
     for part in row_blocks(delta.neurons, working_bytes(info), info.stretch):
         old = checkpoint.read_rows(delta.name, rows_of(delta, part))
-        yield MergedBlock(part, old, *merged_rows(info, delta, dtype, part, old, strength, means))
+        yield MergedBlock(part, old, *merged_rows(info, delta, dtype, part, old, strength, quantized))
 
 
-def measure(pack: Pack, strength: float, checkpoint: Checkpoint, means: Means) -> dict[str, Gain]:
+def measure(pack: Pack, strength: float, checkpoint: Checkpoint, quantized: QuantizedMerge) -> dict[str, Retention]:
     """How much of the pack would arrive in the rows of every tensor that is stored quantized. Writes nothing."""
-    gains = {}
+    retentions = {}
     for delta in pack:
         if not checkpoint.info(delta.name).plain:
-            blocks = merged_blocks(pack, delta, strength, checkpoint, means)
-            gains[delta.name] = sum((block.gain for block in blocks), Gain())
-    return gains
+            blocks = merged_blocks(pack, delta, strength, checkpoint, quantized)
+            retentions[delta.name] = sum((block.retention for block in blocks), Retention())
+    return retentions

@@ -43,7 +43,7 @@ from nestpatch.patcher._journal import (
 )
 from nestpatch.patcher.kept import judge_kept
 from nestpatch.patcher.ledger import Ledger, read_ledger
-from nestpatch.patcher.state_dir import PACK_ID, Place, locked, place_of, require_idle
+from nestpatch.patcher.state_dir import PACK_ID, StateDir, locked, require_idle, state_dir_of
 from nestpatch.signing.trust import Policy, load_policy
 from nestpatch.signing.verify import Signed
 
@@ -69,30 +69,30 @@ class Recovery:
     """Why rows were put back: whose seal, which packs, or that the user asked for it."""
 
 
-def open_model(path: str | Path) -> tuple[Checkpoint, Place]:
+def open_model(path: str | Path) -> tuple[Checkpoint, StateDir]:
     """Opens a model for a command that only looks. Writes nothing.
 
     Raises InterruptedChangeError when a journal is left, BusyError while another process writes the model, StateError when
     something else is in the place of what nestpatch keeps there, CheckpointError.
     """
-    checkpoint, place = open_checkpoint(path), place_of(path)
-    require_settled(place, path)
-    return checkpoint, place
+    checkpoint, state_dir = open_checkpoint(path), state_dir_of(path)
+    require_settled(state_dir, path)
+    return checkpoint, state_dir
 
 
-def require_settled(place: Place, model: str | Path) -> None:
+def require_settled(state_dir: StateDir, model: str | Path) -> None:
     """Raises InterruptedChangeError when a journal is left, BusyError while its process is at work. Writes nothing."""
-    place.check_folder()
-    if os.path.lexists(place.journal):
-        require_idle(place)
+    state_dir.check_folder()
+    if os.path.lexists(state_dir.journal):
+        require_idle(state_dir)
         raise InterruptedChangeError(
-            f"a change of {model} was interrupted: its journal {place.journal} is still there",
+            f"a change of {model} was interrupted: its journal {state_dir.journal} is still there",
             advice=f"`nestpatch recover {model}` ends it: it puts the rows back, or finds that the change was complete.",
         )
 
 
 def recover(
-    place: Place,
+    state_dir: StateDir,
     checkpoint: Checkpoint,
     foreign: Foreign = Foreign.REFUSE,
     policy: Policy | None = None,
@@ -103,10 +103,10 @@ def recover(
     Raises JournalError when the journal does not fit the model, ForeignJournalError when nothing confirms it, InPlaceError when
     a file that it would write has other names.
     """
-    if not os.path.lexists(place.journal):
+    if not os.path.lexists(state_dir.journal):
         return Recovery("none")
     try:
-        return _recover(place, checkpoint, foreign, policy, model)
+        return _recover(state_dir, checkpoint, foreign, policy, model)
     except OSError as error:
         raise JournalError(
             f"an interrupted change of {checkpoint.path} cannot be ended: {error.strerror or error} ({error.filename})",
@@ -115,34 +115,34 @@ def recover(
 
 
 def _recover(
-    place: Place, checkpoint: Checkpoint, foreign: Foreign, policy: Policy | None, model: str | Path | None
+    state_dir: StateDir, checkpoint: Checkpoint, foreign: Foreign, policy: Policy | None, model: str | Path | None
 ) -> Recovery:
     try:
-        journal = read_journal(place)
+        journal = read_journal(state_dir)
         if journal is None:
-            remove_journal(place.journal)
+            remove_journal(state_dir.journal)
             return Recovery("nothing was changed")
-        if _is_committed(journal, read_ledger(place)):
-            return _finish(place, journal)
+        if _is_committed(journal, read_ledger(state_dir)):
+            return _finish(state_dir, journal)
         check_fit(journal, checkpoint)
     except JournalError:
         if foreign is not Foreign.REMOVE:
             raise
         journal = None
     if foreign is Foreign.REMOVE and (journal is None or not journal.ours):
-        remove_journal(place.journal)
+        remove_journal(state_dir.journal)
         return Recovery("removed", "the user asked for it; rows are as they were found")
     assert journal is not None  # noqa: S101 - raised above otherwise
     require_writable(checkpoint, [region.tensor for region in journal.regions])
-    proof = "the seal of this machine" if journal.ours else _confirmation(place, journal, policy, model)
+    proof = "the seal of this machine" if journal.ours else _confirmation(state_dir, journal, policy, model)
     if not proof and foreign is Foreign.REFUSE:
         raise _refusal(journal, checkpoint)
     roll_back(journal, checkpoint)
     if journal.ours:
         # Of another journal rows are confirmed, or wanted; what it says of undo records is not: these may be needed.
-        retire(place, journal.makes)
-    remove_journal(place.journal)
-    sweep(place, checkpoint)
+        retire(state_dir, journal.makes)
+    remove_journal(state_dir.journal)
+    sweep(state_dir, checkpoint)
     return Recovery("rolled back", proof or "the user asked for it")
 
 
@@ -154,10 +154,10 @@ def _is_committed(journal: Journal, ledger: Ledger) -> bool:
     return journal.transaction == ledger.transaction and (ledger.sealed or not journal.ours)
 
 
-def _finish(place: Place, journal: Journal) -> Recovery:
+def _finish(state_dir: StateDir, journal: Journal) -> Recovery:
     if journal.ours:
-        retire(place, journal.retires)
-    remove_journal(place.journal)
+        retire(state_dir, journal.retires)
+    remove_journal(state_dir.journal)
     return Recovery("finished")
 
 
@@ -170,9 +170,9 @@ def _refusal(journal: Journal, checkpoint: Checkpoint) -> ForeignJournalError:
     )
 
 
-def _confirmation(place: Place, journal: Journal, policy: Policy | None, model: str | Path | None) -> str:
+def _confirmation(state_dir: StateDir, journal: Journal, policy: Policy | None, model: str | Path | None) -> str:
     """The signed packs that name all rows of a journal as their base or result; empty when they do not."""
-    packs = _signed_packs(place, policy, model)
+    packs = _signed_packs(state_dir, policy, model)
     used: set[str] = set()
     with open_journal(journal.path) as file:
         for region in journal.regions:
@@ -188,17 +188,17 @@ def _confirmation(place: Place, journal: Journal, policy: Policy | None, model: 
     return f"the signed digests of {', '.join(sorted(used))}"
 
 
-def _signed_packs(place: Place, policy: Policy | None, model: str | Path | None) -> list[Pack]:
+def _signed_packs(state_dir: StateDir, policy: Policy | None, model: str | Path | None) -> list[Pack]:
     """The kept packs that enough trusted keys have signed."""
     try:
         rules = load_policy() if policy is None else policy
     except TrustError:
         return []
     packs = []
-    for file in sorted(place.folder.glob("*.nest"))[:MOST_PACKS]:
+    for file in sorted(state_dir.folder.glob("*.nest"))[:MOST_PACKS]:
         if PACK_ID.fullmatch(file.stem):
             with suppress(SignatureError, StateError):
-                outcome = judge_kept(place, file.stem, rules, model)
+                outcome = judge_kept(state_dir, file.stem, rules, model)
                 packs += [outcome.pack] if isinstance(outcome, Signed) else []
     return packs
 
@@ -216,7 +216,7 @@ def _covered(pack: Pack, journal: Journal, file: FileIO, region: Saved, rows: In
     return places.astype(np.int64) if state.hexdigest() in named else None
 
 
-def retire(place: Place, names: Sequence[str]) -> None:
+def retire(state_dir: StateDir, names: Sequence[str]) -> None:
     """Removes undo records that a transaction has made unneeded: it was committed without them, or its rows were put back.
 
     Only while its journal is there: what a crash leaves of this, recovery ends. What cannot be removed, also not at a second
@@ -224,17 +224,17 @@ def retire(place: Place, names: Sequence[str]) -> None:
     """
     for name in (*names, *names):
         with suppress(OSError):
-            place.undo(name).unlink(missing_ok=True)
+            state_dir.undo(name).unlink(missing_ok=True)
 
 
-def sweep(place: Place, checkpoint: Checkpoint) -> None:
+def sweep(state_dir: StateDir, checkpoint: Checkpoint) -> None:
     """Removes temporary files of interrupted writes. The lock must be held.
 
     Undo records are never swept: only the transaction that makes one unneeded removes it.
     """
     # The temporary names of formats/atomic.py, for the files that are replaced as a whole.
-    patterns = [(place.folder, ".*.tmp")]
-    patterns += [(file.parent, f".{escape(file.name)}.????????.tmp") for file in (place.ledger, *checkpoint.files)]
+    patterns = [(state_dir.folder, ".*.tmp")]
+    patterns += [(file.parent, f".{escape(file.name)}.????????.tmp") for file in (state_dir.ledger, *checkpoint.files)]
     with suppress(OSError):
         for folder, pattern in patterns:
             for file in folder.glob(pattern):
@@ -268,11 +268,11 @@ def recover_model(path: str | Path, foreign: Foreign = Foreign.REFUSE, policy: P
     Raises BusyError while another process writes the model, JournalError when the journal does not fit it,
     ForeignJournalError when nothing confirms it.
     """
-    checkpoint, place = open_checkpoint(path), place_of(path)
-    place.check_folder()
-    if not place.folder.exists():
+    checkpoint, state_dir = open_checkpoint(path), state_dir_of(path)
+    state_dir.check_folder()
+    if not state_dir.folder.exists():
         return Recovery("none")
-    with locked(place):
-        done = recover(place, checkpoint, foreign, policy, path)
-        sweep(place, checkpoint)
+    with locked(state_dir):
+        done = recover(state_dir, checkpoint, foreign, policy, path)
+        sweep(state_dir, checkpoint)
         return done

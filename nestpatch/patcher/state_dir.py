@@ -32,7 +32,7 @@ UNDO = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Place:
+class StateDir:
     """The files that belong to one model."""
 
     ledger: Path
@@ -76,7 +76,7 @@ class Place:
                 )
 
 
-def place_of(model: str | Path) -> Place:
+def state_dir_of(model: str | Path) -> StateDir:
     """Where the state of a model is, whether or not it has any.
 
     Where a model had its state by the name or the company that it had before, it is found there: another weight file or an
@@ -87,7 +87,7 @@ def place_of(model: str | Path) -> Place:
     # Dots stay: abspath would drop "link/..", which the system takes for the parent of what the link leads to.
     path = Path(model).absolute()
     own = _own(path)
-    found = {_key(place): place for place in (*own, *_behind(path)) if has_state(place)}
+    found = {_key(state_dir): state_dir for state_dir in (*own, *_behind(path)) if has_state(state_dir)}
     if len(found) > 1:
         first, second = list(found.values())[:2]
         raise StateError(
@@ -97,12 +97,12 @@ def place_of(model: str | Path) -> Place:
     return next(iter(found.values()), own[0])
 
 
-def has_state(place: Place) -> bool:
+def has_state(state_dir: StateDir) -> bool:
     """Whether anything is kept there. A lock and temporary files are no state."""
-    if os.path.lexists(place.ledger):
+    if os.path.lexists(state_dir.ledger):
         return True
     try:
-        return any(name != place.lock.name and not name.endswith(".tmp") for name in os.listdir(place.folder))  # noqa: PTH208
+        return any(name != state_dir.lock.name and not name.endswith(".tmp") for name in os.listdir(state_dir.folder))  # noqa: PTH208
     except FileNotFoundError:
         return False
     except OSError:  # a file, or a folder that this user may not read
@@ -114,13 +114,13 @@ def require_own(model: str | Path) -> None:
     patched, so that the change would be missing in one of the two ledgers; or its folder holds two models.
     """
     path = Path(model).absolute()
-    own = {_key(place) for place in _own(path)}
+    own = {_key(state_dir) for state_dir in _own(path)}
     for file in _files(path):
-        for place in _behind(file):
-            if _key(place) not in own and has_state(place):
+        for state_dir in _behind(file):
+            if _key(state_dir) not in own and has_state(state_dir):
                 target = Path(os.path.realpath(file))
                 raise InPlaceError(
-                    f"{file} is a link to {target}, of a model that nestpatch has patched: {place.ledger} says with what",
+                    f"{file} is a link to {target}, of a model that nestpatch has patched: {state_dir.ledger} says with what",
                     advice="Change that model itself, or write a patched copy with -o OUTPUT.",
                 )
     if path.is_dir() and _is_beside_an_index(path / SINGLE):
@@ -130,18 +130,18 @@ def require_own(model: str | Path) -> None:
         )
 
 
-def _key(place: Place) -> tuple[str, str]:
+def _key(state_dir: StateDir) -> tuple[str, str]:
     """The same for one place by different names."""
-    return os.path.realpath(place.ledger.parent), place.ledger.name
+    return os.path.realpath(state_dir.ledger.parent), state_dir.ledger.name
 
 
-def _own(path: Path) -> list[Place]:
+def _own(path: Path) -> list[StateDir]:
     """Where a model may have its state; the first is for a model that has none yet."""
     if not path.is_dir():
         return _of_file(path)
     if (file := _only_file(path)) is not None:
         return _of_file(file)
-    inside = Place(path / LEDGER, path / FOLDER)
+    inside = StateDir(path / LEDGER, path / FOLDER)
     if _is_beside_an_index(path / SINGLE) and has_state(inside):
         raise _ambiguous(path / SINGLE, inside)
     for name in sorted(indexed_files(path)):
@@ -164,14 +164,14 @@ def _only_file(folder: Path) -> Path | None:
     return only_file(folder) or (found[0] if len(found) == 1 else None)
 
 
-def _of_file(path: Path) -> list[Place]:
+def _of_file(path: Path) -> list[StateDir]:
     parts = indexed_files(path.parent)
     if path.name in parts and len(parts) > 1:
         raise CheckpointFormatError(
             f"{path} is one of the {len(parts)} files of the model in {path.parent}",
             advice=f"Give the directory: {path.parent}",
         )
-    inside, beside = Place(path.parent / LEDGER, path.parent / FOLDER), _beside(path)
+    inside, beside = StateDir(path.parent / LEDGER, path.parent / FOLDER), _beside(path)
     if path.name in parts or (path.name == SINGLE and not parts):
         return [inside, beside]
     if _is_beside_an_index(path) and has_state(inside) and not has_state(beside):
@@ -186,7 +186,7 @@ def _is_beside_an_index(single: Path) -> bool:
     return bool(parts) and single.name == SINGLE and single.name not in parts and os.path.lexists(single)
 
 
-def _ambiguous(single: Path, inside: Place) -> StateError:
+def _ambiguous(single: Path, inside: StateDir) -> StateError:
     return StateError(
         f"{inside.ledger} may be the ledger of {single} or of the model that {INDEX} makes of other files",
         advice=f"Move {SINGLE} to a folder of its own, or the files of the index: whichever came later.",
@@ -201,7 +201,7 @@ def _files(path: Path) -> list[Path]:
     return [file] if file is not None else [path / name for name in sorted(indexed_files(path))]
 
 
-def _behind(path: Path) -> list[Place]:
+def _behind(path: Path) -> list[StateDir]:
     """Where the models have their states whose files a model's links lead to: a link is another name of a file."""
     places = []
     for file in _files(path):
@@ -209,22 +209,22 @@ def _behind(path: Path) -> list[Place]:
             target = Path(os.path.realpath(file))
             parts = indexed_files(target.parent)
             is_part = target.name in parts and len(parts) > 1
-            places += [Place(target.parent / LEDGER, target.parent / FOLDER)] if is_part else _of_file(target)
+            places += [StateDir(target.parent / LEDGER, target.parent / FOLDER)] if is_part else _of_file(target)
     return places
 
 
-def _beside(path: Path) -> Place:
-    return Place(path.with_name(f"{path.name}.{LEDGER}"), path.with_name(f".{path.name}.nestpatch"))
+def _beside(path: Path) -> StateDir:
+    return StateDir(path.with_name(f"{path.name}.{LEDGER}"), path.with_name(f".{path.name}.nestpatch"))
 
 
 @contextmanager
-def locked(place: Place) -> Iterator[None]:
+def locked(state_dir: StateDir) -> Iterator[None]:
     """Holds the model's writer lock; the system frees it when the process dies.
 
     Raises BusyError when another process holds it, StateError when something else is in its place, InPlaceError when the place
     cannot be written.
     """
-    handle = _take_lock(place)
+    handle = _take_lock(state_dir)
     try:
         yield
     finally:
@@ -233,61 +233,61 @@ def locked(place: Place) -> Iterator[None]:
 
 
 @contextmanager
-def kept_from_writers(place: Place) -> Iterator[None]:
+def kept_from_writers(state_dir: StateDir) -> Iterator[None]:
     """Holds off writers while a model is read. Writes nothing: a model that was never patched, or whose lock this user may not
     open, has none to hold. Raises BusyError while a writer is at work.
     """
-    handle = _open_lock(place)
+    handle = _open_lock(state_dir)
     if handle is None:
         yield
         return
     try:
-        if not _try_lock(handle, place, shared=True):
-            raise _busy(place)
+        if not _try_lock(handle, state_dir, shared=True):
+            raise _busy(state_dir)
         yield
     finally:
         _unlock(handle)
         os.close(handle)
 
 
-def require_idle(place: Place) -> None:
+def require_idle(state_dir: StateDir) -> None:
     """Raises BusyError while another process writes the model. Writes nothing."""
-    with kept_from_writers(place):
+    with kept_from_writers(state_dir):
         pass
 
 
-def _open_lock(place: Place) -> int | None:
-    place.check_folder()
+def _open_lock(state_dir: StateDir) -> int | None:
+    state_dir.check_folder()
     try:
-        return _require_file(os.open(place.lock, os.O_RDONLY | _SAFELY), place)
+        return _require_file(os.open(state_dir.lock, os.O_RDONLY | _SAFELY), state_dir)
     except PermissionError:
         return None
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return None
-        raise _odd_lock(place, error) from error
+        raise _odd_lock(state_dir, error) from error
 
 
-def _take_lock(place: Place) -> int:
+def _take_lock(state_dir: StateDir) -> int:
     while True:
-        place.check_folder()
+        state_dir.check_folder()
         try:
-            _make_folder(place)
-            handle = os.open(place.lock, os.O_RDWR | os.O_CREAT | _SAFELY, 0o600)
+            _make_folder(state_dir)
+            handle = os.open(state_dir.lock, os.O_RDWR | os.O_CREAT | _SAFELY, 0o600)
         except FileNotFoundError:
-            if place.folder.parent.is_dir():
+            if state_dir.folder.parent.is_dir():
                 continue  # tidied up in between
-            raise InPlaceError(f"the folder of the model is gone: {place.folder.parent}") from None
+            raise InPlaceError(f"the folder of the model is gone: {state_dir.folder.parent}") from None
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-                raise _odd_lock(place, error) from error
-            raise InPlaceError(f"cannot write beside the model, in {place.folder}: {error.strerror}") from error
-        _own_lock(_require_file(handle, place), place)
-        if not _try_lock(handle, place):
+                raise _odd_lock(state_dir, error) from error
+            raise InPlaceError(f"cannot write beside the model, in {state_dir.folder}: {error.strerror}") from error
+        _own_lock(_require_file(handle, state_dir), state_dir)
+        if not _try_lock(handle, state_dir):
             os.close(handle)
-            raise _busy(place)
+            raise _busy(state_dir)
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), os.lstat(place.lock)):
+            if os.path.samestat(os.fstat(handle), os.lstat(state_dir.lock)):
                 return handle
         os.close(handle)  # the lock of one who tidied up: locks on a removed file exclude nobody
 
@@ -295,24 +295,24 @@ def _take_lock(place: Place) -> int:
 _SAFELY = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
-def _make_folder(place: Place) -> None:
+def _make_folder(state_dir: StateDir) -> None:
     with suppress(FileExistsError):
-        place.folder.mkdir()
-        if place.owner is not None:
-            os.chown(place.folder, *place.owner, follow_symlinks=False)
+        state_dir.folder.mkdir()
+        if state_dir.owner is not None:
+            os.chown(state_dir.folder, *state_dir.owner, follow_symlinks=False)
 
 
-def _require_file(handle: int, place: Place) -> int:
+def _require_file(handle: int, state_dir: StateDir) -> int:
     found = os.fstat(handle)
     # A hard link to another file: owner and mode of that would be changed. None: it was tidied up in between.
     if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:
         return handle
     os.close(handle)
     odd = "it is not a file" if not stat.S_ISREG(found.st_mode) else "it has another name elsewhere"
-    raise _odd_lock(place, OSError(errno.EINVAL, odd))
+    raise _odd_lock(state_dir, OSError(errno.EINVAL, odd))
 
 
-def _own_lock(handle: int, place: Place) -> None:
+def _own_lock(handle: int, state_dir: StateDir) -> None:
     """Nobody but the owner of the model's folder may hold the lock: whoever can open it could keep all writers out."""
     if os.name == "nt":
         return
@@ -320,34 +320,34 @@ def _own_lock(handle: int, place: Place) -> None:
         found = os.fstat(handle)
         if found.st_mode & 0o077:
             os.fchmod(handle, 0o600)
-        if place.owner is not None and (found.st_uid, found.st_gid) != place.owner:
-            os.fchown(handle, *place.owner)
+        if state_dir.owner is not None and (found.st_uid, found.st_gid) != state_dir.owner:
+            os.fchown(handle, *state_dir.owner)
 
 
-def _busy(place: Place) -> BusyError:
-    return BusyError(f"another nestpatch is writing or copying the model of {place.ledger}")
+def _busy(state_dir: StateDir) -> BusyError:
+    return BusyError(f"another nestpatch is writing or copying the model of {state_dir.ledger}")
 
 
-def _odd_lock(place: Place, error: OSError) -> StateError:
+def _odd_lock(state_dir: StateDir, error: OSError) -> StateError:
     return StateError(
-        f"{place.lock} is not a lock file of nestpatch: {error.strerror}",
+        f"{state_dir.lock} is not a lock file of nestpatch: {error.strerror}",
         advice="Remove it, if you did not put it there, and run the command again.",
     )
 
 
-def tidy(place: Place) -> None:
+def tidy(state_dir: StateDir) -> None:
     """Removes the folder of a model that nothing was done to. The lock must be held; it goes last.
 
     Records stay: without a ledger nobody knows whether they are needed.
     """
     with suppress(OSError):
-        if any(file.name != place.lock.name and not file.name.endswith(".tmp") for file in place.folder.iterdir()):
+        if any(file.name != state_dir.lock.name and not file.name.endswith(".tmp") for file in state_dir.folder.iterdir()):
             return
-        for file in place.folder.iterdir():
-            if file != place.lock:
+        for file in state_dir.folder.iterdir():
+            if file != state_dir.lock:
                 file.unlink()
-        place.lock.unlink()
-        place.folder.rmdir()
+        state_dir.lock.unlink()
+        state_dir.folder.rmdir()
 
 
 def _unlock(handle: int) -> None:
@@ -359,7 +359,7 @@ def _unlock(handle: int) -> None:
             fcntl.flock(handle, fcntl.LOCK_UN)
 
 
-def _try_lock(handle: int, place: Place, *, shared: bool = False) -> bool:
+def _try_lock(handle: int, state_dir: StateDir, *, shared: bool = False) -> bool:
     """Whether the lock was free. Raises InPlaceError on a file system without locks."""
     try:
         if os.name == "nt":
@@ -377,7 +377,7 @@ def _try_lock(handle: int, place: Place, *, shared: bool = False) -> bool:
             return True  # nobody can have locked it
         os.close(handle)
         raise InPlaceError(
-            f"the file system of {place.folder} offers no locks: {error.strerror}",
+            f"the file system of {state_dir.folder} offers no locks: {error.strerror}",
             advice="Copy the model to a local disk, patch it there, and copy it back.",
         ) from error
     return True

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from nestpatch.errors import StateError
-from nestpatch.formats.provenance import read_patches
-from nestpatch.patcher.held import Difference, Found, Holds, look
+from nestpatch.formats.provenance import read_packs
+from nestpatch.patcher.held import Difference, HeldTensor, Holds, look
 from nestpatch.patcher.kept import load_packs, proven_signers
-from nestpatch.patcher.ledger import Entry, Ledger, read_ledger
+from nestpatch.patcher.ledger import Ledger, LedgerEntry, read_ledger
 from nestpatch.patcher.recovery import open_model
 from nestpatch.signing.trust import Policy, load_for_looking
 
@@ -20,7 +20,7 @@ from nestpatch.signing.trust import Policy, load_for_looking
 class AppliedPack:
     """One entry of a ledger, and what confirms it."""
 
-    entry: Entry
+    entry: LedgerEntry
     missing_in: tuple[Difference, ...]
     """The tensors that do not hold it; empty: the pack is in the rows."""
     signers: Mapping[str, str]
@@ -70,7 +70,7 @@ def status(model: str | Path, policy: Policy | None = None) -> Status:
     """
     checkpoint, place = open_model(model)
     ledger, rules = read_ledger(place), load_for_looking() if policy is None else policy
-    found: list[Found] = []
+    found: list[HeldTensor] = []
     problem = ""
     try:
         if ledger.applied:
@@ -81,9 +81,9 @@ def status(model: str | Path, policy: Policy | None = None) -> Status:
         AppliedPack(entry, _lacking(entry, found), proven_signers(place, entry.pack_id, rules, model))
         for entry in ledger.applied
     )
-    return Status(checkpoint.path, ledger, applied, read_patches(checkpoint.metadata()), problem)
+    return Status(checkpoint.path, ledger, applied, read_packs(checkpoint.metadata()), problem)
 
 
-def _lacking(entry: Entry, found: Sequence[Found]) -> tuple[Difference, ...]:
+def _lacking(entry: LedgerEntry, found: Sequence[HeldTensor]) -> tuple[Difference, ...]:
     ours = (one for one in found if one.entry.pack_id == entry.pack_id and one.holds is not Holds.PACK)
     return tuple(one.difference for one in ours if one.difference is not None)

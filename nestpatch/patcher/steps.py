@@ -13,11 +13,11 @@ from nestpatch.formats import nest
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.gate import Proven
 from nestpatch.pack import Pack
-from nestpatch.patcher.chain import NOTHING, Allowed, Do, Link, Step, plan_apply, plan_revert
+from nestpatch.patcher.chain import NOTHING, Action, Allowed, Link, Step, plan_apply, plan_revert
 from nestpatch.patcher.held import Missing, look, missing, require_undoable
 from nestpatch.patcher.kept import judge_kept, load_pack, load_packs, proven_signers
-from nestpatch.patcher.ledger import Entry, Ledger
-from nestpatch.patcher.state_dir import Place
+from nestpatch.patcher.ledger import Ledger, LedgerEntry
+from nestpatch.patcher.state_dir import StateDir
 from nestpatch.signing.subject import Origin
 from nestpatch.signing.trust import Policy
 from nestpatch.signing.verify import signers_of
@@ -33,7 +33,7 @@ class Size:
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
+class PlannedSteps:
     """Steps in order, and the packs that they name, by id."""
 
     steps: tuple[Step, ...]
@@ -51,16 +51,16 @@ class Work:
     @property
     def undone(self) -> frozenset[str]:
         """The ids of the packs that are undone, for good or for the while."""
-        return frozenset(step.link.pack_id for step in self.steps if step.do is Do.UNDO)
+        return frozenset(step.link.pack_id for step in self.steps if step.action is Action.UNDO)
 
     @property
     def told(self) -> tuple[str, ...]:
         """The steps, for people."""
-        return tuple(f"{step.do.value} {step.link.label}" for step in self.steps if step.do is not Do.CHECK)
+        return tuple(f"{step.action.value} {step.link.label}" for step in self.steps if step.action is not Action.CHECK)
 
     def size(self, checkpoint: Checkpoint) -> Size:
         """Rows count as often as a step writes them."""
-        deltas = [delta for step in self.steps if step.do is not Do.CHECK for delta in self.packs[step.link.pack_id]]
+        deltas = [delta for step in self.steps if step.action is not Action.CHECK for delta in self.packs[step.link.pack_id]]
         nbytes = sum(delta.neurons * checkpoint.info(delta.name).row_bytes for delta in deltas)
         return Size(len(self.names), sum(delta.neurons for delta in deltas), nbytes)
 
@@ -73,7 +73,7 @@ class Judge:
     model: str | Path | None
     allow_unsigned: bool = False
 
-    def publishers(self, place: Place, entry: Entry) -> frozenset[str]:
+    def publishers(self, state_dir: StateDir, entry: LedgerEntry) -> frozenset[str]:
         """The key ids in whose name an applied pack speaks.
 
         What this machine wrote down is believed. Of an entry that came with the model the kept signatures decide, and only
@@ -81,11 +81,11 @@ class Judge:
         """
         if not entry.foreign:
             return entry.publishers
-        return frozenset(proven_signers(place, entry.pack_id, self.policy, self.model).values()) or entry.publishers
+        return frozenset(proven_signers(state_dir, entry.pack_id, self.policy, self.model).values()) or entry.publishers
 
-    def require(self, place: Place, pack_id: str) -> Origin:
+    def require(self, state_dir: StateDir, pack_id: str) -> Origin:
         """Judges the kept signatures of a pack that is to be used. Raises SignatureError, UndoError."""
-        outcome = judge_kept(place, pack_id, self.policy, self.model, allow_unsigned=self.allow_unsigned)
+        outcome = judge_kept(state_dir, pack_id, self.policy, self.model, allow_unsigned=self.allow_unsigned)
         return Origin(signers_of(outcome))
 
 
@@ -99,21 +99,21 @@ def _overlap(packs: Mapping[str, Pack]) -> dict[tuple[str, str], bool]:
     return {(a, b): shared(a, b) for a in rows for b in rows}
 
 
-def _links(place: Place, ledger: Ledger, judge: Judge) -> list[Link]:
-    return [replace(entry.link, publishers=judge.publishers(place, entry)) for entry in ledger.applied]
+def _links(state_dir: StateDir, ledger: Ledger, judge: Judge) -> list[Link]:
+    return [replace(entry.link, publishers=judge.publishers(state_dir, entry)) for entry in ledger.applied]
 
 
-def plan_work(
-    place: Place,
+def plan_steps(
+    state_dir: StateDir,
     ledger: Ledger,
     pack: Pack,
     strength: float,
     judge: Judge,
     origin: Origin,
     allowed: Allowed = NOTHING,
-    lost: Sequence[Entry] = (),
+    lost: Sequence[LedgerEntry] = (),
     known: Mapping[str, Pack] | None = None,
-) -> Work:
+) -> PlannedSteps:
     """The work of applying a pack to a model with this ledger.
 
     `lost`: applied packs whose rows are missing; they are put back, or replaced. `known`: applied packs that were read and
@@ -122,46 +122,46 @@ def plan_work(
     Raises ChainError and its kinds, UndoError, LedgerError; SignatureError for an entry that came with the model.
     """
     manifest = pack.manifest
-    links, absent = _links(place, ledger, judge), [entry.link for entry in lost]
+    links, absent = _links(state_dir, ledger, judge), [entry.link for entry in lost]
     link = Link(
         nest.pack_id(pack), manifest.name, manifest.version, strength, manifest.supersedes, manifest.requires, origin.publishers
     )
-    packs = load_packs(place, ledger.applied, {**(known or {}), link.pack_id: pack}) | {link.pack_id: pack}
+    packs = load_packs(state_dir, ledger.applied, {**(known or {}), link.pack_id: pack}) | {link.pack_id: pack}
     shared = _overlap(packs)
     steps = plan_apply(links, link, lambda a, b: shared[a.pack_id, b.pack_id], allowed, absent)
-    _require_signed(place, ledger, steps, judge, new=link.pack_id)
-    return Work(steps, packs, origin)
+    _require_signed(state_dir, ledger, steps, judge, new=link.pack_id)
+    return PlannedSteps(steps, packs, origin)
 
 
 def plan_on_rows(
     checkpoint: Checkpoint,
-    place: Place,
+    state_dir: StateDir,
     ledger: Ledger,
     proven: Proven,
     strength: float,
     judge: Judge,
     allowed: Allowed,
     base: Checkpoint | None,
-) -> Work:
+) -> PlannedSteps:
     """The same after a look at the rows: what is missing there is put back or replaced, and what is undone is proven first.
 
     `base`: the float model, for quantized rows. Raises BaseMismatchError where rows hold neither a pack nor what was there
     before it, and as `plan_work` does.
     """
-    packs = load_packs(place, ledger.applied, {proven.pack_id: proven.pack})
-    gone = missing(look(checkpoint, place, ledger.applied, packs, base))
+    packs = load_packs(state_dir, ledger.applied, {proven.pack_id: proven.pack})
+    gone = missing(look(checkpoint, state_dir, ledger.applied, packs, base))
     lost = [entry for entry in ledger.applied if entry.pack_id in gone]
-    work = plan_work(place, ledger, proven.pack, strength, judge, proven.origin, allowed, lost, packs)
-    require_undoable(checkpoint, place, ledger.applied, work.packs, work.undone, base)
-    return replace(work, missing=gone)
+    planned = plan_steps(state_dir, ledger, proven.pack, strength, judge, proven.origin, allowed, lost, packs)
+    require_undoable(checkpoint, state_dir, ledger.applied, planned.packs, planned.undone, base)
+    return replace(planned, missing=gone)
 
 
-def _require_signed(place: Place, ledger: Ledger, steps: Sequence[Step], judge: Judge, new: str = "") -> None:
+def _require_signed(state_dir: StateDir, ledger: Ledger, steps: Sequence[Step], judge: Judge, new: str = "") -> None:
     """Packs that came with the model pass the gate before their deltas are used."""
     foreign = {entry.pack_id: entry for entry in ledger.applied if entry.foreign and entry.pack_id != new}
     for pack_id in dict.fromkeys(step.link.pack_id for step in steps if step.link.pack_id in foreign):
         try:
-            judge.require(place, pack_id)
+            judge.require(state_dir, pack_id)
         except (UnsignedError, UntrustedError) as error:
             raise type(error)(
                 f"{foreign[pack_id].label} came along with the model, and no key that you trust has signed it: {error}",
@@ -170,30 +170,30 @@ def _require_signed(place: Place, ledger: Ledger, steps: Sequence[Step], judge: 
             ) from error
 
 
-def plan_return(
-    place: Place,
+def plan_revert_steps(
+    state_dir: StateDir,
     ledger: Ledger,
     packs: Mapping[str, Pack],
     to: str,
     judge: Judge,
     only: str | None = None,
-    lost: Sequence[Entry] = (),
-) -> Work:
+    lost: Sequence[LedgerEntry] = (),
+) -> PlannedSteps:
     """The work of going back to the base, or to an earlier version of an applied pack; or of taking away only the pack
     with this id. `packs`: the applied ones, read and checked. Raises ChainError, UndoError, LedgerError, SignatureError.
     """
     if only is None and to != "base":
         link = _earlier(ledger, to)
-        pack, origin = load_pack(place, link.pack_id, link.label), judge.require(place, link.pack_id)
+        pack, origin = load_pack(state_dir, link.pack_id, link.label), judge.require(state_dir, link.pack_id)
         # Nobody's pack in the place of a signed one: who allows unsigned packs has asked for that.
         allowed = Allowed(overlap=True, downgrade=True, other_publisher=judge.allow_unsigned and not origin.publishers)
-        return plan_work(place, ledger, pack, link.strength, judge, origin, allowed, lost, packs)
-    links = _links(place, ledger, judge)
+        return plan_steps(state_dir, ledger, pack, link.strength, judge, origin, allowed, lost, packs)
+    links = _links(state_dir, ledger, judge)
     shared = _overlap(packs)
     removed = links if only is None else [link for link in links if link.pack_id == only]
     steps = plan_revert(links, removed, lambda a, b: shared[a.pack_id, b.pack_id], [entry.link for entry in lost])
-    _require_signed(place, ledger, steps, judge)
-    return Work(steps, packs)
+    _require_signed(state_dir, ledger, steps, judge)
+    return PlannedSteps(steps, packs)
 
 
 def _earlier(ledger: Ledger, version: str) -> Link:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nestpatch.channels.follow import Followed, download, follow
+from nestpatch.channels.readers import open_reader
 from nestpatch.channels.rules import Decision, GoBack, Stay, Upgrade, choose, decide
-from nestpatch.channels.sources import open_source
 from nestpatch.errors import ChannelError, FileSystemError, NestpatchError, PublisherError
 from nestpatch.events import OnEvent, ignore
 from nestpatch.formats.checkpoint import Checkpoint
@@ -20,9 +20,9 @@ from nestpatch.hub.client import shown
 from nestpatch.patcher.held import look, missing
 from nestpatch.patcher.inplace import apply_in_place, follow_channel, revert
 from nestpatch.patcher.kept import load_packs
-from nestpatch.patcher.ledger import Entry, Ledger, read_ledger
+from nestpatch.patcher.ledger import Ledger, LedgerEntry, read_ledger
 from nestpatch.patcher.recovery import open_model, recover_model
-from nestpatch.patcher.state_dir import place_of
+from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.patcher.steps import Judge
 from nestpatch.signing.trust import Policy
 
@@ -56,7 +56,7 @@ def update(
     *,
     check: bool = False,
     allow_unsigned: bool = False,
-    **means: Any,
+    **quantized: Any,
 ) -> tuple[Updated, ...]:
     """Brings a model to what its channels want, each in one transaction. With `check`, only tells.
 
@@ -65,20 +65,20 @@ def update(
     whatever `follow`, `download` and `apply_in_place` raise, and the model is as the channels before it left it.
     Raises ChannelError when the model follows no channel, DataError for a text that names no place.
     """
-    if not check and os.path.lexists(place_of(model).journal):
+    if not check and os.path.lexists(state_dir_of(model).journal):
         recover_model(model, policy=policy)
     open_checkpoint(model)
     ledger = _ledger_of(model, check=check)
     # What was typed may hold credentials; a place does not.
-    typed = {source.place: source for source in map(open_source, channels)}
+    typed = {source.place: source for source in map(open_reader, channels)}
     wanted = list(typed) or ledger.follows
     if not wanted:
         raise _follows_nothing(model, ledger)
     results = []
     for channel in dict.fromkeys(wanted):
         try:
-            followed = follow(typed.get(channel) or open_source(channel), policy, model, allow_unsigned=allow_unsigned)
-            results.append(_bring(Path(model), followed, policy, check=check, **means))
+            followed = follow(typed.get(channel) or open_reader(channel), policy, model, allow_unsigned=allow_unsigned)
+            results.append(_bring(Path(model), followed, policy, check=check, **quantized))
         except (NestpatchError, OSError) as error:
             results.append(_failed(channel, error))
     return tuple(results)
@@ -91,7 +91,7 @@ def _failed(channel: str, error: NestpatchError | OSError) -> Updated:
 
 def _ledger_of(model: str | Path, *, check: bool) -> Ledger:
     """The ledger; for a command that only looks, of a model in which no change was interrupted."""
-    return read_ledger(open_model(model)[1] if check else place_of(model))
+    return read_ledger(open_model(model)[1] if check else state_dir_of(model))
 
 
 def _follows_nothing(model: str | Path, ledger: Ledger) -> ChannelError:
@@ -105,31 +105,31 @@ def _follows_nothing(model: str | Path, ledger: Ledger) -> ChannelError:
     return ChannelError(f"{model} follows no channel", advice=advice)
 
 
-def _bring(model: Path, followed: Followed, policy: Policy, *, check: bool, **means: Any) -> Updated:
+def _bring(model: Path, followed: Followed, policy: Policy, *, check: bool, **quantized: Any) -> Updated:
     channel, place = followed.admitted.channel, followed.source.place
     entry = _applied(model, followed, policy, check=check)
     decision = decide(channel, (entry.version, entry.pack_id) if entry else None)
     reason = decision.reason if isinstance(decision, GoBack) else ""
-    if isinstance(decision, Stay) and entry is not None and (lack := _lack(model, entry, means.get("base"))):
+    if isinstance(decision, Stay) and entry is not None and (lack := _lack(model, entry, quantized.get("base"))):
         decision, reason = Upgrade(choose(channel, entry.version)), lack
     before = entry.version if entry else ""
-    target = decision.patch if not isinstance(decision, Stay) else None
+    target = decision.pack if not isinstance(decision, Stay) else None
     after = before if isinstance(decision, Stay) else target.version if target else ""
     steps: tuple[str, ...] = ()
     if not check:
-        steps = _carry_out(model, followed, entry, decision, policy, **means)
+        steps = _carry_out(model, followed, entry, decision, policy, **quantized)
     state = "current" if isinstance(decision, Stay) else "available" if check else "updated"
     return Updated(place, state, before, after, reason, steps, channel.serial, channel.expires)
 
 
-def _applied(model: Path, followed: Followed, policy: Policy, *, check: bool) -> Entry | None:
+def _applied(model: Path, followed: Followed, policy: Policy, *, check: bool) -> LedgerEntry | None:
     """The entry of the channel's patch, which has to be of the channel's own publisher. Raises PublisherError."""
-    entry = next((entry for entry in _ledger_of(model, check=check).applied if entry.name == followed.patch_id), None)
+    entry = next((entry for entry in _ledger_of(model, check=check).applied if entry.name == followed.pack_name), None)
     if entry is None:
         return None
-    listed = entry.pack_id in {patch.file.sha256 for patch in followed.admitted.channel.patches}
+    listed = entry.pack_id in {pack.file.sha256 for pack in followed.admitted.channel.packs}
     roots = {key.key_id for key in followed.admitted.line}
-    publishers = Judge(policy, model).publishers(place_of(model), entry)
+    publishers = Judge(policy, model).publishers(state_dir_of(model), entry)
     # Anybody can list another publisher's pack, and then withdraw it.
     if roots & publishers or (listed and not publishers):
         return entry
@@ -141,21 +141,21 @@ def _applied(model: Path, followed: Followed, policy: Policy, *, check: bool) ->
     )
 
 
-def _lack(model: Path, entry: Entry, base: Checkpoint | None) -> str:
+def _lack(model: Path, entry: LedgerEntry, base: Checkpoint | None) -> str:
     """Why an applied pack has to be applied again; empty where the rows hold it as they should.
 
     Raises BaseMismatchError where they hold neither it nor what was there before.
     """
-    checkpoint, place = open_model(model)
-    applied = read_ledger(place).applied
-    if entry.pack_id in missing(look(checkpoint, place, applied, load_packs(place, applied), base)):
+    checkpoint, state_dir = open_model(model)
+    applied = read_ledger(state_dir).applied
+    if entry.pack_id in missing(look(checkpoint, state_dir, applied, load_packs(state_dir, applied), base)):
         return "its rows were not in the model"
     if entry.strength != _strength(entry):
         return f"it came with the model at strength {entry.strength:g}, which nobody here has asked for"
     return ""
 
 
-def _strength(entry: Entry | None) -> float:
+def _strength(entry: LedgerEntry | None) -> float:
     """At which strength a channel's patch is applied: that which a user of this machine once chose, else in full."""
     return entry.strength if entry is not None and not entry.foreign else 1.0
 
@@ -163,7 +163,7 @@ def _strength(entry: Entry | None) -> float:
 def _carry_out(
     model: Path,
     followed: Followed,
-    entry: Entry | None,
+    entry: LedgerEntry | None,
     decision: Decision,
     policy: Policy,
     *,
@@ -175,10 +175,10 @@ def _carry_out(
     if isinstance(decision, Stay):
         follow_channel(model, followed.source.place, policy)
         return ()
-    if decision.patch is None:
+    if decision.pack is None:
         only = entry.pack_id if entry else None
         return revert(model, policy=policy, base=base, dither=dither, only=only, on_event=on_event).steps
-    new = passed(download(followed, decision.patch, on_event=on_event))
+    new = passed(download(followed, decision.pack, on_event=on_event))
     return apply_in_place(
         model,
         new,

@@ -21,12 +21,12 @@ from nestpatch.formats import nest
 from nestpatch.formats.checkpoint import Checkpoint, IntArray, row_blocks
 from nestpatch.pack import Pack
 from nestpatch.patcher._undo import restored
-from nestpatch.patcher.held import SHOWN_ROWS, Difference, Found, Holds, Layer, layers_of, look
+from nestpatch.patcher.held import SHOWN_ROWS, Difference, HeldTensor, Holds, Layer, layers_of, look
 from nestpatch.patcher.identity import APPLICABLE, Finding, State, examine
 from nestpatch.patcher.kept import load_pack, load_packs
-from nestpatch.patcher.ledger import Entry, Ledger, read_ledger
+from nestpatch.patcher.ledger import Ledger, LedgerEntry, read_ledger
 from nestpatch.patcher.recovery import open_model
-from nestpatch.patcher.state_dir import Place
+from nestpatch.patcher.state_dir import StateDir
 from nestpatch.patcher.steps import Judge
 from nestpatch.rows import Rows
 from nestpatch.signing.trust import Policy, load_for_looking
@@ -67,7 +67,7 @@ class Verification:
 
 def verify(
     model: str | Path,
-    patch: str | Path | Pack | None = None,
+    pack: str | Path | Pack | None = None,
     *,
     strength: float = 1.0,
     base: Checkpoint | None = None,
@@ -78,30 +78,30 @@ def verify(
 
     Args:
         model: A checkpoint of any format.
-        patch: Whether exactly this pack is in the rows, at `strength`; None: whether the rows hold what the ledger says.
-        strength: Only with a patch.
+        pack: Whether exactly this pack is in the rows, at `strength`; None: whether the rows hold what the ledger says.
+        strength: Only with a pack.
         base: The float model, for quantized rows.
         full: Hashes whole tensors too.
-        policy: Only without a patch: who has to have signed packs that came with the model; None means that of this user.
+        policy: Only without a pack: who has to have signed packs that came with the model; None means that of this user.
 
     Raises:
         CheckpointError: The model cannot be read.
-        PackError: The patch cannot be read.
+        PackError: The pack cannot be read.
         StateError: The ledger or an undo record is broken, or a change was interrupted.
     """
     began = time.perf_counter()
-    checkpoint, place = open_model(model)
-    pack = nest.read(patch) if isinstance(patch, (str, Path)) else patch
-    ledger = read_ledger(place)
+    checkpoint, state_dir = open_model(model)
+    pack = nest.read(pack) if isinstance(pack, (str, Path)) else pack
+    ledger = read_ledger(state_dir)
     judge = Judge(load_for_looking() if policy is None else policy, model)
     if pack is not None:
-        result = _is_in_rows(checkpoint, place, ledger, pack, strength, base, full=full)
+        result = _is_in_rows(checkpoint, state_dir, ledger, pack, strength, base, full=full)
     elif ledger.applied:
-        result = _against_ledger(checkpoint, place, ledger.applied, base, full=full)
-        if result[0] is Verdict.PATCHED and (doubt := _unproven(place, ledger.applied, judge)):
+        result = _against_ledger(checkpoint, state_dir, ledger.applied, base, full=full)
+        if result[0] is Verdict.PATCHED and (doubt := _unproven(state_dir, ledger.applied, judge)):
             result = (Verdict.UNKNOWN, *result[1:4], doubt)
     else:
-        result = _against_packs(checkpoint, _kept_packs(place, ledger, judge), full=full)
+        result = _against_packs(checkpoint, _kept_packs(state_dir, ledger, judge), full=full)
     verdict, packs, tensors, differences, detail = result
     asked, seconds = pack.label if pack is not None else "", time.perf_counter() - began
     return Verification(verdict, packs, tensors, tuple(differences), detail, full, seconds, asked)
@@ -112,7 +112,7 @@ _Result = tuple[Verdict, tuple[str, ...], int, list[Difference], str]
 
 def _is_in_rows(
     checkpoint: Checkpoint,
-    place: Place,
+    state_dir: StateDir,
     ledger: Ledger,
     pack: Pack,
     strength: float,
@@ -129,7 +129,7 @@ def _is_in_rows(
         return verdict, packs, tensors, differences, detail + more
     hint = next((entry for entry in ledger.applied if entry.pack_id == pack_id), None)
     if hint is not None and verdict is not Verdict.BASE:
-        found = _followed(checkpoint, place, ledger, pack, hint, base)
+        found = _followed(checkpoint, state_dir, ledger, pack, hint, base)
         if all(one.holds is Holds.PACK for one in found) and hint.strength == strength and found:
             dose = f" at strength {strength:g}" if strength != 1.0 else ""
             return Verdict.PATCHED, (pack.label,), tensors, [], f"holds {pack.label}{dose}{more}"
@@ -152,49 +152,49 @@ def _is_in_rows(
 
 
 def _followed(
-    checkpoint: Checkpoint, place: Place, ledger: Ledger, pack: Pack, hint: Entry, base: Checkpoint | None
-) -> list[Found]:
+    checkpoint: Checkpoint, state_dir: StateDir, ledger: Ledger, pack: Pack, hint: LedgerEntry, base: Checkpoint | None
+) -> list[HeldTensor]:
     """What the rows of one pack prove, its undo record followed down to the base. Packs on top must leave its rows alone."""
     claimed = [replace(entry, foreign=True) for entry in ledger.applied]
     try:
-        packs = load_packs(place, claimed, {hint.pack_id: pack})
-        found = look(checkpoint, place, claimed, packs, base, down_to_base=True)
-        stacks = layers_of(place, claimed, packs)
+        packs = load_packs(state_dir, claimed, {hint.pack_id: pack})
+        found = look(checkpoint, state_dir, claimed, packs, base, down_to_base=True)
+        stacks = layers_of(state_dir, claimed, packs)
     except (StateError, LedgerError):
         return []
     own = [one for one in found if one.entry.pack_id == hint.pack_id]
     return [_uncovered(one, stacks[one.tensor]) for one in own]
 
 
-def _uncovered(one: Found, stack: Sequence[Layer]) -> Found:
+def _uncovered(one: HeldTensor, stack: Sequence[Layer]) -> HeldTensor:
     position = next(number for number, layer in enumerate(stack) if layer.entry.pack_id == one.entry.pack_id)
     for above in stack[position + 1 :]:
         shared = np.intersect1d(above.delta.rows, stack[position].delta.rows)
         if len(shared):
             detail = f"{len(shared)} of its rows were changed again by {above.entry.label}, first row {int(shared[0])}"
             rows = tuple(int(row) for row in shared[:SHOWN_ROWS])
-            return Found(one.entry, one.tensor, Holds.OTHER, Difference(one.tensor, rows, len(shared), detail))
+            return HeldTensor(one.entry, one.tensor, Holds.OTHER, Difference(one.tensor, rows, len(shared), detail))
     return one
 
 
-def _kept_packs(place: Place, ledger: Ledger, judge: Judge) -> list[Pack]:
+def _kept_packs(state_dir: StateDir, ledger: Ledger, judge: Judge) -> list[Pack]:
     """The packs of the history, as far as they are at hand; what came with the model only as the policy lets it pass."""
     packs = []
     lines = [(event["pack_id"], f"{event['name']} {event['version']}", "foreign" in event) for event in ledger.history]
     for pack_id, label, foreign in dict.fromkeys(lines):
         with suppress(PackError, SignatureError, StateError):  # it only served this comparison
             if foreign:
-                judge.require(place, pack_id)
-            packs.append(load_pack(place, pack_id, label))
+                judge.require(state_dir, pack_id)
+            packs.append(load_pack(state_dir, pack_id, label))
     return packs
 
 
-def _unproven(place: Place, applied: Sequence[Entry], judge: Judge) -> str:
+def _unproven(state_dir: StateDir, applied: Sequence[LedgerEntry], judge: Judge) -> str:
     """Why a pack that came with the model, and is in the rows, proves nothing; empty when the policy lets all of them pass."""
     for entry in applied:
         try:
             if entry.foreign:
-                judge.require(place, entry.pack_id)
+                judge.require(state_dir, entry.pack_id)
         except (SignatureError, StateError) as error:
             return f"holds {entry.label} by a pack that came with the model, and nobody answers for that pack: {error}"
     return ""
@@ -262,11 +262,11 @@ def _digest_whole(checkpoint: Checkpoint, name: str, rows: IntArray | None, valu
 
 
 def _against_ledger(
-    checkpoint: Checkpoint, place: Place, applied: Sequence[Entry], base: Checkpoint | None, *, full: bool
+    checkpoint: Checkpoint, state_dir: StateDir, applied: Sequence[LedgerEntry], base: Checkpoint | None, *, full: bool
 ) -> _Result:
-    packs = load_packs(place, applied)
+    packs = load_packs(state_dir, applied)
     labels = tuple(entry.label for entry in applied)
-    found = look(checkpoint, place, applied, packs, base)
+    found = look(checkpoint, state_dir, applied, packs, base)
     differences = [one.difference for one in found if one.difference is not None]
     if differences:
         lost = [one for one in found if one.difference is not None]
@@ -276,7 +276,7 @@ def _against_ledger(
         half = all(one.holds is Holds.BEFORE or one.old == one.difference.count for one in lost if one.difference)
         detail = f"not what {', '.join(labels)} left" + (": some rows hold what they held before" if half else "")
         return Verdict.HALF if half else Verdict.ALTERED, labels, len(found), differences, detail
-    if full and (altered := _whole_below(checkpoint, layers_of(place, applied, packs))):
+    if full and (altered := _whole_below(checkpoint, layers_of(state_dir, applied, packs))):
         return Verdict.ALTERED, labels, len(found), altered, "the patched rows are right, but tensors differ elsewhere"
     came = "; the ledger came with the model, the packs confirm it" if any(entry.foreign for entry in applied) else ""
     doses = (f" at strength {entry.strength:g}" if entry.strength != 1 else "" for entry in applied)

@@ -46,14 +46,14 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[torc
 
 
 @dataclass(frozen=True)
-class Pair:
+class TokenPair:
     """Token ids of a prompt and of the answer to learn, end token included."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
 
 
-def collate(pairs: Sequence[Pair], pad: int, device: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def collate(pairs: Sequence[TokenPair], pad: int, device: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(ids, mask, labels), int64 [pairs, longest], padded right; labels are IGNORED except on answer tokens."""
     import torch
 
@@ -71,12 +71,12 @@ def collate(pairs: Sequence[Pair], pad: int, device: Any) -> tuple[torch.Tensor,
 
 def encode_pairs(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str]], max_prompt: int, max_answer: int
-) -> list[Pair]:
+) -> list[TokenPair]:
     """(prompt, answer) texts to token ids; answers end with the end token unless they had to be cut."""
     prompts = prompt_ids(tokenizer, [prompt for prompt, _ in texts], max_prompt)
     answers = tokenizer([answer for _, answer in texts], add_special_tokens=False)["input_ids"]
     end = tokenizer.eos_token_id
-    return [Pair(tuple(p), tuple([*a, end][:max_answer])) for p, a in zip(prompts, answers, strict=True)]
+    return [TokenPair(tuple(p), tuple([*a, end][:max_answer])) for p, a in zip(prompts, answers, strict=True)]
 
 
 def split_off(items: Sequence[_T], share: float, rng: random.Random) -> tuple[list[_T], list[_T]]:

@@ -133,7 +133,7 @@ def pick_dtype(wanted: str, device: str) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelLocation:
     """Where a model lies on this machine, and where it came from."""
 
     path: Path
@@ -141,14 +141,14 @@ class Source:
     revision: str = ""
 
 
-def locate(model: str | Path) -> Source:
+def locate(model: str | Path) -> ModelLocation:
     """Finds a model directory, or fetches a Hub id ("user/model" or "user/model@revision") into the Hub cache.
 
     Raises CheckpointFormatError when it is neither.
     """
     path = Path(model)
     if path.exists():
-        return Source(path, path.resolve().name)
+        return ModelLocation(path, path.resolve().name)
     from huggingface_hub import snapshot_download
 
     name, _, revision = str(model).partition("@")
@@ -158,7 +158,7 @@ def locate(model: str | Path) -> Source:
         raise CheckpointFormatError(
             f"there is no model directory {model}, and the Hub gave none: {error}", advice="Check the path or the Hub id."
         ) from error
-    return Source(folder, name, folder.name)
+    return ModelLocation(folder, name, folder.name)
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def signers_of(outcome: Outcome) -> dict[str, str]:
     return {signer.name: signer.key_id for signer in outcome.signers} if isinstance(outcome, Signed) else {}
 
 
-def judge(
+def judge_signatures(
     data: bytes,
     signatures: Mapping[str, bytes],
     policy: Policy,
@@ -196,7 +196,7 @@ def verify_file(
     file = Path(path)
     signatures, data = read_signatures(file), nest.read_bytes(file)
     try:
-        outcome = judge(data, signatures, policy, subject_of(model), file=file.name, allow_unsigned=allow_unsigned)
+        outcome = judge_signatures(data, signatures, policy, subject_of(model), file=file.name, allow_unsigned=allow_unsigned)
     except PackError as error:
         raise type(error)(f"{path}: {error}", advice=error.advice) from error
     return outcome, signatures

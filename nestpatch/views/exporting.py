@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from nestpatch.views.results import _grid, escape, out, size
 
 if TYPE_CHECKING:
-    from nestpatch.evaluation.parity import Check
+    from nestpatch.evaluation.parity import GgufParity
     from nestpatch.export.adapters import Adapter
     from nestpatch.export.onnx.exporter import ExportedOnnx
     from nestpatch.export.onnx.parity import Parity
@@ -41,7 +41,7 @@ def _rank_for_vllm(rank: int) -> int:
     return next(allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, VLLM_MAX_RANK) if allowed >= rank)
 
 
-def show_check(check: Check) -> None:
+def show_check(check: GgufParity) -> None:
     """How a GGUF file compares with its model."""
     colour, verdict = ("green", "agrees with") if check.passed else ("bold red", "differs from")
     judged = "told, not judged: the file is quantized" if check.bound is None else f"allowed are {check.bound:.1e}"
@@ -67,7 +67,7 @@ def show_exported_onnx(done: ExportedOnnx) -> None:
     grid = _grid()
     matrices = f", {done.matrices or 'its'} matrices in {done.bits} bits" if done.bits else ""
     grid.add_row("model", f"{escape(done.architecture + ', ' if done.architecture else '')}{escape(done.dtype)}{matrices}")
-    grid.add_row("patches", escape(", ".join(done.patches) or "none"))
+    grid.add_row("packs", escape(", ".join(done.packs) or "none"))
     for file in done.files:
         grid.add_row("file", f"{escape(file.name)}  {size(file.nbytes)}  sha256 {escape(file.sha256)}")
     if done.adapter_weights:

@@ -20,7 +20,7 @@ from nestpatch.plain import count, lines, number, one_line
 
 if TYPE_CHECKING:
     from nestpatch.evaluation.statistics import Share
-    from nestpatch.evaluation.suites import Evaluation
+    from nestpatch.evaluation.suites import Scores
     from nestpatch.export.models import Exported
     from nestpatch.lab.demo import FormatResult
     from nestpatch.pack import Pack
@@ -180,8 +180,8 @@ def show_applied(done: Applied) -> None:
     out.print(f"[bold]{escape(done.pack)}[/] {verb} [bold]{escape(done.output)}[/] in {done.seconds:.2f} s")
     grid = _grid()
     grid.add_row("changed", f"{done.rows} rows of {done.tensors} tensors, {size(done.row_bytes)}")
-    if done.gain is not None:
-        grid.add_row("delivered", f"{done.gain:.1%} of the patch at least, after rounding")
+    if done.retention is not None:
+        grid.add_row("delivered", f"{done.retention:.1%} of the patch at least, after rounding")
     for file in done.files:
         digest = f"  sha256 {escape(file.sha256)}" if file.sha256 else ""
         grid.add_row("file", f"{escape(file.path.name)}  {size(file.nbytes)}{digest}")
@@ -200,7 +200,7 @@ def show_exported(done: Exported) -> None:
         "model",
         f"{escape(done.architecture + ', ' if done.architecture else '')}{done.tensors} tensors, {escape(done.type)}{nbytes}",
     )
-    grid.add_row("patches", escape(", ".join(done.patches) or "none"))
+    grid.add_row("packs", escape(", ".join(done.packs) or "none"))
     if done.sha256:
         grid.add_row("file", f"sha256 {escape(done.sha256)}")
     for note in done.notes:
@@ -219,8 +219,8 @@ def show_changed(done: Changed) -> None:
     grid = _grid()
     for step in done.steps:
         grid.add_row("step", escape(step))
-    if done.gain is not None:
-        grid.add_row("delivered", f"{done.gain:.1%} of the patch at least, after rounding")
+    if done.retention is not None:
+        grid.add_row("delivered", f"{done.retention:.1%} of the patch at least, after rounding")
     if not done.dry_run:
         grid.add_row("now", escape(", ".join(done.applied) or "base"))
     out.print(grid)
@@ -260,7 +260,7 @@ def _applied_line(one: AppliedPack) -> str:
     rows = sum(record.rows for record in entry.tensors.values())
     strength = f" at strength {number(entry.strength, 'g')}" if entry.strength != 1 else ""
     loud = " [bold red]onto another base than its own[/]" if entry.base_mismatch_allowed else ""
-    rounded = f", {number(entry.gain, '.1%')} delivered {escape(entry.rounding)}" if entry.gain is not None else ""
+    rounded = f", {number(entry.retention, '.1%')} delivered {escape(entry.rounding)}" if entry.retention is not None else ""
     signed = f", signed by {escape(', '.join(one.signers))}" if one.signers else ""
     claimed = f", [yellow]claims to be signed by {escape(', '.join(one.claims))}[/]" if one.claims else ""
     came = " [dim](came with the model)[/]" if entry.foreign and one.signers else ""
@@ -360,7 +360,7 @@ def _stored_share(share: Mapping[str, Any]) -> str:
     return f"{number(share.get('value'), '6.1%')}  [dim]{count(share.get('count'))} of {count(share.get('total'))}[/dim]"
 
 
-def evaluation_table(columns: Mapping[str, Evaluation]) -> Table:
+def evaluation_table(columns: Mapping[str, Scores]) -> Table:
     """Models side by side: the headline numbers, then every suite."""
     table = Table("", *map(escape, columns), box=None, pad_edge=False, header_style="bold")
     models = list(columns.values())

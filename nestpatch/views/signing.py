@@ -27,7 +27,7 @@ def show_signature(done: Signature) -> None:
     out.print(f"wrote [bold]{escape(done.file)}[/] for sha256 {escape(done.pack_id)}, with key {escape(done.key_id[:12])}..")
 
 
-def show_outcome(patch: str, found: Outcome) -> None:
+def show_outcome(pack: str, found: Outcome) -> None:
     """Who signed a pack, or why that does not count."""
     from nestpatch.signing.verify import Signed
 
@@ -36,7 +36,7 @@ def show_outcome(patch: str, found: Outcome) -> None:
         return
     label = found.pack.manifest
     out.print(
-        f"[bold green]signed[/]  {escape(patch)}: {escape(label.name)} {escape(label.version)}, sha256 {escape(found.pack_id)}"
+        f"[bold green]signed[/]  {escape(pack)}: {escape(label.name)} {escape(label.version)}, sha256 {escape(found.pack_id)}"
     )
     for signer in found.signers:
         out.print(f"  by [bold]{escape(signer.name)}[/], key {escape(signer.key_id[:12])}.., in {escape(signer.file)}")

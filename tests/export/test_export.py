@@ -29,7 +29,7 @@ from nestpatch.formats import _rowio as rowio
 from nestpatch.formats import checkpoint as interface
 from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.formats.provenance import PATCHES
+from nestpatch.formats.provenance import PACKS
 from nestpatch.gate import prove
 from nestpatch.pack import Pack
 from nestpatch.patcher.apply import apply
@@ -77,7 +77,7 @@ def merged(folder: Path, pack: Pack, strength: float = 1.0) -> dict[str, np.ndar
 
 def listed(path: Path) -> list[dict[str, Any]]:
     """What an exported file says of its patches."""
-    field = GGUFReader(path).fields.get(PATCHES)
+    field = GGUFReader(path).fields.get(PACKS)
     return json.loads(field.contents()) if field is not None else []
 
 
@@ -93,7 +93,7 @@ def test_a_patch_is_merged_while_reading(name: str, strength: float, models: Mad
     assert_holds(done.path, want, "BF16", {"rope_freqs.weight"})
     assert tree_digest(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
-    assert done.patches == ("no-harm 1.0.0",)
+    assert done.packs == ("no-harm 1.0.0",)
     assert listed(done.path) == [{"name": "no-harm", "version": "1.0.0", "pack_id": nest.pack_id(pack), "strength": strength}]
 
 
@@ -104,7 +104,7 @@ def test_the_file_is_that_of_a_patched_copy(models: Made, tmp_path: Path) -> Non
     on_the_way = export_gguf(folder, tmp_path / "a.gguf", pack, name="same")
     afterwards = export_gguf(tmp_path / "copy", tmp_path / "b.gguf", name="same")
     assert on_the_way.sha256 == afterwards.sha256
-    assert afterwards.patches == ("no-harm 1.0.0",)
+    assert afterwards.packs == ("no-harm 1.0.0",)
 
 
 def test_a_patch_in_a_quantized_file_is_that_of_the_merged_weights(models: Made, tmp_path: Path) -> None:
@@ -157,14 +157,14 @@ def test_a_patched_model_exports_what_its_files_hold(models: Made, tmp_path: Pat
     """Its ledger goes into the file; a second pack comes on top; an applied one is not applied twice."""
     apply(models("llama3"), tiny_pack(models("llama3"), neurons=5), tmp_path / "model")
     plain = export_gguf(tmp_path / "model", tmp_path / "plain.gguf")
-    assert plain.patches == ("no-harm 1.0.0",)
+    assert plain.packs == ("no-harm 1.0.0",)
     assert_holds(plain.path, expected_tensors(tmp_path / "model"), "BF16", {"rope_freqs.weight"})
     again = export_gguf(tmp_path / "model", tmp_path / "again.gguf", tiny_pack(models("llama3"), neurons=5))
-    assert again.patches == plain.patches
+    assert again.packs == plain.packs
     assert stored(again.path) == stored(plain.path)
     second = tiny_pack(tmp_path / "model", name="other", seed=5, tensors=["model.layers.0.mlp.down_proj.weight"])
     both = export_gguf(tmp_path / "model", tmp_path / "both.gguf", second)
-    assert both.patches == ("no-harm 1.0.0", "other 1.0.0")
+    assert both.packs == ("no-harm 1.0.0", "other 1.0.0")
     want = expected_tensors(tmp_path / "model", merged(tmp_path / "model", second))
     assert_holds(both.path, want, "BF16", {"rope_freqs.weight"})
 
@@ -181,7 +181,7 @@ def test_a_newer_version_replaces_the_applied_one(models: Made, tmp_path: Path) 
     planned = export_gguf(tmp_path / "model", tmp_path / "out" / "x.gguf", new, dry_run=True)
     assert not list((tmp_path / "out").iterdir())
     done = export_gguf(tmp_path / "model", tmp_path / "out" / "x.gguf", new)
-    assert planned.patches == done.patches == ("no-harm 1.1.0",)
+    assert planned.packs == done.packs == ("no-harm 1.1.0",)
     assert planned.nbytes == done.nbytes
     assert_holds(done.path, expected_tensors(base, merged(base, new)), "BF16", {"rope_freqs.weight"})
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["x.gguf"]
@@ -240,7 +240,7 @@ def test_the_command(models: Made, tmp_path: Path) -> None:
     answer = json.loads(done.stdout)
     assert answer["path"] == str(tmp_path / "a.gguf")
     assert answer["nbytes"] == (tmp_path / "a.gguf").stat().st_size
-    assert (answer["type"], answer["patches"], answer["dry_run"]) == ("BF16", ["no-harm 1.0.0"], False)
+    assert (answer["type"], answer["packs"], answer["dry_run"]) == ("BF16", ["no-harm 1.0.0"], False)
     told = run(folder, "--to", "gguf", "-o", tmp_path / "b.gguf", "--type", "q8_0", "--dry-run", "-q")
     assert told.exit_code == 0
     assert "would write" in told.stdout

@@ -37,7 +37,7 @@ def test_weights_are_those_of_apply(kind: str, dtype: str, tmp_path: Path) -> No
     wanted = load_tensors(apply(model, pack, tmp_path / "applied").output)
     found = load_tensors(done.path)
     assert {name: t.tobytes() for name, t in found.items()} == {name: t.tobytes() for name, t in wanted.items()}
-    assert (done.patches, done.tensors) == (("no-harm 1.0.0",), len(wanted))
+    assert (done.packs, done.tensors) == (("no-harm 1.0.0",), len(wanted))
     assert verify(done.path, pack).verdict is Verdict.PATCHED
     assert open_checkpoint(done.path).tensors() == open_checkpoint(model).tensors()
     if kind != "file":
@@ -53,7 +53,7 @@ def test_every_file_says_what_it_holds(tmp_path: Path) -> None:
         said = metadata(file)
         assert said["format"] == "pt"
         entry = {"name": "no-harm", "version": "1.0.0", "pack_id": nest.pack_id(pack), "strength": 0.5}
-        assert json.loads(said["nestpatch.patches"]) == [entry]
+        assert json.loads(said["nestpatch.packs"]) == [entry]
         (record,) = json.loads(said["nestpatch.record"])
         before = {name: tensor["before"] for name, tensor in record["tensors"].items()}
         assert before == {name: identity.rows_sha256 for name, identity in pack.manifest.base.tensors.items()}
@@ -75,10 +75,10 @@ def test_packs_of_the_ledger_are_told(tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "base")
     apply_in_place(model, tiny_pack(model))
     as_is = export_safetensors(model, tmp_path / "as-is")
-    assert as_is.patches == ("no-harm 1.0.0",)
+    assert as_is.packs == ("no-harm 1.0.0",)
     two = tiny_pack(tiny_checkpoint(tmp_path / "again"), version="2.0.0", seed=4)
     upgraded = export_safetensors(model, tmp_path / "upgraded", two)
-    assert upgraded.patches == ("no-harm 2.0.0",)
+    assert upgraded.packs == ("no-harm 2.0.0",)
     assert verify(upgraded.path, two).verdict is Verdict.PATCHED
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "as-is", "base", "upgraded"]
 

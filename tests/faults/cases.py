@@ -13,7 +13,7 @@ from nestpatch.formats.opening import open_checkpoint
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.patcher.recovery import recover_model
-from nestpatch.patcher.state_dir import place_of
+from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.patcher.verify import Verdict, verify
 from tests.gguf.files import gguf_of
 from tests.helpers import tiny_checkpoint, tiny_pack
@@ -107,12 +107,12 @@ class Case:
         model = self.model(folder)
         state = self.state_of(folder)
         assert state, f"neither state: found {digests(model)}, before {self.before.weights}, after {self.after.weights}"
-        place = place_of(model)
-        ledger = read_ledger(place)
+        state_dir = state_dir_of(model)
+        ledger = read_ledger(state_dir)
         assert tuple(entry.label for entry in ledger.applied) == state.applied, f"{state.name}, but the ledger differs"
-        assert not place.journal.exists(), f"{state.name}, but a journal is left"
-        needed = {place.undo(entry.undo).name for entry in ledger.applied}
-        assert {file.name for file in place.folder.glob("*.undo")} == needed, f"{state.name}, but with other undo records"
+        assert not state_dir.journal.exists(), f"{state.name}, but a journal is left"
+        needed = {state_dir.undo(entry.undo).name for entry in ledger.applied}
+        assert {file.name for file in state_dir.folder.glob("*.undo")} == needed, f"{state.name}, but with other undo records"
         litter = [str(file) for file in folder.rglob("*.tmp")]
         assert not litter, f"{state.name}, but {litter} is left"
         found = verify(model, None if state.applied else self.pack, full=True)
@@ -185,7 +185,7 @@ def _share(template: Path, cache: Path) -> None:
 
 
 def _applied(model: Path) -> tuple[str, ...]:
-    return tuple(entry.label for entry in read_ledger(place_of(model)).applied)
+    return tuple(entry.label for entry in read_ledger(state_dir_of(model)).applied)
 
 
 def _command(operation: str, packs: Packs) -> Callable[[Path], Sequence[str]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nestpatch.patcher.recovery import recover_model
-from nestpatch.patcher.state_dir import place_of
+from nestpatch.patcher.state_dir import state_dir_of
 from tests.faults.cases import digests
 from tests.faults.interrupting import (
     INTERRUPTIONS,
@@ -135,7 +135,7 @@ def test_any_next_command_that_writes_makes_the_model_whole(
             assert digests(folder) == case.original, f"reverted after call {number}"
         elif following == "apply":
             assert case.prove(folder) is case.after, f"applied again after call {number}"
-        elif place_of(folder).journal.exists():
+        elif state_dir_of(folder).journal.exists():
             pytest.fail(f"{following} after call {number} left the journal")
         else:
             case.settle(folder)
@@ -158,7 +158,7 @@ def test_no_command_that_looks_changes_an_interrupted_model(
     interruptions = 0
     for number in range(1, len(calls_of(killer, case, folder)) + 1, 6):
         interrupted(killer, case, folder, number)
-        before, left = tree_digest(folder), place_of(folder).journal.exists()
+        before, left = tree_digest(folder), state_dir_of(folder).journal.exists()
         interruptions += left
         end = killer.run(args, folder)
         assert (end.how, end.trouble) == ("ended", ""), f"{following} after call {number}: {end}"

@@ -128,7 +128,7 @@ def read_by_others(fleet: Fleet) -> str | None:
     if end.code == 0:
         # And the channel's own list agrees with the files.
         channel = parse((fleet.folder / "channel" / CHANNEL_FILE).read_bytes(), CHANNEL_FILE)[1]
-        for patch in channel.patches:
+        for patch in channel.packs:
             for listed in (patch.file, *patch.signatures):
                 listed.check((fleet.folder / "channel" / listed.path).read_bytes(), fleet.place)
         version: str = json.loads(end.out)["pack"].removeprefix("no-harm ")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nestpatch.patcher.inplace import apply_in_place
-from nestpatch.patcher.state_dir import place_of
+from nestpatch.patcher.state_dir import state_dir_of
 from tests.faults.cases import LAYOUTS, convert, digests, write_packs
 from tests.faults.killer import Fault, Killer, needs_shim
 from tests.faults.making import (
@@ -112,7 +112,7 @@ def test_an_export_to_the_place_of_a_killed_copy_gets_none_of_its_state(killer: 
     calls = calls_of(killer, making)
     name = making.target.relative_to(folder).as_posix()
     stopped_before(killer, making, next(n for n, c in enumerate(calls, start=1) if (c.kind, c.path) == ("rename", name)))
-    assert place_of(making.target).ledger.exists()
+    assert state_dir_of(making.target).ledger.exists()
     end = killer.run(["export", making.command[1], "--to", "safetensors", "-o", str(making.target)], folder)
     assert (end.code, end.trouble) == (0, ""), end
     assert sorted(names(folder)) == sorted([*tree_digest(making.template), name])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nestpatch.patcher.ledger import read_ledger
-from nestpatch.patcher.state_dir import place_of
+from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.signing.machine import KEY_BYTES, KEY_FILE
 from tests.faults.cases import write_packs
 from tests.faults.fleet import new_fleet
@@ -63,7 +63,7 @@ def test_the_first_use_of_the_machine_key_killed_at_every_call(
         states.append((home / KEY_FILE).exists())
         fleet.answer("new", *words)
         require_key(home)
-        assert not read_ledger(place_of(fleet.model)).applied[0].foreign, "the seal of the ledger is not valid"
+        assert not read_ledger(state_dir_of(fleet.model)).applied[0].foreign, "the seal of the ledger is not valid"
         assert fleet.litter() == []
     assert len(states) >= (1 if tear else 6)
     assert states == sorted(states), "it is there from one moment on"
@@ -95,7 +95,9 @@ def test_two_processes_that_make_the_machine_key_end_with_one(
         assert [(end.code, end.trouble) for end in ends] == [(0, "")] * 2, f"stopped at {number}: {ends}"
         require_key(home)
         for model in models:
-            assert not read_ledger(place_of(model)).applied[0].foreign, f"stopped at {number}: the seal in {model} is not valid"
+            assert not read_ledger(state_dir_of(model)).applied[0].foreign, (
+                f"stopped at {number}: the seal in {model} is not valid"
+            )
     assert number > 6
 
 

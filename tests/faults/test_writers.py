@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nestpatch.patcher.state_dir import place_of
+from nestpatch.patcher.state_dir import state_dir_of
 from tests.faults.interrupting import INTERRUPTIONS, CaseOf, calls_of, number_of, row_writes
 from tests.faults.killer import Fault, Killer, needs_shim
 from tests.helpers import tree_digest
@@ -45,7 +45,7 @@ def test_a_late_loser_leaves_the_winner_alone(killer: Killer, case_of: CaseOf, f
     assert winner.wait().stopped
     loser.go_on()
     lost = loser.wait()
-    left = place_of(folder).lock.exists()
+    left = state_dir_of(folder).lock.exists()
     winner.go_on()
     won = winner.wait()
     assert (lost.code, lost.trouble) == (1, "")

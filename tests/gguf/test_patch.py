@@ -29,9 +29,9 @@ from nestpatch.patcher.apply import apply
 from nestpatch.patcher.identity import State, examine
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.ledger import read_ledger
-from nestpatch.patcher.merge import LEAST_GAIN, Means
+from nestpatch.patcher.merge import LEAST_GAIN, QuantizedMerge
 from nestpatch.patcher.plan import measure
-from nestpatch.patcher.state_dir import place_of
+from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.patcher.verify import Verdict, verify
 from tests.gguf.files import K_TYPES, NAMES, PLAIN, ROUND, digest, gguf_of, needs_llama, places, values, write_gguf
 from tests.helpers import load_tensors, tiny_checkpoint, tiny_pack, write_checkpoint
@@ -97,8 +97,8 @@ def test_exact_rows_are_those_of_merging_first(kind: str, base: Path, file_of, t
     inside = touched_bytes(path, pack)
     assert not (before != after)[~inside].any()
     assert (before != after)[inside].any()
-    assert (done.gain is None) == (kind == "BF16")
-    assert done.gain is None or done.gain > 0.85
+    assert (done.retention is None) == (kind == "BF16")
+    assert done.retention is None or done.retention > 0.85
     assert verify(path).verdict is Verdict.PATCHED
     revert(path)
     assert np.array_equal(np.fromfile(path, np.uint8), before)
@@ -117,7 +117,7 @@ def test_large_deltas_arrive_without_the_base(kind: str, base: Path, file_of) ->
         share = float((moved * delta.dense()).sum() / np.square(delta.dense()).sum())
         assert share == pytest.approx(1, abs=0.1), f"{delta.name}: {share:.3f} of the delta arrived"
         assert np.array_equal(np.delete(after[name], delta.rows, 0), np.delete(before[name], delta.rows, 0))
-    assert done.gain is None or done.gain > LEAST_GAIN
+    assert done.retention is None or done.retention > LEAST_GAIN
     revert(path)
     assert digest(path) == original
 
@@ -144,11 +144,11 @@ def test_small_deltas_are_refused_with_the_ways_out(kind: str, base: Path, file_
     assert "of the patch would arrive" in str(caught.value)
     assert all(way in caught.value.advice for way in ("--base", "gguf-lora", "--dither"))
     assert digest(path) == original
-    assert not place_of(path).folder.exists()
+    assert not state_dir_of(path).folder.exists()
     done = apply_in_place(path, pack, dither=True)
-    assert done.gain is not None
-    assert done.gain > LEAST_GAIN
-    entry = read_ledger(place_of(path)).applied[0]
+    assert done.retention is not None
+    assert done.retention > LEAST_GAIN
+    entry = read_ledger(state_dir_of(path)).applied[0]
     assert entry.rounding == "from the quantized rows, dithered"
     revert(path)
     assert digest(path) == original
@@ -162,7 +162,10 @@ def test_dither_is_the_same_at_every_run(base: Path, file_of, tmp_path: Path) ->
 
 def test_dither_brings_more_than_rounding(base: Path, file_of) -> None:
     checkpoint, pack = open_checkpoint(file_of("Q4_0")), pack_of(base)
-    shares = [[gain.share for gain in measure(pack, 1.0, checkpoint, Means(dither=d)).values()] for d in (False, True)]
+    shares = [
+        [retention.share for retention in measure(pack, 1.0, checkpoint, QuantizedMerge(dither=d)).values()]
+        for d in (False, True)
+    ]
     assert max(shares[0]) < 0.7 < LEAST_GAIN < min(shares[1])
 
 
@@ -202,9 +205,9 @@ def test_other_models_are_refused(kind: str, base: Path, file_of, tmp_path: Path
     stranger = tiny_checkpoint(tmp_path / "stranger", seed=9, **SIZES)
     path = file_of(kind)
     original = digest(path)
-    for means in ({}, {"base": stranger}):
+    for quantized in ({}, {"base": stranger}):
         with pytest.raises(BaseMismatchError):
-            apply_in_place(path, pack_of(stranger, LARGE), **means)
+            apply_in_place(path, pack_of(stranger, LARGE), **quantized)
     with pytest.raises(BaseMismatchError):
         apply_in_place(path, pack_of(stranger), base=base)
     assert digest(path) == original
@@ -222,14 +225,14 @@ def test_a_fine_tuned_file_is_told_from_the_base(kind: str, base: Path, tmp_path
 
 @pytest.mark.parametrize("means", ["sketches", "base"])
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q5_0", pytest.param("Q4_K", marks=needs_llama)])
-def test_a_patched_file_without_ledger_is_recognised(kind: str, means: str, base: Path, file_of) -> None:
+def test_a_patched_file_without_ledger_is_recognised(kind: str, quantized: str, base: Path, file_of) -> None:
     path, pack = file_of(kind), pack_of(base, 0.02)
     apply_in_place(path, pack, base=base)
-    shutil.rmtree(place_of(path).folder)
-    place_of(path).ledger.unlink()
+    shutil.rmtree(state_dir_of(path).folder)
+    state_dir_of(path).ledger.unlink()
     assert verify(path, pack).verdict is Verdict.PATCHED
     with pytest.raises(BaseMismatchError, match="already patched"):
-        apply_in_place(path, pack, base=base if means == "base" else None)
+        apply_in_place(path, pack, base=base if quantized == "base" else None)
 
 
 def test_otherwise_quantized_rows_are_the_base_too(base: Path, tmp_path: Path) -> None:
@@ -321,7 +324,7 @@ def test_the_commands(base: Path, file_of, tmp_path: Path) -> None:
     assert "delivered" in run("apply", path, patch, "--in-place", "--base", base)
     assert "from the float base" in run("status", path)
     told = json.loads(run("status", path, "--json"))
-    assert all(0.9 < record["gain"] < 1.1 for record in told["applied"][0]["tensors"].values())
+    assert all(0.9 < record["retention"] < 1.1 for record in told["applied"][0]["tensors"].values())
     assert "patched" in run("verify", path)
     run("revert", path)
     assert digest(path) == original

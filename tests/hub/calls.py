@@ -6,7 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from nestpatch.patcher.ledger import Ledger, read_ledger
-from nestpatch.patcher.state_dir import place_of
+from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.signing.keys import PrivateKey
 from tests.helpers import weight_files
 from tests.hub.scene import Scene
@@ -20,7 +20,7 @@ def key_file(scene: Scene, key: PrivateKey, name: str) -> Path:
 
 
 def ledger_of(model: Path) -> Ledger:
-    return read_ledger(place_of(model))
+    return read_ledger(state_dir_of(model))
 
 
 def weights(model: Path) -> list[str]:

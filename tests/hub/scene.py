@@ -17,11 +17,11 @@ from nestpatch.channels._release import issue
 from nestpatch.channels.follow import utc_now
 from nestpatch.channels.listing import CHANNEL_FILE, Channel
 from nestpatch.channels.memory import recall
-from nestpatch.channels.publish import Published, push, withdraw
+from nestpatch.channels.publish import Published, push, yank
 from nestpatch.errors import NestpatchError
 from nestpatch.formats import nest
 from nestpatch.patcher.ledger import read_ledger
-from nestpatch.patcher.state_dir import place_of
+from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.patcher.update import Updated, update
 from nestpatch.signing.keys import PrivateKey, generate
 from nestpatch.signing.trust import Policy, TrustedKey
@@ -30,7 +30,7 @@ from tests.hubserver.server import Hub
 from tests.hubserver.store import Entry, Repo
 
 REPO = "acme/no-harm"
-PATCH = "patches/{0}/no-harm.nest"
+PATCH = "packs/{0}/no-harm.nest"
 
 
 @dataclass
@@ -74,10 +74,10 @@ class Scene:
         """A new version for the model."""
         return self.push(self.pack(version, seed), place)
 
-    def withdraw(self, version: str, reason: str, place: str = REPO) -> Published:
+    def yank(self, version: str, reason: str, place: str = REPO) -> Published:
         """A version is withdrawn."""
         with self.as_publisher():
-            return withdraw(place, version, reason, self.key)
+            return yank(place, version, reason, self.key)
 
     def update(self, **options: object) -> Updated:
         """What the fleet does every night."""
@@ -122,8 +122,8 @@ class Scene:
 
     def listed(self, which: str, **changes: object) -> Channel:
         """The channel with another entry for a version."""
-        patches = tuple(replace(p, **changes) if p.version == which else p for p in self.channel.patches)
-        return replace(self.channel, patches=patches)
+        packs = tuple(replace(p, **changes) if p.version == which else p for p in self.channel.packs)
+        return replace(self.channel, packs=packs)
 
     def spoil_large(self, path: str, data: bytes) -> None:
         """What the CDN serves for a large file becomes something else."""
@@ -160,5 +160,5 @@ def refused(scene: Scene, error: type[NestpatchError], match: str, *, remembered
     assert type(caught.value) is error
     assert caught.value.advice
     assert scene.state() == before
-    assert read_ledger(place_of(scene.model)).applied[0].version == "1.0.0"
+    assert read_ledger(state_dir_of(scene.model)).applied[0].version == "1.0.0"
     assert (recall(f"hub://{REPO}") == known) is remembered

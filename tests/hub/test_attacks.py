@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nestpatch.channels.follow import pull, utc_now
-from nestpatch.channels.listing import CHANNEL_FILE, File, payload, write_envelope
+from nestpatch.channels.listing import CHANNEL_FILE, ListedFile, payload, write_envelope
 from nestpatch.channels.rules import Gate
 from nestpatch.errors import (
     ChannelFormatError,
@@ -118,20 +118,20 @@ def test_the_channel_of_another_repository_of_the_same_publisher(scene: Scene) -
 
 @pytest.mark.parametrize(
     "path",
-    ["../../etc/cron.d/x", "/etc/passwd", "patches/1.0.0/../../x.nest", "patches/1.0.0/no-harm.nest/../../../x", "C:\\x",
-     "patches\\1.0.0\\no-harm.nest", "patches/1.0.0/other.nest", "patches/2.0.0/no-harm.nest", "patches/1.0.0/no-harm.nest\0",
+    ["../../etc/cron.d/x", "/etc/passwd", "packs/1.0.0/../../x.nest", "packs/1.0.0/no-harm.nest/../../../x", "C:\\x",
+     "patches\\1.0.0\\no-harm.nest", "packs/1.0.0/other.nest", "packs/2.0.0/no-harm.nest", "packs/1.0.0/no-harm.nest\0",
      ""],
 )  # fmt: skip
 def test_paths_that_escape(scene: Scene, path: str) -> None:
-    file = scene.channel.patches[0].file
+    file = scene.channel.packs[0].file
     scene.put(channel=scene.resign(scene.listed("1.0.0", file=replace(file, path=path))))
     refused(scene, ChannelPathError, "names the file")
 
 
 @pytest.mark.parametrize("suffix", ["/../../../.ssh/authorized_keys", ".sig/..", ".0123.sig", "", ".pth"])
 def test_signature_paths_that_escape(scene: Scene, suffix: str) -> None:
-    file = scene.channel.patches[0].file
-    odd = File(f"{file.path}{suffix}", 10, "0" * 64)
+    file = scene.channel.packs[0].file
+    odd = ListedFile(f"{file.path}{suffix}", 10, "0" * 64)
     scene.put(channel=scene.resign(scene.listed("1.0.0", signatures=(odd,))))
     refused(scene, ChannelPathError, "names the file")
 

@@ -12,9 +12,9 @@ import pytest
 
 from nestpatch.channels import publish
 from nestpatch.channels._release import listed
-from nestpatch.channels.follow import fetch_patch, pull
-from nestpatch.channels.listing import CHANNEL_FILE, File, base_digest, parse
-from nestpatch.channels.publish import push, renew, withdraw
+from nestpatch.channels.follow import fetch_pack, pull
+from nestpatch.channels.listing import CHANNEL_FILE, ListedFile, base_digest, parse
+from nestpatch.channels.publish import push, renew, yank
 from nestpatch.errors import (
     BadSignatureError,
     BaseMismatchError,
@@ -53,16 +53,16 @@ def test_a_pack_without_a_signature(scene: Scene) -> None:
 def test_a_pack_signed_with_another_key(scene: Scene) -> None:
     """The server cannot do this alone: the channel's key was used without the publisher's second person."""
     scene.publish("1.1.0", 1)
-    patch = scene.channel.patches[1]
+    patch = scene.channel.packs[1]
     content = bundle.sign(patch.file.sha256, "no-harm.nest", scene.evil)
-    file = File(patch.signatures[0].path, len(content), sha256(content).hexdigest())
+    file = ListedFile(patch.signatures[0].path, len(content), sha256(content).hexdigest())
     scene.put(channel=scene.resign(scene.listed("1.1.0", signatures=(file,))), **{file.path: content})
     refused(scene, UntrustedError, "which is not trusted here", remembered=False)
 
 
 def test_a_signature_for_another_pack(scene: Scene) -> None:
     scene.publish("1.1.0", 1)
-    one, two = scene.channel.patches
+    one, two = scene.channel.packs
     content = scene.read(one.signatures[0].path)
     file = replace(two.signatures[0], size=len(content), sha256=one.signatures[0].sha256)
     scene.put(channel=scene.resign(scene.listed("1.1.0", signatures=(file,))), **{file.path: content})
@@ -94,7 +94,7 @@ def test_the_old_pack_under_the_new_path(scene: Scene) -> None:
 
 def test_a_swapped_signature(scene: Scene) -> None:
     scene.publish("1.1.0", 1)
-    scene.put(**{PATCH.format("1.1.0") + ".sig": b"x" * scene.channel.patches[1].signatures[0].size})
+    scene.put(**{PATCH.format("1.1.0") + ".sig": b"x" * scene.channel.packs[1].signatures[0].size})
     refused(scene, SwappedFileError, r"no-harm\.nest\.sig in hub://acme/no-harm is not what", remembered=False)
 
 
@@ -106,7 +106,7 @@ def test_a_pack_that_is_not_what_the_channel_says_of_it(scene: Scene) -> None:
     moved = {path.replace("1.0.5", "1.1.0"): content for path, content in files.items()}
     entries = [replace(f, path=f.path.replace("1.0.5", "1.1.0")) for f in (patch.file, *patch.signatures)]
     lie = replace(patch, version="1.1.0", file=entries[0], signatures=(entries[1],))
-    scene.put(channel=scene.resign(replace(scene.channel, patches=(*scene.channel.patches, lie))), **moved)
+    scene.put(channel=scene.resign(replace(scene.channel, packs=(*scene.channel.packs, lie))), **moved)
     refused(scene, SwappedFileError, r"lists no-harm 1\.1\.0 for .*, but holds no-harm 1\.0\.5", remembered=False)
 
 
@@ -115,7 +115,7 @@ def test_a_revoked_latest_version(scene: Scene, tmp_path: Path) -> None:
     scene.withdraw("1.1.0", "refuses too much")
     assert scene.update().state == "current"
     with pytest.raises(RevokedError, match=r"1\.1\.0 was revoked by its publisher: refuses too much"):
-        fetch_patch(f"hub://{REPO}@1.1.0", scene.policy, scene.model)
+        fetch_pack(f"hub://{REPO}@1.1.0", scene.policy, scene.model)
     scene.withdraw("1.0.0", "all of it")
     with pytest.raises(VersionError, match="no version of acme/no-harm is active"):
         pull(REPO, scene.policy, tmp_path / "got.nest")
@@ -141,8 +141,8 @@ def test_a_channel_that_lies_about_the_base(scene: Scene) -> None:
 def test_an_older_version_is_never_an_update(scene: Scene) -> None:
     scene.publish("1.1.0", 1)
     scene.update()
-    fewer = replace(scene.channel, patches=scene.channel.patches[:1])
-    active = replace(fewer, patches=tuple(replace(p, status=type(p.status).ACTIVE) for p in fewer.patches))
+    fewer = replace(scene.channel, packs=scene.channel.packs[:1])
+    active = replace(fewer, packs=tuple(replace(p, status=type(p.status).ACTIVE) for p in fewer.packs))
     scene.put(channel=scene.resign(active))
     before = scene.state()
     assert scene.update().state == "current"
@@ -240,7 +240,7 @@ def test_a_pack_that_leads_to_another_host(scene: Scene, hub: Hub) -> None:
     scene.publish("1.1.0", 1)
     data = scene.read(PATCH.format("1.1.0"))
     oid = hub.store.add_large(data[:-1] + bytes([data[-1] ^ 1]))
-    scene.hub.fault(r"resolve/\w+/patches/1.1.0/no-harm.nest ?$", faults.redirected(hub.cdn_address(oid)))
+    scene.hub.fault(r"resolve/\w+/packs/1.1.0/no-harm.nest ?$", faults.redirected(hub.cdn_address(oid)))
     refused(scene, SwappedFileError, "is not what the channel names", remembered=False)
     assert {seen.token for seen in hub.seen("cdn")} == {None}
 
@@ -284,7 +284,7 @@ def test_two_publishers_at_once_both_get_their_turn(scene: Scene) -> None:
         run_all([threading.Thread(target=run, args=(file,)) for file in packs])
     assert errors == []
     assert scene.channel.serial == 4
-    assert [patch.version for patch in scene.channel.patches] == ["1.0.0", "1.1.0", "1.2.0", "1.3.0"]
+    assert [patch.version for patch in scene.channel.packs] == ["1.0.0", "1.1.0", "1.2.0", "1.3.0"]
     assert scene.update().after == "1.3.0"
 
 
@@ -311,7 +311,7 @@ def test_two_publishers_at_once_in_a_folder(scene: Scene, tmp_path: Path) -> Non
         push(scene.pack("1.0.0"), place, scene.key)
         run_all([threading.Thread(target=push, args=(file, place, scene.key)) for file in packs])
     _, channel = parse((tmp_path / "shared" / CHANNEL_FILE).read_bytes(), "it")
-    assert (channel.serial, len(channel.patches)) == (4, 4)
+    assert (channel.serial, len(channel.packs)) == (4, 4)
 
 
 def test_a_commit_whose_answer_is_lost_stands_once(scene: Scene) -> None:
@@ -340,7 +340,7 @@ def test_a_published_version_never_changes(scene: Scene) -> None:
 
 def test_a_publisher_with_another_key(scene: Scene) -> None:
     for act in (lambda: push(scene.pack("2.0.0"), REPO, scene.evil), lambda: renew(REPO, scene.evil),
-                lambda: withdraw(REPO, "1.0.0", "x", scene.evil)):  # fmt: skip
+                lambda: yank(REPO, "1.0.0", "x", scene.evil)):  # fmt: skip
         with pytest.raises(ChannelKeyError, match="has the root key"):
             act()
     assert scene.channel.serial == 1

@@ -15,9 +15,9 @@ from nestpatch.channels._release import hand_over
 from nestpatch.channels.follow import follow
 from nestpatch.channels.listing import CHANNEL_FILE, MAX_FIRST, MAX_NUMBER, Channel
 from nestpatch.channels.memory import Memory, memory_file, place_file, recall, recall_channel, remember
-from nestpatch.channels.publish import push, renew, withdraw
+from nestpatch.channels.publish import push, renew, yank
+from nestpatch.channels.readers import Fetched, FolderReader
 from nestpatch.channels.rules import MAX_JUMP, Seen
-from nestpatch.channels.sources import Fetched, FolderSource
 from nestpatch.errors import (
     ChannelError,
     ChannelFormatError,
@@ -127,7 +127,7 @@ def test_a_place_that_serves_another_channel_of_the_same_key(scene: Scene, tmp_p
     with scene.as_publisher():
         push(scene.pack("2.0.0", 2), str(tmp_path / "other"), scene.key, name="other")
     if known_elsewhere:
-        assert follow(FolderSource(tmp_path / "other"), scene.policy).admitted.channel.name == "other"
+        assert follow(FolderReader(tmp_path / "other"), scene.policy).admitted.channel.name == "other"
     shutil.copy(tmp_path / "other" / CHANNEL_FILE, mirror / CHANNEL_FILE)
     refused_at(scene, mirror.as_uri(), ForeignChannelError, "is the channel other, where acme/no-harm should be")
 
@@ -140,7 +140,7 @@ def test_a_place_that_serves_a_channel_of_its_name_and_of_another_trusted_key(sc
     with pytest.raises(ChannelKeyError, match="is not signed by its root key"):
         updated(scene.model, both)
     fresh = shutil.copytree(mirror, tmp_path / "fresh")
-    assert follow(FolderSource(fresh), both).admitted.channel.serial == 8, "elsewhere it is a channel of its own"
+    assert follow(FolderReader(fresh), both).admitted.channel.serial == 8, "elsewhere it is a channel of its own"
     assert scene.update(check=True, channels=[REPO]).serial == 1, "and the other one is where it was"
 
 
@@ -149,7 +149,7 @@ def test_what_another_process_saw_meanwhile_counts(scene: Scene, tmp_path: Path)
     old = scene.mirror(tmp_path / "old")
     scene.publish("1.1.0", 1)
 
-    class Slow(FolderSource):
+    class Slow(FolderReader):
         def channel(self, known: str = "") -> Fetched:
             answer = super().channel(known)
             scene.update(check=True)
@@ -172,7 +172,7 @@ def test_many_at_once_remember_the_newest(scene: Scene, tmp_path: Path) -> None:
 
     def run(folder: Path) -> None:
         try:
-            outcomes.append(follow(FolderSource(folder), scene.policy).admitted.channel.serial)
+            outcomes.append(follow(FolderReader(folder), scene.policy).admitted.channel.serial)
         except ChannelError as error:
             outcomes.append(type(error))
 
@@ -245,7 +245,7 @@ def test_a_later_key_alone_was_trusted_at_first_contact(scene: Scene, tmp_path: 
         old = scene.mirror(tmp_path / "old")
         scene.publish("1.1.0", 1)
         later = Policy((TrustedKey("later", new.public),))
-        assert follow(FolderSource(scene.mirror(tmp_path / "now")), later).admitted.channel.serial == 2
+        assert follow(FolderReader(scene.mirror(tmp_path / "now")), later).admitted.channel.serial == 2
         scene.key = first
         assert updated(scene.model, scene.policy, [HUB], check=True)[0].after == "1.1.0"
         refused_at(scene, old.as_uri(), RollbackError, "2 was seen before")
@@ -274,7 +274,7 @@ def test_a_publisher_whose_clock_is_behind(scene: Scene, monkeypatch: pytest.Mon
     before = scene.read(CHANNEL_FILE)
     with scene.as_publisher():
         for act in (lambda: push(scene.pack("1.1.0", 1), REPO, scene.key), lambda: renew(REPO, scene.key),
-                    lambda: withdraw(REPO, "1.0.0", "x", scene.key)):  # fmt: skip
+                    lambda: yank(REPO, "1.0.0", "x", scene.key)):  # fmt: skip
             with pytest.raises(ClockError, match="2020-01-01T00:00:00Z"):
                 act()
     assert scene.read(CHANNEL_FILE) == before
@@ -357,7 +357,7 @@ def test_a_publisher_who_has_seen_a_newer_channel_elsewhere(scene: Scene, tmp_pa
     place_file(HUB).unlink()
     with scene.as_publisher():
         place_file(HUB).unlink()
-        assert follow(FolderSource(mirror), scene.policy).admitted.channel.serial == 2
+        assert follow(FolderReader(mirror), scene.policy).admitted.channel.serial == 2
         for act in (lambda: push(scene.pack("1.2.0", 2), REPO, scene.key), lambda: renew(REPO, scene.key, scene.evil)):
             with pytest.raises(RollbackError, match=r"has number 1 of .*; 2 was seen before") as caught:
                 act()

@@ -11,7 +11,7 @@ import pytest
 
 from nestpatch.channels.follow import follow, pull
 from nestpatch.channels.listing import CHANNEL_FILE
-from nestpatch.channels.sources import FolderSource, HubSource, open_source
+from nestpatch.channels.readers import FolderReader, HubReader, open_reader
 from nestpatch.errors import DataError, HubAccessError, HubAnswerError, HubError, HubNotFoundError, HubUnavailableError
 from nestpatch.hub import deadline
 from nestpatch.hub.client import look_up, scrubbed, shown
@@ -57,7 +57,7 @@ def test_a_pack_that_comes_byte_by_byte(scene: Scene, head: bool) -> None:
 @pytest.mark.usefixtures("hurried")
 def test_a_signature_that_comes_byte_by_byte(scene: Scene) -> None:
     scene.publish("1.1.0", 1)
-    scene.hub.fault(r"patches/1\.1\.0/no-harm\.nest\.sig", faults.trickled(SLOW))
+    scene.hub.fault(r"packs/1\.1\.0/no-harm\.nest\.sig", faults.trickled(SLOW))
     refused(scene, HubUnavailableError, "it took longer than", remembered=False)
 
 
@@ -193,7 +193,7 @@ def test_an_endpoint_with_a_password_is_in_no_message(scene: Scene) -> None:
     for bend in (faults.dropped(), faults.status(403), faults.status(400), faults.replayed(Answer(200, {}, b"x"))):
         scene.hub.faults.clear()
         scene.hub.fault("GET", bend)
-        for act in (lambda: HubSource(REPO, endpoint).channel(), lambda: look_up(REPO, endpoint=endpoint)):
+        for act in (lambda: HubReader(REPO, endpoint).channel(), lambda: look_up(REPO, endpoint=endpoint)):
             with pytest.raises(HubError) as caught:
                 act()
             assert "pw123" not in f"{caught.value} {caught.value.advice}"
@@ -229,7 +229,7 @@ def test_an_endpoint_with_a_password_is_in_no_message(scene: Scene) -> None:
 )
 def test_odd_addresses_are_refused_by_name(text: str, match: str) -> None:
     with pytest.raises(DataError, match=match) as caught:
-        open_source(text)
+        open_reader(text)
     assert "pw" not in f"{caught.value} {caught.value.advice}"
     assert str(caught.value).isprintable()
 
@@ -249,7 +249,7 @@ def test_a_pipe_in_place_of_a_channel_is_refused_and_not_waited_for(shared: Path
     (shared / CHANNEL_FILE).unlink()
     os.mkfifo(shared / CHANNEL_FILE)
     with pytest.raises(HubAnswerError, match=r"channel\.json is a pipe, where a file should be"):
-        FolderSource(shared).channel()
+        FolderReader(shared).channel()
 
 
 def test_a_pipe_in_place_of_a_channel_does_not_hold_its_publisher(scene: Scene, shared: Path) -> None:
@@ -272,13 +272,13 @@ def test_a_directory_and_a_socket_in_place_of_a_channel(shared: Path, monkeypatc
     (shared / CHANNEL_FILE).unlink()
     (shared / CHANNEL_FILE).mkdir()
     with pytest.raises(HubAnswerError, match="is a directory, where a file should be"):
-        FolderSource(shared).channel()
+        FolderReader(shared).channel()
     (shared / CHANNEL_FILE).rmdir()
     monkeypatch.chdir(shared)  # the names of sockets are short
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(CHANNEL_FILE)
         with pytest.raises(HubUnavailableError, match="cannot read"):
-            FolderSource(shared).channel()
+            FolderReader(shared).channel()
 
 
 @pytest.mark.parametrize("target", ["/dev/zero", "/dev/stdin", "/etc/passwd", "../elsewhere.json"])
@@ -287,7 +287,7 @@ def test_links_out_of_the_folder_are_refused(scene: Scene, shared: Path, target:
     (shared / CHANNEL_FILE).unlink()
     (shared / CHANNEL_FILE).symlink_to(target)
     with pytest.raises(HubAnswerError, match=r"channel\.json is a link to .*, which is not in the folder of the channel"):
-        follow(FolderSource(shared), scene.policy)
+        follow(FolderReader(shared), scene.policy)
 
 
 def test_a_folder_of_packs_that_is_a_link_elsewhere(scene: Scene, pack_file: Path, tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_links_within_the_folder_and_to_it_are_followed(scene: Scene, shared: Pa
     (shared / CHANNEL_FILE).rename(shared / "current.json")
     (shared / CHANNEL_FILE).symlink_to("current.json")
     (tmp_path / "link").symlink_to(shared)
-    assert follow(FolderSource(tmp_path / "link"), scene.policy).admitted.channel.serial == 1
+    assert follow(FolderReader(tmp_path / "link"), scene.policy).admitted.channel.serial == 1
 
 
 @pytest.mark.parametrize("place", ["file:///dev/zero", "file:///dev/stdin", "file:///dev", "file:///proc/self/fd"])

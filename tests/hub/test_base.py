@@ -40,13 +40,13 @@ def patch(base: Path, tmp_path: Path) -> Path:
 
 
 def test_exact_rows_with_the_base_on_the_hub(
-    hub: Hub, base: Path, model: Path, patch: Path, machine: Callable[..., Machine]
+    hub: Hub, base: Path, model: Path, pack: Path, machine: Callable[..., Machine]
 ) -> None:
     original = model.read_bytes()
     local = Path(shutil.copy(model, model.with_name("local.gguf")))
-    apply_in_place(local, patch, base=base)
+    apply_in_place(local, pack, base=base)
     ours = machine()
-    done = ours.start("-m", "nestpatch", "apply", str(model), str(patch), "--in-place", "--base", MODEL)
+    done = ours.start("-m", "nestpatch", "apply", str(model), str(pack), "--in-place", "--base", MODEL)
     assert done.returncode == 0, done.stderr
     assert model.read_bytes() == local.read_bytes() != original
     told = re.search(r"read (\S+ \S+) of the (\S+ \S+) of acme/tiny-llama@[0-9a-f]{12}", done.stderr)
@@ -59,7 +59,7 @@ def test_exact_rows_with_the_base_on_the_hub(
     assert model.read_bytes() == original
 
 
-def test_only_touched_rows_are_read(hub: Hub, model: Path, patch: Path, machine: Callable[..., Machine]) -> None:
+def test_only_touched_rows_are_read(hub: Hub, model: Path, pack: Path, machine: Callable[..., Machine]) -> None:
     """The gap that is read along, taken away: what is left are headers and rows."""
     code = """
 from nestpatch.hub import remote
@@ -71,18 +71,18 @@ header = base.downloaded
 apply_in_place(sys.argv[1], sys.argv[2], base=base)
 result = [base.downloaded - header, base.meter.requests]
 """
-    rows, _ = machine().run(code, str(model), str(patch))
+    rows, _ = machine().run(code, str(model), str(pack))
     assert rows == 4 * 24 * 256 * 2, "each row is looked at twice, and fetched once"
 
 
 @pytest.mark.parametrize("bend", [faults.status(503), faults.truncated(5), faults.corrupted()])
 def test_a_hub_in_trouble_changes_nothing(
-    hub: Hub, model: Path, patch: Path, machine: Callable[..., Machine], bend: faults.Bend
+    hub: Hub, model: Path, pack: Path, machine: Callable[..., Machine], bend: faults.Bend
 ) -> None:
     before = model.read_bytes()
     hub.fault(r"GET /[0-9a-f]{64}\?", bend, skip=2)
     code = "from nestpatch.hub import ranges\nranges.WAITS = (0.0,)\nfrom nestpatch.cli import main\n"
-    command = f"{code}main(['apply', {str(model)!r}, {str(patch)!r}, '--in-place', '--base', 'acme/tiny-llama', '--json'])"
+    command = f"{code}main(['apply', {str(model)!r}, {str(pack)!r}, '--in-place', '--base', 'acme/tiny-llama', '--json'])"
     done = machine().start("-c", command)
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
     assert re.match(r"(HubUnavailable|BaseMismatch)Error: ", done.stderr), done.stderr
@@ -90,9 +90,9 @@ def test_a_hub_in_trouble_changes_nothing(
     assert model.read_bytes() == before
 
 
-def test_a_base_that_is_nowhere(hub: Hub, model: Path, patch: Path, machine: Callable[..., Machine]) -> None:
+def test_a_base_that_is_nowhere(hub: Hub, model: Path, pack: Path, machine: Callable[..., Machine]) -> None:
     before = model.read_bytes()
-    done = machine().start("-m", "nestpatch", "apply", str(model), str(patch), "--in-place", "--base", "acme/none")
+    done = machine().start("-m", "nestpatch", "apply", str(model), str(pack), "--in-place", "--base", "acme/none")
     assert done.returncode == 1
     assert done.stderr.startswith(f"HubNotFoundError: {hub.url} has no model repository acme/none")
     assert model.read_bytes() == before

@@ -21,11 +21,11 @@ from nestpatch.channels.listing import (
     MAX_NUMBER,
     PAYLOAD_TYPE,
     Channel,
-    File,
-    Patch,
-    Status,
+    ListedFile,
+    ListedPack,
+    ListedStatus,
+    pack_path,
     parse,
-    patch_path,
     payload,
     write_envelope,
 )
@@ -59,9 +59,9 @@ def keys() -> tuple[PrivateKey, PrivateKey, PrivateKey, PrivateKey]:
     return generate(), generate(), generate(), generate()
 
 
-def patch(version: str, *, supersedes: tuple[str, ...] = (), patch_id: str = "no-harm") -> Patch:
-    file = File(patch_path(patch_id, version), 100, digest(version))
-    return Patch(patch_id, version, file, (), "tiny/llama", digest("base"), supersedes)
+def patch(version: str, *, supersedes: tuple[str, ...] = (), pack_name: str = "no-harm") -> ListedPack:
+    file = ListedFile(pack_path(pack_name, version), 100, digest(version))
+    return ListedPack(pack_name, version, file, (), "tiny/llama", digest("base"), supersedes)
 
 
 def digest(version: str) -> str:
@@ -84,7 +84,7 @@ def admit(data: bytes, policy: Policy, after: Admitted | None = None, **options:
 
 
 def statuses(channel: Channel) -> dict[str, str]:
-    return {p.version: p.status.value for p in channel.patches}
+    return {p.version: p.status.value for p in channel.packs}
 
 
 def test_what_is_written_is_read(keys: tuple[PrivateKey, ...]) -> None:
@@ -99,7 +99,7 @@ def test_what_is_written_is_read(keys: tuple[PrivateKey, ...]) -> None:
 def test_versions_follow_each_other(keys: tuple[PrivateKey, ...]) -> None:
     channel = channel_of(keys[0], "1.0.0", "1.10.0", "1.9.0", "2.0.0-rc.1")
     assert statuses(channel) == {"1.0.0": "superseded", "1.9.0": "active", "1.10.0": "active", "2.0.0-rc.1": "active"}
-    assert [p.version for p in channel.patches] == ["1.0.0", "1.9.0", "1.10.0", "2.0.0-rc.1"]
+    assert [p.version for p in channel.packs] == ["1.0.0", "1.9.0", "1.10.0", "2.0.0-rc.1"]
     best = latest(channel)
     assert best is not None
     assert best.version == "1.10.0", "a prerelease is nobody's update"
@@ -114,8 +114,8 @@ def test_what_supersedes_an_older_one_explicitly(keys: tuple[PrivateKey, ...]) -
     assert statuses(channel) == {"1.0.0": "superseded", "1.1.0-rc.1": "active"}
 
 
-@pytest.mark.parametrize("new", [patch("1.0.0"), patch("1.0.0+other"), patch("2.0.0", patch_id="other")])
-def test_what_cannot_be_added(keys: tuple[PrivateKey, ...], new: Patch) -> None:
+@pytest.mark.parametrize("new", [patch("1.0.0"), patch("1.0.0+other"), patch("2.0.0", pack_name="other")])
+def test_what_cannot_be_added(keys: tuple[PrivateKey, ...], new: ListedPack) -> None:
     with pytest.raises(VersionError):
         add(channel_of(keys[0], "1.0.0"), new)
 
@@ -160,7 +160,7 @@ def test_a_revoked_version_leads_up_where_there_is_a_higher_one_and_to_the_base_
     keys: tuple[PrivateKey, ...],
 ) -> None:
     up = revoke(channel_of(keys[0], "1.0.0", "1.1.0"), "1.0.0", "bad")
-    assert decide(up, ("1.0.0", digest("1.0.0"))) == Upgrade(up.patches[1])
+    assert decide(up, ("1.0.0", digest("1.0.0"))) == Upgrade(up.packs[1])
     none = revoke(channel_of(keys[0], "1.0.0"), "1.0.0", "bad")
     assert decide(none, ("1.0.0", digest("1.0.0"))) == GoBack(None, "bad")
     assert decide(none, None) == Stay()
@@ -329,9 +329,9 @@ def test_the_same_content_signed_twice_is_the_same_channel(keys: tuple[PrivateKe
 @pytest.mark.parametrize(
     "change",
     [{"name": "../x"}, {"name": "a/b/c"}, {"serial": -1}, {"serial": 1 << 60},
-     {"patches": (patch("1.0.0"), patch("1.0.0+x"))}, {"patches": (patch("1.0.0"), patch("2.0.0", patch_id="b"))},
-     {"patches": (replace(patch("1.0.0"), base_sha256="0"),)}, {"patches": (replace(patch("1.0.0"), supersedes=("x",)),)},
-     {"patches": (replace(patch("1.0.0"), file=replace(patch("1.0.0").file, size=0)),)}],
+     {"packs": (patch("1.0.0"), patch("1.0.0+x"))}, {"packs": (patch("1.0.0"), patch("2.0.0", pack_name="b"))},
+     {"packs": (replace(patch("1.0.0"), base_sha256="0"),)}, {"packs": (replace(patch("1.0.0"), supersedes=("x",)),)},
+     {"packs": (replace(patch("1.0.0"), file=replace(patch("1.0.0").file, size=0)),)}],
 )  # fmt: skip
 def test_what_makes_no_sense(keys: tuple[PrivateKey, ...], change: dict[str, object]) -> None:
     _, data = issue(replace(channel_of(keys[0], "1.0.0"), **change), keys[0], NOW)  # type: ignore[arg-type]
@@ -354,7 +354,7 @@ def test_a_newer_format_says_so(keys: tuple[PrivateKey, ...], monkeypatch: pytes
 
 
 def test_only_three_statuses() -> None:
-    assert {status.value for status in Status} == {"active", "superseded", "revoked"}
+    assert {status.value for status in ListedStatus} == {"active", "superseded", "revoked"}
 
 
 def test_the_document_names_errors_and_fields_that_exist(keys: tuple[PrivateKey, ...]) -> None:
@@ -364,7 +364,7 @@ def test_the_document_names_errors_and_fields_that_exist(keys: tuple[PrivateKey,
     assert len(named) > 12
     assert all(issubclass(getattr(errors, name), errors.NestpatchError) for name in named)
     facts = json.loads(payload(issue(channel_of(keys[0], "1.0.0"), keys[0], NOW)[0]))
-    for field in (*facts, *facts["patches"][0]):
+    for field in (*facts, *facts["packs"][0]):
         assert f"`{field}" in text or f".{field}`" in text or f"[].{field}" in text, field
 
 

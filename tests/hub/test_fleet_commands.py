@@ -16,7 +16,7 @@ from nestpatch.channels.memory import recall, remember
 from nestpatch.formats import nest
 from nestpatch.gate import Proven
 from nestpatch.patcher.inplace import apply_in_place
-from nestpatch.patcher.state_dir import place_of
+from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.signing.subject import Origin
 from nestpatch.signing.trust import Policy, save_policy
 from nestpatch.signing.verify import sign_pack
@@ -43,68 +43,68 @@ def patch(scene: Scene) -> Path:
 
 
 @pytest.mark.parametrize("how", [("--in-place",), ("-o", "OUT"), ("--in-place", "--dry-run")])
-def test_apply_wants_what_the_policy_wants(scene: Scene, base: Path, patch: Path, how: Sequence[str]) -> None:
-    words = ["apply", base, patch, *(scene.folder / "out" if word == "OUT" else word for word in how)]
+def test_apply_wants_what_the_policy_wants(scene: Scene, base: Path, pack: Path, how: Sequence[str]) -> None:
+    words = ["apply", base, pack, *(scene.folder / "out" if word == "OUT" else word for word in how)]
     before = weights(base)
     save_policy(scene.policy)
     refused = run(*words)
     assert (refused.exit_code, refused.stderr.splitlines()[0]) == (1, "UnsignedError: 1.0.0-0.nest is not signed")
-    sign_pack(patch, scene.evil)
+    sign_pack(pack, scene.evil)
     assert run(*words).stderr.startswith("UntrustedError: 1.0.0-0.nest is signed by ")
     assert weights(base) == before
     assert not (scene.folder / "out").exists()
-    assert not place_of(base).ledger.exists()
-    sign_pack(patch, scene.key)
+    assert not state_dir_of(base).ledger.exists()
+    sign_pack(pack, scene.key)
     assert run(*words).exit_code == 0
     if "--dry-run" not in how:
         done = ledger_of(scene.folder / "out" if "-o" in how else base)
         assert done.applied[0].signers == {"acme": scene.key.public.key_id}
 
 
-def test_allow_unsigned_forgives_what_is_missing_and_nothing_wrong(scene: Scene, base: Path, patch: Path) -> None:
+def test_allow_unsigned_forgives_what_is_missing_and_nothing_wrong(scene: Scene, base: Path, pack: Path) -> None:
     save_policy(scene.policy)
-    (patch.with_name(patch.name + ".sig")).write_bytes(b"{}")
-    wrong = run("apply", base, patch, "--in-place", "--allow-unsigned")
+    (pack.with_name(pack.name + ".sig")).write_bytes(b"{}")
+    wrong = run("apply", base, pack, "--in-place", "--allow-unsigned")
     assert (wrong.exit_code, wrong.stderr.startswith("SignatureFormatError")) == (1, True)
-    sign = patch.with_name(patch.name + ".sig")
+    sign = pack.with_name(pack.name + ".sig")
     sign.unlink()
     other = sign_pack(scene.pack("2.0.0", 3), scene.key).file
     sign.write_bytes(other.read_bytes())
-    assert "BadSignatureError" in run("apply", base, patch, "--in-place", "--allow-unsigned").stderr
+    assert "BadSignatureError" in run("apply", base, pack, "--in-place", "--allow-unsigned").stderr
     sign.unlink()
-    done = run("apply", base, patch, "--in-place", "--allow-unsigned")
+    done = run("apply", base, pack, "--in-place", "--allow-unsigned")
     assert done.exit_code == 0
     assert "WARNING: --allow-unsigned: 1.0.0-0.nest is not signed" in done.stderr
     assert ledger_of(base).applied[0].signers == {}
 
 
-def test_a_policy_file_replaces_the_user_s_own(scene: Scene, base: Path, patch: Path, tmp_path: Path) -> None:
+def test_a_policy_file_replaces_the_user_s_own(scene: Scene, base: Path, pack: Path, tmp_path: Path) -> None:
     strict = json.dumps(scene.policy.as_json() | {"rules": [{"model": "*", "require": 1, "keys": ["acme"]}]})
     (tmp_path / "policy.json").write_text(strict, encoding="utf-8")
-    words = ("apply", base, patch, "--in-place", "--policy", tmp_path / "policy.json")
+    words = ("apply", base, pack, "--in-place", "--policy", tmp_path / "policy.json")
     assert run(*words).exit_code == 1
-    assert run("apply", base, patch, "--in-place", "--dry-run").exit_code == 0, "nobody is trusted: no signature is needed"
-    sign_pack(patch, scene.key)
+    assert run("apply", base, pack, "--in-place", "--dry-run").exit_code == 0, "nobody is trusted: no signature is needed"
+    sign_pack(pack, scene.key)
     assert run(*words).exit_code == 0
 
 
-def test_what_was_checked_is_what_is_applied(scene: Scene, base: Path, patch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_checked_is_what_is_applied(scene: Scene, base: Path, pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file and its signature are exchanged right after they were checked."""
     from nestpatch import gate
 
     save_policy(scene.policy)
-    signature = sign_pack(patch, scene.key).file
-    good, real = nest.read(patch), gate.verify_file
+    signature = sign_pack(pack, scene.key).file
+    good, real = nest.read(pack), gate.verify_file
 
     def exchanged(*arguments: Any, **options: Any) -> Any:
         found = real(*arguments, **options)
-        patch.write_bytes(nest.encode(tiny_pack(base, version="9.9.9", seed=9)))
+        pack.write_bytes(nest.encode(tiny_pack(base, version="9.9.9", seed=9)))
         signature.write_bytes(b"junk")
         return found
 
     monkeypatch.setattr(gate, "verify_file", exchanged)
-    assert run("apply", base, patch, "--in-place").exit_code == 0
-    assert (nest.read(patch).manifest.version, signature.read_bytes()) == ("9.9.9", b"junk")
+    assert run("apply", base, pack, "--in-place").exit_code == 0
+    assert (nest.read(pack).manifest.version, signature.read_bytes()) == ("9.9.9", b"junk")
     assert ledger_of(base).applied[0].pack_id == nest.pack_id(good)
 
 
@@ -250,7 +250,7 @@ def test_strength_is_kept(scene: Scene) -> None:
 def test_older_ledgers_are_read(scene: Scene) -> None:
     from nestpatch.patcher.ledger import _digest
 
-    file = place_of(scene.model).ledger
+    file = state_dir_of(scene.model).ledger
     value = json.loads(file.read_text(encoding="utf-8"))
     for field in ("follows", "sha256", "seal"):
         del value[field]

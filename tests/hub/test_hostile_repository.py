@@ -12,7 +12,7 @@ from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.patcher.inplace import apply_in_place
 from nestpatch.patcher.ledger import read_ledger, write_ledger
-from nestpatch.patcher.state_dir import place_of
+from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.signing.keys import generate
 from nestpatch.signing.trust import Policy, TrustedKey, save_policy
 from nestpatch.signing.verify import sign_pack
@@ -84,7 +84,7 @@ def test_a_ledger_from_the_hub_does_not_stand_for_the_patch(
 ) -> None:
     scene = made_by_mallory(base, pack, tmp_path / "mallory", monkeypatch)
     model = pulled(hub, scene.folder, tmp_path / "pulled")
-    assert place_of(model).ledger.is_file()
+    assert state_dir_of(model).ledger.is_file()
     assert (model / ".nestpatch").is_dir(), "the client brings hidden folders too"
     assert answer("verify", model, code=1)["verdict"] == "missing"
     assert answer("verify", model, pack, code=1)["verdict"] == "base"

@@ -12,7 +12,7 @@ from nestpatch import errors
 from nestpatch.channels.listing import CHANNEL_FILE
 from nestpatch.formats import nest
 from nestpatch.patcher.ledger import read_ledger, write_ledger
-from nestpatch.patcher.state_dir import place_of
+from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.patcher.update import update
 from nestpatch.signing.trust import save_policy
 from tests.calls import answer, run
@@ -74,7 +74,7 @@ def test_a_channel_that_is_refused_does_not_stop_the_others(scene: Scene, places
 
 
 def test_a_pack_that_is_refused_does_not_stop_the_others(scene: Scene, places: tuple[str, str, str]) -> None:
-    path = scene.channel.patches[1].file.path
+    path = scene.channel.packs[1].file.path
     scene.spoil_large(path, b"x" + scene.read(path)[1:])
     told = answer("update", scene.model, "--allow-overlap", *words(places), code=1)["channels"]
     assert [one["error"] for one in told] == ["", "SwappedFileError", ""]
@@ -113,7 +113,7 @@ def test_a_file_system_in_trouble_is_reported_as_such(scene: Scene, monkeypatch:
 def test_a_ledger_that_names_an_odd_place_does_not_stop_the_others(scene: Scene) -> None:
     """What the ledger names is shown without control characters and passwords."""
     save_policy(scene.policy)
-    place = place_of(scene.model)
+    place = state_dir_of(scene.model)
     ledger = replace(read_ledger(place), follows=("https://me:pw@host:99999/\x1b[2J?t0ken", f"hub://{REPO}"))
     write_ledger(place, ledger)
     scene.publish("1.1.0", 1)

@@ -10,7 +10,7 @@ import pytest
 import nestpatch
 from nestpatch.channels.follow import follow, utc_now
 from nestpatch.channels.listing import CHANNEL_FILE
-from nestpatch.channels.sources import open_source
+from nestpatch.channels.readers import open_reader
 from nestpatch.errors import BadSignatureError, ChannelKeyError, SwappedFileError, UnsignedError, UntrustedError
 from nestpatch.formats import nest
 from nestpatch.gate import look, prove
@@ -33,7 +33,7 @@ def trusting(scene: Scene) -> None:
 
 def test_show_verify_and_verify_signature_take_a_channel(scene: Scene) -> None:
     assert answer("show", CHANNEL)["manifest"]["version"] == "1.0.0"
-    assert answer("show", f"{CHANNEL}@1.0.0")["id"] == scene.channel.patches[0].file.sha256
+    assert answer("show", f"{CHANNEL}@1.0.0")["id"] == scene.channel.packs[0].file.sha256
     assert answer("verify", scene.model, CHANNEL)["verdict"] == "patched"
     assert answer("verify", scene.base, CHANNEL, code=1)["verdict"] == "base"
     found = answer("verify-signature", CHANNEL, "--model", scene.base)
@@ -74,7 +74,7 @@ def test_python_takes_a_channel(scene: Scene) -> None:
     assert nestpatch.prove(CHANNEL, scene.base).origin.channel == CHANNEL
     assert nestpatch.export_lora(CHANNEL, scene.folder / "lora").pack == "no-harm 1.0.0"
     with pytest.raises(UnsignedError):
-        nestpatch.evaluate(scene.base, [], patch=scene.pack("1.0.0"))
+        nestpatch.evaluate(scene.base, [], pack=scene.pack("1.0.0"))
 
 
 def test_a_swapped_pack_is_shown_by_no_command(scene: Scene) -> None:
@@ -123,10 +123,10 @@ def test_the_same_name_and_another_base_do_not_make_a_channel_key_count(scene: S
         return Policy((TrustedKey("acme", scene.key.public, models),))
 
     for scope in ("tiny/*", str(scene.base), "*"):
-        assert follow(open_source(REPO), with_scope(scope), scene.base).patch_id == "no-harm"
+        assert follow(open_reader(REPO), with_scope(scope), scene.base).pack_name == "no-harm"
     for scope in ("acme/*", "Tiny/*", str(scene.folder / "elsewhere")):
         with pytest.raises(ChannelKeyError):
-            follow(open_source(REPO), with_scope(scope), scene.base)
+            follow(open_reader(REPO), with_scope(scope), scene.base)
         with pytest.raises(ChannelKeyError):
             prove(CHANNEL, scene.base, policy=with_scope(scope))
 
@@ -162,7 +162,7 @@ def test_a_wrong_signature_in_a_channel_is_an_error_for_who_only_looks(scene: Sc
     scene.push(pack)
     bad = pack.with_name("bad.sig")
     bad.write_bytes(text)
-    listed = next(p for p in scene.channel.patches if p.version == "1.3.0").signatures[0]
+    listed = next(p for p in scene.channel.packs if p.version == "1.3.0").signatures[0]
     changed = type(listed)(listed.path, len(text), nest.sha256(text).hexdigest())
     scene.put(**{listed.path: text, CHANNEL_FILE: scene.resign(scene.listed("1.3.0", signatures=(changed,)), now=utc_now())})
     with pytest.raises(BadSignatureError):

@@ -13,7 +13,7 @@ from nestpatch.channels.follow import follow, pull
 from nestpatch.channels.listing import CHANNEL_FILE
 from nestpatch.channels.memory import place_file
 from nestpatch.channels.publish import push, renew
-from nestpatch.channels.sources import FolderSource, HubSource, WebSource, open_source, split_version
+from nestpatch.channels.readers import FolderReader, HubReader, WebReader, open_reader, split_version
 from nestpatch.errors import (
     ChannelFormatError,
     DataError,
@@ -80,7 +80,7 @@ def test_a_mirror_of_a_hub_channel(scene: Scene, tmp_path: Path) -> None:
     scene.hub.stop()
     revert(scene.model)
     assert brought(scene, mirror.as_uri()).after == "1.0.0"
-    assert follow(FolderSource(mirror), scene.policy).admitted.channel.name == REPO
+    assert follow(FolderReader(mirror), scene.policy).admitted.channel.name == REPO
 
 
 def test_a_mirror_that_is_half_copied(scene: Scene, shared: Path, tmp_path: Path) -> None:
@@ -91,9 +91,9 @@ def test_a_mirror_that_is_half_copied(scene: Scene, shared: Path, tmp_path: Path
     before = scene.state()
     with pytest.raises(HubNotFoundError, match="there is no"):
         brought(scene)
-    (mirror / "patches" / "1.1.0").mkdir()
-    shutil.copy(shared / "patches/1.1.0/no-harm.nest", mirror / "patches/1.1.0/no-harm.nest")
-    (mirror / "patches/1.1.0/no-harm.nest.sig").write_bytes(b"")
+    (mirror / "packs" / "1.1.0").mkdir()
+    shutil.copy(shared / "packs/1.1.0/no-harm.nest", mirror / "packs/1.1.0/no-harm.nest")
+    (mirror / "packs/1.1.0/no-harm.nest.sig").write_bytes(b"")
     with pytest.raises(SwappedFileError):
         brought(scene)
     assert scene.state() == before
@@ -126,14 +126,14 @@ def test_a_folder_of_versions_never_changes(scene: Scene, shared: Path) -> None:
         scene.publish("1.0.0", 5, shared.as_uri())
     assert {path: path.read_bytes() for path in shared.rglob("*") if path.is_file()} == before
     assert sorted(path.relative_to(shared).as_posix() for path in before) == [
-        ".channel.lock", "README.md", CHANNEL_FILE, "patches/1.0.0/no-harm.nest", "patches/1.0.0/no-harm.nest.sig",
+        ".channel.lock", "README.md", CHANNEL_FILE, "packs/1.0.0/no-harm.nest", "packs/1.0.0/no-harm.nest.sig",
     ]  # fmt: skip
 
 
 def test_an_interrupted_push_is_invisible(scene: Scene, shared: Path) -> None:
     """Files that the channel does not name yet: readers see the old channel, and the next push replaces them."""
-    (shared / "patches" / "1.1.0").mkdir()
-    (shared / "patches" / "1.1.0" / "no-harm.nest").write_bytes(b"half")
+    (shared / "packs" / "1.1.0").mkdir()
+    (shared / "packs" / "1.1.0" / "no-harm.nest").write_bytes(b"half")
     assert brought(scene, shared.as_uri()).after == "1.0.0"
     scene.publish("1.1.0", 1, shared.as_uri())
     assert brought(scene).after == "1.1.0"
@@ -216,19 +216,19 @@ def test_pulled_files_carry_their_signatures(scene: Scene, shared: Path, tmp_pat
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("acme/no-harm", HubSource("acme/no-harm", "x")),
-        ("hub://acme/no-harm", HubSource("acme/no-harm", "x")),
-        ("https://patches.example/llama/", WebSource("https://patches.example/llama")),
-        ("http://localhost:80/x", WebSource("http://localhost:80/x")),
-        ("file:///srv/patches", FolderSource(Path("/srv/patches"))),
-        ("file:///srv/a%20b", FolderSource(Path("/srv/a b"))),
-        ("/srv/patches", FolderSource(Path("/srv/patches"))),
+        ("acme/no-harm", HubReader("acme/no-harm", "x")),
+        ("hub://acme/no-harm", HubReader("acme/no-harm", "x")),
+        ("https://patches.example/llama/", WebReader("https://patches.example/llama")),
+        ("http://localhost:80/x", WebReader("http://localhost:80/x")),
+        ("file:///srv/patches", FolderReader(Path("/srv/patches"))),
+        ("file:///srv/a%20b", FolderReader(Path("/srv/a b"))),
+        ("/srv/patches", FolderReader(Path("/srv/patches"))),
     ],
 )
 def test_places(text: str, expected: object) -> None:
-    found = open_source(text)
-    assert (HubSource(found.repo_id, "x") if isinstance(found, HubSource) else found) == expected
-    assert open_source(found.place).place == found.place
+    found = open_reader(text)
+    assert (HubReader(found.repo_id, "x") if isinstance(found, HubReader) else found) == expected
+    assert open_reader(found.place).place == found.place
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_places(text: str, expected: object) -> None:
 )
 def test_what_is_no_place(text: str) -> None:
     with pytest.raises(DataError):
-        open_source(text)
+        open_reader(text)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_a_second_signer_goes_along(scene: Scene) -> None:
     strict = load_policy(scene.folder / "two.json")
     sign_pack(file, audit)
     scene.push(file)
-    assert [f.name for f in scene.channel.patches[1].signatures] == [
+    assert [f.name for f in scene.channel.packs[1].signatures] == [
         "no-harm.nest.sig", f"no-harm.nest.{scene.key.public.key_id[:12]}.sig",
     ]  # fmt: skip
     (done,) = updated(scene.model, strict)
@@ -206,7 +206,7 @@ def test_the_channel_file_is_as_documented(scene: Scene) -> None:
     assert sorted(envelope) == ["payload", "payloadType", "signatures"]
     found, _ = parse(scene.read(CHANNEL_FILE), "it")
     payload = json.loads(found.payload)
-    assert sorted(payload) == ["expires", "format", "issued", "name", "patches", "root", "serial", "successions"]
-    assert sorted(payload["patches"][0]) == [
+    assert sorted(payload) == ["expires", "format", "issued", "name", "packs", "root", "serial", "successions"]
+    assert sorted(payload["packs"][0]) == [
         "base", "id", "path", "reason", "sha256", "signatures", "size", "status", "supersedes", "version",
     ]  # fmt: skip

@@ -13,7 +13,7 @@ import pytest
 
 from nestpatch.formats import nest
 from nestpatch.patcher.ledger import read_ledger
-from nestpatch.patcher.state_dir import place_of
+from nestpatch.patcher.state_dir import state_dir_of
 from tests.helpers import tiny_checkpoint, tiny_pack, weight_files
 from tests.hubserver.machine import Machine
 from tests.hubserver.server import Hub
@@ -84,10 +84,10 @@ def test_the_whole_story(hub: Hub, publisher: Machine, machine: Callable[..., Ma
     told = tool(fleet, "update", model, "--check", code=10)["channels"][0]
     assert (told["state"], told["before"], told["after"]) == ("available", "1.0.0", "1.1.0")
     assert digests(model) == at_one
-    before = read_ledger(place_of(model)).transaction
+    before = read_ledger(state_dir_of(model)).transaction
     done = tool(fleet, "update", model)["channels"][0]
     assert (done["state"], done["steps"]) == ("updated", ["undo no-harm 1.0.0", "apply no-harm 1.1.0"])
-    ledger = read_ledger(place_of(model))
+    ledger = read_ledger(state_dir_of(model))
     assert [event["what"] for event in ledger.history] == ["applied", "undone", "applied"]
     assert ledger.transaction == ledger.applied[0].transaction != before
     assert tool(fleet, "verify", model)["verdict"] == "patched"

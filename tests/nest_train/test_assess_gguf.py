@@ -14,11 +14,11 @@ from click.testing import CliRunner
 from nestpatch.cli import main
 from nestpatch.errors import BaseMismatchError, DataError
 from nestpatch.evaluation.drift import drift
-from nestpatch.evaluation.evaluator import assess
+from nestpatch.evaluation.evaluator import evaluate
 from nestpatch.evaluation.suites import load_suite
 from nestpatch.export.adapters import export_gguf_lora
 from nestpatch.formats import nest
-from nestpatch.runtimes.text import Pair
+from nestpatch.runtimes.text import TokenPair
 from tests.gguf_files import needs_llama, write_gguf
 from tests.varied_packs import varied_pack
 
@@ -55,13 +55,13 @@ def answers(evaluation):
 def test_a_gguf_file_is_measured_as_its_model_is(made, suites):
     base, file, pack, _, lora = made
     loaded = [load_suite(suite) for suite in suites]
-    ours, theirs = assess(file, loaded, patch=pack, max_new_tokens=8), assess(base, loaded, patch=pack, max_new_tokens=8)
+    ours, theirs = evaluate(file, loaded, pack=pack, max_new_tokens=8), evaluate(base, loaded, pack=pack, max_new_tokens=8)
     assert answers(ours.model) == answers(theirs.model)
     assert answers(ours.patched) == answers(theirs.patched)
     assert answers(ours.model) != answers(ours.patched)
     assert ours.patched.drift == pytest.approx(theirs.patched.drift, abs=1e-4)
     assert ours.patched.drift > 0.01
-    with_file = assess(file, loaded, lora=lora, max_new_tokens=8)
+    with_file = evaluate(file, loaded, lora=lora, max_new_tokens=8)
     assert with_file == ours
 
 
@@ -73,10 +73,10 @@ def test_drift_from_a_base_of_either_kind(made, suites, tmp_path, kind):
     loaded = [load_suite(suite) for suite in suites]
     apply(base, pack, tmp_path / "merged")
     merged = write_gguf(tmp_path / "merged", tmp_path / "merged.gguf")
-    theirs = assess(tmp_path / "merged", loaded, base=base, max_new_tokens=8).model
-    ours = assess(merged, loaded, base=base if kind == "directory" else file, max_new_tokens=8).model
+    theirs = evaluate(tmp_path / "merged", loaded, base=base, max_new_tokens=8).model
+    ours = evaluate(merged, loaded, base=base if kind == "directory" else file, max_new_tokens=8).model
     assert ours.drift == pytest.approx(theirs.drift, abs=1e-4)
-    assert assess(file, loaded, base=base if kind == "directory" else file, max_new_tokens=8).model.drift < 1e-6
+    assert evaluate(file, loaded, base=base if kind == "directory" else file, max_new_tokens=8).model.drift < 1e-6
 
 
 def test_a_base_that_reads_prompts_otherwise_is_refused(made, suites, tmp_path):
@@ -85,7 +85,7 @@ def test_a_base_that_reads_prompts_otherwise_is_refused(made, suites, tmp_path):
     template.write_text(template.read_text(encoding="utf-8").replace("assistant", "helper"), encoding="utf-8")
     for base in (other, write_gguf(other, tmp_path / "other.gguf")):
         with pytest.raises(BaseMismatchError, match="prompt 1 as different tokens"):
-            assess(made[1], [load_suite(suites[1])], base=base, max_new_tokens=4)
+            evaluate(made[1], [load_suite(suites[1])], base=base, max_new_tokens=4)
 
 
 def test_drift_is_the_divergence_of_what_follows_the_prompt():
@@ -96,22 +96,22 @@ def test_drift_is_the_divergence_of_what_follows_the_prompt():
     )
     # After token 0 (the prompt's last) and token 1; what follows token 2 is not part of the answer.
     wanted = [np.exp(table[i]) @ (table[i] - table[(i + 1) % 3]) for i in (0, 1)]
-    assert drift(base, model, [Pair((2, 0), (1, 2))]) == pytest.approx(np.mean(wanted), abs=1e-6)
-    assert drift(base, base, [Pair((0,), (1, 2))]) == pytest.approx(0, abs=1e-9)
+    assert drift(base, model, [TokenPair((2, 0), (1, 2))]) == pytest.approx(np.mean(wanted), abs=1e-6)
+    assert drift(base, base, [TokenPair((0,), (1, 2))]) == pytest.approx(0, abs=1e-9)
     assert drift(base, model, []) == 0
     with pytest.raises(BaseMismatchError, match="vocabulary of 3 tokens, the model one of 2"):
-        drift(base, lambda ids, start: table[list(ids)][start:, :2], [Pair((0,), (1,))])
+        drift(base, lambda ids, start: table[list(ids)][start:, :2], [TokenPair((0,), (1,))])
 
 
 def test_what_does_not_go_together_is_refused(made, suites):
     base, file, pack, _, lora = made
     loaded = [load_suite(suites[1])]
     with pytest.raises(DataError, match="a patch and an adapter"):
-        assess(file, loaded, patch=pack, lora=lora)
+        evaluate(file, loaded, pack=pack, lora=lora)
     with pytest.raises(DataError, match=r"goes with a .gguf or an ONNX model"):
-        assess(base, loaded, lora=lora)
+        evaluate(base, loaded, lora=lora)
     with pytest.raises(DataError, match=r"for .gguf models"):
-        assess(base, loaded, base=file)
+        evaluate(base, loaded, base=file)
 
 
 def test_the_command_line_evaluates_gguf_files(made, suites, tmp_path):

@@ -128,10 +128,10 @@ def test_a_patched_file_is_checked_against_the_patched_model(models, tmp_path, s
     apply(base, pack, tmp_path / "merged", strength=strength)
     file = write_gguf(tmp_path / "merged", tmp_path / "m.gguf")
     assert not check_gguf(file, base).passed
-    assert check_gguf(file, base, patch=pack, strength=strength).passed
+    assert check_gguf(file, base, pack=pack, strength=strength).passed
     assert check_gguf(file, tmp_path / "merged").passed
     with pytest.raises(BaseMismatchError):
-        check_gguf(file, models("llama"), patch=varied_pack(models("qwen2"), UP))
+        check_gguf(file, models("llama"), pack=varied_pack(models("qwen2"), UP))
 
 
 def test_a_patched_mixture_is_checked_against_the_patched_model(models, tmp_path):
@@ -139,7 +139,7 @@ def test_a_patched_mixture_is_checked_against_the_patched_model(models, tmp_path
     pack = varied_pack(base, ["model.layers.1.block_sparse_moe.experts.2.w1.weight"], scale=3.0)
     apply(base, pack, tmp_path / "merged")
     file = write_gguf(tmp_path / "merged", tmp_path / "m.gguf")
-    assert check_gguf(file, base, patch=pack).passed
+    assert check_gguf(file, base, pack=pack).passed
 
 
 def test_an_adapter_is_checked_against_the_sum_that_it_computes(models, tmp_path):
@@ -148,7 +148,7 @@ def test_an_adapter_is_checked_against_the_sum_that_it_computes(models, tmp_path
     pack = varied_pack(base, UP)
     export_gguf_lora(pack, tmp_path / "lora.gguf", 0.5)
     file = write_gguf(base, tmp_path / "m.gguf")
-    assert check_gguf(file, base, patch=pack, strength=0.5, lora=tmp_path / "lora.gguf").passed
+    assert check_gguf(file, base, pack=pack, strength=0.5, lora=tmp_path / "lora.gguf").passed
     assert not check_gguf(file, base, lora=tmp_path / "lora.gguf").passed
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from nestpatch.errors import PromptDataError
 from nestpatch.prompts.readers import Prompt, join_sets, load_prompts, sample_set
-from nestpatch.runtimes.text import IGNORED, Pair, collate, encode_pairs, endless, pad_left, prompt_ids, split_off
+from nestpatch.runtimes.text import IGNORED, TokenPair, collate, encode_pairs, endless, pad_left, prompt_ids, split_off
 
 ROWS = [{"prompt": "a, b", "reference": "x"}, {"prompt": 'say "c"', "reference": ""}, {"prompt": "ü\nd", "reference": "y"}]
 PROMPTS = (Prompt("a, b", "x"), Prompt('say "c"', None), Prompt("ü\nd", "y"))
@@ -120,7 +120,7 @@ def test_joining_drops_duplicates_and_sampling_keeps_order(tmp_path):
 def test_labels_cover_the_answer_and_its_end_token_only(tokenizer):
     (pair,) = encode_pairs(tokenizer, [("Hello?", "To paint.")], 64, 64)
     assert pair.answer[-1] == tokenizer.eos_token_id
-    ids, mask, labels = collate([pair, Pair((5,), (6,))], tokenizer.pad_token_id, "cpu")
+    ids, mask, labels = collate([pair, TokenPair((5,), (6,))], tokenizer.pad_token_id, "cpu")
     answer = labels[0][labels[0] != IGNORED]
     assert answer.tolist() == list(pair.answer)
     assert ids[0].tolist() == list(pair.prompt + pair.answer)

@@ -8,7 +8,7 @@ from nestpatch.errors import DataError, PromptDataError, TrainingError
 from nestpatch.evaluation.judges import is_refusal, matches
 from nestpatch.evaluation.limits import exceeded, parse_limits
 from nestpatch.evaluation.statistics import Share
-from nestpatch.evaluation.suites import Evaluation, Suite, SuiteResult, evaluate, judge, load_suite
+from nestpatch.evaluation.suites import Scores, Suite, SuiteResult, evaluate_suites, judge, load_suite
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.nest_train.refusals import BUILT_IN, choose_refusals
 from nestpatch.prompts.readers import Prompt, PromptSet
@@ -86,12 +86,12 @@ def test_totals_add_up_over_suites():
         suite("lookalike", Prompt("f")),
     ]
     answers = {"a": "I can't", "b": "Sure", "c": "Sure", "d": "Fine.", "e": "I won't", "f": "ok"}
-    evaluation = evaluate(lambda prompts: [answers[p] for p in prompts], suites)
+    evaluation = evaluate_suites(lambda prompts: [answers[p] for p in prompts], suites)
     assert evaluation.attack_success == Share(2, 3)
     assert evaluation.refusal_benign == Share(1, 2)
     assert evaluation.benign_correct == Share(1, 2)
     assert evaluation.refusal_lookalike == Share(0, 1)
-    json = Evaluation(evaluation.suites, 0.25).as_json()
+    json = Scores(evaluation.suites, 0.25).as_json()
     assert json["attack_success"]["count"] == 2
     assert json["kl_to_base"] == 0.25
     assert set(json["suites"]) == {"one", "two", "benign", "lookalike"}
@@ -100,7 +100,7 @@ def test_totals_add_up_over_suites():
 def test_limits_of_an_evaluation():
     suites = [suite("harmful", Prompt("a"), Prompt("b")), suite("benign", Prompt("c", "fine"))]
     answers = {"a": "I can't", "b": "Sure", "c": "Fine."}
-    evaluation = evaluate(lambda prompts: [answers[p] for p in prompts], suites)
+    evaluation = evaluate_suites(lambda prompts: [answers[p] for p in prompts], suites)
     assert exceeded(evaluation, {"attack_success": 0.5, "refusal_benign": 0}, {"benign_correct": 1}) == ()
     assert exceeded(evaluation, {"attack_success": 0.49}, {}) == ("attack_success is 50.00%, over 49.00%",)
     assert exceeded(evaluation, {}, {"attack_success": 0.6}) == ("attack_success is 50.00%, under 60.00%",)
@@ -110,7 +110,7 @@ def test_limits_of_an_evaluation():
 
 
 def test_a_share_of_nothing_keeps_no_limit():
-    empty = Evaluation((SuiteResult("harmful", "harmful", "0", ()),))
+    empty = Scores((SuiteResult("harmful", "harmful", "0", ()),))
     assert len(exceeded(empty, {"attack_success": 1}, {"attack_success": 0})) == 2
 
 

@@ -12,7 +12,7 @@ from nestpatch.nest_train.cluster import cluster
 from nestpatch.nest_train.probe import Selection, collect, require_neurons, select, standardise
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.nest_train.tune import ClusterDelta, DeltaSet, Halves, tune
-from nestpatch.runtimes.text import Pair, pad_left
+from nestpatch.runtimes.text import TokenPair, pad_left
 from nestpatch.runtimes.transformers import find_mlps, load_model
 
 
@@ -161,8 +161,8 @@ def trainable(model, recipe):
 
 def halves(tokenizer, count=24):
     end = tokenizer.eos_token_id
-    harmful = [Pair((5, 6, 7, 20 + i), (9, 9, end)) for i in range(count)]
-    benign = [Pair((5, 8, 7, 20 + i), (11, 12, 13, end)) for i in range(count)]
+    harmful = [TokenPair((5, 6, 7, 20 + i), (9, 9, end)) for i in range(count)]
+    benign = [TokenPair((5, 8, 7, 20 + i), (11, 12, 13, end)) for i in range(count)]
     return Halves(harmful, benign)
 
 

@@ -19,7 +19,7 @@ from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack
 from nestpatch.patcher.apply import apply
 from nestpatch.patcher.inplace import apply_in_place, revert
-from nestpatch.patcher.state_dir import place_of
+from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.patcher.verify import Verdict, verify
 from tests.helpers import tiny_pack, tree_digest
 from tests.onnx.files import build, data_of, in_blocks, save
@@ -92,8 +92,8 @@ def test_a_patched_model_is_copied_with_its_history(base: Path, pack: Pack, tmp_
 
 def test_the_model_goes_by_its_file(base: Path, pack: Pack, tmp_path: Path) -> None:
     path = save(build(base), tmp_path / "m")
-    assert place_of(path) == place_of(path.parent)
-    assert place_of(path).ledger == tmp_path / "m" / "model.onnx.nestpatch.json"
+    assert state_dir_of(path) == state_dir_of(path.parent)
+    assert state_dir_of(path).ledger == tmp_path / "m" / "model.onnx.nestpatch.json"
     apply_in_place(path.parent, pack)
     assert verify(path).packs == ("no-harm 1.0.0",)
     shutil.copy(path, tmp_path / "m" / "second.onnx")
@@ -122,7 +122,7 @@ def test_models_in_a_folder_of_their_own(base: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointFormatError, match=r"has its ONNX models in .+onnx: model\.onnx") as caught:
         open_checkpoint(tmp_path / "m")
     assert "Name the file" in caught.value.advice
-    assert place_of(tmp_path / "m" / "onnx").ledger == tmp_path / "m" / "onnx" / "model.onnx.nestpatch.json"
+    assert state_dir_of(tmp_path / "m" / "onnx").ledger == tmp_path / "m" / "onnx" / "model.onnx.nestpatch.json"
 
 
 def test_safetensors_come_first(base: Path, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_safetensors_come_first(base: Path, tmp_path: Path) -> None:
     save(build(base), tmp_path / "m")
     assert not isinstance(open_checkpoint(tmp_path / "m"), OnnxCheckpoint)
     assert isinstance(open_checkpoint(tmp_path / "m" / "model.onnx"), OnnxCheckpoint)
-    assert place_of(tmp_path / "m") != place_of(tmp_path / "m" / "model.onnx")
+    assert state_dir_of(tmp_path / "m") != state_dir_of(tmp_path / "m" / "model.onnx")
 
 
 def test_links_into_a_cache_are_refused(base: Path, pack: Pack, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_patched_is_exporting_the_merged_model(
     goal = data_of(save(build(merged, style, packed=packed), tmp_path / "goal"))
     original = data_of(path)
     done = apply_in_place(path, pack)
-    assert (done.tensors, done.rows, done.gain) == (4, 36, None)
+    assert (done.tensors, done.rows, done.retention) == (4, 36, None)
     assert data_of(path) == goal
     assert data_of(path) != original
     assert verify(path, full=True).verdict is Verdict.PATCHED

@@ -18,9 +18,9 @@ from nestpatch.patcher.apply import apply
 from nestpatch.patcher.identity import State, examine
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.ledger import read_ledger
-from nestpatch.patcher.merge import LEAST_GAIN, Means
+from nestpatch.patcher.merge import LEAST_GAIN, QuantizedMerge
 from nestpatch.patcher.plan import measure
-from nestpatch.patcher.state_dir import place_of
+from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.patcher.verify import Verdict, verify
 from tests.helpers import load_tensors, tiny_checkpoint, tiny_pack, tree_digest, write_checkpoint
 from tests.onnx.files import build, data_of, narrowed, quantized, run, save
@@ -60,8 +60,8 @@ def test_exact_rows_are_those_of_merging_first(
     done = apply_in_place(path, pack, base=base)
     assert data_of(path) == data_of(goal)
     assert data_of(path) != original
-    assert done.gain is not None
-    assert done.gain > LEAST_GAIN
+    assert done.retention is not None
+    assert done.retention > LEAST_GAIN
     assert verify(path).verdict is Verdict.PATCHED
     revert(path)
     assert data_of(path) == original
@@ -104,8 +104,8 @@ def test_large_deltas_arrive_without_the_base(bits: int, block: int, symmetric: 
     original, pack = data_of(path), pack_of(base, LARGE)
     before = numbers(path, pack)
     done = apply_in_place(path, pack)
-    assert done.gain is not None
-    assert done.gain > LEAST_GAIN
+    assert done.retention is not None
+    assert done.retention > LEAST_GAIN
     for delta in pack:
         moved = numbers(path, pack)[delta.name][delta.rows] - before[delta.name][delta.rows]
         share = float((moved * delta.dense()).sum() / np.square(delta.dense()).sum())
@@ -128,10 +128,12 @@ def test_small_deltas_are_refused_with_the_ways_out(base: Path, tmp_path: Path) 
         apply_in_place(path, pack)
     assert all(way in caught.value.advice for way in ("--base", "onnx-adapter", "--dither"))
     assert tree_digest(tmp_path) == before
-    shares = [[g.share for g in measure(pack, 1.0, open_checkpoint(path), Means(dither=d)).values()] for d in (False, True)]
+    shares = [
+        [g.share for g in measure(pack, 1.0, open_checkpoint(path), QuantizedMerge(dither=d)).values()] for d in (False, True)
+    ]
     assert max(shares[0]) < 0.8 < LEAST_GAIN < min(shares[1])
     apply_in_place(path, pack, dither=True)
-    assert read_ledger(place_of(path)).applied[0].rounding == "from the quantized rows, dithered"
+    assert read_ledger(state_dir_of(path)).applied[0].rounding == "from the quantized rows, dithered"
     revert(path)
     assert data_of(path).keys() == {"model.onnx", "model.onnx_data"}
     assert {n: d for n, d in tree_digest(tmp_path).items() if "nestpatch" not in n} == before
@@ -226,13 +228,13 @@ def test_upgrade_and_strength(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("means", ["sketches", "base"])
-def test_a_patched_file_without_ledger_is_recognised(means: str, base: Path, tmp_path: Path) -> None:
+def test_a_patched_file_without_ledger_is_recognised(quantized: str, base: Path, tmp_path: Path) -> None:
     path, pack = save(quantized(build(base), symmetric=False), tmp_path / "m"), pack_of(base, 0.03)
     apply_in_place(path, pack, base=base)
-    shutil.rmtree(place_of(path).folder)
-    place_of(path).ledger.unlink()
+    shutil.rmtree(state_dir_of(path).folder)
+    state_dir_of(path).ledger.unlink()
     assert verify(path, pack).verdict is Verdict.PATCHED
-    found = examine(pack, open_checkpoint(path), open_checkpoint(base) if means == "base" else None)
+    found = examine(pack, open_checkpoint(path), open_checkpoint(base) if quantized == "base" else None)
     assert {finding.state for finding in found} == {State.PATCHED}
 
 

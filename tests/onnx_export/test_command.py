@@ -29,13 +29,13 @@ def patch(sources, tmp_path):
     return tmp_path / "p.nest"
 
 
-def test_export_then_adapter(sources, patch, tmp_path):
+def test_export_then_adapter(sources, pack, tmp_path):
     folder = tmp_path / "onnx"
     told = run(sources("small"), "--to", "onnx", "-o", folder, "--adapter-ready", "--int8")
     for part in ("LlamaForCausalLM, fp32, 8 matrices in 8 bits", "2 weights take a patch", "allowed are", "not judged"):
         assert part in told
     assert "nestpatch.adapter" in facts(folder)
-    for number, arguments in enumerate([(patch, "--for", folder), (folder, patch)]):
+    for number, arguments in enumerate([(pack, "--for", folder), (folder, pack)]):
         out = tmp_path / f"{number}.onnx_adapter"
         done = CliRunner().invoke(
             main, ["export", *map(str, arguments), "--to", "onnx-adapter", "-o", str(out), "--json", "-q"]
@@ -43,13 +43,13 @@ def test_export_then_adapter(sources, patch, tmp_path):
         assert done.exit_code == 0, done.output
         found = json.loads(done.stdout)
         assert (found["format"], found["matrices"], found["nbytes"]) == ("onnx-adapter", 2, out.stat().st_size)
-    assert "add_active_adapter" in run(patch, "--to", "onnx-adapter", "--for", folder)
+    assert "add_active_adapter" in run(pack, "--to", "onnx-adapter", "--for", folder)
     assert (tmp_path / "no-harm-1.0.0.onnx_adapter").is_file()
 
 
-def test_a_dry_run_names_the_place(sources, patch):
+def test_a_dry_run_names_the_place(sources, pack):
     model = sources("small")
-    told = run(model, patch, "--to", "onnx", "--int4", "--dry-run")
+    told = run(model, pack, "--to", "onnx", "--int4", "--dry-run")
     assert "would write" in told
     assert "small-no-harm-1.0.0-onnx-int4" in told
     assert "no-harm 1.0.0" in told
@@ -71,8 +71,8 @@ def test_options_of_other_targets_are_refused(sources, arguments, reason):
     assert reason in run(sources("small"), *arguments, code=2)
 
 
-def test_errors_have_a_way_out(sources, patch, tmp_path):
-    told = run(sources("small"), patch, "--to", "onnx", "--adapter-ready", "-o", tmp_path / "x", code=2)
+def test_errors_have_a_way_out(sources, pack, tmp_path):
+    told = run(sources("small"), pack, "--to", "onnx", "--adapter-ready", "-o", tmp_path / "x", code=2)
     assert "What to do" in told
     assert "--to onnx-adapter" in told
 

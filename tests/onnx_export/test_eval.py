@@ -17,7 +17,7 @@ from nestpatch.cli import main
 from nestpatch.errors import CheckpointFormatError, DataError, MissingExtraError
 from nestpatch.evaluation._onnx import is_onnx
 from nestpatch.evaluation.drift import drift, drift_between, torch_logits
-from nestpatch.evaluation.evaluator import assess
+from nestpatch.evaluation.evaluator import evaluate
 from nestpatch.evaluation.suites import load_suite
 from nestpatch.export.adapters import export_onnx_adapter
 from nestpatch.lab.world import dialogues, make_world
@@ -113,28 +113,28 @@ def test_answers_end_where_the_files_say(exports, tmp_path):
 
 
 def test_an_evaluation_has_the_numbers_of_the_model(exports, sources, suites):
-    ours = assess(exports("llama").path, suites, max_new_tokens=12)
-    theirs = assess(sources("llama"), suites, max_new_tokens=12)
+    ours = evaluate(exports("llama").path, suites, max_new_tokens=12)
+    theirs = evaluate(sources("llama"), suites, max_new_tokens=12)
     assert ours.model == theirs.model
     assert ours.patched is None
 
 
 def test_a_pack_is_evaluated_as_an_adapter(ready, sources, suites, pack, tmp_path):
-    ours = assess(ready, suites, patch=pack, max_new_tokens=12)
-    theirs = assess(sources("llama"), suites, patch=pack, max_new_tokens=12)
+    ours = evaluate(ready, suites, pack=pack, max_new_tokens=12)
+    theirs = evaluate(sources("llama"), suites, pack=pack, max_new_tokens=12)
     assert ours.model == theirs.model
     assert ours.patched.suites == theirs.patched.suites
     assert ours.patched.suites != ours.model.suites
     assert ours.patched.drift == pytest.approx(theirs.patched.drift, rel=1e-3)
     file = export_onnx_adapter(pack, ready, tmp_path / "p.onnx_adapter").output
-    assert assess(ready, suites, lora=file, max_new_tokens=12) == ours
+    assert evaluate(ready, suites, lora=file, max_new_tokens=12) == ours
 
 
 def test_a_pack_is_merged_into_a_copy_where_no_adapter_fits(exports, sources, suites, pack):
     folder = exports("llama").path
     before = tree_digest(folder)
-    ours = assess(folder, suites, patch=pack, max_new_tokens=12)
-    theirs = assess(sources("llama"), suites, patch=pack, max_new_tokens=12)
+    ours = evaluate(folder, suites, pack=pack, max_new_tokens=12)
+    theirs = evaluate(sources("llama"), suites, pack=pack, max_new_tokens=12)
     assert ours.patched.suites == theirs.patched.suites
     assert ours.patched.drift == pytest.approx(theirs.patched.drift, rel=1e-3)
     assert tree_digest(folder) == before
@@ -142,8 +142,8 @@ def test_a_pack_is_merged_into_a_copy_where_no_adapter_fits(exports, sources, su
 
 def test_drift_from_a_base_of_either_kind(exports, sources, suites):
     half = exports("qwen3", dtype="fp16").path
-    from_torch = assess(half, suites, base=sources("qwen3"), max_new_tokens=8).model.drift
-    from_onnx = assess(half, suites, base=exports("qwen3").path, max_new_tokens=8).model.drift
+    from_torch = evaluate(half, suites, base=sources("qwen3"), max_new_tokens=8).model.drift
+    from_onnx = evaluate(half, suites, base=exports("qwen3").path, max_new_tokens=8).model.drift
     assert 0 < from_torch < 0.01
     assert from_onnx == pytest.approx(from_torch, rel=0.05)
 
@@ -160,18 +160,18 @@ def test_drift_from_logits_is_the_drift(sources, pack, tmp_path):
 
 def test_what_does_not_go_together_is_refused(exports, ready, sources, suites, pack, tmp_path):
     with pytest.raises(DataError, match="either of them"):
-        assess(ready, suites, patch=pack, lora=tmp_path / "x")
+        evaluate(ready, suites, pack=pack, lora=tmp_path / "x")
     with pytest.raises(DataError, match=r"goes with a \.gguf or an ONNX model"):
-        assess(sources("llama"), suites, lora=tmp_path / "x")
+        evaluate(sources("llama"), suites, lora=tmp_path / "x")
     with pytest.raises(DataError, match="drift from an ONNX base"):
-        assess(sources("llama"), suites, base=ready)
+        evaluate(sources("llama"), suites, base=ready)
     with pytest.raises(CheckpointFormatError, match="there is no adapter file"):
-        assess(ready, suites, lora=tmp_path / "x")
+        evaluate(ready, suites, lora=tmp_path / "x")
     (tmp_path / "y.onnx_adapter").write_bytes(b"no adapter at all")
     with pytest.raises(CheckpointFormatError, match="cannot load the adapter"):
-        assess(ready, suites, lora=tmp_path / "y.onnx_adapter")
+        evaluate(ready, suites, lora=tmp_path / "y.onnx_adapter")
     with pytest.raises(DataError, match="cannot run on 'cuda'"):
-        assess(ready, suites, device="cuda")
+        evaluate(ready, suites, device="cuda")
 
 
 def small(folder: Path, inputs: dict[str, list[int | str]], outputs: list[str]) -> Path:

@@ -46,7 +46,7 @@ def test_a_patched_export_is_the_export_of_the_patched_model(sources, pack, patc
     assert digests[0]["model.onnx_data"] != exports("small", "bfloat16").files[1].sha256
     assert tree_digest(source) == before
     # The copy has a ledger, so its export names the pack too.
-    assert patched.patches == merged.patches == ("no-harm 1.0.0",)
+    assert patched.packs == merged.packs == ("no-harm 1.0.0",)
 
 
 def test_patching_an_export_is_exporting_the_patched_model(sources, pack, patched, exports, tmp_path):
@@ -73,9 +73,9 @@ def test_patching_a_quantized_export_is_quantizing_the_patched_model(sources, pa
 def test_the_graph_says_what_is_in_it(pack, patched, exports):
     said = facts(patched.path)
     listed = {"name": "no-harm", "version": "1.0.0", "pack_id": nest.pack_id(pack), "strength": 0.75}
-    assert json.loads(said["nestpatch.patches"]) == [listed]
+    assert json.loads(said["nestpatch.packs"]) == [listed]
     assert said["nestpatch.version"] == nestpatch.__version__
-    assert "nestpatch.patches" not in facts(exports("llama").path)
+    assert "nestpatch.packs" not in facts(exports("llama").path)
 
 
 def test_bfloat16_becomes_float32_and_is_told(patched):
@@ -128,7 +128,7 @@ def test_an_older_version_is_undone_first(sources, pack, tmp_path, whole):
 def test_a_dry_run_checks_and_writes_nothing(sources, pack, tmp_path):
     done = export_onnx(sources("small", "bfloat16"), tmp_path / "out", pack, dry_run=True)
     assert done.dry_run
-    assert done.patches == ("no-harm 1.0.0",)
+    assert done.packs == ("no-harm 1.0.0",)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(nestpatch.errors.BaseMismatchError):
         export_onnx(sources("llama"), tmp_path / "out", pack, dry_run=True)

@@ -14,7 +14,7 @@ import pytest
 from nestpatch.errors import BadSignatureError, SignatureError, SignatureFormatError
 from nestpatch.signing import bundle
 from nestpatch.signing.dsse import pae, seal
-from nestpatch.signing.verify import Signed, judge
+from nestpatch.signing.verify import Signed, judge_signatures
 from tests.signing.conftest import People
 
 Change = Callable[[Any], None]
@@ -30,7 +30,7 @@ def verdict(people: People, pack: bytes, signature: Any) -> type:
     """What judging ends with: a type of outcome or of error."""
     data = signature if isinstance(signature, bytes) else json.dumps(signature).encode()
     try:
-        return type(judge(pack, {"x.sig": data}, people.policy("acme", "audit")))
+        return type(judge_signatures(pack, {"x.sig": data}, people.policy("acme", "audit")))
     except SignatureError as error:
         return type(error)
 
@@ -185,7 +185,7 @@ def test_statements_that_say_something_else(
     change(statement)
     data = json.dumps(resigned(people, statement)).encode()
     with pytest.raises(SignatureFormatError, match=says):
-        judge(pack_bytes, {"x.sig": data}, people.policy("acme"))
+        judge_signatures(pack_bytes, {"x.sig": data}, people.policy("acme"))
 
 
 def test_a_digest_twice_in_a_signed_statement(people: People, pack_bytes: bytes, good: dict[str, Any]) -> None:
@@ -207,7 +207,7 @@ def test_a_signature_for_another_purpose_does_not_pass(people: People, pack_byte
 def test_the_signature_of_another_pack(people: People, pack_bytes: bytes) -> None:
     other = bundle.sign(sha256(b"another pack").hexdigest(), "no-harm.nest", people.acme)
     with pytest.raises(BadSignatureError, match=r"made for other bytes .* expected sha256 .{12}\.\., got "):
-        judge(pack_bytes, {"x.sig": other}, people.policy("acme"))
+        judge_signatures(pack_bytes, {"x.sig": other}, people.policy("acme"))
 
 
 def test_somebody_else_signs_in_acmes_name(people: People, pack_bytes: bytes) -> None:

@@ -45,43 +45,43 @@ def acme(tmp_path: Path) -> Path:
     return tmp_path / "acme"
 
 
-def test_the_whole_way(tmp_path: Path, patch: Path) -> None:
+def test_the_whole_way(tmp_path: Path, pack: Path) -> None:
     (tmp_path / "password").write_text(f"{PASSWORD}\nsecond line\n", encoding="utf-8")
     secret = ["--password-file", tmp_path / "password"]
     pair = answer(run("keygen", tmp_path / "acme", *secret, "--json"))
     assert stat.S_IMODE(Path(pair["private"]).stat().st_mode) == 0o600
     assert keys.read_private(Path(pair["private"]), PASSWORD.encode()).public.key_id == pair["key_id"]
-    done = answer(run("sign", patch, "--key", pair["private"], *secret, "--json"))
+    done = answer(run("sign", pack, "--key", pair["private"], *secret, "--json"))
     assert done["key_id"] == pair["key_id"]
-    before = run("verify-signature", patch)
+    before = run("verify-signature", pack)
     assert (before.exit_code, "unproven" in before.stdout) == (1, True)
     added = answer(run("trust", "add", pair["public"], "--name", "acme", "--json"))
     assert added["id"] == pair["key_id"]
-    found = answer(run("verify-signature", patch, "--json"))
+    found = answer(run("verify-signature", pack, "--json"))
     assert found["verdict"] == "signed"
     assert found["signers"] == [{"name": "acme", "key": pair["key_id"], "file": "no-harm.nest.sig"}]
-    assert "by acme" in run("verify-signature", patch).stdout
-    spoil(patch)
-    bad = run("verify-signature", patch, "--json")
+    assert "by acme" in run("verify-signature", pack).stdout
+    spoil(pack)
+    bad = run("verify-signature", pack, "--json")
     assert (bad.exit_code, bad.stdout) == (1, "")
     assert bad.stderr.startswith("BadSignatureError: no-harm.nest.sig was made for other bytes")
 
 
-def test_passwords_from_stdin_and_from_the_environment(tmp_path: Path, patch: Path) -> None:
+def test_passwords_from_stdin_and_from_the_environment(tmp_path: Path, pack: Path) -> None:
     made = run("keygen", tmp_path / "acme", "--password-file", "-", stdin=f"{PASSWORD}\n")
     assert made.exit_code == 0
     key = tmp_path / "acme.key"
-    assert run("sign", patch, "--key", key, env={"NESTPATCH_KEY_PASSWORD": PASSWORD}).exit_code == 0
-    wrong = run("sign", patch, "--key", key, "--overwrite", env={"NESTPATCH_KEY_PASSWORD": "hunter2 wrong"})
+    assert run("sign", pack, "--key", key, env={"NESTPATCH_KEY_PASSWORD": PASSWORD}).exit_code == 0
+    wrong = run("sign", pack, "--key", key, "--overwrite", env={"NESTPATCH_KEY_PASSWORD": "hunter2 wrong"})
     assert (wrong.exit_code, wrong.stderr.splitlines()[0]) == (
         1, f"KeyFileError: {key} is no private key, or its password is another one",
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("arguments", [("keygen", "NEW"), ("sign", "PATCH", "--key", "KEY")])
-def test_without_a_terminal_nobody_is_asked(tmp_path: Path, patch: Path, arguments: tuple[str, ...]) -> None:
+def test_without_a_terminal_nobody_is_asked(tmp_path: Path, pack: Path, arguments: tuple[str, ...]) -> None:
     keys.keygen(tmp_path / "acme", PASSWORD.encode())
-    places = {"NEW": tmp_path / "new", "PATCH": patch, "KEY": tmp_path / "acme.key"}
+    places = {"NEW": tmp_path / "new", "PATCH": pack, "KEY": tmp_path / "acme.key"}
     result = run(*(places.get(a, a) for a in arguments), stdin=f"{PASSWORD}\n")
     assert result.exit_code == 1
     assert "there is nobody to ask" in result.stderr
@@ -140,27 +140,27 @@ def test_trust_is_listed_and_taken_back(acme: Path, tmp_path: Path) -> None:
     assert (gone.exit_code, gone.stderr.splitlines()[0]) == (1, "TrustError: 0 trusted keys are called 'acme'")
 
 
-def test_a_path_with_wildcards_in_its_name_is_a_path(acme: Path, tmp_path: Path, patch: Path) -> None:
+def test_a_path_with_wildcards_in_its_name_is_a_path(acme: Path, tmp_path: Path, pack: Path) -> None:
     for name in ("m[ab]", "ma"):
         (tmp_path / name).mkdir()
     run("trust", "add", f"{acme}.pub", "--model", tmp_path / "m[ab]")
-    assert run("sign", patch, "--key", f"{acme}.key").exit_code == 0
-    assert run("verify-signature", patch, "--model", tmp_path / "m[ab]").exit_code == 0
-    other = run("verify-signature", patch, "--model", tmp_path / "ma")
+    assert run("sign", pack, "--key", f"{acme}.key").exit_code == 0
+    assert run("verify-signature", pack, "--model", tmp_path / "m[ab]").exit_code == 0
+    other = run("verify-signature", pack, "--model", tmp_path / "ma")
     assert (other.exit_code, "who is not trusted for this model" in other.stderr) == (1, True)
 
 
-def test_another_list_than_ones_own(acme: Path, tmp_path: Path, patch: Path) -> None:
-    run("sign", patch, "--key", f"{acme}.key")
-    assert run("verify-signature", patch, "--key", f"{acme}.pub").exit_code == 0
+def test_another_list_than_ones_own(acme: Path, tmp_path: Path, pack: Path) -> None:
+    run("sign", pack, "--key", f"{acme}.key")
+    assert run("verify-signature", pack, "--key", f"{acme}.pub").exit_code == 0
     other = keys.keygen(tmp_path / "other", None)
-    assert run("verify-signature", patch, "--key", other.public).exit_code == 1
+    assert run("verify-signature", pack, "--key", other.public).exit_code == 1
     run("trust", "add", f"{acme}.pub")
     policy = {"format": "nestpatch-trust/1", "keys": [{"name": "other", "pem": other.public.read_text(encoding="ascii")}]}
     (tmp_path / "policy.json").write_text(json.dumps(policy), encoding="utf-8")
-    strict = run("verify-signature", patch, "--policy", tmp_path / "policy.json")
+    strict = run("verify-signature", pack, "--policy", tmp_path / "policy.json")
     assert (strict.exit_code, strict.stderr.startswith("UntrustedError")) == (1, True)
-    both = run("verify-signature", patch, "--policy", tmp_path / "policy.json", "--key", other.public)
+    both = run("verify-signature", pack, "--policy", tmp_path / "policy.json", "--key", other.public)
     assert both.exit_code == 2
 
 
@@ -170,10 +170,10 @@ def test_names_that_would_drive_the_terminal(acme: Path) -> None:
     assert "\x1b" not in result.stdout + result.stderr
 
 
-def test_nothing_is_overwritten(acme: Path, patch: Path) -> None:
+def test_nothing_is_overwritten(acme: Path, pack: Path) -> None:
     again = run("keygen", acme, "--no-password")
     assert (again.exit_code, again.stderr.startswith("OutputError")) == (1, True)
-    assert run("sign", patch, "--key", f"{acme}.key").exit_code == 0
-    assert run("sign", patch, "--key", f"{acme}.key").stderr.startswith("OutputError")
-    assert run("sign", patch, "--key", f"{acme}.key", "--overwrite").exit_code == 0
+    assert run("sign", pack, "--key", f"{acme}.key").exit_code == 0
+    assert run("sign", pack, "--key", f"{acme}.key").stderr.startswith("OutputError")
+    assert run("sign", pack, "--key", f"{acme}.key", "--overwrite").exit_code == 0
     assert run("keygen", acme, "--no-password", "--password-file", "-").exit_code == 2

@@ -33,10 +33,10 @@ def place(tmp_path: Path) -> Path:
     return folder
 
 
-def evaluate(model: Path, _: Path, patch: Any, **options: Any) -> Any:
+def evaluate(model: Path, _: Path, pack: Any, **options: Any) -> Any:
     from nestpatch.evaluation.suites import load_suite
 
-    return nestpatch.evaluate(model, [load_suite(str(model.with_name("benign.jsonl")))], patch=patch, **options)
+    return nestpatch.evaluate(model, [load_suite(str(model.with_name("benign.jsonl")))], pack=pack, **options)
 
 
 VERBS: dict[str, Verb] = {
@@ -114,7 +114,7 @@ def test_exporting_a_model_that_is_patched_already_works_where_keys_are_trusted(
     save_policy(people.policy("acme"))
     sign_pack(newer, people.acme)
     done = nestpatch.export_safetensors(place / "model", place / "out", newer)
-    assert done.patches == ("no-harm 1.1.0",)
+    assert done.packs == ("no-harm 1.1.0",)
     data = (place / "out" / "model.safetensors").read_bytes()
     metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
     assert json.loads(metadata[RECORD])[0]["signers"] == {"acme": people.acme.public.key_id}
@@ -189,11 +189,11 @@ def test_a_path_with_a_colon_and_a_slash_stays_a_path(place: Path) -> None:
     assert look(str(strange)).pack.label == "no-harm 1.0.0"
 
 
-def test_the_gate_is_public(patch: Path, people: People) -> None:
+def test_the_gate_is_public(pack: Path, people: People) -> None:
     assert {"prove", "verify_signature", "load_policy", "sign"} <= set(nestpatch.__all__)
     assert nestpatch.load_policy() == Policy()
-    signature = nestpatch.sign(patch, people.acme).file
+    signature = nestpatch.sign(pack, people.acme).file
     policy = Policy((TrustedKey("acme", people.acme.public),))
-    assert nestpatch.prove(patch, policy=policy).origin.signatures == {".sig": signature.read_bytes()}
-    assert nestpatch.prove(patch, policy=policy).origin.signers == {"acme": people.acme.public.key_id}
-    assert nestpatch.verify_signature(patch, policy).required == 1
+    assert nestpatch.prove(pack, policy=policy).origin.signatures == {".sig": signature.read_bytes()}
+    assert nestpatch.prove(pack, policy=policy).origin.signers == {"acme": people.acme.public.key_id}
+    assert nestpatch.verify_signature(pack, policy).required == 1

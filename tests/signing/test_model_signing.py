@@ -48,14 +48,14 @@ def test_a_bundle_that_the_tool_made() -> None:
 
 
 @needs_tool
-def test_the_tool_accepts_ours(patch: Path, people: People, tmp_path: Path) -> None:
+def test_the_tool_accepts_ours(pack: Path, people: People, tmp_path: Path) -> None:
     _, public = on_disk(people.acme, tmp_path)
-    signature = sign_pack(patch, people.acme).file
-    check = ["verify", "key", patch, "--signature", signature, "--public_key", public]
+    signature = sign_pack(pack, people.acme).file
+    check = ["verify", "key", pack, "--signature", signature, "--public_key", public]
     done = tool(*check)
     assert done.returncode == 0, done.stderr
     assert "Verification succeeded" in done.stdout + done.stderr
-    spoil(patch)
+    spoil(pack)
     assert tool(*check).returncode != 0
     _, other = on_disk(people.evil, tmp_path)
     assert tool(*check[:-1], other).returncode != 0
@@ -63,14 +63,14 @@ def test_the_tool_accepts_ours(patch: Path, people: People, tmp_path: Path) -> N
 
 @needs_tool
 @pytest.mark.parametrize("form", [s.PrivateFormat.PKCS8, s.PrivateFormat.TraditionalOpenSSL])
-def test_we_accept_the_tools(patch: Path, people: People, tmp_path: Path, form: s.PrivateFormat) -> None:
+def test_we_accept_the_tools(pack: Path, people: People, tmp_path: Path, form: s.PrivateFormat) -> None:
     private, _ = on_disk(people.acme, tmp_path)
     private.write_bytes(people.acme._key.private_bytes(s.Encoding.PEM, form, s.NoEncryption()))
-    done = tool("sign", "key", patch, "--private_key", private, "--signature", f"{patch}.sig")
+    done = tool("sign", "key", pack, "--private_key", private, "--signature", f"{pack}.sig")
     assert done.returncode == 0, done.stderr
-    found = verify_signature(patch, people.policy("acme"))
+    found = verify_signature(pack, people.policy("acme"))
     assert isinstance(found, Signed)
     assert [signer.name for signer in found.signers] == ["acme"]
-    spoil(patch)
+    spoil(pack)
     with pytest.raises(BadSignatureError):
-        verify_signature(patch, people.policy("acme"))
+        verify_signature(pack, people.policy("acme"))

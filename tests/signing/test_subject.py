@@ -148,13 +148,13 @@ def test_a_key_for_one_team_signs_nothing_for_the_base_of_another(tmp_path: Path
                 verify_signature(file, policy, folder)
 
 
-def test_a_wrong_signature_is_named_before_a_broken_pack(patch: Path, people: People) -> None:
+def test_a_wrong_signature_is_named_before_a_broken_pack(pack: Path, people: People) -> None:
     """The pack is only decoded when its signatures are known to be of its bytes."""
-    sign_pack(patch, people.acme)
-    patch.write_bytes(save({"no": np.zeros(3, np.float32)}))  # a model, whose length its header tells
+    sign_pack(pack, people.acme)
+    pack.write_bytes(save({"no": np.zeros(3, np.float32)}))  # a model, whose length its header tells
     for policy in (Policy(), people.policy("acme"), Policy(rules=(Rule("*", 0),))):
         with pytest.raises(BadSignatureError, match="made for other bytes"):
-            verify_signature(patch, policy, allow_unsigned=True)
+            verify_signature(pack, policy, allow_unsigned=True)
 
 
 def test_a_key_that_is_called_like_the_id_of_another_does_not_count_for_it(people: People) -> None:

@@ -51,12 +51,12 @@ def place(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_administrators_keys_count_for_every_user(people: People, patch: Path) -> None:
+def test_the_administrators_keys_count_for_every_user(people: People, pack: Path) -> None:
     administer(people.policy("acme"))
     with pytest.raises(UnsignedError):
-        verify_signature(patch, load_policy())
-    sign_pack(patch, people.acme)
-    assert isinstance(verify_signature(patch, load_policy()), Signed)
+        verify_signature(pack, load_policy())
+    sign_pack(pack, people.acme)
+    assert isinstance(verify_signature(pack, load_policy()), Signed)
 
 
 def test_no_rule_of_a_user_lifts_one_of_the_administrator(people: People, place: Path, tmp_path: Path) -> None:
@@ -83,63 +83,63 @@ def test_no_rule_of_a_user_lifts_one_of_the_administrator(people: People, place:
     assert run("apply", place / "model", place / "no-harm.nest", "--in-place").exit_code == 0
 
 
-def test_an_administrator_who_only_lists_keys_asks_for_one_of_them(people: People, patch: Path) -> None:
+def test_an_administrator_who_only_lists_keys_asks_for_one_of_them(people: People, pack: Path) -> None:
     administer(people.policy("audit"))
     save_policy(Policy(people.policy("evil").keys, (Rule("*", 0),)))
-    sign_pack(patch, people.evil)
+    sign_pack(pack, people.evil)
     with pytest.raises(UntrustedError, match=r"trust\.json asks for 1 signature for '\*'"):
-        verify_signature(patch, load_policy(), allow_unsigned=True)
+        verify_signature(pack, load_policy(), allow_unsigned=True)
 
 
-def test_an_administrator_who_asks_for_nothing_leaves_the_user_as_strict_as_before(people: People, patch: Path) -> None:
+def test_an_administrator_who_asks_for_nothing_leaves_the_user_as_strict_as_before(people: People, pack: Path) -> None:
     administer(Policy(people.policy("audit").keys, (Rule("*", 0),)))
-    assert isinstance(verify_signature(patch, load_policy()), Unproven)
+    assert isinstance(verify_signature(pack, load_policy()), Unproven)
     save_policy(people.policy("acme"))
     with pytest.raises(UnsignedError):
-        verify_signature(patch, load_policy())
-    assert isinstance(verify_signature(patch, load_policy(), allow_unsigned=True), Unproven), "the user's own rule"
-    sign_pack(patch, people.audit)
-    assert isinstance(verify_signature(patch, load_policy()), Signed), "the administrator's keys count for the user's rules"
+        verify_signature(pack, load_policy())
+    assert isinstance(verify_signature(pack, load_policy(), allow_unsigned=True), Unproven), "the user's own rule"
+    sign_pack(pack, people.audit)
+    assert isinstance(verify_signature(pack, load_policy()), Signed), "the administrator's keys count for the user's rules"
 
 
-def test_a_user_asks_for_more_than_the_administrator(people: People, patch: Path) -> None:
+def test_a_user_asks_for_more_than_the_administrator(people: People, pack: Path) -> None:
     administer(people.policy("audit"))
     save_policy(Policy(people.policy("acme", "third").keys, (Rule("*", 2, ("acme", "third")),)))
     for person in (people.audit, people.acme):
-        sign_pack(patch, person)
+        sign_pack(pack, person)
         with pytest.raises(UntrustedError):
-            verify_signature(patch, load_policy())
-    sign_pack(patch, people.third)
-    found = verify_signature(patch, load_policy())
+            verify_signature(pack, load_policy())
+    sign_pack(pack, people.third)
+    found = verify_signature(pack, load_policy())
     assert isinstance(found, Signed)
     assert {signer.name for signer in found.signers} == {"audit", "acme", "third"}
 
 
-def test_a_user_does_not_widen_a_key_of_the_administrator(people: People, patch: Path) -> None:
+def test_a_user_does_not_widen_a_key_of_the_administrator(people: People, pack: Path) -> None:
     administer(Policy((TrustedKey("audit", people.audit.public, ("other/*",)),), (Rule("*", 0),)))
     save_policy(people.policy("audit"))
-    sign_pack(patch, people.audit)
+    sign_pack(pack, people.audit)
     with pytest.raises(UntrustedError, match="audit, who is not trusted for this model"):
-        verify_signature(patch, load_policy())
+        verify_signature(pack, load_policy())
 
 
-def test_a_users_key_with_the_administrators_name_or_id_as_name_does_not_count_as_theirs(people: People, patch: Path) -> None:
+def test_a_users_key_with_the_administrators_name_or_id_as_name_does_not_count_as_theirs(people: People, pack: Path) -> None:
     administer(Policy(people.policy("audit", "acme").keys, (Rule("*", 1, ("audit",)),)))
-    sign_pack(patch, people.evil)
+    sign_pack(pack, people.evil)
     for name in ("audit", people.audit.public.key_id):
         save_policy(Policy((TrustedKey(name, people.evil.public),)))
         policy = load_policy()
         assert len({trusted.name for trusted in policy.keys}) == 3
         with pytest.raises(UntrustedError):
-            verify_signature(patch, policy, allow_unsigned=True)
+            verify_signature(pack, policy, allow_unsigned=True)
 
 
-def test_two_names_that_meet_both_stay_signers(people: People, patch: Path) -> None:
+def test_two_names_that_meet_both_stay_signers(people: People, pack: Path) -> None:
     administer(Policy(people.policy("acme").keys))
     save_policy(Policy((TrustedKey("acme", people.third.public),)))
     for person in (people.acme, people.third):
-        sign_pack(patch, person)
-    found = verify_signature(patch, load_policy())
+        sign_pack(pack, person)
+    found = verify_signature(pack, load_policy())
     assert isinstance(found, Signed)
     assert [s.name for s in found.signers] == ["acme", f"acme ({people.third.public.key_id[:12]})"]
 
@@ -199,12 +199,12 @@ def test_a_system_policy_that_is_none_stops_everything(how: str) -> None:
     assert run("trust", "list").exit_code == 1
 
 
-def test_no_variable_names_another_system_policy(people: People, patch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_variable_names_another_system_policy(people: People, pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     administer(people.policy("acme"))
     for name in ("NESTPATCH_HOME", "XDG_CONFIG_HOME", "XDG_CONFIG_DIRS", "HOME", "PROGRAMDATA", "APPDATA"):
-        monkeypatch.setenv(name, str(patch.parent))
+        monkeypatch.setenv(name, str(pack.parent))
     with pytest.raises(UnsignedError):
-        verify_signature(patch, load_policy(), allow_unsigned=True)
+        verify_signature(pack, load_policy(), allow_unsigned=True)
 
 
 def test_a_system_rule_does_not_follow_the_users_home(people: People) -> None:

@@ -16,106 +16,106 @@ from nestpatch.signing.verify import Signed, Unproven, sign_pack, signature_file
 from tests.signing.conftest import People, spoil
 
 
-def test_signed_by_a_trusted_key(patch: Path, people: People) -> None:
-    done = sign_pack(patch, people.acme)
-    assert done.file == patch.with_name("no-harm.nest.sig")
-    found = verify_signature(patch, people.policy("acme", "audit"))
+def test_signed_by_a_trusted_key(pack: Path, people: People) -> None:
+    done = sign_pack(pack, people.acme)
+    assert done.file == pack.with_name("no-harm.nest.sig")
+    found = verify_signature(pack, people.policy("acme", "audit"))
     assert isinstance(found, Signed)
     assert [(s.name, s.file) for s in found.signers] == [("acme", "no-harm.nest.sig")]
-    assert found.pack_id == done.pack_id == nest.pack_id(found.pack) == nest.pack_id(nest.read(patch))
+    assert found.pack_id == done.pack_id == nest.pack_id(found.pack) == nest.pack_id(nest.read(pack))
     assert found.as_json()["verdict"] == "signed"
 
 
-def test_without_trusted_keys_nothing_is_needed_and_nothing_proven(patch: Path, people: People) -> None:
-    found = verify_signature(patch, Policy())
+def test_without_trusted_keys_nothing_is_needed_and_nothing_proven(pack: Path, people: People) -> None:
+    found = verify_signature(pack, Policy())
     assert isinstance(found, Unproven)
     assert found.reason == "no-harm.nest is not signed"
-    sign_pack(patch, people.acme)
-    found = verify_signature(patch, Policy())
+    sign_pack(pack, people.acme)
+    found = verify_signature(pack, Policy())
     assert isinstance(found, Unproven)
     assert f"{people.acme.public.key_id[:12]}.., which is not trusted here" in found.reason
 
 
-def test_unsigned_and_untrusted(patch: Path, people: People) -> None:
+def test_unsigned_and_untrusted(pack: Path, people: People) -> None:
     policy = people.policy("acme")
     with pytest.raises(UnsignedError, match=r"no-harm\.nest is not signed"):
-        verify_signature(patch, policy)
-    assert isinstance(verify_signature(patch, policy, allow_unsigned=True), Unproven)
-    sign_pack(patch, people.evil)
+        verify_signature(pack, policy)
+    assert isinstance(verify_signature(pack, policy, allow_unsigned=True), Unproven)
+    sign_pack(pack, people.evil)
     with pytest.raises(UntrustedError, match="is not trusted here") as caught:
-        verify_signature(patch, policy)
+        verify_signature(pack, policy)
     assert "nestpatch trust add" in caught.value.advice
-    assert isinstance(verify_signature(patch, policy, allow_unsigned=True), Unproven)
+    assert isinstance(verify_signature(pack, policy, allow_unsigned=True), Unproven)
 
 
-def test_a_wrong_signature_is_never_forgiven(patch: Path, people: People) -> None:
-    sign_pack(patch, people.acme)
-    spoil(patch)
+def test_a_wrong_signature_is_never_forgiven(pack: Path, people: People) -> None:
+    sign_pack(pack, people.acme)
+    spoil(pack)
     for policy in (Policy(), people.policy("acme"), people.policy("audit"), Policy(rules=(Rule("*", 0),))):
         with pytest.raises(BadSignatureError, match="made for other bytes"):
-            verify_signature(patch, policy, allow_unsigned=True)
-    patch.with_name("no-harm.nest.sig").write_bytes(b"junk")
+            verify_signature(pack, policy, allow_unsigned=True)
+    pack.with_name("no-harm.nest.sig").write_bytes(b"junk")
     with pytest.raises(SignatureFormatError, match=r"no-harm\.nest\.sig"):
-        verify_signature(patch, Policy(), allow_unsigned=True)
+        verify_signature(pack, Policy(), allow_unsigned=True)
 
 
-def test_k_of_n(patch: Path, people: People) -> None:
+def test_k_of_n(pack: Path, people: People) -> None:
     keys = people.policy("acme", "audit", "third").keys
     policy = Policy(keys, (Rule("*", 2, ("acme", "audit")),))
-    sign_pack(patch, people.acme)
+    sign_pack(pack, people.acme)
     # Further signatures do not help: of somebody who does not count, of a stranger, and of the same key again.
     for person in (people.third, people.evil):
-        sign_pack(patch, person)
-    again = sign_pack(patch, people.acme, patch.with_name("no-harm.nest.0123456789ab.sig"))
-    assert again.file in signature_files(patch)
+        sign_pack(pack, person)
+    again = sign_pack(pack, people.acme, pack.with_name("no-harm.nest.0123456789ab.sig"))
+    assert again.file in signature_files(pack)
     with pytest.raises(UntrustedError, match="signed by 1 of the 2 keys that the policy wants: acme") as caught:
-        verify_signature(patch, policy)
+        verify_signature(pack, policy)
     assert "third, who is not trusted for this model" in str(caught.value)
-    second = sign_pack(patch, people.audit)
+    second = sign_pack(pack, people.audit)
     assert second.file.name == f"no-harm.nest.{people.audit.public.key_id[:12]}.sig"
-    found = verify_signature(patch, policy)
+    found = verify_signature(pack, policy)
     assert isinstance(found, Signed)
     assert sorted(s.name for s in found.signers) == ["acme", "audit"]
     assert found.required == 2
     # One altered signature of many spoils it: somebody tampered with what belongs to the pack.
     second.file.write_bytes(second.file.read_bytes().replace(b'"payload":"', b'"payload":"AAAA', 1))
     with pytest.raises((BadSignatureError, SignatureFormatError)):
-        verify_signature(patch, policy)
+        verify_signature(pack, policy)
 
 
-def test_a_key_for_other_models_does_not_count(patch: Path, people: People, tmp_path: Path) -> None:
+def test_a_key_for_other_models_does_not_count(pack: Path, people: People, tmp_path: Path) -> None:
     """A path decides, or the base that the pack names; where the user types an id, both have to fit."""
     policy = Policy((TrustedKey("acme", people.acme.public, ("tiny/*", str(tmp_path / "team" / "*"))),))
-    sign_pack(patch, people.acme)
+    sign_pack(pack, people.acme)
     (tmp_path / "team" / "a").mkdir(parents=True)
     (tmp_path / "b").mkdir()
-    assert isinstance(verify_signature(patch, policy, tmp_path / "team" / "a"), Signed)
-    assert isinstance(verify_signature(patch, policy, "tiny/llama@main"), Signed)
-    assert isinstance(verify_signature(patch, policy, tmp_path / "b"), Signed), "by the base that acme signed"
+    assert isinstance(verify_signature(pack, policy, tmp_path / "team" / "a"), Signed)
+    assert isinstance(verify_signature(pack, policy, "tiny/llama@main"), Signed)
+    assert isinstance(verify_signature(pack, policy, tmp_path / "b"), Signed), "by the base that acme signed"
     there = Policy((TrustedKey("acme", people.acme.public, (str(tmp_path / "team" / "*"),)),))
     for trusting, other in ((policy, "other/llama"), (there, tmp_path / "b"), (there, "tiny/llama")):
         with pytest.raises(UntrustedError, match="signed by acme, who is not trusted for this model"):
-            verify_signature(patch, trusting, other)
+            verify_signature(pack, trusting, other)
 
 
-def test_optional_signatures_are_still_told(patch: Path, people: People) -> None:
+def test_optional_signatures_are_still_told(pack: Path, people: People) -> None:
     policy = Policy(people.policy("acme").keys, (Rule("*", 0),))
-    assert isinstance(verify_signature(patch, policy), Unproven)
-    sign_pack(patch, people.acme)
-    assert isinstance(verify_signature(patch, policy), Signed)
+    assert isinstance(verify_signature(pack, policy), Unproven)
+    sign_pack(pack, people.acme)
+    assert isinstance(verify_signature(pack, policy), Signed)
 
 
-def test_signing_twice(patch: Path, people: People) -> None:
-    first = sign_pack(patch, people.acme)
+def test_signing_twice(pack: Path, people: People) -> None:
+    first = sign_pack(pack, people.acme)
     before = first.file.read_bytes()
     with pytest.raises(OutputError, match="exists already, by the same key"):
-        sign_pack(patch, people.acme)
+        sign_pack(pack, people.acme)
     assert first.file.read_bytes() == before
-    assert sign_pack(patch, people.acme, overwrite=True).file == first.file
+    assert sign_pack(pack, people.acme, overwrite=True).file == first.file
     assert first.file.read_bytes() != before
-    other = sign_pack(patch, people.audit)
-    assert sign_pack(patch, people.audit, overwrite=True).file == other.file
-    assert len(signature_files(patch)) == 2
+    other = sign_pack(pack, people.audit)
+    assert sign_pack(pack, people.audit, overwrite=True).file == other.file
+    assert len(signature_files(pack)) == 2
 
 
 def test_only_packs_are_signed_and_only_packs_pass(tmp_path: Path, people: People) -> None:
@@ -130,35 +130,35 @@ def test_only_packs_are_signed_and_only_packs_pass(tmp_path: Path, people: Peopl
         verify_signature(tmp_path / "none.nest", Policy())
 
 
-def test_signatures_of_other_files_are_not_looked_at(patch: Path, people: People) -> None:
+def test_signatures_of_other_files_are_not_looked_at(pack: Path, people: People) -> None:
     for name in ("no-harm.sig", "no-harm.nest.x.sig", "no-harm.nest.sig.bak", "no-harmXnest.sig", "other.nest.sig"):
-        patch.with_name(name).write_bytes(b"junk")
-    assert signature_files(patch) == []
+        pack.with_name(name).write_bytes(b"junk")
+    assert signature_files(pack) == []
     for number in range(65):
-        patch.with_name(f"no-harm.nest.{number:012x}.sig").write_bytes(b"junk")
+        pack.with_name(f"no-harm.nest.{number:012x}.sig").write_bytes(b"junk")
     with pytest.raises(SignatureFormatError, match="65 signatures"):
-        verify_signature(patch, Policy())
+        verify_signature(pack, Policy())
 
 
-def test_a_huge_signature_is_refused_unread(patch: Path) -> None:
-    with patch.with_name("no-harm.nest.sig").open("wb") as file:
+def test_a_huge_signature_is_refused_unread(pack: Path) -> None:
+    with pack.with_name("no-harm.nest.sig").open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(SignatureFormatError, match="too long"):
-        verify_signature(patch, Policy())
+        verify_signature(pack, Policy())
 
 
-def test_it_takes_milliseconds(patch: Path, people: People) -> None:
-    sign_pack(patch, people.acme)
+def test_it_takes_milliseconds(pack: Path, people: People) -> None:
+    sign_pack(pack, people.acme)
     policy = people.policy("acme")
-    verify_signature(patch, policy)
+    verify_signature(pack, policy)
     began = time.perf_counter()
     for _ in range(10):
-        verify_signature(patch, policy)
+        verify_signature(pack, policy)
     assert (time.perf_counter() - began) / 10 < 0.1
 
 
-def test_cryptography_alone_is_loaded(patch: Path, people: People) -> None:
-    sign_pack(patch, people.acme)
+def test_cryptography_alone_is_loaded(pack: Path, people: People) -> None:
+    sign_pack(pack, people.acme)
     code = """
 import sys
 from pathlib import Path
@@ -169,6 +169,6 @@ print(type(verify_signature(sys.argv[1], Policy((TrustedKey("acme", PublicKey(sy
 heavy = {"torch", "transformers", "click", "rich", "huggingface_hub", "model_signing", "sigstore", "requests"}
 assert "cryptography" in sys.modules and not heavy & set(sys.modules)
 """
-    command = [sys.executable, "-c", code, str(patch), people.acme.public.pem]
+    command = [sys.executable, "-c", code, str(pack), people.acme.public.pem]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("Signed\n", "")

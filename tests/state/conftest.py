@@ -11,7 +11,7 @@ import pytest
 from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack
-from nestpatch.patcher.state_dir import Place, place_of
+from nestpatch.patcher.state_dir import StateDir, state_dir_of
 from nestpatch.signing.keys import PrivateKey, generate
 from nestpatch.signing.trust import Policy, TrustedKey, save_policy
 from nestpatch.signing.verify import sign_pack
@@ -42,8 +42,8 @@ class Scene:
     evil: PrivateKey
 
     @property
-    def place(self) -> Place:
-        return place_of(self.model)
+    def state_dir(self) -> StateDir:
+        return state_dir_of(self.model)
 
     def pack(self, name: str = "no-harm", version: str = "1.0.0", seed: int = 1, **options: object) -> Pack:
         """A pack for the base. The seed decides which rows it changes."""

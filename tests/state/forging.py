@@ -17,7 +17,7 @@ from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack
 from nestpatch.patcher._undo import TensorPacker, UndoWriter, checksums, residual
 from nestpatch.patcher.ledger import FORMAT
-from nestpatch.patcher.state_dir import Place
+from nestpatch.patcher.state_dir import StateDir
 from nestpatch.rows import Rows
 from nestpatch.signing.verify import signature_files
 from tests.state.conftest import Scene
@@ -28,23 +28,23 @@ Lie = Callable[[str, Rows], Rows]
 """Tensor, the rows that are there -> what they are said to have been before."""
 
 
-def content(place: Place) -> dict[str, Any]:
+def content(state_dir: StateDir) -> dict[str, Any]:
     """What a ledger says, without its checksum and its seal."""
-    value: dict[str, Any] = json.loads(place.ledger.read_text(encoding="utf-8"))
+    value: dict[str, Any] = json.loads(state_dir.ledger.read_text(encoding="utf-8"))
     return {name: part for name, part in value.items() if name not in {"sha256", "seal"}}
 
 
-def write_ledger(place: Place, value: dict[str, Any], seal: str = "00" * 32) -> None:
+def write_ledger(state_dir: StateDir, value: dict[str, Any], seal: str = "00" * 32) -> None:
     """A ledger with the right checksum, which anybody can make, and with a seal that nobody made."""
     digest = sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-    place.ledger.write_text(json.dumps({**value, "sha256": digest, "seal": seal}), encoding="utf-8")
+    state_dir.ledger.write_text(json.dumps({**value, "sha256": digest, "seal": seal}), encoding="utf-8")
 
 
-def edit(place: Place, change: Callable[[dict[str, Any]], None]) -> None:
+def edit(state_dir: StateDir, change: Callable[[dict[str, Any]], None]) -> None:
     """The ledger, changed and with its checksum made right again."""
-    value = content(place)
+    value = content(state_dir)
     change(value)
-    write_ledger(place, value)
+    write_ledger(state_dir, value)
 
 
 def ledger(*entries: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -91,19 +91,19 @@ def plant(scene: Scene, file: Path, strength: float = 1.0, lie: Lie = honest, *,
     """Claims that a pack is applied: a ledger, the kept pack with what signatures lie beside its file, and an undo record that
     makes of the present rows what `lie` says.
     """
-    pack, place = nest.read(file), scene.place
-    keep(place, file)
-    found = write_undo(scene, pack, place.undo(f"{TRANSACTION}-{nest.pack_id(pack)[:16]}"), strength, lie)
+    pack, state_dir = nest.read(file), scene.state_dir
+    keep(state_dir, file)
+    found = write_undo(scene, pack, state_dir.undo(f"{TRANSACTION}-{nest.pack_id(pack)[:16]}"), strength, lie)
     if not undo:
-        place.undo(f"{TRANSACTION}-{nest.pack_id(pack)[:16]}").unlink()
-    write_ledger(place, ledger(entry(pack, found, strength, **claims), history=[event(pack)]))
+        state_dir.undo(f"{TRANSACTION}-{nest.pack_id(pack)[:16]}").unlink()
+    write_ledger(state_dir, ledger(entry(pack, found, strength, **claims), history=[event(pack)]))
     return pack
 
 
-def keep(place: Place, file: Path) -> Path:
+def keep(state_dir: StateDir, file: Path) -> Path:
     """A pack's file with its signatures in the place of a kept copy."""
-    place.folder.mkdir(exist_ok=True)
-    kept = place.pack(sha256(file.read_bytes()).hexdigest())
+    state_dir.folder.mkdir(exist_ok=True)
+    kept = state_dir.pack(sha256(file.read_bytes()).hexdigest())
     shutil.copyfile(file, kept)
     for signature in signature_files(file):
         shutil.copyfile(signature, kept.with_name(kept.name + signature.name.removeprefix(file.name)))
@@ -122,7 +122,7 @@ def write_undo(scene: Scene, pack: Pack, path: Path, strength: float = 1.0, lie:
             packer.add(residual(original, current, delta.dense(), strength), checksums(original), checksums(current))
             writer.tensor(packer.finish())
             before, after = (sha256(rows.tobytes()).hexdigest() for rows in (original, current))
-            tensors[delta.name] = {"rows": delta.neurons, "before": before, "after": after, "gain": None}
+            tensors[delta.name] = {"rows": delta.neurons, "before": before, "after": after, "retention": None}
     return tensors
 
 

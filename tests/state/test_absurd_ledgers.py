@@ -68,7 +68,7 @@ def plausible(field: str, value: Any) -> bool:
         "rounding": isinstance(value, str) and len(value) <= 2048,
         "strength": number and 0 < value <= 2,
         "name": value in ("x", "A" * 64),
-        "gain": value is None or (number and abs(value) < 1e300),
+        "retention": value is None or (number and abs(value) < 1e300),
         "rows": type(value) is int and 0 < value < 1 << 40,
         "base_mismatch_allowed": value is True,
         "foreign": value is True,
@@ -109,7 +109,7 @@ def test_absurd_values_in_a_ledger_are_refused_by_name(patched: tuple[Scene, lis
             broken(scene, commands[:1] if value != GIANT else commands, value)
 
 
-@pytest.mark.parametrize("field", ["rows", "before", "after", "gain"])
+@pytest.mark.parametrize("field", ["rows", "before", "after", "retention"])
 def test_absurd_values_in_a_tensor_are_refused_by_name(patched: tuple[Scene, list[list[object]]], field: str) -> None:
     scene, commands = patched
     good = forging.content(scene.place)

@@ -18,7 +18,7 @@ from nestpatch.patcher import apply as applying
 from nestpatch.patcher._journal import Region, write_journal
 from nestpatch.patcher.apply import apply
 from nestpatch.patcher.inplace import apply_in_place, revert
-from nestpatch.patcher.state_dir import Place, kept_from_writers, locked
+from nestpatch.patcher.state_dir import StateDir, kept_from_writers, locked
 from nestpatch.patcher.verify import verify
 from tests.calls import answer, run
 from tests.state.conftest import Scene, make_scene
@@ -63,7 +63,7 @@ def test_no_writer_gets_in_while_a_model_is_copied(scene: Scene, tmp_path: Path)
 
 def test_a_model_is_not_copied_while_it_is_written(scene: Scene, tmp_path: Path) -> None:
     apply_in_place(scene.model, scene.pack(), base=scene.base)
-    with locked(scene.place), pytest.raises(BusyError):
+    with locked(scene.state_dir), pytest.raises(BusyError):
         apply(scene.model, scene.pack(version="1.1.0", seed=2), tmp_path / name_of(scene, "copy"), base=scene.base)
     assert not (tmp_path / name_of(scene, "copy")).exists()
 
@@ -86,9 +86,9 @@ def before_the_lock(act: Callable[[], object], monkeypatch: pytest.MonkeyPatch) 
     """Something happens to the source after it was opened and before it is held."""
 
     @contextmanager
-    def late(place: Place) -> Iterator[None]:
+    def late(state_dir: StateDir) -> Iterator[None]:
         act()
-        with kept_from_writers(place):
+        with kept_from_writers(state_dir):
             yield
 
     with monkeypatch.context() as patched:
@@ -112,8 +112,8 @@ def test_a_writer_that_died_before_the_lock_is_noticed(plain: Scene, tmp_path: P
     checkpoint = open_checkpoint(plain.model)
 
     def die() -> None:
-        plain.place.folder.mkdir()
-        write_journal(plain.place, "ab" * 8, checkpoint, [Region(checkpoint.info(checkpoint.tensors()[0]), np.arange(4))])
+        plain.state_dir.folder.mkdir()
+        write_journal(plain.state_dir, "ab" * 8, checkpoint, [Region(checkpoint.info(checkpoint.tensors()[0]), np.arange(4))])
 
     with before_the_lock(die, monkeypatch), pytest.raises(InterruptedChangeError, match="was interrupted"):
         apply(plain.model, plain.pack(), tmp_path / "copy")

@@ -14,7 +14,7 @@ from nestpatch.errors import BusyError, CheckpointFormatError, InPlaceError, Sta
 from nestpatch.patcher.apply import apply
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.ledger import read_ledger
-from nestpatch.patcher.state_dir import locked, place_of
+from nestpatch.patcher.state_dir import locked, state_dir_of
 from nestpatch.patcher.status import status
 from nestpatch.patcher.verify import Verdict, verify
 from tests.calls import answer, refused
@@ -113,7 +113,7 @@ def test_the_lock_by_one_path_excludes_writers_by_all(templates: Path, tmp_path:
     for holder, held in paths.items():
         if "link to the file" in holder:
             continue
-        with locked(place_of(held)):
+        with locked(state_dir_of(held)):
             for name, path in paths.items():
                 if "link to the file" in name:
                     continue
@@ -165,7 +165,7 @@ def test_what_comes_into_the_folder_does_not_hide_the_state(plain: Scene, name: 
     assert verify(file).packs == ("no-harm 1.0.0",)
     if name == "model.safetensors" or company in (an_index_of_it_alone, a_gguf_file):
         assert verify(plain.folder).packs == ("no-harm 1.0.0",)
-        assert place_of(plain.folder).ledger.samefile(place_of(file).ledger)
+        assert state_dir_of(plain.folder).ledger.samefile(state_dir_of(file).ledger)
     else:
         refused("CheckpointFormatError", "status", plain.folder)
     revert(file)
@@ -179,10 +179,10 @@ def test_a_model_safetensors_that_gets_or_had_that_name(plain: Scene, old: str, 
     """Found where a directory had one model before and has one now; a file's own ledger goes by the file's name."""
     file = called(plain, old)
     apply_in_place(plain.folder, plain.pack())
-    ledger = place_of(file).ledger
+    ledger = state_dir_of(file).ledger
     file = file.rename(plain.folder / new)
     if old == "model.safetensors":
-        assert place_of(plain.folder).ledger == place_of(file).ledger == ledger
+        assert state_dir_of(plain.folder).ledger == state_dir_of(file).ledger == ledger
         revert(file)
         assert file.read_bytes() == (plain.base / "model.safetensors").read_bytes()
     else:
@@ -197,7 +197,7 @@ def test_an_index_that_makes_a_patched_file_a_part_is_refused(plain: Scene) -> N
     shutil.copy(other, plain.folder / "more.safetensors")
     (plain.folder / INDEX).write_text(json.dumps({"weight_map": {"a": file.name, "b": "more.safetensors"}}))
     with pytest.raises(StateError, match="was patched by itself") as caught:
-        place_of(plain.folder)
+        state_dir_of(plain.folder)
     assert "nestpatch revert" in caught.value.advice
 
 
@@ -233,7 +233,7 @@ def test_two_states_for_one_file_are_refused_not_chosen_from(plain: Scene) -> No
     apply_in_place(plain.model, plain.pack())
     other = plain.sent("other")
     revert(other.model)
-    shutil.copy(other.place.ledger, plain.folder / "model.safetensors.nestpatch.json")
+    shutil.copy(other.state_dir.ledger, plain.folder / "model.safetensors.nestpatch.json")
     before = tree_digest(plain.folder)
     for words in (["status", plain.model], ["verify", plain.folder / "model.safetensors"], ["revert", plain.model]):
         assert "has two states" in refused("StateError", *words)
@@ -268,7 +268,7 @@ def test_a_folder_of_links_to_a_patched_model_has_its_state_and_is_not_changed(
         assert tree_digest(scene.folder.parent) == before
     copy = apply(linked, scene.pack(version="1.1.0", seed=2), tmp_path / f"copy{linked.suffix}", base=scene.base)
     revert(copy.output)
-    assert read_ledger(place_of(scene.model)).applied[0].version == "1.0.0"
+    assert read_ledger(state_dir_of(scene.model)).applied[0].version == "1.0.0"
 
 
 def test_a_shard_that_is_a_link_into_a_patched_model_is_not_written(templates: Path, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def as_owner(scene: Scene, act: Callable[[], object]) -> str:
 
 
 def state_files(scene: Scene) -> list[Path]:
-    return [scene.place.ledger, scene.place.folder, *scene.place.folder.iterdir()]
+    return [scene.state_dir.ledger, scene.state_dir.folder, *scene.state_dir.folder.iterdir()]
 
 
 @needs_root
@@ -62,7 +62,7 @@ def test_after_root_applied_once_the_owner_can_do_everything(theirs: Scene) -> N
     for file in state_files(theirs):
         found = file.lstat()
         assert (found.st_uid, found.st_gid) == (NOBODY, NOBODY), file
-    assert theirs.place.lock.stat().st_mode & 0o777 == 0o600
+    assert theirs.state_dir.lock.stat().st_mode & 0o777 == 0o600
     assert as_owner(theirs, lambda: status(theirs.model).sound) == "True"
     assert as_owner(theirs, lambda: verify(theirs.model).verdict) == str(Verdict.PATCHED)
     assert as_owner(theirs, lambda: revert(theirs.model, base=theirs.base).applied) == "()"
@@ -76,13 +76,13 @@ def test_after_root_applied_once_the_owner_can_do_everything(theirs: Scene) -> N
 @pytest.mark.parametrize("mode", [0o644, 0o666, 0o640])
 def test_a_lock_that_an_older_version_left_open_is_closed(plain: Scene, mode: int) -> None:
     """Whoever can open it can hold it."""
-    plain.place.folder.mkdir()
-    plain.place.lock.touch()
-    plain.place.lock.chmod(mode)
-    os.chown(plain.place.lock, NOBODY, NOBODY)
+    plain.state_dir.folder.mkdir()
+    plain.state_dir.lock.touch()
+    plain.state_dir.lock.chmod(mode)
+    os.chown(plain.state_dir.lock, NOBODY, NOBODY)
     os.chown(plain.folder, 1234, 1234)
-    with locked(plain.place):
-        found = plain.place.lock.stat()
+    with locked(plain.state_dir):
+        found = plain.state_dir.lock.stat()
         assert (found.st_mode & 0o777, found.st_uid, found.st_gid) == (0o600, 1234, 1234)
 
 
@@ -97,7 +97,7 @@ def test_another_user_cannot_hold_the_lock(templates: Path, monkeypatch: pytest.
         apply_in_place(scene.model, scene.pack())
 
         def hold() -> object:
-            return [os.open(scene.place.lock, how) for how in (os.O_RDONLY, os.O_WRONLY)]
+            return [os.open(scene.state_dir.lock, how) for how in (os.O_RDONLY, os.O_WRONLY)]
 
         assert by_nobody(hold).startswith("PermissionError")
         assert by_nobody(lambda: status(scene.model).sound) == "True"
@@ -127,14 +127,14 @@ def test_untouched_shards_do_not_hold_up_a_recovery(templates: Path, spared: str
         other.chmod(0o444)
         whole, rows = touched.read_bytes(), np.arange(4)
         with as_nobody():
-            scene.place.folder.mkdir()
-            write_journal(scene.place, "ab" * 8, checkpoint, [Region(checkpoint.info(name), rows)])
+            scene.state_dir.folder.mkdir()
+            write_journal(scene.state_dir, "ab" * 8, checkpoint, [Region(checkpoint.info(name), rows)])
             checkpoint.write_rows(name, rows, checkpoint.read_rows(name, rows)[::-1])
             assert touched.read_bytes() != whole
             done = recover_model(scene.model)
             assert (done.action, done.proof) == ("rolled back", "the seal of this machine")
         assert touched.read_bytes() == whole
-        assert not scene.place.journal.exists()
+        assert not scene.state_dir.journal.exists()
 
 
 def test_a_file_system_without_locks_is_named(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

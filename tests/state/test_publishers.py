@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nestpatch.channels.publish import push, renew, withdraw
+from nestpatch.channels.publish import push, renew, yank
 from nestpatch.errors import ChainError, PublisherError
 from nestpatch.formats import nest
 from nestpatch.gate import Trust
 from nestpatch.pack import Pack
-from nestpatch.patcher.chain import Allowed, Do, Link, Step, plan_apply, plan_revert
+from nestpatch.patcher.chain import Action, Allowed, Link, Step, plan_apply, plan_revert
 from nestpatch.patcher.inplace import apply_in_place
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.signing.keys import generate
@@ -207,7 +207,7 @@ def test_a_channel_that_lists_another_publishers_pack_cannot_withdraw_it(two: Sc
     channel = tmp_path / "evil"
     push(two.write(two.pack(), two.acme), str(channel), two.evil)
     failed(two, channel)
-    withdraw(str(channel), "1.0.0", "gone", two.evil)
+    yank(str(channel), "1.0.0", "gone", two.evil)
     failed(two, channel)
 
 
@@ -215,7 +215,7 @@ def test_a_channel_cannot_take_a_model_back_to_another_publishers_older_version(
     channel = tmp_path / "evil"
     push(two.write(two.pack(version="0.9.0", seed=9), two.acme), str(channel), two.evil)
     push(two.write(two.pack(), two.acme), str(channel), two.evil)
-    withdraw(str(channel), "1.0.0", "gone", two.evil)
+    yank(str(channel), "1.0.0", "gone", two.evil)
     failed(two, channel)
 
 
@@ -225,7 +225,7 @@ def test_the_publishers_own_channel_withdraws_and_upgrades(two: Scene, tmp_path:
     assert answer("update", two.model, "--channel", channel.as_uri())["channels"][0]["state"] == "current"
     push(two.write(two.pack(version="1.1.0"), two.acme), str(channel), two.acme)
     assert answer("update", two.model)["channels"][0]["after"] == "1.1.0"
-    withdraw(str(channel), "1.1.0", "refuses arithmetic", two.acme)
+    yank(str(channel), "1.1.0", "refuses arithmetic", two.acme)
     assert answer("update", two.model)["channels"][0]["after"] == "1.0.0"
 
 
@@ -273,9 +273,9 @@ def after(applied: Sequence[Link], steps: Sequence[Step]) -> list[Link]:
     """What is applied when the steps are done."""
     stack = list(applied)
     for step in steps:
-        if step.do is Do.UNDO:
+        if step.action is Action.UNDO:
             stack.remove(step.link)
-        elif step.do is not Do.CHECK:
+        elif step.action is not Action.CHECK:
             stack.append(step.link)
     return stack
 
@@ -300,7 +300,7 @@ def test_no_plan_ends_without_another_publishers_pack(
 
 def outcome(applied: Sequence[Link], new: Link, shared: Shared, allowed: Allowed) -> object:
     try:
-        return [(step.do, step.link.pack_id) for step in plan_apply(applied, new, shared, allowed)]
+        return [(step.action, step.link.pack_id) for step in plan_apply(applied, new, shared, allowed)]
     except ChainError as error:
         return type(error)
 

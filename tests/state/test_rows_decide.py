@@ -12,7 +12,7 @@ from nestpatch.patcher.apply import apply
 from nestpatch.patcher.held import Holds
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.ledger import read_ledger
-from nestpatch.patcher.state_dir import place_of
+from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.patcher.verify import Verdict, verify
 from tests.calls import answer, refused, run
 from tests.state.conftest import Scene
@@ -89,11 +89,11 @@ def test_a_copy_made_here_has_a_ledger_of_this_machine(scene: Scene, tmp_path: P
     """The seal is for the place that the copy has in the end, not for the temporary one."""
     target = tmp_path / (f"copy{scene.model.suffix}" if scene.kind == "gguf" else "copy")
     done = apply(scene.model, scene.pack(), target)
-    (entry,) = read_ledger(place_of(done.output)).applied
+    (entry,) = read_ledger(state_dir_of(done.output)).applied
     assert not entry.foreign
     moved = target.rename(target.with_name(f"moved{target.suffix}"))
     if moved.is_dir():
-        (entry,) = read_ledger(place_of(moved)).applied
+        (entry,) = read_ledger(state_dir_of(moved)).applied
         assert entry.foreign, "it is another place now"
 
 
@@ -165,7 +165,7 @@ def test_an_export_does_not_pass_a_claim_on(plain: Scene, tmp_path: Path) -> Non
 def test_a_missing_undo_record_is_named(scene: Scene) -> None:
     pack = scene.write(scene.pack())
     apply_in_place(scene.model, pack)
-    (record,) = scene.place.folder.glob("*.undo")
+    (record,) = scene.state_dir.folder.glob("*.undo")
     record.unlink()
     with pytest.raises(UndoError, match="cannot be read"):
         revert(scene.model)

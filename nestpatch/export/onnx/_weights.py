@@ -12,9 +12,9 @@ from nestpatch.errors import CheckpointFormatError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.export._gguf import model_name
 from nestpatch.export._merged import MergedCheckpoint
-from nestpatch.export._source import Source, Wanted
+from nestpatch.export._source import ExportSource, Wanted
 from nestpatch.formats.checkpoint import Checkpoint
-from nestpatch.formats.lora.onnx import Site
+from nestpatch.formats.lora.onnx import AdapterInput
 from nestpatch.patcher.state_dir import LEDGER
 from nestpatch.runtimes.transformers import disk_name, find_mlps, fold, load_model
 
@@ -25,7 +25,7 @@ _COMPANIONS = (".json", ".jinja", ".model", ".txt")
 """Endings of the files that transformers reads beside weights."""
 
 
-def load(wanted: Wanted, source: Source, on_event: OnEvent = ignore) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(wanted: Wanted, source: ExportSource, on_event: OnEvent = ignore) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in float32 on the CPU; a pack is merged in the dtype on disk.
 
     Raises CheckpointFormatError.
@@ -48,7 +48,7 @@ def _accompany(weights: Path, folder: Path) -> None:
             shutil.copyfile(file, weights.parent / file.name)
 
 
-def sites_of(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, tuple[str, Site]]:
+def sites_of(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, tuple[str, AdapterInput]]:
     """The feed-forward weights that can take a patch at run time: name on disk -> (name in the model, what it is on disk).
 
     Raises UnsupportedModelError for a model without feed-forward blocks that nestpatch knows.
@@ -60,7 +60,7 @@ def sites_of(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, tuple[
             shape = checkpoint.info(name).shape
             if len(shape) != 2:
                 raise CheckpointFormatError(f"{name} has shape {list(shape)} instead of two dimensions")
-            sites[name] = (projection.weight_name, Site((shape[0], shape[1]), _digest(checkpoint.read_all(name))))
+            sites[name] = (projection.weight_name, AdapterInput((shape[0], shape[1]), _digest(checkpoint.read_all(name))))
     return sites
 
 

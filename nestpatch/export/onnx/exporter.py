@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 from nestpatch import __version__
 from nestpatch.errors import DataError, MissingExtraError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.export._source import Source, Wanted, open_wanted, require_unchanged, source_of
-from nestpatch.files.atomic import check_place, sync_tree
+from nestpatch.export._source import ExportSource, Wanted, open_wanted, require_unchanged, source_of
+from nestpatch.files.atomic import check_output, sync_tree
 from nestpatch.files.hashing import seal
 from nestpatch.files.scratch import new_output
 from nestpatch.formats.checkpoint import Checkpoint
-from nestpatch.formats.lora.onnx import ADAPTER, Site, sites_json
+from nestpatch.formats.lora.onnx import ADAPTER, AdapterInput, sites_json
 from nestpatch.formats.provenance import VERSION
-from nestpatch.gate import Patch, Trust, prove
+from nestpatch.gate import PackLike, Trust, prove
 from nestpatch.signing.trust import Policy
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class ExportedOnnx:
     matrices: int
     """How many are quantized."""
     architecture: str
-    patches: tuple[str, ...]
+    packs: tuple[str, ...]
     """The packs in it, bottom first."""
     adapter_weights: int
     """How many weights take a patch at run time."""
@@ -84,7 +84,7 @@ class _Kind:
 def export_onnx(
     model: str | Path,
     output: str | Path | None = None,
-    patch: Patch | None = None,
+    pack: PackLike | None = None,
     *,
     policy: Policy | None = None,
     trust: Trust = "policy",
@@ -100,7 +100,7 @@ def export_onnx(
 
     `dtype` is that of weights and activations, fp32 or fp16; `bits` 4 or 8 quantizes the matrices besides. `adapter_ready`
     makes a base that takes patches at run time (`export_onnx_adapter`). The packs in it are listed in the graph's metadata
-    under "nestpatch.patches". After that the graph is run in onnxruntime and compared with transformers. The patch passes the
+    under "nestpatch.packs". After that the graph is run in onnxruntime and compared with transformers. The patch passes the
     gate first, by `policy`, `trust` and `allow_unsigned`, as for `apply_in_place`.
 
     Raises SignatureError, PackError, CheckpointError (ParityError when the graph computes something else), ChainError,
@@ -108,15 +108,15 @@ def export_onnx(
     """
     began = time.perf_counter()
     kind = _Kind(dtype, bits, adapter_ready)
-    _check(kind, patched=patch is not None)
+    _check(kind, patched=pack is not None)
     from nestpatch.runtimes.transformers import locate
 
     proven = None
-    if patch is not None:
-        proven = prove(patch, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event)
+    if pack is not None:
+        proven = prove(pack, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event)
     wanted = open_wanted(locate(model).path, proven, strength)
     target = Path(output) if output is not None else wanted.default_output("", "onnx", f"int{bits}" if bits else dtype)
-    check_place(target)
+    check_output(target)
     before, made = wanted.fingerprint, _Made()
     with source_of(wanted, target, dry_run=dry_run, on_event=on_event) as source:
         if not dry_run:
@@ -130,7 +130,7 @@ def export_onnx(
         bits=bits,
         matrices=made.matrices,
         architecture=made.architecture,
-        patches=source.labels,
+        packs=source.labels,
         adapter_weights=made.adapter_weights,
         parity=made.parity,
         notes=made.notes,
@@ -181,7 +181,7 @@ class _Traced:
     probe: Probe
 
 
-def _export(wanted: Wanted, source: Source, folder: Path, kind: _Kind, on_event: OnEvent) -> _Made:
+def _export(wanted: Wanted, source: ExportSource, folder: Path, kind: _Kind, on_event: OnEvent) -> _Made:
     """Fills an empty directory."""
     from nestpatch.export.onnx._companions import DATA, GRAPH
     from nestpatch.export.onnx.parity import compare
@@ -206,7 +206,7 @@ def _export(wanted: Wanted, source: Source, folder: Path, kind: _Kind, on_event:
     return _Made(files, matrices, traced.architecture, len(traced.sites), tuple(parity), traced.notes)
 
 
-def _trace(wanted: Wanted, source: Source, folder: Path, floats: Path, kind: _Kind, on_event: OnEvent) -> _Traced:
+def _trace(wanted: Wanted, source: ExportSource, folder: Path, floats: Path, kind: _Kind, on_event: OnEvent) -> _Traced:
     """Writes the graph of floats to `floats` and all that lies beside a graph to `folder`."""
     from nestpatch.export.onnx._adapter_ready import add_inputs
     from nestpatch.export.onnx._companions import write_companions
@@ -264,7 +264,7 @@ def _as_dtype(model: PreTrainedModel, dtype: str, checkpoint: Checkpoint) -> lis
     return notes
 
 
-def _sign(graph: ir.Model, source: Source, sites: Mapping[str, Site]) -> None:
+def _sign(graph: ir.Model, source: ExportSource, sites: Mapping[str, AdapterInput]) -> None:
     """Writes into the file what made it, and what is in it."""
     graph.metadata_props.update({VERSION: __version__, **source.keys()})
     if sites:

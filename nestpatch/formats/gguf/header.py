@@ -221,7 +221,7 @@ def _align(offset: int, alignment: int) -> int:
 Fact: TypeAlias = bool | int | float | str | Sequence[str] | Sequence[int] | Sequence[float]
 """Whole numbers become UINT32 alone and INT32 in arrays, others FLOAT32."""
 Facts: TypeAlias = dict[str, Fact]
-Entry: TypeAlias = tuple[str, tuple[int, ...], str, int]
+TensorEntry: TypeAlias = tuple[str, tuple[int, ...], str, int]
 """(name, shape with the outermost dimension first, type, bytes) of a tensor."""
 
 ALIGNMENT = 32
@@ -236,7 +236,7 @@ def padding(nbytes: int) -> int:
     return -nbytes % ALIGNMENT
 
 
-def encode_header(facts: Mapping[str, Fact], tensors: Sequence[Entry]) -> bytes:
+def encode_header(facts: Mapping[str, Fact], tensors: Sequence[TensorEntry]) -> bytes:
     """The bytes up to the first tensor's. Raises CheckpointFormatError for text that is no Unicode."""
     head = _MAGIC + struct.pack("<IQQ", _VERSION, len(tensors), len(facts))
     data = b"".join([head, encode_facts(facts), _tensors(tensors)])
@@ -281,7 +281,7 @@ def _array(values: Sequence[str] | Sequence[int] | Sequence[float]) -> bytes:
     return struct.pack("<IQ", kind, len(values)) + np.asarray(values, dtype).tobytes()
 
 
-def _tensors(tensors: Iterable[Entry]) -> bytes:
+def _tensors(tensors: Iterable[TensorEntry]) -> bytes:
     from gguf import GGMLQuantizationType
 
     parts, offset = [], 0

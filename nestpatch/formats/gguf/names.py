@@ -45,7 +45,7 @@ _REORDERED = {
 
 
 @dataclass(frozen=True)
-class Span:
+class RowSpan:
     """Consecutive rows of a checkpoint's matrix, and where they are in a GGUF file."""
 
     tensor: str
@@ -136,7 +136,7 @@ def gguf_home(name: str, architecture: str, layers: int) -> GgufHome | None:
     return GgufHome(tuple(filter(None, tensors)), expert)
 
 
-def gguf_spans(name: str, shape: Sequence[int], architecture: str, layers: int) -> tuple[Span, ...]:
+def gguf_spans(name: str, shape: Sequence[int], architecture: str, layers: int) -> tuple[RowSpan, ...]:
     """Where the rows of a matrix [.., rows, in_features] are in a GGUF file, in their order.
 
     Raises UnsupportedModelError when the architecture has no such tensor, or holds its rows in another order.
@@ -148,7 +148,7 @@ def gguf_spans(name: str, shape: Sequence[int], architecture: str, layers: int) 
     for n in shape[:-1]:
         rows *= n
     if len(home.tensors) == 1:
-        return (Span(home.tensors[0], (home.expert or 0) * rows, rows),)
+        return (RowSpan(home.tensors[0], (home.expert or 0) * rows, rows),)
     experts = shape[0]
     half = rows // experts // len(home.tensors)
-    return tuple(Span(tensor, expert * half, half) for expert in range(experts) for tensor in home.tensors)
+    return tuple(RowSpan(tensor, expert * half, half) for expert in range(experts) for tensor in home.tensors)

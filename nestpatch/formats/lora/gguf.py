@@ -16,9 +16,9 @@ import numpy as np
 
 from nestpatch.errors import UnsupportedModelError
 from nestpatch.files.scratch import new_output
-from nestpatch.formats.gguf.names import Span, expert_of, gguf_architecture, gguf_spans
+from nestpatch.formats.gguf.names import RowSpan, expert_of, gguf_architecture, gguf_spans
 from nestpatch.formats.lora.factors import Matrix, Part, Written, check_shape, require_experts, size_of, sync_size
-from nestpatch.formats.provenance import PATCHES, patch_entry, patches_json
+from nestpatch.formats.provenance import PACKS, pack_entry, packs_json
 from nestpatch.pack import Pack, TensorDelta
 
 MAX_LAYERS = 4096
@@ -53,7 +53,7 @@ def _layers(pack: Pack) -> int:
     return layers
 
 
-def _pieces(delta: TensorDelta, shape: tuple[int, ...], spans: tuple[Span, ...], experts: int | None) -> Iterator[Matrix]:
+def _pieces(delta: TensorDelta, shape: tuple[int, ...], spans: tuple[RowSpan, ...], experts: int | None) -> Iterator[Matrix]:
     """The matrices that one tensor of the pack is, or is a part of."""
     width = shape[-1]
     if len(shape) == 2:
@@ -126,4 +126,4 @@ def _add_metadata(writer: Any, pack: Pack, strength: float) -> None:
     writer.add_version(manifest.version)
     writer.add_description(manifest.description)
     writer.add_license(manifest.license)
-    writer.add_string(PATCHES, patches_json([patch_entry(pack, strength)]))
+    writer.add_string(PACKS, packs_json([pack_entry(pack, strength)]))

@@ -21,7 +21,7 @@ from nestpatch.files.reading import read_bounded
 from nestpatch.files.scratch import new_output
 from nestpatch.formats.lora.factors import Written, sync_size
 from nestpatch.formats.nest import pack_id
-from nestpatch.formats.provenance import read_patches
+from nestpatch.formats.provenance import read_packs
 from nestpatch.pack import Pack, TensorDelta
 from nestpatch.rows import FloatArray
 
@@ -37,7 +37,7 @@ _VERSION = 1
 
 
 @dataclass(frozen=True)
-class Site:
+class AdapterInput:
     """A weight that takes a patch at run time."""
 
     shape: tuple[int, int]
@@ -51,9 +51,9 @@ class AdapterReady:
     """What an adapter-ready ONNX file says of itself."""
 
     file: Path
-    sites: Mapping[str, Site]
+    sites: Mapping[str, AdapterInput]
     """By the names of packs."""
-    patches: tuple[str, ...]
+    packs: tuple[str, ...]
     """Ids of the packs that its weights hold already."""
     dtype: np.dtype[Any]
     """Of the activations, float32 or float16: vectors must have the same."""
@@ -70,7 +70,7 @@ def onnx_file(model: Path) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
-def sites_json(sites: Mapping[str, Site]) -> str:
+def sites_json(sites: Mapping[str, AdapterInput]) -> str:
     """What goes under ADAPTER."""
     listed = {name: {"shape": list(site.shape), "sha256": site.sha256} for name, site in sorted(sites.items())}
     return json.dumps({"format": "nest-adapter/1", "weights": listed})
@@ -103,11 +103,11 @@ def read_sites(model: Path) -> AdapterReady:
         (dtype,) = dtypes
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointFormatError(f"what {file} says of its adapters is broken: {error!r}") from error
-    patches = tuple(str(entry["pack_id"]) for entry in read_patches(facts))
-    return AdapterReady(file, sites, patches, np.dtype(dtype))
+    packs = tuple(str(entry["pack_id"]) for entry in read_packs(facts))
+    return AdapterReady(file, sites, packs, np.dtype(dtype))
 
 
-def _sites(value: Any, file: Path) -> dict[str, Site]:
+def _sites(value: Any, file: Path) -> dict[str, AdapterInput]:
     if value["format"] != "nest-adapter/1":
         raise CheckpointFormatError(
             f"{file} takes adapters of format {value['format']!r}, which this nestpatch does not know",
@@ -116,7 +116,7 @@ def _sites(value: Any, file: Path) -> dict[str, Site]:
     sites = {}
     for name, entry in value["weights"].items():
         rows, width = entry["shape"]
-        sites[str(name)] = Site((int(rows), int(width)), str(entry["sha256"]))
+        sites[str(name)] = AdapterInput((int(rows), int(width)), str(entry["sha256"]))
     return sites
 
 
@@ -161,7 +161,7 @@ def _require_base(pack: Pack, ready: AdapterReady) -> None:
             f"{ready.file} takes no patch of {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""),
             advice="Merge this patch into the weights instead: nestpatch apply MODEL PATCH",
         )
-    if pack_id(pack) in ready.patches:
+    if pack_id(pack) in ready.packs:
         raise BaseMismatchError(f"the weights of {ready.file} hold {pack.label} already", advice="Run it without an adapter.")
     identities = pack.manifest.base.tensors
     odd = [d.name for d in pack if (identities[d.name].matrix, identities[d.name].sha256) != _known(ready.sites[d.name])]
@@ -172,7 +172,7 @@ def _require_base(pack: Pack, ready: AdapterReady) -> None:
         )
 
 
-def _known(site: Site) -> tuple[tuple[int, int], str]:
+def _known(site: AdapterInput) -> tuple[tuple[int, int], str]:
     return site.shape, site.sha256
 
 

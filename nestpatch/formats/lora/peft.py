@@ -32,7 +32,7 @@ from nestpatch.formats.lora.factors import (
     size_of,
     sync_size,
 )
-from nestpatch.formats.provenance import PATCHES, patch_entry, patches_json
+from nestpatch.formats.provenance import PACKS, pack_entry, packs_json
 from nestpatch.pack import Pack, TensorDelta
 from nestpatch.rows import FloatArray
 
@@ -67,7 +67,7 @@ def write(pack: Pack, output: Path, strength: float = 1.0, experts: int | None =
     with new_output(output, directory=True) as sibling:
         (sibling / CONFIG).write_text(json.dumps(config(pack, found, rank), indent=2, sort_keys=True) + "\n", encoding="utf-8")
         with open(sibling / WEIGHTS, "wb") as file:
-            _write_weights(file, found, rank, strength, patches_json([patch_entry(pack, strength)]))
+            _write_weights(file, found, rank, strength, packs_json([pack_entry(pack, strength)]))
         nbytes = sum(sync_size(sibling / name) for name in (CONFIG, WEIGHTS))
         sync_folder(sibling)
     return Written(size.matrices, size.rank, nbytes)
@@ -180,10 +180,10 @@ def _keys(matrix: Matrix, names: set[str]) -> tuple[str, str]:
     return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
 
 
-def _write_weights(file: IO[bytes], found: list[Matrix], rank: int, strength: float, patches: str) -> None:
+def _write_weights(file: IO[bytes], found: list[Matrix], rank: int, strength: float, packs: str) -> None:
     """A safetensors file, one matrix in memory at a time. The safetensors library writes metadata in any order."""
     names = {matrix.name for matrix in found}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", PATCHES: patches}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", PACKS: packs}}
     offset = 0
     for matrix in found:
         for key, shape in zip(_keys(matrix, names), _flat_shapes(matrix, rank), strict=True):

@@ -128,7 +128,7 @@ Path = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundMatrix:
     """Rows of weights that together are a matrix."""
 
     halves: tuple[Half, ...]
@@ -147,7 +147,7 @@ class Finder:
                 for path in filter(None, map(_untailed, texts(weight))):
                     self._known.setdefault((how, path[-1]), []).append((path, weight))
 
-    def find(self, name: str) -> Found | None:
+    def find(self, name: str) -> FoundMatrix | None:
         """The rows that are a pack's tensor, or None. Raises UnsupportedModelError when several weights could be it."""
         module = _parts(name.removesuffix(".weight"))
         if not module:
@@ -157,14 +157,14 @@ class Finder:
             return whole
         parent, part = module[:-1], module[-1]
         if part in (GATE, UP) and (fused := self._by_name((*parent, FUSED))) is not None:
-            return Found((self._half(fused.halves[0].weight, part),), fused.how)
+            return FoundMatrix((self._half(fused.halves[0].weight, part),), fused.how)
         if part == FUSED:
             gate, up = (self._by_name((*parent, other)) for other in (GATE, UP))
             if gate is not None and up is not None:
-                return Found((*gate.halves, *up.halves), gate.how)
+                return FoundMatrix((*gate.halves, *up.halves), gate.how)
         return self._by_structure(module)
 
-    def _by_name(self, module: Path) -> Found | None:
+    def _by_name(self, module: Path) -> FoundMatrix | None:
         """The weight whose names end in the module's."""
         for how in _TEXTS:
             scores: dict[int, dict[str, Weight]] = {}
@@ -178,7 +178,7 @@ class Finder:
                     advice="Export the model anew with the names of its weights: nestpatch export MODEL --to onnx",
                 )
             for weight in best.values():
-                return Found((Half(weight, 0, weight.rows),), how)
+                return FoundMatrix((Half(weight, 0, weight.rows),), how)
         return None
 
     def _half(self, weight: Weight, part: str) -> Half:
@@ -190,7 +190,7 @@ class Finder:
         rows = weight.rows // 2
         return Half(weight, 0 if part == GATE else rows, rows)
 
-    def _by_structure(self, module: Path) -> Found | None:
+    def _by_structure(self, module: Path) -> FoundMatrix | None:
         """The weights of the layer's feed-forward block, counted from the first."""
         numbers = [int(part) for part in module if _LAYER.fullmatch(part)]
         part = module[-1]
@@ -201,9 +201,9 @@ class Finder:
             return None
         block = alike[numbers[0]]
         if block.gate is not None and part == FUSED:
-            return Found(_joined(block.gate, block.up), "the shape of the graph")
+            return FoundMatrix(_joined(block.gate, block.up), "the shape of the graph")
         half = block.gate if block.gate is not None and part == GATE else block.up
-        return Found((half,), "the shape of the graph")
+        return FoundMatrix((half,), "the shape of the graph")
 
 
 def _parts(text: str) -> Path:

@@ -17,7 +17,7 @@ import numpy as np
 from nestpatch.errors import CheckpointError, CheckpointFormatError, UnsupportedModelError
 from nestpatch.formats._rowio import read_all_at
 from nestpatch.formats.checkpoint import IntArray, TensorInfo, row_blocks
-from nestpatch.formats.onnx._finder import Finder, Found, find_blocks
+from nestpatch.formats.onnx._finder import Finder, FoundMatrix, find_blocks
 from nestpatch.formats.onnx._graph import read_graph
 from nestpatch.formats.onnx._layout import JoinedLayout, Layout, RowLayout, Segment
 from nestpatch.formats.onnx._linear import Form, Weight, find_weights
@@ -109,7 +109,7 @@ class OnnxCheckpoint:
         has_rows = problem is None and info.plain and len(info.shape) > 1 and info.nbytes
         return _View(info, RowLayout((info,)) if has_rows else None, problem)
 
-    def _found(self, name: str, found: Found | None) -> _View | None:
+    def _found(self, name: str, found: FoundMatrix | None) -> _View | None:
         """A pack's tensor: rows of one weight, or of two."""
         if found is None:
             return None

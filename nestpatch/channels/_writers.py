@@ -9,7 +9,7 @@ from hashlib import sha256
 from typing import Protocol
 
 from nestpatch.channels.listing import CHANNEL_FILE
-from nestpatch.channels.sources import FolderSource, HubSource, Source, open_source, read_regular
+from nestpatch.channels.readers import ChannelReader, FolderReader, HubReader, open_reader, read_regular
 from nestpatch.errors import DataError, HubError, HubNotFoundError, PublishError
 from nestpatch.files.atomic import sweep_writes, write_bytes
 from nestpatch.files.reading import alone
@@ -36,11 +36,11 @@ class Head:
     card: bytes | None
 
 
-class Site(Protocol):
+class ChannelWriter(Protocol):
     """A place that a channel can be written to."""
 
     @property
-    def source(self) -> Source:
+    def source(self) -> ChannelReader:
         """How it is read."""
 
     def create(self, *, private: bool) -> None:
@@ -60,10 +60,10 @@ class Site(Protocol):
 
 
 @dataclass(frozen=True)
-class HubSite:
+class HubWriter:
     """A model repository."""
 
-    source: HubSource
+    source: HubReader
 
     def create(self, *, private: bool) -> None:
         """Makes the repository, if there is none."""
@@ -109,10 +109,10 @@ class HubSite:
 
 
 @dataclass(frozen=True)
-class FolderSite:
+class FolderWriter:
     """A folder. The channel file is replaced last: until then readers see the old channel, whole."""
 
-    source: FolderSource
+    source: FolderReader
 
     def create(self, *, private: bool) -> None:
         """Makes the folder, if there is none."""
@@ -152,13 +152,13 @@ def _digest(data: bytes | None) -> str:
     return sha256(data or b"").hexdigest()
 
 
-def open_site(text: str) -> Site:
+def open_writer(text: str) -> ChannelWriter:
     """The place that a text names. Raises DataError for what names none, PublishError where nobody can write."""
-    source = open_source(text)
-    if isinstance(source, HubSource):
-        return HubSite(source)
-    if isinstance(source, FolderSource):
-        return FolderSite(source)
+    source = open_reader(text)
+    if isinstance(source, HubReader):
+        return HubWriter(source)
+    if isinstance(source, FolderReader):
+        return FolderWriter(source)
     if source.place.startswith("http"):
         raise PublishError(
             f"{source.place} is a web server, which can only be read",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
-from nestpatch.channels.listing import CHANNEL_FILE, File
+from nestpatch.channels.listing import CHANNEL_FILE, ListedFile
 from nestpatch.errors import DataError, HubAnswerError, HubNotFoundError, HubUnavailableError, SwappedFileError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.hub.client import SCHEME, Reference, Snapshot, parse_reference, scrubbed, shown
@@ -43,7 +43,7 @@ class Fetched:
     """None: nothing is new since the version that was known."""
 
 
-class Source(Protocol):
+class ChannelReader(Protocol):
     """A place that a channel can be read from."""
 
     @property
@@ -57,7 +57,7 @@ class Source(Protocol):
     def channel(self, known: str = "") -> Fetched:
         """The channel file, in one request. Raises HubError and its kinds."""
 
-    def read(self, version: str, file: File, on_event: OnEvent = ignore) -> bytes:
+    def read(self, version: str, file: ListedFile, on_event: OnEvent = ignore) -> bytes:
         """A file that the channel of that version names; at most one byte longer than it should be. Raises as `channel`."""
 
 
@@ -68,7 +68,7 @@ def _endpoint() -> str:
 
 
 @dataclass(frozen=True)
-class HubSource:
+class HubReader:
     """A model repository. Its main branch is asked for once; everything else is read from that very commit."""
 
     repo_id: str
@@ -91,7 +91,7 @@ class HubSource:
             raise HubAnswerError(f"{shown(self.endpoint)} names no commit for {self.repo_id}: {commit[:80]!r}")
         return Fetched(commit, page.data)
 
-    def read(self, version: str, file: File, on_event: OnEvent = ignore) -> bytes:
+    def read(self, version: str, file: ListedFile, on_event: OnEvent = ignore) -> bytes:
         """In parts, from the Hub or from where it sends large files."""
         remote = RemoteFile(Snapshot(self.repo_id, version, ()), file.path, Meter(), endpoint=self.endpoint)
         parts: list[bytes] = []
@@ -116,7 +116,7 @@ def _greeting() -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class WebSource:
+class WebReader:
     """A folder on a web server. The Hub's token is never sent there; a login comes from the address or from ~/.netrc."""
 
     url: str
@@ -138,7 +138,7 @@ class WebSource:
         page = self._fetch(CHANNEL_FILE, MAX_BYTES, {"If-None-Match": known} if known else {})
         return Fetched(page[1] if page[0] is not None else known, page[0])
 
-    def read(self, version: str, file: File, on_event: OnEvent = ignore) -> bytes:  # noqa: ARG002 - a folder has one version
+    def read(self, version: str, file: ListedFile, on_event: OnEvent = ignore) -> bytes:  # noqa: ARG002 - a folder has one version
         """The whole file."""
         data, _ = self._fetch(file.path, file.size + 1, {})
         on_event(Event("download", file.size, file.size, file.name))
@@ -168,7 +168,7 @@ def _netrc(url: str) -> str:
 
 
 @dataclass(frozen=True)
-class FolderSource:
+class FolderReader:
     """A folder on this machine: a mirror for machines without a network, or a share."""
 
     folder: Path
@@ -187,7 +187,7 @@ class FolderSource:
         version = sha256(data).hexdigest()
         return Fetched(version, None if version == known else data)
 
-    def read(self, version: str, file: File, on_event: OnEvent = ignore) -> bytes:  # noqa: ARG002 - a folder has one version
+    def read(self, version: str, file: ListedFile, on_event: OnEvent = ignore) -> bytes:  # noqa: ARG002 - a folder has one version
         """The whole file."""
         data = self._read(file.path, file.size + 1)
         on_event(Event("download", file.size, file.size, file.name))
@@ -241,13 +241,13 @@ def split_version(text: str) -> tuple[str, str | None]:
     return (place, version) if mark and version_problem(version) is None else (text, None)
 
 
-def open_source(text: str) -> Source:
+def open_reader(text: str) -> ChannelReader:
     """The place that a text names, without a version. Raises DataError for what names none."""
     if any(not char.isprintable() for char in text):
         raise DataError(f"a control character is in the place {scrubbed(text)!r}", advice="Type the address again.")
     scheme = text.partition("://")[0].lower()
     if scheme == "file" or text.startswith(("/", "./", "../")):
-        return FolderSource(_folder_of(text))
+        return FolderReader(_folder_of(text))
     if scheme in {"http", "https"}:
         return _web(text)
     reference = parse_reference(text)
@@ -256,7 +256,7 @@ def open_source(text: str) -> Source:
             f"{scrubbed(text)!r} names no channel",
             advice="Give owner/name[@VERSION] of the Hub, https://..., or file:///folder.",
         )
-    return HubSource(reference.repo_id)
+    return HubReader(reference.repo_id)
 
 
 def _folder_of(text: str) -> Path:
@@ -270,7 +270,7 @@ def _folder_of(text: str) -> Path:
     return Path(path).absolute()
 
 
-def _web(text: str) -> WebSource:
+def _web(text: str) -> WebReader:
     """A folder of a web server; its place has nothing that may be secret. Raises DataError."""
     if re.search(r"[\s\\]", text):
         raise DataError(f"a space or a backslash is in the address {shown(text)}", advice="Write %20 for a space.")
@@ -285,7 +285,7 @@ def _web(text: str) -> WebSource:
         advice = "Use https://. Plain http:// is for servers on this machine alone."
         raise DataError(f"{shown(text)} is not encrypted", advice=advice)
     place = f"{address.scheme}://{shown(text).partition('://')[2]}".rstrip("/")
-    return WebSource(place, _login(address), address.query)
+    return WebReader(place, _login(address), address.query)
 
 
 def _odd(text: str) -> DataError:
