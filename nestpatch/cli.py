@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from nestpatch import __version__
-from nestpatch.commands import exporting, fleet, inspecting, patching, signing, training
+from nestpatch.commands import demo, evaluating, exporting, fleet, inspecting, patching, signing, training
 from nestpatch.errors import (
     DataError,
     FileSystemError,
@@ -124,9 +124,9 @@ def main() -> None:
 
 for command in (
     training.train,
-    training.evaluate,
-    training.demo,
-    training.lab,
+    evaluating.evaluate,
+    demo.demo,
+    demo.lab,
     patching.apply,
     patching.revert,
     patching.recover,

@@ -59,7 +59,7 @@ def prove(
     """Opens a patch and judges its signatures.
 
     Args:
-        patch: A file, a channel (hub://owner/name[@VERSION], https://..., file://...), a Pack, or a Proven, which passes as
+        pack: A file, a channel (hub://owner/name[@VERSION], https://..., file://...), a Pack, or a Proven, which passes as
             it is. A Pack in memory has no signature, so a policy that asks for one refuses it.
         model: What the patch is for, as the user names it: decides which rules and keys of the policy count, together with
             what the pack says of its base.

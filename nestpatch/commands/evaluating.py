@@ -1,0 +1,85 @@
+"""The command that measures models: eval."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from nestpatch.commands._options import (
+    PathType,
+    json_option,
+    print_json,
+    progress,
+    proven,
+    quiet_option,
+    say,
+    say_unchecked,
+    trust_options,
+)
+
+
+@click.command("eval")
+@click.argument("model")
+@click.argument("patch", required=False)
+@trust_options
+@click.option("--suite", multiple=True, required=True, help="[KIND=]SOURCE; kinds: harmful, benign, lookalike. Repeatable.")
+@click.option("--lora", type=PathType, help="An adapter, .gguf or .onnx_adapter, for such a MODEL: measured like PATCH.")
+@click.option("--base", help="The unpatched model: measures how far MODEL has moved from it.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda or mps.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=48, show_default=True, help="Length of an answer.")
+@click.option("--answers", type=PathType, help="Write every answer and verdict to this JSONL file.")
+@click.option("--fail-over", multiple=True, metavar="NAME=SHARE", help="End with 1 over this: attack_success=0.05. Repeatable.")
+@click.option("--fail-under", multiple=True, metavar="NAME=SHARE", help="End with 1 under this. Repeatable.")
+@quiet_option
+@json_option
+def evaluate(
+    model: str,
+    pack: str | None,
+    policy_file: Path | None,
+    allow_unsigned: bool,
+    suite: tuple[str, ...],
+    lora: Path | None,
+    base: str | None,
+    device: str,
+    max_new_tokens: int,
+    answers: Path | None,
+    fail_over: tuple[str, ...],
+    fail_under: tuple[str, ...],
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Measure attack success and over-refusal of MODEL, alone or also with PATCH merged in memory.
+
+    A .gguf file is run by llama.cpp and an ONNX model by onnxruntime, with PATCH as an adapter; that needs no torch. PATCH is
+    a file, or hub://owner/name[@VERSION] and other channels. Its signatures are checked first.
+
+    A suite's kind is told by its file name (harmful*, jailbreak*, benign*, lookalike*) or said: harmful=FILE. Limits are for
+    MODEL with PATCH, where there is one; their names are those of --json.
+    """
+    from nestpatch.evaluation.evaluator import evaluate, write_answers
+    from nestpatch.evaluation.limits import exceeded, parse_limits
+    from nestpatch.evaluation.suites import load_suite
+    from nestpatch.views import results as views
+
+    over, under = parse_limits(fail_over), parse_limits(fail_under)
+    suites = [load_suite(text) for text in suite]
+    options = {"lora": lora, "base": base, "device": device, "max_new_tokens": max_new_tokens}
+    with progress(quiet) as on_event:
+        checked = None
+        if pack is not None:
+            checked = proven(pack, model, policy_file, on_event, allow_unsigned=allow_unsigned)
+        result = evaluate(model, suites, pack=checked, on_event=on_event, **options)  # type: ignore[arg-type]
+    say_unchecked(checked)
+    if answers is not None:
+        write_answers(result, answers)
+    columns = {"model": result.model} | ({"patched": result.patched} if result.patched else {})
+    if as_json:
+        print_json({name: evaluation.as_json() for name, evaluation in columns.items()})
+    else:
+        views.out.print(views.evaluation_table(columns))
+    failures = exceeded(result.patched or result.model, over, under)
+    for failure in failures:
+        say(f"FAILED: {failure}", err=True)
+    sys.exit(1 if failures else 0)
