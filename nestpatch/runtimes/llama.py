@@ -290,7 +290,7 @@ class LlamaRuntime:
             CheckpointFormatError: llama.cpp does not load the adapter.
         """
         other = copy.copy(self)
-        other._adapter = self._load_adapter(Path(adapter))  # noqa: SLF001 - a copy of this object; freed with the model
+        other._adapter = self._load_adapter(Path(adapter))
         yield other
 
     @contextmanager

@@ -199,7 +199,7 @@ class OnnxRuntime:
 
     @property
     def ends(self) -> frozenset[int]:
-        """The tokens that end an answer: from the files beside the model, read in the order in which transformers reads them."""
+        """The tokens that end an answer: from the files beside the model, in the order of transformers."""
         for name in ("generation_config.json", "config.json"):
             found = _read_object(self.folder / name).get("eos_token_id")
             if found is not None:
@@ -254,7 +254,7 @@ class OnnxRuntime:
             CheckpointFormatError: onnxruntime does not load the adapter.
         """
         other = copy.copy(self)
-        other._adapter = self._load_adapter(Path(adapter))  # noqa: SLF001 - a copy of this object
+        other._adapter = self._load_adapter(Path(adapter))
         yield other
 
     @contextmanager

@@ -345,5 +345,6 @@ class TransformersRuntime:
     def with_adapter(self, adapter: Path) -> AbstractContextManager[TransformersRuntime]:
         """Raises DataError: adapter files are for llama.cpp and onnxruntime."""
         raise DataError(
-            f"the adapter {adapter} goes with a .gguf or an ONNX model", advice="Give the pack itself: nestpatch eval MODEL PACK"
+            f"the adapter {adapter} goes with a .gguf or an ONNX model",
+            advice="Give the pack itself: nestpatch eval MODEL PACK",
         )

@@ -19,8 +19,7 @@ from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.plain import count, lines, number, one_line
 
 if TYPE_CHECKING:
-    from nestpatch.evaluation.statistics import Share
-    from nestpatch.evaluation.suites import Scores
+    from nestpatch.evaluation.suites import Scores, Share
     from nestpatch.export.models import Exported
     from nestpatch.lab.demo import FormatResult
     from nestpatch.pack import Pack
