@@ -53,18 +53,13 @@ def evaluate(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    r"""Measure attack success and over-refusal of MODEL, alone or also with PACK merged in memory.
+    """Measure attack success and over-refusal of MODEL, alone or also with PACK merged in memory.
 
     A .gguf file is run by llama.cpp and an ONNX model by onnxruntime, with PACK as an adapter; that needs no torch. PACK is
     a file, or hub://owner/name[@VERSION] and other channels. Its signatures are checked first.
 
     The kind of a suite is in its file name (harmful*, jailbreak*, benign*, lookalike*) or before it: harmful=FILE. Limits are
     for MODEL with PACK, where there is one; their names are those of --json.
-
-    \b
-    Examples:
-      nestpatch eval path/to/model no-harm.nest --suite harmful.jsonl --suite benign.jsonl
-      nestpatch eval patched.gguf --suite harmful.jsonl --fail-over attack_success=0.05 --json
     """
     require_order(model, pack, "eval")
     from nestpatch.evaluation.evaluator import evaluate, write_answers
