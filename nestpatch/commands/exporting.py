@@ -147,7 +147,7 @@ def _unwinding(on_event: OnEvent) -> Iterator[OnEvent]:
 
 @click.command()
 @click.argument("model")
-@click.argument("patch", required=False)
+@click.argument("pack", required=False)
 @click.option("--to", "target", type=click.Choice(sorted(TARGETS)), required=True, help="The format to write.")
 @click.option("-o", "--output", type=PathType, help="Where to write.  [default: beside the model, named after it]")
 @click.option(
