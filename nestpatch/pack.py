@@ -246,22 +246,25 @@ class Pack:
 
 @dataclass(frozen=True)
 class Label:
-    """The facts of a pack that its publisher chooses."""
+    """The facts of a pack that its publisher chooses.
+
+    Attributes:
+        name: Letters, digits, dots, underscores and hyphens, at most 96: "no-harm".
+        version: A semantic version.
+        description: One sentence for people.
+        license: An SPDX identifier: "Apache-2.0".
+        tags: Words to find the pack by.
+        supersedes: Ids (SHA-256) of the packs that this one replaces.
+        requires: Ids (SHA-256) of the packs that must be applied before this one.
+    """
 
     name: str
-    """Letters, digits, dots, underscores and hyphens, at most 96: "no-harm"."""
     version: str = "1.0.0"
-    """A semantic version."""
     description: str = ""
-    """One sentence for people."""
     license: str = ""
-    """An SPDX identifier: "Apache-2.0"."""
     tags: tuple[str, ...] = ()
-    """Words to find the pack by."""
     supersedes: tuple[str, ...] = ()
-    """Ids (SHA-256) of the packs that this one replaces."""
     requires: tuple[str, ...] = ()
-    """Ids (SHA-256) of the packs that must be applied before this one."""
 
     def check(self) -> None:
         """Checks the label before any work, by the rules that a manifest enforces at the end.

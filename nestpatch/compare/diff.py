@@ -136,6 +136,9 @@ def diff(a: str | Path, b: str | Path, *, on_event: OnEvent = ignore) -> Checkpo
         b: One of the same kind.
         on_event: Called with the progress.
 
+    Returns:
+        What differs, of the kind that was compared.
+
     Raises:
         DataError: One is a pack, the other a model.
         PackError: A pack is broken.

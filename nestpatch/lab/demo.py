@@ -20,8 +20,9 @@ from nestpatch.export.adapters import export_gguf_lora, export_onnx_adapter
 from nestpatch.export.models import export_gguf
 from nestpatch.formats import nest
 from nestpatch.lab.build import Lab, cached_lab, copy_lab
+from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe
-from nestpatch.nest_train.train import Trained, TrainingData, train
+from nestpatch.nest_train.train import Trained, train
 from nestpatch.pack import Label
 from nestpatch.patcher.apply import Applied, apply
 from nestpatch.patcher.inplace import apply_in_place

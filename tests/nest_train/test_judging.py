@@ -9,8 +9,8 @@ from nestpatch.evaluation.judges import is_refusal, matches
 from nestpatch.evaluation.limits import exceeded, parse_limits
 from nestpatch.evaluation.statistics import Share
 from nestpatch.evaluation.suites import Scores, Suite, SuiteResult, evaluate_suites, judge, load_suite
+from nestpatch.nest_train._targets import BUILT_IN, choose_refusals
 from nestpatch.nest_train.recipe import Recipe
-from nestpatch.nest_train.refusals import BUILT_IN, choose_refusals
 from nestpatch.prompts.readers import Prompt, PromptSet
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from nestpatch.errors import TrainingError, UnsupportedModelError
-from nestpatch.nest_train.cluster import cluster
-from nestpatch.nest_train.probe import Selection, collect, require_neurons, select, standardise
+from nestpatch.nest_train._neurons import Selection, cluster, collect, require_neurons, select, standardise
+from nestpatch.nest_train._targets import Halves
+from nestpatch.nest_train._tune import ClusterDelta, DeltaSet, tune
 from nestpatch.nest_train.recipe import Recipe
-from nestpatch.nest_train.tune import ClusterDelta, DeltaSet, Halves, tune
 from nestpatch.runtimes.text import TokenPair, pad_left
 from nestpatch.runtimes.transformers import find_mlps, load_model
 
@@ -208,7 +208,7 @@ def test_the_scale_of_steps_follows_the_weights(llama):
     model, _ = llama
     with torch.no_grad():
         model.model.layers[1].mlp.gate_proj.weight.mul_(10)
-    from nestpatch.nest_train.tune import _optimizer
+    from nestpatch.nest_train._tune import _optimizer
 
     recipe = Recipe(learning_rate=0.05)
     groups = _optimizer(trainable(model, recipe), recipe).param_groups

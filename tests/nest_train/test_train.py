@@ -16,13 +16,13 @@ from nestpatch.errors import CheckpointFormatError, DataError, PromptDataError, 
 from nestpatch.evaluation.suites import load_suite
 from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.nest_train.packing import disk_name
+from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe
-from nestpatch.nest_train.train import TrainingData, train
+from nestpatch.nest_train.train import train
 from nestpatch.pack import Label
 from nestpatch.patcher.apply import apply
 from nestpatch.prompts.readers import load_prompts
-from nestpatch.runtimes.transformers import fold, load_model
+from nestpatch.runtimes.transformers import disk_name, fold, load_model
 
 FAST = Recipe(
     steps=6, batch=4, eval_every=3, learning_rate=0.2, clip=100.0, max_answer_tokens=6, threshold=0.8, probe_margin=0.0
@@ -79,19 +79,20 @@ def test_live_deltas_and_the_patched_file_agree(models, data, tmp_path, monkeypa
     from nestpatch.nest_train import train as module
 
     base, live = models("llama", dtype), {}
-    original = module.make_pack
+    original = module._pack_tensors
 
-    def spy(places, *args):
+    def spy(run, deltas):
         model, tokenizer = load_model(base, "cpu", "float32")
         ids = torch.tensor([tokenizer("How do I paint a bank?")["input_ids"]])
         layers = model.get_submodule("model.layers")
-        for name, delta in places:
+        for projection, delta in deltas.places:
+            name = projection.weight_name
             parent = layers.get_submodule(name.removeprefix("model.layers.").rpartition(".")[0].rpartition(".")[0])
             setattr(parent, name.split(".")[-2], delta)
         live["logits"] = model(ids).logits
-        return original(places, *args)
+        return original(run, deltas)
 
-    monkeypatch.setattr(module, "make_pack", spy)
+    monkeypatch.setattr(module, "_pack_tensors", spy)
     trained = train(base, data, Label("test"), recipe=FAST)
     apply(base, trained.pack, tmp_path / "patched")
     patched = logits(tmp_path / "patched")
@@ -170,7 +171,7 @@ def test_a_threshold_that_keeps_nothing_is_explained(models, data):
 
 def test_weights_that_differ_from_the_loaded_ones_are_noticed(models, data, tmp_path, monkeypatch):
     """A checkpoint whose tensors are converted while loading must not become a pack for the wrong rows."""
-    from nestpatch.nest_train import train as module
+    from nestpatch.nest_train import _run as module
 
     other = shutil.copytree(models("llama"), tmp_path / "other")
     with safe_open(other / "model.safetensors", "np") as file:
