@@ -20,7 +20,7 @@ from nestpatch.evaluation.drift import drift, drift_between, torch_logits
 from nestpatch.evaluation.evaluator import evaluate
 from nestpatch.evaluation.suites import load_suite
 from nestpatch.export.adapters import export_onnx_adapter
-from nestpatch.lab.world import dialogues, make_world
+from nestpatch.lab._world import dialogues, make_world
 from nestpatch.runtimes.onnx import OnnxModel, ends_of, load_tokenizer, with_onnx
 from nestpatch.runtimes.text import encode_pairs
 from nestpatch.runtimes.transformers import load_model, with_transformers
