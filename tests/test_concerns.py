@@ -63,7 +63,9 @@ def test_a_small_rise_and_a_base_without_attacks_are_no_concern() -> None:
     assert concerns(aligned) == ()
 
 
-@pytest.mark.parametrize("odd", [None, "83 %", True, math.nan, math.inf, 10**400, [], {"value": 0.5}, {"value": "x", "total": 3}])
+@pytest.mark.parametrize(
+    "odd", [None, "83 %", True, math.nan, math.inf, 10**400, [], {"value": 0.5}, {"value": "x", "total": 3}]
+)
 def test_malformed_numbers_of_a_pack_count_as_not_measured(odd: Any) -> None:
     names = ("attack_success", "refusal_benign", "refusal_lookalike", "benign_correct", "kl_to_base")
     both = dict.fromkeys(names, odd)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import tempfile
 import time
@@ -159,6 +160,8 @@ def _measure(run: Run, data: TrainingData, blocks: Sequence[MlpBlock], suite_pro
     with watch("probe", math.ceil(len(texts) / recipe.probe_batch)), tempfile.TemporaryDirectory() as folder:
         collect(run.model, blocks, batch, Path(folder), recipe, run.pad)
     run.on_event(Event("measure", note="neurons of one layer"))
+    for module in ("cluster", "linear_model"):  # imported once by a training, not once per layer
+        importlib.import_module(f"sklearn.{module}")
     with watch("select and cluster", len(blocks)):
         groups = _random_groups(blocks[0], len(data.harmful.prompts), len(texts), recipe)
     harmful = [(prompt.text, BUILT_IN[0]) for prompt in data.harmful.prompts]

@@ -38,6 +38,7 @@ STAGES = {
     "select": "selecting neurons",
     "cluster": "clustering neurons",
     "tune": "tuning deltas",
+    "measure": "timing the stages",
     "evaluate": "evaluating",
     "copy": "copying",
     "merge": "merging rows",

@@ -157,8 +157,12 @@ def test_prompts_on_both_sides_and_too_few_prompts_are_refused(models, data, tmp
     with pytest.raises(PromptDataError, match="both harmful and harmless"):
         train(models("llama"), TrainingData(data.harmful, data.harmful), Label("test"), recipe=FAST)
     (tmp_path / "few.txt").write_text("one\ntwo\n")
-    with pytest.raises(PromptDataError, match="at least 20"):
+    with pytest.raises(PromptDataError, match="few contains 2 harmful prompts; at least 20") as caught:
         train(models("llama"), TrainingData(load_prompts(tmp_path / "few.txt"), data.benign), Label("test"), recipe=FAST)
+    assert "--harmful can be repeated" in caught.value.advice
+    with pytest.raises(PromptDataError, match="2 benign prompts") as caught:
+        train(models("llama"), TrainingData(data.harmful, load_prompts(tmp_path / "few.txt")), Label("test"), recipe=FAST)
+    assert "--benign can be repeated" in caught.value.advice
 
 
 def test_a_threshold_that_keeps_nothing_is_explained(models, data):
