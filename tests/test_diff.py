@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from nestpatch.cli import main
-from nestpatch.compare._packs import PackDiff, compare_packs
 from nestpatch.compare.diff import LayerChange, Mismatch, compare, diff
+from nestpatch.compare.packs import PackDiff, compare_packs
 from nestpatch.errors import CheckpointFormatError, DataError, InterruptedChangeError, PackError
 from nestpatch.formats import nest
 from nestpatch.patcher.recovery import open_model, recover_model

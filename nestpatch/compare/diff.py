@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from nestpatch.compare._packs import PackDiff, Sums, compare_packs, finite, squares
+from nestpatch.compare.packs import PackDiff, Sums, compare_packs, finite, squares
 from nestpatch.errors import CheckpointFormatError, DataError, QuantizationError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats.checkpoint import CHUNK, Checkpoint, IntArray, TensorInfo, row_blocks

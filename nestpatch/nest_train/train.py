@@ -51,15 +51,19 @@ class Trained:
 
     Attributes:
         pack: The pack, with the numbers of the evaluation in its manifest.
+        pack_id: SHA-256 of its file.
+        nbytes: Size of its file.
         before: The numbers of the base; None where no suites were given.
         after: The numbers of the base with the pack; None where no suites were given, or where the evaluation failed.
         trained_parameters: Number of trained values.
         model_parameters: Number of parameters of the base.
-        output: The file that holds the pack; None where none was to be written.
+        output: The file of the pack; None where no output was given.
         problem: Why the pack could not be evaluated; None where it was, or where no suites were given.
     """
 
     pack: Pack
+    pack_id: str
+    nbytes: int
     before: Scores | None
     after: Scores | None
     trained_parameters: int
@@ -74,12 +78,11 @@ class Trained:
 
     def as_json(self) -> dict[str, Any]:
         """The result as plain values. What was not measured is null."""
-        data = nest.encode(self.pack)
         return {
             "output": None if self.output is None else str(self.output),
             "pack": self.pack.label,
-            "pack_id": sha256(data).hexdigest(),
-            "bytes": len(data),
+            "pack_id": self.pack_id,
+            "bytes": self.nbytes,
             "trained_parameters": self.trained_parameters,
             "model_parameters": self.model_parameters,
             "before": None if self.before is None else self.before.as_json(),
@@ -188,7 +191,7 @@ def _train(
     if output is not None:
         nest.write(pack, output)
         run.note(f"wrote {output}" + ("; its evaluation follows" if before is not None else ""))
-    trained = Trained(pack, before, None, deltas.trainable, run.parameters, output)
+    trained = Trained(pack, *_identity(pack), before, None, deltas.trainable, run.parameters, output)
     return trained if before is None else _evaluated(run, trained, suites, deltas, before)
 
 
@@ -210,7 +213,14 @@ def _evaluated(run: Run, trained: Trained, suites: Sequence[Suite], deltas: Delt
     pack = dataclasses.replace(trained.pack, manifest=manifest)
     if trained.output is not None:
         nest.write(pack, trained.output, overwrite=True)
-    return dataclasses.replace(trained, pack=pack, after=after)
+    pack_id, nbytes = _identity(pack)
+    return dataclasses.replace(trained, pack=pack, pack_id=pack_id, nbytes=nbytes, after=after)
+
+
+def _identity(pack: Pack) -> tuple[str, int]:
+    """(id, size) of the pack's file."""
+    data = nest.encode(pack)
+    return sha256(data).hexdigest(), len(data)
 
 
 def _find_clusters(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> tuple[list[Selection], list[Clusters]]:

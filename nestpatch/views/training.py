@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from nestpatch.formats import nest
 from nestpatch.views.results import HEADLINES, escape, out, size
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def show_trained(trained: Trained, base: str) -> None:
     pack = trained.pack
     share = trained.trained_parameters / trained.model_parameters
     rows = sum(delta.neurons for delta in pack)
-    where = "" if trained.output is None else f"  {escape(trained.output)}, {size(len(nest.encode(pack)))}"
+    where = "" if trained.output is None else f"  {escape(trained.output)}, {size(trained.nbytes)}"
     out.print(f"[bold]{escape(pack.label)}[/]{where}")
     out.print(
         f"[dim]changes {rows:,} rows of {len(pack.deltas)} tensors; "
@@ -45,7 +44,7 @@ def show_trained(trained: Trained, base: str) -> None:
 
 
 def _numbers(before: Scores, after: Scores | None) -> Table:
-    """The headline numbers before and after; what was not measured is said so."""
+    """The headline numbers before and after, or "not measured"."""
     table = Table("", "before", "after", box=None, pad_edge=False, header_style="dim")
     sides = [scores.totals() if scores is not None else {} for scores in (before, after)]
     for name, title in HEADLINES.items():
@@ -72,7 +71,7 @@ def show_plan(plan: TrainingPlan, output: str) -> None:
     grid.add_row("layers", f"{plan.layers} feed-forward blocks with {plan.neurons:,} neurons; the probe chooses among them")
     share = plan.trained_parameters / plan.model_parameters
     grid.add_row("trained", f"about {plan.trained_parameters:,} values ({share:.2%}) in {plan.steps} steps at most")
-    grid.add_row("prompts", ", ".join(f"{count} {kind}" for kind, count in plan.prompts.items()))
+    grid.add_row("prompts", ", ".join(f"{count} {escape(kind)}" for kind, count in plan.prompts.items()))
     grid.add_row("evaluated", f"{plan.suite_prompts} prompts, before and after" if plan.suite_prompts else _NOT_MEASURED)
     grid.add_row("time", _durations(plan.seconds))
     out.print(f"would write [bold]{escape(output)}[/]")

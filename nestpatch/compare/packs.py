@@ -1,4 +1,4 @@
-"""What differs between two packs: the audit of an update. Used through `nestpatch.compare.diff`."""
+"""What differs between two packs: the audit of an update. `nestpatch.compare.diff.diff` calls it."""
 
 from __future__ import annotations
 
