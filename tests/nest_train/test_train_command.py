@@ -250,3 +250,20 @@ def test_without_the_extra_training_ends_at_once(tmp_path: Path, module: str) ->
     assert done.returncode == 1, done.stderr
     assert f"MissingExtraError: training (module {module})" in done.stderr
     assert "pip install 'nestpatch[train]'" in done.stderr
+
+
+def test_in_python_too_the_extra_is_named_before_any_work() -> None:
+    """Settings, labels and prompts are usable without torch; training names what to install."""
+    code = """import sys
+sys.modules["torch"] = None
+import nestpatch
+from nestpatch.errors import MissingExtraError
+few = nestpatch.PromptSet("few", ())
+try:
+    nestpatch.train("nowhere", nestpatch.TrainingData(few, few), nestpatch.Label("a/b"), recipe=nestpatch.Recipe(steps=3))
+except MissingExtraError as error:
+    print(error, error.advice)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "pip install 'nestpatch[train]'" in done.stdout
