@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -74,7 +73,7 @@ def build(directory: Path, seed: int, quiet: bool, as_json: bool) -> None:
     with progress(quiet) as on_event:
         built = build_lab(directory, seed, on_event=on_event)
     if as_json:
-        print_json(dataclasses.asdict(built))
+        print_json(built.as_json())
     else:
         state = "exists already" if built.cached else "built"
         views.out.print(f"lab of seed {seed} {state}: {views.escape(built.path)}, {built.parameters:,} parameters")

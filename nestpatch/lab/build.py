@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from nestpatch.errors import OutputError
 from nestpatch.events import Event, OnEvent, ignore
@@ -41,6 +42,10 @@ class Lab:
     def prompts(self, name: str) -> Path:
         """The file of a prompt set such as "harmful.train"."""
         return self.path / "prompts" / f"{name}.jsonl"
+
+    def as_json(self) -> dict[str, Any]:
+        """The facts as plain values."""
+        return {"output": str(self.path), "seed": self.seed, "parameters": self.parameters, "cached": self.cached}
 
 
 def _lab_key(seed: int, config: LabConfig) -> str:

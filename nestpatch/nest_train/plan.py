@@ -152,10 +152,10 @@ def _measure(run: Run, data: TrainingData, blocks: Sequence[MlpBlock], suite_pro
     answered = min(len(data.harmful.prompts), REFUSAL_SAMPLE) * (recipe.refusals != "builtin")
     answered += len(data.harmless) * (recipe.benign_targets == "self")
     sample = [prompt.text for prompt in data.harmless[:SAMPLE]]
-    with watch("distil", answered / len(sample)):
-        answers = run.generate(sample, "measure", "answers")
-    if suite_prompts:
-        watch.seconds["evaluate"] = 2 * suite_prompts * watch.seconds["distil"] / max(answered, 1)
+    began = time.perf_counter()
+    answers = run.generate(sample, "measure", "answers")
+    per_answer = (time.perf_counter() - began) / len(sample)
+    watch.seconds |= {"distil": answered * per_answer, "evaluate": 2 * suite_prompts * per_answer}
     batch = run.token_ids(texts[: recipe.probe_batch])
     with watch("probe", math.ceil(len(texts) / recipe.probe_batch)), tempfile.TemporaryDirectory() as folder:
         collect(run.model, blocks, batch, Path(folder), recipe, run.pad)

@@ -73,6 +73,8 @@ def show_plan(plan: TrainingPlan, output: str) -> None:
     grid.add_row("trained", f"about {plan.trained_parameters:,} values ({share:.2%}) in {plan.steps} steps at most")
     grid.add_row("prompts", ", ".join(f"{count} {escape(kind)}" for kind, count in plan.prompts.items()))
     grid.add_row("evaluated", f"{plan.suite_prompts} prompts, before and after" if plan.suite_prompts else _NOT_MEASURED)
+    for suite, count in plan.seen_in_training.items():
+        grid.add_row("warning", f"{count} prompts of suite {escape(suite)} are also training prompts")
     grid.add_row("time", _durations(plan.seconds))
     out.print(f"would write [bold]{escape(output)}[/]")
     out.print(grid)

@@ -210,6 +210,13 @@ def test_a_dry_run_plans_and_writes_nothing(models, data, prompts: Path, tmp_pat
     assert sorted(base.iterdir()) == files
 
 
+def test_a_plan_warns_of_suites_that_are_trained_on(models, prompts: Path, tmp_path: Path) -> None:
+    suites = [f"--suite={prompts / name}.jsonl" for name in ("harmful", "harmful-test")]
+    shown = run(*arguments(models("llama"), prompts, tmp_path / "x.nest"), *suites, "--dry-run", "-q")
+    assert "30 prompts of suite harmful are also training prompts" in shown.stdout
+    assert "suite harmful-test" not in shown.stdout
+
+
 def test_planning_does_not_change_what_is_trained(models, data) -> None:
     alone = train(models("llama"), data, Label("x"), recipe=FAST)
     plan(models("llama"), data, recipe=FAST)
