@@ -22,13 +22,9 @@ from nestpatch.commands._options import (
 @quiet_option
 @json_option
 def demo(seed: int, keep: Path | None, quiet: bool, as_json: bool) -> None:
-    r"""Train a pack for a small model made here, apply it, and evaluate the result. Takes a few minutes on a CPU.
+    """Train a pack for a small model made here, apply it, and evaluate the result. Takes a few minutes on a CPU.
 
     Exit code 1 when attacks do not succeed clearly less often.
-
-    \b
-    nestpatch demo
-    nestpatch demo --seed 1 --keep demo-files
     """
     from nestpatch.lab.demo import run_demo
     from nestpatch.views import results as views
@@ -61,11 +57,7 @@ def lab() -> None:
 @quiet_option
 @json_option
 def build(directory: Path, seed: int, quiet: bool, as_json: bool) -> None:
-    r"""Make a small half-aligned chat model and its prompt sets in DIRECTORY. Takes about two minutes on two CPU cores.
-
-    \b
-    nestpatch lab build my-lab
-    nestpatch lab build my-lab --seed 1
+    """Make a small half-aligned chat model and its prompt sets in DIRECTORY. Takes about two minutes on two CPU cores.
     """
     from nestpatch.lab.build import build_lab
     from nestpatch.views import results as views

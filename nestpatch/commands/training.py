@@ -60,16 +60,10 @@ def train(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    r"""Train a safety patch for BASE, a model directory or a Hub id.
+    """Train a safety patch for BASE, a model directory or a Hub id.
 
     Prompt sources are .jsonl, .json, .csv or .parquet files with a "prompt" column, or data set ids of the Hub. The pack is
     written before it is evaluated. Exit code 1 when it could not be evaluated; numbers that speak against it are warnings.
-
-    \b
-    nestpatch train path/to/model -o no-harm.nest \
-        --harmful harmful.jsonl --benign benign.jsonl --lookalike lookalike.jsonl
-    nestpatch train path/to/model -o no-harm.nest \
-        --harmful harmful.jsonl --benign benign.jsonl --suite harmful=test.jsonl --dry-run
     """
     from nestpatch.evaluation.suites import load_suite
     from nestpatch.files.atomic import check_output
