@@ -57,8 +57,7 @@ def lab() -> None:
 @quiet_option
 @json_option
 def build(directory: Path, seed: int, quiet: bool, as_json: bool) -> None:
-    """Make a small half-aligned chat model and its prompt sets in DIRECTORY. Takes about two minutes on two CPU cores.
-    """
+    """Make a small half-aligned chat model and its prompt sets in DIRECTORY. Takes about two minutes on two CPU cores."""
     from nestpatch.lab.build import build_lab
     from nestpatch.views import results as views
 
