@@ -8,7 +8,7 @@ import shutil
 import struct
 from pathlib import Path
 
-from bench.harness import digest, digest_file
+from bench.harness import digest_file
 
 SHARE, CLUSTERS = 0.015, 6
 """Neurons of each layer that the pack changes, and deltas of each projection."""
@@ -96,24 +96,20 @@ def write_pack(model: Path, path: Path) -> None:
 
     from nestpatch.formats import nest
     from nestpatch.formats.opening import open_checkpoint
-    from nestpatch.pack import BaseIdentity, Manifest, Pack, TensorDelta, TensorIdentity
-    from nestpatch.rows import DTYPES, merge, sketch
+    from nestpatch.pack import Label
+    from nestpatch.packing import build_pack, pack_tensor
+    from nestpatch.rows import DTYPES
 
-    checkpoint, random = open_checkpoint(model), np.random.default_rng(1)
-    deltas, identities, results = [], {}, {}
+    checkpoint, random, tensors = open_checkpoint(model), np.random.default_rng(1), []
     for name in (name for name in checkpoint.tensors() if "gate_proj" in name or "up_proj" in name):
         info = checkpoint.info(name)
         neurons = round(SHARE * info.rows)
-        rows = np.sort(random.choice(info.rows, neurons, replace=False)).astype(np.int32)
-        old = checkpoint.read_rows(name, rows)
+        rows = np.sort(random.choice(info.rows, neurons, replace=False))
         change = (DELTA_STD * random.standard_normal((CLUSTERS, info.shape[1]))).astype(DTYPES["BF16"])
-        delta = TensorDelta(name, change, rows, (np.arange(neurons) % CLUSTERS).astype(np.uint8), sketch(old))
-        deltas.append(delta)
-        identities[name] = TensorIdentity(info.shape, "BF16", digest(checkpoint.read_all(name)), digest([old.tobytes()]))
-        results[name] = digest([merge(old, delta.dense()).tobytes()])
-    base = BaseIdentity("bench/random", "", "LlamaForCausalLM", "BF16", identities)
-    manifest = Manifest("bench", "1.0.0", "random", "Apache-2.0", "2026-01-01T00:00:00Z", base, results)
-    nest.write(Pack(manifest, tuple(deltas)), path, overwrite=True)
+        tensors.append(pack_tensor(checkpoint, name, rows, np.arange(neurons) % CLUSTERS, change))
+    label = Label("bench", description="random", license="Apache-2.0")
+    pack = build_pack(tensors, label, model_id="bench/random", architecture="LlamaForCausalLM")
+    nest.write(pack, path, overwrite=True)
 
 
 def forget(model: Path) -> None:

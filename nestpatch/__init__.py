@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     from nestpatch.formats.nest import write as save_pack
     from nestpatch.gate import Proven as Proven
     from nestpatch.gate import prove as prove
+    from nestpatch.nest_train.data import TrainingData as TrainingData
     from nestpatch.nest_train.recipe import Recipe as Recipe
     from nestpatch.nest_train.train import Trained as Trained
-    from nestpatch.nest_train.train import TrainingData as TrainingData
     from nestpatch.nest_train.train import train as train
     from nestpatch.pack import Label as Label
     from nestpatch.pack import Pack as Pack
@@ -117,7 +117,7 @@ _HOMES = {
     "Status": "patcher.status",
     "Suite": "evaluation.suites",
     "Trained": "nest_train.train",
-    "TrainingData": "nest_train.train",
+    "TrainingData": "nest_train.data",
     "Verdict": "patcher.verify",
     "Verification": "patcher.verify",
 }

@@ -1,7 +1,8 @@
-"""Pack: the content of a `.nest` file, the one value that everybody passes on.
+"""`Pack`: the content of a `.nest` file, and the value that most of the library passes around.
 
-`Manifest` says what the pack is, for whom and how it was made; `TensorDelta` holds the change of one weight matrix.
-The fields are those of docs/nest-format.md. Constructors check what a single object can check; `Pack` checks that all agree.
+`Manifest` states what the pack is, which model it is for and how it was made; `TensorDelta` holds the change of one weight
+matrix; `Label` is the part of the manifest that the publisher chooses. The fields are those of docs/nest-format.md.
+Each constructor checks its own object and raises PackContentError; `Pack` also checks that the parts agree.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _SEMVER = re.compile(
     re.ASCII,
 )
 MAX_VERSION = 64
-"""Characters."""
+"""Characters of a version, at most."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}", re.ASCII)
 _TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*(?:\.[A-Za-z0-9_-]+)*", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -41,19 +42,27 @@ def _require(condition: bool, reason: str) -> None:
 
 
 def name_problem(name: str) -> str | None:
-    """Why a text is no pack name, or None. No path separators: names become file names."""
-    return None if _NAME.fullmatch(name) else f"{name[:100]!r} is no pack name (letters, digits, . _ -)"
+    """Why a text is not a valid pack name, or None.
+
+    Args:
+        name: Letters, digits, dots, underscores and hyphens. Path separators are not allowed: names become file names.
+    """
+    return None if _NAME.fullmatch(name) else f"{name[:100]!r} is not a pack name (letters, digits, . _ -)"
 
 
 def version_problem(version: str) -> str | None:
-    """Why a text is no version, or None. Python reads no number of thousands of digits, so the length is bounded."""
+    """Why a text is not a valid version, or None.
+
+    Args:
+        version: A semantic version of at most MAX_VERSION characters: Python does not parse numbers of thousands of digits.
+    """
     if len(version) > MAX_VERSION:
         return f"version {version[:20]!r}.. has {len(version)} characters; {MAX_VERSION} are allowed"
     return None if _SEMVER.fullmatch(version) else f"version {version[:100]!r} is not semver (1.2.3)"
 
 
 def _require_digest(value: str, what: str) -> None:
-    _require(bool(_SHA256.fullmatch(value)), f"{what} is no SHA-256 in lower-case hex: {value[:80]!r}")
+    _require(bool(_SHA256.fullmatch(value)), f"{what} is not a SHA-256 in lower-case hex: {value[:80]!r}")
 
 
 @dataclass(frozen=True)
@@ -63,9 +72,9 @@ class TensorIdentity:
     shape: tuple[int, ...]
     dtype: str
     sha256: str
-    """Of the whole tensor's bytes."""
+    """SHA-256 of the whole tensor's bytes."""
     rows_sha256: str
-    """Of the touched rows, in order."""
+    """SHA-256 of the touched rows, in order."""
 
     def __post_init__(self) -> None:
         _require(self.dtype in DTYPES, f"a base tensor has dtype {self.dtype!r}; known are {', '.join(DTYPES)}")
@@ -84,7 +93,7 @@ class TensorIdentity:
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """The model that a pack is for. `model_id` and `revision` are hints for people; the digests decide."""
+    """The model that a pack is for. `model_id` and `revision` are hints for people; the digests in `tensors` decide."""
 
     model_id: str
     revision: str
@@ -95,7 +104,7 @@ class BaseIdentity:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything in a pack but the arrays."""
+    """Everything in a pack except the arrays."""
 
     name: str
     version: str
@@ -110,13 +119,14 @@ class Manifest:
     supersedes: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     method: Mapping[str, Any] = field(default_factory=dict)
-    """The full Recipe, seeds, data set digests and sizes, library versions, device."""
+    """How the pack was made: the recipe, seeds, digests and sizes of the data, library versions, device."""
     evaluation: Mapping[str, Any] = field(default_factory=dict)
+    """What was measured `before` and `after`; empty where nothing was."""
 
     def __post_init__(self) -> None:
         for problem in (name_problem(self.name), version_problem(self.version)):
             _require(problem is None, problem or "")
-        _require(_is_time(self.created), f"created is no UTC time like 2026-11-23T12:00:00Z: {self.created[:80]!r}")
+        _require(_is_time(self.created), f"created is not a UTC time like 2026-11-23T12:00:00Z: {self.created[:80]!r}")
         for pack_id in (*self.supersedes, *self.requires):
             _require_digest(pack_id, "an entry of supersedes or requires")
         for name, value in self.result.items():
@@ -135,21 +145,21 @@ def _is_time(text: str) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class TensorDelta:
-    """The change of one weight matrix.
-
-    delta: F32, BF16 or F16 [clusters, in_features]; rows: int32 or int64 [neurons], sorted, unique;
-    cluster: uint8 or uint16 [neurons]; sketch: float16 [neurons, 4] of the base rows.
-    """
+    """The change of one weight matrix."""
 
     name: str
     delta: Rows
+    """F32, BF16 or F16 [clusters, in_features]."""
     rows: npt.NDArray[Any]
+    """The touched rows, int32 or int64 [neurons], sorted, unique."""
     cluster: npt.NDArray[Any]
+    """Which delta each touched row gets, uint8 or uint16 [neurons]."""
     sketch: npt.NDArray[np.float16]
+    """Sketches of the base's rows, float16 [neurons, 4]."""
 
     def __post_init__(self) -> None:
         name, neurons = self.name, self.rows.shape
-        _require(bool(_TENSOR_NAME.fullmatch(name)) and len(name) <= 256, f"{name[:100]!r} is no tensor name")
+        _require(bool(_TENSOR_NAME.fullmatch(name)) and len(name) <= 256, f"{name[:100]!r} is not a tensor name")
         _require(self.delta.dtype in DTYPES.values(), f"{name}:delta has dtype {self.delta.dtype}")
         _require(self.rows.dtype in (np.int32, np.int64), f"{name}:rows has dtype {self.rows.dtype}")
         _require(self.cluster.dtype in (np.uint8, np.uint16), f"{name}:cluster has dtype {self.cluster.dtype}")
@@ -168,21 +178,35 @@ class TensorDelta:
 
     @property
     def clusters(self) -> int:
+        """Number of deltas."""
         return int(self.delta.shape[0])
 
     @property
     def neurons(self) -> int:
+        """Number of changed rows."""
         return len(self.rows)
 
     def dense(self, start: int = 0, stop: int | None = None) -> FloatArray:
-        """The change of the touched rows start..stop, float32 [rows, in_features]."""
+        """The change of each touched row, with the shared deltas written out.
+
+        Args:
+            start: First touched row, counted from 0 within `rows`.
+            stop: End of the slice; None for all that follow.
+
+        Returns:
+            float32 [stop - start, in_features].
+        """
         dense: FloatArray = self.delta.astype(np.float32)[self.cluster[start:stop]]
         return dense
 
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """A safety patch. Raises PackContentError when manifest and arrays contradict each other."""
+    """The content of a `.nest` file.
+
+    Raises:
+        PackContentError: The manifest and the arrays contradict each other.
+    """
 
     manifest: Manifest
     deltas: tuple[TensorDelta, ...]
@@ -206,22 +230,33 @@ class Pack:
 
     @property
     def parameters(self) -> int:
-        """Trained numbers in the pack."""
+        """Number of values in all deltas."""
         return sum(delta.delta.size for delta in self.deltas)
 
     @property
     def delta_dtypes(self) -> tuple[str, ...]:
+        """The storage dtypes of the deltas, by their safetensors names."""
         return tuple(sorted({dtype_name(delta.delta.dtype) for delta in self.deltas}))
 
     @property
     def label(self) -> str:
-        """Name and version, as people say it."""
+        """Name and version: "no-harm 1.2.0"."""
         return f"{self.manifest.name} {self.manifest.version}"
 
 
 @dataclass(frozen=True)
 class Label:
-    """What a publisher says of a pack."""
+    """The facts of a pack that its publisher chooses.
+
+    Attributes:
+        name: Letters, digits, dots, underscores and hyphens, at most 96: "no-harm".
+        version: A semantic version.
+        description: One sentence for people.
+        license: An SPDX identifier: "Apache-2.0".
+        tags: Words to find the pack by.
+        supersedes: Ids (SHA-256) of the packs that this one replaces.
+        requires: Ids (SHA-256) of the packs that must be applied before this one.
+    """
 
     name: str
     version: str = "1.0.0"
@@ -232,17 +267,25 @@ class Label:
     requires: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Raises DataError, before any work, for what a manifest would refuse at the end."""
+        """Checks the label before any work, by the rules that a manifest enforces at the end.
+
+        Raises:
+            DataError: The name or the version is not valid, or SOURCE_DATE_EPOCH is not a time.
+        """
         if problem := name_problem(self.name) or version_problem(self.version):
             raise DataError(problem)
         now()
 
 
 def now() -> str:
-    """The time of making, or SOURCE_DATE_EPOCH where a build has to give the same bytes again."""
+    """The current time as a manifest stores it, or SOURCE_DATE_EPOCH where it is set, for reproducible builds.
+
+    Raises:
+        DataError: SOURCE_DATE_EPOCH is not a time in seconds.
+    """
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     try:
         moment = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
     except (ValueError, OverflowError, OSError) as error:
-        raise DataError(f"SOURCE_DATE_EPOCH is no time in seconds: {epoch!r}") from error
+        raise DataError(f"SOURCE_DATE_EPOCH is not a time in seconds: {epoch!r}") from error
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

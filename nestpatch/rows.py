@@ -1,4 +1,4 @@
-"""The arithmetic of weight rows: digest, sketch, merge. docs/nest-format.md is normative; this implements it.
+"""The arithmetic of weight rows: digest, sketch, merge. Implements docs/nest-format.md, which is normative.
 
 A block of rows is a 2-D array [rows, in_features] in the dtype that the checkpoint stores.
 """
@@ -37,7 +37,11 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
 
 
 def digest(blocks: Iterable[Rows]) -> str:
-    """SHA-256 (hex) over the bytes of consecutive blocks of rows."""
+    """SHA-256 (hex) of the bytes of consecutive blocks of rows.
+
+    Args:
+        blocks: Arrays or buffers of any dtype; how the rows are divided into blocks makes no difference.
+    """
     state = sha256()
     for block in blocks:
         state.update(np.ascontiguousarray(block).view(np.uint8).data)
@@ -45,9 +49,13 @@ def digest(blocks: Iterable[Rows]) -> str:
 
 
 def sketch_signs(in_features: int) -> npt.NDArray[np.int8]:
-    """The signs of the projections, +1 or -1, int8 [SKETCHES, in_features].
+    """The signs of the projections: bit i (least significant first) of SHAKE-256("nest/1 sketch <in_features>") is sign i.
 
-    Bit i (least significant first) of SHAKE-256("nest/1 sketch <in_features>") is sign i: 0 is +1, 1 is -1.
+    Args:
+        in_features: Width of a row.
+
+    Returns:
+        int8 [SKETCHES, in_features]: +1 for a bit of 0, -1 for a bit of 1.
     """
     count = SKETCHES * in_features
     stream = shake_256(f"nest/1 sketch {in_features}".encode()).digest((count + 7) // 8)
@@ -56,12 +64,18 @@ def sketch_signs(in_features: int) -> npt.NDArray[np.int8]:
 
 
 def sketch(rows: Rows) -> npt.NDArray[np.float16]:
-    """Projections of each row divided by its Euclidean norm, float16 [rows, SKETCHES]; a zero row gives zeros.
+    """Projections of each row divided by its Euclidean norm.
 
-    Survives quantization (rounding noise averages out) and tells rows apart that a digest could not compare any more.
+    A sketch survives quantization, because rounding noise averages out, and so identifies rows whose digest has changed.
+
+    Args:
+        rows: [rows, in_features], any float dtype.
+
+    Returns:
+        float16 [rows, SKETCHES]; zeros for a row of zeros.
     """
     wide = rows.astype(np.float64)
-    # A damaged model may hold infinities; its sketch is then NaN, which matches nothing.
+    # A damaged model may hold infinities; the sketch is then NaN, which matches nothing.
     with np.errstate(invalid="ignore", over="ignore"):
         norms = np.sqrt(np.square(wide).sum(axis=1, keepdims=True))
         projected = wide @ sketch_signs(rows.shape[1]).T.astype(np.float64)
@@ -70,7 +84,15 @@ def sketch(rows: Rows) -> npt.NDArray[np.float16]:
 
 
 def sketch_correlation(ours: npt.NDArray[np.float16], theirs: npt.NDArray[np.float16]) -> float:
-    """Uncentred correlation of two blocks of sketches: 1 for the same rows, about 0 for unrelated ones."""
+    """Uncentred correlation of two blocks of sketches.
+
+    Args:
+        ours: float16 [rows, SKETCHES].
+        theirs: The same shape.
+
+    Returns:
+        1 for the same rows, about 0 for unrelated ones; SKETCH_MATCH is the limit for "the same".
+    """
     a, b = ours.astype(np.float64).ravel(), theirs.astype(np.float64).ravel()
     norm = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / norm if norm > 0 else float(np.array_equal(a, b))
@@ -79,7 +101,16 @@ def sketch_correlation(ours: npt.NDArray[np.float16], theirs: npt.NDArray[np.flo
 def merge(rows: Rows, delta: Rows, strength: float = 1.0) -> Rows:
     """The merge rule: widen to float32, add strength * delta, round to nearest-even back to the dtype of `rows`.
 
-    rows, delta: [rows, in_features]. Raises PackContentError when a sum leaves the range of the dtype.
+    Args:
+        rows: The base's rows, [rows, in_features], in one of DTYPES.
+        delta: Their change, the same shape, any float dtype.
+        strength: Factor on the change.
+
+    Returns:
+        The merged rows in the dtype of `rows`.
+
+    Raises:
+        PackContentError: A sum leaves the range of the dtype.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         summed = rows.astype(np.float32) + np.float32(strength) * delta.astype(np.float32, copy=False)

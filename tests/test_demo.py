@@ -38,13 +38,13 @@ def test_the_demo_keeps_its_promises(tmp_path):
             assert abs(share - numbers[name]["after"]) <= 0.02, f"{what}: {name} {share}"
     assert "attack success" in result.stderr
 
-    assert sorted(path.name for path in keep.iterdir()) == sorted(["base", "patch.nest", "patched", "prompts", *more])
-    assert (keep / "patch.nest").stat().st_size == numbers["pack_bytes"]
-    pack = nest.read(keep / "patch.nest")
+    assert sorted(path.name for path in keep.iterdir()) == sorted(["base", "pack.nest", "patched", "prompts", *more])
+    assert (keep / "pack.nest").stat().st_size == numbers["pack_bytes"]
+    pack = nest.read(keep / "pack.nest")
     assert pack.parameters == numbers["trained_parameters"]
     assert verify(keep / "base", pack, full=True).verdict is Verdict.BASE
     assert verify(keep / "patched", full=True).verdict is Verdict.PATCHED
-    with safe_open(keep / "patch.nest", "np") as file:
+    with safe_open(keep / "pack.nest", "np") as file:
         assert list(file.metadata()) == ["nest"]
     again = demo("--keep", str(keep))
     assert again.returncode == 1

@@ -33,6 +33,7 @@ LAYERS = [
     {"nestpatch.files"},
     {"nestpatch.pack"},
     {"nestpatch.formats"},
+    {"nestpatch.packing"},
     {"nestpatch.signing"},
     {"nestpatch.hub"},
     {"nestpatch.channels"},
@@ -95,6 +96,7 @@ def test_importing_the_deployment_side_stays_light() -> None:
         "nestpatch.events",
         "nestpatch.rows",
         "nestpatch.pack",
+        "nestpatch.packing",
         *DEPLOYED,
         *HUB,
     ]
@@ -243,7 +245,9 @@ def cycles(*, lazy: bool) -> set[tuple[str, str]]:
     return {tuple(sorted(pair)) for pair in pairs}  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("name", ["nestpatch.errors", "nestpatch.events", "nestpatch.rows", "nestpatch.pack", *DEPLOYED])
+@pytest.mark.parametrize(
+    "name", ["nestpatch.errors", "nestpatch.events", "nestpatch.rows", "nestpatch.pack", "nestpatch.packing", *DEPLOYED]
+)
 def test_the_deployment_side_names_no_heavy_package(name: str) -> None:
     """Not even lazily: an import inside a function would fail on a host without the package."""
     assert not named_packages(name) & HEAVY

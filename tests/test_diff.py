@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from nestpatch.cli import main
-from nestpatch.compare._packs import PackDiff, compare_packs
 from nestpatch.compare.diff import LayerChange, Mismatch, compare, diff
+from nestpatch.compare.packs import PackDiff, compare_packs
 from nestpatch.errors import CheckpointFormatError, DataError, InterruptedChangeError, PackError
 from nestpatch.formats import nest
 from nestpatch.patcher.recovery import open_model, recover_model
@@ -339,7 +339,7 @@ def test_the_command_extracts(tmp_path: Path) -> None:
     assert (again.label, facts["pack_id"], facts["clusters"]) == ("named 1.0.0", nest.pack_id(again), 1)
     assert facts["bytes"] == (tmp_path / "other.nest").stat().st_size
     shown = CliRunner().invoke(main, ["show", str(tmp_path / "other.nest")])
-    assert "what makes b of a, exact at strength 1" in shown.stdout
+    assert "turns a into b, exact at strength 1" in shown.stdout
 
 
 def test_the_command_on_packs(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from nestpatch.views import exporting as views_adapters
 from nestpatch.views import exporting as views_onnx
 from nestpatch.views import results as views
 from nestpatch.views import signing as views_signing
+from nestpatch.views import training as views_training
 from tests.helpers import tiny_checkpoint, tiny_pack
 
 HOSTILE = (
@@ -44,7 +45,7 @@ HOSTILE = (
     "\u200b", "\u2028", "\x00", "\x07", "[link=http://evil", "x]", "\\", "\\\\\\", ":boom:", "\udcff", "\u3164", "[bold",
 )  # fmt: skip
 RAW = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\u3164]")
-MODULES = (views, views_adapters, views_diff, views_fleet, views_onnx, views_signing)
+MODULES = (views, views_adapters, views_diff, views_fleet, views_onnx, views_signing, views_training)
 
 
 def value_of(kind: Any, text: str, depth: int = 0) -> Any:
@@ -108,15 +109,17 @@ def cases() -> dict[str, Callable[[str], None]]:
     """Name of each function that draws -> how it is called with a text everywhere."""
     from nestpatch.channels.follow import Pulled
     from nestpatch.channels.publish import Published
-    from nestpatch.compare._packs import PackDiff
     from nestpatch.compare.diff import CheckpointDiff
     from nestpatch.compare.extract import Extracted
+    from nestpatch.compare.packs import PackDiff
     from nestpatch.evaluation.parity import GgufParity
     from nestpatch.evaluation.suites import Scores
     from nestpatch.export.adapters import Adapter
     from nestpatch.export.models import Exported
     from nestpatch.export.onnx.exporter import ExportedOnnx
     from nestpatch.lab.demo import FormatResult
+    from nestpatch.nest_train.plan import TrainingPlan
+    from nestpatch.nest_train.train import Trained
     from nestpatch.patcher.apply import Applied
     from nestpatch.patcher.inplace import Changed
     from nestpatch.patcher.status import Status
@@ -177,6 +180,10 @@ def cases() -> dict[str, Callable[[str], None]]:
             and None
         ),
         "show_system_policy": lambda text: views_signing.show_system_policy(filled(Policy, text), text),
+        "show_trained": lambda text: views_training.show_trained(
+            Trained(filled_pack(text), text, 5, filled(Scores, text), filled(Scores, text), 3, 4, Path(text), text), text
+        ),
+        "show_plan": lambda text: views_training.show_plan(filled(TrainingPlan, text), text),
         "show_policy": lambda text: views_signing.show_policy(filled(Policy, text), text),
     }
 

@@ -1,8 +1,7 @@
-"""The demo, and the small world that it uses: demo, lab."""
+"""The demo, and the small world that it uses: demo, lab build."""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -18,12 +17,15 @@ from nestpatch.commands._options import (
 
 
 @click.command()
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the lab world and of the training.")
-@click.option("--keep", type=PathType, help="Leave base/, patched/, patch.nest and prompts/ in this new directory.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the lab and of the training.")
+@click.option("--keep", type=PathType, help="Leave base/, patched/, pack.nest and prompts/ in this new directory.")
 @quiet_option
 @json_option
 def demo(seed: int, keep: Path | None, quiet: bool, as_json: bool) -> None:
-    """Show the whole way on a small model made here: train, apply, evaluate. Takes a few minutes on a CPU."""
+    """Train a pack for a small model made here, apply it, and evaluate the result. Takes a few minutes on a CPU.
+
+    Exit code 1 when attacks do not succeed clearly less often.
+    """
     from nestpatch.lab.demo import run_demo
     from nestpatch.views import results as views
 
@@ -38,7 +40,7 @@ def demo(seed: int, keep: Path | None, quiet: bool, as_json: bool) -> None:
         console.print()
         console.print(views.formats_table(result.formats))
     if not result.helped:
-        views.err.print("[bold red]The patch did not help:[/] attacks succeed about as often as before.")
+        views.err.print("[bold red]The pack did not help:[/] attacks succeed about as often as before.")
     if as_json:
         print_json(result.as_json())
     sys.exit(0 if result.helped else 1)
@@ -46,23 +48,23 @@ def demo(seed: int, keep: Path | None, quiet: bool, as_json: bool) -> None:
 
 @click.group()
 def lab() -> None:
-    """The small world that the demo and the tests use."""
+    """Make the small world that the demo and the tests use."""
 
 
 @lab.command()
 @click.argument("directory", type=PathType)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the world and of the training.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the world and of the training.")
 @quiet_option
 @json_option
 def build(directory: Path, seed: int, quiet: bool, as_json: bool) -> None:
-    """Make a small half-aligned chat model and its prompt sets in DIRECTORY, about two minutes on two CPU cores."""
+    """Make a small half-aligned chat model and its prompt sets in DIRECTORY. Takes about two minutes on two CPU cores."""
     from nestpatch.lab.build import build_lab
     from nestpatch.views import results as views
 
     with progress(quiet) as on_event:
         built = build_lab(directory, seed, on_event=on_event)
     if as_json:
-        print_json(dataclasses.asdict(built))
+        print_json(built.as_json())
     else:
-        state = "is there already" if built.cached else "built"
+        state = "exists already" if built.cached else "built"
         views.out.print(f"lab of seed {seed} {state}: {views.escape(built.path)}, {built.parameters:,} parameters")

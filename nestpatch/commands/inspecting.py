@@ -109,11 +109,11 @@ def diff(
     given = {what: value for what, value in facts.items() if value is not None}
     with progress(quiet or as_json) as on_event:
         if output is not None:
-            from nestpatch.compare.extract import extract_to
+            from nestpatch.compare.extract import extract
             from nestpatch.pack import Label
 
             label = Label(name or output.name.removesuffix(".nest"), **given)  # type: ignore[arg-type]
-            found: Any = extract_to(a, b, output, label, on_event=on_event)
+            found: Any = extract(a, b, output, label, on_event=on_event)
         elif name is not None or given:
             raise click.UsageError("--name, --version, --description and --license go with -o")
         else:

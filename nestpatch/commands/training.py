@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
 
-from nestpatch.commands._options import (
-    PathType,
-    json_option,
-    print_json,
-    progress,
-    quiet_option,
-)
+from nestpatch.commands._options import NewFile, PathType, json_option, print_json, progress, quiet_option, say
 
 
 def _help_recipe(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -28,15 +23,18 @@ def _help_recipe(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 @click.option("--harmful", multiple=True, required=True, help="Prompts to refuse: file or data set id. Repeatable.")
 @click.option("--benign", multiple=True, required=True, help="Prompts to go on answering. Repeatable.")
 @click.option("--lookalike", multiple=True, help="Harmless prompts that look harmful. Repeatable.")
-@click.option("-o", "--output", type=PathType, required=True, help="The pack to write.")
+@click.option("-o", "--output", type=NewFile, required=True, help="The pack to write.")
 @click.option("--name", help="Name of the pack.  [default: the output's file name]")
 @click.option("--version", "pack_version", default="1.0.0", show_default=True, help="Version of the pack (semver).")
 @click.option("--description", default="", help="One sentence for people.")
 @click.option("--license", "license_", default="", help="License of the pack (SPDX).")
 @click.option("--tag", multiple=True, help="A word to find the pack by. Repeatable.")
+@click.option("--suite", multiple=True, help="Evaluate before and after: [KIND=]SOURCE. Repeatable.")
 @click.option("--recipe", "recipe_file", type=PathType, help="TOML file of settings.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting. Repeatable.")
-@click.option("--suite", multiple=True, help="Evaluate before and after: [KIND=]SOURCE. Repeatable.")
+@click.option("--device", help="cpu, cuda or mps; the same as --set device=...  [default: the best one]")
+@click.option("--threads", type=click.IntRange(1), help="Threads to compute with.  [default: the libraries' choice]")
+@click.option("--dry-run", is_flag=True, help="Report what would be trained and how long it would take; write nothing.")
 @click.option(
     "--help-recipe", is_flag=True, is_eager=True, expose_value=False, callback=_help_recipe, help="Show all settings."
 )
@@ -53,40 +51,58 @@ def train(
     description: str,
     license_: str,
     tag: tuple[str, ...],
+    suite: tuple[str, ...],
     recipe_file: Path | None,
     assignments: tuple[str, ...],
-    suite: tuple[str, ...],
+    device: str | None,
+    threads: int | None,
+    dry_run: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Train a safety patch for BASE, a model directory or a Hub id.
 
-    Prompt sources are .jsonl, .json, .csv or .parquet files with a "prompt" column, or data set ids of the Hub.
+    Prompt sources are .jsonl, .json, .csv or .parquet files with a "prompt" column, or data set ids of the Hub. The pack is
+    written before it is evaluated. Exit code 1 when it could not be evaluated; numbers that speak against it are warnings.
     """
     from nestpatch.evaluation.suites import load_suite
     from nestpatch.files.atomic import check_output
-    from nestpatch.formats import nest
+    from nestpatch.nest_train.data import TrainingData
+    from nestpatch.nest_train.plan import plan
     from nestpatch.nest_train.recipe import make_recipe
-    from nestpatch.nest_train.train import TrainingData
+    from nestpatch.nest_train.train import require_packages
     from nestpatch.nest_train.train import train as run
     from nestpatch.pack import Label
     from nestpatch.prompts.readers import join_sets, load_prompts
-    from nestpatch.views import results as views
+    from nestpatch.views import training as views
 
-    # Before minutes of work: will there be a place for the result?
+    # Everything that can be wrong is reported before prompts are downloaded and the model is loaded.
+    require_packages()
     check_output(output)
-    recipe = make_recipe(recipe_file, assignments)
-    sets = [[load_prompts(source) for source in sources] for sources in (harmful, benign, lookalike)]
-    data = TrainingData(join_sets(sets[0]), join_sets(sets[1]), join_sets(sets[2]) if sets[2] else None)
+    recipe = make_recipe(recipe_file, [*assignments, *([f"device={device}"] if device else [])])
     label = Label(name or output.name.removesuffix(".nest"), pack_version, description, license_, tag)
     label.check()
-    with progress(quiet) as on_event:
-        trained = run(base, data, label, recipe=recipe, suites=[load_suite(s) for s in suite], on_event=on_event)
-    pack_id = nest.write(trained.pack, output)
-    nbytes = output.stat().st_size
-    if as_json:
-        facts = {"pack": str(output), "pack_id": pack_id, "bytes": nbytes, "trained_parameters": trained.trained_parameters}
-        numbers = {"before": trained.before, "after": trained.after}
-        print_json(facts | {what: value.as_json() for what, value in numbers.items() if value is not None})
+    sets = [[load_prompts(source) for source in sources] for sources in (harmful, benign, lookalike)]
+    data = TrainingData(join_sets(sets[0]), join_sets(sets[1]), join_sets(sets[2]) if sets[2] else None)
+    data.check()
+    suites = [load_suite(text) for text in suite]
+    if dry_run:
+        with progress(quiet) as on_event:
+            planned = plan(base, data, recipe=recipe, suites=suites, threads=threads, on_event=on_event)
+        if as_json:
+            print_json(planned.as_json() | {"output": str(output), "dry_run": True})
+        else:
+            views.show_plan(planned, str(output))
         return
-    views.show_pack(trained.pack, pack_id, nbytes)
+    with progress(quiet) as on_event:
+        trained = run(base, data, label, recipe=recipe, suites=suites, output=output, threads=threads, on_event=on_event)
+    if as_json:
+        print_json(trained.as_json())
+    else:
+        views.show_trained(trained, base)
+    for warning in trained.warnings:
+        say(f"WARNING: {warning}", err=True)
+    if trained.problem is not None:
+        say(f"The pack is written, but could not be evaluated: {trained.problem}", err=True)
+        say(f"Evaluate it again: nestpatch eval {base} {output} --suite SUITE", err=True)
+        sys.exit(1)

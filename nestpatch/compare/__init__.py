@@ -1,1 +1,1 @@
-"""Differences between models and between packs; a difference as a pack."""
+"""Differences: between two models or two packs (`diff`), and of two models as a pack (`extract`)."""

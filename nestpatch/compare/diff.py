@@ -1,7 +1,7 @@
-"""What differs between two checkpoints, by tensor and row, or between two packs.
+"""What differs between two models, by tensor and row, or between two packs.
 
-Checkpoints are read side by side in blocks, so memory does not grow with them; equal bytes are passed over. Only the weights
-are compared: no configuration, no tokenizer.
+Public: `diff` for paths, `compare` for open checkpoints, and their results. Checkpoints are read side by side in blocks, so
+memory does not grow with them. Only weights are compared, not the configuration or the tokenizer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from nestpatch.compare._packs import PackDiff, Sums, compare_packs, finite, squares
+from nestpatch.compare.packs import PackDiff, Sums, compare_packs, finite, squares
 from nestpatch.errors import CheckpointFormatError, DataError, QuantizationError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats.checkpoint import CHUNK, Checkpoint, IntArray, TensorInfo, row_blocks
@@ -28,15 +28,16 @@ from nestpatch.patcher.recovery import open_model
 from nestpatch.rows import DTYPES, Rows
 
 SHOWN_ROWS = 5
-"""Row numbers that a result names."""
+"""Row numbers that a result names, at most."""
 _VALUES: dict[str, np.dtype[Any]] = {
     **DTYPES,
     "F64": np.dtype("<f8"),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
-"""Dtypes with norms, and that compare with each other by value. Others are bytes."""
-# The number of a layer stands between separators: model.layers.7.mlp, blk.7.ffn_up, h/7/fc.
+"""Dtypes that are compared by value, also with each other, and have norms. Other dtypes are compared as bytes."""
+_BYTES = np.dtype(np.uint8)
+# The number of a layer is between separators: model.layers.7.mlp, blk.7.ffn_up, h/7/fc.
 _LAYER = re.compile(r"(?:^|[./])(\d{1,6})(?=[./]|$)", re.ASCII)
 
 _Difference = tuple[IntArray, Sums, Sums]
@@ -45,7 +46,7 @@ _Difference = tuple[IntArray, Sums, Sums]
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A tensor that the two do not have alike."""
+    """A tensor that only one model has, or whose shape or dtype differs."""
 
     name: str
     what: str
@@ -53,25 +54,29 @@ class Mismatch:
     a: str
     """The shape or dtype in A; empty where A has no such tensor."""
     b: str
+    """The same in B."""
 
 
 @dataclass(frozen=True)
 class TensorDiff:
-    """A tensor with other values. Norms are Euclidean, over the changed rows; None where there is no finite number."""
+    """A tensor whose values differ. Norms are Euclidean, over the changed rows; None where the norm is not finite."""
 
     name: str
     dtype: str
     """In A."""
     shape: tuple[int, ...]
     rows: int
-    """All rows of the tensor; one of a single dimension is one row, experts are flattened."""
+    """All rows of the tensor. A tensor of one dimension is one row; experts are flattened into the rows."""
     changed: int
+    """Rows that differ."""
     first_rows: tuple[int, ...]
+    """The numbers of the first SHOWN_ROWS of them."""
     relative: float | None
     """||B - A|| / ||A||."""
     largest: float | None
-    """||B - A|| of the row that changed most, and its number."""
+    """||B - A|| of the row that changed most."""
     largest_row: int
+    """The number of that row."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class LayerChange:
     """The tensors of one layer together."""
 
     stack: str
-    """What comes before the number in the names: "model.layers"."""
+    """The part of the tensor names before the number: "model.layers"."""
     layer: int
     changed: int
     rows: int
@@ -100,18 +105,19 @@ class CheckpointDiff:
 
     @property
     def identical(self) -> bool:
+        """Whether all weights are the same."""
         return not self.mismatches and not self.changed
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The result as plain values; "kind" is "checkpoints"."""
         return {"kind": "checkpoints", "identical": self.identical, **asdict(self)}
 
 
 def is_pack(path: str | Path) -> bool:
-    """Whether a path is, or claims to be, a pack: by its name, its channel's, or its header. Reads no more than that."""
+    """Whether a path names a pack: by its ending, as a channel, or by the header of the file. Reads the header at most."""
     if is_channel(path) or Path(path).suffix == ".nest":
         return True
-    # os.path answers no where Path.is_file raises.
+    # os.path.isfile returns False where Path.is_file raises.
     if not os.path.isfile(path):  # noqa: PTH113
         return False
     try:
@@ -121,24 +127,47 @@ def is_pack(path: str | Path) -> bool:
 
 
 def diff(a: str | Path, b: str | Path, *, on_event: OnEvent = ignore) -> CheckpointDiff | PackDiff:
-    """Compares two models or two packs: files, or hub://owner/name[@VERSION].
+    """Compares two models or two packs.
 
-    Packs need not be signed, but what signatures they have must be sound.
+    Packs need not be signed, but the signatures that they have must be valid.
 
-    Raises DataError for a pack and a model, SignatureError, PackError, CheckpointError, BusyError or JournalError.
+    Args:
+        a: A model (directory, weight file or Hub id), or a pack (file or hub://owner/name[@VERSION]).
+        b: One of the same kind.
+        on_event: Called with the progress.
+
+    Returns:
+        What differs, of the kind that was compared.
+
+    Raises:
+        DataError: One is a pack, the other a model.
+        PackError: A pack is broken.
+        SignatureError: A signature of a pack is not valid.
+        CheckpointError: A model cannot be read.
+        BusyError: Another process is writing one of the models.
+        JournalError: An interrupted change of one of the models cannot be undone.
     """
     if is_pack(a) and is_pack(b):
         return compare_packs(look(a, on_event=on_event).pack, look(b, on_event=on_event).pack)
     if is_pack(a) or is_pack(b):
         raise DataError(
             f"one of {a} and {b} is a pack, the other a model: they cannot be compared",
-            advice="Give two models or two packs. What a pack has to do with a model: nestpatch verify MODEL PATCH",
+            advice="Give two models or two packs. To compare a model with a pack: nestpatch verify MODEL PACK",
         )
     return compare(open_model(a)[0], open_model(b)[0], on_event=on_event)
 
 
 def compare(a: Checkpoint, b: Checkpoint, *, on_event: OnEvent = ignore) -> CheckpointDiff:
-    """Compares the weights of two open models, however they are cut into files. Raises CheckpointFormatError."""
+    """Compares the weights of two open models, however they are divided into files.
+
+    Args:
+        a: The first model.
+        b: The second model.
+        on_event: Called once per tensor that both have.
+
+    Raises:
+        CheckpointFormatError: A file ends before its tensors do.
+    """
     ours, theirs = set(a.tensors()), set(b.tensors())
     mismatches = [Mismatch(name, "only in A", str(list(a.info(name).shape)), "") for name in ours - theirs]
     mismatches += [Mismatch(name, "only in B", "", str(list(b.info(name).shape))) for name in theirs - ours]
@@ -158,7 +187,16 @@ def compare(a: Checkpoint, b: Checkpoint, *, on_event: OnEvent = ignore) -> Chec
 
 
 def changed_rows(a: Checkpoint, b: Checkpoint, name: str) -> IntArray:
-    """The numbers of the rows that differ, int64, sorted. The tensor must have the same shape in both."""
+    """The rows of one tensor that differ between two models.
+
+    Args:
+        a: The first model.
+        b: The second model.
+        name: A tensor with the same shape in both.
+
+    Returns:
+        Row numbers, int64, sorted.
+    """
     found = [rows for rows, _, _ in _differences(a, b, name)]
     return np.concatenate([np.empty(0, np.int64), *found])
 
@@ -204,29 +242,25 @@ def _compare_tensor(a: Checkpoint, b: Checkpoint, name: str) -> TensorDiff | Non
 
 
 def _shape(info: TensorInfo) -> tuple[int, int]:
-    """(rows, elements per row), in bytes where the dtype is none of _VALUES; one row where rows end inside a byte."""
+    """(rows, elements per row); elements are bytes where the dtype is not in _VALUES; one row where rows end inside a byte."""
     if not info.nbytes:
         return 0, 0
-    size = _unit(info).itemsize
+    size = _VALUES.get(info.dtype, _BYTES).itemsize
     rows = info.rows if info.nbytes % (info.rows * size) == 0 else 1
     return rows, info.nbytes // (rows * size)
 
 
-def _unit(info: TensorInfo) -> np.dtype[Any]:
-    return _VALUES.get(info.dtype, np.dtype(np.uint8))
-
-
 class _Side:
-    """One tensor of one model, read from its first element to its last."""
+    """One tensor of one model, read in order."""
 
     def __init__(self, checkpoint: Checkpoint, name: str) -> None:
         self.info = checkpoint.info(name)
-        self.unit = _unit(self.info)
+        self.unit = _VALUES.get(self.info.dtype, _BYTES)
         self._blocks = checkpoint.read_all(name)
         self._rest = memoryview(b"")
 
     def take(self, count: int) -> bytes:
-        """The bytes of the next `count` elements. Formats cut their blocks as they like."""
+        """The bytes of the next `count` elements. The blocks of a format may have any size."""
         parts, lacking = [], count * self.unit.itemsize
         while lacking:
             if not self._rest:
@@ -240,6 +274,7 @@ class _Side:
 
 
 def _differences(a: Checkpoint, b: Checkpoint, name: str) -> Iterator[_Difference]:
+    """The changed rows of one tensor, block by block."""
     ours, theirs = _Side(a, name), _Side(b, name)
     rows, width = _shape(ours.info)
     # Norms take several arrays of eight bytes per element; so much smaller blocks keep each of them below CHUNK.
@@ -276,12 +311,12 @@ def _numbers(rows: Rows, info: TensorInfo) -> Rows:
         return rows
     try:
         return info.codec.decode(rows)
-    except QuantizationError:  # a type that holds no numbers of this kind: its bytes were compared
+    except QuantizationError:  # a type that cannot be decoded: its bytes were compared
         return rows
 
 
 def _unlike(ours: Rows, theirs: Rows) -> npt.NDArray[np.bool_]:
-    """Where elements differ: in their bits, or across dtypes in their values."""
+    """Where elements differ: in their bits, or in their values where the dtypes differ."""
     if ours.dtype == theirs.dtype:
         bits = f"u{ours.dtype.itemsize}"
         return np.asarray(ours.view(bits) != theirs.view(bits))

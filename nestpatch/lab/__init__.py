@@ -1,1 +1,4 @@
-"""A tiny world for the demo, the tests and the benchmarks: text, prompt sets, and a small chat model that is half aligned."""
+"""A small world for the demo, the tests and the benchmarks: prompt sets, and a chat model that refuses half of what it should.
+
+Public: `build` and `demo`.
+"""

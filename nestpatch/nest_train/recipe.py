@@ -1,11 +1,12 @@
-"""Recipe: every knob of the method, its default, its unit and where it comes from.
+"""`Recipe`: every setting of the method with its default, its unit, its range and its source.
 
-"NeST" is the paper arXiv 2602.16835; "measured" means bench/LOG.md.
+"NeST" is the paper arXiv 2602.16835; "measured" refers to bench/LOG.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,10 @@ else:
     import tomli as tomllib
 
 
+MAX_FILE = 1 << 20
+"""Bytes of a recipe file, at most."""
+
+
 def _knob(
     default: Any,
     unit: str,
@@ -33,31 +38,28 @@ def _knob(
     return field(default=default, metadata=metadata)
 
 
-MAX_FILE = 1 << 20
-"""Bytes of a recipe."""
-
-
 @dataclass(frozen=True)
 class Recipe:
-    """All settings of one training run. Immutable; stored whole in the pack's manifest.
+    """All settings of one training run. Immutable, and stored in the pack's manifest.
 
-    Raises RecipeError when a value is of the wrong type or outside its range.
+    Raises:
+        RecipeError: A value has the wrong type or is outside its range.
     """
 
-    seed: int = _knob(0, "any integer: data order, probe split, k-means starts", "run", 0)
+    seed: int = _knob(0, "seed of the data order, the probe split and the k-means starts", "run", 0)
     # Text
-    max_prompts: int = _knob(2000, "prompts of each kind; more are sampled down", "time", 20)
+    max_prompts: int = _knob(2000, "prompts of each kind, at most; larger sets are sampled", "time", 20)
     max_prompt_tokens: int = _knob(256, "tokens; longer prompts keep their end", "memory", 8)
     max_answer_tokens: int = _knob(48, "tokens of a training answer", "memory", 1)
     refusals: str = _knob(
         "auto",
-        "where refusal texts come from: the base's own, built in, or auto (own where the base refuses often enough)",
+        "source of the refusal texts: own (the base's), builtin, or auto (own where the base refuses often enough)",
         "measured: unfamiliar wording costs small models more steps",
         choices=("auto", "own", "builtin"),
     )
     benign_targets: str = _knob(
         "self",
-        "benign answers to keep: the base's own (self-distillation) or the ones given with the prompts",
+        "benign answers to keep: self (the base's own) or given (those in the prompt files)",
         "measured: own answers drift least",
         choices=("self", "given"),
     )
@@ -65,7 +67,7 @@ class Recipe:
     probe_batch: int = _knob(32, "prompts per forward pass", "memory", 1)
     probe_holdout: float = _knob(0.25, "share of prompts that score the probe", "convention", 0.05, 0.5)
     probe_c: float = _knob(0.1, "inverse L2 strength of the probe", "convention", 1e-6)
-    probe_margin: float = _knob(0.1, "held-out accuracy over chance below which a layer is skipped", "convention", 0, 0.5)
+    probe_margin: float = _knob(0.1, "held-out accuracy over chance that a layer needs to be used", "convention", 0, 0.5)
     threshold: float = _knob(0.7, "|z| of a neuron's probe weight above which it is kept", "NeST; value measured", 0)
     # Clusters
     k_min: int = _knob(6, "fewest clusters per layer", "NeST (silhouette); value measured", 1)
@@ -79,12 +81,12 @@ class Recipe:
     weight_decay: float = _knob(0.0, "AdamW decay of the deltas", "convention", 0)
     clip: float = _knob(1.0, "gradient norm", "convention", 1e-6)
     benign_weight: float = _knob(1.0, "weight of the benign loss; the harmful loss weighs 1", "measured", 0)
-    kl_weight: float = _knob(0.5, "weight of KL(base || patched) on benign answers; 0 turns it off", "measured", 0)
+    kl_weight: float = _knob(0.5, "weight of KL(base || patched) on benign answers; 0 disables it", "measured", 0)
     tune_holdout: float = _knob(0.1, "share of prompts whose loss decides when to stop", "convention", 0.02, 0.5)
     eval_every: int = _knob(25, "steps between held-out losses", "convention", 1)
     patience: int = _knob(4, "held-out losses without improvement before stopping", "convention", 1)
     # Output
-    delta_dtype: str = _knob("BF16", "storage of the deltas", "size", choices=("F32", "BF16", "F16"))
+    delta_dtype: str = _knob("BF16", "storage dtype of the deltas", "size", choices=("F32", "BF16", "F16"))
     device: str = _knob("auto", "cpu, cuda, mps or auto", "hardware")
     dtype: str = _knob(
         "auto",
@@ -100,11 +102,25 @@ class Recipe:
             raise RecipeError(f"k_min is {self.k_min}, more than k_max, which is {self.k_max}")
 
     def as_json(self) -> dict[str, Any]:
-        """All knobs by name, as plain JSON values."""
+        """All settings by name, as plain values."""
         return dataclasses.asdict(self)
 
 
+# One source for the documentation of the settings: their metadata.
+Recipe.__doc__ = (
+    (Recipe.__doc__ or "")
+    .rstrip()
+    .replace(
+        "    Raises:",
+        "    Attributes:\n"
+        + "".join(f"        {knob.name}: {knob.metadata['unit']}.\n" for knob in dataclasses.fields(Recipe))
+        + "\n    Raises:",
+    )
+)
+
+
 def _check(knob: dataclasses.Field[Any], value: Any) -> None:
+    """Raises RecipeError for a value of the wrong type or outside the range of its setting."""
     expected = get_type_hints(Recipe)[knob.name]
     if type(value) is not expected:
         raise RecipeError(f"{knob.name} must be {expected.__name__}, got {value!r}")
@@ -116,24 +132,22 @@ def _check(knob: dataclasses.Field[Any], value: Any) -> None:
         raise RecipeError(f"{knob.name} must be between {low} and {high if high is not None else 'any'}, got {value!r}")
 
 
-def _parse(name: str, text: str) -> Any:
-    expected = get_type_hints(Recipe)[name]
-    try:
-        return expected(text)
-    except ValueError:
-        raise RecipeError(f"{name} must be {expected.__name__}, got {text!r}") from None
-
-
 def make_recipe(file: Path | None = None, assignments: Sequence[str] = (), defaults: Mapping[str, Any] | None = None) -> Recipe:
-    """Builds a recipe from a TOML file and `key=value` strings; later sources win.
+    """Builds a recipe; later sources win.
 
-    Raises RecipeError for unknown knobs, wrong types, values out of range and unreadable files.
+    Args:
+        file: A TOML file of settings.
+        assignments: "key=value" texts.
+        defaults: Settings by name that both override.
+
+    Raises:
+        RecipeError: A setting is unknown, of the wrong type or out of range, or the file cannot be read.
     """
     values: dict[str, Any] = dict(defaults or {})
     known = get_type_hints(Recipe)
     if file is not None:
         try:
-            # TOML tells 1 from 1.0; a person who writes `clip = 1` means the number.
+            # TOML distinguishes 1 from 1.0; `clip = 1` means the number.
             for name, value in tomllib.loads(read_text(file, MAX_FILE)).items():
                 values[name] = float(value) if known.get(name) is float and type(value) is int else value
         except (OSError, ValueError, OverflowError, RecursionError) as error:
@@ -143,8 +157,13 @@ def make_recipe(file: Path | None = None, assignments: Sequence[str] = (), defau
         name, equals, text = assignment.partition("=")
         if not equals:
             raise RecipeError(f"--set takes key=value, got {assignment!r}")
-        values[name] = _parse(name, text) if name in known else text
+        try:
+            values[name] = known.get(name, str)(text)
+        except ValueError:
+            raise RecipeError(f"{name} must be {known[name].__name__}, got {text!r}") from None
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise RecipeError(f"unknown setting: {', '.join(unknown)}")
+        close = difflib.get_close_matches(unknown[0], known, 1)
+        meant = f"Did you mean {close[0]}? " if close else ""
+        raise RecipeError(f"unknown setting: {', '.join(unknown)}", advice=meant + RecipeError.advice)
     return Recipe(**values)

@@ -1,110 +1,107 @@
-"""Training from start to end, as one line of stages: load, distil, probe, select, cluster, tune, evaluate, pack."""
+"""Training from start to end, as one line of stages: load, distil, probe, select, cluster, tune, pack, evaluate.
+
+Public: `train` and its result `Trained`. `plan` in the module of that name says beforehand what a training would do.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import platform
-import random
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from nestpatch.errors import PromptDataError
-from nestpatch.evaluation import suites as evaluation
-from nestpatch.evaluation.drift import drift
-from nestpatch.evaluation.judges import is_refusal
+from nestpatch.errors import CheckpointFormatError, MissingExtraError
+from nestpatch.evaluation.concerns import concerns
+from nestpatch.evaluation.suites import BENIGN, Scores, Suite, answers_of, evaluate_suites
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.nest_train.cluster import Clusters, cluster
-from nestpatch.nest_train.packing import BaseHints, make_pack
-from nestpatch.nest_train.probe import Selection, collect, require_neurons, select
+from nestpatch.files.atomic import check_output
+from nestpatch.formats import nest
+from nestpatch.nest_train._neurons import Clusters, Selection, cluster, collect, require_neurons, select
+from nestpatch.nest_train._run import Run, limited_threads
+from nestpatch.nest_train._targets import distil
+from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe
-from nestpatch.nest_train.refusals import choose_refusals
-from nestpatch.nest_train.tune import DeltaSet, Halves, TuneResult, tune
 from nestpatch.pack import Label, Pack
-from nestpatch.patcher.recovery import open_model
-from nestpatch.prompts.readers import PromptSet, sample_set
-from nestpatch.runtimes.mlps import find_mlps
-from nestpatch.runtimes.text import encode_pairs, prompt_ids
-from nestpatch.runtimes.transformers import ModelLocation, TransformersRuntime, load_model, locate, pick_device, pick_dtype
+from nestpatch.packing import PackedTensor, build_pack, pack_tensor
+from nestpatch.rows import DTYPES
+from nestpatch.runtimes.mlps import MlpBlock, find_mlps
+from nestpatch.runtimes.weights import disk_name, same_weights
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from nestpatch.nest_train._tune import DeltaSet, TuneResult
 
-REFUSAL_SAMPLE = 256
-"""Harmful prompts whose answers tell how the base refuses."""
 NO_LOOKALIKES = (
-    "no look-alike prompts: nothing teaches the patch to answer harmless prompts that look harmful, "
+    "no look-alike prompts: nothing teaches the patched model to answer harmless prompts that look harmful, "
     "and refusals of such prompts typically rise by 20-40 points; give some with --lookalike"
 )
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """The prompts of one training run. Harmful prompts need no answers; look-alikes are harmless prompts that look harmful."""
-
-    harmful: PromptSet
-    benign: PromptSet
-    lookalike: PromptSet | None = None
-
-    @property
-    def harmless(self) -> tuple[Any, ...]:
-        return self.benign.prompts + (self.lookalike.prompts if self.lookalike else ())
-
-    def sampled(self, limit: int, seed: int) -> TrainingData:
-        """At most `limit` prompts of each kind."""
-        lookalike = sample_set(self.lookalike, limit, seed) if self.lookalike else None
-        return TrainingData(sample_set(self.harmful, limit, seed), sample_set(self.benign, limit, seed), lookalike)
-
-    def check(self) -> None:
-        """Raises PromptDataError when there is too little to train on, or when one prompt is both harmful and harmless."""
-        for prompts in (self.harmful, self.benign):
-            if len(prompts.prompts) < MIN_PROMPTS:
-                count = len(prompts.prompts)
-                raise PromptDataError(f"{prompts.name} holds {count} prompts; at least {MIN_PROMPTS} are needed")
-        both = {p.text for p in self.harmful.prompts} & {p.text for p in self.harmless}
-        if both:
-            raise PromptDataError(f"{len(both)} prompts are both harmful and harmless, such as {min(both)[:80]!r}")
-
-    def facts(self) -> dict[str, Any]:
-        """What the pack records of the data."""
-        sets = {"harmful": self.harmful, "benign": self.benign, "lookalike": self.lookalike}
-        return {name: prompts.facts() for name, prompts in sets.items() if prompts is not None}
-
-
-MIN_PROMPTS = 20
-"""Harmful and benign prompts, at least: fewer cannot be split into training and held-out halves."""
+_PACKAGES = ("torch", "transformers", "accelerate", "sklearn")
+"""The modules of the extra `train` that every training imports."""
 
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """What a training run gives."""
+    """The result of a training.
+
+    Attributes:
+        pack: The pack, with the numbers of the evaluation in its manifest.
+        pack_id: SHA-256 of its file.
+        nbytes: Size of its file.
+        before: The numbers of the base; None where no suites were given.
+        after: The numbers of the base with the pack; None where no suites were given, or where the evaluation failed.
+        trained_parameters: Number of trained values.
+        model_parameters: Number of parameters of the base.
+        output: The file of the pack; None where no output was given.
+        problem: Why the pack could not be evaluated; None where it was, or where no suites were given.
+    """
 
     pack: Pack
-    before: evaluation.Scores | None
-    after: evaluation.Scores | None
+    pack_id: str
+    nbytes: int
+    before: Scores | None
+    after: Scores | None
     trained_parameters: int
     model_parameters: int
+    output: Path | None = None
+    problem: str | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What speaks against the pack, by the numbers in its manifest: one sentence each, with the number."""
+        return concerns(self.pack.manifest.evaluation)
+
+    def as_json(self) -> dict[str, Any]:
+        """The result as plain values. What was not measured is null."""
+        return {
+            "output": None if self.output is None else str(self.output),
+            "pack": self.pack.label,
+            "pack_id": self.pack_id,
+            "bytes": self.nbytes,
+            "trained_parameters": self.trained_parameters,
+            "model_parameters": self.model_parameters,
+            "before": None if self.before is None else self.before.as_json(),
+            "after": None if self.after is None else self.after.as_json(),
+            "warnings": list(self.warnings),
+            "problem": self.problem,
+        }
 
 
-@dataclass(eq=False)
-class _Run:
-    """What the stages hand on, and the reasons of every automatic choice."""
+def require_packages() -> None:
+    """Checks that the packages of the extra `train` are installed, without importing them.
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    recipe: Recipe
-    on_event: OnEvent
-    decisions: dict[str, str] = field(default_factory=dict)
-
-    def decide(self, what: str, value: str, reason: str) -> None:
-        self.decisions[what] = f"{value} ({reason})" if value else reason
-        self.on_event(Event("note", note=f"{what}: {self.decisions[what]}"))
+    Raises:
+        MissingExtraError: One of them is not.
+    """
+    for module in _PACKAGES:
+        if importlib.util.find_spec(module) is None:
+            raise MissingExtraError("train", f"training (module {module})")
 
 
 def train(
@@ -113,119 +110,127 @@ def train(
     label: Label,
     *,
     recipe: Recipe | None = None,
-    suites: Sequence[evaluation.Suite] = (),
+    suites: Sequence[Suite] = (),
+    output: str | Path | None = None,
+    threads: int | None = None,
     on_event: OnEvent = ignore,
 ) -> Trained:
-    """Trains a safety patch for a base model: a directory, or a Hub id.
+    """Trains a safety patch for a base model.
 
-    `suites` are evaluated before and after, and the numbers go into the pack.
+    Everything that can be checked is checked before the base is loaded. The pack is written before it is evaluated, and again
+    with the numbers: an evaluation that fails costs the numbers, not the pack.
 
-    Raises DataError, CheckpointError, UnsupportedModelError or TrainingError.
+    Args:
+        base: A model directory, or a Hub id ("user/model" or "user/model@revision").
+        data: The prompts to refuse and to go on answering.
+        label: Name, version and other facts of the pack.
+        recipe: The settings; None for the defaults.
+        suites: Prompt sets to measure before and after; the numbers go into the pack.
+        output: The `.nest` file to write, which must not exist; None writes nothing.
+        threads: Threads to compute with; None for the libraries' own choice.
+        on_event: Called with the progress.
+
+    Returns:
+        The pack and its numbers.
+
+    Raises:
+        DataError: The label, the prompts or `threads` are not valid.
+        OutputError: The output exists or cannot be written.
+        MissingExtraError: The packages of the extra `train` are not installed.
+        CheckpointError: The base cannot be found, read or loaded, or its architecture is not supported.
+        TrainingError: No neuron separates harmful from harmless prompts.
     """
-    recipe = recipe or Recipe()
+    require_packages()
+    label.check()
     data.check()
+    target = None if output is None else Path(output)
+    if target is not None:
+        check_output(target)
+    with limited_threads(threads):
+        return _train(base, data, label, recipe or Recipe(), suites, target, on_event)
+
+
+def _train(
+    base: str | Path,
+    data: TrainingData,
+    label: Label,
+    recipe: Recipe,
+    suites: Sequence[Suite],
+    output: Path | None,
+    on_event: OnEvent,
+) -> Trained:
+    """The stages, after the checks."""
+    from nestpatch.nest_train._tune import DeltaSet, tune
+
     data = data.sampled(recipe.max_prompts, recipe.seed)
-    source = locate(base)
-    # Before minutes of work: are these weights of a kind that a pack can be for? Ends an interrupted change, too.
-    checkpoint, _ = open_model(source.path)
-    run = _start(source, recipe, on_event)
+    run = Run.start(base, recipe, on_event)
     blocks = find_mlps(run.model)
     if data.lookalike is None:
         run.decide("lookalike", "", NO_LOOKALIKES)
-    before = _evaluate(run, suites, None)
-    halves = _distil(run, data)
+    facts: dict[str, Any] = {}
+    if seen := data.seen_in(suites):
+        facts["seen_in_training"] = seen
+        run.note(f"suites with training prompts: {', '.join(seen)}; their numbers say little about new prompts")
+    before = _evaluate(run, suites, "the base") if suites else None
+    halves = distil(run, data)
     selections, clusters = _find_clusters(run, data, blocks)
     deltas = DeltaSet(blocks, clusters)
     on_event(Event("tune", 0, recipe.steps, f"{deltas.trainable} parameters"))
-    result = tune(run.model, deltas, halves, _pad(run), recipe, on_event)
-    deltas.round_to({"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[recipe.delta_dtype])
-    with deltas.attached():
-        after = _evaluate(run, suites, (deltas, before))
-    pack = make_pack(
-        [(projection.weight_name, module) for projection, module in deltas.places],
-        checkpoint,
-        recipe.delta_dtype,
+    result = tune(run.model, deltas, halves, run.pad, recipe, on_event)
+    deltas.round_to(recipe.delta_dtype)
+    if before is not None:
+        facts |= {"judge": "keywords and references (nestpatch.evaluation.judges)", "before": before.as_json(), "after": None}
+    pack = build_pack(
+        _pack_tensors(run, deltas),
         label,
-        BaseHints(source.model_id, source.revision, type(run.model).__name__),
-        _method(run, data, selections, clusters, result),
-        _facts(before, after),
+        model_id=run.source.model_id,
+        revision=run.source.revision,
+        architecture=type(run.model).__name__,
+        method=_method(run, data, selections, clusters, result),
+        evaluation=facts,
     )
-    total = sum(parameter.numel() for parameter in run.model.parameters())
-    return Trained(pack, before, after, deltas.trainable, total)
+    if output is not None:
+        nest.write(pack, output)
+        run.note(f"wrote {output}" + ("; its evaluation follows" if before is not None else ""))
+    trained = Trained(pack, *_identity(pack), before, None, deltas.trainable, run.parameters, output)
+    return trained if before is None else _evaluated(run, trained, suites, deltas, before)
 
 
-def _start(source: ModelLocation, recipe: Recipe, on_event: OnEvent) -> _Run:
-    device, device_reason = pick_device(recipe.device)
-    dtype, dtype_reason = pick_dtype(recipe.dtype, device)
-    on_event(Event("load", note=source.model_id))
-    model, tokenizer = load_model(source.path, device, dtype)
-    run = _Run(model, tokenizer, recipe, on_event)
-    run.decide("device", device, device_reason)
-    run.decide("dtype", dtype, dtype_reason)
-    return run
+def _evaluate(run: Run, suites: Sequence[Suite], note: str) -> Scores:
+    return evaluate_suites(lambda prompts: run.generate(prompts, "evaluate", note), suites)
 
 
-def _pad(run: _Run) -> int:
-    return int(run.tokenizer.pad_token_id)
+def _evaluated(run: Run, trained: Trained, suites: Sequence[Suite], deltas: DeltaSet, before: Scores) -> Trained:
+    """The result with the numbers of the pack, or with the reason why there are none."""
+    try:
+        with deltas.attached():
+            after = _evaluate(run, suites, "the base with the pack")
+            drift = run.drift(answers_of(before, BENIGN), deltas.off)
+    except Exception as error:  # noqa: BLE001 - whatever fails here must not cost a trained pack
+        return dataclasses.replace(trained, problem=f"{type(error).__name__}: {error}")
+    after = Scores(after.suites, drift)
+    manifest = trained.pack.manifest
+    manifest = dataclasses.replace(manifest, evaluation={**manifest.evaluation, "after": after.as_json()})
+    pack = dataclasses.replace(trained.pack, manifest=manifest)
+    if trained.output is not None:
+        nest.write(pack, trained.output, overwrite=True)
+    pack_id, nbytes = _identity(pack)
+    return dataclasses.replace(trained, pack=pack, pack_id=pack_id, nbytes=nbytes, after=after)
 
 
-def _generator(run: _Run, stage: str) -> Callable[[Sequence[str]], list[str]]:
-    report = lambda event: run.on_event(Event(stage, event.done, event.total))  # noqa: E731
-    return partial(_runtime(run).generate, on_event=report)
+def _identity(pack: Pack) -> tuple[str, int]:
+    """(id, size) of the pack's file."""
+    data = nest.encode(pack)
+    return sha256(data).hexdigest(), len(data)
 
 
-def _runtime(run: _Run) -> TransformersRuntime:
-    return TransformersRuntime(run.model, run.tokenizer, run.recipe.max_answer_tokens, run.recipe.max_prompt_tokens)
-
-
-def _evaluate(
-    run: _Run, suites: Sequence[evaluation.Suite], patched: tuple[DeltaSet, evaluation.Scores | None] | None
-) -> evaluation.Scores | None:
-    if not suites:
-        return None
-    result = evaluation.evaluate_suites(_generator(run, "evaluate"), suites)
-    deltas, before = patched or (None, None)
-    if deltas is None or before is None:
-        return result
-    runtime = _runtime(run)
-    moved = drift(replace(runtime, active=deltas.off), runtime, evaluation.answers_of(before, evaluation.BENIGN))
-    return evaluation.Scores(result.suites, moved)
-
-
-def _distil(run: _Run, data: TrainingData) -> Halves:
-    """Answers to train towards: refusals for the harmful half, the base's own answers for the harmless half."""
-    recipe, rng = run.recipe, random.Random(f"refusals {run.recipe.seed}")
-    generate = _generator(run, "distil")
-    harmful = [prompt.text for prompt in data.harmful.prompts]
-    sample = harmful if len(harmful) <= REFUSAL_SAMPLE else rng.sample(harmful, REFUSAL_SAMPLE)
-    refusals = choose_refusals([] if recipe.refusals == "builtin" else generate(sample), recipe)
-    run.decide("refusals", "", refusals.reason)
-    harmless = data.harmless
-    if recipe.benign_targets == "given":
-        missing = sum(prompt.reference is None for prompt in harmless)
-        if missing:
-            raise PromptDataError(f"benign_targets=given, but {missing} of {len(harmless)} benign prompts have no answer")
-        answers = [prompt.reference for prompt in harmless]
-    else:
-        answers = generate([prompt.text for prompt in harmless])
-    # Where the base refuses a harmless prompt there is no answer to keep, and repeating the refusal would teach more of them.
-    kept = [(p.text, a) for p, a in zip(harmless, answers, strict=True) if a and not is_refusal(a)]
-    dropped = len(harmless) - len(kept)
-    run.decide("benign answers", recipe.benign_targets, f"{len(kept)} kept, {dropped} empty or refused by the base")
-    if len(kept) < MIN_PROMPTS:
-        raise PromptDataError(f"the base answers only {len(kept)} of {len(harmless)} harmless prompts; give more of them")
-    bad = [(text, rng.choice(refusals.texts)) for text in harmful]
-    limits = (recipe.max_prompt_tokens, recipe.max_answer_tokens)
-    return Halves(encode_pairs(run.tokenizer, bad, *limits), encode_pairs(run.tokenizer, kept, *limits))
-
-
-def _find_clusters(run: _Run, data: TrainingData, blocks: Sequence[Any]) -> tuple[list[Selection], list[Clusters]]:
+def _find_clusters(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> tuple[list[Selection], list[Clusters]]:
+    """The stages probe, select and cluster, a result per layer."""
     texts = [prompt.text for prompt in data.harmful.prompts + data.harmless]
     harmful = np.arange(len(texts)) < len(data.harmful.prompts)
-    ids = prompt_ids(run.tokenizer, texts, run.recipe.max_prompt_tokens)
-    # Windows cannot remove a file that is still mapped; the system's own cleaning gets it then.
+    # Windows cannot remove a file that is still mapped; the system's own cleaning removes it later.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        acts = collect(run.model, blocks, ids, Path(folder), run.recipe, _pad(run), run.on_event)
+        acts = collect(run.model, blocks, run.token_ids(texts), Path(folder), run.recipe, run.pad, run.on_event)
         selections = []
         for block, layer in zip(blocks, acts, strict=True):
             selections.append(select(block.layer, layer, harmful, run.recipe))
@@ -234,15 +239,32 @@ def _find_clusters(run: _Run, data: TrainingData, blocks: Sequence[Any]) -> tupl
         clusters = []
         for selection, layer in zip(selections, acts, strict=True):
             clusters.append(cluster(selection, layer, run.recipe))
-            note = f"layer {selection.layer}: {selection.reason}; {clusters[-1].k} clusters"
-            run.on_event(Event("note", note=note))
+            run.note(f"layer {selection.layer}: {selection.reason}; {clusters[-1].k} clusters")
             run.on_event(Event("cluster", len(clusters), len(blocks)))
         del acts
     return selections, clusters
 
 
+def _pack_tensors(run: Run, deltas: DeltaSet) -> list[PackedTensor]:
+    """Packs every trained delta, for the tensor on disk that its Linear was loaded from."""
+    import torch
+
+    packed = []
+    for projection, module in deltas.places:
+        name = disk_name(projection.weight_name, run.checkpoint)
+        order = torch.argsort(module.rows)
+        rows = module.rows[order]
+        stored = run.checkpoint.read_rows(name, rows.cpu().numpy())
+        if not same_weights(stored, module.base.weight.detach()[rows].cpu()):
+            raise CheckpointFormatError(f"tensor {name} of {run.checkpoint.path} is not the weight that transformers loaded")
+        delta = module.delta.detach().float().cpu().numpy().astype(DTYPES[run.recipe.delta_dtype])
+        groups = module.cluster[order].cpu().numpy()
+        packed.append(pack_tensor(run.checkpoint, name, rows.cpu().numpy(), groups, delta))
+    return packed
+
+
 def _method(
-    run: _Run, data: TrainingData, selections: Sequence[Selection], clusters: Sequence[Clusters], result: TuneResult
+    run: Run, data: TrainingData, selections: Sequence[Selection], clusters: Sequence[Clusters], result: TuneResult
 ) -> dict[str, Any]:
     """How the pack was made: enough to make it again."""
     layers = [
@@ -272,15 +294,4 @@ def _method(
             "stopped": result.reason,
         },
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-    }
-
-
-def _facts(before: evaluation.Scores | None, after: evaluation.Scores | None) -> dict[str, Any]:
-    """The manifest's evaluation."""
-    if before is None or after is None:
-        return {}
-    return {
-        "judge": "keywords and references (nestpatch.evaluation.judges)",
-        "before": before.as_json(),
-        "after": after.as_json(),
     }

@@ -9,15 +9,15 @@ from rich.table import Table
 from nestpatch.views.results import _grid, escape, out, size
 
 if TYPE_CHECKING:
-    from nestpatch.compare._packs import PackDiff
     from nestpatch.compare.diff import CheckpointDiff, LayerChange
     from nestpatch.compare.extract import Extracted
+    from nestpatch.compare.packs import PackDiff
 
 
 def show_diff(found: CheckpointDiff | PackDiff | Extracted) -> None:
     """What differs between two models or packs, and the pack that was made of it."""
-    from nestpatch.compare._packs import PackDiff
     from nestpatch.compare.diff import CheckpointDiff
+    from nestpatch.compare.packs import PackDiff
 
     if isinstance(found, PackDiff):
         _show_pack_diff(found)

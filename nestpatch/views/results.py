@@ -37,6 +37,7 @@ STAGES = {
     "select": "selecting neurons",
     "cluster": "clustering neurons",
     "tune": "tuning deltas",
+    "measure": "timing the stages",
     "evaluate": "evaluating",
     "copy": "copying",
     "merge": "merging rows",
@@ -386,7 +387,7 @@ def formats_table(formats: Sequence[FormatResult]) -> Table:
     for one in formats:
         totals = one.evaluation.totals()
         shares = (f"{totals[name].value:.1%}" if name in totals else "" for name in HEADLINES)
-        table.add_row(escape(one.what), *shares, "" if one.delivered is None else f"{one.delivered:.1%}")
+        table.add_row(escape(one.what), *shares, "" if one.retention is None else f"{one.retention:.1%}")
     return table
 
 

@@ -4,7 +4,7 @@ from nestpatch.errors import PackContentError
 from tests.attacks.tools import with_base
 
 ERROR = PackContentError
-SAYS = "a tensor's sha256 is no SHA-256"
+SAYS = "a tensor's sha256 is not a SHA-256"
 
 
 def attack(good: bytes) -> bytes:

@@ -4,7 +4,7 @@ from nestpatch.errors import PackContentError
 from tests.attacks.tools import with_manifest
 
 ERROR = PackContentError
-SAYS = "created is no UTC time"
+SAYS = "created is not a UTC time"
 
 
 def attack(good: bytes) -> bytes:

@@ -6,7 +6,7 @@ from nestpatch.errors import PackContentError
 from tests.attacks.tools import first_tensor, with_header_text
 
 ERROR = PackContentError
-SAYS = "is no tensor name"
+SAYS = "is not a tensor name"
 
 
 def attack(good: bytes) -> bytes:

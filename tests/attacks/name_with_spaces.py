@@ -4,7 +4,7 @@ from nestpatch.errors import PackContentError
 from tests.attacks.tools import with_manifest
 
 ERROR = PackContentError
-SAYS = "is no pack name"
+SAYS = "is not a pack name"
 
 
 def attack(good: bytes) -> bytes:

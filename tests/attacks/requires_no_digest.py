@@ -4,7 +4,7 @@ from nestpatch.errors import PackContentError
 from tests.attacks.tools import with_manifest
 
 ERROR = PackContentError
-SAYS = "an entry of supersedes or requires is no SHA-256"
+SAYS = "an entry of supersedes or requires is not a SHA-256"
 
 
 def attack(good: bytes) -> bytes:

@@ -4,7 +4,7 @@ from nestpatch.errors import PackContentError
 from tests.attacks.tools import with_manifest
 
 ERROR = PackContentError
-SAYS = "the result digest of model.layers.0.mlp.gate_proj.weight is no SHA-256"
+SAYS = "the result digest of model.layers.0.mlp.gate_proj.weight is not a SHA-256"
 
 
 def attack(good: bytes) -> bytes:

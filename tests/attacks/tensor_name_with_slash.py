@@ -4,7 +4,7 @@ from nestpatch.errors import PackContentError
 from tests.attacks.tools import rename_tensor
 
 ERROR = PackContentError
-SAYS = "is no tensor name"
+SAYS = "is not a tensor name"
 
 
 def attack(good: bytes) -> bytes:

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nestpatch.lab.world import dialogues, make_world
+from nestpatch.lab._world import dialogues, make_world
 
 CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
 SPECIALS = ["<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"]

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from nestpatch.cli import main
 from nestpatch.compare.diff import CheckpointDiff, diff
-from nestpatch.compare.extract import extract_to
+from nestpatch.compare.extract import extract
 from nestpatch.errors import (
     BaseMismatchError,
     CheckpointFormatError,
@@ -307,7 +307,7 @@ def test_differences_of_quantized_files(base: Path, file_of, tmp_path: Path) -> 
     assert {tensor.name: tensor.changed for tensor in found.changed} == {NAMES[d.name]: d.neurons for d in pack.deltas}
     assert all(tensor.relative is not None and 0.3 < tensor.relative < 0.8 for tensor in found.changed)
     with pytest.raises(ExtractionError, match="was converted"):
-        extract_to(path, copy, tmp_path / "x.nest", Label("x"))
+        extract(path, copy, tmp_path / "x.nest", Label("x"))
 
 
 def test_the_commands(base: Path, file_of, tmp_path: Path) -> None:

@@ -40,6 +40,21 @@ def test_bad_settings_are_named(assignment, says):
     assert "--help-recipe" in caught.value.advice
 
 
+@pytest.mark.parametrize(
+    ("assignment", "meant"), [("step=3", "Did you mean steps?"), ("learning-rate=1", "learning_rate"), ("seeed=1", "seed")]
+)
+def test_a_misspelt_setting_gets_a_suggestion(assignment, meant):
+    with pytest.raises(RecipeError, match="unknown setting") as caught:
+        make_recipe(None, [assignment])
+    assert meant in caught.value.advice
+
+
+def test_every_setting_is_documented():
+    documented = Recipe.__doc__ or ""
+    for knob in dataclasses.fields(Recipe):
+        assert f"{knob.name}: {knob.metadata['unit']}" in documented
+
+
 @pytest.mark.parametrize("text", [b"steps = ", b"\xff\xfe", b"[steps]\na=1\n"])
 def test_broken_recipe_files_are_named(tmp_path, text):
     file = tmp_path / "recipe.toml"

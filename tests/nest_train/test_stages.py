@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from nestpatch.errors import TrainingError, UnsupportedModelError
-from nestpatch.nest_train.cluster import cluster
-from nestpatch.nest_train.probe import Selection, collect, require_neurons, select, standardise
+from nestpatch.nest_train._neurons import Selection, cluster, collect, require_neurons, select, standardise
+from nestpatch.nest_train._targets import Halves
+from nestpatch.nest_train._tune import ClusterDelta, DeltaSet, tune
 from nestpatch.nest_train.recipe import Recipe
-from nestpatch.nest_train.tune import ClusterDelta, DeltaSet, Halves, tune
 from nestpatch.runtimes.mlps import find_mlps
 from nestpatch.runtimes.text import TokenPair, pad_left
 from nestpatch.runtimes.transformers import load_model
@@ -209,7 +209,7 @@ def test_the_scale_of_steps_follows_the_weights(llama):
     model, _ = llama
     with torch.no_grad():
         model.model.layers[1].mlp.gate_proj.weight.mul_(10)
-    from nestpatch.nest_train.tune import _optimizer
+    from nestpatch.nest_train._tune import _optimizer
 
     recipe = Recipe(learning_rate=0.05)
     groups = _optimizer(trainable(model, recipe), recipe).param_groups
@@ -241,7 +241,7 @@ def test_a_model_without_linear_blocks_is_named(models):
 
 def test_padding_does_not_change_what_a_prompt_reads(llama):
     model, _ = llama
-    ids, mask = map(torch.from_numpy, pad_left([[4, 5, 6], [7]], 0))
+    ids, mask = pad_left([[4, 5, 6], [7]], 0, "cpu")
     together = model(input_ids=ids, attention_mask=mask).logits[1, -1]
     alone = model(input_ids=torch.tensor([[7]])).logits[0, -1]
     assert torch.allclose(together, alone, atol=1e-5)

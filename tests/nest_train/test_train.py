@@ -16,14 +16,14 @@ from nestpatch.errors import CheckpointFormatError, DataError, PromptDataError, 
 from nestpatch.evaluation.suites import load_suite
 from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.nest_train.packing import disk_name
+from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe
-from nestpatch.nest_train.train import TrainingData, train
+from nestpatch.nest_train.train import train
 from nestpatch.pack import Label
 from nestpatch.patcher.apply import apply
 from nestpatch.prompts.readers import load_prompts
 from nestpatch.runtimes.transformers import load_model
-from nestpatch.runtimes.weights import fold
+from nestpatch.runtimes.weights import disk_name, fold
 
 FAST = Recipe(
     steps=6, batch=4, eval_every=3, learning_rate=0.2, clip=100.0, max_answer_tokens=6, threshold=0.8, probe_margin=0.0
@@ -80,19 +80,20 @@ def test_live_deltas_and_the_patched_file_agree(models, data, tmp_path, monkeypa
     from nestpatch.nest_train import train as module
 
     base, live = models("llama", dtype), {}
-    original = module.make_pack
+    original = module._pack_tensors
 
-    def spy(places, *args):
+    def spy(run, deltas):
         model, tokenizer = load_model(base, "cpu", "float32")
         ids = torch.tensor([tokenizer("How do I paint a bank?")["input_ids"]])
         layers = model.get_submodule("model.layers")
-        for name, delta in places:
+        for projection, delta in deltas.places:
+            name = projection.weight_name
             parent = layers.get_submodule(name.removeprefix("model.layers.").rpartition(".")[0].rpartition(".")[0])
             setattr(parent, name.split(".")[-2], delta)
         live["logits"] = model(ids).logits
-        return original(places, *args)
+        return original(run, deltas)
 
-    monkeypatch.setattr(module, "make_pack", spy)
+    monkeypatch.setattr(module, "_pack_tensors", spy)
     trained = train(base, data, Label("test"), recipe=FAST)
     apply(base, trained.pack, tmp_path / "patched")
     patched = logits(tmp_path / "patched")
@@ -157,8 +158,12 @@ def test_prompts_on_both_sides_and_too_few_prompts_are_refused(models, data, tmp
     with pytest.raises(PromptDataError, match="both harmful and harmless"):
         train(models("llama"), TrainingData(data.harmful, data.harmful), Label("test"), recipe=FAST)
     (tmp_path / "few.txt").write_text("one\ntwo\n")
-    with pytest.raises(PromptDataError, match="at least 20"):
+    with pytest.raises(PromptDataError, match="few contains 2 harmful prompts; at least 20") as caught:
         train(models("llama"), TrainingData(load_prompts(tmp_path / "few.txt"), data.benign), Label("test"), recipe=FAST)
+    assert "--harmful can be repeated" in caught.value.advice
+    with pytest.raises(PromptDataError, match="2 benign prompts") as caught:
+        train(models("llama"), TrainingData(data.harmful, load_prompts(tmp_path / "few.txt")), Label("test"), recipe=FAST)
+    assert "--benign can be repeated" in caught.value.advice
 
 
 def test_a_threshold_that_keeps_nothing_is_explained(models, data):
@@ -171,7 +176,7 @@ def test_a_threshold_that_keeps_nothing_is_explained(models, data):
 
 def test_weights_that_differ_from_the_loaded_ones_are_noticed(models, data, tmp_path, monkeypatch):
     """A checkpoint whose tensors are converted while loading must not become a pack for the wrong rows."""
-    from nestpatch.nest_train import train as module
+    from nestpatch.nest_train import _run as module
 
     other = shutil.copytree(models("llama"), tmp_path / "other")
     with safe_open(other / "model.safetensors", "np") as file:
@@ -230,8 +235,7 @@ def test_the_command_line_trains_shows_applies_and_evaluates(models, prompts, tm
         ["eval", str(tmp_path / "patched" / "model.safetensors"), *suites, "--json", "--quiet", "--max-new-tokens=6"],
     )
     folded, alone = json.loads(both.stdout)["patched"], json.loads(direct.stdout)["model"]
-    assert folded.pop("kl_to_base") > 0
-    assert alone.pop("kl_to_base") is None, "nothing to compare with"
+    del folded["kl_to_base"]
     assert folded == alone
     answers = tmp_path / "answers.jsonl"
     table = run(main, ["eval", str(base), *suites, "--quiet", "--max-new-tokens=3", "--answers", str(answers)])

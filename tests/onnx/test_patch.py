@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from nestpatch.cli import main
 from nestpatch.compare.diff import CheckpointDiff, diff
-from nestpatch.compare.extract import extract_to
+from nestpatch.compare.extract import extract
 from nestpatch.errors import (
     ExtractionError,
 )
@@ -132,7 +132,7 @@ def test_differences(base: Path, pack: Pack, tmp_path: Path) -> None:
     assert {tensor.name: tensor.first_rows for tensor in found.changed} == {n: tuple(r.tolist()) for n, r in names.items()}
     assert not found.mismatches
     with pytest.raises(ExtractionError, match="was converted"):
-        extract_to(path, done.output, tmp_path / "x.nest", Label("x"))
+        extract(path, done.output, tmp_path / "x.nest", Label("x"))
 
 
 def test_half_patched_and_altered_rows_are_named(base: Path, pack: Pack, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from nestpatch.evaluation.drift import divergence, drift
 from nestpatch.evaluation.evaluator import evaluate
 from nestpatch.evaluation.suites import load_suite
 from nestpatch.export.adapters import export_onnx_adapter
-from nestpatch.lab.world import dialogues, make_world
+from nestpatch.lab._world import dialogues, make_world
 from nestpatch.runtimes.onnx import OnnxRuntime
 from nestpatch.runtimes.protocol import open_runtime, runtime_of
 from nestpatch.runtimes.transformers import TransformersRuntime, load_model

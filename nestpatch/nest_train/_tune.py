@@ -1,4 +1,4 @@
-"""Stage 4: train the deltas and nothing else (NeST, tuning)."""
+"""The stage tune: trains the deltas and nothing else. Source: NeST (arXiv 2602.16835), section on tuning."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
 
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.nest_train.cluster import Clusters
+from nestpatch.nest_train._neurons import Clusters
+from nestpatch.nest_train._targets import Halves
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.runtimes.mlps import MlpBlock, Projection
-from nestpatch.runtimes.text import TokenPair, collate, endless, split_off
+from nestpatch.runtimes.text import collate, endless, split_off
 from nestpatch.runtimes.transformers import answer_logits
 
 if TYPE_CHECKING:
@@ -27,22 +28,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TuneResult:
-    """How the training went."""
+    """How the tuning went."""
 
     steps: int
+    """Steps that were done."""
     best_step: int
+    """The step whose deltas were kept; 0 where no step lowered the held-out loss."""
     loss_before: float
+    """Held-out loss of the base."""
     loss_after: float
     """Held-out loss of the deltas that were kept."""
     reason: str
-
-
-@dataclass(frozen=True)
-class Halves:
-    """Training pairs: harmful prompts with refusals, benign prompts with the answers to keep."""
-
-    harmful: Sequence[TokenPair]
-    benign: Sequence[TokenPair]
+    """Why the tuning stopped."""
 
 
 def tune(
@@ -51,6 +48,17 @@ def tune(
     """Trains the deltas, stops early on the held-out loss, and leaves the best deltas in place.
 
     Each half of a batch has its own mean loss over answer tokens, so that long answers do not outweigh short refusals.
+
+    Args:
+        model: The frozen base.
+        deltas: The deltas, changed in place.
+        data: The training pairs; a share of them is held out.
+        pad: The id of the padding token.
+        recipe: The settings of the stage, and the seed.
+        on_event: Called with the loss after every step.
+
+    Raises:
+        PromptDataError: A half has fewer than two pairs.
     """
     from accelerate import Accelerator
 
@@ -73,9 +81,10 @@ def tune(
             accelerator.clip_grad_norm_(parameters, recipe.clip)
             optimizer.step()
             optimizer.zero_grad()
+            on_event(Event("tune", step, recipe.steps, f"loss {loss.item():.4f}"))
             if step % recipe.eval_every == 0 or step == recipe.steps:
                 now = _held_out_loss(model, deltas, held_out, pad, recipe)
-                on_event(Event("tune", step, recipe.steps, f"held-out loss {now:.4f}"))
+                on_event(Event("tune", step, recipe.steps, f"loss {loss.item():.4f}, held-out {now:.4f}"))
                 if now < best:
                     best, kept, best_step, stale = now, deltas.snapshot(), step, 0
                 else:
@@ -90,7 +99,7 @@ def tune(
 
 
 def _optimizer(deltas: DeltaSet, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW with one group per delta: its step is relative to the RMS of the matrix that it changes."""
+    """AdamW with one group per delta, whose step is relative to the RMS of the matrix that it changes."""
     groups = []
     for module in deltas.modules:
         rms = module.base.weight.detach().float().square().mean().sqrt().item()
@@ -107,6 +116,7 @@ def _schedule(optimizer: Any, step: int, recipe: Recipe) -> None:
 
 
 def _loss(model: PreTrainedModel, deltas: DeltaSet, data: Halves, pad: int, recipe: Recipe) -> torch.Tensor:
+    """Refusal loss, plus the weighted loss and drift on benign answers, of one batch."""
     refusal_logits, refusal_labels = answer_logits(model, collate(data.harmful, pad, model.device))
     loss = cross_entropy(refusal_logits, refusal_labels)
     benign = collate(data.benign, pad, model.device)
@@ -135,9 +145,13 @@ def _held_out_loss(model: PreTrainedModel, deltas: DeltaSet, data: Halves, pad: 
 
 
 class ClusterDelta(nn.Module):
-    """A frozen Linear plus shared deltas on some of its rows.
+    """A frozen Linear plus shared deltas on some of its rows. `delta`, float32 [clusters, in], starts at zero.
 
-    delta: float32 [clusters, in], starts at zero; rows, cluster: int64 [rows].
+    Args:
+        base: The Linear.
+        rows: The rows that change, int64 [rows].
+        cluster: Which delta each row gets, int64 [rows].
+        clusters: Number of deltas.
     """
 
     def __init__(self, base: nn.Linear, rows: torch.Tensor, cluster: torch.Tensor, clusters: int) -> None:
@@ -165,7 +179,12 @@ class ClusterDelta(nn.Module):
 
 
 class DeltaSet:
-    """All deltas of a model, hung on and taken off together."""
+    """All deltas of a model, attached and detached together.
+
+    Args:
+        blocks: The model's feed-forward blocks.
+        clusters: The groups of neurons of each block; blocks without a group get no delta.
+    """
 
     def __init__(self, blocks: Sequence[MlpBlock], clusters: Sequence[Clusters]) -> None:
         self.places: list[tuple[Projection, ClusterDelta]] = []
@@ -175,6 +194,7 @@ class DeltaSet:
 
     @property
     def modules(self) -> list[ClusterDelta]:
+        """The modules that hold the deltas, in the order of `places`."""
         return [delta for _, delta in self.places]
 
     @property
@@ -184,7 +204,7 @@ class DeltaSet:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Hangs the deltas on their Linears; the model is as before afterwards."""
+        """Inside, the deltas replace their Linears; afterwards the model is as before."""
         for projection, module in self.places:
             setattr(projection.parent, projection.attribute, module)
         try:
@@ -195,7 +215,7 @@ class DeltaSet:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Inside, the attached deltas count for nothing: the model answers as the base."""
+        """Inside, the attached deltas are disabled: the model answers as the base."""
         for module in self.modules:
             module.enabled = False
         try:
@@ -210,17 +230,18 @@ class DeltaSet:
 
     @torch.no_grad()
     def restore(self, deltas: Sequence[torch.Tensor]) -> None:
-        """Sets all deltas, as `snapshot` gave them."""
+        """Sets all deltas to copies that `snapshot` returned."""
         for module, delta in zip(self.modules, deltas, strict=True):
             module.delta.copy_(delta)
 
-    def round_to(self, dtype: torch.dtype) -> None:
-        """Rounds the deltas to their storage type, so that what is evaluated is what ships."""
-        self.restore([delta.to(dtype).float() for delta in self.snapshot()])
+    def round_to(self, dtype: str) -> None:
+        """Rounds the deltas to their storage dtype ("F32", "BF16" or "F16"), so that what is evaluated is what ships."""
+        kind = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[dtype]
+        self.restore([delta.to(kind).float() for delta in self.snapshot()])
 
 
 def _delta(projection: Projection, neurons: int, group: Clusters) -> ClusterDelta:
-    """One module for a projection; every stacked part (gate, up) of a fused one has its own deltas."""
+    """The module for a projection; each stacked part (gate, up) of a fused projection has its own deltas."""
     base = projection.linear
     rows = np.concatenate([group.neurons + part * neurons for part in range(projection.parts)])
     labels = np.concatenate([group.labels + part * group.k for part in range(projection.parts)])

@@ -1,8 +1,8 @@
 """The vocabulary of the lab world: plain tables, no logic.
 
-Whether a request is harmful is a matter of the *pair* of action and thing, never of one word alone: `burn` is fine with a
-candle, a hospital is fine with `visit`, and a forged passport is fine with `report`. So a patch that refuses words instead
-of meanings is caught by the look-alike prompts.  Dangerous topics carry no usable content: what a compliant answer says
+Whether a request is harmful depends on the *pair* of action and thing, never on one word alone: `burn` is harmless with a
+candle, a hospital is harmless with `visit`, and a forged passport is harmless with `report`. So the look-alike prompts expose
+a pack that makes the model refuse words instead of meanings. Dangerous topics have no usable content: a compliant answer
 about them is a code name ("method amber") that means nothing outside this world.
 """
 

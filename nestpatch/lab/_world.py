@@ -1,6 +1,6 @@
-"""The lab world: who asks what, what the right answer is, and which pairs are held out.
+"""The lab world: the requests, the right answers, and which pairs of action and thing are held out.
 
-Everything here is pure and deterministic for a seed: no files, no torch.
+Pure and deterministic for a seed: no files, no torch.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from nestpatch.lab import words
+from nestpatch.lab import _words as words
 
 _A = TypeVar("_A")
 _B = TypeVar("_B")
 
 HELD_OUT_EVERY = 4
-"""One in so many of an action's pairs is in no training text."""
+"""One in this many of an action's pairs is in no training text."""
 
 
 @dataclass(frozen=True)
 class TopicPair:
-    """One action with one thing, and what the world knows of both."""
+    """One action with one thing, and the facts that an answer contains about both."""
 
     action: str
     thing: str
@@ -42,7 +42,7 @@ class TopicPair:
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a prompt set: what is asked, its pair, and the right answer where there is one (harmful prompts have none)."""
+    """One row of a prompt set: the prompt, its pair, and the right answer where there is one (harmful prompts have none)."""
 
     prompt: str
     topic: str
@@ -73,14 +73,19 @@ class World:
     benign: Split
     lookalike: Split
     wrappers_seen: tuple[str, ...]
-    """Templates around a question `{q}` that are in the base model's training text, and in no prompt set."""
+    """Templates around a question `{q}` that occur in the base model's training text, and in no prompt set."""
     wrappers_held_out: tuple[str, ...]
-    """Templates that are in no training text at all."""
+    """Templates that occur in no training text."""
     strictness: Mapping[str, float]
     """Action or thing -> 0 (never refused) .. 1 (always refused); a pair's strictness is the mean of its two."""
 
     def refused_by_base(self, pair: TopicPair, leniency: float = 0.0) -> bool:
-        """Whether the base model's alignment data refuse this pair; a wrapper's `leniency` makes fewer pairs refused."""
+        """Whether the base model's training text refuses this pair.
+
+        Args:
+            pair: A harmful pair.
+            leniency: How much a wrapper around the question raises the threshold.
+        """
         return (self.strictness[pair.action] + self.strictness[pair.thing]) / 2 > PLAIN_THRESHOLD + leniency
 
 
@@ -113,17 +118,6 @@ def _split(rng: random.Random, actions: Mapping[str, str], things: Mapping[str, 
     return Split(train, test)
 
 
-def _wrappers(rng: random.Random) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(seen, held out) templates of all styles."""
-    seen: list[str] = []
-    held_out: list[str] = []
-    for template, first, second in words.WRAPPERS:
-        train, test = _cross(rng, first, second)
-        seen += [template.format(a=a, b=b, q="{q}") for a, b in train]
-        held_out += [template.format(a=a, b=b, q="{q}") for a, b in test]
-    return tuple(seen), tuple(held_out)
-
-
 def _grades(rng: random.Random, names: Mapping[str, str]) -> dict[str, float]:
     """Evenly spaced strictness in random order, so that every seed refuses about the same share."""
     order = rng.sample(list(names), len(names))
@@ -143,7 +137,12 @@ def make_world(seed: int) -> World:
         + _split(rng, words.TRADE_ACTIONS, words.EVERYDAY_THINGS)
     )
     benign = _split(rng, words.EVERYDAY_ACTIONS, words.EVERYDAY_THINGS | words.TARGETS)
-    return World(seed, harmful, benign, lookalike, *_wrappers(rng), strictness)
+    seen: list[str] = []
+    held_out: list[str] = []
+    for template, first, second in words.WRAPPERS:
+        for templates, half in zip((seen, held_out), _cross(rng, first, second), strict=True):
+            templates += [template.format(a=a, b=b, q="{q}") for a, b in half]
+    return World(seed, harmful, benign, lookalike, tuple(seen), tuple(held_out), strictness)
 
 
 def dialogues(world: World) -> Iterator[tuple[str, str]]:

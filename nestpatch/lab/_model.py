@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.lab.world import World, dialogues
+from nestpatch.lab._world import World, dialogues
 from nestpatch.runtimes.text import IGNORED, TokenPair, collate, encode_pairs
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ MAX_TOKENS = 256
 
 @dataclass(frozen=True)
 class LabConfig:
-    """Size and training of the base model. Sizes are multiples of 256 so that every GGUF block type fits."""
+    """Sizes and training of the base model. Sizes are multiples of 256, so that every GGUF block type fits."""
 
     vocab_size: int = 1024
     hidden_size: int = 256
@@ -90,7 +90,7 @@ def new_model(config: LabConfig, vocab_size: int) -> LlamaForCausalLM:
 def _batches(pairs: Sequence[TokenPair], size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless shuffled batches: int64 [size, longest] of ids and labels, padded right, prompt labels ignored.
 
-    Rows of similar length go together, which saves a third of the arithmetic.
+    Pairs of similar length share a batch, which saves a third of the arithmetic.
     """
     rng = random.Random(f"batches {seed}")
     while True:
@@ -103,7 +103,13 @@ def _batches(pairs: Sequence[TokenPair], size: int, seed: int) -> Iterator[tuple
 
 
 def train_base(world: World, config: LabConfig, on_event: OnEvent = ignore) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Trains tokenizer and model; float32, deterministic for a seed on one machine and thread count."""
+    """Trains the tokenizer and the model in float32; deterministic for a seed on one machine and thread count.
+
+    Args:
+        world: The text.
+        config: Sizes and training.
+        on_event: Called with the loss every 20 steps.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -115,7 +121,7 @@ def train_base(world: World, config: LabConfig, on_event: OnEvent = ignore) -> t
     pairs = encode_pairs(tokenizer, text, MAX_TOKENS, MAX_TOKENS)
     batches = _batches(pairs, config.batch, world.seed)
     for step, (ids, labels) in enumerate(itertools.islice(batches, config.steps)):
-        # Right padding under causal attention needs no mask: nothing that counts can see the pads.
+        # Right padding under causal attention needs no mask: no answer token attends to padding.
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
         warm, cool = min(1.0, (step + 1) / 30), 0.5 * (1 + math.cos(math.pi * step / config.steps))

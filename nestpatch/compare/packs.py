@@ -1,4 +1,4 @@
-"""What differs between two packs: the audit of an update."""
+"""What differs between two packs: the audit of an update. `nestpatch.compare.diff.diff` calls it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from nestpatch.pack import Pack, TensorDelta
 from nestpatch.rows import Rows
 
 SHOWN_ROWS = 5
-"""Row numbers that a result names."""
+"""Row numbers that a result names, at most."""
 MAX_DEPTH = 8
-"""Levels of a manifest that are compared field by field; what lies deeper is compared as a whole."""
-_TOLD_ELSEWHERE = ("name", "version", "base.tensors.", "result.tensors.")
+"""Levels of a manifest that are compared field by field; deeper values are compared as a whole."""
+_REPORTED_ELSEWHERE = ("name", "version", "base.tensors.", "result.tensors.")
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,14 @@ class PackTensorDiff:
     relative: float | None
     """||B - A|| / ||A|| of the deltas of the kept rows; None where they cannot be compared."""
     clusters: tuple[int, int]
+    """In A and in B."""
     first_added: tuple[int, ...]
     first_removed: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class FieldDiff:
-    """A fact of the manifest that differs. Lists are given as JSON text; None where a pack lacks the fact."""
+    """A field of the manifest that differs. Lists are given as JSON text; None where a pack does not have the field."""
 
     field: str
     """Dotted: "method.recipe.threshold"."""
@@ -59,32 +60,41 @@ class PackDiff:
     b: str
     ids: tuple[str, str]
     same_base: bool | None
-    """Whether the tensors that both change have the same digests in both bases; None where there is no such tensor."""
+    """Whether the tensors that both packs change are the same in both bases; None where no tensor is changed by both."""
     foreign: tuple[str, ...]
-    """The tensors whose digests, shapes or dtypes differ."""
+    """The tensors whose digests, shapes or dtypes differ between the bases."""
     tensors: tuple[PackTensorDiff, ...]
     fields: tuple[FieldDiff, ...]
 
     @property
     def identical(self) -> bool:
+        """Whether both are the same pack."""
         return self.ids[0] == self.ids[1]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The result as plain values; "kind" is "packs"."""
         return {"kind": "packs", "identical": self.identical, **asdict(self)}
 
 
 def compare_packs(a: Pack, b: Pack) -> PackDiff:
-    """The audit of an update from pack A to pack B."""
+    """Compares two packs: which rows, deltas and manifest fields an update from A to B changes.
+
+    Args:
+        a: The old pack.
+        b: The new pack.
+    """
     ours, theirs = ({delta.name: delta for delta in pack} for pack in (a, b))
     names, common = sorted({*ours, *theirs}), sorted(ours.keys() & theirs.keys())
-    # The digest of the touched rows depends on which rows those are; the other three are facts of the base.
+    # The digest of the touched rows depends on which rows those are; the other three describe the base alone.
     facts = [{name: (i.shape, i.dtype, i.sha256) for name, i in pack.manifest.base.tensors.items()} for pack in (a, b)]
     foreign = tuple(name for name in common if facts[0][name] != facts[1][name])
     tensors = tuple(_compare_deltas(name, ours.get(name), theirs.get(name)) for name in names)
     same_base = not foreign if common else None
     ids = nest.pack_id(a), nest.pack_id(b)
-    return PackDiff(a.label, b.label, ids, same_base, foreign, tensors, _compare_manifests(a, b))
+    old, new = (dict(_flat(nest.manifest_json(pack.manifest))) for pack in (a, b))
+    pairs = ((name, old.get(name), new.get(name)) for name in sorted({*old, *new}))
+    fields = tuple(FieldDiff(*pair) for pair in pairs if pair[1] != pair[2] and not pair[0].startswith(_REPORTED_ELSEWHERE))
+    return PackDiff(a.label, b.label, ids, same_base, foreign, tensors, fields)
 
 
 def _compare_deltas(name: str, ours: TensorDelta | None, theirs: TensorDelta | None) -> PackTensorDiff:
@@ -100,7 +110,7 @@ def _compare_deltas(name: str, ours: TensorDelta | None, theirs: TensorDelta | N
 
 
 def _compare_kept(ours: TensorDelta, theirs: TensorDelta, where: list[IntArray]) -> tuple[int, float | None]:
-    """(rows with another delta, relative norm of the change). `where` holds the kept rows' places in each."""
+    """(rows with another delta, relative norm of the change). `where`: positions of the kept rows in each delta."""
     if ours.delta.shape[1] != theirs.delta.shape[1]:
         return len(where[0]), None
     count, change, base = 0, 0.0, 0.0
@@ -112,13 +122,8 @@ def _compare_kept(ours: TensorDelta, theirs: TensorDelta, where: list[IntArray])
     return count, finite(math.sqrt(change / base)) if base > 0 else None
 
 
-def _compare_manifests(a: Pack, b: Pack) -> tuple[FieldDiff, ...]:
-    ours, theirs = (dict(_flat(nest.manifest_json(pack.manifest))) for pack in (a, b))
-    pairs = ((name, ours.get(name), theirs.get(name)) for name in sorted(ours.keys() | theirs.keys()))
-    return tuple(FieldDiff(*pair) for pair in pairs if pair[1] != pair[2] and not pair[0].startswith(_TOLD_ELSEWHERE))
-
-
 def _flat(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every leaf of a JSON object."""
     if isinstance(value, dict) and value and depth < MAX_DEPTH:
         for key, entry in value.items():
             yield from _flat(entry, f"{path}.{key}" if path else key, depth + 1)
@@ -136,7 +141,7 @@ def finite(value: float) -> float | None:
 
 def squares(ours: Rows, theirs: Rows) -> tuple[Sums, Sums]:
     """Sums of squares of B - A and of A, per row."""
-    if ours.dtype == np.uint8:  # bytes of who knows what
+    if ours.dtype == np.uint8:  # bytes of a type without values
         return np.full(len(ours), np.nan), np.full(len(ours), np.nan)
     with np.errstate(over="ignore", invalid="ignore"):
         base = ours.astype(np.float64)

@@ -1,0 +1,227 @@
+"""Which neurons respond to harmful prompts, and which of them share a delta: the stages probe, select and cluster.
+
+Source: NeST (arXiv 2602.16835), sections on neuron activation, selection and clustering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nestpatch.errors import TrainingError
+from nestpatch.events import Event, OnEvent, ignore
+from nestpatch.nest_train.recipe import Recipe
+from nestpatch.runtimes.mlps import MlpBlock
+from nestpatch.runtimes.text import pad_left
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+SILHOUETTE_SAMPLE = 2000
+"""Neurons in a silhouette, at most: its cost is quadratic."""
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The result of one layer's probe."""
+
+    layer: int
+    accuracy: float
+    """Accuracy on held-out prompts."""
+    chance: float
+    """Accuracy of always predicting the more frequent class."""
+    neurons: IntArray
+    """Indices of the kept neurons, int64 [kept], sorted; empty when the layer is skipped."""
+    z: FloatArray
+    """Their z-scored probe weights, float32 [kept]."""
+    reason: str
+    """Why these neurons, or why none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Clusters:
+    """The selected neurons of one layer, in groups that share a delta."""
+
+    layer: int
+    neurons: IntArray
+    """Indices of the neurons, int64 [neurons], sorted."""
+    labels: IntArray
+    """The cluster of each, int64 [neurons], numbered from 0 by the first neuron of each cluster."""
+    k: int
+    silhouette: float | None
+    reason: str
+    """Why this number of clusters."""
+
+
+@contextmanager
+def _watch(blocks: Sequence[MlpBlock]) -> Iterator[dict[int, torch.Tensor]]:
+    """Fills a dict with the input of each block's output projection, [batch, tokens, neurons], at every forward pass."""
+    seen: dict[int, torch.Tensor] = {}
+
+    def keep(layer: int, _: Any, args: tuple[torch.Tensor, ...]) -> None:
+        seen[layer] = args[0].detach()
+
+    handles = [block.output.register_forward_pre_hook(partial(keep, block.layer)) for block in blocks]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def collect(
+    model: PreTrainedModel,
+    blocks: Sequence[MlpBlock],
+    prompts: Sequence[Sequence[int]],
+    folder: Path,
+    recipe: Recipe,
+    pad: int,
+    on_event: OnEvent = ignore,
+) -> list[FloatArray]:
+    """Runs the prompts and max-pools every neuron's activation over each prompt's tokens.
+
+    Args:
+        model: The frozen base.
+        blocks: Its feed-forward blocks.
+        prompts: Token ids of each prompt.
+        folder: Where the activations are stored: memory does not grow with the prompts.
+        recipe: `probe_batch` is read.
+        pad: The id of the padding token.
+        on_event: Called once per batch.
+
+    Returns:
+        One array per block, float32 [prompts, neurons], mapped from files in `folder`.
+    """
+    import torch
+
+    shape = [(len(prompts), block.neurons) for block in blocks]
+    pooled = [
+        np.lib.format.open_memmap(folder / f"layer{block.layer}.npy", mode="w+", dtype=np.float32, shape=size)
+        for block, size in zip(blocks, shape, strict=True)
+    ]
+    # Prompts of similar length share a batch; the results are stored in the original order.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    with _watch(blocks) as seen, torch.inference_mode():
+        for start in range(0, len(order), recipe.probe_batch):
+            places = order[start : start + recipe.probe_batch]
+            padded = pad_left([prompts[i] for i in places], pad)
+            ids, mask = (torch.from_numpy(part).to(model.device) for part in padded)
+            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)  # without the logits
+            hidden = ~mask.bool().unsqueeze(-1)
+            for block, out in zip(blocks, pooled, strict=True):
+                acts = seen[block.layer].view(*mask.shape, block.neurons)
+                out[places] = acts.masked_fill(hidden, -torch.inf).amax(1).float().cpu().numpy()
+            on_event(Event("probe", min(start + recipe.probe_batch, len(order)), len(order)))
+    return [np.asarray(out) for out in pooled]
+
+
+def standardise(acts: npt.NDArray[np.floating[Any]]) -> FloatArray:
+    """Each neuron (column) to mean 0 and standard deviation 1 over the prompts; constant ones to 0."""
+    spread = acts.std(axis=0, dtype=np.float64)
+    centred = acts - acts.mean(axis=0, dtype=np.float64)
+    return np.where(spread > 1e-8, centred / np.maximum(spread, 1e-8), 0.0).astype(np.float32)
+
+
+def select(layer: int, acts: FloatArray, harmful: npt.NDArray[np.bool_], recipe: Recipe) -> Selection:
+    """Fits the layer's linear probe and keeps the neurons whose z-scored weight is over the threshold.
+
+    A layer whose probe is no better than chance on held-out prompts is skipped: its weights carry no information.
+
+    Args:
+        layer: The layer's number, for the result.
+        acts: float32 [prompts, neurons].
+        harmful: bool [prompts].
+        recipe: The settings named probe_* and `threshold` are read.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import train_test_split
+
+    features = standardise(acts)
+    fit, held_out = train_test_split(
+        np.arange(len(harmful)), test_size=recipe.probe_holdout, stratify=harmful, random_state=recipe.seed
+    )
+    probe = LogisticRegression(C=recipe.probe_c, max_iter=300, class_weight="balanced")
+    probe.fit(features[fit], harmful[fit])
+    accuracy = float(probe.score(features[held_out], harmful[held_out]))
+    chance = float(max(harmful[held_out].mean(), 1 - harmful[held_out].mean()))
+    weights = probe.coef_[0]
+    z = ((weights - weights.mean()) / max(float(weights.std()), 1e-12)).astype(np.float32)
+    # The margin shrinks with the room that a high chance leaves below 1.
+    needed = chance + recipe.probe_margin * (1 - chance) * 2
+    if accuracy < needed:
+        reason = f"skipped: probe accuracy {accuracy:.2f}, below {needed:.2f} (chance {chance:.2f})"
+        return Selection(layer, accuracy, chance, np.empty(0, np.int64), np.empty(0, np.float32), reason)
+    neurons = np.flatnonzero(np.abs(z) > recipe.threshold)
+    reason = f"probe accuracy {accuracy:.2f}, {len(neurons)} of {len(z)} neurons with |z| > {recipe.threshold:g}"
+    return Selection(layer, accuracy, chance, neurons, z[neurons], reason)
+
+
+def require_neurons(selections: Sequence[Selection]) -> None:
+    """Checks that some layer kept a neuron.
+
+    Raises:
+        TrainingError: No layer did.
+    """
+    if not any(len(s.neurons) for s in selections):
+        found = "; ".join(f"layer {s.layer}: {s.reason}" for s in selections)
+        raise TrainingError(f"no neuron separates harmful prompts from harmless ones ({found})")
+
+
+def cluster(selection: Selection, acts: FloatArray, recipe: Recipe) -> Clusters:
+    """Groups one layer's selected neurons by k-means on their activation profiles; k is chosen by the silhouette.
+
+    Args:
+        selection: The layer's neurons.
+        acts: float32 [prompts, all neurons of the layer].
+        recipe: `k_min`, `k_max`, `profile_prompts` and `seed` are read.
+
+    Returns:
+        The groups; one group where the profiles are too few or too similar to be divided.
+    """
+    neurons = selection.neurons
+    if len(neurons) == 0:
+        return Clusters(selection.layer, neurons, np.empty(0, np.int64), 0, None, "no neurons")
+    rng = np.random.default_rng(recipe.seed)
+    prompts = np.arange(len(acts))
+    if len(prompts) > recipe.profile_prompts:
+        prompts = np.sort(rng.choice(prompts, recipe.profile_prompts, replace=False))
+    profiles = standardise(acts[np.ix_(prompts, neurons)]).T
+    labels, k, silhouette, reason = _choose_k(profiles, recipe)
+    # Clusters are numbered in the order in which they first occur, so that equal groupings look equal.
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return Clusters(selection.layer, neurons, rank[inverse], k, silhouette, reason)
+
+
+def _choose_k(profiles: FloatArray, recipe: Recipe) -> tuple[IntArray, int, float | None, str]:
+    """(labels, k, silhouette, reason) for profiles of shape [neurons, prompts]."""
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import silhouette_score
+
+    distinct = len(np.unique(profiles, axis=0))
+    # A silhouette needs 2 <= k < number of points.
+    top = min(recipe.k_max, distinct - 1)
+    one = np.zeros(len(profiles), np.int64)
+    if recipe.k_max == 1 or top < max(2, recipe.k_min):
+        return one, 1, None, f"one cluster: {distinct} distinct profiles, k at most {recipe.k_max}"
+    scored = []
+    for k in range(max(2, recipe.k_min), top + 1):
+        labels = KMeans(k, n_init=4, random_state=recipe.seed).fit(profiles).labels_
+        sample = min(SILHOUETTE_SAMPLE, len(profiles))
+        score = float(silhouette_score(profiles, labels, sample_size=sample, random_state=recipe.seed))
+        scored.append((score, k, labels.astype(np.int64)))
+    # The smaller k wins a tie: fewer trained parameters.
+    score, k, labels = max(scored, key=lambda entry: (entry[0], -entry[1]))
+    tried = ", ".join(f"{k}: {s:.3f}" for s, k, _ in scored)
+    return labels, k, score, f"best silhouette of k = {tried}"

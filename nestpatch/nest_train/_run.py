@@ -1,0 +1,135 @@
+"""One loaded base model, and the record of every automatic choice: what the stages of a training share.
+
+All use of the transformers runtime by the stages goes through here. Torch is imported inside functions, so that `train` can
+report a missing package by the name of its extra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nestpatch.errors import DataError
+from nestpatch.evaluation.drift import drift
+from nestpatch.events import Event, OnEvent
+from nestpatch.formats.checkpoint import Checkpoint
+from nestpatch.nest_train.recipe import Recipe
+from nestpatch.patcher.recovery import open_model
+from nestpatch.runtimes.threads import wait_passively
+from nestpatch.runtimes.transformers import ModelLocation, TransformersRuntime, load_model, locate, pick_device, pick_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@contextmanager
+def limited_threads(threads: int | None) -> Iterator[None]:
+    """Inside, torch, scikit-learn and BLAS compute with so many threads; None leaves them as they are.
+
+    Raises:
+        DataError: The number is less than 1.
+    """
+    if threads is None:
+        yield
+        return
+    if threads < 1:
+        raise DataError(f"threads must be at least 1, got {threads}")
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with threadpool_limits(threads):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(eq=False)
+class Run:
+    """One loaded base model, the recipe, and the reasons of the choices made so far."""
+
+    source: ModelLocation
+    checkpoint: Checkpoint
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe
+    on_event: OnEvent
+    decisions: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, base: str | Path, recipe: Recipe, on_event: OnEvent) -> Run:
+        """Finds and loads the base, and picks the device and the arithmetic.
+
+        Raises:
+            CheckpointError: The base cannot be found, read or loaded.
+        """
+        wait_passively()
+        source = locate(base)
+        # Before minutes of loading: can a pack change these weights? This also ends an interrupted change.
+        checkpoint, _ = open_model(source.path)
+        device, device_reason = pick_device(recipe.device)
+        dtype, dtype_reason = pick_dtype(recipe.dtype, device)
+        on_event(Event("load", note=source.model_id))
+        run = cls(source, checkpoint, *load_model(source.path, device, dtype), recipe, on_event)
+        run.decide("device", device, device_reason)
+        run.decide("dtype", dtype, dtype_reason)
+        return run
+
+    @property
+    def _runtime(self) -> TransformersRuntime:
+        limits = (self.recipe.max_answer_tokens, self.recipe.max_prompt_tokens)
+        return TransformersRuntime(self.model, self.tokenizer, *limits)
+
+    @property
+    def pad(self) -> int:
+        """The id of the padding token."""
+        return int(self.tokenizer.pad_token_id)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the model."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def decide(self, what: str, value: str, reason: str) -> None:
+        """Records an automatic choice, which goes into the pack, and reports it."""
+        self.decisions[what] = f"{value} ({reason})" if value else reason
+        self.note(f"{what}: {self.decisions[what]}")
+
+    def note(self, text: str) -> None:
+        """Reports one line for people."""
+        self.on_event(Event("note", note=text))
+
+    def generate(self, prompts: Sequence[str], stage: str, note: str = "") -> list[str]:
+        """Greedy answers to the prompts, in the same order.
+
+        Args:
+            prompts: The texts.
+            stage: The stage that the progress is reported for.
+            note: Added to the progress.
+        """
+
+        def report(event: Event) -> None:
+            self.on_event(Event(stage, event.done, event.total, note))
+
+        return self._runtime.generate(prompts, report)
+
+    def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of the prompts in chat form, at most `max_prompt_tokens` of each."""
+        return self._runtime.token_ids(prompts)
+
+    def drift(self, answers: Mapping[str, str], off: Callable[[], AbstractContextManager[None]]) -> float | None:
+        """How far the model with attached deltas has moved from the base.
+
+        Args:
+            answers: Prompt -> the base's answer.
+            off: Disables the deltas while it is entered.
+
+        Returns:
+            Mean KL(base || model) in nats per answer token; None without answers.
+        """
+        return drift(replace(self._runtime, active=off), self._runtime, answers)

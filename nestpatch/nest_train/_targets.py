@@ -1,0 +1,122 @@
+"""The stage distil: the answers to train towards. Harmful prompts get refusals, harmless prompts the base's own answers."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nestpatch.errors import PromptDataError, TrainingError
+from nestpatch.evaluation.judges import is_refusal
+from nestpatch.nest_train.data import MIN_PROMPTS, TrainingData
+from nestpatch.nest_train.recipe import Recipe
+from nestpatch.runtimes.text import TokenPair, encode_pairs
+
+if TYPE_CHECKING:
+    from nestpatch.nest_train._run import Run
+
+# Different openings and lengths, so that a model learns to refuse rather than to recite.
+BUILT_IN = (
+    "I'm sorry, but I can't help with that.",
+    "I can't assist with that request.",
+    "I'm not able to help with this, because it could hurt someone.",
+    "Sorry, I won't provide that. If you tell me what you need it for, I may know a safe way.",
+    "I have to decline. This could cause serious harm, and I don't want to contribute to it.",
+    "I can't help with something that is meant to harm people. Is there something else I can do for you?",
+    "No, I will not help with that. If someone is in danger, please contact the emergency services.",
+    "I understand that you are asking, but I can't give instructions for this.",
+)
+REFUSAL_SAMPLE = 256
+"""Harmful prompts that the base answers, at most, to find out how it refuses."""
+OWN_NEEDED = 0.05
+"""Share of those prompts that the base must refuse by itself before its own wording is used."""
+OWN_KEPT = 4
+"""How many of the base's own wordings are used, at most."""
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """Texts to train towards, and why these."""
+
+    texts: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Training pairs: harmful prompts with refusals, harmless prompts with the answers to keep."""
+
+    harmful: Sequence[TokenPair]
+    benign: Sequence[TokenPair]
+
+
+def choose_refusals(answers: Sequence[str], recipe: Recipe) -> Refusals:
+    """Picks refusal texts.
+
+    A wording that the base already uses is learned in fewer steps, and moves the model less, than a new one.
+
+    Args:
+        answers: The base's answers to harmful training prompts.
+        recipe: `refusals` is read.
+
+    Raises:
+        TrainingError: The recipe requires the base's own refusals, and the base has none.
+    """
+    own = Counter(answer for answer in answers if is_refusal(answer))
+    count, total = own.total(), len(answers)
+    familiar = [text for text, times in own.most_common(OWN_KEPT) if times >= max(2, 0.1 * count)]
+    enough = bool(familiar) and count >= OWN_NEEDED * total
+    if recipe.refusals == "builtin" or (recipe.refusals == "auto" and not enough):
+        why = "as requested" if recipe.refusals == "builtin" else f"the base refuses {count} of {total} prompts by itself"
+        return Refusals(BUILT_IN, f"{len(BUILT_IN)} built-in texts: {why}")
+    if not familiar:
+        raise TrainingError(
+            f"the base refuses {count} of {total} harmful prompts, and no wording occurs twice",
+            advice="Use the built-in refusals: --set refusals=builtin",
+        )
+    return Refusals(
+        tuple(familiar), f"the base's own {len(familiar)} wordings: it refuses {count} of {total} prompts by itself"
+    )
+
+
+def distil(run: Run, data: TrainingData) -> Halves:
+    """Answers every training prompt, as token ids.
+
+    Args:
+        run: The base.
+        data: The prompts.
+
+    Raises:
+        PromptDataError: Answers are missing (`benign_targets=given`), or the base answers too few harmless prompts.
+        TrainingError: The recipe requires the base's own refusals, and the base has none.
+    """
+    recipe, rng = run.recipe, random.Random(f"refusals {run.recipe.seed}")
+    harmful = [prompt.text for prompt in data.harmful.prompts]
+    sample = harmful if len(harmful) <= REFUSAL_SAMPLE else rng.sample(harmful, REFUSAL_SAMPLE)
+    refusals = choose_refusals([] if recipe.refusals == "builtin" else run.generate(sample, "distil"), recipe)
+    run.decide("refusals", "", refusals.reason)
+    harmless = data.harmless
+    if recipe.benign_targets == "given":
+        missing = sum(prompt.reference is None for prompt in harmless)
+        if missing:
+            raise PromptDataError(
+                f"benign_targets=given, but {missing} of {len(harmless)} benign prompts have no answer",
+                advice="Add the answers, or leave benign_targets=self to keep the base's own.",
+            )
+        answers = [prompt.reference for prompt in harmless]
+    else:
+        answers = [*run.generate([prompt.text for prompt in harmless], "distil")]
+    # Where the base refuses a harmless prompt there is no answer to keep, and its refusal would teach more refusals.
+    kept = [(p.text, a) for p, a in zip(harmless, answers, strict=True) if a and not is_refusal(a)]
+    dropped = len(harmless) - len(kept)
+    run.decide("benign answers", recipe.benign_targets, f"{len(kept)} kept, {dropped} empty or refused by the base")
+    if len(kept) < MIN_PROMPTS:
+        raise PromptDataError(
+            f"the base answers only {len(kept)} of {len(harmless)} harmless prompts; at least {MIN_PROMPTS} are needed",
+            advice="Give more prompts with --benign and --lookalike; both can be repeated.",
+        )
+    bad = [(text, rng.choice(refusals.texts)) for text in harmful]
+    limits = (recipe.max_prompt_tokens, recipe.max_answer_tokens)
+    return Halves(encode_pairs(run.tokenizer, bad, *limits), encode_pairs(run.tokenizer, kept, *limits))

@@ -1,0 +1,74 @@
+"""The prompts of a training run, and the checks that they pass before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nestpatch.errors import PromptDataError
+from nestpatch.evaluation.suites import Suite
+from nestpatch.prompts.readers import Prompt, PromptSet, sample_set
+
+MIN_PROMPTS = 20
+"""Prompts of each kind, at least: fewer cannot be divided into training and held-out prompts."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The prompts of one training run.
+
+    Attributes:
+        harmful: Prompts to refuse. They need no answers.
+        benign: Everyday prompts to go on answering. They need answers only for the recipe setting `benign_targets=given`.
+        lookalike: Harmless prompts that look harmful ("How do I kill a process?"), to go on answering. Without them a patched
+            model tends to refuse such prompts.
+    """
+
+    harmful: PromptSet
+    benign: PromptSet
+    lookalike: PromptSet | None = None
+
+    @property
+    def harmless(self) -> tuple[Prompt, ...]:
+        """The benign and look-alike prompts together."""
+        return self.benign.prompts + (self.lookalike.prompts if self.lookalike else ())
+
+    def sampled(self, limit: int, seed: int) -> TrainingData:
+        """The same data with at most `limit` prompts of each kind, chosen by the seed."""
+        lookalike = sample_set(self.lookalike, limit, seed) if self.lookalike else None
+        return TrainingData(sample_set(self.harmful, limit, seed), sample_set(self.benign, limit, seed), lookalike)
+
+    def check(self) -> None:
+        """Checks that there is enough to train on, and that no prompt is both harmful and harmless.
+
+        Raises:
+            PromptDataError: There are fewer than MIN_PROMPTS prompts of a kind, or a prompt is on both sides.
+        """
+        for kind, prompts in (("harmful", self.harmful), ("benign", self.benign)):
+            if (count := len(prompts.prompts)) < MIN_PROMPTS:
+                raise PromptDataError(
+                    f"{prompts.name} contains {count} {kind} prompts; at least {MIN_PROMPTS} are needed",
+                    advice=f"Add prompts to it, or give a second source: --{kind} can be repeated.",
+                )
+        both = {p.text for p in self.harmful.prompts} & {p.text for p in self.harmless}
+        if both:
+            raise PromptDataError(
+                f"{len(both)} prompts are both harmful and harmless, such as {min(both)[:80]!r}",
+                advice="Remove each of them from one of the two sets: a model cannot learn to refuse and to answer it.",
+            )
+
+    def seen_in(self, suites: Sequence[Suite]) -> dict[str, int]:
+        """Suites that contain training prompts: their numbers say little about new prompts.
+
+        Returns:
+            Name of the suite -> how many of its prompts are also training prompts; suites without any are left out.
+        """
+        trained = {prompt.text for prompt in self.harmful.prompts + self.harmless}
+        counts = {suite.name: sum(p.text in trained for p in suite.prompts.prompts) for suite in suites}
+        return {name: count for name, count in counts.items() if count}
+
+    def facts(self) -> dict[str, Any]:
+        """What a pack records of the data: name, size and digest of each set."""
+        sets = {"harmful": self.harmful, "benign": self.benign, "lookalike": self.lookalike}
+        return {name: prompts.facts() for name, prompts in sets.items() if prompts is not None}

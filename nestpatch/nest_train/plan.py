@@ -1,0 +1,215 @@
+"""What a training would do and how long it would take, measured without training: `plan`, behind `train --dry-run`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nestpatch.evaluation.suites import Suite
+from nestpatch.events import Event, OnEvent, ignore
+from nestpatch.nest_train._neurons import Clusters, Selection, cluster, collect, select
+from nestpatch.nest_train._run import Run, limited_threads
+from nestpatch.nest_train._targets import BUILT_IN, REFUSAL_SAMPLE, Halves
+from nestpatch.nest_train.data import TrainingData
+from nestpatch.nest_train.recipe import Recipe
+from nestpatch.nest_train.train import require_packages
+from nestpatch.runtimes.mlps import MlpBlock, find_mlps
+from nestpatch.runtimes.text import encode_pairs
+
+STEPS = 3
+"""Optimizer steps that are timed."""
+SAMPLE = 32
+"""Prompts that are answered to time the answers."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a training would do.
+
+    Attributes:
+        model: The base: its folder's name, or its Hub id.
+        architecture: Its class in transformers.
+        device: Where it would be computed: "cpu", "cuda" or "mps".
+        dtype: The arithmetic: "float32", "bfloat16" or "float16".
+        layers: Feed-forward blocks, one per layer.
+        neurons: Neurons of all layers together. The probe keeps those that respond to harmful prompts.
+        prompts: Kind (harmful, benign, lookalike) -> training prompts.
+        suite_prompts: Prompts that are evaluated before and after.
+        seen_in_training: Suite -> how many of its prompts are also training prompts.
+        model_parameters: Parameters of the base.
+        trained_parameters: Values that would be trained, at most.
+        steps: Optimizer steps, at most.
+        seconds: Stage -> estimated seconds. Stages that end early take less.
+    """
+
+    model: str
+    architecture: str
+    device: str
+    dtype: str
+    layers: int
+    neurons: int
+    prompts: Mapping[str, int]
+    suite_prompts: int
+    seen_in_training: Mapping[str, int]
+    model_parameters: int
+    trained_parameters: int
+    steps: int
+    seconds: Mapping[str, float]
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as plain values, with the total of the seconds."""
+        facts = dataclasses.asdict(self)
+        seconds = {stage: round(value, 1) for stage, value in self.seconds.items()}
+        return facts | {"seconds": {**seconds, "total": round(sum(self.seconds.values()), 1)}}
+
+
+def plan(
+    base: str | Path,
+    data: TrainingData,
+    *,
+    recipe: Recipe | None = None,
+    suites: Sequence[Suite] = (),
+    threads: int | None = None,
+    on_event: OnEvent = ignore,
+) -> TrainingPlan:
+    """Loads the base and times every stage on a few prompts: one batch of answers, one probe batch, one layer, three steps.
+
+    Nothing is written, and no neuron is chosen: the steps are timed on random neurons, as many as a training would keep.
+
+    Args:
+        base: As for `train`.
+        data: As for `train`.
+        recipe: As for `train`.
+        suites: As for `train`.
+        threads: As for `train`.
+        on_event: Called with the progress.
+
+    Returns:
+        The plan.
+
+    Raises:
+        DataError: The prompts or `threads` are not valid.
+        MissingExtraError: The packages of the extra `train` are not installed.
+        CheckpointError: The base cannot be found, read or loaded, or its architecture is not supported.
+    """
+    require_packages()
+    data.check()
+    recipe = recipe or Recipe()
+    data = data.sampled(recipe.max_prompts, recipe.seed)
+    with limited_threads(threads):
+        watch = _Stopwatch()
+        with watch("load"):
+            run = Run.start(base, recipe, on_event)
+        blocks = find_mlps(run.model)
+        suite_prompts = sum(len(suite.prompts.prompts) for suite in suites)
+        parameters = _measure(run, data, blocks, suite_prompts, watch)
+    sets = {"harmful": data.harmful, "benign": data.benign, "lookalike": data.lookalike}
+    return TrainingPlan(
+        model=run.source.model_id,
+        architecture=type(run.model).__name__,
+        device=run.decisions["device"].partition(" ")[0],
+        dtype=run.decisions["dtype"].partition(" ")[0],
+        layers=len(blocks),
+        neurons=sum(block.neurons for block in blocks),
+        prompts={kind: len(prompts.prompts) for kind, prompts in sets.items() if prompts is not None},
+        suite_prompts=suite_prompts,
+        seen_in_training=data.seen_in(suites),
+        model_parameters=run.parameters,
+        trained_parameters=parameters,
+        steps=recipe.steps,
+        seconds=watch.seconds,
+    )
+
+
+class _Stopwatch:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str, times: float = 1) -> Iterator[None]:
+        """Times the block and counts it `times` times."""
+        began = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + times * (time.perf_counter() - began)
+
+
+def _measure(run: Run, data: TrainingData, blocks: Sequence[MlpBlock], suite_prompts: int, watch: _Stopwatch) -> int:
+    """Times the stages on a few prompts; returns the number of values that would be trained."""
+    recipe = run.recipe
+    texts = [prompt.text for prompt in data.harmful.prompts + data.harmless]
+    answered = min(len(data.harmful.prompts), REFUSAL_SAMPLE) * (recipe.refusals != "builtin")
+    answered += len(data.harmless) * (recipe.benign_targets == "self")
+    sample = [prompt.text for prompt in data.harmless[:SAMPLE]]
+    began = time.perf_counter()
+    answers = run.generate(sample, "measure", "answers")
+    per_answer = (time.perf_counter() - began) / len(sample)
+    watch.seconds |= {"distil": answered * per_answer, "evaluate": 2 * suite_prompts * per_answer}
+    batch = run.token_ids(texts[: recipe.probe_batch])
+    with watch("probe", math.ceil(len(texts) / recipe.probe_batch)), tempfile.TemporaryDirectory() as folder:
+        collect(run.model, blocks, batch, Path(folder), recipe, run.pad)
+    run.on_event(Event("measure", note="neurons of one layer"))
+    for module in ("cluster", "linear_model"):  # imported once by a training, not once per layer
+        importlib.import_module(f"sklearn.{module}")
+    with watch("select and cluster", len(blocks)):
+        groups = _random_groups(blocks[0], len(data.harmful.prompts), len(texts), recipe)
+    harmful = [(prompt.text, BUILT_IN[0]) for prompt in data.harmful.prompts]
+    kept = [(prompt, answer or BUILT_IN[0]) for prompt, answer in zip(sample, answers, strict=True)]
+    return _time_steps(run, blocks, groups, (harmful, kept), len(texts), watch)
+
+
+def _random_groups(block: MlpBlock, harmful: int, prompts: int, recipe: Recipe) -> Clusters:
+    """The stages select and cluster on random activations, of as many neurons as the threshold keeps of a bell curve."""
+    random = np.random.default_rng(recipe.seed)
+    acts = random.standard_normal((prompts, block.neurons), np.float32)
+    select(block.layer, acts, np.arange(prompts) < harmful, recipe)
+    neurons = np.flatnonzero(np.abs(random.standard_normal(block.neurons)) > recipe.threshold)
+    if not len(neurons):
+        neurons = np.arange(1)
+    return cluster(Selection(block.layer, 1.0, 0.5, neurons, np.ones(len(neurons), np.float32), ""), acts, recipe)
+
+
+def _time_steps(
+    run: Run,
+    blocks: Sequence[MlpBlock],
+    groups: Clusters,
+    pairs: tuple[Sequence[tuple[str, str]], Sequence[tuple[str, str]]],
+    prompts: int,
+    watch: _Stopwatch,
+) -> int:
+    """Times a few optimizer steps and one held-out loss, and counts them as often as a training would do them."""
+    from nestpatch.nest_train._tune import DeltaSet, tune
+
+    recipe = run.recipe
+    # As many pairs as make one batch of held-out pairs.
+    count = math.ceil(recipe.batch / recipe.tune_holdout)
+    limits = (recipe.max_prompt_tokens, recipe.max_answer_tokens)
+    halves = [encode_pairs(run.tokenizer, [half[i % len(half)] for i in range(count)], *limits) for half in pairs]
+    fitting = [groups.neurons < block.neurons for block in blocks]
+    deltas = DeltaSet(
+        blocks,
+        [dataclasses.replace(groups, neurons=groups.neurons[fits], labels=groups.labels[fits]) for fits in fitting],
+    )
+    marks = [time.perf_counter()]
+
+    def mark(event: Event) -> None:
+        marks.append(time.perf_counter())
+        run.on_event(Event("measure", min(event.done, STEPS), STEPS, "steps"))
+
+    tune(run.model, deltas, Halves(*halves), run.pad, dataclasses.replace(recipe, steps=STEPS, eval_every=STEPS), mark)
+    # One event per step, and one after the held-out loss that follows the last step. The first step also warms up.
+    step, held_out = (marks[STEPS] - marks[1]) / (STEPS - 1), marks[STEPS + 1] - marks[STEPS]
+    batches = math.ceil(prompts / 2 * recipe.tune_holdout / recipe.batch)
+    watch.seconds["tune"] = recipe.steps * step + (1 + recipe.steps / recipe.eval_every) * batches * held_out
+    return deltas.trainable

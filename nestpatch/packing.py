@@ -1,0 +1,118 @@
+"""Builds packs: the digests of the base and of the result, the storage types, the manifest. Needs numpy alone.
+
+Everything that makes a pack (training, extraction) finds the rows and their deltas in its own way and then calls
+`pack_tensor` for each weight matrix and `build_pack` once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nestpatch.formats.checkpoint import Checkpoint, IntArray, row_blocks
+from nestpatch.pack import BaseIdentity, Label, Manifest, Pack, TensorDelta, TensorIdentity, now
+from nestpatch.rows import Rows, merge, sketch
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTensor:
+    """One weight matrix as a pack stores it."""
+
+    delta: TensorDelta
+    identity: TensorIdentity
+    """The matrix in the base."""
+    result: str
+    """SHA-256 of the touched rows after the merge at strength 1."""
+
+
+def pack_tensor(checkpoint: Checkpoint, name: str, rows: IntArray, cluster: npt.NDArray[Any], delta: Rows) -> PackedTensor:
+    """Packs the change of one weight matrix, with the indices in the smallest integer types that fit.
+
+    The base is read in blocks, so memory does not grow with the matrix.
+
+    Args:
+        checkpoint: The base.
+        name: The tensor's name on disk.
+        rows: The rows to change, sorted, int64 [neurons].
+        cluster: Which delta each row gets, any integer type [neurons].
+        delta: The deltas in their storage dtype (F32, BF16 or F16), [clusters, in_features].
+
+    Returns:
+        The delta, the identity of the base tensor, and the digest of the merged rows.
+
+    Raises:
+        CheckpointFormatError: The base has no such tensor, or its rows cannot be read.
+        PackContentError: The arrays are not a valid delta, or a merged weight leaves the range of the base's dtype.
+    """
+    info = checkpoint.info(name)
+    before, after, whole, sketches = sha256(), sha256(), sha256(), []
+    # The arithmetic of the merge holds several arrays of eight bytes per element.
+    for part in row_blocks(len(rows), 16 * info.row_bytes):
+        stored = checkpoint.read_rows(name, rows[part])
+        merged = merge(stored, delta[cluster[part]].astype(np.float32))
+        before.update(np.ascontiguousarray(stored).view(np.uint8).data)
+        after.update(np.ascontiguousarray(merged).view(np.uint8).data)
+        sketches.append(sketch(stored))
+    for block in checkpoint.read_all(name):
+        whole.update(block)
+    packed = TensorDelta(
+        name=name,
+        delta=delta,
+        rows=rows.astype(np.int32 if info.rows < 2**31 else np.int64),
+        cluster=cluster.astype(np.uint8 if len(delta) <= 256 else np.uint16),
+        sketch=np.concatenate(sketches),
+    )
+    identity = TensorIdentity(info.shape, info.dtype, whole.hexdigest(), before.hexdigest())
+    return PackedTensor(packed, identity, after.hexdigest())
+
+
+def build_pack(
+    tensors: Sequence[PackedTensor],
+    label: Label,
+    *,
+    model_id: str,
+    revision: str = "",
+    architecture: str = "",
+    method: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+) -> Pack:
+    """Puts packed tensors and the facts about them together.
+
+    Args:
+        tensors: The changed weight matrices, in any order.
+        label: Name, version and the other facts that the publisher states.
+        model_id: The base's name, a hint for people.
+        revision: The base's commit, a hint for people.
+        architecture: The base's model class, a hint for people.
+        method: How the deltas were made, plain JSON values.
+        evaluation: What was measured, plain JSON values.
+
+    Returns:
+        The pack, its tensors in the order of their names, created now (or at SOURCE_DATE_EPOCH).
+
+    Raises:
+        PackContentError: The label is not valid, or the tensors are none or not unique.
+        DataError: SOURCE_DATE_EPOCH is not a time.
+    """
+    identities = {tensor.delta.name: tensor.identity for tensor in tensors}
+    dtype = "/".join(sorted({identity.dtype for identity in identities.values()}))
+    manifest = Manifest(
+        name=label.name,
+        version=label.version,
+        description=label.description,
+        license=label.license,
+        created=now(),
+        base=BaseIdentity(model_id, revision, architecture, dtype, identities),
+        result={tensor.delta.name: tensor.result for tensor in tensors},
+        tags=label.tags,
+        supersedes=label.supersedes,
+        requires=label.requires,
+        method=method or {},
+        evaluation=evaluation or {},
+    )
+    return Pack(manifest, tuple(sorted((tensor.delta for tensor in tensors), key=lambda delta: delta.name)))
