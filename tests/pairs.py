@@ -33,5 +33,5 @@ def compared(a: Path, b: Path) -> CheckpointDiff:
 
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
-    for module in ("formats.interface", "formats.rowio", "patcher.diff"):
+    for module in ("formats.checkpoint", "formats._rowio", "compare.diff"):
         monkeypatch.setattr(f"nestpatch.{module}.CHUNK", nbytes)

@@ -1,4 +1,4 @@
-"""How a type holds the numbers of a row: float32 to bytes and back."""
+"""How a type stores the numbers of a row: float32 to bytes and back."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _STEPS = {"F32": 1 << 25, "BF16": 1 << 9, "F16": 1 << 12}
 
 
 class Codec(Protocol):
-    """One way to store rows. Every row is stored by itself, so a few rows give the bytes that the whole tensor would give."""
+    """One way to store rows. Each row is stored by itself: encoding a few rows gives the bytes that the whole tensor gives."""
 
     @property
     def bits(self) -> float:
-        """Per number, scales included."""
+        """Bits per number, scales included."""
 
     @property
     def steps(self) -> int:
-        """Between the smallest and the largest value of a block."""
+        """Steps between the smallest and the largest value of a block."""
 
     @property
     def span(self) -> int:
@@ -31,27 +31,59 @@ class Codec(Protocol):
 
     @property
     def witnesses(self) -> int:
-        """How many rows `fitted` wants to see; 0 where any rounding of the base will do."""
+        """How many rows `fitted` needs; 0 where the codec has nothing to fit."""
 
     def require(self) -> None:
-        """Raises QuantizationError, with the way out, when rows cannot be encoded here."""
+        """Checks that rows can be encoded on this machine.
+
+        Raises:
+            QuantizationError: They cannot; the advice says what to do.
+        """
 
     def encode(self, rows: FloatArray) -> Blocks:
-        """float32 [rows, width] -> uint8 [rows, row_bytes]. Raises QuantizationError when that cannot be done here."""
+        """Encodes rows.
+
+        Args:
+            rows: float32 [rows, width].
+
+        Returns:
+            uint8 [rows, row_bytes].
+
+        Raises:
+            QuantizationError: They cannot be encoded on this machine.
+        """
 
     def decode(self, blocks: Blocks) -> FloatArray:
-        """uint8 [rows, row_bytes] -> float32 [rows, width]. Raises QuantizationError for types that hold no numbers."""
+        """Decodes rows.
+
+        Args:
+            blocks: uint8 [rows, row_bytes].
+
+        Returns:
+            float32 [rows, width].
+
+        Raises:
+            QuantizationError: The type holds no numbers.
+        """
 
     def fitted(self, origin: FloatArray, stored: Blocks) -> Codec:
-        """The codec that makes `stored` of `origin`, for rows that nothing has changed since they were quantized.
+        """Finds the variant of this codec that a file was quantized with.
 
-        Raises QuantizationError when the file was quantized in another way than this codec knows.
+        Args:
+            origin: float32 [rows, width], rows of the float model.
+            stored: uint8 [rows, row_bytes], the same rows in the file, unchanged since they were quantized.
+
+        Returns:
+            The codec that encodes `origin` as `stored`.
+
+        Raises:
+            QuantizationError: No variant does.
         """
 
 
 @dataclass(frozen=True)
 class FloatCodec:
-    """Plain numbers: rounding to the dtype is all there is."""
+    """Plain numbers: rounded to the dtype, and no more."""
 
     dtype: str
     span = 1
@@ -59,26 +91,40 @@ class FloatCodec:
 
     @property
     def bits(self) -> float:
-        """Per number."""
+        """Bits per number."""
         return 8.0 * DTYPES[self.dtype].itemsize
 
     @property
     def steps(self) -> int:
-        """From -x to x, at the precision that numbers near x have."""
+        """Steps from -x to x, at the precision of numbers near x."""
         return _STEPS[self.dtype]
 
     def require(self) -> None:
-        """Can be done everywhere."""
+        """Always possible."""
 
     def encode(self, rows: FloatArray) -> Blocks:
-        """Rounds to nearest, ties to even."""
+        """Rounds to nearest, ties to even.
+
+        Args:
+            rows: float32 [rows, width].
+
+        Returns:
+            uint8 [rows, row_bytes].
+        """
         with np.errstate(over="ignore"):
             return np.ascontiguousarray(rows.astype(DTYPES[self.dtype])).view(np.uint8)
 
     def decode(self, blocks: Blocks) -> FloatArray:
-        """Widens."""
+        """Widens to float32, exactly.
+
+        Args:
+            blocks: uint8 [rows, row_bytes].
+
+        Returns:
+            float32 [rows, width].
+        """
         return np.ascontiguousarray(blocks).view(DTYPES[self.dtype]).astype(np.float32)
 
     def fitted(self, origin: FloatArray, stored: Blocks) -> FloatCodec:  # noqa: ARG002 - the protocol's signature
-        """There is one way to round."""
+        """Returns itself: there is one way to round."""
         return self

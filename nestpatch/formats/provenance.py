@@ -1,4 +1,4 @@
-"""What files that nestpatch writes say of themselves: which packs their weights hold."""
+"""What exported files record in their metadata: which packs their weights contain, and the nestpatch that wrote them."""
 
 from __future__ import annotations
 
@@ -10,24 +10,46 @@ from nestpatch.formats import nest
 from nestpatch.pack import Pack
 
 PACKS = "nestpatch.packs"
-"""Metadata key of an exported file: JSON, the packs in it, bottom first."""
+"""Metadata key of an exported file: JSON, its packs, the first one applied first."""
 VERSION = "nestpatch.version"
-"""Metadata key: the nestpatch that wrote it."""
+"""Metadata key: the version of nestpatch that wrote the file."""
 
 
 def pack_entry(pack: Pack, strength: float) -> dict[str, Any]:
-    """One pack, as the list has it."""
+    """Describes a pack for the list under PACKS.
+
+    Args:
+        pack: The pack.
+        strength: How much of its deltas was added.
+
+    Returns:
+        Its name, version, pack_id and strength.
+    """
     manifest = pack.manifest
     return {"name": manifest.name, "version": manifest.version, "pack_id": nest.pack_id(pack), "strength": strength}
 
 
 def packs_json(entries: Sequence[dict[str, Any]]) -> str:
-    """The list as text; the same entries give the same bytes."""
+    """Encodes the list under PACKS; equal lists give equal bytes.
+
+    Args:
+        entries: As `pack_entry` returns them, the first one applied first.
+
+    Returns:
+        Canonical JSON.
+    """
     return nest.canonical_json(list(entries))
 
 
 def read_packs(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The packs that a file claims to hold; none where it says nothing that can be understood. A claim is no proof."""
+    """Reads the packs that a file claims to contain. Anyone can write such a claim; it proves nothing.
+
+    Args:
+        metadata: The file's metadata.
+
+    Returns:
+        As `pack_entry` returns them; empty where there is no list, or a broken one.
+    """
     try:
         found = json.loads(str(metadata.get(PACKS, "[]")))
         return [{field: entry[field] for field in ("name", "version", "pack_id", "strength")} for entry in found]

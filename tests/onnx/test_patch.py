@@ -193,7 +193,7 @@ def write(path: Path, data: bytes) -> Path:
 
 
 def chunks(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
-    for module in ("formats.interface", "formats.rowio", "formats.onnx.layout", "patcher.journal"):
+    for module in ("formats.checkpoint", "formats._rowio", "formats.onnx._layout", "patcher._journal"):
         monkeypatch.setattr(f"nestpatch.{module}.CHUNK", nbytes)
 
 

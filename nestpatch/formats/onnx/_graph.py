@@ -14,14 +14,14 @@ from pathlib import Path
 from nestpatch.errors import CheckpointFormatError, NestpatchError
 from nestpatch.files.reading import open_regular
 from nestpatch.formats.onnx._tensors import Initializer, check_overlaps, read_tensor
-from nestpatch.formats.protobuf import MAX_TEXT, Field, Wire, require_message
+from nestpatch.formats.protobuf import MAX_TEXT, Field, Wire
 
 MAX_NODES = 500_000
-"""Of nodes, and of tensors."""
+"""Nodes, and tensors."""
 MAX_DEPTH = 8
 """Graphs inside nodes inside graphs."""
 SCOPES = "pkg.torch.onnx.name_scopes"
-"""Where torch.onnx.export says which modules a node belongs to."""
+"""Metadata key in which torch.onnx.export names the modules of a node."""
 _MODEL_PRODUCER, _MODEL_GRAPH, _MODEL_METADATA = 2, 7, 14
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
 _INPUT, _OUTPUT, _NAME, _OP, _ATTRIBUTE, _DOMAIN, _METADATA = 1, 2, 3, 4, 5, 7, 9
@@ -42,14 +42,14 @@ class Node:
     numbers: Mapping[str, int]
     """Attributes that are an integer."""
     lists: Mapping[str, tuple[int, ...]]
-    """Attributes that are several."""
+    """Attributes that are several integers."""
     scopes: tuple[str, ...]
-    """Names of the modules that it belongs to, outermost first, where the exporter wrote them."""
+    """Names of the modules that it belongs to, outermost first; empty where the exporter wrote none."""
 
 
 @dataclass(frozen=True)
 class Graph:
-    """What a model consists of; the graphs inside nodes are flattened into it."""
+    """The content of a model; the graphs inside nodes are flattened into it."""
 
     nodes: tuple[Node, ...]
     """In the order in which they run."""
@@ -60,7 +60,7 @@ class Graph:
 def read_graph(path: Path) -> Graph:
     """Reads and checks a model file.
 
-    Raises CheckpointFormatError when it lies about itself or its data, or is no ONNX model.
+    Raises CheckpointFormatError when it is not an ONNX model, or contradicts itself or its data.
     """
     try:
         with open_regular(path) as file:
@@ -70,7 +70,7 @@ def read_graph(path: Path) -> Graph:
     except NestpatchError:
         raise
     except (ValueError, MemoryError) as error:
-        raise CheckpointFormatError(f"{path} is no sound ONNX model: {error}") from error
+        raise CheckpointFormatError(f"{path} is not a sound ONNX model: {error}") from error
 
 
 @dataclass
@@ -96,11 +96,10 @@ class _Reader:
         return Graph(tuple(self.nodes), check_overlaps(self.path, self.tensors), metadata)
 
     def _graph(self, message: Field, depth: int) -> None:
-        require_message(message)
         if depth > MAX_DEPTH:
             raise ValueError(f"its graphs are nested more than {MAX_DEPTH} deep")
         own: set[str] = set()
-        for found in self.wire.fields(message.value, message.end):
+        for found in self.wire.nested(message):
             if max(len(self.nodes), len(self.tensors)) > MAX_NODES:
                 raise ValueError(f"it has more than {MAX_NODES} nodes or tensors")
             if found.number == _GRAPH_NODE:
@@ -108,7 +107,7 @@ class _Reader:
             elif found.number == _GRAPH_INITIALIZER:
                 tensor = read_tensor(self.wire, found, self.path)
                 if tensor.name in own:
-                    raise ValueError(f"tensor {tensor.name[:80]!r} is there twice")
+                    raise ValueError(f"duplicate tensor {tensor.name[:80]!r}")
                 own.add(tensor.name)
                 self._add(tensor)
 
@@ -119,12 +118,11 @@ class _Reader:
         self.tensors[tensor.name] = replace(tensor, trouble=trouble)
 
     def _node(self, message: Field, depth: int) -> None:
-        require_message(message)
         texts = {_NAME: "", _OP: "", _DOMAIN: ""}
         values: dict[int, list[str]] = {_INPUT: [], _OUTPUT: []}
         scopes: tuple[str, ...] = ()
         attributes = _Attributes()
-        for found in self.wire.fields(message.value, message.end):
+        for found in self.wire.nested(message):
             if found.number in texts:
                 texts[found.number] = self.wire.text(found)
             elif found.number in values:
@@ -140,9 +138,8 @@ class _Reader:
             self._add(replace(attributes.tensor, name=outputs[0]))
 
     def _attribute(self, message: Field, attributes: _Attributes, depth: int) -> None:
-        require_message(message)
         name, numbers, lists = "", list[int](), list[int]()
-        for found in self.wire.fields(message.value, message.end):
+        for found in self.wire.nested(message):
             if found.number == _ATTRIBUTE_NAME:
                 name = self.wire.text(found)
             elif found.number == _ATTRIBUTE_INT:
@@ -159,14 +156,13 @@ class _Reader:
             attributes.lists[name] = tuple(lists)
 
     def _scopes(self, message: Field) -> tuple[str, ...]:
-        """The module names in a node's metadata, if that is what it holds."""
+        """The module names in an entry of a node's metadata, if it holds them."""
         key, value = self._entry(message)
         return tuple(re.findall(r"'([^']*)'", value)) if key == SCOPES else ()
 
     def _entry(self, message: Field) -> tuple[str, str]:
-        """Key and value. Values may be long, as stack traces are; nobody here needs those."""
-        require_message(message)
-        parts = {found.number: found for found in self.wire.fields(message.value, message.end)}
+        """Key and value. Long values, such as stack traces, are read as empty."""
+        parts = {found.number: found for found in self.wire.nested(message)}
         texts = (self.wire.text(parts[n]) if n in parts and parts[n].size <= MAX_TEXT else "" for n in (_KEY, _VALUE))
         key, value = texts
         return key, value
@@ -174,7 +170,7 @@ class _Reader:
 
 @dataclass
 class _Attributes:
-    """A node's attributes, as far as they matter here."""
+    """The attributes of a node that nestpatch uses."""
 
     numbers: dict[str, int] = field(default_factory=dict)
     lists: dict[str, tuple[int, ...]] = field(default_factory=dict)
