@@ -82,7 +82,7 @@ FILES: dict[str, tuple[bytes | Callable[[bytes], bytes], str]] = {
     "gap": (raw({"a": entry(0, 8), "b": entry(12, 20)}, bytes(20)), "tensor b leaves a gap"),
     "gap at the start": (raw({"a": entry(4, 8)}, bytes(8)), "tensor a leaves a gap"),
     "key twice": (raw('{"a":%s,"a":%s}' % ((json.dumps(entry(0, 4)),) * 2), bytes(4)), "duplicate key"),
-    "field twice": (raw('{"a":{"dtype":"F32","shape":[2],"shape":[1],"data_offsets":[0,4]}}', bytes(4)), "a key is there"),
+    "field twice": (raw('{"a":{"dtype":"F32","shape":[2],"shape":[1],"data_offsets":[0,4]}}', bytes(4)), "duplicate key"),
     "not UTF-8": (raw(b'{"\xff":{}}'), "is broken"),
     "UTF-16": (raw(json.dumps({"a": entry(0, 4)}).encode("utf-16"), bytes(4)), "is broken"),
     "no JSON": (raw("{"), "is not a safetensors file"),

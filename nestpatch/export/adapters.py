@@ -113,7 +113,7 @@ def export_onnx_adapter(
     """
 
     def write(pack: Pack, target: Path, factor: float, _: int | None, *, dry_run: bool) -> Written:
-        ready = lora_onnx.read_sites(Path(model))
+        ready = lora_onnx.read_inputs(Path(model))
         content = lora_onnx.parameters(pack, ready, factor)
         make_plan(pack, open_model(ready.file)[0], factor)
         return lora_onnx.write(content, ready, target, dry_run=dry_run)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nestpatch.cli import main
 from nestpatch.errors import CheckpointFormatError
 from nestpatch.formats import protobuf as wire
-from nestpatch.formats.onnx import _graph as graph
+from nestpatch.formats.onnx import graph
 from nestpatch.formats.opening import open_checkpoint
 from tests.helpers import PROPERTY, tiny_checkpoint, tree_digest
 from tests.onnx.files import build, save

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nestpatch.errors import UnsupportedModelError
-from nestpatch.formats.onnx._graph import Graph, Node
 from nestpatch.formats.onnx._weights import Weight
+from nestpatch.formats.onnx.graph import Graph, Node
 
 ACTIVATIONS = frozenset(
     ["Sigmoid", "Gelu", "Erf", "Tanh", "QuickGelu", "FastGelu", "BiasGelu", "Swish", "Silu", "Relu", "LeakyRelu", "Elu"]

@@ -13,10 +13,10 @@ from enum import Enum
 from nestpatch.errors import CheckpointError, QuantizationError, UnsupportedModelError
 from nestpatch.formats.checkpoint import TensorInfo
 from nestpatch.formats.codec import Codec
-from nestpatch.formats.onnx._graph import Graph, Node
 from nestpatch.formats.onnx._layout import ColumnLayout, Layout, RowLayout
 from nestpatch.formats.onnx._nbits import BITS, NBitsCodec
 from nestpatch.formats.onnx._tensors import Initializer
+from nestpatch.formats.onnx.graph import Graph, Node
 from nestpatch.rows import DTYPES
 
 MICROSOFT = "com.microsoft"

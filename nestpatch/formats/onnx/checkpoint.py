@@ -18,11 +18,11 @@ from nestpatch.errors import CheckpointError, CheckpointFormatError, Unsupported
 from nestpatch.formats._rowio import read_all_at
 from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo
 from nestpatch.formats.onnx._finder import Finder, FoundMatrix, find_blocks
-from nestpatch.formats.onnx._graph import read_graph
 from nestpatch.formats.onnx._layout import JoinedLayout, Layout, RowLayout, Segment
 from nestpatch.formats.onnx._tensors import Initializer
 from nestpatch.formats.onnx._weights import WAY_OUT, Form, Stored, Weight, find_weights, refusal, stored
 from nestpatch.formats.onnx.folder import only_model
+from nestpatch.formats.onnx.graph import read_graph
 from nestpatch.rows import DTYPES, Rows
 
 

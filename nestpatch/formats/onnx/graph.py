@@ -14,7 +14,7 @@ from pathlib import Path
 from nestpatch.errors import CheckpointFormatError, NestpatchError
 from nestpatch.files.reading import open_regular
 from nestpatch.formats.onnx._tensors import Initializer, check_overlaps, read_tensor
-from nestpatch.formats.protobuf import MAX_TEXT, Field, Wire
+from nestpatch.formats.protobuf import BYTES, MAX_TEXT, VARINT, Field, Wire
 
 MAX_NODES = 500_000
 """Nodes, and tensors."""
@@ -23,7 +23,9 @@ MAX_DEPTH = 8
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata key in which torch.onnx.export names the modules of a node."""
 _MODEL_PRODUCER, _MODEL_GRAPH, _MODEL_METADATA = 2, 7, 14
-_GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT = 1, 5, 11
+_INPUT_NAME, _ELEMENT_TYPE = 1, (2, 1, 1)
+"""ValueInfoProto.name; and ValueInfoProto.type, TypeProto.tensor_type, TypeProto.Tensor.elem_type."""
 _INPUT, _OUTPUT, _NAME, _OP, _ATTRIBUTE, _DOMAIN, _METADATA = 1, 2, 3, 4, 5, 7, 9
 _ATTRIBUTE_NAME, _ATTRIBUTE_INT, _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_INTS, _ATTRIBUTE_GRAPHS = 1, 3, 5, 6, 8, 11
 _KEY, _VALUE = 1, 2
@@ -54,13 +56,23 @@ class Graph:
     nodes: tuple[Node, ...]
     """In the order in which they run."""
     tensors: Mapping[str, Initializer]
+    inputs: Mapping[str, int]
+    """Name of an input of the model -> ONNX's number of its element type; 0 where that is not stated."""
     metadata: Mapping[str, str]
+    """metadata_props, and the tool that wrote the model as producer_name. Values over 1 MiB are read as empty."""
 
 
 def read_graph(path: Path) -> Graph:
-    """Reads and checks a model file.
+    """Reads and checks a model file. Weights are not loaded.
 
-    Raises CheckpointFormatError when it is not an ONNX model, or contradicts itself or its data.
+    Args:
+        path: A .onnx file.
+
+    Returns:
+        Its graph.
+
+    Raises:
+        CheckpointFormatError: The file cannot be read, is not an ONNX model, or contradicts itself or its data.
     """
     try:
         with open_regular(path) as file:
@@ -79,6 +91,7 @@ class _Reader:
     wire: Wire
     nodes: list[Node] = field(default_factory=list)
     tensors: dict[str, Initializer] = field(default_factory=dict)
+    inputs: dict[str, int] = field(default_factory=dict)
 
     def model(self) -> Graph:
         metadata: dict[str, str] = {}
@@ -93,7 +106,7 @@ class _Reader:
                 metadata["producer_name"] = self.wire.text(found)
         if graphs != 1:
             raise ValueError("it has no graph" if not graphs else f"it has {graphs} graphs")
-        return Graph(tuple(self.nodes), check_overlaps(self.path, self.tensors), metadata)
+        return Graph(tuple(self.nodes), check_overlaps(self.path, self.tensors), self.inputs, metadata)
 
     def _graph(self, message: Field, depth: int) -> None:
         if depth > MAX_DEPTH:
@@ -110,6 +123,19 @@ class _Reader:
                     raise ValueError(f"duplicate tensor {tensor.name[:80]!r}")
                 own.add(tensor.name)
                 self._add(tensor)
+            elif found.number == _GRAPH_INPUT and depth == 0:
+                name, kind = self._find(found, _INPUT_NAME), self._find(found, *_ELEMENT_TYPE)
+                if name is not None:
+                    self.inputs[self.wire.text(name)] = kind.value if kind is not None and kind.kind == VARINT else 0
+
+    def _find(self, message: Field, *path: int) -> Field | None:
+        """The first field with a number; with several, of the message in the field before."""
+        found: Field | None = message
+        for number in path:
+            if found is None or found.kind != BYTES:
+                return None
+            found = next((inner for inner in self.wire.nested(found) if inner.number == number), None)
+        return found
 
     def _add(self, tensor: Initializer) -> None:
         # Graphs inside nodes have names of their own.
