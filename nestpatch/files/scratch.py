@@ -110,20 +110,8 @@ def sweep(target: Path, remove: Callable[[Path], None] = remove) -> None:
         for path in target.parent.glob(f".{escape(target.name)}.????????.tmp{ending}"):
             # Another program's output is not locked itself; the file that is made of it is.
             marked = path.with_name(path.name.removesuffix(CONVERTED))
-            if not path.is_symlink() and (not marked.exists() or is_free(marked)):
+            if not path.is_symlink() and (not marked.exists() or _when_free(marked, lambda _: None)):
                 _when_free(path, remove)
-
-
-def is_free(path: Path) -> bool:
-    """Whether no living process has claimed a file or directory.
-
-    Args:
-        path: The file or directory.
-
-    Returns:
-        False too where that cannot be found out.
-    """
-    return _when_free(path, lambda _: None)
 
 
 def _when_free(path: Path, work: Callable[[Path], None]) -> bool:

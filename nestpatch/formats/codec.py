@@ -15,7 +15,10 @@ _STEPS = {"F32": 1 << 25, "BF16": 1 << 9, "F16": 1 << 12}
 
 
 class Codec(Protocol):
-    """One way to store rows. Each row is stored by itself: encoding a few rows gives the bytes that the whole tensor gives."""
+    """One way to store rows. Each row is stored by itself: encoding a few rows gives the bytes that the whole tensor gives.
+
+    A codec may inherit the default that there is nothing to fit.
+    """
 
     @property
     def bits(self) -> float:
@@ -32,6 +35,7 @@ class Codec(Protocol):
     @property
     def witnesses(self) -> int:
         """How many rows `fitted` needs; 0 where the codec has nothing to fit."""
+        return 0
 
     def require(self) -> None:
         """Checks that rows can be encoded on this machine.
@@ -79,15 +83,16 @@ class Codec(Protocol):
         Raises:
             QuantizationError: No variant does.
         """
+        del origin, stored
+        return self
 
 
 @dataclass(frozen=True)
-class FloatCodec:
+class FloatCodec(Codec):
     """Plain numbers: rounded to the dtype, and no more."""
 
     dtype: str
     span = 1
-    witnesses = 0
 
     @property
     def bits(self) -> float:
@@ -124,7 +129,3 @@ class FloatCodec:
             float32 [rows, width].
         """
         return np.ascontiguousarray(blocks).view(DTYPES[self.dtype]).astype(np.float32)
-
-    def fitted(self, origin: FloatArray, stored: Blocks) -> FloatCodec:  # noqa: ARG002 - the protocol's signature
-        """Returns itself: there is one way to round."""
-        return self

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from nestpatch.errors import DataError, QuantizationError
-from nestpatch.formats.codec import Blocks
+from nestpatch.formats.codec import Blocks, Codec
 from nestpatch.rows import DTYPES, FloatArray
 
 _NEEDS_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
@@ -203,13 +203,12 @@ def dequantize(blocks: Blocks, name: str) -> FloatArray:
 
 
 @dataclass(frozen=True)
-class GgmlCodec:
+class GgmlCodec(Codec):
     """The Codec of a quantized type of GGUF files. Files made with an importance matrix can be patched too."""
 
     name: str
     span = 32
     """Numbers that share a scale, in most types."""
-    witnesses = 0
 
     @property
     def bits(self) -> float:
@@ -233,10 +232,6 @@ class GgmlCodec:
     def decode(self, blocks: Blocks) -> FloatArray:
         """As `dequantize`."""
         return dequantize(blocks, self.name)
-
-    def fitted(self, origin: FloatArray, stored: Blocks) -> GgmlCodec:  # noqa: ARG002 - the protocol's signature
-        """Returns itself: rows of every quantizer are accepted."""
-        return self
 
 
 AUTO = "AUTO"

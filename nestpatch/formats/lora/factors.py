@@ -12,10 +12,8 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nestpatch.errors import OutputError, PackContentError, UnsupportedModelError
 from nestpatch.pack import TensorDelta
@@ -38,11 +36,8 @@ class Part:
     rows: int
     expert: int = 0
 
-    def clusters(self) -> npt.NDArray[np.integer[Any]]:
-        """The shared vector of each touched row."""
-        return self.delta.cluster[self._touched()]
-
-    def _touched(self) -> slice:
+    def touched(self) -> slice:
+        """Which rows of the delta are in this part."""
         start, stop = np.searchsorted(self.delta.rows, [self.first, self.first + self.rows])
         return slice(int(start), int(stop))
 
@@ -57,12 +52,13 @@ class Part:
         Raises:
             PackContentError: A delta times the strength is beyond float32.
         """
-        used, column = np.unique(self.clusters(), return_inverse=True)
+        touched = self.touched()
+        used, column = np.unique(self.delta.cluster[touched], return_inverse=True)
         with np.errstate(over="ignore"):
             a[: len(used)] = np.float32(strength) * self.delta.delta[used].astype(np.float32)
         if not np.isfinite(a).all():
             raise PackContentError(f"{self.delta.name}: the deltas leave the range of F32 at strength {strength}")
-        b[self.delta.rows[self._touched()].astype(np.int64) - self.first, column] = 1
+        b[self.delta.rows[touched].astype(np.int64) - self.first, column] = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +74,7 @@ class Matrix:
     @property
     def rank(self) -> int:
         """The least rank that all parts fit into; 0 where nothing changes."""
-        return max((len(np.unique(part.clusters())) for part in self.parts), default=0)
+        return max((len(np.unique(part.delta.cluster[part.touched()])) for part in self.parts), default=0)
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of the factors.

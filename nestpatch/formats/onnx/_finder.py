@@ -66,7 +66,10 @@ class _Walk:
         sources = self._sources(last.node.inputs[0])
         if sources is None:
             return None
-        halves = {activated: self._half(*source) for source, activated in sources.items()}
+        halves = {}
+        for (weight, part), activated in sources.items():
+            rows = weight.rows if part == 0 else weight.rows // 2
+            halves[activated] = Half(weight, rows if part == 2 else 0, rows)
         gate, up = halves.get(True), halves.get(False)
         if len(sources) == 1 and gate is not None and gate.rows == last.width:
             return Block(None, gate)
@@ -107,10 +110,6 @@ class _Walk:
                 break
             product = maker.inputs[0]
         return (product, 1 + node.outputs.index(name)) if product in self.products else None
-
-    def _half(self, weight: Weight, part: int) -> Half:
-        rows = weight.rows if part == 0 else weight.rows // 2
-        return Half(weight, rows if part == 2 else 0, rows)
 
 
 GATE, UP, FUSED = "gate_proj", "up_proj", "gate_up_proj"
@@ -200,10 +199,16 @@ class Finder:
         if numbers[0] >= len(alike):
             return None
         block = alike[numbers[0]]
-        if block.gate is not None and part == FUSED:
-            return FoundMatrix(_joined(block.gate, block.up), "the shape of the graph")
-        half = block.gate if block.gate is not None and part == GATE else block.up
-        return FoundMatrix((half,), "the shape of the graph")
+        gate, up = block.gate, block.up
+        if gate is None or part == UP:
+            halves: tuple[Half, ...] = (up,)
+        elif part == GATE:
+            halves = (gate,)
+        elif gate.weight is up.weight and gate.start + gate.rows == up.start:  # they follow each other in one weight
+            halves = (Half(gate.weight, gate.start, gate.rows + up.rows),)
+        else:
+            halves = (gate, up)
+        return FoundMatrix(halves, "the shape of the graph")
 
 
 def _parts(text: str) -> Path:
@@ -225,10 +230,3 @@ def _likeness(path: Path, module: Path) -> int:
         count += 1
     layer = next((place for place, part in enumerate(module) if _LAYER.fullmatch(part)), 1)
     return count if count >= len(module) - max(0, layer - 1) else 0
-
-
-def _joined(gate: Half, up: Half) -> tuple[Half, ...]:
-    """Gate and up; as one piece, where they follow each other in one weight."""
-    if gate.weight is up.weight and gate.start + gate.rows == up.start:
-        return (Half(gate.weight, gate.start, gate.rows + up.rows),)
-    return gate, up

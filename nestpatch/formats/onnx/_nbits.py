@@ -84,7 +84,7 @@ class NBitsCodec:
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             kept = rows.astype(DTYPES[self.scale]).astype(np.float32) if self.narrow_first else rows
             values = self._blocked(kept, 0.0)
-            scales, zeros = self._asymmetric(kept) if self.zero_points else self._symmetric(kept)
+            scales, zeros = self._scales(kept)
             stored = scales.astype(DTYPES[self.scale])
             used = scales if self.narrow_last else stored.astype(np.float32)
             inverse = np.where(used != 0, np.float32(1) / used, np.float32(0))
@@ -103,20 +103,17 @@ class NBitsCodec:
         spare = self.blocks * self.span - self.width
         return np.pad(rows, ((0, 0), (0, spare)), constant_values=filler).reshape(len(rows), self.blocks, self.span)
 
-    def _ends(self, rows: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """The smallest and the largest number of every block, float32 [rows, blocks]."""
-        return self._blocked(rows, np.inf).min(axis=2), self._blocked(rows, -np.inf).max(axis=2)
+    def _scales(self, rows: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """(scales, zero points), float32 [rows, blocks].
 
-    def _symmetric(self, rows: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """(scales, zero points), float32 [rows, blocks]: the number farthest from zero becomes the smallest one."""
-        low, high = self._ends(rows)
-        middle = np.float32(1 << (self.depth - 1))
-        farthest = np.where(np.abs(high) > np.abs(low), high, low)
-        return np.divide(farthest, -middle, dtype=np.float32), np.full_like(low, middle)
-
-    def _asymmetric(self, rows: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """(scales, zero points), float32 [rows, blocks]: the steps span the smallest to the largest number."""
-        low, high = self._ends(rows)
+        With zero points the steps span the smallest to the largest number, and zero. Without, the number farthest from zero
+        becomes the smallest step.
+        """
+        low, high = self._blocked(rows, np.inf).min(axis=2), self._blocked(rows, -np.inf).max(axis=2)
+        if not self.zero_points:
+            middle = np.float32(1 << (self.depth - 1))
+            farthest = np.where(np.abs(high) > np.abs(low), high, low)
+            return np.divide(farthest, -middle, dtype=np.float32), np.full_like(low, middle)
         low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
         scales = (high - low) / np.float32(self.steps)
         zeros = np.where(scales != 0, np.float32(0) - low / scales, low)

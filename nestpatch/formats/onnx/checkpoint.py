@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo
 from nestpatch.formats.onnx._finder import Finder, FoundMatrix, find_blocks
 from nestpatch.formats.onnx._layout import JoinedLayout, Layout, RowLayout, Segment
 from nestpatch.formats.onnx._tensors import Initializer
-from nestpatch.formats.onnx._weights import WAY_OUT, Form, Stored, Weight, find_weights, refusal, stored
+from nestpatch.formats.onnx._weights import WAY_OUT, Form, Stored, find_weights, refusal, stored
 from nestpatch.formats.onnx.folder import only_model
 from nestpatch.formats.onnx.graph import read_graph
 from nestpatch.rows import DTYPES, Rows
@@ -59,15 +58,12 @@ class OnnxCheckpoint(Checkpoint):
         self._finder = Finder(self._weights, find_blocks(graph, self._weights))
         data = {tensor.file for tensor in self._tensors.values()} - {self.file}
         self.files: tuple[Path, ...] = (self.file, *sorted(data))
+        self._by_tensor = {weight.tensor.name: weight for weight in reversed(self._weights)}
         self._views: dict[str, _View | None] = {}
 
     def reopen(self, path: Path) -> OnnxCheckpoint:
         """Opens another path as the same format, whatever its name; of a directory, the model with the same name."""
         return OnnxCheckpoint(path / self.file.name if path.is_dir() and not self.path.is_dir() else path)
-
-    @cached_property
-    def _by_tensor(self) -> Mapping[str, Weight]:
-        return {weight.tensor.name: weight for weight in reversed(self._weights)}
 
     def tensors(self) -> Sequence[str]:
         """The names of all tensors with their own bytes, sorted; scales belong to the weights that they scale."""
