@@ -115,25 +115,66 @@ class SafetensorsCheckpoint(Headers, Checkpoint):
         super().__init__(path, map(read_header, self.files), self.index)
 
     def reopen(self, path: Path) -> SafetensorsCheckpoint:
-        """Opens another path as the same format, whatever its name."""
+        """Opens another path as the same format, whatever its name.
+
+        Args:
+            path: The other model.
+
+        Raises:
+            CheckpointFormatError: It is not a model of this format.
+        """
         return SafetensorsCheckpoint(path)
 
     def extent(self, name: str) -> TensorInfo | None:
-        """Where the tensor's bytes are stored."""
+        """Where the tensor's bytes are stored.
+
+        Args:
+            name: The tensor.
+
+        Raises:
+            CheckpointFormatError: There is no such tensor.
+        """
         return self.info(name)
 
     def read_rows(self, name: str, rows: IntArray) -> Rows:
-        """Reads sorted rows, [rows, in_features] in the stored dtype; consecutive rows are read together."""
+        """Reads some rows; consecutive ones are read together.
+
+        Args:
+            name: The tensor.
+            rows: Sorted row numbers.
+
+        Returns:
+            [rows, in_features] in the stored dtype.
+
+        Raises:
+            CheckpointFormatError: The tensor has no rows that can be patched, or the file ends before them.
+        """
         info = self.info(name)
         return read_rows_at(info, rows, row_dtype(info))
 
     def write_rows(self, name: str, rows: IntArray, values: Rows) -> None:
-        """Writes sorted rows in place; consecutive rows are written together."""
+        """Writes some rows in place; consecutive ones are written together.
+
+        Args:
+            name: The tensor.
+            rows: Sorted row numbers.
+            values: In the form that `read_rows` returns.
+
+        Raises:
+            CheckpointFormatError: The tensor has no rows that can be patched.
+        """
         info = self.info(name)
         write_rows_at(info, rows, np.ascontiguousarray(values, dtype=row_dtype(info)))
 
     def read_all(self, name: str) -> Iterator[bytes]:
-        """The tensor's bytes, in blocks."""
+        """The tensor's bytes, in blocks.
+
+        Args:
+            name: The tensor.
+
+        Raises:
+            CheckpointFormatError: There is no such tensor, or the file ends inside it.
+        """
         return read_all_at(self.info(name))
 
 

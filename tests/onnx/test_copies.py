@@ -99,7 +99,7 @@ def test_the_model_goes_by_its_file(base: Path, pack: Pack, tmp_path: Path) -> N
     shutil.copy(path, tmp_path / "m" / "second.onnx")
     with pytest.raises(CheckpointFormatError, match=r"holds 2 ONNX models: model\.onnx, second\.onnx") as caught:
         open_checkpoint(path.parent)
-    assert "Name the file" in caught.value.advice
+    assert "Name the .onnx file" in caught.value.advice
     revert(path)
     assert verify(path, pack).verdict is Verdict.BASE
 
@@ -121,7 +121,7 @@ def test_models_in_a_folder_of_their_own(base: Path, tmp_path: Path) -> None:
     save(build(base), tmp_path / "m" / "onnx")
     with pytest.raises(CheckpointFormatError, match=r"has its ONNX models in .+onnx: model\.onnx") as caught:
         open_checkpoint(tmp_path / "m")
-    assert "Name the file" in caught.value.advice
+    assert "Name the .onnx file" in caught.value.advice
     assert state_dir_of(tmp_path / "m" / "onnx").ledger == tmp_path / "m" / "onnx" / "model.onnx.nestpatch.json"
 
 

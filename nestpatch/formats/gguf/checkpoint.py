@@ -66,7 +66,14 @@ class GgufCheckpoint(Checkpoint):
         return str(self._metadata.get("general.architecture", ""))
 
     def reopen(self, path: Path) -> GgufCheckpoint:
-        """Opens another path as the same format, whatever its name."""
+        """Opens another path as the same format, whatever its name.
+
+        Args:
+            path: The other model.
+
+        Raises:
+            CheckpointFormatError: It is not a model of this format.
+        """
         return GgufCheckpoint(path)
 
     def tensors(self) -> Sequence[str]:
@@ -74,7 +81,11 @@ class GgufCheckpoint(Checkpoint):
         return sorted(self._infos)
 
     def has(self, name: str) -> bool:
-        """Whether there is such a tensor, by its GGUF name or by the name that packs use."""
+        """Whether there is such a tensor.
+
+        Args:
+            name: Its name in the file, or the name that packs use.
+        """
         return name in self._infos or self._find(name) is not None
 
     def info(self, name: str) -> TensorInfo:
@@ -111,17 +122,46 @@ class GgufCheckpoint(Checkpoint):
         return replace(info, name=name, shape=shape, offset=info.offset + home.expert * nbytes, nbytes=nbytes)
 
     def read_rows(self, name: str, rows: IntArray) -> Rows:
-        """Reads sorted rows: [rows, in_features] of the float types, [rows, row_bytes] as uint8 of the quantized ones."""
+        """Reads some rows; consecutive ones are read together.
+
+        Args:
+            name: The tensor.
+            rows: Sorted row numbers.
+
+        Returns:
+            [rows, in_features] of the float types, uint8 [rows, row_bytes] of the quantized ones.
+
+        Raises:
+            CheckpointFormatError: The tensor has no rows that can be patched, or the file ends before them.
+            UnsupportedModelError: A GGUF file stores it in several tensors, or in another order.
+        """
         info = self.info(name)
         return read_rows_at(info, rows, _row_dtype(info))
 
     def write_rows(self, name: str, rows: IntArray, values: Rows) -> None:
-        """Writes sorted rows in place, in the form that `read_rows` returns."""
+        """Writes some rows in place; consecutive ones are written together.
+
+        Args:
+            name: The tensor.
+            rows: Sorted row numbers.
+            values: In the form that `read_rows` returns.
+
+        Raises:
+            CheckpointFormatError: The tensor has no rows that can be patched.
+            UnsupportedModelError: A GGUF file stores it in several tensors, or in another order.
+        """
         info = self.info(name)
         write_rows_at(info, rows, np.ascontiguousarray(values, dtype=_row_dtype(info)))
 
     def read_all(self, name: str) -> Iterator[bytes]:
-        """The tensor's bytes, in blocks."""
+        """The tensor's bytes, in blocks.
+
+        Args:
+            name: The tensor.
+
+        Raises:
+            CheckpointFormatError: There is no such tensor, or the file ends inside it.
+        """
         return read_all_at(self.info(name))
 
     def metadata(self) -> Mapping[str, Any]:

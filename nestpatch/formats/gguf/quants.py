@@ -222,15 +222,39 @@ class GgmlCodec(Codec):
         return _STEPS.get(self.name, 15)
 
     def require(self) -> None:
-        """As `require_quantizer`."""
+        """Checks that rows can be quantized to the type on this machine.
+
+        Raises:
+            QuantizationError: They cannot; the advice says what to do.
+        """
         require_quantizer(self.name)
 
     def encode(self, rows: FloatArray) -> Blocks:
-        """As `quantize`."""
+        """Quantizes rows.
+
+        Args:
+            rows: float32 [rows, width].
+
+        Returns:
+            uint8 [rows, row_bytes].
+
+        Raises:
+            QuantizationError: Rows cannot be quantized to the type on this machine.
+        """
         return quantize(rows, self.name)
 
     def decode(self, blocks: Blocks) -> FloatArray:
-        """As `dequantize`."""
+        """Dequantizes rows.
+
+        Args:
+            blocks: uint8 [rows, row_bytes].
+
+        Returns:
+            float32 [rows, width].
+
+        Raises:
+            QuantizationError: The type cannot be decoded here.
+        """
         return dequantize(blocks, self.name)
 
 

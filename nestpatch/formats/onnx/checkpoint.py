@@ -62,7 +62,14 @@ class OnnxCheckpoint(Checkpoint):
         self._views: dict[str, _View | None] = {}
 
     def reopen(self, path: Path) -> OnnxCheckpoint:
-        """Opens another path as the same format, whatever its name; of a directory, the model with the same name."""
+        """Opens another path as the same format, whatever its name; of a directory, the model with the same name.
+
+        Args:
+            path: The other model.
+
+        Raises:
+            CheckpointFormatError: It is not a model of this format.
+        """
         return OnnxCheckpoint(path / self.file.name if path.is_dir() and not self.path.is_dir() else path)
 
     def tensors(self) -> Sequence[str]:
@@ -72,7 +79,11 @@ class OnnxCheckpoint(Checkpoint):
         return sorted(name for name, tensor in self._tensors.items() if tensor.placed and name not in parts)
 
     def has(self, name: str) -> bool:
-        """Whether there is such a tensor, by its name in the model or by the name that packs use."""
+        """Whether there is such a tensor.
+
+        Args:
+            name: Its name in the file, or the name that packs use.
+        """
         return self._view(name) is not None
 
     def info(self, name: str) -> TensorInfo:
@@ -125,12 +136,36 @@ class OnnxCheckpoint(Checkpoint):
         return _view(name, parts, found.halves[0].weight.width)
 
     def read_rows(self, name: str, rows: IntArray) -> Rows:
-        """Reads sorted rows: [rows, in_features] of the float types, [rows, row_bytes] as uint8 of the quantized ones."""
+        """Reads some rows; consecutive ones are read together.
+
+        Args:
+            name: The tensor.
+            rows: Sorted row numbers.
+
+        Returns:
+            [rows, in_features] of the float types, uint8 [rows, row_bytes] of the quantized ones.
+
+        Raises:
+            CheckpointFormatError: The tensor has no rows that can be patched, or the file ends before them.
+            UnsupportedModelError: Several weights match the name, or its rows must not be changed.
+            QuantizationError: Its quantization cannot be written.
+        """
         info, layout = self._rows_of(name)
         return layout.read(np.asarray(rows, np.int64)).view(DTYPES.get(info.dtype, np.dtype(np.uint8)))
 
     def write_rows(self, name: str, rows: IntArray, values: Rows) -> None:
-        """Writes sorted rows in place, in the form that `read_rows` returns."""
+        """Writes some rows in place; consecutive ones are written together.
+
+        Args:
+            name: The tensor.
+            rows: Sorted row numbers.
+            values: In the form that `read_rows` returns.
+
+        Raises:
+            CheckpointFormatError: The tensor has no rows that can be patched.
+            UnsupportedModelError: Several weights match the name, or its rows must not be changed.
+            QuantizationError: Its quantization cannot be written.
+        """
         info, layout = self._rows_of(name)
         data = np.ascontiguousarray(values, dtype=DTYPES.get(info.dtype, np.dtype(np.uint8)))
         layout.write(np.asarray(rows, np.int64), data.view(np.uint8))
@@ -146,7 +181,14 @@ class OnnxCheckpoint(Checkpoint):
         return view.info, view.layout
 
     def read_all(self, name: str) -> Iterator[bytes]:
-        """The tensor's bytes, one row after the other, in blocks."""
+        """The tensor's bytes, in blocks.
+
+        Args:
+            name: The tensor.
+
+        Raises:
+            CheckpointFormatError: There is no such tensor, or the file ends inside it.
+        """
         view = self._known(name)
         if view.layout is None:
             yield from read_all_at(view.info)
