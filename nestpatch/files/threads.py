@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
-AHEAD = 2
+_AHEAD = 2
 """Items that may wait for the second thread: each holds blocks of rows in memory."""
 
 
@@ -27,7 +27,7 @@ def beside(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
     Args:
         work: Runs in the second thread.
-        items: Iterated in this thread, at most AHEAD items before the results.
+        items: Iterated in this thread, at most _AHEAD items before the results.
 
     Yields:
         The results, in the order of the items.
@@ -38,7 +38,7 @@ def beside(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     with ThreadPoolExecutor(1) as pool:
         for item in items:
             waiting.append(pool.submit(work, item))
-            if len(waiting) > AHEAD:
+            if len(waiting) > _AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -1,6 +1,6 @@
 """What is on disk: one reader and one writer for each format.
 
 `checkpoint` is the protocol of all model formats, `opening` opens any of them: `safetensors`, `gguf`, `onnx`. `nest` is the
-format of packs, `lora` writes packs as adapters. `codec` is how a type stores numbers, `provenance` what exported files
-record about their packs, `protobuf` the wire format of ONNX and sentencepiece files.
+format of packs, `lora` writes packs as adapters. `provenance` is what exported files record about their packs, `protobuf` the
+wire format of ONNX and sentencepiece files.
 """

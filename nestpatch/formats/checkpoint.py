@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nestpatch.errors import QuantizationError
-from nestpatch.formats.codec import Codec, FloatCodec
+from nestpatch.formats._codec import Codec, FloatCodec
 from nestpatch.rows import DTYPES, Rows
 
 IntArray = npt.NDArray[np.int64]

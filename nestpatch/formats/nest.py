@@ -29,7 +29,7 @@ MAX_HEADER = 1 << 20
 MAX_PACK = 1 << 30
 """Bytes of a file: 65,536 rows of 8,192 16-bit numbers, each with its own delta. Trained packs have megabytes at most."""
 ALIGNMENT = 64
-MAX_SIDE = 1 << 31
+_MAX_SIDE = 1 << 31
 """Rows or columns, at most: an empty tensor with a side of 0 could claim any number for the other."""
 PARTS = ("delta", "rows", "cluster", "sketch")
 _CODES: dict[str, np.dtype[Any]] = {
@@ -289,7 +289,7 @@ def _array(name: str, entry: Mapping[str, Any], body: memoryview) -> npt.NDArray
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes != stop - start:
         raise PackFormatError(f"tensor {name!r}: shape and dtype need {nbytes} bytes, it has {stop - start}")
-    if max(shape, default=0) >= MAX_SIDE:
+    if max(shape, default=0) >= _MAX_SIDE:
         raise PackFormatError(f"tensor {name!r} has an impossible shape")
     # A copy: aligned, and independent of the file's bytes.
     return np.frombuffer(bytes(body[start:stop]), dtype).reshape(shape)

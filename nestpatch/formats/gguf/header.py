@@ -23,13 +23,13 @@ from nestpatch.formats.checkpoint import TensorInfo
 from nestpatch.formats.gguf import quants
 
 MAGIC = b"GGUF"
-VERSIONS = (2, 3)
+_VERSIONS = (2, 3)
 ALIGNMENT = 32
 """Tensors begin at multiples of it, unless general.alignment names another number."""
 MAX_HEADER = 128 << 20
 """Bytes. The largest vocabularies take some twenty megabytes."""
-MAX_STRING = 16 << 20
-MAX_NAMES = 1 << 16
+_MAX_STRING = 16 << 20
+_MAX_NAMES = 1 << 16
 """Tensors, metadata keys, and arrays inside arrays. Models have some thousand tensors and some dozen keys."""
 MAX_DIMENSIONS = 4
 STRETCH = 4 << 20
@@ -93,7 +93,7 @@ class _Cursor:
 
     def string(self) -> str:
         length = self.number("<Q")
-        if length > MAX_STRING:
+        if length > _MAX_STRING:
             raise ValueError(f"a string claims {length} bytes")
         start = self.need(length)
         return self.data[start : start + length].decode("utf-8")
@@ -106,7 +106,7 @@ class _Cursor:
                 self.at = position
                 self.need(8)
             length: int = unpack(self.data, position)[0]
-            if length > MAX_STRING:
+            if length > _MAX_STRING:
                 raise ValueError(f"a string claims {length} bytes")
             position += 8 + length
         self.at = position
@@ -140,16 +140,16 @@ def _parse(cursor: _Cursor, path: Path) -> Header:
     if cursor.size < 4 or cursor.data[cursor.need(4) :][:4] != MAGIC:
         raise CheckpointFormatError(f"{path} is not a GGUF file")
     version = cursor.number("<I")
-    if version not in VERSIONS:
+    if version not in _VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-        what = "is a GGUF file for big-endian machines" if swapped in VERSIONS else f"has GGUF version {version}"
+        what = "is a GGUF file for big-endian machines" if swapped in _VERSIONS else f"has GGUF version {version}"
         raise CheckpointFormatError(f"{path} {what}; nestpatch reads versions 2 and 3, little-endian")
     tensors, entries = cursor.number("<Q"), cursor.number("<Q")
     # Each takes some bytes: a count that the file cannot hold must not become a loop.
     if tensors * 24 > cursor.size or entries * 13 > cursor.size:
         raise ValueError(f"{tensors} tensors and {entries} entries do not fit into {cursor.size} bytes")
-    if max(tensors, entries) > MAX_NAMES:
-        raise ValueError(f"{tensors} tensors and {entries} entries; {MAX_NAMES} of each are allowed")
+    if max(tensors, entries) > _MAX_NAMES:
+        raise ValueError(f"{tensors} tensors and {entries} entries; {_MAX_NAMES} of each are allowed")
     metadata, keys = _metadata(cursor, entries)
     alignment = metadata.get("general.alignment", ALIGNMENT)
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
@@ -187,7 +187,7 @@ def _scalar(kind: int) -> str:
 def _skip_array(cursor: _Cursor, depth: int = 0) -> None:
     kind, count = cursor.number("<I"), cursor.number("<Q")
     cursor.arrays += 1
-    if count > cursor.size or depth > MAX_DIMENSIONS or cursor.arrays > MAX_NAMES:
+    if count > cursor.size or depth > MAX_DIMENSIONS or cursor.arrays > _MAX_NAMES:
         raise ValueError(f"an array claims {count} values")
     if kind == _STRING:
         cursor.skip_strings(count)
@@ -268,7 +268,7 @@ def encode_header(facts: Mapping[str, Fact], tensors: Sequence[TensorEntry]) -> 
     """
     from gguf import GGMLQuantizationType
 
-    parts, offset = [MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(tensors), len(facts)), encode_facts(facts)], 0
+    parts, offset = [MAGIC + struct.pack("<IQQ", _VERSIONS[-1], len(tensors), len(facts)), encode_facts(facts)], 0
     for name, shape, kind, nbytes in tensors:
         dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
         parts += [_string(name), dimensions, struct.pack("<IQ", int(GGMLQuantizationType[kind]), offset)]

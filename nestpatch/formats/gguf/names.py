@@ -33,7 +33,7 @@ GGUF_ARCHITECTURES: dict[str, str] = {
 """The class in a model's config.json -> `general.architecture` of its GGUF file."""
 MAX_LAYERS = 512
 """As in llama.cpp (LLAMA_MAX_LAYERS). The table of names grows with the number of layers that a file claims."""
-SUFFIXES = (".weight", ".bias")
+_SUFFIXES = (".weight", ".bias")
 # One expert of its own: model.layers.0.mlp.experts.3.gate_proj.weight
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<number>\d+)\.(?P<part>\w+)(?P<suffix>\.weight)")
 # All of them: model.layers.0.mlp.experts.gate_up_proj, with or without .weight
@@ -120,7 +120,7 @@ def gguf_name(name: str, architecture: str, layers: int) -> str | None:
     Raises:
         UnsupportedModelError: The architecture is unknown, or the number of layers is impossible.
     """
-    found: str | None = _table(architecture, layers).get_name(name, SUFFIXES)
+    found: str | None = _table(architecture, layers).get_name(name, _SUFFIXES)
     return found
 
 

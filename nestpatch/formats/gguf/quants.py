@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from nestpatch.errors import DataError, QuantizationError
-from nestpatch.formats.codec import Blocks, Codec
+from nestpatch.formats._codec import Blocks, Codec
 from nestpatch.rows import DTYPES, FloatArray
 
 _NEEDS_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")

@@ -21,7 +21,7 @@ from nestpatch.rows import FloatArray
 
 MAX_BYTES = 4 << 30
 """Bytes of one factor: a pack of kilobytes may claim matrices of any size."""
-MAX_EXPERTS = 65_536
+_MAX_EXPERTS = 65_536
 """Experts of one layer: more than any model has."""
 MERGE_INSTEAD = "Merge the pack into the model instead: nestpatch apply MODEL PACK"
 _EMBEDDINGS = {"embed_tokens", "embed_in", "embed_positions", "wte", "wpe", "word_embeddings", "token_embd"}
@@ -155,7 +155,7 @@ def check_shape(delta: TensorDelta, shape: Sequence[int]) -> None:
         UnsupportedModelError: It is not the weight of a module, an embedding, or no stack of experts.
     """
     if len(shape) == 3:
-        if shape[0] > MAX_EXPERTS or (shape[1] % 2 and delta.name.removesuffix(".weight").endswith("gate_up_proj")):
+        if shape[0] > _MAX_EXPERTS or (shape[1] % 2 and delta.name.removesuffix(".weight").endswith("gate_up_proj")):
             raise UnsupportedModelError(f"{delta.name} has shape {list(shape)}, which no stack of experts has")
         return
     module = delta.name.removesuffix(".weight")

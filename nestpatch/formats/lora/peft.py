@@ -36,7 +36,7 @@ from nestpatch.formats.provenance import PACKS, pack_entry, packs_json
 from nestpatch.pack import Pack, TensorDelta
 from nestpatch.rows import FloatArray
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # transformers loads single experts into stacks, and PEFT does the same for some classes. For others it loads an adapter without
 # effect and without an error; for these two classes it was tried and works.
 _SINGLE_EXPERTS = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
@@ -77,9 +77,9 @@ def write(pack: Pack, output: Path, strength: float = 1.0, experts: int | None =
         return size
     with new_output(output, directory=True) as sibling:
         (sibling / CONFIG).write_text(json.dumps(_config(pack, found, rank), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        with open(sibling / WEIGHTS, "wb") as file:
+        with open(sibling / _WEIGHTS, "wb") as file:
             _write_weights(file, found, rank, strength, packs_json([pack_entry(pack, strength)]))
-        nbytes = sum(sync_size(sibling / name) for name in (CONFIG, WEIGHTS))
+        nbytes = sum(sync_size(sibling / name) for name in (CONFIG, _WEIGHTS))
         sync_folder(sibling)
     return Written(size.matrices, size.rank, nbytes)
 

@@ -15,13 +15,13 @@ from nestpatch.errors import UnsupportedModelError
 from nestpatch.formats.onnx._weights import Weight
 from nestpatch.formats.onnx.graph import Graph, Node
 
-ACTIVATIONS = frozenset(
+_ACTIVATIONS = frozenset(
     ["Sigmoid", "Gelu", "Erf", "Tanh", "QuickGelu", "FastGelu", "BiasGelu", "Swish", "Silu", "Relu", "LeakyRelu", "Elu"]
     + ["HardSwish"]
 )
 _PASSING = frozenset({"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze"})
 """Operations that pass on their first input."""
-_ELEMENTWISE = frozenset({"Mul", "Add", "Div", "Pow", "Sub", "Sqrt", "Neg"}) | _PASSING | ACTIVATIONS
+_ELEMENTWISE = frozenset({"Mul", "Add", "Div", "Pow", "Sub", "Sqrt", "Neg"}) | _PASSING | _ACTIVATIONS
 _BETWEEN = 64
 """Operations between the weights of a block: tanh approximations of gelu take about a dozen."""
 _PASSED = 4
@@ -93,7 +93,7 @@ class _Walk:
                 return None
             else:
                 inputs = node.inputs[:1] if node.op in _PASSING else node.inputs
-                todo += [(value, activated or node.op in ACTIVATIONS) for value in inputs if value]
+                todo += [(value, activated or node.op in _ACTIVATIONS) for value in inputs if value]
         return None if todo else {(self.products[product], part): found for (product, part), found in sources.items()}
 
     def _part(self, name: str) -> tuple[str, int] | None:

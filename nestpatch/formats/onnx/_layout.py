@@ -15,14 +15,14 @@ from typing import Protocol
 import numpy as np
 
 from nestpatch.files.reading import open_regular
+from nestpatch.formats._codec import Blocks
 from nestpatch.formats._rowio import read_into, read_rows_at, write_all, write_rows_at
 from nestpatch.formats.checkpoint import CHUNK, IntArray, TensorInfo
-from nestpatch.formats.codec import Blocks
 from nestpatch.rows import Rows
 
-GATHERED = 4
+_GATHERED = 4
 """CHUNKs of columns to work on at a time: every time, the whole matrix is read."""
-SPARSE = 16
+_SPARSE = 16
 """Columns that span less than this part of the matrix are read by themselves."""
 _BYTES = np.dtype(np.uint8)
 
@@ -74,7 +74,7 @@ class RowLayout:
 class ColumnLayout:
     """Transposed: a row of the matrix is a column in the file, and is gathered from all of it."""
 
-    chunks = GATHERED
+    chunks = _GATHERED
 
     def __init__(self, tensor: TensorInfo, itemsize: int) -> None:
         """Transposes a tensor [width, rows] of elements of `itemsize` bytes."""
@@ -114,7 +114,7 @@ class ColumnLayout:
         itemsize = self._element.itemsize
         first, count, step = 0, width, max(1, CHUNK // (width * itemsize))
         span = int(rows[-1]) - int(rows[0]) + 1
-        if span * SPARSE <= width:
+        if span * _SPARSE <= width:
             first, count, step = int(rows[0]), span, 1
         for start in range(0, height, step):
             lines = slice(start, min(start + step, height))

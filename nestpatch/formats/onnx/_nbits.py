@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nestpatch.errors import QuantizationError
-from nestpatch.formats.codec import Blocks
+from nestpatch.formats._codec import Blocks
 from nestpatch.rows import DTYPES, FloatArray
 
 BITS = (2, 4, 8)
@@ -20,7 +20,7 @@ _WAYS = ((True, False), (True, True), (False, True))
 """Half precision, quantized by onnxruntime; bfloat16, which it widens first; scales that were converted later."""
 WITNESSES = 1 << 16
 """Numbers of untouched rows that are compared to find out how a model was quantized."""
-MATCHING = 0.5
+_MATCHING = 0.5
 """Share of untouched rows that a quantizer must reproduce: others may hold another pack."""
 
 
@@ -146,7 +146,7 @@ class NBitsCodec:
         ways = [replace(self, narrow_first=first, narrow_last=last) for first, last in _WAYS if self.scale != "F32"] or [self]
         made = {codec: float((codec.encode(origin) == stored).all(axis=1).mean()) for codec in ways}
         best = max(made, key=lambda codec: made[codec])
-        if made[best] >= MATCHING:
+        if made[best] >= _MATCHING:
             return best
         raise QuantizationError(
             "the model was not quantized by onnxruntime's default quantizer: the rows written would not be those of quantizing "

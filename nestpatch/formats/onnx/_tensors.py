@@ -22,7 +22,7 @@ DTYPES = {
     20: ("F8_E5M2FNUZ", 8), 21: ("U4", 4), 22: ("I4", 4), 23: ("F4", 4), 24: ("F8_E8M0", 8), 25: ("U2", 2), 26: ("I2", 2),
 }  # fmt: skip
 MAX_DIMENSIONS = 16
-MAX_ELEMENTS = 1 << 62
+_MAX_ELEMENTS = 1 << 62
 _DIMS, _TYPE, _SEGMENT, _FLOATS, _NAME, _RAW, _EXTERNAL, _LOCATION = 1, 2, 3, 4, 8, 9, 13, 14
 _ELSEWHERE = 1
 
@@ -68,7 +68,7 @@ class _Facts:
         count = 1
         for n in self.shape:
             count *= n
-            if n < 0 or count > MAX_ELEMENTS:
+            if n < 0 or count > _MAX_ELEMENTS:
                 raise ValueError(f"{self.title} has the impossible shape {self.shape}")
         return (count * DTYPES[self.code][1] + 7) // 8
 

@@ -11,17 +11,17 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from nestpatch.errors import CheckpointError, QuantizationError, UnsupportedModelError
+from nestpatch.formats._codec import Codec
 from nestpatch.formats.checkpoint import TensorInfo
-from nestpatch.formats.codec import Codec
 from nestpatch.formats.onnx._layout import ColumnLayout, Layout, RowLayout
 from nestpatch.formats.onnx._nbits import BITS, NBitsCodec
 from nestpatch.formats.onnx._tensors import Initializer
 from nestpatch.formats.onnx.graph import Graph, Node
 from nestpatch.rows import DTYPES
 
-MICROSOFT = "com.microsoft"
-NBITS = "MatMulNBits"
-MAX_BLOCK = 1 << 20
+_MICROSOFT = "com.microsoft"
+_NBITS = "MatMulNBits"
+_MAX_BLOCK = 1 << 20
 """Numbers that share a scale."""
 WAY_OUT = "Patch the float model and export it anew, or load the pack beside the model as an adapter."
 _CODED = {
@@ -101,7 +101,7 @@ def _sharing(weight: Weight, shared: Mapping[str, set[_Identity]]) -> str:
 def _weight(node: Node, tensors: Mapping[str, Initializer], makers: Mapping[str, Node]) -> Weight | None:
     if node.op in ("MatMul", "FusedMatMul", "Gemm") and len(node.inputs) > 1:
         return _float_weight(node, tensors, makers)
-    if node.op == NBITS and node.domain == MICROSOFT and len(node.inputs) > 2:
+    if node.op == _NBITS and node.domain == _MICROSOFT and len(node.inputs) > 2:
         return _block_weight(node, tensors)
     if node.op in _CODED and len(node.inputs) > _CODED[node.op]:
         tensor = tensors.get(node.inputs[_CODED[node.op]])
@@ -175,7 +175,7 @@ def _stored_blocks(weight: Weight, tensors: Mapping[str, Initializer]) -> Stored
         raise refusal(weight.tensor, "its scales or zero points are computed, not stored")
     scales, zero_points = parts[1], parts[2] if len(parts) > 2 else None
     bits, block = node.numbers.get("bits", 4), node.numbers.get("block_size", 0)
-    if bits not in BITS or not 16 <= block <= MAX_BLOCK or block & (block - 1) or scales.dtype not in DTYPES:
+    if bits not in BITS or not 16 <= block <= _MAX_BLOCK or block & (block - 1) or scales.dtype not in DTYPES:
         raise refusal(weight.tensor, f"its form is not known: {bits} bits, blocks of {block}, scales of {scales.dtype}")
     if weight.tensor.dtype != "U8" or (zero_points is not None and zero_points.dtype != "U8"):
         raise refusal(weight.tensor, "its zero points are not packed, as rounding to nearest packs them")

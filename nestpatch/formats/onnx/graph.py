@@ -20,7 +20,7 @@ MAX_NODES = 500_000
 """Nodes, and tensors."""
 MAX_DEPTH = 8
 """Graphs inside nodes inside graphs."""
-SCOPES = "pkg.torch.onnx.name_scopes"
+_SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata key in which torch.onnx.export names the modules of a node."""
 _MODEL_PRODUCER, _MODEL_GRAPH, _MODEL_METADATA = 2, 7, 14
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT = 1, 5, 11
@@ -184,7 +184,7 @@ class _Reader:
     def _scopes(self, message: Field) -> tuple[str, ...]:
         """The module names in an entry of a node's metadata, if it holds them."""
         key, value = self._entry(message)
-        return tuple(re.findall(r"'([^']*)'", value)) if key == SCOPES else ()
+        return tuple(re.findall(r"'([^']*)'", value)) if key == _SCOPES else ()
 
     def _entry(self, message: Field) -> tuple[str, str]:
         """Key and value. Long values, such as stack traces, are read as empty."""
