@@ -86,15 +86,14 @@ def _model(wire: Wire) -> SentencePieceModel:
     return SentencePieceModel(tuple(pieces), model_type, prefix)
 
 
-def _piece(wire: Wire, field: Field) -> VocabularyPiece:
-    score, kind = 0.0, 1
-    fields = {inner.number: inner for inner in wire.nested(field)}
-    text = wire.text(fields[1])
+def _piece(wire: Wire, message: Field) -> VocabularyPiece:
+    fields = {field.number: field for field in wire.nested(message)}
+    text, score, kind = wire.text(fields[1]), 0.0, Kind.NORMAL
     if 2 in fields:
-        score = struct.unpack("<f", wire.content(fields[2]))[0]
+        (score,) = struct.unpack("<f", wire.content(fields[2]))
     if 3 in fields:
-        (kind,) = wire.numbers(fields[3])
-    return VocabularyPiece(text, score, Kind(kind))
+        kind = Kind(fields[3].value if fields[3].kind == VARINT else 0)
+    return VocabularyPiece(text, score, kind)
 
 
 ChatTemplate: TypeAlias = str | list[dict[str, str]]

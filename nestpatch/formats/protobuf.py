@@ -155,6 +155,9 @@ class Wire:
 
     def _varint(self, at: int, end: int) -> tuple[int, int]:
         """(value, offset after it)."""
+        start = at - self._base
+        if 0 <= start < len(self._data) and at < end and self._data[start] < 0x80:  # nearly all of them
+            return self._data[start], at + 1
         start = self._load(at, min(_MAX_VARINT, end - at))
         value = 0
         for count in range(min(_MAX_VARINT, end - at)):
