@@ -110,11 +110,9 @@ def _reflink(read: int, write: int) -> str | None:
 
 def _whole_in_kernel(read: int, write: int, go_on: Callable[[], None]) -> str | None:
     left = os.fstat(read).st_size
-    if not hasattr(os, "copy_file_range"):
-        return None
     while left:
         if not (copied := copy_in_kernel(read, write, min(left, STRETCH))):
-            return None  # some file systems end early instead of failing
+            return None  # unsupported here; some file systems end early instead of failing
         left -= copied
         go_on()
     return "kernel"

@@ -51,6 +51,8 @@ LIES: dict[str, tuple[bytes, str]] = {
     "half of a fixed number": (b"\x09\x00\x00", "a field claims 8 bytes where 2 are left"),
     "a name that is no text": (model(message(1, message(4, b"\xff\xfe"))), "codec can't decode"),
     "a name that is a number": (model(message(1, number(4, 7))), "field 4 is not a text"),
+    "an input whose name is a number": (model(message(11, number(1, 5))), "field 1 is not a text"),
+    "an input that is a number": (model(number(11, 5)), "field 11 is not a message"),
     "graphs without end": (model(nested(20)), "nested more than 8 deep"),
     "a tensor twice": (model(tensor(RAW), tensor(RAW)), "duplicate tensor 'w'"),
     "an unknown type": (model(tensor(RAW, kind=77)), "unknown type 77"),

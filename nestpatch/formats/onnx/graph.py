@@ -14,7 +14,7 @@ from pathlib import Path
 from nestpatch.errors import CheckpointFormatError, NestpatchError
 from nestpatch.files.reading import open_regular
 from nestpatch.formats.onnx._tensors import Initializer, check_overlaps, read_tensor
-from nestpatch.formats.protobuf import BYTES, MAX_TEXT, VARINT, Field, Wire
+from nestpatch.formats.protobuf import MAX_TEXT, VARINT, Field, Wire
 
 MAX_NODES = 500_000
 """Nodes, and tensors."""
@@ -132,7 +132,7 @@ class _Reader:
         """The first field with a number; with several, of the message in the field before."""
         found: Field | None = message
         for number in path:
-            if found is None or found.kind != BYTES:
+            if found is None:
                 return None
             found = next((inner for inner in self.wire.nested(found) if inner.number == number), None)
         return found
