@@ -14,7 +14,6 @@ from nestpatch.errors import CheckpointFormatError, MissingExtraError
 from nestpatch.evaluation.drift import Logits, torch_logits
 from nestpatch.evaluation.statistics import Share
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.formats.gguf.header import read_header
 from nestpatch.pack import Pack
 from nestpatch.runtimes import llama as generate_llama
 from nestpatch.runtimes import text
@@ -184,7 +183,13 @@ def bound_for(types: Sequence[str], architecture: str, deviation: float) -> floa
 
 def matrix_types(gguf: Path) -> tuple[str, ...]:
     """The types of a GGUF file's matrices, sorted. Raises CheckpointFormatError when it cannot be read."""
-    return tuple(sorted({info.dtype for info in read_header(gguf).tensors.values() if len(info.shape) > 1}))
+    from gguf import GGUFReader
+
+    try:
+        return tuple(sorted({t.tensor_type.name for t in GGUFReader(gguf).tensors if len(t.shape) > 1}))
+    # The reader raises whatever the bytes provoke.
+    except Exception as error:
+        raise CheckpointFormatError(f"cannot read {gguf}: {error}") from error
 
 
 def _read(tokenizer: Any, ours: LlamaModel, texts: Sequence[str]) -> Iterator[_Reading]:

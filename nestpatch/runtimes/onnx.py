@@ -18,9 +18,8 @@ import numpy.typing as npt
 
 from nestpatch.errors import CheckpointError, CheckpointFormatError, DataError, MissingExtraError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.files.reading import MAX_JSON, read_text
-from nestpatch.formats.lora.onnx import onnx_file
-from nestpatch.formats.onnx.graph import read_graph
+from nestpatch.files.reading import MAX_JSON, read_bounded, read_text
+from nestpatch.formats.lora.onnx import MAX_GRAPH, onnx_file
 from nestpatch.rows import FloatArray
 from nestpatch.runtimes.text import prompt_ids
 from nestpatch.runtimes.transformers import Generate
@@ -131,9 +130,12 @@ class OnnxModel:
 
         Graphs that compute positions themselves, and onnxruntime's own attention operator, count from the left end.
         """
+        import onnx
+
         if "position_ids" not in self._inputs:
             return False
-        return all(node.op != "GroupQueryAttention" for node in read_graph(self.path).nodes)
+        graph = onnx.load_from_string(read_bounded(self.path, MAX_GRAPH, error=CheckpointFormatError)).graph
+        return all(node.op_type != "GroupQueryAttention" for node in graph.node)
 
     def step(self, ids: IntArray, mask: IntArray, past: Cache | None = None) -> tuple[npt.NDArray[Any], Cache]:
         """Reads ids [batch, sequence] after `past`; mask is [batch, past + sequence], 0 where tokens are padding.

@@ -17,7 +17,7 @@ import numpy as np
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.reading import MAX_JSON, open_regular
-from nestpatch.formats.checkpoint import Checkpoint
+from nestpatch.formats.checkpoint import Checkpoint, row_blocks
 from nestpatch.formats.gguf.names import expert_of
 from nestpatch.formats.safetensors import SINGLE
 from nestpatch.pack import Pack
@@ -290,8 +290,10 @@ def fold(model: PreTrainedModel, checkpoint: Checkpoint, pack: Pack, strength: f
     for tensor in plan.tensors:
         name = tensor.delta.name
         matrix = _matrix(name, parameters)
-        for part, stored in checkpoint.iter_rows(name, tensor.delta.rows):
-            places = torch.from_numpy(tensor.delta.rows[part].astype(np.int64)).to(matrix.device)
+        for part in row_blocks(tensor.delta.neurons, tensor.info.row_bytes):
+            rows = tensor.delta.rows[part].astype(np.int64)
+            stored = checkpoint.read_rows(name, rows)
+            places = torch.from_numpy(rows).to(matrix.device)
             if not same_weights(stored, matrix[places]):
                 raise CheckpointFormatError(f"tensor {name} of {checkpoint.path} is not the weight that transformers loaded")
             change = tensor.delta.dense(part.start, part.stop)

@@ -28,6 +28,8 @@ ADAPTER = "nestpatch.adapter"
 DELTA, MAP = ".nest_delta", ".nest_map"
 """What follows a weight's module in the names of its two inputs."""
 SUFFIX = ".onnx_adapter"
+MAX_GRAPH = 512 << 20
+"""Bytes of the file of a graph that is read whole. The weights of an adapter-ready model are in another file."""
 _FORMAT = "nest-adapter/1"
 _FLOATS = {1: np.float32, 10: np.float16}
 """ONNX's numbers for the types that activations may have."""
