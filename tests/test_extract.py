@@ -273,7 +273,7 @@ def test_the_label_and_the_place_are_checked_before_the_models(tmp_path: Path) -
         extract_to(*nowhere, tmp_path / "x.nest", Label("a/b"))
     with pytest.raises(DataError, match="not semver"):
         extract_to(*nowhere, tmp_path / "x.nest", Label("x", "1"))
-    with pytest.raises(OutputError, match="there is no directory"):
+    with pytest.raises(OutputError, match="or its directory does not"):
         extract_to(*nowhere, tmp_path / "no" / "x.nest", Label("x"))
     (tmp_path / "x.nest").touch()
     with pytest.raises(OutputError, match="exists already"):

@@ -20,9 +20,8 @@ import numpy.typing as npt
 
 from nestpatch import __version__
 from nestpatch.compare.diff import CheckpointDiff, TensorDiff, changed_rows, compare, is_pack
-from nestpatch.errors import DataError, ExtractionError, PackContentError
+from nestpatch.errors import DataError, ExtractionError, OutputError, PackContentError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.files.atomic import check_output
 from nestpatch.files.reading import MAX_JSON, read_text
 from nestpatch.formats import nest
 from nestpatch.formats.checkpoint import Checkpoint, IntArray, row_blocks
@@ -70,8 +69,9 @@ def extract_to(
     for source in (base, tuned):
         if is_pack(source):
             raise DataError(f"{source} is a pack: a pack is extracted from two models", advice="Leave -o out to compare packs.")
-    # Before minutes of work.
-    check_output(Path(output))
+    # Before minutes of work: will there be a place for the result?
+    if os.path.lexists(output) or not Path(output).absolute().parent.is_dir():
+        raise OutputError(f"{output} exists already, or its directory does not")
     models = open_model(base)[0], open_model(tuned)[0]
     found = compare(*models, on_event=on_event)
     pack = extract(*models, found, label, on_event=on_event)
@@ -136,8 +136,8 @@ def _extract_tensor(base: Checkpoint, tuned: Checkpoint, name: str, nbytes: int)
     groups = Groups(info.shape[-1])
     cluster = np.empty(len(rows), np.int64)
     # The arithmetic takes some arrays of eight bytes per element.
-    for part, before in base.iter_rows(name, rows, row_bytes=16 * info.row_bytes):
-        after = tuned.read_rows(name, rows[part])
+    for part in row_blocks(len(rows), 16 * info.row_bytes):
+        before, after = base.read_rows(name, rows[part]), tuned.read_rows(name, rows[part])
         low, high = delta_bounds(before, after)
         _require_reachable(name, rows[part], before, after, low > high)
         for number in range(len(low)):
@@ -147,8 +147,8 @@ def _extract_tensor(base: Checkpoint, tuned: Checkpoint, name: str, nbytes: int)
     small = np.uint8 if groups.count <= 256 else np.uint16
     deltas, sketches = groups.deltas(), []
     old, new, whole = sha256(), sha256(), sha256()
-    for part, before in base.iter_rows(name, rows, row_bytes=16 * info.row_bytes):
-        after = tuned.read_rows(name, rows[part])
+    for part in row_blocks(len(rows), 16 * info.row_bytes):
+        before, after = base.read_rows(name, rows[part]), tuned.read_rows(name, rows[part])
         if digest([merge(before, deltas[cluster[part]])]) != digest([after]):
             raise ExtractionError(f"{name}: the deltas found do not give the tuned rows; did the models change meanwhile?")
         sketches.append(sketch(before))

@@ -305,7 +305,7 @@ def file_type(name: str) -> FileType:
             advice="Export to bf16 and use llama.cpp's llama-imatrix and llama-quantize, or choose IQ3_S, Q3_K_M or larger.",
         )
     if known != AUTO and known not in DIRECT + QUANTIZED:
-        raise DataError(f"{name!r} is not a type of a GGUF file", advice=f"Known types: auto, {', '.join(DIRECT + QUANTIZED)}.")
+        raise DataError(f"{name!r} is no type of a GGUF file", advice=f"Known types: auto, {', '.join(DIRECT + QUANTIZED)}.")
     return FileType(known)
 
 
