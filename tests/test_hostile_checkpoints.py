@@ -112,7 +112,7 @@ FILES: dict[str, tuple[bytes | Callable[[bytes], bytes], str]] = {
 
 
 def shifted(good: bytes, by: int) -> bytes:
-    """The same file with a header length that lies."""
+    """The same file with a false header length."""
     (length,) = struct.unpack("<Q", good[:8])
     return struct.pack("<Q", length + by) + good[8:]
 

@@ -329,7 +329,7 @@ def test_an_expert_that_the_model_does_not_have_is_refused(mixture: Path, tmp_pa
 
 @pytest.mark.parametrize("export", [export_lora, export_gguf_lora])
 def test_a_pack_that_claims_a_giant_matrix_is_refused(base: Path, tmp_path: Path, export) -> None:
-    """Shapes in a manifest are claims: a pack of kilobytes must not make somebody write terabytes."""
+    """Shapes in a manifest are claims: a pack of kilobytes must not lead to terabytes being written."""
     pack = tiny_pack(base, tensors=[FFN[0]])
     identity = dataclasses.replace(pack.manifest.base.tensors[FFN[0]], shape=(2**31, HIDDEN))
     huge = dataclasses.replace(pack.manifest.base, tensors={FFN[0]: identity})

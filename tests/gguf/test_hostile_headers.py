@@ -1,4 +1,4 @@
-"""GGUF files that lie: each is refused by name before a row is read, and the model stays as it is."""
+"""Hostile GGUF files: each is refused with an error that names the fault, before a row is read; the model stays as it is."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tensor(name: str, shape: tuple[int, ...], code: int, offset: int) -> bytes:
 def file_bytes(
     *, entries: list[bytes] | None = None, tensors: list[bytes] | None = None, body: int = 4096, counts=None
 ) -> bytes:
-    """A GGUF file put together by hand: one F32 matrix of 16 x 32 in a body of 2048 bytes unless told otherwise."""
+    """A GGUF file put together by hand: one F32 matrix of 16 x 32 in a body of 2048 bytes by default."""
     entries = [text("general.architecture") + struct.pack("<I", 8) + text("llama")] if entries is None else entries
     tensors = [tensor("a", (32, 16), 0, 0), tensor("b", (32, 16), 0, 2048)] if tensors is None else tensors
     head = b"GGUF" + struct.pack("<I2Q", 3, *(counts or (len(tensors), len(entries)))) + b"".join(entries) + b"".join(tensors)

@@ -1,4 +1,4 @@
-"""Copies of ONNX models, which files make one, and where what is kept of it lies."""
+"""Copies of ONNX models, which files make one, and where its state is stored."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.onnx.files import build, data_of, in_blocks, save
 
 
 def folder_with_company(path: Path) -> Path:
-    """A model's folder with what lies beside models, and with another model."""
+    """A model's folder with the usual companions, and with another model."""
     folder = path.parent
     for name in ("config.json", "tokenizer.json", "genai_config.json"):
         (folder / name).write_text("{}", encoding="utf-8")
@@ -117,7 +117,7 @@ def test_every_file_of_a_row_counts(base: Path, pack: Pack, tmp_path: Path) -> N
 
 
 def test_models_in_a_folder_of_their_own(base: Path, tmp_path: Path) -> None:
-    """As transformers.js wants them: which one is meant has to be said."""
+    """The layout of transformers.js: the model has to be named."""
     save(build(base), tmp_path / "m" / "onnx")
     with pytest.raises(CheckpointFormatError, match=r"has its ONNX models in .+onnx: model\.onnx") as caught:
         open_checkpoint(tmp_path / "m")

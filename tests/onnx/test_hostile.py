@@ -1,4 +1,4 @@
-"""ONNX files that lie: each is refused by name before memory is spent on it, and the model stays as it is."""
+"""Hostile ONNX files: each is refused with an error that names the fault, before memory is spent; the model stays as it is."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def nested(depth: int) -> bytes:
     return content
 
 
-LIES: dict[str, tuple[bytes, str]] = {
+HOSTILE: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "it has no graph"),
     "another format": (b"GGUF" + bytes(60), "is not a sound ONNX model"),
     "a text": (b"{}" * 40, "is not a sound ONNX model"),
@@ -109,9 +109,9 @@ def place(folder: Path, content: bytes) -> Path:
     return folder / "model" / "model.onnx"
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_lies_are_refused_by_name(lie: str, shop: Path, tmp_path: Path) -> None:
-    content, says = LIES[lie]
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_files_are_refused_by_name(case: str, shop: Path, tmp_path: Path) -> None:
+    content, says = HOSTILE[case]
     path = place(tmp_path, content)
     before = tree_digest(tmp_path)
     with pytest.raises(CheckpointFormatError) as caught:
@@ -180,7 +180,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @PROPERTY
 @given(data=st.data())
 def test_any_damage_is_an_error_or_no_damage(data: st.DataObject, sound: Path) -> None:
-    """Whatever happens to the graph: it opens, or it is refused by name; what it shows lies inside its files."""
+    """Whatever happens to the graph: it opens, or it is refused by name; the tensors are inside its files."""
     whole = bytearray(sound.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
@@ -213,7 +213,7 @@ def test_reading_never_needs_more_than_the_graph(tmp_path: Path) -> None:
 
 
 def test_numbers_are_read_as_protobuf_writes_them(tmp_path: Path) -> None:
-    """Fixed and packed fields, and fields that nobody here knows."""
+    """Fixed and packed fields, and unknown fields."""
     shape = message(1, varint(4), varint(4))
     noise = number(999, 1 << 63) + varint(998 << 3 | 1) + struct.pack("<d", 1.5) + varint(997 << 3 | 5) + bytes(4)
     content = noise + message(7, noise, NODE, message(5, shape, noise, number(2, 1), message(8, "w"), RAW))

@@ -169,7 +169,7 @@ def otherwise_quantized(base: Path, how: str, folder: Path) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("how", ["scaled", "k-quant", "HQQ"])
 def test_other_quantizers_are_refused_by_name(how: str, tmp_path: Path) -> None:
-    """Rows of rounding to nearest among others would be a model that nobody measured."""
+    """Rows of rounding to nearest among others would be a model that was never measured."""
     # An even number of blocks in every row: those quantizers stumble over others.
     base = tiny_checkpoint(tmp_path / "base", dtype="F32", hidden=128, inter=192)
     if how == "HQQ":
