@@ -1,4 +1,4 @@
-"""Progress events. The library never draws; a caller that wants progress passes an `on_event`."""
+"""Progress events. The library never draws: a caller that shows progress passes an `on_event`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from typing import TypeAlias
 
 @dataclass(frozen=True)
 class Event:
-    """One step of some work.
+    """A step of some work.
 
-    `stage` is a dotted name such as "tune"; `done` of `total` units are finished (`total` 0: unknown); `note` is for people.
+    Attributes:
+        stage: A dotted name, such as "tune".
+        done: Units that are finished.
+        total: All units; 0 when unknown.
+        note: For people.
     """
 
     stage: str
@@ -24,4 +28,8 @@ OnEvent: TypeAlias = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """The default listener: hears nothing."""
+    """The default listener: does nothing.
+
+    Args:
+        event: Any event.
+    """

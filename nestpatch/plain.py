@@ -1,8 +1,7 @@
-r"""Text that others wrote, made safe to show: it cannot drive a terminal, hide what it says, or look like another line.
+r"""Makes untrusted text safe to show: it cannot control a terminal, hide characters, or imitate another line of output.
 
-Every string of a pack, a model, a channel, a ledger, a file name or an error goes through `one_line` or `lines` before a
-person sees it. Characters that are not visible are written as Python writes them: a bell as \x07, an override of the
-direction of writing as \u202e.
+Every string from a pack, a model, a channel, a ledger, a file name or an error goes through `one_line` or `lines` before it is
+shown. Characters that are not visible are escaped as in Python: a bell as \x07, a right-to-left override as \u202e.
 """
 
 from __future__ import annotations
@@ -11,27 +10,45 @@ import math
 import re
 
 _BLANK = frozenset("\u034f\u115f\u1160\u3164\uffa0")
-"""Letters and marks that are counted as visible, and are not."""
+"""Letters and marks that Python counts as printable, and that are not visible."""
 _ESCAPED_BYTES = range(0xDC80, 0xDD00)
-"""How Python writes the bytes of a file name that are no UTF-8."""
+"""How Python represents bytes of a file name that are not UTF-8."""
 _MARKDOWN = frozenset("\\`*_[]<>#|~&$!")
 _BLOCK = re.compile(r"\A(?P<number>\d*)(?P<mark>[-+=:]|(?<=\d)[.)](?=\s|\Z))", re.ASCII)
 _MOST = 10**15
-"""Beyond this no count is one."""
+"""Larger numbers are not counts."""
 
 
 def one_line(text: object) -> str:
-    r"""The text on one line: line breaks are written as \n."""
+    r"""Makes text safe to show on one line; line breaks are written as \n.
+
+    Args:
+        text: Anything; it is converted with str().
+
+    Returns:
+        Printable text without line breaks.
+    """
     return "".join(map(_visible, str(text)))
 
 
 def lines(text: object) -> str:
-    """The text on its own lines, for what has several on purpose."""
+    """Makes text safe to show on several lines.
+
+    Args:
+        text: Anything; it is converted with str().
+
+    Returns:
+        Printable text with the same line feeds.
+    """
     return "".join(c if c == "\n" else _visible(c) for c in str(text))
 
 
 def is_visible(character: str) -> bool:
-    """Whether it shows as itself, or as a space, and does nothing else."""
+    """Whether a character is shown as itself, or as a space, and has no other effect.
+
+    Args:
+        character: One character.
+    """
     return character.isprintable() and character not in _BLANK
 
 
@@ -46,9 +63,13 @@ def _visible(character: str) -> str:
 
 
 def markdown(text: object) -> str:
-    """The text on one line of a Markdown document: without markup, HTML and links, and as the beginning of nothing.
+    """Makes text safe to put on one line of a Markdown document, where it starts no markup, HTML, link or block.
 
-    Line breaks and other blanks become spaces, which Markdown joins.
+    Args:
+        text: Anything; it is converted with str().
+
+    Returns:
+        Escaped text; line breaks and other white space are spaces, which Markdown joins.
     """
     blanks = "".join(" " if c.isspace() else c for c in str(text)).strip()
     escaped = "".join(f"\\{c}" if c in _MARKDOWN else c for c in one_line(blanks))
@@ -57,7 +78,15 @@ def markdown(text: object) -> str:
 
 
 def number(value: object, form: str) -> str:
-    """A number of a file in some format, "?" for what is none: text, truth values, NaN, more digits than a float has."""
+    """Formats a number that was read from a file.
+
+    Args:
+        value: Anything.
+        form: A format specification, such as ".1f".
+
+    Returns:
+        The number; "?" for text, booleans, NaN, infinities, and integers that no float can hold.
+    """
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return "?"
     try:
@@ -67,5 +96,12 @@ def number(value: object, form: str) -> str:
 
 
 def count(value: object) -> str:
-    """A whole number of a file, "?" for what is none."""
+    """Formats a count that was read from a file.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        The count; "?" for anything but an integer of a plausible size.
+    """
     return str(value) if type(value) is int and abs(value) < _MOST else "?"

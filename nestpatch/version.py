@@ -1,4 +1,4 @@
-"""Semantic versions and their order."""
+"""Semantic versions and their order (semver.org)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,26 @@ from functools import total_ordering
 @total_ordering
 @dataclass(frozen=True)
 class Version:
-    """A semantic version with the precedence of semver.org, section 11. Build metadata does not count."""
+    """A semantic version, ordered as semver.org, section 11, says. Build metadata does not count.
+
+    Attributes:
+        release: Major, minor and patch.
+        prerelease: The identifiers after the hyphen; empty for a release.
+    """
 
     release: tuple[int, int, int]
     prerelease: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> Version:
-        """From a text that a pack has already checked."""
+        """Parses a version.
+
+        Args:
+            text: A version that was checked, as that of a pack is.
+
+        Returns:
+            The version without its build metadata.
+        """
         core, _, prerelease = text.partition("+")[0].partition("-")
         major, minor, patch = (int(part) for part in core.split("."))
         return cls((major, minor, patch), tuple(prerelease.split(".")) if prerelease else ())

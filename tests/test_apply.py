@@ -138,6 +138,22 @@ def test_blocks_of_rows_do_not_show(rows_at_once: int, tmp_path: Path, monkeypat
     assert_merged(model, apply(model, pack).output, pack, "BF16")
 
 
+@pytest.mark.parametrize("row_bytes", [None, 64])
+def test_many_rows_are_read_a_block_at_a_time(row_bytes: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = SafetensorsCheckpoint(make_model(tmp_path, "directory"))
+    name = next(name for name in checkpoint.tensors() if len(checkpoint.info(name).shape) == 2)
+    info = checkpoint.info(name)
+    rows = np.arange(0, info.rows, 2, dtype=np.int32)
+    monkeypatch.setattr(interface, "CHUNK", 3 * (row_bytes or info.row_bytes))
+    found = list(checkpoint.iter_rows(name, rows, row_bytes=row_bytes))
+    assert [part.stop - part.start for part, _ in found[:-1]] == [3] * (len(found) - 1)
+    assert len(found) > 1
+    whole = checkpoint.read_rows(name, rows.astype(np.int64))
+    for part, values in found:
+        assert_same_bytes(values.tobytes(), whole[part].tobytes(), info.dtype)
+    assert found[-1][0].stop == len(rows)
+
+
 def test_stacked_experts(tmp_path: Path) -> None:
     """Rows of a [experts, out, in] tensor count through all experts."""
     weights = (0.1 * np.random.default_rng(1).standard_normal((3, 6, 16))).astype(np.float16)

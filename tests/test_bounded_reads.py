@@ -42,7 +42,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="pipes and devic
 
 
 @pytest.fixture
-def patch(tmp_path: Path) -> Path:
+def pack(tmp_path: Path) -> Path:
     nest.write(tiny_pack(tiny_checkpoint(tmp_path / "model")), tmp_path / "x.nest")
     return tmp_path / "x.nest"
 
@@ -76,15 +76,15 @@ def test_a_pack_whose_header_describes_40_gigabytes_is_refused(tmp_path: Path) -
         nest.read(grown(tmp_path / "x.nest", 8 + len(header) + (40 << 30)))
 
 
-def test_a_pack_that_could_not_be_read_is_not_written(patch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pack = nest.read(patch)
-    monkeypatch.setattr(nest, "MAX_PACK", patch.stat().st_size - 1)
+def test_a_pack_that_could_not_be_read_is_not_written(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = nest.read(pack)
+    monkeypatch.setattr(nest, "MAX_PACK", pack.stat().st_size - 1)
     with pytest.raises(PackContentError, match="the pack would have"):
-        nest.encode(pack)
+        nest.encode(content)
     with pytest.raises(PackFormatError, match="are allowed"):
-        nest.read(patch)
-    monkeypatch.setattr(nest, "MAX_PACK", patch.stat().st_size)
-    assert nest.encode(nest.read(patch)) == patch.read_bytes()
+        nest.read(pack)
+    monkeypatch.setattr(nest, "MAX_PACK", pack.stat().st_size)
+    assert nest.encode(nest.read(pack)) == pack.read_bytes()
 
 
 @pytest.mark.parametrize("version", ["9" * 5000 + ".0.0", "1.0.0-" + "1" * 59, "1.0.0+" + "a" * 59])
@@ -111,7 +111,7 @@ def test_a_header_of_a_hundred_thousand_tensors_is_within_the_limit() -> None:
 def test_an_index_of_gigabytes_is_refused_unread(tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "model", sharded=True)
     grown(model / INDEX, 4 << 30)
-    with pytest.raises(CheckpointFormatError, match="it is too long: such a file may have 67108864 bytes"):
+    with pytest.raises(CheckpointFormatError, match="it is too long: at most 67108864 bytes are allowed"):
         open_checkpoint(model)
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from nestpatch.errors import FileSystemError, LedgerError
-from nestpatch.files.reading import alone, open_regular, read_bounded
+from nestpatch.files.locks import exclusive, try_lock, unlock
+from nestpatch.files.reading import open_regular, read_bounded
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="pipes and devices of POSIX")
 
@@ -90,19 +91,19 @@ def test_a_pipe_that_replaces_the_file_between_the_looks_is_refused_and_closed(
 def test_a_file_over_the_limit_is_refused_unread(tmp_path: Path) -> None:
     with open(tmp_path / "huge", "wb") as file:
         file.truncate(40 << 30)
-    with pytest.raises(OSError, match="too long: such a file may have 1000 bytes") as caught:
+    with pytest.raises(OSError, match="too long: at most 1000 bytes are allowed") as caught:
         read_bounded(tmp_path / "huge", 1000)
     assert caught.value.errno == errno.EFBIG
     (tmp_path / "just").write_bytes(bytes(1000))
     assert read_bounded(tmp_path / "just", 1000) == bytes(1000)
-    with pytest.raises(OSError, match="too long: such a file may have 999 bytes"):
+    with pytest.raises(OSError, match="too long: at most 999 bytes are allowed"):
         read_bounded(tmp_path / "just", 999)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="files of /proc")
 def test_a_file_that_tells_no_size_is_read_to_the_limit_and_no_further() -> None:
     assert b"MemTotal" in read_bounded("/proc/meminfo", 1 << 20)
-    with pytest.raises(OSError, match="too long: such a file may have 10 bytes"):
+    with pytest.raises(OSError, match="too long: at most 10 bytes are allowed"):
         read_bounded("/proc/meminfo", 10)
 
 
@@ -131,13 +132,13 @@ def test_a_file_system_without_locks_is_named(number: int, tmp_path: Path, monke
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(FileSystemError, match="cannot lock") as caught, alone(tmp_path / "x.lock"):
+    with pytest.raises(FileSystemError, match="cannot lock") as caught, exclusive(tmp_path / "x.lock"):
         pass
     assert "NESTPATCH_HOME" in caught.value.advice
 
 
 def test_a_lock_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileSystemError, match=r"cannot write .*missing"), alone(tmp_path / "missing" / "x.lock"):
+    with pytest.raises(FileSystemError, match=r"cannot write .*missing"), exclusive(tmp_path / "missing" / "x.lock"):
         pass
 
 
@@ -146,12 +147,39 @@ def test_one_holds_the_lock_at_a_time(tmp_path: Path) -> None:
     (tmp_path / "number").write_text("0")
     code = """import sys
 from pathlib import Path
-from nestpatch.files.reading import alone
+from nestpatch.files.locks import exclusive
 folder = Path(sys.argv[1])
 for _ in range(50):
-    with alone(folder / "lock"):
+    with exclusive(folder / "lock"):
         number = int((folder / "number").read_text())
         (folder / "number").write_text(str(number + 1))"""
     running = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(4)]
     assert [process.wait() for process in running] == [0] * 4
     assert (tmp_path / "number").read_text() == "200"
+
+
+def test_shared_locks_keep_out_an_exclusive_one_only(tmp_path: Path) -> None:
+    (tmp_path / "lock").touch()
+    with open(tmp_path / "lock", "r+b") as one, open(tmp_path / "lock", "r+b") as two, open(tmp_path / "lock", "r+b") as three:
+        assert try_lock(one.fileno(), shared=True)
+        assert try_lock(two.fileno(), shared=True)
+        assert not try_lock(three.fileno())
+        unlock(one.fileno())
+        assert not try_lock(three.fileno())
+        unlock(two.fileno())
+        assert try_lock(three.fileno())
+        assert not try_lock(one.fileno(), shared=True)
+
+
+def test_a_file_system_without_locks_is_not_a_lock_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def refuse(handle: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    (tmp_path / "lock").touch()
+    with open(tmp_path / "lock", "r+b") as file:
+        monkeypatch.setattr(fcntl, "flock", refuse)
+        with pytest.raises(OSError, match="No locks available"):
+            try_lock(file.fileno())
+        unlock(file.fileno())

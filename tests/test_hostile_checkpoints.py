@@ -72,20 +72,20 @@ FILES: dict[str, tuple[bytes | Callable[[bytes], bytes], str]] = {
     "truncated": (lambda good: good[:-1], "is truncated"),
     "half": (lambda good: good[: len(good) // 2], "is truncated"),
     "longer": (lambda good: good + b"\0", "is longer than its header says"),
-    "truncated in the header": (lambda good: good[:60], "is no safetensors file"),
+    "truncated in the header": (lambda good: good[:60], "is not a safetensors file"),
     "header claims everything": (lambda good: b"\xff" * 8 + good[8:], "header of 18446744073709551615 bytes"),
-    "header claims the file and more": (lambda good: struct.pack("<Q", len(good) - 7) + good[8:], "is no safetensors file"),
+    "header claims the file and more": (lambda good: struct.pack("<Q", len(good) - 7) + good[8:], "is not a safetensors file"),
     "header claims too much": (lambda good: shifted(good, 64), "is broken"),
     "header claims too little": (lambda good: shifted(good, -64), "is broken"),
     "overlap": (raw({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)), "tensor b overlaps the one before"),
     "inside another": (raw({"a": entry(0, 12), "b": entry(4, 8)}, bytes(12)), "tensor b overlaps the one before"),
     "gap": (raw({"a": entry(0, 8), "b": entry(12, 20)}, bytes(20)), "tensor b leaves a gap"),
     "gap at the start": (raw({"a": entry(4, 8)}, bytes(8)), "tensor a leaves a gap"),
-    "key twice": (raw('{"a":%s,"a":%s}' % ((json.dumps(entry(0, 4)),) * 2), bytes(4)), "a key is there twice"),
-    "field twice": (raw('{"a":{"dtype":"F32","shape":[2],"shape":[1],"data_offsets":[0,4]}}', bytes(4)), "a key is there"),
+    "key twice": (raw('{"a":%s,"a":%s}' % ((json.dumps(entry(0, 4)),) * 2), bytes(4)), "duplicate key"),
+    "field twice": (raw('{"a":{"dtype":"F32","shape":[2],"shape":[1],"data_offsets":[0,4]}}', bytes(4)), "duplicate key"),
     "not UTF-8": (raw(b'{"\xff":{}}'), "is broken"),
     "UTF-16": (raw(json.dumps({"a": entry(0, 4)}).encode("utf-16"), bytes(4)), "is broken"),
-    "no JSON": (raw("{"), "is no safetensors file"),
+    "no JSON": (raw("{"), "is not a safetensors file"),
     "a list": (raw("[]"), "is broken"),
     "a number": (raw("12"), "is broken"),
     "deep": (raw('{"a":' * 100_000 + "1" + "}" * 100_000), "is broken"),
@@ -107,12 +107,12 @@ FILES: dict[str, tuple[bytes | Callable[[bytes], bytes], str]] = {
     "dtype is a list": (raw({"a": entry(0, 4, dtype=["F32"])}, bytes(4)), "is broken"),
     "offset of 5000 digits": (raw('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,%s]}}' % ("9" * 5000)), "is broken"),
     "terminal escape in a name": (raw({"\x1b[2J": entry(4, 8)}, bytes(8)), "leaves a gap"),
-    "a pickle": (b"PK\x03\x04\0\0\x08\x08" + bytes(99), "is no safetensors file"),
+    "a pickle": (b"PK\x03\x04\0\0\x08\x08" + bytes(99), "is not a safetensors file"),
 }  # fmt: skip
 
 
 def shifted(good: bytes, by: int) -> bytes:
-    """The same file with a header length that lies."""
+    """The same file with a false header length."""
     (length,) = struct.unpack("<Q", good[:8])
     return struct.pack("<Q", length + by) + good[8:]
 
@@ -165,12 +165,12 @@ def outside(model: Path) -> None:
 
 
 DIRECTORIES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "shard outside": (outside, "names the shard '../x.safetensors', which is no plain file name"),
-    "shard absolute": (reindex(lambda m: m.update({NORM: "/etc/x.safetensors"})), "which is no plain file name"),
-    "shard below": (reindex(lambda m: m.update({NORM: "sub/x.safetensors"})), "which is no plain file name"),
-    "shard outside on Windows": (reindex(lambda m: m.update({NORM: "..\\x.safetensors"})), "which is no plain file name"),
-    "shard of another kind": (reindex(lambda m: m.update({NORM: "config.json"})), "which is no plain file name"),
-    "shard is a number": (reindex(lambda m: m.update({NORM: 1})), "which is no plain file name"),
+    "shard outside": (outside, "names the shard '../x.safetensors', which is not a plain file name"),
+    "shard absolute": (reindex(lambda m: m.update({NORM: "/etc/x.safetensors"})), "which is not a plain file name"),
+    "shard below": (reindex(lambda m: m.update({NORM: "sub/x.safetensors"})), "which is not a plain file name"),
+    "shard outside on Windows": (reindex(lambda m: m.update({NORM: "..\\x.safetensors"})), "which is not a plain file name"),
+    "shard of another kind": (reindex(lambda m: m.update({NORM: "config.json"})), "which is not a plain file name"),
+    "shard is a number": (reindex(lambda m: m.update({NORM: 1})), "which is not a plain file name"),
     "shard with a NUL": (reindex(lambda m: m.update({NORM: "\0.safetensors"})), "which is missing"),
     "shard with half a character": (reindex(lambda m: m.update({NORM: "\ud800.safetensors"})), "which is missing"),
     "shard of an endless name": (reindex(lambda m: m.update({NORM: "x" * 300 + ".safetensors"})), INDEX),
@@ -210,7 +210,7 @@ def test_a_directory_without_weights(shop: Path, tmp_path: Path) -> None:
     ("name", "says"),
     [
         ("nothing", "there is no model at"),
-        ("model.bin", "is no model file that nestpatch knows"),
+        ("model.bin", "is not a model file in a format that nestpatch reads"),
         ("model.gguf", "the file ends inside its header"),
         ("x" * 300, "there is no model at"),
     ],

@@ -269,7 +269,7 @@ def test_experts_are_counted_in_models_of_every_format(mixture: Path, base: Path
     writer.close()
     assert count_experts(tmp_path / "m.gguf") == 11
     (tmp_path / "broken.gguf").write_bytes(b"GGUF nonsense")
-    with pytest.raises(NestpatchError, match="cannot read"):
+    with pytest.raises(NestpatchError, match="GGUF version"):
         count_experts(tmp_path / "broken.gguf")
 
 
@@ -287,10 +287,10 @@ def odd_model(tmp_path: Path, name: str, shape: tuple[int, ...], architecture: s
         ("model.layers.0.mlp.experts.gate_up_proj", (2, 32, HIDDEN), "NewMoeForCausalLM", "stacks its experts"),
         ("model.layers.0.mlp.experts.gate_up_proj", (2, 33, HIDDEN), "Qwen3MoeForCausalLM", "no stack"),
         ("model.layers.0.mlp.experts.1.up_proj.weight", (32, HIDDEN), "Qwen3MoeForCausalLM", "how many"),
-        ("model.layers.0.mlp.experts.1.w9.weight", (32, HIDDEN), "MixtralForCausalLM", "no gate, up or down"),
+        ("model.layers.0.mlp.experts.1.w9.weight", (32, HIDDEN), "MixtralForCausalLM", "not a gate, up or down"),
         ("model.layers.0.mlp.experts.1.up_proj.weight", (32, HIDDEN), "Qwen2MoeForCausalLM", "not known to load"),
-        ("model.layers.0.mlp.shared_experts.up_proj.weight", (32, HIDDEN), "DeepseekV3ForCausalLM", "for an expert"),
-        ("model.layers.0.block_sparse_moe.gate.weight", (8, HIDDEN), "MixtralForCausalLM", "for an expert"),
+        ("model.layers.0.mlp.shared_experts.up_proj.weight", (32, HIDDEN), "DeepseekV3ForCausalLM", "as an expert"),
+        ("model.layers.0.block_sparse_moe.gate.weight", (8, HIDDEN), "MixtralForCausalLM", "as an expert"),
     ],
 )
 def test_what_peft_cannot_load_is_refused(tmp_path: Path, name, shape, architecture, reason) -> None:
@@ -329,7 +329,7 @@ def test_an_expert_that_the_model_does_not_have_is_refused(mixture: Path, tmp_pa
 
 @pytest.mark.parametrize("export", [export_lora, export_gguf_lora])
 def test_a_pack_that_claims_a_giant_matrix_is_refused(base: Path, tmp_path: Path, export) -> None:
-    """Shapes in a manifest are claims: a pack of kilobytes must not make somebody write terabytes."""
+    """Shapes in a manifest are claims: a pack of kilobytes must not lead to terabytes being written."""
     pack = tiny_pack(base, tensors=[FFN[0]])
     identity = dataclasses.replace(pack.manifest.base.tensors[FFN[0]], shape=(2**31, HIDDEN))
     huge = dataclasses.replace(pack.manifest.base, tensors={FFN[0]: identity})

@@ -341,7 +341,7 @@ def test_every_depth_of_nesting_is_read_or_refused() -> None:
         deep = '"method":{"a":' + "[" * depth + "]" * depth + ","
         errors.append(refusal(tools.with_manifest_text(good, lambda text, deep=deep: text.replace('"method":{', deep, 1))))
     assert errors[0] is None
-    assert "the manifest is no valid JSON" in str(errors[-1])
+    assert "the manifest is not valid JSON" in str(errors[-1])
 
 
 def test_manifest_json_and_parse_manifest_are_inverse() -> None:

@@ -12,7 +12,7 @@ from nestpatch.channels.listing import CHANNEL_FILE
 from nestpatch.channels.readers import ChannelReader, FolderReader, HubReader, open_reader, read_regular
 from nestpatch.errors import DataError, HubError, HubNotFoundError, PublishError
 from nestpatch.files.atomic import sweep_writes, write_bytes
-from nestpatch.files.reading import alone
+from nestpatch.files.locks import exclusive
 from nestpatch.hub.client import Reference, Snapshot, client, explained, look_up
 from nestpatch.hub.ranges import Meter, RemoteFile
 from nestpatch.signing.dsse import MAX_BYTES
@@ -132,7 +132,7 @@ class FolderWriter:
     def write(self, head: Head, files: Mapping[str, bytes], message: str) -> str:  # noqa: ARG002 - folders have no history
         """Each file by rename, the channel last, while other publishers wait."""
         folder = self.source.folder
-        with alone(folder / ".channel.lock"):
+        with exclusive(folder / ".channel.lock"):
             if _digest(self._read(CHANNEL_FILE)) != head.version:
                 raise StaleError
             for path in sorted(files, key=lambda path: path == CHANNEL_FILE):

@@ -22,7 +22,7 @@ from nestpatch.channels.listing import Channel, parse
 from nestpatch.channels.rules import Admitted, Gate, Seen
 from nestpatch.errors import ChannelFormatError, KeyFileError, SignatureFormatError
 from nestpatch.files.atomic import sweep_writes, write_bytes
-from nestpatch.files.reading import alone
+from nestpatch.files.locks import exclusive
 from nestpatch.signing.dsse import members
 from nestpatch.signing.keys import parse_public
 from nestpatch.signing.store import trust_file
@@ -140,7 +140,7 @@ def held() -> Iterator[None]:
     """What is remembered does not change meanwhile, by whichever process. Raises OSError."""
     for folder in (_folder(), _folder() / "places"):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with alone(_folder() / ".lock"):
+    with exclusive(_folder() / ".lock"):
         yield
 
 

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from nestpatch import __version__
 from nestpatch.errors import DataError, UnsupportedModelError
@@ -18,7 +17,7 @@ from nestpatch.export._gguf import WrittenModel, model_name
 from nestpatch.files.hashing import Sink, seal
 from nestpatch.files.scratch import CONVERTED, WHOLE, claimed, new_output, scratch
 from nestpatch.formats.checkpoint import CHUNK, Checkpoint
-from nestpatch.formats.gguf.header import Fact, encode_facts
+from nestpatch.formats.gguf.header import Fact, encode_facts, read_header
 from nestpatch.formats.gguf.quants import AUTO, FileType, file_type
 from nestpatch.formats.provenance import VERSION
 
@@ -105,19 +104,15 @@ def _run(script: Path, checkpoint: Checkpoint, target: Path, outtype: str, name:
 
 def _add_facts(source: Path, target: Path, facts: Mapping[str, Fact]) -> tuple[str, int]:
     """Copies a GGUF file with more metadata. Returns (architecture, number of tensors)."""
-    import gguf
-
-    reader: Any = gguf.GGUFReader(source)
-    facts = {key: value for key, value in facts.items() if key not in reader.fields}
-    architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
-    first, last = reader.tensors[0].field, reader.tensors[-1].field
-    end = last.offset + sum(part.nbytes for part in last.parts)
+    header = read_header(source)
+    facts = {key: value for key, value in facts.items() if key not in header.keys}
+    first, end = header.entries
     with open(source, "rb") as file, Sink(target) as sink:
         magic, version, tensors, count = struct.unpack("<4sIQQ", file.read(24))
         sink.write(struct.pack("<4sIQQ", magic, version, tensors, count + len(facts)))
-        sink.write(file.read(first.offset - 24) + encode_facts(facts) + file.read(end - first.offset))
-        sink.write(bytes(-sink.nbytes % reader.alignment))
-        file.seek(reader.data_offset)
+        sink.write(file.read(first - 24) + encode_facts(facts) + file.read(end - first))
+        sink.write(bytes(-sink.nbytes % header.alignment))
+        file.seek(header.data)
         while block := file.read(CHUNK):
             sink.write(block)
-    return architecture, len(reader.tensors)
+    return str(header.metadata.get("general.architecture", "")), len(header.tensors)

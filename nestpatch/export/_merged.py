@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nestpatch.errors import OutputError, PackContentError
-from nestpatch.formats.checkpoint import Checkpoint, Extents, IntArray, TensorInfo, row_blocks
+from nestpatch.formats.checkpoint import Checkpoint, Extents, IntArray, TensorInfo
 from nestpatch.pack import Pack
 from nestpatch.patcher.identity import State
 from nestpatch.patcher.merge import QuantizedMerge
@@ -17,7 +17,7 @@ from nestpatch.patcher.plan import Plan, make_plan, merged_blocks
 from nestpatch.rows import Rows, digest, merge
 
 
-class MergedCheckpoint:
+class MergedCheckpoint(Checkpoint):
     """A Checkpoint that reads like the patched model and cannot be written. What lies on disk stays the base."""
 
     converted = False
@@ -74,9 +74,8 @@ class MergedCheckpoint:
         if name not in self._deltas:
             yield from self._base.read_all(name)
             return
-        info = self.info(name)
-        for part in row_blocks(info.rows, info.row_bytes):
-            yield self.read_rows(name, np.arange(part.start, part.stop, dtype=np.int64)).tobytes()
+        for _, rows in self.iter_rows(name, np.arange(self.info(name).rows)):
+            yield rows.tobytes()
 
     def metadata(self) -> Mapping[str, Any]:
         """What the base's files say of themselves."""

@@ -16,7 +16,7 @@ from nestpatch.events import OnEvent
 from nestpatch.export._merged import merged_view
 from nestpatch.files.scratch import PATCHED, claimed, scratch
 from nestpatch.formats import nest
-from nestpatch.formats.checkpoint import Checkpoint, row_blocks
+from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.formats.provenance import PACKS, VERSION, packs_json
 from nestpatch.gate import Proven
 from nestpatch.pack import Pack, TensorDelta, now
@@ -25,7 +25,6 @@ from nestpatch.patcher.chain import Action
 from nestpatch.patcher.held import look, missing
 from nestpatch.patcher.kept import load_packs
 from nestpatch.patcher.ledger import Ledger, LedgerEntry, TensorRecord, read_ledger
-from nestpatch.patcher.merge import rows_of
 from nestpatch.patcher.plan import check_strength
 from nestpatch.patcher.recovery import open_model
 from nestpatch.patcher.state_dir import StateDir, state_dir_of
@@ -187,7 +186,7 @@ def _entry(proven: Proven, strength: float, tensors: dict[str, TensorRecord]) ->
 
 def _record(delta: TensorDelta, before: Checkpoint, after: Checkpoint) -> TensorRecord:
     digests: Sequence[Any] = (sha256(), sha256())
-    for part in row_blocks(delta.neurons, before.info(delta.name).row_bytes):
-        for digest, checkpoint in zip(digests, (before, after), strict=True):
-            digest.update(checkpoint.read_rows(delta.name, rows_of(delta, part)).tobytes())
+    for digest, checkpoint in zip(digests, (before, after), strict=True):
+        for _, rows in checkpoint.iter_rows(delta.name, delta.rows):
+            digest.update(rows.tobytes())
     return TensorRecord(delta.neurons, *(digest.hexdigest() for digest in digests))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import Any, TypeAlias
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
 from nestpatch.export._model_config import read_json
-from nestpatch.files.reading import MAX_JSON, read_bounded, read_text
+from nestpatch.files.reading import MAX_JSON, open_regular, read_text
+from nestpatch.formats.protobuf import BYTES, VARINT, Field, Wire
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 BPE = 2
 
 
@@ -47,71 +48,52 @@ class SentencePieceModel:
 
 
 def read_model(path: Path) -> SentencePieceModel:
-    """Raises CheckpointFormatError when the file is no sentencepiece model."""
+    """Reads a sentencepiece model.
+
+    Args:
+        path: tokenizer.model.
+
+    Returns:
+        Its vocabulary and what else an exporter needs.
+
+    Raises:
+        CheckpointFormatError: The file is not a sentencepiece model, or too long for one.
+    """
     try:
-        return _model(read_bounded(path, MAX_JSON, error=CheckpointFormatError))
-    except (ValueError, LookupError, TypeError, struct.error) as error:
+        with open_regular(path, error=CheckpointFormatError) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_JSON:
+                raise CheckpointFormatError(f"cannot read {path}: it is too long: at most {MAX_JSON} bytes are allowed")
+            return _model(Wire(file, size))
+    except (ValueError, LookupError, struct.error) as error:
         raise CheckpointFormatError(f"{path} is no sentencepiece model: {error}") from error
 
 
-def _model(data: bytes) -> SentencePieceModel:
+def _model(wire: Wire) -> SentencePieceModel:
     pieces: list[VocabularyPiece] = []
     model_type, prefix = 1, True  # the defaults of sentencepiece
-    for field, value in _fields(data):
-        if field == 1 and isinstance(value, bytes):
-            pieces.append(_piece(value))
-        elif field == 2 and isinstance(value, bytes):
-            model_type = int(dict(_fields(value)).get(3, 1))
-        elif field == 3 and isinstance(value, bytes):
-            prefix = bool(dict(_fields(value)).get(3, 1))
+    for field in wire.fields(0, wire.size):
+        if field.number == 1 and field.kind == BYTES:
+            pieces.append(_piece(wire, field))
+        elif field.number in (2, 3) and field.kind == BYTES:
+            numbers = {inner.number: inner.value for inner in wire.nested(field) if inner.kind == VARINT}
+            if field.number == 2:
+                model_type = numbers.get(3, 1)
+            else:
+                prefix = bool(numbers.get(3, 1))
     if not pieces:
         raise ValueError("it has no pieces")
     return SentencePieceModel(tuple(pieces), model_type, prefix)
 
 
-def _piece(data: bytes) -> VocabularyPiece:
-    fields = dict(_fields(data))
-    text, score = fields[1], fields.get(2, 0.0)
-    if not isinstance(text, bytes) or isinstance(score, bytes):
-        raise ValueError("a piece has fields of the wrong type")
-    return VocabularyPiece(text.decode("utf-8"), float(score), Kind(int(fields.get(3, 1))))
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, int | float | bytes]]:
-    """(field number, value) of a message, in order."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        if key & 7 == _VARINT:
-            number, at = _varint(data, at)
-            yield key >> 3, number
-        elif key & 7 == _FIXED32:
-            yield key >> 3, struct.unpack_from("<f", data, at)[0]
-            at += 4
-        elif key & 7 == _FIXED64:
-            yield key >> 3, struct.unpack_from("<d", data, at)[0]
-            at += 8
-        elif key & 7 == _BYTES:
-            length, at = _varint(data, at)
-            if at + length > len(data):
-                raise ValueError("it ends inside a field")
-            yield key >> 3, data[at : at + length]
-            at += length
-        else:
-            raise ValueError(f"wire type {key & 7} at byte {at}")
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """(number, where it ends)."""
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at
-        if shift > 63:
-            raise ValueError(f"an endless number at byte {at}")
+def _piece(wire: Wire, message: Field) -> VocabularyPiece:
+    fields = {field.number: field for field in wire.nested(message)}
+    text, score, kind = wire.text(fields[1]), 0.0, Kind.NORMAL
+    if 2 in fields:
+        (score,) = struct.unpack("<f", wire.content(fields[2]))
+    if 3 in fields:
+        kind = Kind(fields[3].value if fields[3].kind == VARINT else 0)
+    return VocabularyPiece(text, score, kind)
 
 
 ChatTemplate: TypeAlias = str | list[dict[str, str]]

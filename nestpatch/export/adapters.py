@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from nestpatch.errors import CheckpointFormatError
 from nestpatch.formats import nest
+from nestpatch.formats.gguf.header import read_header
 from nestpatch.formats.gguf.names import expert_of
 from nestpatch.formats.lora import gguf as lora_gguf
 from nestpatch.formats.lora import onnx as lora_onnx
@@ -114,7 +113,7 @@ def export_onnx_adapter(
     """
 
     def write(pack: Pack, target: Path, factor: float, _: int | None, *, dry_run: bool) -> Written:
-        ready = lora_onnx.read_sites(Path(model))
+        ready = lora_onnx.read_inputs(Path(model))
         content = lora_onnx.parameters(pack, ready, factor)
         make_plan(pack, open_model(ready.file)[0], factor)
         return lora_onnx.write(content, ready, target, dry_run=dry_run)
@@ -170,19 +169,8 @@ def count_experts(model: str | Path) -> int | None:
     Raises CheckpointFormatError when the model cannot be read.
     """
     if Path(model).suffix == ".gguf":
-        return _count_in_gguf(Path(model))
+        metadata = read_header(Path(model)).metadata
+        count = metadata.get(f"{metadata.get('general.architecture')}.expert_count")
+        return count if type(count) is int else None
     numbers = [found[1] for name in open_checkpoint(model).tensors() if (found := expert_of(name))]
     return 1 + max(numbers) if numbers else None
-
-
-def _count_in_gguf(file: Path) -> int | None:
-    from gguf import GGUFReader
-
-    try:
-        fields: Any = GGUFReader(file).fields
-        architecture = fields["general.architecture"].contents()
-        count = fields.get(f"{architecture}.expert_count")
-        return int(count.contents()) if count is not None else None
-    # The reader raises whatever the bytes provoke.
-    except Exception as error:
-        raise CheckpointFormatError(f"cannot read {file}: {error}") from error

@@ -1,1 +1,5 @@
-"""Durable files: atomic writes, copies, locks, scratch files, and files of unknown origin."""
+"""Durable files: written whole or not at all, copied, locked, hashed, and read without trusting what they are.
+
+`atomic` writes, `scratch` cleans up after killed processes, `copying` copies, `locks` locks, `hashing` hashes what is being
+written, `reading` opens files of unknown origin, `threads` runs work in a second thread.
+"""

@@ -1,4 +1,7 @@
-"""Files and directories that appear whole or not at all: written beside their place, synced, renamed."""
+"""Files and directories that appear whole or not at all: written under a temporary name beside their place, synced, renamed.
+
+`check_output` is the one check of an output path, to be made before any work; `new_place` and `write_bytes` write.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,14 @@ MAX_NAME = 200
 
 
 def check_output(path: Path) -> None:
-    """Raises OutputError, before any work, when a place is taken or cannot be written."""
+    """Checks, before any work, that a new file or directory can be created at a path.
+
+    Args:
+        path: The file or directory that will be written.
+
+    Raises:
+        OutputError: The path exists already, its name is too long or impossible, or its parent directory does not exist.
+    """
     if len(os.fsencode(path.name)) > MAX_NAME:
         raise OutputError(f"the name {path.name[:40]}... is too long for a file system", advice="Choose a shorter one with -o.")
     _refuse_taken(path, overwrite=False)
@@ -26,16 +36,23 @@ def check_output(path: Path) -> None:
 
 def _refuse_taken(path: Path, overwrite: bool) -> None:
     if not path.name or "\0" in path.name:
-        raise OutputError(f"{path} is no name for a file")
-    # lexists: a dangling link takes the place too.
+        raise OutputError(f"{path} is not a file name")
+    # lexists: a dangling link occupies the path too.
     if os.path.lexists(path) and not overwrite:
         raise OutputError(f"{path} exists already")
-    if overwrite and os.path.exists(path) and not path.is_file():  # noqa: PTH110 - answers no where Path.exists raises
-        raise OutputError(f"{path} is no file, and is not replaced")
+    if overwrite and os.path.exists(path) and not path.is_file():  # noqa: PTH110 - False where Path.exists raises
+        raise OutputError(f"{path} is not a file, and is not replaced")
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes a rename in this folder durable, where the system can (Windows cannot open folders)."""
+    """Makes renames in a directory durable, where the system can (Windows cannot open directories).
+
+    Args:
+        folder: The directory.
+
+    Raises:
+        OSError: It cannot be opened or synced.
+    """
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -46,7 +63,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Makes a new folder durable with all that is in it, before it gets its name."""
+    """Makes a new directory and everything in it durable, before it gets its final name.
+
+    Args:
+        folder: The directory.
+
+    Raises:
+        OSError: A file or directory cannot be opened or synced.
+    """
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and not entry.is_symlink():
             sync_tree(entry)
@@ -57,16 +81,32 @@ def sync_tree(folder: Path) -> None:
 
 
 def temporary(path: Path) -> Path:
-    """A new name beside a place, for what is written there until it is complete."""
+    """A new temporary name in the directory of a path.
+
+    Args:
+        path: The final path.
+
+    Returns:
+        The path to write to until the content is complete.
+    """
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 @contextmanager
 def new_place(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yields a temporary sibling path to create (a file or a directory), then renames it to `path`.
+    """Yields a temporary path to create a file or directory at, and renames it to `path` afterwards.
 
-    When the block raises, the sibling is removed and `path` is untouched.
-    Raises OutputError when the place is taken or cannot be written.
+    When the block raises, what was written is removed and `path` is untouched.
+
+    Args:
+        path: The final path.
+        overwrite: Whether a file there is replaced.
+
+    Yields:
+        The temporary path, in the same directory.
+
+    Raises:
+        OutputError: The path exists already, or cannot be written.
     """
     _refuse_taken(path, overwrite)
     sibling = temporary(path)
@@ -77,17 +117,22 @@ def new_place(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         os.replace(sibling, path)
         sync_folder(path.parent)
     except OSError as error:
-        _remove(sibling)
-        # A directory takes no place that another process has taken since: that is what the error was.
+        remove(sibling)
+        # A directory cannot replace what another process has put there since: then that is the reason.
         _refuse_taken(path, overwrite)
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-    except BaseException:
-        _remove(sibling)
+    except BaseException:  # Ctrl-C included: nothing half-written stays
+        remove(sibling)
         raise
 
 
-def _remove(path: Path) -> None:
-    # A name that was too long to be made is too long to be looked at.
+def remove(path: Path) -> None:
+    """Removes a file, a link, or a directory with its content; ignores what cannot be removed.
+
+    Args:
+        path: What to remove; it need not exist.
+    """
+    # OSError: a name too long to be created is too long to be looked up.
     with suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             import shutil  # which loads compressors: 6 ms that few writes need
@@ -98,7 +143,11 @@ def _remove(path: Path) -> None:
 
 
 def sweep_writes(path: Path) -> None:
-    """Removes what killed processes left of `write_bytes` to a place. Call it under the lock that all who write there hold."""
+    """Removes what killed processes left of `write_bytes` to a path. The caller holds the lock that all its writers hold.
+
+    Args:
+        path: The final path of those writes.
+    """
     with suppress(OSError):
         for file in path.parent.glob(f".{escape(path.name)}.????????.tmp"):
             if not file.is_dir() or file.is_symlink():
@@ -110,7 +159,15 @@ def write_bytes(
 ) -> None:
     """Writes a small file whole or not at all.
 
-    `mode`: its permissions, less the umask, from the first byte on; `owner`: (user, group) to give it to, for root alone.
+    Args:
+        path: The file.
+        data: Its content.
+        overwrite: Whether a file there is replaced.
+        mode: Its permissions, less the umask, from the first byte on.
+        owner: (user, group) to give it to; only root can.
+
+    Raises:
+        OutputError: The path exists already, or cannot be written.
     """
 
     def opener(name: str, flags: int) -> int:

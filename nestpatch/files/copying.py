@@ -1,13 +1,16 @@
-"""Copying weight files as fast as the system can: a reflink where the file system has them, else inside the kernel."""
+"""Copies weight files as fast as the system can: a reflink where the file system has them, else inside the kernel.
+
+`copy_file` copies a whole file; `copy_in_kernel` is the step that it shares with `hashing.Sink`.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -15,20 +18,32 @@ from nestpatch.files.threads import meanwhile
 
 STRETCH = 256 << 20
 """Bytes between two flushes."""
-
 _FICLONE = 0x40049409
 """ioctl of Linux: let the target share the source's blocks (btrfs, XFS, bcachefs)."""
+_REAL_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def copy_file(source: Path, target: Path, *, flush: bool = False) -> str:
-    """Copies content and mode to a new file; links are followed. Returns how: "reflink", "kernel" or "buffered".
+    """Copies the content and the mode of a file to a new file; links are followed.
 
-    With `flush` the disk begins to write while the copy goes on, for a caller that will sync the file.
+    Args:
+        source: The file to copy.
+        target: The new file.
+        flush: Whether the disk begins to write while the copy goes on, for a caller that will sync the file.
 
-    Raises OSError; the target may then be there in part.
+    Returns:
+        How it was copied: "reflink", "kernel" or "buffered".
+
+    Raises:
+        OSError: Reading or writing failed; a part of the target may then exist.
     """
-    with open(source, "rb") as read, open(target, "xb", opener=_private) as write, _flushing(write.fileno(), flush) as go_on:
-        how = _reflink(read.fileno(), write.fileno()) or _in_kernel(read.fileno(), write.fileno(), go_on)
+
+    def private(name: str, flags: int) -> int:
+        # The source may be readable by its owner only: so is the copy, from the first byte on.
+        return os.open(name, flags, 0o600)
+
+    with open(source, "rb") as read, open(target, "xb", opener=private) as write, _flushing(write.fileno(), flush) as go_on:
+        how = _reflink(read.fileno(), write.fileno()) or _whole_in_kernel(read.fileno(), write.fileno(), go_on)
         if how is None:
             read.seek(0)
             write.seek(0)
@@ -40,14 +55,34 @@ def copy_file(source: Path, target: Path, *, flush: bool = False) -> str:
     return how
 
 
-def _private(name: str, flags: int) -> int:
-    """The source may be for its owner alone: so is the copy, from the first byte on."""
-    return os.open(name, flags, 0o600)
+def copy_in_kernel(source: int, target: int, nbytes: int, offset: int | None = None) -> int:
+    """Copies bytes between two open files without bringing them into this process.
+
+    Args:
+        source: Descriptor of the file to read.
+        target: Descriptor of the file to write, at its current position.
+        nbytes: How many bytes at most.
+        offset: Where to read; None for the source's own position, which then moves.
+
+    Returns:
+        How many bytes were copied. 0 at the end of the source, and where the system cannot do it: copy with a buffer.
+
+    Raises:
+        OSError: The disk is full, or broken.
+    """
+    if not hasattr(os, "copy_file_range"):
+        return 0
+    try:
+        return os.copy_file_range(source, target, nbytes, offset)
+    except OSError as error:
+        if error.errno in _REAL_FAILURES:
+            raise
+        return 0
 
 
 @contextmanager
 def _flushing(handle: int, flush: bool) -> Iterator[Callable[[], None]]:
-    """Gives a function that lets another thread sync the file, or that does nothing."""
+    """Yields a function that lets another thread sync the file, or that does nothing."""
     if not flush:
         yield lambda: None
         return
@@ -67,28 +102,17 @@ def _reflink(read: int, write: int) -> str | None:
         return None
     import fcntl
 
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         fcntl.ioctl(write, _FICLONE, read)
         return "reflink"
     return None
 
 
-def _in_kernel(read: int, write: int, go_on: Callable[[], None]) -> str | None:
-    if not hasattr(os, "copy_file_range"):
-        return None
+def _whole_in_kernel(read: int, write: int, go_on: Callable[[], None]) -> str | None:
     left = os.fstat(read).st_size
-    try:
-        while left:
-            copied = os.copy_file_range(read, write, min(left, STRETCH))
-            if copied == 0:
-                return None  # some file systems end early instead of failing
-            left -= copied
-            go_on()
-    except OSError as error:
-        import errno
-
-        # Unsupported here: copy with a buffer. A full disk is a full disk.
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            raise
-        return None
+    while left:
+        if not (copied := copy_in_kernel(read, write, min(left, STRETCH))):
+            return None  # unsupported here; some file systems end early instead of failing
+        left -= copied
+        go_on()
     return "kernel"

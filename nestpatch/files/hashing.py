@@ -1,8 +1,11 @@
-"""A file being written, and its SHA-256: a second thread hashes what lies in the page cache already, and costs little time."""
+"""The SHA-256 of a file while it is being written.
+
+`Sink` writes a file and hashes it in a second thread, which reads back what is still in the page cache: the digest of a 16 GB
+file costs little time on top of writing it. `seal` does the same for a file that another program wrote.
+"""
 
 from __future__ import annotations
 
-import errno
 import os
 from hashlib import sha256
 from pathlib import Path
@@ -10,6 +13,7 @@ from threading import Condition, Thread
 from types import TracebackType
 
 from nestpatch.errors import CheckpointFormatError
+from nestpatch.files.copying import copy_in_kernel
 
 Data = bytes | memoryview
 _BLOCK = 1 << 20
@@ -18,9 +22,29 @@ _COPY = 64 << 20
 
 
 class Sink:
-    """Appends to a file. Leaving the `with` block syncs it; `sha256` and `nbytes` are then those of the whole file."""
+    """A new file that is written from its start to its end, and its SHA-256.
+
+    Use it as a context manager: the block writes; leaving it syncs the file and ends the hashing thread. When the block raises,
+    the file is closed as it is, without a digest.
+
+        with Sink(path) as sink:
+            sink.write(header)
+            sink.copy(source, offset, nbytes)
+        sink.sha256, sink.nbytes
+
+    Attributes:
+        nbytes: Bytes written so far.
+    """
 
     def __init__(self, path: Path) -> None:
+        """Creates the file, or empties an existing one.
+
+        Args:
+            path: The file.
+
+        Raises:
+            OSError: It cannot be created.
+        """
         self.nbytes = 0
         self._path = path
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed in __exit__
@@ -28,7 +52,7 @@ class Sink:
         self._news = Condition()
         self._done = False
         self._stopped = False
-        self._in_kernel = hasattr(os, "copy_file_range")
+        self._in_kernel = True
         self._failure: OSError | None = None
         self._thread = Thread(target=self._hash, daemon=True)
 
@@ -37,16 +61,30 @@ class Sink:
         return self
 
     def write(self, data: Data) -> None:
-        """Appends a block."""
+        """Appends a block.
+
+        Args:
+            data: Its bytes.
+
+        Raises:
+            OSError: The disk is full, or broken.
+        """
         view = memoryview(data)
         while view:
             view = view[self._file.write(view) :]
-        self._tell(memoryview(data).nbytes)
+        self._notify(memoryview(data).nbytes)
 
     def copy(self, file: Path, offset: int, nbytes: int) -> None:
-        """Appends a part of another file, inside the kernel where it can.
+        """Appends a part of another file, inside the kernel where the system can.
 
-        Raises CheckpointFormatError when that file ends too early.
+        Args:
+            file: The other file.
+            offset: The first byte to copy.
+            nbytes: How many bytes.
+
+        Raises:
+            CheckpointFormatError: The other file ends before.
+            OSError: The disk is full, or broken.
         """
         with open(file, "rb", buffering=0) as source:
             while nbytes:
@@ -57,15 +95,8 @@ class Sink:
 
     def _copy_some(self, source: int, offset: int, nbytes: int) -> int:
         if self._in_kernel:
-            try:
-                count = os.copy_file_range(source, self._file.fileno(), nbytes, offset)
-            except OSError as error:
-                # Unsupported between these files: copy with a buffer. A full disk is a full disk.
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-                    raise
-                count = 0
-            if count:
-                self._tell(count)
+            if count := copy_in_kernel(source, self._file.fileno(), nbytes, offset):
+                self._notify(count)
                 return count
             self._in_kernel = False
         os.lseek(source, offset, os.SEEK_SET)
@@ -73,14 +104,14 @@ class Sink:
         self.write(data)
         return len(data)
 
-    def _tell(self, count: int) -> None:
+    def _notify(self, count: int) -> None:
         with self._news:
             self.nbytes += count
             self._news.notify()
 
     @property
     def sha256(self) -> str:
-        """Of all that was written; only after the `with` block."""
+        """Hex digest of everything written; complete only after the `with` block."""
         return self._state.hexdigest()
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
@@ -98,28 +129,38 @@ class Sink:
             raise self._failure
 
     def _hash(self) -> None:
-        """Follows the writer through the file."""
+        """Reads what was written and hashes it, until `__exit__` ends it. Runs in the second thread."""
         buffer = memoryview(bytearray(_BLOCK))
         hashed = 0
         try:
             with open(self._path, "rb", buffering=0) as file:
                 while self._wait(hashed):
                     if not (count := file.readinto(buffer)):
-                        raise OSError(f"{self._path} was cut off while it was written")
+                        raise OSError(f"{self._path} was truncated while it was written")
                     self._state.update(buffer[:count])
                     hashed += count
         except OSError as error:
             self._failure = error
 
     def _wait(self, hashed: int) -> bool:
-        """Until there is a block to hash, or all of it is written. False: there is nothing left to do."""
+        """Waits until there is a block to hash or everything is written. Returns whether anything is left to hash."""
         with self._news:
             self._news.wait_for(lambda: self._done or self.nbytes - hashed >= _BLOCK)
             return self.nbytes > hashed and not self._stopped
 
 
 def seal(path: Path) -> tuple[int, str]:
-    """Syncs a file that something else wrote. Returns (bytes, SHA-256)."""
+    """Syncs a file that another program wrote, and hashes it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        (bytes, SHA-256 in hex).
+
+    Raises:
+        OSError: It cannot be read or synced.
+    """
     state = sha256()
     with open(path, "rb") as file:
         os.fsync(file.fileno())

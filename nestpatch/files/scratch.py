@@ -1,40 +1,58 @@
-"""Temporary files of copies and exports. Locked while their process lives, so the next can remove what a killed one left."""
+"""Temporary files of copies and exports, which take minutes to write and may be killed.
+
+Each is locked while its process lives, so that the next process can remove what a killed one left behind. On Windows, which
+cannot lock directories, nothing is locked and nothing is removed.
+"""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
-from nestpatch.files.atomic import new_place
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment,unused-ignore]
+from nestpatch.files.atomic import new_place, remove
+from nestpatch.files.locks import WINDOWS, lock, try_lock
 
 WHOLE, PATCHED, CONVERTED = ".whole", ".patched", ".converted"
-"""Endings of second temporary files: the model before quantization, a patched copy of it, and what another converter wrote."""
+"""Endings of second temporary files: the model before quantization, a patched copy of it, and another converter's output."""
 
 
 @contextmanager
 def new_output(target: Path, *, directory: bool = False) -> Iterator[Path]:
-    """`new_place` for what takes long to write: removes what killed processes left of it, and marks its own as in use.
+    """`new_place` for what takes long to write: sweeps the path first and claims the temporary file.
 
-    The mark is there until the sibling has its name: no other process removes it before. Raises OutputError.
+    Args:
+        target: The final path.
+        directory: Whether a directory is written.
+
+    Yields:
+        The temporary path; it exists and stays claimed until it has its final name.
+
+    Raises:
+        OutputError: The path exists already, or cannot be written.
     """
     sweep(target)
-    with ExitStack() as mark, new_place(target) as sibling:
-        yield mark.enter_context(claimed(sibling, directory=directory))
+    with ExitStack() as claim, new_place(target) as sibling:
+        yield claim.enter_context(claimed(sibling, directory=directory))
 
 
 @contextmanager
 def claimed(path: Path, *, directory: bool = False) -> Iterator[Path]:
-    """Makes a file or a directory, or takes one that is there, and marks it as in use until the end of the block."""
-    if fcntl is None:
+    """Creates a file or directory, or takes an existing one, and marks it as in use for the duration of the block.
+
+    Args:
+        path: The file or directory.
+        directory: Whether to create a directory.
+
+    Yields:
+        The path.
+
+    Raises:
+        OSError: It cannot be created or opened.
+    """
+    if WINDOWS:
         path.mkdir(exist_ok=True) if directory else path.touch()
         yield path
         return
@@ -53,70 +71,59 @@ def _claim(path: Path, directory: bool) -> int:
             handle = os.open(path, os.O_RDONLY if directory or path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
             if path.parent.is_dir():
-                continue  # swept by another process before it was marked
+                continue  # swept by another process before it was locked
             raise
-        _lock(handle, wait=True)
+        with suppress(OSError):  # a file system without locks: nothing is ever swept there
+            lock(handle)
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), path.lstat()):
                 return handle
-        os.close(handle)  # the same
+        os.close(handle)  # swept between opening and locking
 
 
 @contextmanager
 def scratch(path: Path, ending: str) -> Iterator[Path]:
-    """A second temporary file or directory beside one, gone afterwards whatever happens."""
+    """Yields the path of a second temporary file or directory, which is removed after the block in any case.
+
+    Args:
+        path: The first temporary path, as `new_output` yields it.
+        ending: WHOLE, PATCHED or CONVERTED.
+
+    Yields:
+        The second path; nothing is created there.
+    """
     second = path.with_name(path.name + ending)
     try:
         yield second
     finally:
-        _remove(second)
+        remove(second)
 
 
-def sweep(target: Path, remove: Callable[[Path], None] | None = None) -> None:
-    """Removes the temporary files of earlier processes to this place that are gone. `remove`: how; as a whole."""
+def sweep(target: Path, remove: Callable[[Path], None] = remove) -> None:
+    """Removes the temporary files that killed processes left of outputs to a path.
+
+    Args:
+        target: The final path of those outputs.
+        remove: Removes one temporary file or directory.
+    """
     for ending in ("", WHOLE, PATCHED, CONVERTED):
         for path in target.parent.glob(f".{escape(target.name)}.????????.tmp{ending}"):
-            # What another program writes has no mark of its own, but that of the file that is made of it.
+            # Another program's output is not locked itself; the file that is made of it is.
             marked = path.with_name(path.name.removesuffix(CONVERTED))
-            if not path.is_symlink() and (not marked.exists() or is_free(marked)):
-                _remove_free(path, remove or _remove)
+            if not path.is_symlink() and (not marked.exists() or _when_free(marked, lambda _: None)):
+                _when_free(path, remove)
 
 
-def _remove_free(path: Path, remove: Callable[[Path], None]) -> None:
-    with suppress(OSError), _opened(path) as handle:
-        if _lock(handle):
-            remove(path)
-
-
-def is_free(path: Path) -> bool:
-    """Whether no living process has marked a file or directory as in use."""
-    with suppress(OSError), _opened(path) as handle:
-        return _lock(handle)
+def _when_free(path: Path, work: Callable[[Path], None]) -> bool:
+    """Does something under the lock of a path; False where it was taken or cannot be locked, or the work failed."""
+    if WINDOWS:
+        return False
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        try:
+            if try_lock(handle):
+                work(path)
+                return True
+        finally:
+            os.close(handle)
     return False
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    try:
-        yield handle
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int, *, wait: bool = False) -> bool:
-    """Whether the lock could be taken. Where the system has none, nothing is ever swept."""
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        return False
-    return True
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

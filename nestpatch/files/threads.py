@@ -1,6 +1,7 @@
-"""Threads beside the main one, for long stretches of hashing, packing and syncing that leave the interpreter alone.
+"""Work in a second thread, for long stretches of hashing, packing and syncing, which release the interpreter.
 
-Two threads of reads and writes would be slower than one: each small call hands the interpreter over and waits to get it back.
+Two threads that make many small reads and writes would be slower than one: each call hands the interpreter over and waits to
+get it back.
 """
 
 from __future__ import annotations
@@ -15,14 +16,21 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
-AHEAD = 2
-"""Items that wait for the second thread at most: each holds blocks of rows in memory."""
+_AHEAD = 2
+"""Items that may wait for the second thread: each holds blocks of rows in memory."""
 
 
 def beside(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """The results of `work`, done in a second thread, in the order of the items, which are made in this one.
+    """Maps a function over items in a second thread, while this thread produces the items.
 
-    What an item raises is raised in its turn; what is under way is waited for.
+    An exception is raised in the place of its result; unfinished work is waited for.
+
+    Args:
+        work: Runs in the second thread.
+        items: Iterated in this thread, at most _AHEAD items before the results.
+
+    Yields:
+        The results, in the order of the items.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -30,7 +38,7 @@ def beside(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     with ThreadPoolExecutor(1) as pool:
         for item in items:
             waiting.append(pool.submit(work, item))
-            if len(waiting) > AHEAD:
+            if len(waiting) > _AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -38,9 +46,9 @@ def beside(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
 @contextmanager
 def meanwhile() -> Iterator[Callable[[Callable[[], None]], Future[None]]]:
-    """Gives a function that starts work in another thread, one piece after the other.
+    """Yields a function that queues work for a second thread and returns its Future.
 
-    At the end waits for all of it, and raises what a piece raised.
+    Leaving the block waits for all of the work and raises the first exception that it raised.
     """
     from concurrent.futures import ThreadPoolExecutor
 

@@ -1,4 +1,4 @@
-"""Rows of a matrix that lies in a file, whatever the format: where they are is all that counts."""
+"""Reads and writes rows of a matrix in a file, in any format: only their place matters. Reads are unbuffered, as rows are."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from nestpatch.rows import Rows
 
 
 def read_rows_at(info: TensorInfo, rows: IntArray, dtype: np.dtype[Any]) -> Rows:
-    """Reads sorted rows, [rows, elements] in a dtype; neighbours are read together."""
+    """Reads sorted rows as [rows, elements] of a dtype; consecutive rows are read together."""
     out = np.empty((len(rows), info.row_bytes), np.uint8)
-    # Unbuffered: a buffer would read twice what a row needs.
     with open_regular(info.file) as file:
         for target, offset in _runs(info, rows, out):
             read_into(file, target, offset, info)
@@ -26,7 +25,7 @@ def read_rows_at(info: TensorInfo, rows: IntArray, dtype: np.dtype[Any]) -> Rows
 
 
 def write_rows_at(info: TensorInfo, rows: IntArray, values: Rows) -> None:
-    """Writes sorted rows in place; neighbours are written together."""
+    """Writes sorted rows in place; consecutive rows are written together."""
     data = np.ascontiguousarray(values).view(np.uint8)
     with open_regular(info.file, write=True) as file:
         for source, offset in _runs(info, rows, data):
@@ -42,13 +41,13 @@ def read_all_at(info: TensorInfo) -> Iterator[bytes]:
         while left:
             block = file.read(min(CHUNK, left))
             if not block:
-                raise _truncated(info)
+                raise CheckpointFormatError(f"{info.file} ends inside tensor {info.name}")
             left -= len(block)
             yield block
 
 
 def _runs(info: TensorInfo, rows: IntArray, data: Any) -> Iterator[tuple[memoryview, int]]:
-    """(the part of data, its place in the file) of every stretch of consecutive row numbers. data: uint8 [rows, row_bytes]."""
+    """(part of the data, its offset in the file) of every run of consecutive row numbers. data: uint8 [rows, row_bytes]."""
     if not len(rows):
         return
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
@@ -61,20 +60,16 @@ def _runs(info: TensorInfo, rows: IntArray, data: Any) -> Iterator[tuple[memoryv
 
 
 def read_into(file: FileIO, out: memoryview, offset: int, info: TensorInfo) -> None:
-    """Fills `out` from a place in a file. Raises CheckpointFormatError when the file ends before; `info` is for the message."""
+    """Fills `out` from an offset of a file. Raises CheckpointFormatError, naming `info`, when the file ends before."""
     file.seek(offset)
     while out:  # raw reads and writes may be short
         count = file.readinto(out)
         if not count:
-            raise _truncated(info)
+            raise CheckpointFormatError(f"{info.file} ends inside tensor {info.name}")
         out = out[count:]
 
 
 def write_all(file: FileIO, data: memoryview) -> None:
-    """Writes all of `data` where the file stands."""
+    """Writes all of `data` at the file's position."""
     while data:
         data = data[file.write(data) :]
-
-
-def _truncated(info: TensorInfo) -> CheckpointFormatError:
-    return CheckpointFormatError(f"{info.file} ends inside tensor {info.name}")

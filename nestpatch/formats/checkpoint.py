@@ -1,7 +1,8 @@
-"""The Checkpoint protocol: what patching needs of a format."""
+"""The Checkpoint protocol: what nestpatch needs of a model on disk, whatever its format."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nestpatch.errors import QuantizationError
-from nestpatch.formats.codec import Codec, FloatCodec
+from nestpatch.formats._codec import Codec, FloatCodec
 from nestpatch.rows import DTYPES, Rows
 
 IntArray = npt.NDArray[np.int64]
@@ -21,22 +22,22 @@ CHUNK = 2 << 20
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies, and what it is."""
+    """What a tensor is and where it is stored."""
 
     name: str
     dtype: str
-    """Its name in safetensors; for types that only another format has, that format's: "BF16", "F32", "Q4_K", ..."""
+    """As safetensors names it ("BF16", "F32"); types that only another format has, as that format does ("Q4_K")."""
     shape: tuple[int, ...]
     file: Path
     offset: int
     """Of its first byte in the file."""
     nbytes: int
     codec: Codec | None = None
-    """How rows hold their numbers, where those are not plain ones; None too for types that nobody patches."""
+    """How rows store their numbers; None for plain numbers and for types that cannot be patched."""
     others: tuple[Path, ...] = ()
     """More files that hold parts of its rows."""
-    stretch: int = 1
-    """How many times CHUNK bytes of rows to work on at a time: more where every call has to read the whole tensor."""
+    chunks: int = 1
+    """How many CHUNKs of rows to read at a time: more where every read has to pass over the whole tensor."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -50,7 +51,11 @@ class TensorInfo:
 
     @property
     def coding(self) -> Codec:
-        """How rows hold their numbers. Raises QuantizationError for types that nobody patches."""
+        """How rows store their numbers.
+
+        Raises:
+            QuantizationError: The type cannot be decoded here.
+        """
         if self.codec is not None:
             return self.codec
         if not self.plain:
@@ -60,63 +65,147 @@ class TensorInfo:
     @property
     def rows(self) -> int:
         """Rows of the matrix; the experts of a stacked tensor are flattened into them."""
-        count = 1
-        for n in self.shape[:-1]:
-            count *= n
-        return count
+        return math.prod(self.shape[:-1])
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of a row as it is stored."""
         return self.nbytes // self.rows
 
+    def blocks(self, count: int, row_bytes: int | None = None) -> Iterator[slice]:
+        """Cuts a list of its rows into blocks that fit into memory.
 
-def row_blocks(rows: int, row_bytes: int, stretch: int = 1) -> Iterator[slice]:
-    """Slices of rows that fit into `stretch` times CHUNK bytes."""
-    size = max(1, stretch * CHUNK // max(1, row_bytes))
-    yield from (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+        Args:
+            count: Length of the list.
+            row_bytes: Bytes that the caller holds for each row; as many as are stored when None.
+
+        Yields:
+            Consecutive slices of the list.
+        """
+        return row_blocks(count, self.row_bytes if row_bytes is None else row_bytes, self.chunks)
+
+
+def row_blocks(count: int, row_bytes: int, chunks: int = 1) -> Iterator[slice]:
+    """Cuts a list of rows into blocks that fit into memory.
+
+    Args:
+        count: Length of the list.
+        row_bytes: Bytes held for each row.
+        chunks: How many CHUNKs a block may have.
+
+    Yields:
+        Consecutive slices of the list, of at least one row each.
+    """
+    size = max(1, chunks * CHUNK // max(1, row_bytes))
+    yield from (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
 @runtime_checkable
 class Extents(Protocol):
-    """What a checkpoint may also offer: its bytes where they lie, to be copied without being read."""
+    """A checkpoint that can name the place of a tensor's bytes, so that they are copied without being read."""
 
     def extent(self, name: str) -> TensorInfo | None:
-        """Where the bytes of `read_all` are in a file; None where they come about in reading."""
+        """Where the bytes of `read_all` are stored.
+
+        Args:
+            name: The tensor.
+
+        Returns:
+            Its place in one file; None where its bytes are computed on reading.
+        """
 
 
 class Checkpoint(Protocol):
-    """A model on disk. Nothing is loaded but what is asked for.
+    """A model on disk. Nothing is loaded before it is asked for. Formats inherit from this class.
 
-    Rows are 2-D arrays [rows, in_features] in the stored dtype, addressed by sorted indices; those of quantized types are
-    uint8 [rows, row_bytes], blocks as they are stored.
+    Rows are 2-D arrays [rows, in_features] in the stored dtype; those of quantized types are uint8 [rows, row_bytes], blocks as
+    they are stored. Row numbers are sorted.
     """
 
     path: Path
     files: tuple[Path, ...]
     """All files with weights, in a fixed order."""
     converted: bool
-    """Whether the format rounds weights when a model is brought into it, so that rows may differ from the base's a little."""
+    """Whether bringing a model into this format rounds its weights, so that rows may differ slightly from the base's."""
 
     def reopen(self, path: Path) -> Checkpoint:
-        """The same format at another place, whatever its name there."""
+        """Opens another path as the same format, whatever its name.
+
+        Args:
+            path: The other model.
+
+        Raises:
+            CheckpointFormatError: It is not a model of this format.
+        """
 
     def tensors(self) -> Sequence[str]:
         """The names of all tensors, sorted."""
 
     def has(self, name: str) -> bool:
-        """Whether there is such a tensor, by its own name here or by the name that packs use."""
+        """Whether there is such a tensor.
+
+        Args:
+            name: Its name in the file, or the name that packs use.
+        """
 
     def info(self, name: str) -> TensorInfo:
-        """Raises CheckpointFormatError when there is no such tensor."""
+        """What a tensor is and where it is stored.
+
+        Args:
+            name: Its name in the file, or the name that packs use.
+
+        Raises:
+            CheckpointFormatError: There is no such tensor.
+        """
 
     def read_rows(self, name: str, rows: IntArray) -> Rows:
-        """Reads some rows. Raises CheckpointFormatError when the dtype is none that can be patched."""
+        """Reads some rows.
+
+        Args:
+            name: The tensor.
+            rows: Sorted row numbers.
+
+        Returns:
+            [rows, in_features], or uint8 [rows, row_bytes] of quantized types.
+
+        Raises:
+            CheckpointFormatError: The tensor has no rows that can be patched, or the file ends before them.
+        """
 
     def write_rows(self, name: str, rows: IntArray, values: Rows) -> None:
-        """Writes some rows in place."""
+        """Writes some rows in place.
+
+        Args:
+            name: The tensor.
+            rows: Sorted row numbers.
+            values: In the form that `read_rows` returns.
+        """
 
     def read_all(self, name: str) -> Iterator[bytes]:
-        """The tensor's bytes, in blocks."""
+        """The tensor's bytes, in blocks.
+
+        Args:
+            name: The tensor.
+        """
 
     def metadata(self) -> Mapping[str, Any]:
-        """What the files say of themselves."""
+        """The metadata of all files together."""
+
+    def iter_rows(
+        self, name: str, rows: npt.NDArray[np.integer[Any]], *, row_bytes: int | None = None
+    ) -> Iterator[tuple[slice, Rows]]:
+        """Reads many rows, a block at a time.
+
+        Args:
+            name: The tensor.
+            rows: Sorted row numbers.
+            row_bytes: Bytes that the caller holds for each row; as many as are stored when None.
+
+        Yields:
+            (slice of `rows`, their content as `read_rows` returns it), until all are read.
+
+        Raises:
+            CheckpointFormatError: As `read_rows`.
+        """
+        for part in self.info(name).blocks(len(rows), row_bytes):
+            yield part, self.read_rows(name, rows[part].astype(np.int64))

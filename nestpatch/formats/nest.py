@@ -1,12 +1,13 @@
-"""`.nest` bytes <-> Pack: canonical writer, strict reader. docs/nest-format.md is the normative text.
+"""The `.nest` file format: canonical writer, strict reader. docs/nest-format.md is the normative text.
 
-A pack has exactly one encoding. The reader first says by name what is wrong with a bad file; at the end it encodes what it
-read and compares, so nothing passes that the writer would not have written.
+A pack has exactly one encoding. The reader names what is wrong with a bad file; at the end it encodes what it read and compares
+the bytes, so that it accepts only what the writer writes.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Mapping
@@ -26,10 +27,10 @@ from nestpatch.rows import DTYPES
 
 MAX_HEADER = 1 << 20
 MAX_PACK = 1 << 30
-"""Bytes of a file: 65,536 rows of 8,192 16-bit numbers, each with a delta of its own. Trained packs have megabytes at most."""
+"""Bytes of a file: 65,536 rows of 8,192 16-bit numbers, each with its own delta. Trained packs have megabytes at most."""
 ALIGNMENT = 64
-MAX_SIDE = 1 << 31
-"""Rows or columns, at most: with no other side, an empty tensor could claim any number of them."""
+_MAX_SIDE = 1 << 31
+"""Rows or columns, at most: an empty tensor with a side of 0 could claim any number for the other."""
 PARTS = ("delta", "rows", "cluster", "sketch")
 _CODES: dict[str, np.dtype[Any]] = {
     **DTYPES,
@@ -66,9 +67,16 @@ _RESULT_FIELDS: dict[str, type] = {"rows_sha256": str}
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys, no spaces, no escapes beyond the necessary, no NaN or infinity.
+    """Encodes a value as JSON in the one form that packs use: sorted keys, no spaces, no needless escapes.
 
-    Raises PackContentError for values that JSON cannot hold.
+    Args:
+        value: Plain JSON values.
+
+    Returns:
+        The text.
+
+    Raises:
+        PackContentError: JSON cannot hold the value (NaN, infinity, lone surrogates, other types).
     """
     try:
         text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -79,9 +87,19 @@ def canonical_json(value: Any) -> str:
 
 
 def encode(pack: Pack) -> bytes:
-    """The bytes of the `.nest` file. Equal packs give equal bytes."""
+    """Encodes a pack. Equal packs give equal bytes.
+
+    Args:
+        pack: The pack.
+
+    Returns:
+        The bytes of its `.nest` file.
+
+    Raises:
+        PackContentError: The header or the file would be too long.
+    """
     arrays = {f"{d.name}:{part}": np.ascontiguousarray(getattr(d, part)) for d in pack for part in PARTS}
-    # Wide types first, so that every array lies at a multiple of its item size.
+    # Wide types first, so that every array begins at a multiple of its item size.
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     codes = {dtype: code for code, dtype in _CODES.items()}
     header: dict[str, Any] = {"__metadata__": {"nest": canonical_json(manifest_json(pack.manifest))}}
@@ -101,21 +119,38 @@ def encode(pack: Pack) -> bytes:
 
 
 def pack_id(pack: Pack) -> str:
-    """The SHA-256 (hex) of the pack's file."""
+    """The id of a pack.
+
+    Args:
+        pack: The pack.
+
+    Returns:
+        The SHA-256 of its `.nest` file, in hex.
+    """
     return sha256(encode(pack)).hexdigest()
 
 
 def decode(data: bytes) -> Pack:
-    """Reads the bytes of a `.nest` file.
+    """Decodes a `.nest` file.
 
-    Raises PackFormatError, PackTooNewError or PackContentError, each with the reason.
+    Args:
+        data: Its bytes.
+
+    Returns:
+        The pack; its arrays are copies.
+
+    Raises:
+        PackFormatError: The file is not a pack, or not in canonical form.
+        PackTooNewError: It has a format version, a tensor or a field that this nestpatch does not know.
+        PackContentError: Its content contradicts itself.
     """
-    header, body = _split(data)
+    length = _head_length(data[:8], len(data))
+    header, body = _parse_head(data[:length], len(data)), memoryview(data)[length:]
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or set(metadata) != {"nest"} or not isinstance(metadata["nest"], str):
         raise PackFormatError(
             "this safetensors file is not a pack: its metadata must hold the key nest and no other",
-            advice="Give a .nest file as the patch, and the model before it: nestpatch apply MODEL PATCH",
+            advice="Give the model first and a .nest file second: nestpatch apply MODEL PACK",
         )
     manifest = parse_manifest(metadata["nest"])
     arrays = {name: _array(name, entry, body) for name, entry in header.items()}
@@ -133,16 +168,25 @@ def decode(data: bytes) -> Pack:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The bytes of a `.nest` file, for `decode`. Raises PackError.
+    """Reads the bytes of a `.nest` file.
 
-    The header says how long the file must be: of another, such as a model in the patch's place, nothing more is read.
+    The header says how long the file must be: of another file, such as a model given in place of the pack, no more is read.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its bytes, for `decode`.
+
+    Raises:
+        PackError: The file cannot be read, or its length is not what its header says.
     """
     try:
         with open_regular(path) as raw, BufferedReader(raw) as file:
             size = os.fstat(raw.fileno()).st_size
             prefix = file.read(8)
             head = prefix + file.read(_head_length(prefix, size) - 8)
-            _describe(head, size)
+            _parse_head(head, size)
             return head + file.read(size - len(head))
     except OSError as error:
         raise PackError(f"cannot read the pack {path}: {error.strerror or error}", advice="Check the path.") from error
@@ -151,7 +195,17 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def read(path: str | Path) -> Pack:
-    """Reads a `.nest` file. Raises PackError with the path and the reason."""
+    """Reads a `.nest` file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The pack.
+
+    Raises:
+        PackError: The file cannot be read, or is not a pack; the message has the path and the reason.
+    """
     data = read_bytes(path)
     try:
         return decode(data)
@@ -160,15 +214,23 @@ def read(path: str | Path) -> Pack:
 
 
 def write(pack: Pack, path: str | Path, *, overwrite: bool = False) -> str:
-    """Writes a pack by temporary file and rename; returns its id. Raises OutputError when the place is taken or unwritable."""
+    """Writes a pack, whole or not at all.
+
+    Args:
+        pack: The pack.
+        path: The file.
+        overwrite: Whether a file there is replaced.
+
+    Returns:
+        The pack's id.
+
+    Raises:
+        OutputError: The path exists already, or cannot be written.
+        PackContentError: As `encode`.
+    """
     data = encode(pack)
     write_bytes(Path(path), data, overwrite=overwrite)
     return sha256(data).hexdigest()
-
-
-def _split(data: bytes) -> tuple[dict[str, Any], memoryview]:
-    head = _head_length(data[:8], len(data))
-    return _describe(data[:head], len(data)), memoryview(data)[head:]
 
 
 def _head_length(prefix: bytes, size: int) -> int:
@@ -183,11 +245,11 @@ def _head_length(prefix: bytes, size: int) -> int:
     return 8 + length
 
 
-def _describe(head: bytes, size: int) -> dict[str, Any]:
-    """The header in the first bytes of a file of `size` bytes, whose tensors fill it exactly."""
+def _parse_head(head: bytes, size: int) -> dict[str, Any]:
+    """The header of a file of `size` bytes, whose tensors must fill the file exactly."""
     header = _strict_json(head[8:], "header")
     if not isinstance(header, dict):
-        raise PackFormatError("the header is no JSON object")
+        raise PackFormatError("the header is not a JSON object")
     spans = sorted(_span(name, entry) for name, entry in header.items() if name != "__metadata__")
     end = 0
     for start, stop in spans:
@@ -223,13 +285,11 @@ def _array(name: str, entry: Mapping[str, Any], body: memoryview) -> npt.NDArray
     if not _whole_numbers(shape) or len(shape) > 2:
         raise PackFormatError(f"tensor {name!r} has an impossible shape")
     start, stop = entry["data_offsets"]
-    count = 1
-    for n in shape:
-        count *= n
     dtype = _CODES[code]
-    if count * dtype.itemsize != stop - start:
-        raise PackFormatError(f"tensor {name!r}: shape and dtype need {count * dtype.itemsize} bytes, it has {stop - start}")
-    if max(shape, default=0) >= MAX_SIDE:
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes != stop - start:
+        raise PackFormatError(f"tensor {name!r}: shape and dtype need {nbytes} bytes, it has {stop - start}")
+    if max(shape, default=0) >= _MAX_SIDE:
         raise PackFormatError(f"tensor {name!r} has an impossible shape")
     # A copy: aligned, and independent of the file's bytes.
     return np.frombuffer(bytes(body[start:stop]), dtype).reshape(shape)
@@ -241,7 +301,7 @@ def _strict_json(text: bytes | str, what: str) -> Any:
         if len(result) != len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise PackFormatError(f"the {what} has the key {twice!r} twice")
+            raise PackFormatError(f"the {what} has the duplicate key {twice!r}")
         return result
 
     def refuse(constant: str) -> Any:
@@ -252,11 +312,18 @@ def _strict_json(text: bytes | str, what: str) -> Any:
         decoded = text if isinstance(text, str) else text.decode("utf-8")
         return json.loads(decoded, object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise PackFormatError(f"the {what} is no valid JSON: {error}") from None
+        raise PackFormatError(f"the {what} is not valid JSON: {error}") from None
 
 
 def manifest_json(manifest: Manifest) -> dict[str, Any]:
-    """The manifest as plain JSON values, in the layout of docs/nest-format.md."""
+    """Converts a manifest to plain JSON values, in the layout of docs/nest-format.md.
+
+    Args:
+        manifest: The manifest.
+
+    Returns:
+        A JSON object.
+    """
     base = manifest.base
     tensors = {
         name: {"shape": list(t.shape), "dtype": t.dtype, "sha256": t.sha256, "rows_sha256": t.rows_sha256}
@@ -286,7 +353,19 @@ def manifest_json(manifest: Manifest) -> dict[str, Any]:
 
 
 def parse_manifest(text: str) -> Manifest:
-    """Reads canonical manifest JSON strictly. Raises PackFormatError, PackTooNewError or PackContentError."""
+    """Parses a manifest.
+
+    Args:
+        text: Canonical JSON.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        PackFormatError: It is not canonical JSON, or a field is missing or of the wrong type.
+        PackTooNewError: It has a format version or a field that this nestpatch does not know.
+        PackContentError: A value is impossible.
+    """
     value = _strict_json(text, "manifest")
     if isinstance(value, dict) and isinstance(value.get("format"), str) and value["format"] != FORMAT:
         raise PackTooNewError(f"the pack has format {value['format'][:40]!r}; this nestpatch reads {FORMAT!r}")
@@ -299,6 +378,8 @@ def parse_manifest(text: str) -> Manifest:
     for kind in ("tags", "supersedes", "requires"):
         if not all(isinstance(entry, str) for entry in value[kind]):
             raise PackFormatError(f"the manifest's {kind} must be a list of strings")
+    for name, entry in result["tensors"].items():
+        _require_fields(entry, _RESULT_FIELDS, f"result tensor {name!r}")
     plain = {k: value[k] for k in ("name", "version", "description", "license", "created", "method", "evaluation")}
     return Manifest(
         **plain,
@@ -312,7 +393,7 @@ def parse_manifest(text: str) -> Manifest:
             base["dtype"],
             {name: _identity(name, entry) for name, entry in base["tensors"].items()},
         ),
-        result={name: _result(name, entry) for name, entry in result["tensors"].items()},
+        result={name: entry["rows_sha256"] for name, entry in result["tensors"].items()},
     )
 
 
@@ -323,18 +404,13 @@ def _identity(name: str, entry: Any) -> TensorIdentity:
     return TensorIdentity(tuple(entry["shape"]), entry["dtype"], entry["sha256"], entry["rows_sha256"])
 
 
-def _result(name: str, entry: Any) -> str:
-    _require_fields(entry, _RESULT_FIELDS, f"result tensor {name!r}")
-    return str(entry["rows_sha256"])
-
-
 def _require_fields(value: Any, fields: Mapping[str, type], what: str) -> None:
     if not isinstance(value, dict):
-        raise PackFormatError(f"the {what} is no JSON object")
+        raise PackFormatError(f"the {what} is not a JSON object")
     if unknown := sorted(set(value) - set(fields)):
         raise PackTooNewError(f"the {what} has the unknown field {unknown[0]!r}")
     for name, kind in fields.items():
         if name not in value:
             raise PackFormatError(f"the {what} lacks the field {name!r}")
         if type(value[name]) is not kind:
-            raise PackFormatError(f"the {what} has a {name!r} that is no {kind.__name__}")
+            raise PackFormatError(f"the {what} has a {name!r} that is not of type {kind.__name__}")

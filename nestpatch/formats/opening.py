@@ -1,4 +1,4 @@
-"""Opens any checkpoint. Adding a format is one file and one line here."""
+"""Opens a model of any format. A new format is a new file and a line here."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ from nestpatch.formats.safetensors import SafetensorsCheckpoint
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a model: a safetensors file, a directory with one or with an index of several, a GGUF file, or an ONNX model.
+    """Opens a model.
 
-    A directory without safetensors weights is an ONNX model when it holds one.
+    Args:
+        path: A safetensors file, a directory with one or with an index of several, a GGUF file, or an ONNX model. A directory
+            without safetensors weights is an ONNX model when it holds one.
 
-    Raises CheckpointFormatError when the path holds no model that nestpatch knows, or several.
+    Returns:
+        The checkpoint; only headers have been read.
+
+    Raises:
+        CheckpointFormatError: There is no model at the path, or several, or a broken one.
     """
     place = Path(path)
-    # os.path answers no where Path.exists raises: for names too long, with a NUL, or in folders that may not be read.
+    # os.path returns False where Path.exists raises: for names too long, with a NUL, or in folders that may not be read.
     if not os.path.exists(place):  # noqa: PTH110
         raise CheckpointFormatError(f"there is no model at {place}", advice="Check the path.")
     if not place.is_dir():
@@ -44,6 +50,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"{place} is in ORT format, which is made from an ONNX model", advice="Patch the .onnx file and convert it again."
         )
     raise CheckpointFormatError(
-        f"{place} is no model file that nestpatch knows",
+        f"{place} is not a model file in a format that nestpatch reads",
         advice="Give a .safetensors, .gguf or .onnx file, or a model directory.",
     )

@@ -1,7 +1,8 @@
-"""Protocol buffers in a file: which fields there are and where their bytes lie. Nothing is loaded but what is asked for.
+"""Reads protocol buffers in a file: which fields there are and where their content is. Content is loaded on demand.
 
-https://protobuf.dev/programming-guides/encoding/ read strictly: a length that leaves its message, a varint without end, a
-wire type that nobody writes or a flood of fields is an error, found before memory is spent on it.
+https://protobuf.dev/programming-guides/encoding/ read strictly: a length that leaves its message, a varint without end, an
+unused wire type or an excessive number of fields is an error, found before memory is spent on it. ONNX models and sentencepiece
+models are read with it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 STRETCH = 1 << 20
 """Bytes read at a time."""
 MAX_FIELDS = 4_000_000
-"""In one file. A model of a hundred layers has some hundred thousand."""
+"""Fields of one file. A model of a hundred layers has some hundred thousand."""
 MAX_TEXT = 1 << 20
 """Bytes of one name or value."""
 MAX_TEXTS = 256 << 20
@@ -29,19 +30,26 @@ class Field(NamedTuple):
     kind: int
     """VARINT, WIDE (8 bytes), BYTES or NARROW (4 bytes)."""
     value: int
-    """Of a varint, as unsigned; else the place of the content in the file."""
+    """Of a varint its value, as unsigned; else the offset of the content in the file."""
     size: int
     """Bytes of the content."""
 
     @property
     def end(self) -> int:
+        """Offset of the first byte after the content."""
         return self.value + self.size
 
 
 class Wire:
-    """The file, read a stretch at a time. Raises ValueError for whatever is no well-formed message."""
+    """A file of protocol buffers. All methods raise ValueError for anything that is not a well-formed message."""
 
     def __init__(self, file: FileIO, size: int) -> None:
+        """Wraps an open file.
+
+        Args:
+            file: The file.
+            size: Its bytes.
+        """
         self.file, self.size = file, size
         self._data = b""
         self._base = 0
@@ -49,38 +57,86 @@ class Wire:
         self._texts = 0
 
     def fields(self, start: int, end: int) -> Iterator[Field]:
-        """The fields of the message that lies there, in their order. Nested messages may be read meanwhile."""
+        """The fields of a message, in their order. Nested messages may be read in between.
+
+        Args:
+            start: Offset of the message in the file.
+            end: Offset of the first byte after it.
+
+        Raises:
+            ValueError: The message is not well-formed.
+        """
         at = start
         while at < end:
             key, at = self._varint(at, end)
             number, kind = key >> 3, key & 7
             if number == 0 or number >= 1 << 29:
                 raise ValueError(f"a field has the impossible number {number}")
-            self._fields += 1
-            if self._fields > MAX_FIELDS:
-                raise ValueError(f"it has more than {MAX_FIELDS} fields")
+            self._count_field()
             if kind == VARINT:
                 value, at = self._varint(at, end)
                 yield Field(number, kind, value, 0)
                 continue
-            size, at = self._varint(at, end) if kind == BYTES else (_width(kind), at)
+            if kind not in (WIDE, NARROW, BYTES):
+                raise ValueError(f"a field has the wire type {kind}")
+            size, at = self._varint(at, end) if kind == BYTES else (8 if kind == WIDE else 4, at)
             if size > end - at:
                 raise ValueError(f"a field claims {size} bytes where {end - at} are left")
             yield Field(number, kind, at, size)
             at += size
 
-    def text(self, field: Field) -> str:
-        """The content of a text field."""
+    def nested(self, field: Field) -> Iterator[Field]:
+        """The fields of the message that a field holds.
+
+        Args:
+            field: The field.
+
+        Raises:
+            ValueError: It is a number, or the message is not well-formed.
+        """
         if field.kind != BYTES:
-            raise ValueError(f"field {field.number} holds no text")
+            raise ValueError(f"field {field.number} is not a message")
+        return self.fields(field.value, field.end)
+
+    def content(self, field: Field) -> bytes:
+        """Loads the content of a field.
+
+        Args:
+            field: A field that is not a varint.
+
+        Raises:
+            ValueError: It is a varint, or longer than MAX_TEXT, or all content together is longer than MAX_TEXTS.
+        """
+        if field.kind == VARINT:
+            raise ValueError(f"field {field.number} is a number")
         self._texts += field.size
         if field.size > MAX_TEXT or self._texts > MAX_TEXTS:
             raise ValueError(f"a text claims {field.size} bytes")
         start = self._load(field.value, field.size)
-        return self._data[start : start + field.size].decode("utf-8")
+        return self._data[start : start + field.size]
+
+    def text(self, field: Field) -> str:
+        """Loads the content of a text field.
+
+        Args:
+            field: The field.
+
+        Raises:
+            ValueError: As `content`, or the field is no text, or not UTF-8.
+        """
+        if field.kind != BYTES:
+            raise ValueError(f"field {field.number} is not a text")
+        return self.content(field).decode("utf-8")
 
     def numbers(self, field: Field) -> Iterator[int]:
-        """The values of a field of integers, packed or one of many, as signed 64-bit numbers."""
+        """The values of a field of integers, packed or one of several, as signed 64-bit numbers.
+
+        Args:
+            field: The field.
+
+        Raises:
+            ValueError: It holds no integers.
+        """
         if field.kind == VARINT:
             yield signed(field.value)
             return
@@ -89,13 +145,19 @@ class Wire:
         at = field.value
         while at < field.end:
             value, at = self._varint(at, field.end)
-            self._fields += 1
-            if self._fields > MAX_FIELDS:
-                raise ValueError(f"it has more than {MAX_FIELDS} fields")
+            self._count_field()
             yield signed(value)
 
+    def _count_field(self) -> None:
+        self._fields += 1
+        if self._fields > MAX_FIELDS:
+            raise ValueError(f"it has more than {MAX_FIELDS} fields")
+
     def _varint(self, at: int, end: int) -> tuple[int, int]:
-        """(value, place after it)."""
+        """(value, offset after it)."""
+        start = at - self._base
+        if 0 <= start < len(self._data) and at < end and self._data[start] < 0x80:  # nearly all of them
+            return self._data[start], at + 1
         start = self._load(at, min(_MAX_VARINT, end - at))
         value = 0
         for count in range(min(_MAX_VARINT, end - at)):
@@ -106,7 +168,7 @@ class Wire:
         raise ValueError("a number has no end")
 
     def _load(self, at: int, size: int) -> int:
-        """Makes some bytes available; gives their place in the buffer."""
+        """Brings some bytes of the file into the buffer; returns their position there."""
         start = at - self._base
         if start >= 0 and start + size <= len(self._data):
             return start
@@ -121,17 +183,9 @@ class Wire:
 
 
 def signed(value: int) -> int:
-    """A varint as int64 means it."""
+    """A varint as int64.
+
+    Args:
+        value: As unsigned.
+    """
     return value - (1 << 64) if value >> 63 else value
-
-
-def _width(kind: int) -> int:
-    if kind not in (WIDE, NARROW):
-        raise ValueError(f"a field has the wire type {kind}")
-    return 8 if kind == WIDE else 4
-
-
-def require_message(field: Field) -> None:
-    """Raises ValueError for a field that cannot be a message."""
-    if field.kind != BYTES:
-        raise ValueError(f"field {field.number} is no message")

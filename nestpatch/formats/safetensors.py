@@ -1,8 +1,13 @@
-"""safetensors checkpoints: a single file, or a directory with model.safetensors or model.safetensors.index.json."""
+"""safetensors checkpoints: a single file, or a directory with model.safetensors or model.safetensors.index.json.
+
+`SafetensorsCheckpoint` is a model on disk. `Headers` and the functions on bytes (`parse_index`, `header_length`,
+`parse_header`) serve models that are elsewhere, such as on the Hub.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,14 +20,14 @@ import numpy as np
 from nestpatch.errors import CheckpointFormatError
 from nestpatch.files.reading import open_regular, read_bounded
 from nestpatch.formats._rowio import read_all_at, read_rows_at, write_rows_at
-from nestpatch.formats.checkpoint import IntArray, TensorInfo
+from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo
 from nestpatch.rows import DTYPES, Rows
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 16 << 20
-"""Bytes. That is room for 100,000 tensors in one file, as many as the largest mixtures of experts have in all their shards
-together. The safetensors library allows 100 MB, which take Python more than a gigabyte of memory to read."""
+"""Bytes: room for 100,000 tensors in one file, as many as the largest mixtures of experts have in all their shards together.
+The safetensors library allows 100 MB, which take Python more than a gigabyte of memory to parse."""
 MAX_INDEX = 64 << 20
 """Bytes. The indexes of the largest models have some 15 MB."""
 BITS = {
@@ -33,27 +38,56 @@ BITS = {
 
 
 class Headers:
-    """What the headers of a model's files say together, wherever these files are.
-
-    Raises CheckpointFormatError when they contradict each other or the index.
-    """
+    """The headers of all files of a model, wherever these files are."""
 
     def __init__(
         self, path: Path, headers: Iterable[tuple[dict[str, TensorInfo], dict[str, str]]], index: Mapping[str, str]
     ) -> None:
+        """Joins the headers of all files.
+
+        Args:
+            path: The model, for messages.
+            headers: (tensors, metadata) of each file.
+            index: Tensor name -> file name, as the model's index says; empty without one.
+
+        Raises:
+            CheckpointFormatError: The headers contradict each other or the index.
+        """
         self.path = path
-        self._infos, self._metadata = join_headers(headers, index)
+        self._infos: dict[str, TensorInfo] = {}
+        self._metadata: dict[str, str] = {}
+        for more, facts in headers:
+            for name in more.keys() & self._infos.keys():
+                raise CheckpointFormatError(
+                    f"tensor {name} is both in {self._infos[name].file.name} and in {more[name].file.name}"
+                )
+            self._infos.update(more)
+            self._metadata.update(facts)
+        for name, file in index.items():
+            if name not in self._infos or self._infos[name].file.name != file:
+                raise CheckpointFormatError(f"{INDEX} says that tensor {name} is in {file}, and it is not")
 
     def tensors(self) -> Sequence[str]:
         """The names of all tensors, sorted."""
         return sorted(self._infos)
 
     def has(self, name: str) -> bool:
-        """Whether there is such a tensor."""
+        """Whether there is such a tensor.
+
+        Args:
+            name: Its name.
+        """
         return name in self._infos
 
     def info(self, name: str) -> TensorInfo:
-        """Raises CheckpointFormatError when there is no such tensor."""
+        """What a tensor is and where it is stored.
+
+        Args:
+            name: Its name.
+
+        Raises:
+            CheckpointFormatError: There is no such tensor.
+        """
         if name not in self._infos:
             raise CheckpointFormatError(f"{self.path} has no tensor {name}")
         return self._infos[name]
@@ -63,56 +97,85 @@ class Headers:
         return self._metadata
 
 
-class SafetensorsCheckpoint(Headers):
-    """Reads headers at once and rows on demand.
-
-    Raises CheckpointFormatError for files whose header lies about their content.
-    """
+class SafetensorsCheckpoint(Headers, Checkpoint):
+    """A safetensors model on disk. Headers are read when it is opened, rows on demand."""
 
     converted = False
 
     def __init__(self, path: Path) -> None:
+        """Opens a model.
+
+        Args:
+            path: A file, or a directory with one or with an index of several.
+
+        Raises:
+            CheckpointFormatError: There is no such model, or its headers contradict its files.
+        """
         self.files, self.index = _find_files(path)
         super().__init__(path, map(read_header, self.files), self.index)
 
     def reopen(self, path: Path) -> SafetensorsCheckpoint:
-        """The same format at another place, whatever its name there."""
+        """Opens another path as the same format, whatever its name.
+
+        Args:
+            path: The other model.
+
+        Raises:
+            CheckpointFormatError: It is not a model of this format.
+        """
         return SafetensorsCheckpoint(path)
 
     def extent(self, name: str) -> TensorInfo | None:
-        """Where the tensor's bytes lie."""
+        """Where the tensor's bytes are stored.
+
+        Args:
+            name: The tensor.
+
+        Raises:
+            CheckpointFormatError: There is no such tensor.
+        """
         return self.info(name)
 
     def read_rows(self, name: str, rows: IntArray) -> Rows:
-        """Reads sorted rows, [rows, in_features] in the stored dtype; neighbours are read together."""
+        """Reads some rows; consecutive ones are read together.
+
+        Args:
+            name: The tensor.
+            rows: Sorted row numbers.
+
+        Returns:
+            [rows, in_features] in the stored dtype.
+
+        Raises:
+            CheckpointFormatError: The tensor has no rows that can be patched, or the file ends before them.
+        """
         info = self.info(name)
         return read_rows_at(info, rows, row_dtype(info))
 
     def write_rows(self, name: str, rows: IntArray, values: Rows) -> None:
-        """Writes sorted rows in place; neighbours are written together."""
+        """Writes some rows in place; consecutive ones are written together.
+
+        Args:
+            name: The tensor.
+            rows: Sorted row numbers.
+            values: In the form that `read_rows` returns.
+
+        Raises:
+            CheckpointFormatError: The tensor has no rows that can be patched.
+        """
         info = self.info(name)
         write_rows_at(info, rows, np.ascontiguousarray(values, dtype=row_dtype(info)))
 
     def read_all(self, name: str) -> Iterator[bytes]:
-        """The tensor's bytes, in blocks."""
+        """The tensor's bytes, in blocks.
+
+        Args:
+            name: The tensor.
+
+        Raises:
+            CheckpointFormatError: There is no such tensor, or the file ends inside it.
+        """
         return read_all_at(self.info(name))
-
-
-def join_headers(
-    headers: Iterable[tuple[dict[str, TensorInfo], dict[str, str]]], index: Mapping[str, str]
-) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """(tensors, metadata) of all files together. Raises CheckpointFormatError when they contradict each other or the index."""
-    infos: dict[str, TensorInfo] = {}
-    metadata: dict[str, str] = {}
-    for more, facts in headers:
-        for name in more.keys() & infos.keys():
-            raise CheckpointFormatError(f"tensor {name} is both in {infos[name].file.name} and in {more[name].file.name}")
-        infos.update(more)
-        metadata.update(facts)
-    for name, file in index.items():
-        if name not in infos or infos[name].file.name != file:
-            raise CheckpointFormatError(f"{INDEX} says that tensor {name} is in {file}, and it is not")
-    return infos, metadata
 
 
 def _find_files(path: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
@@ -138,13 +201,27 @@ def _find_files(path: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
 
 
 def only_file(folder: Path) -> Path | None:
-    """The only safetensors file of a directory, whatever its name; None where there are others, or none."""
+    """The only safetensors file of a directory, whatever its name.
+
+    Args:
+        folder: The directory.
+
+    Returns:
+        The file; None where there are several, or none.
+    """
     found = list(folder.glob("*.safetensors"))
     return found[0] if len(found) == 1 else None
 
 
 def indexed_files(folder: Path) -> frozenset[str]:
-    """The names of the files that a directory's index makes one model; empty without an index that can be read."""
+    """The file names that a directory's index joins to one model.
+
+    Args:
+        folder: The directory.
+
+    Returns:
+        The names; empty without an index that can be read.
+    """
     if not (folder / INDEX).is_file():
         return frozenset()
     try:
@@ -162,7 +239,18 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def parse_index(data: bytes, path: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the bytes of an index; `path` is for messages."""
+    """Parses the index of a model with several files.
+
+    Args:
+        data: The bytes of the index.
+        path: Its path, for messages.
+
+    Returns:
+        Tensor name -> file name.
+
+    Raises:
+        CheckpointFormatError: It is not an index, or names a file outside the model's directory.
+    """
     try:
         weight_map = json.loads(data.decode("utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -170,14 +258,24 @@ def parse_index(data: bytes, path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointFormatError(f"{path} has no weight_map")
     for file in weight_map.values():
-        # A shard lies beside its index; anything else would let an index reach out of the model.
+        # In the directory of its index: anything else would let an index reach out of the model.
         if not isinstance(file, str) or os.path.basename(file) != file or "\\" in file or not file.endswith(".safetensors"):
-            raise CheckpointFormatError(f"{path} names the shard {file!r}, which is no plain file name")
+            raise CheckpointFormatError(f"{path} names the shard {file!r}, which is not a plain file name")
     return weight_map
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """(tensors, metadata) of one file. Raises CheckpointFormatError when header and file disagree."""
+    """Reads and checks the header of one file.
+
+    Args:
+        file: The file.
+
+    Returns:
+        (tensors by name, metadata).
+
+    Raises:
+        CheckpointFormatError: The file cannot be read, or its header is broken or contradicts the file.
+    """
     try:
         with open_regular(file) as raw, BufferedReader(raw) as handle:
             size = os.fstat(raw.fileno()).st_size
@@ -188,7 +286,19 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def header_length(prefix: bytes, size: int, file: Path) -> int:
-    """Bytes of the header that follows the prefix of 8 bytes, in a file of `size` bytes; `file` is for messages."""
+    """Reads the length of a header.
+
+    Args:
+        prefix: The first 8 bytes of the file.
+        size: Bytes of the file.
+        file: Its path, for messages.
+
+    Returns:
+        Bytes of the header, which follows the prefix.
+
+    Raises:
+        CheckpointFormatError: The header would be longer than MAX_HEADER or the file.
+    """
     length: int = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
     if MAX_HEADER < length <= size - 8:
         raise CheckpointFormatError(
@@ -196,59 +306,73 @@ def header_length(prefix: bytes, size: int, file: Path) -> int:
             advice="Save the model in several files, as transformers does.",
         )
     if not 2 <= length <= size - 8:
-        raise CheckpointFormatError(f"{file} is no safetensors file: header of {length} bytes in {size}")
+        raise CheckpointFormatError(f"{file} is not a safetensors file: header of {length} bytes in {size}")
     return length
 
 
 def parse_header(text: bytes, size: int, file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """(tensors, metadata) from the bytes of a header, checked against the size of the whole file."""
-    length = len(text)
+    """Parses and checks the header of one file.
+
+    Args:
+        text: The bytes of the header, without the prefix.
+        size: Bytes of the file.
+        file: Its path, for messages and for the tensors' places.
+
+    Returns:
+        (tensors by name, metadata).
+
+    Raises:
+        CheckpointFormatError: The header is broken or contradicts the file.
+    """
+    data = 8 + len(text)
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
         metadata = header.pop("__metadata__", {})
-        infos = {name: _info(name, entry, file, 8 + length) for name, entry in header.items()}
+        infos = {name: _info(name, entry, file, data) for name, entry in header.items()}
         metadata = {str(key): str(value) for key, value in metadata.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointFormatError(f"the header of {file} is broken: {error!r}") from error
-    _check_layout(file, size - 8 - length, 8 + length, infos)
+    end = data
+    for info in sorted(infos.values(), key=lambda info: (info.offset, info.nbytes)):
+        if info.offset != end:
+            wrong = "overlaps the one before" if info.offset < end else "leaves a gap"
+            raise CheckpointFormatError(f"{file}: tensor {info.name} {wrong}")
+        end += info.nbytes
+    if end != size:
+        what = "truncated" if size < end else "longer than its header says"
+        raise CheckpointFormatError(f"{file} is {what}: {size - data} bytes of weights, {end - data} expected")
     return infos, metadata
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a key is there twice")
+        raise ValueError("duplicate key")
     return result
 
 
-def _info(name: str, entry: Any, file: Path, data_start: int) -> TensorInfo:
+def _info(name: str, entry: Any, file: Path, data: int) -> TensorInfo:
     shape = tuple(entry["shape"])
     start, stop = entry["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
         raise ValueError(f"tensor {name} has an impossible shape or offset")
-    count = 1
-    for n in shape:
-        count *= n
-    if count * BITS[entry["dtype"]] != (stop - start) * 8:
+    if math.prod(shape) * BITS[entry["dtype"]] != (stop - start) * 8:
         raise ValueError(f"tensor {name}: shape and dtype disagree with its {stop - start} bytes")
-    return TensorInfo(name, entry["dtype"], shape, file, data_start + start, stop - start)
-
-
-def _check_layout(file: Path, body: int, data_start: int, infos: Mapping[str, TensorInfo]) -> None:
-    end = data_start
-    for info in sorted(infos.values(), key=lambda info: (info.offset, info.nbytes)):
-        if info.offset != end:
-            wrong = "overlaps the one before" if info.offset < end else "leaves a gap"
-            raise CheckpointFormatError(f"{file}: tensor {info.name} {wrong}")
-        end += info.nbytes
-    if end != data_start + body:
-        held, needed = body, end - data_start
-        what = "truncated" if held < needed else "longer than its header says"
-        raise CheckpointFormatError(f"{file} is {what}: {held} bytes of weights, {needed} expected")
+    return TensorInfo(name, entry["dtype"], shape, file, data + start, stop - start)
 
 
 def row_dtype(info: TensorInfo) -> np.dtype[Any]:
-    """The dtype of a tensor's rows. Raises CheckpointFormatError when it has none that can be patched."""
+    """The dtype of a tensor's rows.
+
+    Args:
+        info: The tensor.
+
+    Returns:
+        A numpy dtype.
+
+    Raises:
+        CheckpointFormatError: The tensor has no rows, or is stored in a dtype that cannot be patched.
+    """
     if info.dtype not in DTYPES:
         raise CheckpointFormatError(
             f"tensor {info.name} is stored as {info.dtype}; only {', '.join(DTYPES)} can be patched",

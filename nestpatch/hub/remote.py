@@ -70,7 +70,7 @@ def spans(rows: IntArray, row_bytes: int, *, gap: int = GAP, limit: int = PART) 
     return found
 
 
-class RemoteCheckpoint(Headers):
+class RemoteCheckpoint(Headers, Checkpoint):
     """The reading half of a checkpoint, over HTTP. Everything else is refused.
 
     Raises HubError and its kinds, and CheckpointFormatError for a repository that holds no sound safetensors model.

@@ -30,7 +30,7 @@ import numpy as np
 from nestpatch.errors import CheckpointError, InPlaceError, JournalError
 from nestpatch.files.atomic import sync_folder
 from nestpatch.files.reading import open_regular
-from nestpatch.formats.checkpoint import CHUNK, Checkpoint, IntArray, TensorInfo, row_blocks
+from nestpatch.formats.checkpoint import CHUNK, Checkpoint, IntArray, TensorInfo
 from nestpatch.patcher.state_dir import TRANSACTION, UNDO, StateDir
 from nestpatch.rows import Rows
 from nestpatch.signing.machine import is_ours, seal
@@ -142,8 +142,8 @@ def write_journal(
         out.write(MAGIC + struct.pack("<Q", len(header)) + header)
         for region in regions:
             out.write(np.ascontiguousarray(region.rows, "<i8").data)
-            for part in row_blocks(len(region.rows), region.info.row_bytes, region.info.stretch):
-                out.write(checkpoint.read_rows(region.info.name, region.rows[part]).view(np.uint8).data)
+            for _, rows in checkpoint.iter_rows(region.info.name, region.rows):
+                out.write(rows.view(np.uint8).data)
         digest = out.state.digest()
         file.write(digest + (bytes.fromhex(seal("journal", state_dir.folder, digest)) or bytes(DIGEST)))
         file.flush()
@@ -367,7 +367,7 @@ def roll_back(journal: Journal, checkpoint: Checkpoint) -> None:
         for region in journal.regions:
             info, rows = checkpoint.info(region.tensor), journal.row_numbers(file, region)
             stored = checkpoint.read_rows(region.tensor, rows[:0]).dtype
-            for part in row_blocks(len(rows), region.row_bytes, info.stretch):
+            for part in info.blocks(len(rows), region.row_bytes):
                 checkpoint.write_rows(region.tensor, rows[part], journal.content(file, region, part).view(stored))
     sync_files(files_of(checkpoint, [region.tensor for region in journal.regions]))
 

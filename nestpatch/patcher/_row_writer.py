@@ -14,7 +14,7 @@ import numpy as np
 from nestpatch.errors import BaseMismatchError, PackContentError, UndoError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.threads import beside, meanwhile
-from nestpatch.formats.checkpoint import Checkpoint, row_blocks
+from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.pack import Pack, TensorDelta
 from nestpatch.patcher._journal import sync_files
 from nestpatch.patcher._undo import TensorPacker, UndoReader, UndoWriter, checksums, residual, restored
@@ -112,7 +112,7 @@ class RowWriter:
 
     def _restore(self, delta: TensorDelta, entry: LedgerEntry, reader: UndoReader) -> None:
         info, record = self.checkpoint.info(delta.name), entry.tensors[delta.name]
-        parts = list(row_blocks(delta.neurons, info.row_bytes, info.stretch))
+        parts = list(info.blocks(delta.neurons))
         residuals = reader.residuals(delta.name, (info.row_bytes * (part.stop - part.start) for part in parts))
         found, back = sha256(), sha256()
         for part, data in zip(parts, residuals, strict=True):

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nestpatch.errors import BaseMismatchError, LedgerError, PackContentError, QuantizationError, UndoError
-from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo, row_blocks
+from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo
 from nestpatch.pack import Pack, TensorDelta
 from nestpatch.patcher._undo import UndoReader, bits, checksums, restored
 from nestpatch.patcher.identity import Finding, State, evidence_of, examine, is_base
@@ -253,9 +253,7 @@ def _digest_rows(checkpoint: Checkpoint, delta: TensorDelta) -> str:
 
 def _touched(checkpoint: Checkpoint, delta: TensorDelta) -> Iterator[Rows]:
     """The touched rows as they are stored, block by block."""
-    info = checkpoint.info(delta.name)
-    for part in row_blocks(delta.neurons, info.row_bytes, info.stretch):
-        yield checkpoint.read_rows(delta.name, delta.rows[part].astype(np.int64))
+    return (rows for _, rows in checkpoint.iter_rows(delta.name, delta.rows))
 
 
 @dataclass(frozen=True)
@@ -300,7 +298,7 @@ def _is_remade(checkpoint: Checkpoint, layer: Layer, original: Rows, current: Ro
     info: TensorInfo = fitted(checkpoint, delta, quantized.base)
     total = Retention()
     try:
-        for part in row_blocks(delta.neurons, info.row_bytes, info.stretch):
+        for part in info.blocks(delta.neurons):
             made, retention = merged_rows(info, delta, dtype, part, original[part], layer.entry.strength, quantized)
             total += retention
             if not np.array_equal(bits(made), bits(np.ascontiguousarray(current[part]))):

@@ -15,7 +15,7 @@ from hashlib import sha256
 import numpy as np
 
 from nestpatch.errors import BaseMismatchError, QuantizationError
-from nestpatch.formats.checkpoint import Checkpoint, TensorInfo, row_blocks
+from nestpatch.formats.checkpoint import Checkpoint, TensorInfo
 from nestpatch.pack import Pack, TensorDelta, TensorIdentity
 from nestpatch.patcher.merge import fitted, rows_of, working_bytes
 from nestpatch.rows import DTYPES, SKETCH_MATCH, FloatArray, Rows, merge, sketch, sketch_correlation
@@ -139,12 +139,7 @@ def _examine_rows(
 
 def _blocks(delta: TensorDelta, checkpoint: Checkpoint) -> Iterator[tuple[slice, Rows]]:
     """The touched rows as they are stored."""
-    for part in _parts(delta, checkpoint.info(delta.name)):
-        yield part, checkpoint.read_rows(delta.name, rows_of(delta, part))
-
-
-def _parts(delta: TensorDelta, info: TensorInfo) -> Iterator[slice]:
-    return row_blocks(delta.neurons, working_bytes(info), info.stretch)
+    return checkpoint.iter_rows(delta.name, delta.rows, row_bytes=working_bytes(checkpoint.info(delta.name)))
 
 
 def _by_digest(delta: TensorDelta, identity: TensorIdentity, result: str, checkpoint: Checkpoint) -> tuple[State | None, str]:
@@ -203,7 +198,7 @@ def _is_rounded_base(
         info, facts = fitted(checkpoint, delta, base), _Distances()
     except (BaseMismatchError, QuantizationError):
         return False
-    for part in _parts(delta, info):
+    for part in info.blocks(delta.neurons, working_bytes(info)):
         origin = base.read_rows(delta.name, rows_of(delta, part))
         goal = merge(origin, delta.dense(part.start, part.stop))
         facts.add(rows[part].view(np.uint8), info, origin.astype(np.float32), goal.astype(np.float32))
@@ -275,7 +270,7 @@ def _require_base(delta: TensorDelta, identity: TensorIdentity, info: TensorInfo
             f"the base {identity.dtype} {list(identity.shape)}"
         )
     state = sha256()
-    for part in _parts(delta, info):
+    for part in info.blocks(delta.neurons, working_bytes(info)):
         state.update(base.read_rows(name, rows_of(delta, part)).view(np.uint8).data)
     if (found := state.hexdigest()) != identity.rows_sha256:
         raise BaseMismatchError(

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from nestpatch.errors import BaseMismatchError, DataError
-from nestpatch.formats.checkpoint import Checkpoint, TensorInfo, row_blocks
+from nestpatch.formats.checkpoint import Checkpoint, TensorInfo
 from nestpatch.pack import Pack, TensorDelta
 from nestpatch.patcher.identity import APPLICABLE, Finding, State, examine
-from nestpatch.patcher.merge import QuantizedMerge, Retention, fitted, merged_rows, rows_of, working_bytes
+from nestpatch.patcher.merge import QuantizedMerge, Retention, fitted, merged_rows, working_bytes
 from nestpatch.rows import Rows
 
 MAX_STRENGTH = 1.5
@@ -121,8 +121,7 @@ def merged_blocks(
     Raises PackContentError or QuantizationError.
     """
     info, dtype = fitted(checkpoint, delta, quantized.base), pack.manifest.base.tensors[delta.name].dtype
-    for part in row_blocks(delta.neurons, working_bytes(info), info.stretch):
-        old = checkpoint.read_rows(delta.name, rows_of(delta, part))
+    for part, old in checkpoint.iter_rows(delta.name, delta.rows, row_bytes=working_bytes(info)):
         yield MergedBlock(part, old, *merged_rows(info, delta, dtype, part, old, strength, quantized))
 
 

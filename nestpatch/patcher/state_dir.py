@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nestpatch.errors import BusyError, CheckpointFormatError, InPlaceError, StateError
+from nestpatch.files.locks import try_lock, unlock
 from nestpatch.formats.onnx.folder import models
 from nestpatch.formats.safetensors import INDEX, SINGLE, indexed_files, only_file
 
@@ -228,7 +229,7 @@ def locked(state_dir: StateDir) -> Iterator[None]:
     try:
         yield
     finally:
-        _unlock(handle)
+        unlock(handle)
         os.close(handle)
 
 
@@ -246,7 +247,7 @@ def kept_from_writers(state_dir: StateDir) -> Iterator[None]:
             raise _busy(state_dir)
         yield
     finally:
-        _unlock(handle)
+        unlock(handle)
         os.close(handle)
 
 
@@ -350,34 +351,15 @@ def tidy(state_dir: StateDir) -> None:
         state_dir.folder.rmdir()
 
 
-def _unlock(handle: int) -> None:
-    # Closing is not enough where another thread forks at this moment: its child has the handle too, until it runs its program.
-    if os.name != "nt":
-        import fcntl
-
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_UN)
-
-
 def _try_lock(handle: int, state_dir: StateDir, *, shared: bool = False) -> bool:
     """Whether the lock was free. Raises InPlaceError on a file system without locks."""
     try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        else:
-            import fcntl
-
-            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        return try_lock(handle, shared=shared)
     except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK, errno.EDEADLK):
-            return False
         if shared:
-            return True  # nobody can have locked it
+            return True  # no writer can hold a lock there
         os.close(handle)
         raise InPlaceError(
             f"the file system of {state_dir.folder} offers no locks: {error.strerror}",
             advice="Copy the model to a local disk, patch it there, and copy it back.",
         ) from error
-    return True

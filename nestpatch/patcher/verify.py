@@ -18,7 +18,7 @@ import numpy as np
 
 from nestpatch.errors import LedgerError, PackError, SignatureError, StateError
 from nestpatch.formats import nest
-from nestpatch.formats.checkpoint import Checkpoint, IntArray, row_blocks
+from nestpatch.formats.checkpoint import Checkpoint, IntArray
 from nestpatch.pack import Pack
 from nestpatch.patcher._undo import restored
 from nestpatch.patcher.held import SHOWN_ROWS, Difference, HeldTensor, Holds, Layer, layers_of, look
@@ -251,9 +251,8 @@ def _compare_whole(name: str, expected: str, found: str) -> list[Difference]:
 
 def _digest_whole(checkpoint: Checkpoint, name: str, rows: IntArray | None, values: Rows | None) -> str:
     """SHA-256 of a tensor, with some rows replaced."""
-    info, state = checkpoint.info(name), sha256()
-    for part in row_blocks(info.rows, info.row_bytes, info.stretch):
-        block = checkpoint.read_rows(name, np.arange(part.start, part.stop))
+    state = sha256()
+    for part, block in checkpoint.iter_rows(name, np.arange(checkpoint.info(name).rows)):
         if rows is not None and values is not None:
             inside = (rows >= part.start) & (rows < part.stop)
             block[rows[inside] - part.start] = values[inside]

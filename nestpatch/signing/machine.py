@@ -15,7 +15,8 @@ from pathlib import Path
 
 from nestpatch.errors import NestpatchError, TrustError
 from nestpatch.files.atomic import sweep_writes, write_bytes
-from nestpatch.files.reading import alone, open_regular
+from nestpatch.files.locks import exclusive
+from nestpatch.files.reading import open_regular
 from nestpatch.signing.store import require_home, trust_file
 
 KEY_FILE = "machine.key"
@@ -56,7 +57,7 @@ def _key(*, create: bool) -> bytes | None:
     if found is None and create:
         try:
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with alone(file.with_suffix(".lock")):
+            with exclusive(file.with_suffix(".lock")):
                 found = _read(file) or _make(file)
         except (NestpatchError, OSError):  # nowhere to keep one: a read-only home, say
             return None

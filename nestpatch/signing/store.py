@@ -12,7 +12,8 @@ from pathlib import Path
 
 from nestpatch.errors import TrustError
 from nestpatch.files.atomic import sweep_writes
-from nestpatch.files.reading import alone, open_regular, read_open
+from nestpatch.files.locks import exclusive
+from nestpatch.files.reading import open_regular, read_open
 from nestpatch.signing.dsse import MAX_BYTES
 
 HOME = "NESTPATCH_HOME"
@@ -151,6 +152,6 @@ def changing(file: Path, *, create: bool = False) -> Iterator[None]:
     except OSError as error:
         advice = f"Set {HOME} to a folder of your own."
         raise TrustError(f"cannot make {file.parent}: {error.strerror or error}", advice=advice) from error
-    with alone(file.with_suffix(".lock"), TrustError):
+    with exclusive(file.with_suffix(".lock"), TrustError):
         sweep_writes(file)
         yield

@@ -4,7 +4,7 @@ from nestpatch.errors import PackFormatError
 from tests.attacks.tools import with_header_text
 
 ERROR = PackFormatError
-SAYS = "the header has the key '__metadata__' twice"
+SAYS = "the header has the duplicate key '__metadata__'"
 
 
 def attack(good: bytes) -> bytes:

@@ -4,7 +4,7 @@ from nestpatch.errors import PackFormatError
 from tests.attacks.tools import join
 
 ERROR = PackFormatError
-SAYS = "the header is no JSON object"
+SAYS = "the header is not a JSON object"
 
 
 def attack(good: bytes) -> bytes:

@@ -6,7 +6,7 @@ from nestpatch.errors import PackFormatError
 from tests.attacks.tools import first_tensor, with_header_text
 
 ERROR = PackFormatError
-SAYS = "the header has the key 'model.layers.0.mlp.gate_proj.weight:rows' twice"
+SAYS = "the header has the duplicate key 'model.layers.0.mlp.gate_proj.weight:rows'"
 
 
 def attack(good: bytes) -> bytes:

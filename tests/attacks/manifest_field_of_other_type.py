@@ -4,7 +4,7 @@ from nestpatch.errors import PackFormatError
 from tests.attacks.tools import with_manifest
 
 ERROR = PackFormatError
-SAYS = "the manifest has a 'tags' that is no list"
+SAYS = "the manifest has a 'tags' that is not of type list"
 
 
 def attack(good: bytes) -> bytes:

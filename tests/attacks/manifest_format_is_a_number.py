@@ -4,7 +4,7 @@ from nestpatch.errors import PackFormatError
 from tests.attacks.tools import with_manifest
 
 ERROR = PackFormatError
-SAYS = "the manifest has a 'format' that is no str"
+SAYS = "the manifest has a 'format' that is not of type str"
 
 
 def attack(good: bytes) -> bytes:

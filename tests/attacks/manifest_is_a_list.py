@@ -4,7 +4,7 @@ from nestpatch.errors import PackFormatError
 from tests.attacks.tools import with_manifest_text
 
 ERROR = PackFormatError
-SAYS = "the manifest is no JSON object"
+SAYS = "the manifest is not a JSON object"
 
 
 def attack(good: bytes) -> bytes:

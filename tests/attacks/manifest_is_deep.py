@@ -4,7 +4,7 @@ from nestpatch.errors import PackFormatError
 from tests.attacks.tools import with_manifest_text
 
 ERROR = PackFormatError
-SAYS = "the manifest is no valid JSON"
+SAYS = "the manifest is not valid JSON"
 
 
 def attack(good: bytes) -> bytes:

@@ -6,7 +6,7 @@ from nestpatch.errors import PackFormatError
 from tests.attacks.tools import first_tensor, with_manifest_text
 
 ERROR = PackFormatError
-SAYS = "twice"
+SAYS = "has the duplicate key"
 
 
 def attack(good: bytes) -> bytes:

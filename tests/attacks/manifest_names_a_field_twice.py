@@ -4,7 +4,7 @@ from nestpatch.errors import PackFormatError
 from tests.attacks.tools import with_manifest_text
 
 ERROR = PackFormatError
-SAYS = "the manifest has the key 'version' twice"
+SAYS = "the manifest has the duplicate key 'version'"
 
 
 def attack(good: bytes) -> bytes:

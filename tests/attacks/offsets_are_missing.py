@@ -1,4 +1,4 @@
-"""A tensor lies nowhere."""
+"""A tensor has no offsets."""
 
 from nestpatch.errors import PackFormatError
 from tests.attacks.tools import with_entry

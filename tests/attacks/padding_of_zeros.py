@@ -4,7 +4,7 @@ from nestpatch.errors import PackFormatError
 from tests.attacks.tools import join, split
 
 ERROR = PackFormatError
-SAYS = "the header is no valid JSON"
+SAYS = "the header is not valid JSON"
 
 
 def attack(good: bytes) -> bytes:

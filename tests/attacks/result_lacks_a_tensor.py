@@ -1,4 +1,4 @@
-"""A tensor is changed whose result nobody knows."""
+"""A tensor is changed that the manifest's result lacks."""
 
 from nestpatch.errors import PackContentError
 from tests.attacks.tools import with_manifest

@@ -1,4 +1,4 @@
-"""The first row lies before the matrix."""
+"""The first row is before the matrix."""
 
 from nestpatch.errors import PackContentError
 from tests.attacks.tools import with_array

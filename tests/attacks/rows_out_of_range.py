@@ -1,4 +1,4 @@
-"""The last row lies behind the matrix."""
+"""The last row is beyond the matrix."""
 
 from nestpatch.errors import PackContentError
 from tests.attacks.tools import with_array

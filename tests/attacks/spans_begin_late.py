@@ -1,4 +1,4 @@
-"""Bytes before the first tensor belong to nobody."""
+"""Bytes before the first tensor belong to no tensor."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Four bytes between two tensors belong to nobody."""
+"""Four bytes between two tensors belong to no tensor."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The tensors lie in the order of their names, so that wide types begin at odd bytes."""
+"""The tensors are in the order of their names, so that wide types begin at odd bytes."""
 
 import json
 

@@ -25,7 +25,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def compact(value: Any) -> str:
-    """JSON as the format wants it."""
+    """JSON in canonical form."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -36,7 +36,7 @@ def split(data: bytes) -> tuple[str, bytes]:
 
 
 def join(header: str | bytes, body: bytes, *, padding: bytes | None = None) -> bytes:
-    """A file from its header text and its tensor bytes, padded as the format wants it unless told otherwise."""
+    """A file from its header text and its tensor bytes, with the format's padding by default."""
     text = header.encode() if isinstance(header, str) else header
     text += b" " * (-(8 + len(text)) % 64) if padding is None else padding
     return struct.pack("<Q", len(text)) + text + body

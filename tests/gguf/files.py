@@ -48,7 +48,7 @@ def write_gguf(
     """A GGUF file with these tensors, by their GGUF names: matrices of one type, vectors as F32."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(4)
-    # llama.cpp wants to know these even to quantize.
+    # llama.cpp needs these even to quantize.
     writer.add_context_length(64)
     writer.add_embedding_length(256)
     writer.add_head_count(4)

@@ -1,4 +1,4 @@
-"""GGUF files that lie: each is refused by name before a row is read, and the model stays as it is."""
+"""Hostile GGUF files: each is refused with an error that names the fault, before a row is read; the model stays as it is."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tensor(name: str, shape: tuple[int, ...], code: int, offset: int) -> bytes:
 def file_bytes(
     *, entries: list[bytes] | None = None, tensors: list[bytes] | None = None, body: int = 4096, counts=None
 ) -> bytes:
-    """A GGUF file put together by hand: one F32 matrix of 16 x 32 in a body of 2048 bytes unless told otherwise."""
+    """A GGUF file put together by hand: one F32 matrix of 16 x 32 in a body of 2048 bytes by default."""
     entries = [text("general.architecture") + struct.pack("<I", 8) + text("llama")] if entries is None else entries
     tensors = [tensor("a", (32, 16), 0, 0), tensor("b", (32, 16), 0, 2048)] if tensors is None else tensors
     head = b"GGUF" + struct.pack("<I2Q", 3, *(counts or (len(tensors), len(entries)))) + b"".join(entries) + b"".join(tensors)
@@ -67,8 +67,8 @@ def test_places_are_those_of_the_gguf_package(kind: str, tmp_path: Path) -> None
 
 
 ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
-    "empty": (lambda: b"", "is no GGUF file"),
-    "another magic": (lambda: b"GGML" + file_bytes()[4:], "is no GGUF file"),
+    "empty": (lambda: b"", "is not a GGUF file"),
+    "another magic": (lambda: b"GGML" + file_bytes()[4:], "is not a GGUF file"),
     "version 1": (lambda: b"GGUF" + struct.pack("<I", 1) + file_bytes()[8:], "has GGUF version 1"),
     "version 4": (lambda: b"GGUF" + struct.pack("<I", 4) + file_bytes()[8:], "has GGUF version 4"),
     "big-endian": (lambda: b"GGUF" + struct.pack(">I", 3) + file_bytes()[8:], "big-endian"),
@@ -80,7 +80,7 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: file_bytes(entries=[struct.pack("<Q", 2) + b"\xff\xfe" + struct.pack("<II", 4, 1)]),
         "broken",
     ),
-    "a key twice": (lambda: file_bytes(entries=[number("x", 1), number("x", 2)]), "the key 'x' is there twice"),
+    "a key twice": (lambda: file_bytes(entries=[number("x", 1), number("x", 2)]), "duplicate key 'x'"),
     "a value of unknown type": (lambda: file_bytes(entries=[text("x") + struct.pack("<II", 77, 1)]), "unknown type 77"),
     "an array of petabytes": (lambda: file_bytes(entries=[text("x") + struct.pack("<IIQ", 9, 10, 1 << 50)]), "an array claims"),
     "a long array of strings": (lambda: file_bytes(entries=[text("x") + struct.pack("<IIQ", 9, 8, 4000)]), "broken"),
@@ -123,7 +123,7 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a shape that overflows": (lambda: file_bytes(tensors=[tensor("a", (1 << 40, 1 << 40), 0, 0)]), "impossible shape"),
     "half a block": (lambda: file_bytes(tensors=[tensor("a", (33, 16), 8, 0)]), "do not fit into Q8_0"),
     "an unknown tensor type": (lambda: file_bytes(tensors=[tensor("a", (32, 16), 999, 0)]), "unknown type 999"),
-    "a tensor twice": (lambda: file_bytes(tensors=[tensor("a", (32, 16), 0, 0)] * 2), "is there twice"),
+    "a tensor twice": (lambda: file_bytes(tensors=[tensor("a", (32, 16), 0, 0)] * 2), "duplicate tensor 'a'"),
     "tensors that overlap": (
         lambda: file_bytes(tensors=[tensor("a", (32, 16), 0, 0), tensor("b", (32, 16), 0, 1024)]),
         "overlaps the one before",

@@ -245,7 +245,7 @@ def test_otherwise_quantized_rows_are_the_base_too(base: Path, tmp_path: Path) -
     assert verify(path).verdict is Verdict.PATCHED
 
 
-RAW = {"IQ2_XXS": "importance matrix", "IQ1_S": "importance matrix", "NVFP4": "scales lie in another tensor"}
+RAW = {"IQ2_XXS": "importance matrix", "IQ1_S": "importance matrix", "NVFP4": "scales are in another tensor"}
 
 
 @pytest.mark.parametrize("kind", RAW)

@@ -318,7 +318,7 @@ def test_a_file_that_vanished(hub: Hub, tmp_path: Path) -> None:
         ({"model.safetensors": b"\x02" + bytes(7) + b"[]"}, "is broken"),
         ({"model.safetensors": b"\x02" + bytes(7) + b"{}!"}, "longer than its header says"),
         ({"model.safetensors.index.json": b"{"}, "cannot read"),
-        ({"model.safetensors.index.json": b'{"weight_map":{"a":"../b.safetensors"}}'}, "is no plain file name"),
+        ({"model.safetensors.index.json": b'{"weight_map":{"a":"../b.safetensors"}}'}, "is not a plain file name"),
         ({"model.safetensors.index.json": b'{"weight_map":{"a":"b.safetensors"}}'}, "names b.safetensors, which is missing"),
         (
             {

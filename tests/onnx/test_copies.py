@@ -1,4 +1,4 @@
-"""Copies of ONNX models, which files make one, and where what is kept of it lies."""
+"""Copies of ONNX models, which files make one, and where its state is stored."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.onnx.files import build, data_of, in_blocks, save
 
 
 def folder_with_company(path: Path) -> Path:
-    """A model's folder with what lies beside models, and with another model."""
+    """A model's folder with the usual companions, and with another model."""
     folder = path.parent
     for name in ("config.json", "tokenizer.json", "genai_config.json"):
         (folder / name).write_text("{}", encoding="utf-8")
@@ -99,7 +99,7 @@ def test_the_model_goes_by_its_file(base: Path, pack: Pack, tmp_path: Path) -> N
     shutil.copy(path, tmp_path / "m" / "second.onnx")
     with pytest.raises(CheckpointFormatError, match=r"holds 2 ONNX models: model\.onnx, second\.onnx") as caught:
         open_checkpoint(path.parent)
-    assert "Name the file" in caught.value.advice
+    assert "Name the .onnx file" in caught.value.advice
     revert(path)
     assert verify(path, pack).verdict is Verdict.BASE
 
@@ -117,11 +117,11 @@ def test_every_file_of_a_row_counts(base: Path, pack: Pack, tmp_path: Path) -> N
 
 
 def test_models_in_a_folder_of_their_own(base: Path, tmp_path: Path) -> None:
-    """As transformers.js wants them: which one is meant has to be said."""
+    """The layout of transformers.js: the model has to be named."""
     save(build(base), tmp_path / "m" / "onnx")
     with pytest.raises(CheckpointFormatError, match=r"has its ONNX models in .+onnx: model\.onnx") as caught:
         open_checkpoint(tmp_path / "m")
-    assert "Name the file" in caught.value.advice
+    assert "Name the .onnx file" in caught.value.advice
     assert state_dir_of(tmp_path / "m" / "onnx").ledger == tmp_path / "m" / "onnx" / "model.onnx.nestpatch.json"
 
 

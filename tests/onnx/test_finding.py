@@ -23,7 +23,7 @@ from tests.onnx.files import LINEARS, build, data_of, save
 @pytest.mark.parametrize("act", ["gelu", "silu"])
 @pytest.mark.parametrize("packed", ["", "gate first", "up first"])
 def test_structure_alone(act: str, packed: str, base: Path, pack: Pack, tmp_path: Path) -> None:
-    """Gate and up are told apart by the activation, whichever comes first."""
+    """Gate and up are distinguished by the activation, whichever comes first."""
     checkpoint = open_checkpoint(save(build(base, "nameless", packed=packed, act=act), tmp_path / "m"))
     stored = load_tensors(base)
     for delta in pack:

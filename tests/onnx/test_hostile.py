@@ -1,4 +1,4 @@
-"""ONNX files that lie: each is refused by name before memory is spent on it, and the model stays as it is."""
+"""Hostile ONNX files: each is refused with an error that names the fault, before memory is spent; the model stays as it is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nestpatch.cli import main
 from nestpatch.errors import CheckpointFormatError
 from nestpatch.formats import protobuf as wire
-from nestpatch.formats.onnx import _graph as graph
+from nestpatch.formats.onnx import graph
 from nestpatch.formats.opening import open_checkpoint
 from tests.helpers import PROPERTY, tiny_checkpoint, tree_digest
 from tests.onnx.files import build, save
@@ -32,13 +32,13 @@ def nested(depth: int) -> bytes:
     return content
 
 
-LIES: dict[str, tuple[bytes, str]] = {
+HOSTILE: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "it has no graph"),
-    "another format": (b"GGUF" + bytes(60), "is no sound ONNX model"),
-    "a text": (b"{}" * 40, "is no sound ONNX model"),
+    "another format": (b"GGUF" + bytes(60), "is not a sound ONNX model"),
+    "a text": (b"{}" * 40, "is not a sound ONNX model"),
     "no graph": (number(1, 10), "it has no graph"),
     "two graphs": (model(NODE) + message(7, NODE), "it has 2 graphs"),
-    "a graph that is a number": (number(7, 5), "field 7 is no message"),
+    "a graph that is a number": (number(7, 5), "field 7 is not a message"),
     "a graph longer than the file": (number(1, 10) + claim(7, 1000, NODE), "a field claims 1000 bytes where"),
     "a graph of exabytes": (claim(7, (1 << 63) - 1), "a field claims 9223372036854775807 bytes"),
     "a node longer than its graph": (message(7, claim(1, 99)), "a field claims 99 bytes where 0 are left"),
@@ -50,9 +50,11 @@ LIES: dict[str, tuple[bytes, str]] = {
     "field zero": (b"\x00\x00", "impossible number 0"),
     "half of a fixed number": (b"\x09\x00\x00", "a field claims 8 bytes where 2 are left"),
     "a name that is no text": (model(message(1, message(4, b"\xff\xfe"))), "codec can't decode"),
-    "a name that is a number": (model(message(1, number(4, 7))), "field 4 holds no text"),
+    "a name that is a number": (model(message(1, number(4, 7))), "field 4 is not a text"),
+    "an input whose name is a number": (model(message(11, number(1, 5))), "field 1 is not a text"),
+    "an input that is a number": (model(number(11, 5)), "field 11 is not a message"),
     "graphs without end": (model(nested(20)), "nested more than 8 deep"),
-    "a tensor twice": (model(tensor(RAW), tensor(RAW)), "tensor 'w' is there twice"),
+    "a tensor twice": (model(tensor(RAW), tensor(RAW)), "duplicate tensor 'w'"),
     "an unknown type": (model(tensor(RAW, kind=77)), "unknown type 77"),
     "no type": (model(tensor(RAW, kind=0)), "unknown type 0"),
     "a negative shape": (model(tensor(RAW, shape=((1 << 64) - 4, 4))), "impossible shape"),
@@ -62,17 +64,17 @@ LIES: dict[str, tuple[bytes, str]] = {
     "data shorter than the shape": (model(tensor(message(9, bytes(60)))), "needs 64 bytes and has 60"),
     "data longer than the shape": (model(tensor(message(9, bytes(68)))), "needs 64 bytes and has 68"),
     "data twice": (model(tensor(RAW, RAW)), "has its data twice"),
-    "data inside and beside": (model(tensor(RAW, external())), "both inside the model and beside it"),
+    "data inside and beside": (model(tensor(RAW, external())), "both inside the model and in another file"),
     "floats and more": (model(tensor(message(4, bytes(32)))), "needs 64 bytes and has 32"),
     "segments": (model(tensor(RAW, message(3, number(1, 0)))), "cut into segments"),
-    "data outside": (model(tensor(external(location="../data"))), "no plain name of a file beside the model"),
-    "data at an absolute place": (model(tensor(external(location="/etc/passwd"))), "no plain name"),
-    "data below": (model(tensor(external(location="sub/data"))), "no plain name"),
-    "data outside on Windows": (model(tensor(external(location="..\\data"))), "no plain name"),
-    "data in memory": (model(tensor(external(location="*/_ORT_MEM_ADDR_/*"))), "no plain name"),
-    "data in the folder above": (model(tensor(external(location=".."))), "no plain name"),
-    "data without a place": (model(tensor(external(location=""))), "no plain name"),
-    "data with a NUL": (model(tensor(external(location="data\0"))), "no plain name"),
+    "data outside": (model(tensor(external(location="../data"))), "not a plain name of a file in the model's directory"),
+    "data at an absolute place": (model(tensor(external(location="/etc/passwd"))), "not a plain name"),
+    "data below": (model(tensor(external(location="sub/data"))), "not a plain name"),
+    "data outside on Windows": (model(tensor(external(location="..\\data"))), "not a plain name"),
+    "data in memory": (model(tensor(external(location="*/_ORT_MEM_ADDR_/*"))), "not a plain name"),
+    "data in the folder above": (model(tensor(external(location=".."))), "not a plain name"),
+    "data without a place": (model(tensor(external(location=""))), "not a plain name"),
+    "data with a NUL": (model(tensor(external(location="data\0"))), "not a plain name"),
     "data of an endless name": (model(tensor(external(location="x" * 300))), "which is missing"),
     "data missing": (model(tensor(external(location="gone"))), "has weights in gone, which is missing"),
     "data in a directory": (model(tensor(external(location="folder"))), "has weights in folder, which is missing"),
@@ -85,7 +87,7 @@ LIES: dict[str, tuple[bytes, str]] = {
     "an offset in other digits": (model(tensor(external(offset="٤"))), "impossible offset"),
     "an offset twice": (
         model(tensor(external(offset="0"), message(13, message(1, "offset"), message(2, "4")))),
-        "says twice what the 'offset'",
+        "has the duplicate key 'offset'",
     ),
     "data that overlaps": (
         model(tensor(external(offset="0")), tensor(external(offset="32"), name="v")),
@@ -107,9 +109,9 @@ def place(folder: Path, content: bytes) -> Path:
     return folder / "model" / "model.onnx"
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_lies_are_refused_by_name(lie: str, shop: Path, tmp_path: Path) -> None:
-    content, says = LIES[lie]
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_files_are_refused_by_name(case: str, shop: Path, tmp_path: Path) -> None:
+    content, says = HOSTILE[case]
     path = place(tmp_path, content)
     before = tree_digest(tmp_path)
     with pytest.raises(CheckpointFormatError) as caught:
@@ -178,7 +180,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @PROPERTY
 @given(data=st.data())
 def test_any_damage_is_an_error_or_no_damage(data: st.DataObject, sound: Path) -> None:
-    """Whatever happens to the graph: it opens, or it is refused by name; what it shows lies inside its files."""
+    """Whatever happens to the graph: it opens, or it is refused by name; the tensors are inside its files."""
     whole = bytearray(sound.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
@@ -211,7 +213,7 @@ def test_reading_never_needs_more_than_the_graph(tmp_path: Path) -> None:
 
 
 def test_numbers_are_read_as_protobuf_writes_them(tmp_path: Path) -> None:
-    """Fixed and packed fields, and fields that nobody here knows."""
+    """Fixed and packed fields, and unknown fields."""
     shape = message(1, varint(4), varint(4))
     noise = number(999, 1 << 63) + varint(998 << 3 | 1) + struct.pack("<d", 1.5) + varint(997 << 3 | 5) + bytes(4)
     content = noise + message(7, noise, NODE, message(5, shape, noise, number(2, 1), message(8, "w"), RAW))

@@ -193,7 +193,7 @@ def write(path: Path, data: bytes) -> Path:
 
 
 def chunks(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
-    for module in ("formats.interface", "formats.rowio", "formats.onnx.layout", "patcher.journal"):
+    for module in ("formats.checkpoint", "formats._rowio", "formats.onnx._layout", "patcher._journal"):
         monkeypatch.setattr(f"nestpatch.{module}.CHUNK", nbytes)
 
 
@@ -216,7 +216,7 @@ def test_blocks_do_not_show(
 
 @pytest.mark.parametrize("rows", [[], [0], [47], [3, 4], [0, 47], list(range(48))])
 def test_columns_near_and_far(rows: list[int], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Columns that lie close together are read and written by themselves."""
+    """Columns that are close together are read and written by themselves."""
     path = save(build(base), tmp_path / "m")
     checkpoint, name = open_checkpoint(path), "model.layers.1.mlp.up_proj.weight"
     matrix, wanted = load_tensors(base)[name].copy(), np.array(rows, np.int64)

@@ -169,7 +169,7 @@ def otherwise_quantized(base: Path, how: str, folder: Path) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("how", ["scaled", "k-quant", "HQQ"])
 def test_other_quantizers_are_refused_by_name(how: str, tmp_path: Path) -> None:
-    """Rows of rounding to nearest among others would be a model that nobody measured."""
+    """Rows of rounding to nearest among others would be a model that was never measured."""
     # An even number of blocks in every row: those quantizers stumble over others.
     base = tiny_checkpoint(tmp_path / "base", dtype="F32", hidden=128, inter=192)
     if how == "HQQ":
@@ -227,14 +227,14 @@ def test_upgrade_and_strength(base: Path, tmp_path: Path) -> None:
     assert {name: data for name, data in data_of(copy / "model.onnx").items() if name in patched} == patched
 
 
-@pytest.mark.parametrize("quantized", ["sketches", "base"])
-def test_a_patched_file_without_ledger_is_recognised(quantized: str, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("proof", ["sketches", "base"])
+def test_a_patched_file_without_ledger_is_recognised(proof: str, base: Path, tmp_path: Path) -> None:
     path, pack = save(quantized(build(base), symmetric=False), tmp_path / "m"), pack_of(base, 0.03)
     apply_in_place(path, pack, base=base)
     shutil.rmtree(state_dir_of(path).folder)
     state_dir_of(path).ledger.unlink()
     assert verify(path, pack).verdict is Verdict.PATCHED
-    found = examine(pack, open_checkpoint(path), open_checkpoint(base) if quantized == "base" else None)
+    found = examine(pack, open_checkpoint(path), open_checkpoint(base) if proof == "base" else None)
     assert {finding.state for finding in found} == {State.PATCHED}
 
 

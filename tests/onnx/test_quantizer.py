@@ -114,8 +114,8 @@ def test_values_are_near(depth: int, zero_points: bool) -> None:
 def test_ways_to_narrow_are_told_apart(scale: str, first: bool, last: bool) -> None:
     rows = samples(1024, np.float32)[:8]
     made = NBitsCodec(4, 32, 1024, scale, True, narrow_first=first, narrow_last=last)
-    for told in (False, True):
-        assert NBitsCodec(4, 32, 1024, scale, True, narrow_last=told).fitted(rows, made.encode(rows)) == made
+    for last in (False, True):
+        assert NBitsCodec(4, 32, 1024, scale, True, narrow_last=last).fitted(rows, made.encode(rows)) == made
 
 
 def test_scales_of_bf16_are_narrowed_late() -> None:

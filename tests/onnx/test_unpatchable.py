@@ -92,8 +92,8 @@ FLOATS: dict[str, tuple[Change, type[CheckpointError], str]] = {
     "shared under one name": (shared_under_one_name, UnsupportedModelError, "2 operations read"),
     "integers": (integer("MatMulInteger", ""), QuantizationError, "stored for MatMulInteger"),
     "bitsandbytes": (integer("MatMulBnb4", "com.microsoft"), QuantizationError, "stored for MatMulBnb4"),
-    "doubles": (doubles, QuantizationError, "it holds F64"),
-    "one by one": (one_by_one, UnsupportedModelError, "held one by one"),
+    "doubles": (doubles, QuantizationError, "it is stored as F64"),
+    "one by one": (one_by_one, UnsupportedModelError, "stored one by one"),
     "in a branch": (in_a_branch, UnsupportedModelError, "several graphs"),
 }
 

@@ -17,7 +17,7 @@ from nestpatch.export.onnx._adapter_ready import add_inputs
 from nestpatch.export.onnx._quantize import quantize
 from nestpatch.export.onnx.exporter import save
 from nestpatch.formats import nest
-from nestpatch.formats.lora.onnx import onnx_file, read_sites
+from nestpatch.formats.lora.onnx import onnx_file, read_inputs
 from nestpatch.formats.provenance import PACKS, pack_entry, packs_json
 from nestpatch.pack import Pack
 from nestpatch.patcher.inplace import apply_in_place, revert
@@ -105,7 +105,7 @@ def test_a_graph_has_the_usual_inputs_and_others_that_nobody_has_to_give(family,
 def test_adapters_work_on_quantized_matrices(family, bits, exports, ready, sources, torch_model, pack, tmp_path):
     model = onnx_ir.load(str(exports(family).path / "model.onnx"))
     quantize(model, bits)
-    add_inputs(model, {name: name for name in read_sites(ready.path).sites})
+    add_inputs(model, {name: name for name in read_inputs(ready.path).inputs})
     model.metadata_props.update(facts(ready.path))
     save(model, tmp_path)
     made = export_onnx_adapter(pack, tmp_path, tmp_path / "patch.onnx_adapter")
@@ -124,7 +124,7 @@ def test_an_export_of_everything_at_once(exports, sources, torch_model, tmp_path
     done = exports("small", "bfloat16", dtype="fp16", bits=8, adapter_ready=True)
     pack = tiny_pack(sources("small", "bfloat16"), scale=0.3)
     made = export_onnx_adapter(pack, done.path, tmp_path / "patch.onnx_adapter")
-    assert read_sites(done.path).dtype == np.float16
+    assert read_inputs(done.path).dtype == np.float16
     ids, mask = batch(2, 20)
     model = merged(torch_model(sources("small", "bfloat16")), pack)
     distance, deviation = compared(Run(done.path / "model.onnx", made.output), model, ids, mask)
@@ -163,7 +163,7 @@ def test_a_model_that_was_patched_where_it_lies_is_refused(pack, ready, tmp_path
 
 
 def test_a_model_without_the_inputs_is_refused(family, pack, exports, tmp_path):
-    with pytest.raises(UnsupportedModelError, match="takes no patches at run time") as caught:
+    with pytest.raises(UnsupportedModelError, match="takes no packs at run time") as caught:
         export_onnx_adapter(pack, exports(family).path, tmp_path / "x.onnx_adapter")
     assert "--adapter-ready" in caught.value.advice
 
@@ -199,7 +199,7 @@ def test_what_is_no_model_is_refused(pack, tmp_path):
     with pytest.raises(CheckpointFormatError, match="there is no ONNX model"):
         export_onnx_adapter(pack, tmp_path, tmp_path / "x.onnx_adapter")
     (tmp_path / "model.onnx").write_bytes(b"\xff" * 100)
-    with pytest.raises(CheckpointFormatError, match="cannot read"):
+    with pytest.raises(CheckpointFormatError, match="is not a sound ONNX model"):
         export_onnx_adapter(pack, tmp_path, tmp_path / "x.onnx_adapter")
 
 

@@ -19,7 +19,7 @@ from nestpatch.files.atomic import check_output, sync_tree
 from nestpatch.files.hashing import seal
 from nestpatch.files.scratch import new_output
 from nestpatch.formats.checkpoint import Checkpoint
-from nestpatch.formats.lora.onnx import ADAPTER, AdapterInput, sites_json
+from nestpatch.formats.lora.onnx import ADAPTER, AdapterInput, inputs_json
 from nestpatch.formats.provenance import VERSION
 from nestpatch.gate import PackLike, Trust, prove
 from nestpatch.signing.trust import Policy
@@ -268,7 +268,7 @@ def _sign(graph: ir.Model, source: ExportSource, sites: Mapping[str, AdapterInpu
     """Writes into the file what made it, and what is in it."""
     graph.metadata_props.update({VERSION: __version__, **source.keys()})
     if sites:
-        graph.metadata_props[ADAPTER] = sites_json(sites)
+        graph.metadata_props[ADAPTER] = inputs_json(sites)
 
 
 def save(graph: ir.Model, folder: Path, on_event: OnEvent = ignore) -> None:

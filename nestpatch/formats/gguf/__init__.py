@@ -1,1 +1,1 @@
-"""GGUF files: header, types, tensor names, and the checkpoint."""
+"""GGUF files: `header` reads and writes headers, `quants` knows the types, `names` the tensor names, `checkpoint` the rows."""

@@ -1,6 +1,6 @@
 """GGUF files as checkpoints: rows are read and written in the type that they are stored in, quantized ones as blocks.
 
-Tensors go by their GGUF names, and also by those that a pack uses (formats/names.py).
+Tensors have their GGUF names, and can also be asked for by the names that packs use (formats/gguf/names.py).
 """
 
 from __future__ import annotations
@@ -15,31 +15,33 @@ import numpy as np
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
 from nestpatch.formats._rowio import read_all_at, read_rows_at, write_rows_at
-from nestpatch.formats.checkpoint import IntArray, TensorInfo
+from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo
 from nestpatch.formats.gguf.header import read_header
-from nestpatch.formats.gguf.names import GgufHome, gguf_home
+from nestpatch.formats.gguf.names import gguf_home
 from nestpatch.rows import DTYPES, Rows
 
-COMPANIONS = ("NVFP4",)
-"""Types whose blocks mean nothing without scales in another tensor."""
+_COMPANIONS = ("NVFP4",)
+"""Types whose blocks have their scales in another tensor."""
 
 
-class GgufCheckpoint:
-    """Reads the header at once and rows on demand.
-
-    Raises CheckpointFormatError for files whose header lies about their content, and for those that are no whole model.
-    """
+class GgufCheckpoint(Checkpoint):
+    """A GGUF model. The header is read when it is opened, rows on demand."""
 
     converted = True
 
     def __init__(self, path: Path) -> None:
+        """Opens a model.
+
+        Args:
+            path: A .gguf file.
+
+        Raises:
+            CheckpointFormatError: The header contradicts the file, or the file is not a whole model.
+        """
         self.path = path
         self.files: tuple[Path, ...] = (path,)
         header = read_header(path)
         self._infos, self._metadata = header.tensors, header.metadata
-        self._require_model()
-
-    def _require_model(self) -> None:
         if self._metadata.get("general.type", "model") != "model":
             raise CheckpointFormatError(
                 f"{self.path} is a GGUF file of type {str(self._metadata['general.type'])[:40]!r}, not a model",
@@ -52,19 +54,26 @@ class GgufCheckpoint:
             )
 
     def _number(self, key: str) -> int:
-        """A whole number of the header, 0 where there is none. Raises CheckpointFormatError for anything else."""
+        """An integer of the header, 0 where there is none."""
         value = self._metadata.get(key, 0)
         if type(value) is not int:
-            raise CheckpointFormatError(f"{self.path} says that {key} is {str(value)[:40]!r}; a whole number is needed")
+            raise CheckpointFormatError(f"{self.path} has {str(value)[:40]!r} for {key}; expected an integer")
         return value
 
     @cached_property
     def architecture(self) -> str:
-        """As GGUF names it: "llama", "qwen3moe"."""
+        """The model's architecture as GGUF names it: "llama", "qwen3moe"."""
         return str(self._metadata.get("general.architecture", ""))
 
     def reopen(self, path: Path) -> GgufCheckpoint:
-        """The same format at another place, whatever its name there."""
+        """Opens another path as the same format, whatever its name.
+
+        Args:
+            path: The other model.
+
+        Raises:
+            CheckpointFormatError: It is not a model of this format.
+        """
         return GgufCheckpoint(path)
 
     def tensors(self) -> Sequence[str]:
@@ -72,11 +81,23 @@ class GgufCheckpoint:
         return sorted(self._infos)
 
     def has(self, name: str) -> bool:
-        """Whether there is such a tensor, by its GGUF name or by a pack's."""
+        """Whether there is such a tensor.
+
+        Args:
+            name: Its name in the file, or the name that packs use.
+        """
         return name in self._infos or self._find(name) is not None
 
     def info(self, name: str) -> TensorInfo:
-        """Raises CheckpointFormatError when there is no such tensor, UnsupportedModelError when it is held in other rows."""
+        """What a tensor is and where it is stored.
+
+        Args:
+            name: Its GGUF name, or the name that packs use.
+
+        Raises:
+            CheckpointFormatError: There is no such tensor.
+            UnsupportedModelError: A GGUF file stores it in several tensors, or in another order.
+        """
         if name in self._infos:
             return self._infos[name]
         found = self._find(name)
@@ -85,14 +106,14 @@ class GgufCheckpoint:
         return found
 
     def _find(self, name: str) -> TensorInfo | None:
-        """A pack's tensor as the rows that it has here."""
-        home = self._home(name)
+        """The rows of a tensor that packs name."""
+        home = gguf_home(name, self.architecture, self._number(f"{self.architecture}.block_count"))
         if home is None or home.tensors[0] not in self._infos:
             return None
         if len(home.tensors) > 1:
             raise UnsupportedModelError(
-                f"{name} is held in {len(home.tensors)} tensors of a GGUF file: {', '.join(home.tensors)}",
-                advice="Patch the safetensors model and export it anew: nestpatch export MODEL PATCH --to gguf",
+                f"{name} is stored in {len(home.tensors)} tensors of a GGUF file: {', '.join(home.tensors)}",
+                advice="Patch the safetensors model and export it anew: nestpatch export MODEL PACK --to gguf",
             )
         info = self._infos[home.tensors[0]]
         if home.expert is None:
@@ -100,34 +121,60 @@ class GgufCheckpoint:
         shape, nbytes = info.shape[1:], info.nbytes // info.shape[0]
         return replace(info, name=name, shape=shape, offset=info.offset + home.expert * nbytes, nbytes=nbytes)
 
-    def _home(self, name: str) -> GgufHome | None:
-        return gguf_home(name, self.architecture, self._number(f"{self.architecture}.block_count"))
-
     def read_rows(self, name: str, rows: IntArray) -> Rows:
-        """Reads sorted rows: [rows, in_features] of the float types, [rows, row_bytes] as uint8 of the quantized ones."""
+        """Reads some rows; consecutive ones are read together.
+
+        Args:
+            name: The tensor.
+            rows: Sorted row numbers.
+
+        Returns:
+            [rows, in_features] of the float types, uint8 [rows, row_bytes] of the quantized ones.
+
+        Raises:
+            CheckpointFormatError: The tensor has no rows that can be patched, or the file ends before them.
+            UnsupportedModelError: A GGUF file stores it in several tensors, or in another order.
+        """
         info = self.info(name)
         return read_rows_at(info, rows, _row_dtype(info))
 
     def write_rows(self, name: str, rows: IntArray, values: Rows) -> None:
-        """Writes sorted rows in place, in the form that `read_rows` gives."""
+        """Writes some rows in place; consecutive ones are written together.
+
+        Args:
+            name: The tensor.
+            rows: Sorted row numbers.
+            values: In the form that `read_rows` returns.
+
+        Raises:
+            CheckpointFormatError: The tensor has no rows that can be patched.
+            UnsupportedModelError: A GGUF file stores it in several tensors, or in another order.
+        """
         info = self.info(name)
         write_rows_at(info, rows, np.ascontiguousarray(values, dtype=_row_dtype(info)))
 
     def read_all(self, name: str) -> Iterator[bytes]:
-        """The tensor's bytes, in blocks."""
+        """The tensor's bytes, in blocks.
+
+        Args:
+            name: The tensor.
+
+        Raises:
+            CheckpointFormatError: There is no such tensor, or the file ends inside it.
+        """
         return read_all_at(self.info(name))
 
     def metadata(self) -> Mapping[str, Any]:
-        """Numbers and strings of the header."""
+        """Numbers, strings and booleans of the header."""
         return self._metadata
 
 
 def _row_dtype(info: TensorInfo) -> np.dtype[Any]:
     if len(info.shape) < 2:
         raise CheckpointFormatError(f"tensor {info.name} has shape {list(info.shape)}: it has no rows")
-    if info.dtype in COMPANIONS:
+    if info.dtype in _COMPANIONS:
         raise CheckpointFormatError(
-            f"tensor {info.name} is stored as {info.dtype}, whose scales lie in another tensor: its rows cannot be patched",
-            advice="Patch the float model and quantize it anew, or load an adapter: nestpatch export PATCH --to gguf-lora",
+            f"tensor {info.name} is stored as {info.dtype}, whose scales are in another tensor: its rows cannot be patched",
+            advice="Patch the float model and quantize it anew, or load an adapter: nestpatch export PACK --to gguf-lora",
         )
     return DTYPES.get(info.dtype, np.dtype(np.uint8))

@@ -1,11 +1,12 @@
-"""The header of a GGUF file, read strictly: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""The header of a GGUF file: the only reader, and the writer. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
-Everything a header says is checked against the file before anything is believed. Arrays are passed over: they hold the
-vocabulary, which patching does not need.
+`read_header` is strict: everything that a header claims is checked against the file. Arrays are skipped: they hold the
+vocabulary, which nestpatch has no use for. `encode_header` writes the header of an exported model.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,31 +23,49 @@ from nestpatch.formats.checkpoint import TensorInfo
 from nestpatch.formats.gguf import quants
 
 MAGIC = b"GGUF"
-VERSIONS = (2, 3)
+_VERSIONS = (2, 3)
+ALIGNMENT = 32
+"""Tensors begin at multiples of it, unless general.alignment names another number."""
 MAX_HEADER = 128 << 20
 """Bytes. The largest vocabularies take some twenty megabytes."""
-MAX_STRING = 16 << 20
-MAX_NAMES = 1 << 16
-"""Of tensors, of metadata keys, and of arrays in arrays. Models have some thousand tensors and some dozen keys."""
-ALIGNMENT = 32
+_MAX_STRING = 16 << 20
+_MAX_NAMES = 1 << 16
+"""Tensors, metadata keys, and arrays inside arrays. Models have some thousand tensors and some dozen keys."""
 MAX_DIMENSIONS = 4
 STRETCH = 4 << 20
 """Bytes read at a time."""
+_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-_STRING, _ARRAY = 8, 9
+_LARGEST = float(np.finfo(np.float32).max)
+
+Fact: TypeAlias = bool | int | float | str | Sequence[str] | Sequence[int] | Sequence[float]
+"""A metadata value. Whole numbers become UINT32 alone and INT32 in arrays, others FLOAT32."""
+Facts: TypeAlias = dict[str, Fact]
+TensorEntry: TypeAlias = tuple[str, tuple[int, ...], str, int]
+"""(name, shape with the outermost dimension first, type, bytes) of a tensor."""
+_Described: TypeAlias = tuple[str, tuple[int, ...], int, int]
+"""(name, shape with the outermost dimension first, type number, offset) as a header has them."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says of itself."""
+    """The content of a GGUF header."""
 
     metadata: Mapping[str, Any]
-    """Numbers, strings and truth values; no arrays."""
+    """Numbers, strings and booleans; no arrays."""
+    keys: frozenset[str]
+    """All keys, those of arrays included."""
     tensors: Mapping[str, TensorInfo]
+    """By name, in the order of their data."""
+    entries: tuple[int, int]
+    """(first byte, end) of the list of tensors in the file."""
+    data: int
+    """First byte of the tensors' data."""
+    alignment: int
 
 
 class _Cursor:
-    """The file's beginning, read as far as it is needed."""
+    """The beginning of the file, read as far as it is needed."""
 
     def __init__(self, file: FileIO, size: int) -> None:
         self.file, self.size = file, size
@@ -55,7 +74,7 @@ class _Cursor:
         self.arrays = 0
 
     def need(self, count: int) -> int:
-        """Makes the next `count` bytes available; gives their position and passes over them."""
+        """Loads the next `count` bytes and moves past them; returns their position."""
         start, end = self.at, self.at + count
         if end > self.size:
             raise ValueError("the file ends inside its header")
@@ -74,20 +93,20 @@ class _Cursor:
 
     def string(self) -> str:
         length = self.number("<Q")
-        if length > MAX_STRING:
+        if length > _MAX_STRING:
             raise ValueError(f"a string claims {length} bytes")
         start = self.need(length)
         return self.data[start : start + length].decode("utf-8")
 
     def skip_strings(self, count: int) -> None:
-        """Passes over strings; there may be hundreds of thousands."""
+        """Moves past strings, of which there may be hundreds of thousands."""
         unpack, position = struct.Struct("<Q").unpack_from, self.at
         for _ in range(count):
             if position + 8 > len(self.data):
                 self.at = position
                 self.need(8)
             length: int = unpack(self.data, position)[0]
-            if length > MAX_STRING:
+            if length > _MAX_STRING:
                 raise ValueError(f"a string claims {length} bytes")
             position += 8 + length
         self.at = position
@@ -95,7 +114,17 @@ class _Cursor:
 
 
 def read_header(path: Path) -> Header:
-    """Reads and checks the header. Raises CheckpointFormatError when it lies about the file, or is no GGUF header at all."""
+    """Reads and checks the header of a GGUF file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its metadata and where its tensors are.
+
+    Raises:
+        CheckpointFormatError: The file cannot be read, is not a GGUF file, or its header contradicts itself or the file.
+    """
     try:
         with open_regular(path) as file:
             return _parse(_Cursor(file, os.fstat(file.fileno()).st_size), path)
@@ -109,40 +138,44 @@ def read_header(path: Path) -> Header:
 
 def _parse(cursor: _Cursor, path: Path) -> Header:
     if cursor.size < 4 or cursor.data[cursor.need(4) :][:4] != MAGIC:
-        raise CheckpointFormatError(f"{path} is no GGUF file")
+        raise CheckpointFormatError(f"{path} is not a GGUF file")
     version = cursor.number("<I")
-    if version not in VERSIONS:
+    if version not in _VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-        what = "is a GGUF file for big-endian machines" if swapped in VERSIONS else f"has GGUF version {version}"
+        what = "is a GGUF file for big-endian machines" if swapped in _VERSIONS else f"has GGUF version {version}"
         raise CheckpointFormatError(f"{path} {what}; nestpatch reads versions 2 and 3, little-endian")
     tensors, entries = cursor.number("<Q"), cursor.number("<Q")
-    # Each takes some bytes: a count that the file cannot hold is a lie, and must not become a loop.
+    # Each takes some bytes: a count that the file cannot hold must not become a loop.
     if tensors * 24 > cursor.size or entries * 13 > cursor.size:
         raise ValueError(f"{tensors} tensors and {entries} entries do not fit into {cursor.size} bytes")
-    if max(tensors, entries) > MAX_NAMES:
-        raise ValueError(f"{tensors} tensors and {entries} entries; {MAX_NAMES} of each are allowed")
-    metadata = _metadata(cursor, entries)
+    if max(tensors, entries) > _MAX_NAMES:
+        raise ValueError(f"{tensors} tensors and {entries} entries; {_MAX_NAMES} of each are allowed")
+    metadata, keys = _metadata(cursor, entries)
     alignment = metadata.get("general.alignment", ALIGNMENT)
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment is {alignment!r}")
+    first = cursor.at
     described = [_tensor(cursor) for _ in range(tensors)]
-    return Header(metadata, _place(described, path, cursor, alignment))
+    end = cursor.at
+    data = end + -end % alignment
+    return Header(metadata, keys, _locate(described, path, data, cursor.size, alignment), (first, end), data, alignment)
 
 
-def _metadata(cursor: _Cursor, entries: int) -> dict[str, Any]:
+def _metadata(cursor: _Cursor, entries: int) -> tuple[dict[str, Any], frozenset[str]]:
+    """(values without arrays, all keys)."""
     metadata: dict[str, Any] = {}
-    seen = set()
+    keys: set[str] = set()
     for _ in range(entries):
         key = cursor.string()
-        if key in seen:
-            raise ValueError(f"the key {key[:80]!r} is there twice")
-        seen.add(key)
+        if key in keys:
+            raise ValueError(f"duplicate key {key[:80]!r}")
+        keys.add(key)
         kind = cursor.number("<I")
         if kind == _ARRAY:
             _skip_array(cursor)
         else:
             metadata[key] = cursor.string() if kind == _STRING else cursor.number(_scalar(kind))
-    return metadata
+    return metadata, frozenset(keys)
 
 
 def _scalar(kind: int) -> str:
@@ -154,7 +187,7 @@ def _scalar(kind: int) -> str:
 def _skip_array(cursor: _Cursor, depth: int = 0) -> None:
     kind, count = cursor.number("<I"), cursor.number("<Q")
     cursor.arrays += 1
-    if count > cursor.size or depth > MAX_DIMENSIONS or cursor.arrays > MAX_NAMES:
+    if count > cursor.size or depth > MAX_DIMENSIONS or cursor.arrays > _MAX_NAMES:
         raise ValueError(f"an array claims {count} values")
     if kind == _STRING:
         cursor.skip_strings(count)
@@ -165,8 +198,7 @@ def _skip_array(cursor: _Cursor, depth: int = 0) -> None:
         cursor.need(count * struct.calcsize(_scalar(kind)))
 
 
-def _tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    """(name, shape with the innermost dimension last, type, offset)."""
+def _tensor(cursor: _Cursor) -> _Described:
     name, dimensions = cursor.string(), cursor.number("<I")
     if not 1 <= dimensions <= MAX_DIMENSIONS:
         raise ValueError(f"tensor {name[:80]!r} has {dimensions} dimensions")
@@ -174,27 +206,24 @@ def _tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     return name, shape, cursor.number("<I"), cursor.number("<Q")
 
 
-def _place(
-    described: list[tuple[str, tuple[int, ...], int, int]], path: Path, cursor: _Cursor, alignment: int
-) -> dict[str, TensorInfo]:
-    """Where the tensors lie. They must follow each other without gaps, as llama.cpp demands too."""
-    start = _align(cursor.at, alignment)
+def _locate(described: list[_Described], path: Path, data: int, size: int, alignment: int) -> dict[str, TensorInfo]:
+    """Where the tensors are. They must follow each other without gaps, as llama.cpp demands too."""
     infos: dict[str, TensorInfo] = {}
     end = 0
     for name, shape, code, offset in sorted(described, key=lambda entry: entry[3]):
         if name in infos:
-            raise ValueError(f"tensor {name[:80]!r} is there twice")
+            raise ValueError(f"duplicate tensor {name[:80]!r}")
         dtype, nbytes = _size(name, shape, code)
         if offset != end:
             raise ValueError(f"tensor {name[:80]!r} {'overlaps the one before' if offset < end else 'leaves a gap'}")
         codec = quants.GgmlCodec(dtype) if quants.is_quantized(dtype) else None
-        infos[name] = TensorInfo(name, dtype, shape, path, start + offset, nbytes, codec)
-        end = _align(offset + nbytes, alignment)
+        infos[name] = TensorInfo(name, dtype, shape, path, data + offset, nbytes, codec)
+        end = offset + nbytes + -(offset + nbytes) % alignment
         # The last tensor's padding may be missing.
-        if start + offset + nbytes > cursor.size:
+        if data + offset + nbytes > size:
             raise ValueError(f"the file is truncated inside tensor {name[:80]!r}")
-    if cursor.size > start + end:
-        raise ValueError(f"the file is longer than its header says: {cursor.size} bytes, {start + end} expected")
+    if size > data + end:
+        raise ValueError(f"the file is longer than its header says: {size} bytes, {data + end} expected")
     return infos
 
 
@@ -203,9 +232,7 @@ def _size(name: str, shape: tuple[int, ...], code: int) -> tuple[str, int]:
     dtype = quants.type_name(code)
     if dtype is None:
         raise ValueError(f"tensor {name[:80]!r} has the unknown type {code}: upgrade gguf, or the file is broken")
-    count = 1
-    for n in shape:
-        count *= n
+    count = math.prod(shape)
     if count == 0 or count > 1 << 62:
         raise ValueError(f"tensor {name[:80]!r} has the impossible shape {list(shape)}")
     try:
@@ -214,37 +241,54 @@ def _size(name: str, shape: tuple[int, ...], code: int) -> tuple[str, int]:
         raise ValueError(f"tensor {name[:80]!r}: {error}") from error
 
 
-def _align(offset: int, alignment: int) -> int:
-    return offset + -offset % alignment
-
-
-Fact: TypeAlias = bool | int | float | str | Sequence[str] | Sequence[int] | Sequence[float]
-"""Whole numbers become UINT32 alone and INT32 in arrays, others FLOAT32."""
-Facts: TypeAlias = dict[str, Fact]
-TensorEntry: TypeAlias = tuple[str, tuple[int, ...], str, int]
-"""(name, shape with the outermost dimension first, type, bytes) of a tensor."""
-
-ALIGNMENT = 32
-"""Tensors begin at multiples of it."""
-_LARGEST = float(np.finfo(np.float32).max)
-_MAGIC, _VERSION = b"GGUF", 3
-_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
-
-
 def padding(nbytes: int) -> int:
-    """Zeros that follow so many bytes."""
+    """How many zeros follow a tensor in the files that nestpatch writes.
+
+    Args:
+        nbytes: Bytes of the tensor, or of a header.
+
+    Returns:
+        Bytes up to the next multiple of ALIGNMENT.
+    """
     return -nbytes % ALIGNMENT
 
 
 def encode_header(facts: Mapping[str, Fact], tensors: Sequence[TensorEntry]) -> bytes:
-    """The bytes up to the first tensor's. Raises CheckpointFormatError for text that is no Unicode."""
-    head = _MAGIC + struct.pack("<IQQ", _VERSION, len(tensors), len(facts))
-    data = b"".join([head, encode_facts(facts), _tensors(tensors)])
+    """Encodes the header of a GGUF file, version 3.
+
+    Args:
+        facts: The metadata.
+        tensors: The tensors in the order of their data.
+
+    Returns:
+        All bytes before the first tensor's data.
+
+    Raises:
+        CheckpointFormatError: A text is not valid Unicode, or a number does not fit into 32 bits.
+    """
+    from gguf import GGMLQuantizationType
+
+    parts, offset = [MAGIC + struct.pack("<IQQ", _VERSIONS[-1], len(tensors), len(facts)), encode_facts(facts)], 0
+    for name, shape, kind, nbytes in tensors:
+        dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+        parts += [_string(name), dimensions, struct.pack("<IQ", int(GGMLQuantizationType[kind]), offset)]
+        offset += nbytes + padding(nbytes)
+    data = b"".join(parts)
     return data + bytes(padding(len(data)))
 
 
 def encode_facts(facts: Mapping[str, Fact]) -> bytes:
-    """Keys, types and values."""
+    """Encodes metadata: keys, types and values.
+
+    Args:
+        facts: The metadata.
+
+    Returns:
+        The bytes of its entries, without their count.
+
+    Raises:
+        CheckpointFormatError: A text is not valid Unicode, or a number does not fit into 32 bits.
+    """
     return b"".join(part for key, value in facts.items() for part in (_string(key), _value(value)))
 
 
@@ -252,7 +296,7 @@ def _string(text: str) -> bytes:
     try:
         data = text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise CheckpointFormatError(f"the tokenizer or config holds text that is no Unicode: {text!r}") from error
+        raise CheckpointFormatError(f"the tokenizer or config holds text that is not valid Unicode: {text!r}") from error
     return struct.pack("<Q", len(data)) + data
 
 
@@ -272,21 +316,11 @@ def _value(value: Fact) -> bytes:
     return struct.pack("<I", _ARRAY) + _array(value)
 
 
-def _array(values: Sequence[str] | Sequence[int] | Sequence[float]) -> bytes:
+def _array(values: Iterable[str | int | float]) -> bytes:
     """The type of the elements, their count, and the elements."""
-    if all(isinstance(value, str) for value in values):
-        return struct.pack("<IQ", _STRING, len(values)) + b"".join(_string(str(value)) for value in values)
-    whole = all(isinstance(value, int) for value in values)
+    items = list(values)
+    if all(isinstance(value, str) for value in items):
+        return struct.pack("<IQ", _STRING, len(items)) + b"".join(_string(str(value)) for value in items)
+    whole = all(isinstance(value, int) for value in items)
     kind, dtype = (_INT32, "<i4") if whole else (_FLOAT32, "<f4")
-    return struct.pack("<IQ", kind, len(values)) + np.asarray(values, dtype).tobytes()
-
-
-def _tensors(tensors: Iterable[TensorEntry]) -> bytes:
-    from gguf import GGMLQuantizationType
-
-    parts, offset = [], 0
-    for name, shape, kind, nbytes in tensors:
-        dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
-        parts += [_string(name), dimensions, struct.pack("<IQ", int(GGMLQuantizationType[kind]), offset)]
-        offset += nbytes + padding(nbytes)
-    return b"".join(parts)
+    return struct.pack("<IQ", kind, len(items)) + np.asarray(items, dtype).tobytes()

@@ -1,11 +1,12 @@
-"""One tensor, its names in each format. Packs use the names of the safetensors checkpoint; the `gguf` package has the table.
+"""The names of tensors in GGUF files. Packs use the names of the safetensors checkpoint; the `gguf` package has the table.
 
-A matrix keeps its rows in a GGUF file, but not always alone: the experts of a layer are one tensor there, and a stacked
+A GGUF file stores the same rows, but not always in the same tensors: the experts of a layer are one tensor there, and a stacked
 `gate_up_proj` is two.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,13 +32,13 @@ GGUF_ARCHITECTURES: dict[str, str] = {
 }
 """The class in a model's config.json -> `general.architecture` of its GGUF file."""
 MAX_LAYERS = 512
-"""As in llama.cpp (LLAMA_MAX_LAYERS). The table of names is as long as a file says that the model is deep."""
-SUFFIXES = (".weight", ".bias")
+"""As in llama.cpp (LLAMA_MAX_LAYERS). The table of names grows with the number of layers that a file claims."""
+_SUFFIXES = (".weight", ".bias")
 # One expert of its own: model.layers.0.mlp.experts.3.gate_proj.weight
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<number>\d+)\.(?P<part>\w+)(?P<suffix>\.weight)")
 # All of them: model.layers.0.mlp.experts.gate_up_proj, with or without .weight
 _STACKED = re.compile(r"(?P<stack>.+\.experts)\.(?P<part>gate_up_proj|gate_proj|up_proj|down_proj)(?:\.weight)?")
-# Rows that stand in another order: llama.cpp turns the rotary halves of a head into pairs, and takes heads apart by part.
+# Rows that a GGUF file stores in another order: llama.cpp interleaves the rotary halves of a head, and splits fused heads.
 _REORDERED = {
     "llama": re.compile(r".+\.(?:q_proj|k_proj)\.(?:weight|bias)"),
     "gptneox": re.compile(r".+\.query_key_value\.(?:weight|bias)"),
@@ -46,7 +47,7 @@ _REORDERED = {
 
 @dataclass(frozen=True)
 class RowSpan:
-    """Consecutive rows of a checkpoint's matrix, and where they are in a GGUF file."""
+    """Consecutive rows of a checkpoint's matrix, and where a GGUF file stores them."""
 
     tensor: str
     """Its GGUF name: "blk.0.ffn_gate.weight"."""
@@ -56,7 +57,17 @@ class RowSpan:
 
 
 def gguf_architecture(model_class: str) -> str:
-    """The GGUF architecture of a model class. Raises UnsupportedModelError, with the list, for a class that is not in it."""
+    """The GGUF architecture of a model class.
+
+    Args:
+        model_class: The class in the model's config.json.
+
+    Returns:
+        An architecture of GGUF_ARCHITECTURES.
+
+    Raises:
+        UnsupportedModelError: The class is not in GGUF_ARCHITECTURES; the advice lists them.
+    """
     if model_class not in GGUF_ARCHITECTURES:
         known = ", ".join(name.removesuffix("ForCausalLM") for name in GGUF_ARCHITECTURES)
         raise UnsupportedModelError(
@@ -66,8 +77,13 @@ def gguf_architecture(model_class: str) -> str:
 
 
 def expert_of(name: str) -> tuple[str, int, str] | None:
-    """(stack, number, part) of the matrix of a single expert: "model.layers.0.mlp.experts.3.up_proj.weight" is
-    ("model.layers.0.mlp.experts", 3, "up_proj"). None for other tensors.
+    """Parses the name of a matrix that belongs to a single expert.
+
+    Args:
+        name: Such as "model.layers.0.mlp.experts.3.up_proj.weight".
+
+    Returns:
+        (stack, number, part), here ("model.layers.0.mlp.experts", 3, "up_proj"); None for other tensors.
     """
     found = _EXPERT.fullmatch(name)
     return (found["stack"], int(found["number"]), found["part"]) if found else None
@@ -91,38 +107,62 @@ def _table(architecture: str, layers: int) -> Any:
 
 
 def gguf_name(name: str, architecture: str, layers: int) -> str | None:
-    """The GGUF name of a whole tensor, or None where the architecture has none: "model.norm.weight" -> "output_norm.weight"."""
-    found: str | None = _table(architecture, layers).get_name(name, SUFFIXES)
+    """The GGUF name of a whole tensor: "model.norm.weight" -> "output_norm.weight".
+
+    Args:
+        name: Its name in the safetensors checkpoint.
+        architecture: The GGUF architecture.
+        layers: Layers of the model.
+
+    Returns:
+        The name; None where the architecture has no such tensor.
+
+    Raises:
+        UnsupportedModelError: The architecture is unknown, or the number of layers is impossible.
+    """
+    found: str | None = _table(architecture, layers).get_name(name, _SUFFIXES)
     return found
 
 
 def is_reordered(name: str, architecture: str) -> bool:
-    """Whether a GGUF file holds the rows of this matrix, or the elements of this vector, in another order."""
+    """Whether a GGUF file stores the rows of a matrix, or the elements of a vector, in another order.
+
+    Args:
+        name: The tensor's name in the safetensors checkpoint.
+        architecture: The GGUF architecture.
+    """
     rule = _REORDERED.get(architecture)
     return rule is not None and rule.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
 class GgufHome:
-    """The tensors of a GGUF file that hold a checkpoint's matrix."""
+    """The tensors of a GGUF file that store a checkpoint's matrix."""
 
     tensors: tuple[str, ...]
-    """One; or two, whose rows take turns expert by expert."""
+    """One; or two, whose rows alternate expert by expert."""
     expert: int | None = None
     """Which expert of the stack the matrix is; None where it is the whole tensor."""
 
 
 def gguf_home(name: str, architecture: str, layers: int) -> GgufHome | None:
-    """Where a GGUF file holds a matrix; None where the architecture has no such tensor.
+    """Which tensors of a GGUF file store a matrix.
 
-    `architecture` is the GGUF's ("llama", "phi3", "qwen3moe"), `layers` its block count.
+    Args:
+        name: The matrix's name in the safetensors checkpoint.
+        architecture: The GGUF architecture ("llama", "phi3", "qwen3moe").
+        layers: The block count of the GGUF file.
 
-    Raises UnsupportedModelError when its rows stand in another order there.
+    Returns:
+        The tensors; None where the architecture has none for it.
+
+    Raises:
+        UnsupportedModelError: The GGUF file stores its rows in another order, or the architecture is unknown.
     """
     if is_reordered(name, architecture):
         raise UnsupportedModelError(
-            f"the rows of {name} stand in another order in a GGUF file of architecture {architecture}",
-            advice="Patch the safetensors model and export it anew: nestpatch export MODEL PATCH --to gguf",
+            f"a GGUF file of architecture {architecture} stores the rows of {name} in another order",
+            advice="Patch the safetensors model and export it anew: nestpatch export MODEL PACK --to gguf",
         )
     lookups, expert = [name], None
     if found := _EXPERT.fullmatch(name):
@@ -137,16 +177,24 @@ def gguf_home(name: str, architecture: str, layers: int) -> GgufHome | None:
 
 
 def gguf_spans(name: str, shape: Sequence[int], architecture: str, layers: int) -> tuple[RowSpan, ...]:
-    """Where the rows of a matrix [.., rows, in_features] are in a GGUF file, in their order.
+    """Where a GGUF file stores the rows of a matrix.
 
-    Raises UnsupportedModelError when the architecture has no such tensor, or holds its rows in another order.
+    Args:
+        name: The matrix's name in the safetensors checkpoint.
+        shape: [.., rows, in_features].
+        architecture: The GGUF architecture.
+        layers: The block count of the GGUF file.
+
+    Returns:
+        The spans in the order of the matrix's rows.
+
+    Raises:
+        UnsupportedModelError: The architecture has no such tensor, or stores its rows in another order.
     """
     home = gguf_home(name, architecture, layers)
     if home is None:
         raise UnsupportedModelError(f"GGUF files of architecture {architecture} have no tensor for {name}")
-    rows = 1
-    for n in shape[:-1]:
-        rows *= n
+    rows = math.prod(shape[:-1])
     if len(home.tensors) == 1:
         return (RowSpan(home.tensors[0], (home.expert or 0) * rows, rows),)
     experts = shape[0]

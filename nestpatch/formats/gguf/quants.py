@@ -1,7 +1,7 @@
-"""The arithmetic of quantized rows: float32 to blocks of a GGUF type and back.
+"""The types of GGUF files: float32 to blocks of a tensor type and back, and the file types that mix them.
 
-llama.cpp's own ggml library does it where llama-cpp-python has brought it along; the `gguf` package does the types that it
-has, with the same bytes. Every row is quantized by itself, so a few rows give the bytes that the whole tensor would give.
+llama.cpp's own ggml library quantizes where llama-cpp-python is installed; else the `gguf` package does, for the types that it
+has, with the same bytes. Each row is quantized by itself: a few rows give the bytes that the whole tensor would give.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from nestpatch.errors import DataError, QuantizationError
-from nestpatch.formats.codec import Blocks
+from nestpatch.formats._codec import Blocks, Codec
 from nestpatch.rows import DTYPES, FloatArray
 
-NEEDS_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
-"""Types whose quantizer wants an importance matrix; some of them end the process when they get none."""
-STEPS = {"Q2_K": 3, "TQ1_0": 2, "TQ2_0": 2, "Q3_K": 7, "IQ3_S": 7, "Q5_0": 31, "Q5_1": 31, "Q5_K": 31, "Q6_K": 63, "Q8_0": 254}
+_NEEDS_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
+"""Types whose quantizer needs an importance matrix; some of them abort the process without one."""
+_STEPS = {"Q2_K": 3, "TQ1_0": 2, "TQ2_0": 2, "Q3_K": 7, "IQ3_S": 7, "Q5_0": 31, "Q5_1": 31, "Q5_K": 31, "Q6_K": 63, "Q8_0": 254}
 """Steps between the smallest and the largest value of a block; 15 for all other types."""
 _LIBRARY = {"linux": "libggml-base.so", "darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
 
@@ -33,11 +33,18 @@ def _type(name: str) -> Any:
     try:
         return GGMLQuantizationType[name]
     except KeyError:
-        raise QuantizationError(f"{name} is no tensor type of GGUF files") from None
+        raise QuantizationError(f"{name} is not a tensor type of GGUF files") from None
 
 
 def type_name(code: int) -> str | None:
-    """The name of a type by its number in GGUF files, or None."""
+    """The name of a tensor type.
+
+    Args:
+        code: Its number in GGUF files.
+
+    Returns:
+        The name; None for an unknown number.
+    """
     from gguf import GGMLQuantizationType
 
     try:
@@ -47,7 +54,11 @@ def type_name(code: int) -> str | None:
 
 
 def is_quantized(name: str) -> bool:
-    """Whether that is a type of GGUF files which holds numbers in blocks."""
+    """Whether a tensor type of GGUF files stores numbers in blocks.
+
+    Args:
+        name: The type; unknown names are not quantized.
+    """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     code = getattr(GGMLQuantizationType, name, None)
@@ -56,7 +67,17 @@ def is_quantized(name: str) -> bool:
 
 @lru_cache(maxsize=64)
 def block(name: str) -> tuple[int, int]:
-    """(elements, bytes) of one block of a type. Raises QuantizationError for unknown names."""
+    """The size of a block.
+
+    Args:
+        name: The tensor type.
+
+    Returns:
+        (elements, bytes).
+
+    Raises:
+        QuantizationError: There is no such type.
+    """
     from gguf import GGML_QUANT_SIZES
 
     elements, nbytes = GGML_QUANT_SIZES[_type(name)]
@@ -64,7 +85,18 @@ def block(name: str) -> tuple[int, int]:
 
 
 def row_bytes(name: str, width: int) -> int:
-    """Bytes of a row of `width` elements. Raises QuantizationError where blocks do not fill it exactly."""
+    """The size of a row.
+
+    Args:
+        name: The tensor type.
+        width: Elements of the row.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        QuantizationError: There is no such type, or its blocks do not divide the row.
+    """
     elements, nbytes = block(name)
     if width % elements:
         raise QuantizationError(f"rows of {width} elements do not fit into {name}, whose blocks have {elements}")
@@ -73,7 +105,7 @@ def row_bytes(name: str, width: int) -> int:
 
 @lru_cache(maxsize=1)
 def _ggml() -> Any:
-    """llama.cpp's ggml library inside llama-cpp-python, or None. The package itself is not imported: that takes a second."""
+    """The ggml library inside llama-cpp-python, or None. The package itself is not imported: that takes a second."""
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or spec.origin is None:
         return None
@@ -90,12 +122,19 @@ def _ggml() -> Any:
 
 
 def require_quantizer(name: str) -> None:
-    """Raises QuantizationError, with the way out, when rows cannot be quantized to a type here."""
+    """Checks that rows can be quantized to a type on this machine.
+
+    Args:
+        name: The tensor type.
+
+    Raises:
+        QuantizationError: They cannot; the advice says what to do.
+    """
     library, code = _ggml(), _type(name)
-    if name in NEEDS_IMATRIX or (library is not None and library.ggml_quantize_requires_imatrix(int(code))):
+    if name in _NEEDS_IMATRIX or (library is not None and library.ggml_quantize_requires_imatrix(int(code))):
         raise QuantizationError(
             f"rows of type {name} can only be quantized with an importance matrix, which is not in the file",
-            advice="Patch the float model and quantize it anew, or load an adapter: nestpatch export PATCH --to gguf-lora",
+            advice="Patch the float model and quantize it anew, or load an adapter: nestpatch export PACK --to gguf-lora",
         )
     if library is None:
         import gguf
@@ -108,9 +147,17 @@ def require_quantizer(name: str) -> None:
 
 
 def quantize(rows: FloatArray, name: str) -> Blocks:
-    """float32 [rows, width] -> blocks, uint8 [rows, row_bytes]. Also for the float types.
+    """Encodes rows, in blocks or as floats.
 
-    Raises QuantizationError when that cannot be done here.
+    Args:
+        rows: float32 [rows, width].
+        name: The tensor type.
+
+    Returns:
+        uint8 [rows, row_bytes].
+
+    Raises:
+        QuantizationError: Rows cannot be quantized to the type on this machine.
     """
     if name in DTYPES:
         return rows.astype(DTYPES[name]).view(np.uint8)
@@ -130,9 +177,17 @@ def quantize(rows: FloatArray, name: str) -> Blocks:
 
 
 def dequantize(blocks: Blocks, name: str) -> FloatArray:
-    """Blocks, uint8 [rows, row_bytes] -> float32 [rows, width]. Also for the float types.
+    """Decodes rows.
 
-    Raises QuantizationError for types that hold no numbers of this kind.
+    Args:
+        blocks: uint8 [rows, row_bytes].
+        name: The tensor type.
+
+    Returns:
+        float32 [rows, width].
+
+    Raises:
+        QuantizationError: The type cannot be decoded here.
     """
     raw = np.ascontiguousarray(blocks)
     if name in DTYPES:
@@ -148,70 +203,100 @@ def dequantize(blocks: Blocks, name: str) -> FloatArray:
 
 
 @dataclass(frozen=True)
-class GgmlCodec:
-    """A quantized type of GGUF files. Files made with an importance matrix are taken too: their rows are the base as well."""
+class GgmlCodec(Codec):
+    """The Codec of a quantized type of GGUF files. Files made with an importance matrix can be patched too."""
 
     name: str
     span = 32
-    """In most types."""
-    witnesses = 0
+    """Numbers that share a scale, in most types."""
 
     @property
     def bits(self) -> float:
-        """Per number, scales included."""
+        """Bits per number, scales included."""
         elements, nbytes = block(self.name)
         return 8 * nbytes / elements
 
     @property
     def steps(self) -> int:
-        """Between the smallest and the largest value of a block."""
-        return STEPS.get(self.name, 15)
+        """Steps between the smallest and the largest value of a block."""
+        return _STEPS.get(self.name, 15)
 
     def require(self) -> None:
-        """Raises QuantizationError, with the way out, when rows cannot be quantized to the type here."""
+        """Checks that rows can be quantized to the type on this machine.
+
+        Raises:
+            QuantizationError: They cannot; the advice says what to do.
+        """
         require_quantizer(self.name)
 
     def encode(self, rows: FloatArray) -> Blocks:
-        """As `quantize`."""
+        """Quantizes rows.
+
+        Args:
+            rows: float32 [rows, width].
+
+        Returns:
+            uint8 [rows, row_bytes].
+
+        Raises:
+            QuantizationError: Rows cannot be quantized to the type on this machine.
+        """
         return quantize(rows, self.name)
 
     def decode(self, blocks: Blocks) -> FloatArray:
-        """As `dequantize`."""
-        return dequantize(blocks, self.name)
+        """Dequantizes rows.
 
-    def fitted(self, origin: FloatArray, stored: Blocks) -> GgmlCodec:  # noqa: ARG002 - the protocol's signature
-        """Every quantizer's rows are taken."""
-        return self
+        Args:
+            blocks: uint8 [rows, row_bytes].
+
+        Returns:
+            float32 [rows, width].
+
+        Raises:
+            QuantizationError: The type cannot be decoded here.
+        """
+        return dequantize(blocks, self.name)
 
 
 AUTO = "AUTO"
-"""Every tensor keeps the dtype that the checkpoint stores it in."""
+"""Every tensor keeps the dtype of the checkpoint."""
 DIRECT = ("F32", "F16", "BF16", "Q8_0")
 QUANTIZED = (
     "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_0", "Q4_1", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_1", "Q5_K_S", "Q5_K_M", "Q6_K",
     "IQ3_S", "IQ3_M", "IQ4_NL", "IQ4_XS",
 )  # fmt: skip
-"""Mixtures of types that llama.cpp chooses tensor by tensor."""
+"""Mixtures of tensor types, which llama.cpp chooses tensor by tensor."""
 NEED_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S")
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "FP32": "F32", "FP16": "F16"}
-"""As llama.cpp's own tool has them."""
+"""As in llama.cpp's own tool."""
 
 
 @dataclass(frozen=True)
 class FileType:
-    """What the weights of a GGUF file are to be."""
+    """The type that the weights of an exported GGUF file get."""
 
     name: str
     """One of DIRECT or QUANTIZED, or AUTO."""
 
     @property
     def direct(self) -> bool:
-        """Whether it is written here."""
+        """Whether nestpatch writes it itself; llama.cpp quantizes the others."""
         return self.name not in QUANTIZED
 
 
 def file_type(name: str) -> FileType:
-    """A type by its name, in any case. Raises DataError for unknown ones, QuantizationError for those that need an imatrix."""
+    """Parses the name of a file type.
+
+    Args:
+        name: In upper or lower case, with "-" or "_", such as "q4-k-m".
+
+    Returns:
+        The type.
+
+    Raises:
+        DataError: There is no such type; the advice lists them.
+        QuantizationError: The type needs an importance matrix.
+    """
     upper = name.upper().replace("-", "_")
     known = ALIASES.get(upper, upper)
     if known in NEED_IMATRIX:
@@ -225,7 +310,11 @@ def file_type(name: str) -> FileType:
 
 
 def code(name: str) -> int:
-    """llama.cpp's number of a file type."""
+    """The number of a file type in GGUF files (general.file_type).
+
+    Args:
+        name: The type, such as "F32" or "Q4_K_M".
+    """
     from gguf import LlamaFileType
 
     return int(LlamaFileType["ALL_F32" if name == "F32" else f"MOSTLY_{name}"])

@@ -1,7 +1,7 @@
-"""A pack as a LoRA adapter for llama.cpp: one GGUF file that is loaded with the base model, whatever the base's types are.
+"""A pack as a LoRA adapter for llama.cpp: one GGUF file that is loaded beside the base model, whatever the base's types are.
 
-Per matrix `<tensor>.lora_a` [rank, in_features] and `<tensor>.lora_b` [rows, rank], F32, experts stacked before them.
-`adapter.lora.alpha` is 0, which llama.cpp reads as scale 1; any other alpha it would divide by the rank of each matrix.
+For each matrix `<tensor>.lora_a` [rank, in_features] and `<tensor>.lora_b` [rows, rank], F32, experts stacked before them.
+`adapter.lora.alpha` is 0, which llama.cpp reads as scale 1; it would divide any other alpha by the rank of each matrix.
 """
 
 from __future__ import annotations
@@ -22,19 +22,28 @@ from nestpatch.formats.provenance import PACKS, pack_entry, packs_json
 from nestpatch.pack import Pack, TensorDelta
 
 MAX_LAYERS = 4096
-"""More than any model has: the table of names grows with it."""
+"""More than any model has: the table of names grows with the number."""
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 def matrices(pack: Pack, experts: int | None = None) -> list[Matrix]:
     """The matrices of a pack by their names in the GGUF file of its base.
 
-    `experts` (per layer) is needed where the pack changes experts that the base stores one by one.
+    Args:
+        pack: The pack.
+        experts: Experts per layer; needed where the pack changes experts that the base stores one by one.
 
-    Raises UnsupportedModelError for architectures and tensors that a GGUF adapter cannot reach.
+    Returns:
+        The matrices, sorted by name.
+
+    Raises:
+        UnsupportedModelError: A GGUF adapter cannot change the architecture, or one of the tensors.
     """
     base = pack.manifest.base
-    architecture, layers = gguf_architecture(base.architecture), _layers(pack)
+    architecture = gguf_architecture(base.architecture)
+    layers = 1 + max((int(match[1]) for delta in pack if (match := _LAYER.search(delta.name))), default=0)
+    if layers > MAX_LAYERS:
+        raise UnsupportedModelError(f"the pack names layer {layers - 1}", advice="Is this the pack's base?")
     found: dict[str, list[Matrix]] = {}
     for delta in pack:
         shape = base.tensors[delta.name].shape
@@ -45,16 +54,8 @@ def matrices(pack: Pack, experts: int | None = None) -> list[Matrix]:
     return [_join(found[name]) for name in sorted(found)]
 
 
-def _layers(pack: Pack) -> int:
-    numbers = [int(match[1]) for delta in pack if (match := _LAYER.search(delta.name))]
-    layers = 1 + max(numbers, default=0)
-    if layers > MAX_LAYERS:
-        raise UnsupportedModelError(f"the pack names layer {layers - 1}", advice="Is this the pack's base?")
-    return layers
-
-
 def _pieces(delta: TensorDelta, shape: tuple[int, ...], spans: tuple[RowSpan, ...], experts: int | None) -> Iterator[Matrix]:
-    """The matrices that one tensor of the pack is, or is a part of."""
+    """The matrices that a tensor of the pack changes."""
     width = shape[-1]
     if len(shape) == 2:
         (span,) = spans
@@ -81,7 +82,7 @@ def _stack(delta: TensorDelta, shape: tuple[int, ...], names: list[str]) -> Iter
 
 
 def _join(pieces: list[Matrix]) -> Matrix:
-    """One matrix of what several tensors of a pack change in it."""
+    """Joins what several tensors of a pack change in one matrix."""
     first = pieces[0]
     if any((m.rows, m.width, m.experts) != (first.rows, first.width, first.experts) for m in pieces):
         raise UnsupportedModelError(f"the pack's tensors for {first.name} have different shapes")
@@ -89,9 +90,22 @@ def _join(pieces: list[Matrix]) -> Matrix:
 
 
 def write(pack: Pack, output: Path, strength: float = 1.0, experts: int | None = None, *, dry_run: bool = False) -> Written:
-    """Writes the adapter; equal packs give equal bytes.
+    """Writes the adapter; equal packs give equal bytes. When it raises, nothing was written.
 
-    Raises UnsupportedModelError, PackContentError or OutputError; then nothing was written.
+    Args:
+        pack: The pack.
+        output: The new .gguf file.
+        strength: How much of the deltas the adapter adds.
+        experts: Experts per layer, as in `matrices`.
+        dry_run: Whether to compute the size only.
+
+    Returns:
+        The size of the adapter.
+
+    Raises:
+        UnsupportedModelError: A GGUF adapter cannot change the architecture, or one of the tensors.
+        PackContentError: A delta times the strength is beyond float32.
+        OutputError: The path exists already, cannot be written, or a factor is too large.
     """
     found = [(matrix, matrix.rank) for matrix in matrices(pack, experts)]
     size = size_of(found)

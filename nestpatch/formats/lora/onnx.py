@@ -1,7 +1,7 @@
 """Packs as .onnx_adapter files, for ONNX models that were exported adapter-ready. Needs onnxruntime, no torch.
 
-Such a model says in its metadata, under ADAPTER, which weights take a patch: JSON, weight -> its shape and the SHA-256
-that it had in the base. What it does with its two inputs for each of them is told in docs/onnx-export.md.
+The metadata of such a model has a record under ADAPTER of the weights that take a pack at run time: JSON, weight -> its shape
+and the SHA-256 that it had in the base. docs/onnx-export.md says what the model does with its two inputs for each of them.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import numpy as np
 import numpy.typing as npt
 
 from nestpatch.errors import BaseMismatchError, CheckpointFormatError, MissingExtraError, OutputError, UnsupportedModelError
-from nestpatch.files.reading import read_bounded
 from nestpatch.files.scratch import new_output
 from nestpatch.formats.lora.factors import Written, sync_size
 from nestpatch.formats.nest import pack_id
+from nestpatch.formats.onnx.graph import read_graph
 from nestpatch.formats.provenance import read_packs
-from nestpatch.pack import Pack, TensorDelta
-from nestpatch.rows import FloatArray
+from nestpatch.pack import Pack
 
 ADAPTER = "nestpatch.adapter"
 DELTA, MAP = ".nest_delta", ".nest_map"
 """What follows a weight's module in the names of its two inputs."""
 SUFFIX = ".onnx_adapter"
 MAX_GRAPH = 512 << 20
-"""Bytes of the file of a graph, which is read whole. The weights of an adapter-ready model lie in another."""
+"""Bytes of the file of a graph that is read whole. The weights of an adapter-ready model are in another file."""
+_FORMAT = "nest-adapter/1"
 _FLOATS = {1: np.float32, 10: np.float16}
 """ONNX's numbers for the types that activations may have."""
 _VERSION = 1
@@ -38,7 +38,7 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class AdapterInput:
-    """A weight that takes a patch at run time."""
+    """A weight that takes a pack at run time."""
 
     shape: tuple[int, int]
     """[out, in], as in the base."""
@@ -48,19 +48,26 @@ class AdapterInput:
 
 @dataclass(frozen=True)
 class AdapterReady:
-    """What an adapter-ready ONNX file says of itself."""
+    """What an adapter-ready ONNX file records."""
 
     file: Path
-    sites: Mapping[str, AdapterInput]
-    """By the names of packs."""
+    inputs: Mapping[str, AdapterInput]
+    """By the names that packs use."""
     packs: tuple[str, ...]
-    """Ids of the packs that its weights hold already."""
+    """Ids of the packs that its weights contain already."""
     dtype: np.dtype[Any]
     """Of the activations, float32 or float16: vectors must have the same."""
 
 
 def onnx_file(model: Path) -> Path | None:
-    """The ONNX file of a model: itself, or what a directory has under the usual names; None where there is none."""
+    """Finds the ONNX file of a model.
+
+    Args:
+        model: The file, or a directory that has one under the usual names.
+
+    Returns:
+        The file; None where there is none.
+    """
     if model.suffix == ".onnx":
         return model if model.is_file() else None
     for name in ("model.onnx", "onnx/model.onnx"):
@@ -70,54 +77,73 @@ def onnx_file(model: Path) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
-def sites_json(sites: Mapping[str, AdapterInput]) -> str:
-    """What goes under ADAPTER."""
-    listed = {name: {"shape": list(site.shape), "sha256": site.sha256} for name, site in sorted(sites.items())}
-    return json.dumps({"format": "nest-adapter/1", "weights": listed})
+def runtime_errors() -> tuple[type[Exception], ...]:
+    """The exceptions that onnxruntime raises; they have no common base.
 
+    Returns:
+        The classes, for an `except` clause.
 
-def read_sites(model: Path) -> AdapterReady:
-    """Reads what an ONNX model says of itself; no weights are loaded.
-
-    Raises CheckpointFormatError when it cannot be read, UnsupportedModelError when it takes no patches at run time.
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
     """
-    import onnx
+    _runtime()
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
 
+    found = (value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
+    return (RuntimeError, ValueError, *found)
+
+
+def inputs_json(inputs: Mapping[str, AdapterInput]) -> str:
+    """Encodes the record under ADAPTER.
+
+    Args:
+        inputs: The weights that take a pack at run time, by the names that packs use.
+
+    Returns:
+        JSON.
+    """
+    listed = {name: {"shape": list(one.shape), "sha256": one.sha256} for name, one in sorted(inputs.items())}
+    return json.dumps({"format": _FORMAT, "weights": listed})
+
+
+def read_inputs(model: Path) -> AdapterReady:
+    """Reads the record of an adapter-ready ONNX model; no weights are loaded.
+
+    Args:
+        model: A .onnx file, or a directory with one.
+
+    Returns:
+        The record.
+
+    Raises:
+        CheckpointFormatError: There is no ONNX model, or it or its record is broken.
+        UnsupportedModelError: The model takes no packs at run time.
+    """
     file = onnx_file(model)
     if file is None:
         raise CheckpointFormatError(f"there is no ONNX model at {model}", advice="Give the directory that holds model.onnx.")
-    try:
-        found = onnx.load_from_string(read_bounded(file, MAX_GRAPH))
-    except Exception as error:  # protobuf's and onnx's own errors have no common base
-        raise CheckpointFormatError(f"cannot read {file}: {error}") from error
-    facts = {entry.key: entry.value for entry in found.metadata_props}
-    if ADAPTER not in facts:
+    graph = read_graph(file)
+    if ADAPTER not in graph.metadata:
         raise UnsupportedModelError(
-            f"{file} takes no patches at run time",
-            advice="Export it anew with --adapter-ready, or merge the patch: nestpatch apply MODEL PATCH",
+            f"{file} takes no packs at run time",
+            advice="Export it anew with --adapter-ready, or merge the pack: nestpatch apply MODEL PACK",
         )
-    types = {value.name: value.type.tensor_type.elem_type for value in found.graph.input}
     try:
-        sites = _sites(json.loads(facts[ADAPTER]), file)
-        dtypes = {_FLOATS[types[_module(name) + DELTA]] for name in sites}
-        (dtype,) = dtypes
+        record = json.loads(graph.metadata[ADAPTER])
+        if record["format"] != _FORMAT:
+            raise CheckpointFormatError(
+                f"{file} takes adapters of format {record['format']!r}, which this nestpatch does not know",
+                advice="Upgrade nestpatch: pip install -U nestpatch",
+            )
+        inputs = {}
+        for name, entry in record["weights"].items():
+            rows, width = entry["shape"]
+            inputs[str(name)] = AdapterInput((int(rows), int(width)), str(entry["sha256"]))
+        (dtype,) = {_FLOATS[graph.inputs[_module(name) + DELTA]] for name in inputs}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointFormatError(f"what {file} says of its adapters is broken: {error!r}") from error
-    packs = tuple(str(entry["pack_id"]) for entry in read_packs(facts))
-    return AdapterReady(file, sites, packs, np.dtype(dtype))
-
-
-def _sites(value: Any, file: Path) -> dict[str, AdapterInput]:
-    if value["format"] != "nest-adapter/1":
-        raise CheckpointFormatError(
-            f"{file} takes adapters of format {value['format']!r}, which this nestpatch does not know",
-            advice="Upgrade nestpatch: pip install -U nestpatch",
-        )
-    sites = {}
-    for name, entry in value["weights"].items():
-        rows, width = entry["shape"]
-        sites[str(name)] = AdapterInput((int(rows), int(width)), str(entry["sha256"]))
-    return sites
+        raise CheckpointFormatError(f"the record of adapters in {file} is broken: {error!r}") from error
+    packs = tuple(str(entry["pack_id"]) for entry in read_packs(graph.metadata))
+    return AdapterReady(file, inputs, packs, np.dtype(dtype))
 
 
 def _module(weight: str) -> str:
@@ -125,20 +151,31 @@ def _module(weight: str) -> str:
 
 
 def parameters(pack: Pack, ready: AdapterReady, strength: float = 1.0) -> dict[str, npt.NDArray[Any]]:
-    """Input name -> its content: vectors [in, clusters + 1] in the model's dtype, and int32 [out], the column of each neuron.
+    """Computes the content of a model's inputs for a pack.
 
-    Raises BaseMismatchError when the model was not made from the pack's base, or holds the pack already,
-    UnsupportedModelError when the pack changes weights that take no patch at run time.
+    Args:
+        pack: The pack.
+        ready: The model.
+        strength: How much of the deltas the adapter adds.
+
+    Returns:
+        Input name -> its content: vectors [in, clusters + 1] in the model's dtype, and int32 [out], the column of each neuron.
+
+    Raises:
+        BaseMismatchError: The model was not made from the pack's base, or contains the pack already.
+        UnsupportedModelError: The pack changes weights that take no pack at run time, or its numbers do not fit the dtype.
     """
     _require_base(pack, ready)
     found: dict[str, npt.NDArray[Any]] = {}
     for delta in pack:
-        rows, width = ready.sites[delta.name].shape
+        rows, width = ready.inputs[delta.name].shape
+        wide = np.zeros((width, delta.clusters + 1), np.float32)
         with np.errstate(over="ignore"):
-            vectors = _vectors(delta, width, strength).astype(ready.dtype)
+            wide[:, :-1] = np.float32(strength) * delta.delta.astype(np.float32).T
+            vectors = wide.astype(ready.dtype)
         if not np.isfinite(vectors).all():
             raise UnsupportedModelError(
-                f"{delta.name}: the patch has numbers that {ready.dtype} cannot hold",
+                f"{delta.name}: the pack has numbers that {ready.dtype} cannot hold",
                 advice="Export the model with --dtype fp32.",
             )
         columns = np.full(rows, delta.clusters, np.int32)
@@ -148,38 +185,41 @@ def parameters(pack: Pack, ready: AdapterReady, strength: float = 1.0) -> dict[s
     return found
 
 
-def _vectors(delta: TensorDelta, width: int, strength: float) -> FloatArray:
-    vectors = np.zeros((width, delta.clusters + 1), np.float32)
-    vectors[:, :-1] = np.float32(strength) * delta.delta.astype(np.float32).T
-    return vectors
-
-
 def _require_base(pack: Pack, ready: AdapterReady) -> None:
-    missing = [delta.name for delta in pack if delta.name not in ready.sites]
+    missing = [delta.name for delta in pack if delta.name not in ready.inputs]
     if missing:
         raise UnsupportedModelError(
             f"{ready.file} takes no patch of {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""),
-            advice="Merge this patch into the weights instead: nestpatch apply MODEL PATCH",
+            advice="Merge this pack into the weights instead: nestpatch apply MODEL PACK",
         )
     if pack_id(pack) in ready.packs:
         raise BaseMismatchError(f"the weights of {ready.file} hold {pack.label} already", advice="Run it without an adapter.")
-    identities = pack.manifest.base.tensors
-    odd = [d.name for d in pack if (identities[d.name].matrix, identities[d.name].sha256) != _known(ready.sites[d.name])]
+    base = {delta.name: pack.manifest.base.tensors[delta.name] for delta in pack}
+    odd = [
+        name for name, one in base.items() if (one.matrix, one.sha256) != (ready.inputs[name].shape, ready.inputs[name].sha256)
+    ]
     if odd:
         raise BaseMismatchError(
-            f"{ready.file} was not made from the base of {pack.label}: {odd[0]} is another one"
+            f"{ready.file} was not made from the base of {pack.label}: {odd[0]} differs"
             + (f", and {len(odd) - 1} more" if odd[1:] else "")
         )
 
 
-def _known(site: AdapterInput) -> tuple[tuple[int, int], str]:
-    return site.shape, site.sha256
-
-
 def write(content: Mapping[str, npt.NDArray[Any]], ready: AdapterReady, output: Path, *, dry_run: bool = False) -> Written:
-    """Writes an .onnx_adapter file, after onnxruntime has run the model with it. `content` is what `parameters` gives.
+    """Writes an .onnx_adapter file, after onnxruntime has run the model with it. When it raises, nothing was written.
 
-    Raises MissingExtraError without onnxruntime, OutputError; then nothing was written.
+    Args:
+        content: What `parameters` returns.
+        ready: The model.
+        output: The new file.
+        dry_run: Whether to compute the size only.
+
+    Returns:
+        The size of the adapter.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        OutputError: The path exists already, cannot be written, or onnxruntime does not run the model with the adapter.
     """
     ranks = [values.shape[1] - 1 for name, values in content.items() if name.endswith(DELTA)]
     size = Written(len(ranks), max(ranks), sum(values.nbytes for values in content.values()))
@@ -205,7 +245,7 @@ def _runtime() -> Any:
 
 
 def _check(content: Mapping[str, npt.NDArray[Any]], ready: AdapterReady, adapter: Path) -> None:
-    """Raises OutputError when onnxruntime reads something else, or the model does not take it."""
+    """Raises OutputError when onnxruntime reads other numbers than were written, or does not run the model with them."""
     runtime = _runtime()
     stored = runtime.AdapterFormat.read_adapter(os.fspath(adapter)).get_parameters()
     same = stored.keys() == content.keys() and all(np.array_equal(stored[name].numpy(), content[name]) for name in content)
@@ -216,6 +256,8 @@ def _check(content: Mapping[str, npt.NDArray[Any]], ready: AdapterReady, adapter
     # Weights stay where they are on disk: this loads as fast as the file can be read.
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
+    # The last two: inputs of unknown types or dimensions.
+    failures: tuple[type[Exception], ...] = (*runtime_errors(), LookupError, TypeError)
     try:
         loaded = runtime.LoraAdapter()
         loaded.Load(os.fspath(adapter))
@@ -223,7 +265,7 @@ def _check(content: Mapping[str, npt.NDArray[Any]], ready: AdapterReady, adapter
         how = runtime.RunOptions()
         how.add_active_adapter(loaded)
         (logits,) = session.run(["logits"], _two_tokens(session), how)
-    except Exception as error:  # onnxruntime's errors have no common base
+    except failures as error:
         raise OutputError(f"onnxruntime cannot run {ready.file} with the adapter: {error}") from error
     if not np.isfinite(logits).all():
         raise OutputError(f"{ready.file} gives no finite numbers with the adapter")

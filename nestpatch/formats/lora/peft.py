@@ -1,9 +1,9 @@
 """A pack as a PEFT adapter: a directory that PeftModel.from_pretrained and vLLM load.
 
-`lora_A` [r, in_features] and `lora_B` [out_features, r] per module, F32. vLLM knows one rank for all modules, so they are
+`lora_A` [r, in_features] and `lora_B` [out_features, r] for each module, F32. vLLM has one rank for all modules, so they are
 padded with zeros to the largest; alpha equals it, which makes the scale 1. Experts that the base stores one by one are written
 one by one, all three matrices of every expert in a layer that the pack touches: PEFT and vLLM load all of them or none.
-Stacked experts [experts, out, in] are named in `target_parameters`, as PEFT wants them.
+Stacked experts [experts, out, in] are named in `target_parameters`, as PEFT expects.
 """
 
 from __future__ import annotations
@@ -36,48 +36,56 @@ from nestpatch.formats.provenance import PACKS, pack_entry, packs_json
 from nestpatch.pack import Pack, TensorDelta
 from nestpatch.rows import FloatArray
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# transformers loads single experts into stacks, and PEFT follows it for some classes. For others it loads an adapter without
-# effect and without an error; for these two it was seen to work.
+CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# transformers loads single experts into stacks, and PEFT does the same for some classes. For others it loads an adapter without
+# effect and without an error; for these two classes it was tried and works.
 _SINGLE_EXPERTS = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
-# Where PEFT follows, it takes modules of these names for experts, wherever they are. It does not for Qwen2Moe.
+# In these classes PEFT treats all modules with the names of _EXPERT_NAMES as experts, wherever they are. Not in Qwen2Moe.
 _MIXTURES = re.compile(
     r"(?!Qwen2Moe).*(?:moe|mixtral|minimax|deepseek|dots|longcat|solaropen|mellum|beam|qwen3next|flexolmo)", re.IGNORECASE
 )
 _EXPERT_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 # The matrices of an expert: gate, up, and down, which is as wide as they are tall.
 _TRIOS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-_OTHER_WAYS = f"For llama.cpp: nestpatch export PATCH --to gguf-lora. {MERGE_INSTEAD}"
+_OTHER_WAYS = f"For llama.cpp: nestpatch export PACK --to gguf-lora. {MERGE_INSTEAD}"
 # Weights stored [in, out]: their rows are inputs.
 _TRANSPOSED = ("GPT2", "OpenAIGPT", "GptOss", "Llama4")
 
 
 def write(pack: Pack, output: Path, strength: float = 1.0, experts: int | None = None, *, dry_run: bool = False) -> Written:
-    """Writes the adapter's directory; equal packs give equal bytes.
+    """Writes the adapter's directory; equal packs give equal bytes. When it raises, nothing was written.
 
-    `experts` (per layer) is needed where the pack changes experts that the base stores one by one.
+    Args:
+        pack: The pack.
+        output: The new directory.
+        strength: How much of the deltas the adapter adds.
+        experts: Experts per layer; needed where the pack changes experts that the base stores one by one.
+        dry_run: Whether to compute the size only.
 
-    Raises UnsupportedModelError, PackContentError or OutputError; then nothing was written.
+    Returns:
+        The size of the adapter.
+
+    Raises:
+        UnsupportedModelError: A PEFT adapter cannot change the architecture, or one of the tensors.
+        PackContentError: A delta times the strength is beyond float32.
+        OutputError: The path exists already, cannot be written, or a factor is too large.
     """
-    found = matrices(pack, experts)
+    found = _matrices(pack, experts)
     rank = max(matrix.rank for matrix in found)
     size = size_of([(matrix, rank) for matrix in found])
     if dry_run:
         return size
     with new_output(output, directory=True) as sibling:
-        (sibling / CONFIG).write_text(json.dumps(config(pack, found, rank), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        with open(sibling / WEIGHTS, "wb") as file:
+        (sibling / CONFIG).write_text(json.dumps(_config(pack, found, rank), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        with open(sibling / _WEIGHTS, "wb") as file:
             _write_weights(file, found, rank, strength, packs_json([pack_entry(pack, strength)]))
-        nbytes = sum(sync_size(sibling / name) for name in (CONFIG, WEIGHTS))
+        nbytes = sum(sync_size(sibling / name) for name in (CONFIG, _WEIGHTS))
         sync_folder(sibling)
     return Written(size.matrices, size.rank, nbytes)
 
 
-def matrices(pack: Pack, experts: int | None = None) -> list[Matrix]:
-    """The matrices of a pack by the names of their modules, or of their parameters for stacked experts.
-
-    Raises UnsupportedModelError for architectures and tensors that a PEFT adapter cannot reach.
-    """
+def _matrices(pack: Pack, experts: int | None) -> list[Matrix]:
+    """The matrices of a pack by the names of their modules, or of their parameters for stacked experts."""
     base = pack.manifest.base
     if base.architecture.startswith(_TRANSPOSED):
         raise UnsupportedModelError(
@@ -96,33 +104,23 @@ def matrices(pack: Pack, experts: int | None = None) -> list[Matrix]:
 
 
 def _matrix(pack: Pack, delta: TensorDelta, shape: tuple[int, ...]) -> Matrix:
-    module = _with_prefix(delta.name.removesuffix(".weight"), pack.manifest.base.architecture)
+    architecture, module = pack.manifest.base.architecture, delta.name.removesuffix(".weight")
+    # What was saved without its head: "layers.0..." is "model.layers.0..." in a causal model.
+    if module.startswith("layers.") and architecture in GGUF_ARCHITECTURES:
+        module = f"model.{module}"
     if len(shape) == 3:
-        if pack.manifest.base.architecture not in GGUF_ARCHITECTURES or not module.endswith(("gate_up_proj", "down_proj")):
+        if architecture not in GGUF_ARCHITECTURES or not module.endswith(("gate_up_proj", "down_proj")):
             raise UnsupportedModelError(f"how {delta.name} stacks its experts is not known", advice=MERGE_INSTEAD)
         blocks = np.unique(delta.rows.astype(np.int64) // shape[1]).tolist()
         parts = tuple(Part(delta, block * shape[1], shape[1], block) for block in blocks)
         return Matrix(module, shape[1], shape[2], parts, shape[0])
-    if expert_of(delta.name) is None and _MIXTURES.match(pack.manifest.base.architecture):
-        _refuse_mistaken(module)
+    if expert_of(delta.name) is None and _MIXTURES.match(architecture) and module.rpartition(".")[2] in _EXPERT_NAMES:
+        raise UnsupportedModelError(f"PEFT would treat {module} as an expert and leave it out", advice=_OTHER_WAYS)
     return Matrix(module, shape[0], shape[1], (Part(delta, 0, shape[0]),))
 
 
-def _with_prefix(module: str, architecture: str) -> str:
-    """The name in a causal model of what was saved without its head: "layers.0..." is "model.layers.0..." there."""
-    return f"model.{module}" if module.startswith("layers.") and architecture in GGUF_ARCHITECTURES else module
-
-
-def _refuse_mistaken(module: str) -> None:
-    if module.rpartition(".")[2] in _EXPERT_NAMES:
-        raise UnsupportedModelError(
-            f"PEFT would take {module} for an expert and leave it out",
-            advice=_OTHER_WAYS,
-        )
-
-
 def _blanks(delta: TensorDelta, shape: tuple[int, int], architecture: str, experts: int | None) -> Iterator[Matrix]:
-    """All matrices of all experts of a layer, without change, given the shape of one of them."""
+    """All matrices of all experts of a layer, unchanged, given the shape of one of them."""
     if architecture not in _SINGLE_EXPERTS:
         raise UnsupportedModelError(
             f"PEFT is not known to load adapters for single experts of {architecture}, such as {delta.name}",
@@ -131,7 +129,7 @@ def _blanks(delta: TensorDelta, shape: tuple[int, int], architecture: str, exper
     stack, number, part = expert_of(delta.name) or ("", 0, "")
     trio = next((trio for trio in _TRIOS if part in trio), None)
     if trio is None:
-        raise UnsupportedModelError(f"{delta.name} is no gate, up or down matrix of an expert", advice=MERGE_INSTEAD)
+        raise UnsupportedModelError(f"{delta.name} is not a gate, up or down matrix of an expert", advice=MERGE_INSTEAD)
     inner, outer = shape if part != trio[2] else shape[::-1]
     for expert in range(require_experts(experts, delta, number)):
         for name in trio:
@@ -139,11 +137,11 @@ def _blanks(delta: TensorDelta, shape: tuple[int, int], architecture: str, exper
             yield Matrix(f"{stack}.{expert}.{name}", rows, width, ())
 
 
-def config(pack: Pack, found: list[Matrix], rank: int) -> dict[str, Any]:
+def _config(pack: Pack, found: list[Matrix], rank: int) -> dict[str, Any]:
     """The content of adapter_config.json."""
     stacked = [matrix.name for matrix in found if matrix.experts is not None]
     modules = [matrix.name for matrix in found if matrix.experts is None]
-    # PEFT finds the stacks that single experts became by the last part of the name only.
+    # Single experts became stacks, which PEFT finds by the last part of the name only.
     single = [name for name in modules if expert_of(f"{name}.weight")]
     targets = sorted({*(set(modules) - set(single)), *(name.rpartition(".")[2] for name in single)})
     base = pack.manifest.base
@@ -181,12 +179,13 @@ def _keys(matrix: Matrix, names: set[str]) -> tuple[str, str]:
 
 
 def _write_weights(file: IO[bytes], found: list[Matrix], rank: int, strength: float, packs: str) -> None:
-    """A safetensors file, one matrix in memory at a time. The safetensors library writes metadata in any order."""
+    """Writes a safetensors file, one matrix in memory at a time. The safetensors library does not sort metadata."""
     names = {matrix.name for matrix in found}
     header: dict[str, Any] = {"__metadata__": {"format": "pt", PACKS: packs}}
     offset = 0
     for matrix in found:
-        for key, shape in zip(_keys(matrix, names), _flat_shapes(matrix, rank), strict=True):
+        ranks = (matrix.experts or 1) * rank
+        for key, shape in zip(_keys(matrix, names), ((ranks, matrix.width), (matrix.rows, ranks)), strict=True):
             end = offset + 4 * shape[0] * shape[1]
             header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
@@ -198,14 +197,8 @@ def _write_weights(file: IO[bytes], found: list[Matrix], rank: int, strength: fl
             file.write(np.ascontiguousarray(factor, "<f4").data)
 
 
-def _flat_shapes(matrix: Matrix, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Of what `_layout` returns."""
-    ranks = (matrix.experts or 1) * rank
-    return (ranks, matrix.width), (matrix.rows, ranks)
-
-
 def _layout(a: FloatArray, b: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """As PEFT stores them: of stacks, `a` [experts * r, in] expert by expert, `b` [out, r * experts] rank by rank."""
+    """The factors as PEFT has them: of stacks, `a` [experts * r, in] expert by expert, `b` [out, r * experts] rank by rank."""
     if a.ndim == 2:
         return a, b
     return a.reshape(-1, a.shape[2]), b.transpose(1, 2, 0).reshape(b.shape[1], -1)

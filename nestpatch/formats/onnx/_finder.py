@@ -1,8 +1,8 @@
 """Finds a checkpoint's matrices in an ONNX graph, where few weights keep their names.
 
-In this order: the name of the tensor, the name of the operation that uses it, the modules that the exporter says the operation
-belongs to, and the shape of the graph: a feed-forward block is known by its activation and its product. What is found is only
-believed when its rows are those of the base, as in every format.
+Tried in this order: the name of the tensor, the name of the operation that uses it, the modules that the exporter recorded for
+the operation, and the shape of the graph: a feed-forward block is recognized by its activation and its product. As in every
+format, a match counts only when its rows are those of the base.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nestpatch.errors import UnsupportedModelError
-from nestpatch.formats.onnx._graph import Graph, Node
-from nestpatch.formats.onnx._linear import Weight
+from nestpatch.formats.onnx._weights import Weight
+from nestpatch.formats.onnx.graph import Graph, Node
 
-ACTIVATIONS = frozenset(
+_ACTIVATIONS = frozenset(
     ["Sigmoid", "Gelu", "Erf", "Tanh", "QuickGelu", "FastGelu", "BiasGelu", "Swish", "Silu", "Relu", "LeakyRelu", "Elu"]
     + ["HardSwish"]
 )
 _PASSING = frozenset({"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze"})
-"""Operations that hand on their first input."""
-_ELEMENTWISE = frozenset({"Mul", "Add", "Div", "Pow", "Sub", "Sqrt", "Neg"}) | _PASSING | ACTIVATIONS
+"""Operations that pass on their first input."""
+_ELEMENTWISE = frozenset({"Mul", "Add", "Div", "Pow", "Sub", "Sqrt", "Neg"}) | _PASSING | _ACTIVATIONS
 _BETWEEN = 64
 """Operations between the weights of a block: tanh approximations of gelu take about a dozen."""
 _PASSED = 4
@@ -54,7 +54,7 @@ def find_blocks(graph: Graph, weights: Sequence[Weight]) -> tuple[Block, ...]:
 
 
 class _Walk:
-    """Goes from a weight back to those whose products it multiplies."""
+    """Follows the graph from a weight back to the weights whose products it multiplies."""
 
     def __init__(self, graph: Graph, weights: Sequence[Weight]) -> None:
         self.makers: Mapping[str, Node] = {name: node for node in graph.nodes for name in node.outputs if name}
@@ -66,7 +66,10 @@ class _Walk:
         sources = self._sources(last.node.inputs[0])
         if sources is None:
             return None
-        halves = {activated: self._half(*source) for source, activated in sources.items()}
+        halves = {}
+        for (weight, part), activated in sources.items():
+            rows = weight.rows if part == 0 else weight.rows // 2
+            halves[activated] = Half(weight, rows if part == 2 else 0, rows)
         gate, up = halves.get(True), halves.get(False)
         if len(sources) == 1 and gate is not None and gate.rows == last.width:
             return Block(None, gate)
@@ -75,7 +78,7 @@ class _Walk:
         return None
 
     def _sources(self, name: str) -> dict[tuple[Weight, int], bool] | None:
-        """(weight, part of its product) -> whether an activation lies between; None where the way leads elsewhere."""
+        """(weight, part of its product) -> whether an activation is in between; None where something else is multiplied."""
         sources: dict[tuple[str, int], bool] = {}
         todo, seen = [(name, False)], set[tuple[str, bool]]()
         while todo and len(seen) < _BETWEEN:
@@ -90,11 +93,11 @@ class _Walk:
                 return None
             else:
                 inputs = node.inputs[:1] if node.op in _PASSING else node.inputs
-                todo += [(value, activated or node.op in ACTIVATIONS) for value in inputs if value]
+                todo += [(value, activated or node.op in _ACTIVATIONS) for value in inputs if value]
         return None if todo else {(self.products[product], part): found for (product, part), found in sources.items()}
 
     def _part(self, name: str) -> tuple[str, int] | None:
-        """(a weight's product, 0 for all of it, 1 or 2 for a half), if a value is that."""
+        """(product of a weight, 0 for all of it, 1 or 2 for a half), where a value is one."""
         if name in self.products:
             return name, 0
         node = self.makers.get(name)
@@ -108,14 +111,10 @@ class _Walk:
             product = maker.inputs[0]
         return (product, 1 + node.outputs.index(name)) if product in self.products else None
 
-    def _half(self, weight: Weight, part: int) -> Half:
-        rows = weight.rows if part == 0 else weight.rows // 2
-        return Half(weight, rows if part == 2 else 0, rows)
-
 
 GATE, UP, FUSED = "gate_proj", "up_proj", "gate_up_proj"
 PLAIN = ("fc1", "fc_in", "c_fc", "dense_h_to_4h")
-# What a tensor's or an operation's name has behind that of its module.
+# What follows the module's name in the name of a tensor or an operation.
 _TAIL = re.compile(r"(?:(?:Fused)?MatMul|Gemm|q?weight|base_layer)(?:_\w+)?", re.IGNORECASE)
 _LAYER = re.compile(r"[0-9]{1,6}")
 _TEXTS: Mapping[str, Callable[[Weight], Sequence[str]]] = {
@@ -133,11 +132,11 @@ class FoundMatrix:
 
     halves: tuple[Half, ...]
     how: str
-    """By what they were found, for people."""
+    """By what they were found, for messages."""
 
 
 class Finder:
-    """All names of all weights of one graph."""
+    """Looks up the weights of one graph by the names that packs use."""
 
     def __init__(self, weights: Sequence[Weight], blocks: Sequence[Block]) -> None:
         self.blocks = blocks
@@ -148,7 +147,7 @@ class Finder:
                     self._known.setdefault((how, path[-1]), []).append((path, weight))
 
     def find(self, name: str) -> FoundMatrix | None:
-        """The rows that are a pack's tensor, or None. Raises UnsupportedModelError when several weights could be it."""
+        """The rows of a pack's tensor, or None. Raises UnsupportedModelError when several weights match equally well."""
         module = _parts(name.removesuffix(".weight"))
         if not module:
             return None
@@ -165,7 +164,7 @@ class Finder:
         return self._by_structure(module)
 
     def _by_name(self, module: Path) -> FoundMatrix | None:
-        """The weight whose names end in the module's."""
+        """The weight with a name that ends like the module's."""
         for how in _TEXTS:
             scores: dict[int, dict[str, Weight]] = {}
             for path, weight in self._known.get((how, module[-1]), ()):
@@ -191,7 +190,7 @@ class Finder:
         return Half(weight, 0 if part == GATE else rows, rows)
 
     def _by_structure(self, module: Path) -> FoundMatrix | None:
-        """The weights of the layer's feed-forward block, counted from the first."""
+        """The weights of the layer's feed-forward block, found by counting the blocks of the graph."""
         numbers = [int(part) for part in module if _LAYER.fullmatch(part)]
         part = module[-1]
         if len(numbers) != 1 or part not in (GATE, UP, FUSED, *PLAIN):
@@ -200,10 +199,16 @@ class Finder:
         if numbers[0] >= len(alike):
             return None
         block = alike[numbers[0]]
-        if block.gate is not None and part == FUSED:
-            return FoundMatrix(_joined(block.gate, block.up), "the shape of the graph")
-        half = block.gate if block.gate is not None and part == GATE else block.up
-        return FoundMatrix((half,), "the shape of the graph")
+        gate, up = block.gate, block.up
+        if gate is None or part == UP:
+            halves: tuple[Half, ...] = (up,)
+        elif part == GATE:
+            halves = (gate,)
+        elif gate.weight is up.weight and gate.start + gate.rows == up.start:  # they follow each other in one weight
+            halves = (Half(gate.weight, gate.start, gate.rows + up.rows),)
+        else:
+            halves = (gate, up)
+        return FoundMatrix(halves, "the shape of the graph")
 
 
 def _parts(text: str) -> Path:
@@ -211,7 +216,7 @@ def _parts(text: str) -> Path:
 
 
 def _untailed(text: str) -> Path:
-    """The parts of a name without what exporters add to that of its module."""
+    """The parts of a name without what exporters append to the module's name."""
     parts = _parts(text)
     while parts and _TAIL.fullmatch(parts[-1]):
         parts = parts[:-1]
@@ -219,21 +224,9 @@ def _untailed(text: str) -> Path:
 
 
 def _likeness(path: Path, module: Path) -> int:
-    """How many of a module's last names a path ends in; 0 unless its layer's is among them."""
+    """How many of a module's last names a path ends in; 0 unless its layer's number is among them."""
     count = 0
     while count < min(len(path), len(module)) and path[-1 - count] == module[-1 - count]:
         count += 1
-    return count if count >= _needed(module) else 0
-
-
-def _needed(module: Path) -> int:
-    """How many of its last names tell a module from all others: from what its first number counts."""
-    first = next((place for place, part in enumerate(module) if _LAYER.fullmatch(part)), 1)
-    return len(module) - max(0, first - 1)
-
-
-def _joined(gate: Half, up: Half) -> tuple[Half, ...]:
-    """Gate and up; as one, where they follow each other in one weight."""
-    if gate.weight is up.weight and gate.start + gate.rows == up.start:
-        return (Half(gate.weight, gate.start, gate.rows + up.rows),)
-    return gate, up
+    layer = next((place for place, part in enumerate(module) if _LAYER.fullmatch(part)), 1)
+    return count if count >= len(module) - max(0, layer - 1) else 0

@@ -1,4 +1,8 @@
-"""How the rows of a weight are read and written, whatever way they lie in files. Memory does not grow with the matrix."""
+"""How the rows of a weight are read and written, whatever their arrangement in files. Memory does not grow with the matrix.
+
+A row is what one neuron has: `RowLayout` where a file stores it in one piece, or in a few; `ColumnLayout` where a file stores
+the transposed matrix; `JoinedLayout` for rows of several weights as one matrix.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from nestpatch.files.reading import open_regular
+from nestpatch.formats._codec import Blocks
 from nestpatch.formats._rowio import read_into, read_rows_at, write_all, write_rows_at
 from nestpatch.formats.checkpoint import CHUNK, IntArray, TensorInfo
-from nestpatch.formats.codec import Blocks
 from nestpatch.rows import Rows
 
-GATHERED = 4
-"""How many times CHUNK bytes of columns to work on at a time: every time, the whole matrix is read."""
-SPARSE = 16
+_GATHERED = 4
+"""CHUNKs of columns to work on at a time: every time, the whole matrix is read."""
+_SPARSE = 16
 """Columns that span less than this part of the matrix are read by themselves."""
 _BYTES = np.dtype(np.uint8)
 
@@ -26,96 +30,63 @@ _BYTES = np.dtype(np.uint8)
 class Layout(Protocol):
     """Rows of one matrix, as bytes."""
 
-    @property
-    def rows(self) -> int:
-        """Of the matrix."""
-
-    @property
-    def row_bytes(self) -> int:
-        """Of one row."""
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """Where they lie."""
-
-    @property
-    def offset(self) -> int:
-        """Of the first byte in the first file."""
-
-    @property
-    def stretch(self) -> int:
-        """How many times CHUNK bytes of rows to work on at a time."""
+    rows: int
+    row_bytes: int
+    files: tuple[Path, ...]
+    """The files that hold them."""
+    offset: int
+    """Of the first byte in the first file."""
+    chunks: int
+    """How many CHUNKs of rows to read at a time."""
 
     def read(self, rows: IntArray) -> Blocks:
-        """Sorted rows, uint8 [rows, row_bytes]."""
+        """Reads sorted rows, uint8 [rows, row_bytes]."""
 
     def write(self, rows: IntArray, values: Blocks) -> None:
-        """Writes sorted rows, in the form that `read` gives."""
+        """Writes sorted rows, in the form that `read` returns."""
 
 
-@dataclass(frozen=True)
 class RowLayout:
-    """Each row lies together in one tensor, or in several: its blocks, its scales, its zero points."""
+    """Each row is in one piece in one tensor, or in several: its blocks, its scales, its zero points."""
 
-    parts: tuple[TensorInfo, ...]
-    """Each a matrix of the same rows."""
-    stretch = 1
+    chunks = 1
 
-    @property
-    def rows(self) -> int:
-        return self.parts[0].rows
-
-    @property
-    def row_bytes(self) -> int:
-        return sum(part.row_bytes for part in self.parts)
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return tuple(dict.fromkeys(part.file for part in self.parts))
-
-    @property
-    def offset(self) -> int:
-        return self.parts[0].offset
+    def __init__(self, *parts: TensorInfo) -> None:
+        """Joins tensors that are matrices with the same number of rows."""
+        self.parts = parts
+        self.rows = parts[0].rows
+        self.row_bytes = sum(part.row_bytes for part in parts)
+        self.files = tuple(dict.fromkeys(part.file for part in parts))
+        self.offset = parts[0].offset
 
     def read(self, rows: IntArray) -> Blocks:
-        """Sorted rows, uint8 [rows, row_bytes]."""
+        """Reads sorted rows, uint8 [rows, row_bytes]."""
         return np.concatenate([read_rows_at(part, rows, _BYTES) for part in self.parts], axis=1)
 
     def write(self, rows: IntArray, values: Blocks) -> None:
-        """Writes sorted rows, in the form that `read` gives."""
+        """Writes sorted rows, in the form that `read` returns."""
         start = 0
         for part in self.parts:
             write_rows_at(part, rows, values[:, start : start + part.row_bytes])
             start += part.row_bytes
 
 
-@dataclass(frozen=True)
 class ColumnLayout:
     """Transposed: a row of the matrix is a column in the file, and is gathered from all of it."""
 
-    tensor: TensorInfo
-    """[width, rows] as it lies."""
-    itemsize: int
-    stretch = GATHERED
+    chunks = _GATHERED
 
-    @property
-    def rows(self) -> int:
-        return self.tensor.shape[1]
-
-    @property
-    def row_bytes(self) -> int:
-        return self.tensor.shape[0] * self.itemsize
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return (self.tensor.file,)
-
-    @property
-    def offset(self) -> int:
-        return self.tensor.offset
+    def __init__(self, tensor: TensorInfo, itemsize: int) -> None:
+        """Transposes a tensor [width, rows] of elements of `itemsize` bytes."""
+        self.tensor = tensor
+        self.rows = tensor.shape[1]
+        self.row_bytes = tensor.shape[0] * itemsize
+        self.files: tuple[Path, ...] = (tensor.file,)
+        self.offset = tensor.offset
+        self._element = np.dtype(f"u{itemsize}")
 
     def read(self, rows: IntArray) -> Blocks:
-        """Sorted rows, uint8 [rows, row_bytes]."""
+        """Reads sorted rows, uint8 [rows, row_bytes]."""
         out = np.empty((len(rows), self.tensor.shape[0]), self._element)
         if len(rows):
             with open_regular(self.tensor.file) as file:
@@ -124,9 +95,9 @@ class ColumnLayout:
         return out.view(np.uint8)
 
     def write(self, rows: IntArray, values: Blocks) -> None:
-        """Writes sorted rows, in the form that `read` gives.
+        """Writes sorted rows, in the form that `read` returns.
 
-        What lies between their elements is read and written as it was: one large write instead of many tiny ones.
+        The bytes between their elements are read and written unchanged: one large write instead of many tiny ones.
         """
         if not len(rows):
             return
@@ -137,24 +108,18 @@ class ColumnLayout:
                 file.seek(offset)
                 write_all(file, window.data.cast("B"))
 
-    @property
-    def _element(self) -> np.dtype[Any]:
-        return np.dtype(f"u{self.itemsize}")
-
     def _windows(self, file: FileIO, rows: IntArray) -> Iterator[tuple[slice, int, Rows, int]]:
-        """(lines, first column, content, place) of pieces of the file that hold all elements of the rows.
-
-        Content: [lines, columns].
-        """
+        """(lines, first column, content [lines, columns], offset) of pieces of the file that cover all elements of the rows."""
         height, width = self.tensor.shape
-        first, count, step = 0, width, max(1, CHUNK // (width * self.itemsize))
+        itemsize = self._element.itemsize
+        first, count, step = 0, width, max(1, CHUNK // (width * itemsize))
         span = int(rows[-1]) - int(rows[0]) + 1
-        if span * SPARSE <= width:
+        if span * _SPARSE <= width:
             first, count, step = int(rows[0]), span, 1
         for start in range(0, height, step):
             lines = slice(start, min(start + step, height))
             window = np.empty((lines.stop - start, count), self._element)
-            offset = self.tensor.offset + (start * width + first) * self.itemsize
+            offset = self.tensor.offset + (start * width + first) * itemsize
             read_into(file, window.data.cast("B"), offset, self.tensor)
             yield lines, first, window, offset
 
@@ -168,39 +133,26 @@ class Segment:
     rows: int
 
 
-@dataclass(frozen=True)
 class JoinedLayout:
     """Rows of several layouts one after the other, or some rows of one."""
 
-    segments: tuple[Segment, ...]
-
-    @property
-    def rows(self) -> int:
-        return sum(segment.rows for segment in self.segments)
-
-    @property
-    def row_bytes(self) -> int:
-        return self.segments[0].layout.row_bytes
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return tuple(dict.fromkeys(file for segment in self.segments for file in segment.layout.files))
-
-    @property
-    def offset(self) -> int:
-        return self.segments[0].layout.offset
-
-    @property
-    def stretch(self) -> int:
-        return max(segment.layout.stretch for segment in self.segments)
+    def __init__(self, *segments: Segment) -> None:
+        """Joins segments with rows of the same size."""
+        layouts = [segment.layout for segment in segments]
+        self.segments = segments
+        self.rows = sum(segment.rows for segment in segments)
+        self.row_bytes = layouts[0].row_bytes
+        self.files = tuple(dict.fromkeys(file for layout in layouts for file in layout.files))
+        self.offset = layouts[0].offset
+        self.chunks = max(layout.chunks for layout in layouts)
 
     def read(self, rows: IntArray) -> Blocks:
-        """Sorted rows, uint8 [rows, row_bytes]."""
+        """Reads sorted rows, uint8 [rows, row_bytes]."""
         found = [segment.layout.read(own) for segment, own, _ in self._split(rows)]
         return np.concatenate([np.empty((0, self.row_bytes), np.uint8), *found])
 
     def write(self, rows: IntArray, values: Blocks) -> None:
-        """Writes sorted rows, in the form that `read` gives."""
+        """Writes sorted rows, in the form that `read` returns."""
         for segment, own, part in self._split(rows):
             segment.layout.write(own, values[part])
 

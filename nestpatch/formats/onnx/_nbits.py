@@ -1,7 +1,7 @@
 """The rows of MatMulNBits, onnxruntime's operation for quantized weights: blocks, then their scales, then their zero points.
 
-Rounding to nearest as onnxruntime's own quantizer does it, with the same bytes (MatMulNBitsQuantizer,
-onnxruntime/core/mlas/lib/q4_dq.cpp): a scale per block, and the numbers as multiples of it. Every row is quantized by itself.
+Rounds to nearest as onnxruntime's own quantizer does, with the same bytes (MatMulNBitsQuantizer,
+onnxruntime/core/mlas/lib/q4_dq.cpp): a scale per block, and the numbers as multiples of it. Each row is quantized by itself.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import numpy as np
 import numpy.typing as npt
 
 from nestpatch.errors import QuantizationError
-from nestpatch.formats.codec import Blocks
+from nestpatch.formats._codec import Blocks
 from nestpatch.rows import DTYPES, FloatArray
 
 BITS = (2, 4, 8)
 _WAYS = ((True, False), (True, True), (False, True))
-"""A model of half precision that onnxruntime quantized; one of bfloat16, which it widens for that; one converted later."""
+"""Half precision, quantized by onnxruntime; bfloat16, which it widens first; scales that were converted later."""
 WITNESSES = 1 << 16
-"""Numbers of untouched rows by which the way of quantizing is told."""
-MATCHING = 0.5
-"""Share of untouched rows that a quantizer must make as they are: others may hold another patch."""
+"""Numbers of untouched rows that are compared to find out how a model was quantized."""
+_MATCHING = 0.5
+"""Share of untouched rows that a quantizer must reproduce: others may hold another pack."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class NBitsCodec:
     scale: str
     """Dtype of the scales."""
     zero_points: bool
-    """Whether each block has one; else zero lies in the middle."""
+    """Whether each block has a zero point; else zero is in the middle."""
     narrow_first: bool = True
     """Whether the numbers had the scales' dtype before they were quantized."""
     narrow_last: bool = False
@@ -45,12 +45,12 @@ class NBitsCodec:
 
     @property
     def witnesses(self) -> int:
-        """Rows that `fitted` wants to see: ways of narrowing differ in one number of some hundreds."""
+        """How many rows `fitted` needs: ways of narrowing differ in one number of some hundreds."""
         return max(8, WITNESSES // self.width)
 
     @property
     def blocks(self) -> int:
-        """Of a row."""
+        """Blocks of a row."""
         return -(-self.width // self.span)
 
     @property
@@ -61,17 +61,17 @@ class NBitsCodec:
 
     @property
     def bits(self) -> float:
-        """Per number, scales included."""
+        """Bits per number, scales included."""
         return 8 * sum(self.parts) / self.width
 
     @property
     def steps(self) -> int:
-        """Between the smallest and the largest value of a block."""
+        """Steps between the smallest and the largest value of a block."""
         return (1 << self.depth) - 1
 
     @property
     def name(self) -> str:
-        """For people: "INT4_32_F16", "INT4_32_F16_ZP"."""
+        """For messages: "INT4_32_F16", "INT4_32_F16_ZP"."""
         return f"INT{self.depth}_{self.span}_{self.scale}{'_ZP' if self.zero_points else ''}"
 
     def require(self) -> None:
@@ -84,7 +84,7 @@ class NBitsCodec:
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             kept = rows.astype(DTYPES[self.scale]).astype(np.float32) if self.narrow_first else rows
             values = self._blocked(kept, 0.0)
-            scales, zeros = self._asymmetric(kept) if self.zero_points else self._symmetric(kept)
+            scales, zeros = self._scales(kept)
             stored = scales.astype(DTYPES[self.scale])
             used = scales if self.narrow_last else stored.astype(np.float32)
             inverse = np.where(used != 0, np.float32(1) / used, np.float32(0))
@@ -103,20 +103,17 @@ class NBitsCodec:
         spare = self.blocks * self.span - self.width
         return np.pad(rows, ((0, 0), (0, spare)), constant_values=filler).reshape(len(rows), self.blocks, self.span)
 
-    def _ends(self, rows: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """The smallest and the largest number of every block, float32 [rows, blocks]."""
-        return self._blocked(rows, np.inf).min(axis=2), self._blocked(rows, -np.inf).max(axis=2)
+    def _scales(self, rows: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """(scales, zero points), float32 [rows, blocks].
 
-    def _symmetric(self, rows: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """(scales, zero points), float32 [rows, blocks]: the number farthest from zero becomes the smallest one."""
-        low, high = self._ends(rows)
-        middle = np.float32(1 << (self.depth - 1))
-        farthest = np.where(np.abs(high) > np.abs(low), high, low)
-        return np.divide(farthest, -middle, dtype=np.float32), np.full_like(low, middle)
-
-    def _asymmetric(self, rows: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """(scales, zero points), float32 [rows, blocks]: all steps lie between the smallest and the largest number."""
-        low, high = self._ends(rows)
+        With zero points the steps span the smallest to the largest number, and zero. Without, the number farthest from zero
+        becomes the smallest step.
+        """
+        low, high = self._blocked(rows, np.inf).min(axis=2), self._blocked(rows, -np.inf).max(axis=2)
+        if not self.zero_points:
+            middle = np.float32(1 << (self.depth - 1))
+            farthest = np.where(np.abs(high) > np.abs(low), high, low)
+            return np.divide(farthest, -middle, dtype=np.float32), np.full_like(low, middle)
         low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
         scales = (high - low) / np.float32(self.steps)
         zeros = np.where(scales != 0, np.float32(0) - low / scales, low)
@@ -145,16 +142,16 @@ class NBitsCodec:
         return flat
 
     def fitted(self, origin: FloatArray, stored: Blocks) -> NBitsCodec:
-        """The way of narrowing that makes most of these rows. Raises QuantizationError when it does not make half of them."""
+        """The way of narrowing that reproduces most. Raises QuantizationError when it reproduces less than half of them."""
         ways = [replace(self, narrow_first=first, narrow_last=last) for first, last in _WAYS if self.scale != "F32"] or [self]
         made = {codec: float((codec.encode(origin) == stored).all(axis=1).mean()) for codec in ways}
         best = max(made, key=lambda codec: made[codec])
-        if made[best] >= MATCHING:
+        if made[best] >= _MATCHING:
             return best
         raise QuantizationError(
-            "the model was not quantized by onnxruntime's default quantizer: rows made anew would not be those of quantizing "
+            "the model was not quantized by onnxruntime's default quantizer: the rows written would not be those of quantizing "
             "the patched model",
-            advice="Patch the float model and quantize it anew, or load the patch beside the model as an adapter.",
+            advice="Patch the float model and quantize it anew, or load the pack beside the model as an adapter.",
         )
 
 

@@ -1,14 +1,13 @@
 """ONNX models as checkpoints, wherever they come from: torch, optimum, the onnxruntime-genai builder, or this package.
 
-Tensors go by their names in the model, and also by those that a pack uses (finder.py). Weights are shown as a pack sees them: a
-row is what one neuron has, though most files hold the transposed matrix, or quantized blocks in tensors of their own.
+Tensors have their names in the model, and can also be asked for by the names that packs use (_finder.py). A row is what one
+neuron has, as in packs, though most files store the transposed matrix, or quantized blocks in several tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +15,41 @@ import numpy as np
 
 from nestpatch.errors import CheckpointError, CheckpointFormatError, UnsupportedModelError
 from nestpatch.formats._rowio import read_all_at
-from nestpatch.formats.checkpoint import IntArray, TensorInfo, row_blocks
+from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo
 from nestpatch.formats.onnx._finder import Finder, FoundMatrix, find_blocks
-from nestpatch.formats.onnx._graph import read_graph
 from nestpatch.formats.onnx._layout import JoinedLayout, Layout, RowLayout, Segment
-from nestpatch.formats.onnx._linear import Form, Weight, find_weights
-from nestpatch.formats.onnx._stored import WAY_OUT, Stored, refusal, stored
 from nestpatch.formats.onnx._tensors import Initializer
+from nestpatch.formats.onnx._weights import WAY_OUT, Form, Stored, find_weights, refusal, stored
 from nestpatch.formats.onnx.folder import only_model
+from nestpatch.formats.onnx.graph import read_graph
 from nestpatch.rows import DTYPES, Rows
 
 
 @dataclass(frozen=True)
 class _View:
-    """A tensor as it is shown."""
+    """A tensor as the checkpoint presents it."""
 
     info: TensorInfo
     layout: Layout | None
-    """None where it has no rows that could be patched."""
+    """None where it has no rows that can be patched."""
     refusal: CheckpointError | None = None
-    """Why not."""
+    """Why they cannot be patched."""
 
 
-class OnnxCheckpoint:
-    """Reads the graph at once and rows on demand.
-
-    `path` is a model file or a directory with one. Raises CheckpointFormatError for files that lie about themselves or their
-    data, and for directories with several models.
-    """
+class OnnxCheckpoint(Checkpoint):
+    """An ONNX model. The graph is read when it is opened, rows on demand."""
 
     converted = True
 
     def __init__(self, path: Path) -> None:
+        """Opens a model.
+
+        Args:
+            path: A .onnx file, or a directory with one.
+
+        Raises:
+            CheckpointFormatError: The file contradicts itself or its data, or the directory holds several models or none.
+        """
         self.path = path
         self.file = only_model(path) if path.is_dir() else path
         graph = read_graph(self.file)
@@ -56,28 +58,44 @@ class OnnxCheckpoint:
         self._finder = Finder(self._weights, find_blocks(graph, self._weights))
         data = {tensor.file for tensor in self._tensors.values()} - {self.file}
         self.files: tuple[Path, ...] = (self.file, *sorted(data))
+        self._by_tensor = {weight.tensor.name: weight for weight in reversed(self._weights)}
         self._views: dict[str, _View | None] = {}
 
     def reopen(self, path: Path) -> OnnxCheckpoint:
-        """The same format at another place, whatever its name there; of a directory, the model with the same name."""
+        """Opens another path as the same format, whatever its name; of a directory, the model with the same name.
+
+        Args:
+            path: The other model.
+
+        Raises:
+            CheckpointFormatError: It is not a model of this format.
+        """
         return OnnxCheckpoint(path / self.file.name if path.is_dir() and not self.path.is_dir() else path)
 
-    @cached_property
-    def _by_tensor(self) -> Mapping[str, Weight]:
-        return {weight.tensor.name: weight for weight in reversed(self._weights)}
-
     def tensors(self) -> Sequence[str]:
-        """The names of all tensors with bytes of their own, sorted; scales belong to the weights that they scale."""
+        """The names of all tensors with their own bytes, sorted; scales belong to the weights that they scale."""
         blocks = [weight for weight in self._weights if weight.form is Form.BLOCKS]
         parts = {name for weight in blocks if self._own(weight.tensor).layout for name in weight.node.inputs[2:4]}
         return sorted(name for name, tensor in self._tensors.items() if tensor.placed and name not in parts)
 
     def has(self, name: str) -> bool:
-        """Whether there is such a tensor, by its name in the model or by a pack's."""
+        """Whether there is such a tensor.
+
+        Args:
+            name: Its name in the file, or the name that packs use.
+        """
         return self._view(name) is not None
 
     def info(self, name: str) -> TensorInfo:
-        """Raises CheckpointFormatError when there is no such tensor, UnsupportedModelError when several could be it."""
+        """What a tensor is and where it is stored.
+
+        Args:
+            name: Its name in the model, or the name that packs use.
+
+        Raises:
+            CheckpointFormatError: There is no such tensor.
+            UnsupportedModelError: Several weights match the name.
+        """
         return self._known(name).info
 
     def _known(self, name: str) -> _View:
@@ -85,19 +103,18 @@ class OnnxCheckpoint:
         if view is None:
             raise CheckpointFormatError(
                 f"{self.file} has no tensor {name}",
-                advice="Neither names nor the graph's shape lead there. Export the model anew, with the names of its weights.",
+                advice="Neither names nor the graph's shape identify it. Export the model anew, with the names of its weights.",
             )
         return view
 
     def _view(self, name: str) -> _View | None:
         if name not in self._views:
             tensor = self._tensors.get(name)
-            found = self._finder.find(name) if tensor is None else None
-            self._views[name] = self._own(tensor) if tensor is not None else self._found(name, found)
+            self._views[name] = self._own(tensor) if tensor is not None else self._found(name, self._finder.find(name))
         return self._views[name]
 
     def _own(self, tensor: Initializer) -> _View:
-        """A tensor of the model by its own name."""
+        """A tensor of the model by its name there."""
         weight = self._by_tensor.get(tensor.name)
         try:
             if weight is not None:
@@ -107,10 +124,10 @@ class OnnxCheckpoint:
             problem = error
         info = TensorInfo(tensor.name, tensor.dtype, tensor.shape, tensor.file, max(0, tensor.offset), tensor.nbytes)
         has_rows = problem is None and info.plain and len(info.shape) > 1 and info.nbytes
-        return _View(info, RowLayout((info,)) if has_rows else None, problem)
+        return _View(info, RowLayout(info) if has_rows else None, problem)
 
     def _found(self, name: str, found: FoundMatrix | None) -> _View | None:
-        """A pack's tensor: rows of one weight, or of two."""
+        """A tensor that packs name: rows of one weight, or of two."""
         if found is None:
             return None
         parts = [(stored(half.weight, self._tensors), half.start, half.rows) for half in found.halves]
@@ -119,12 +136,36 @@ class OnnxCheckpoint:
         return _view(name, parts, found.halves[0].weight.width)
 
     def read_rows(self, name: str, rows: IntArray) -> Rows:
-        """Reads sorted rows: [rows, in_features] of the float types, [rows, row_bytes] as uint8 of the quantized ones."""
+        """Reads some rows; consecutive ones are read together.
+
+        Args:
+            name: The tensor.
+            rows: Sorted row numbers.
+
+        Returns:
+            [rows, in_features] of the float types, uint8 [rows, row_bytes] of the quantized ones.
+
+        Raises:
+            CheckpointFormatError: The tensor has no rows that can be patched, or the file ends before them.
+            UnsupportedModelError: Several weights match the name, or its rows must not be changed.
+            QuantizationError: Its quantization cannot be written.
+        """
         info, layout = self._rows_of(name)
         return layout.read(np.asarray(rows, np.int64)).view(DTYPES.get(info.dtype, np.dtype(np.uint8)))
 
     def write_rows(self, name: str, rows: IntArray, values: Rows) -> None:
-        """Writes sorted rows in place, in the form that `read_rows` gives."""
+        """Writes some rows in place; consecutive ones are written together.
+
+        Args:
+            name: The tensor.
+            rows: Sorted row numbers.
+            values: In the form that `read_rows` returns.
+
+        Raises:
+            CheckpointFormatError: The tensor has no rows that can be patched.
+            UnsupportedModelError: Several weights match the name, or its rows must not be changed.
+            QuantizationError: Its quantization cannot be written.
+        """
         info, layout = self._rows_of(name)
         data = np.ascontiguousarray(values, dtype=DTYPES.get(info.dtype, np.dtype(np.uint8)))
         layout.write(np.asarray(rows, np.int64), data.view(np.uint8))
@@ -140,26 +181,33 @@ class OnnxCheckpoint:
         return view.info, view.layout
 
     def read_all(self, name: str) -> Iterator[bytes]:
-        """The tensor's bytes, a row after the other, in blocks."""
+        """The tensor's bytes, in blocks.
+
+        Args:
+            name: The tensor.
+
+        Raises:
+            CheckpointFormatError: There is no such tensor, or the file ends inside it.
+        """
         view = self._known(name)
         if view.layout is None:
             yield from read_all_at(view.info)
             return
-        for part in row_blocks(view.info.rows, view.info.row_bytes, view.info.stretch):
+        for part in view.info.blocks(view.info.rows):
             yield view.layout.read(np.arange(part.start, part.stop)).tobytes()
 
     def metadata(self) -> Mapping[str, Any]:
-        """The model's metadata_props, and which tool wrote it."""
+        """The model's metadata_props, and the tool that wrote it as producer_name."""
         return self._metadata
 
 
 def _view(name: str, parts: Sequence[tuple[Stored, int, int]], width: int) -> _View:
     """Rows of weights as one matrix. parts: (weight, first row, rows)."""
-    layout: Layout = JoinedLayout(tuple(Segment(part.layout, start, rows) for part, start, rows in parts))
+    layout: Layout = JoinedLayout(*(Segment(part.layout, start, rows) for part, start, rows in parts))
     if len(parts) == 1 and parts[0][2] == parts[0][0].layout.rows:
         layout = parts[0][0].layout
     first, *others = layout.files
     shape, nbytes = (layout.rows, width), layout.rows * layout.row_bytes
     found = parts[0][0]
-    info = TensorInfo(name, found.dtype, shape, first, layout.offset, nbytes, found.codec, tuple(others), layout.stretch)
+    info = TensorInfo(name, found.dtype, shape, first, layout.offset, nbytes, found.codec, tuple(others), layout.chunks)
     return _View(info, layout)

@@ -14,16 +14,18 @@ from pathlib import Path
 from nestpatch.errors import CheckpointFormatError, NestpatchError
 from nestpatch.files.reading import open_regular
 from nestpatch.formats.onnx._tensors import Initializer, check_overlaps, read_tensor
-from nestpatch.formats.protobuf import MAX_TEXT, Field, Wire, require_message
+from nestpatch.formats.protobuf import MAX_TEXT, VARINT, Field, Wire
 
 MAX_NODES = 500_000
-"""Of nodes, and of tensors."""
+"""Nodes, and tensors."""
 MAX_DEPTH = 8
 """Graphs inside nodes inside graphs."""
-SCOPES = "pkg.torch.onnx.name_scopes"
-"""Where torch.onnx.export says which modules a node belongs to."""
+_SCOPES = "pkg.torch.onnx.name_scopes"
+"""Metadata key in which torch.onnx.export names the modules of a node."""
 _MODEL_PRODUCER, _MODEL_GRAPH, _MODEL_METADATA = 2, 7, 14
-_GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT = 1, 5, 11
+_INPUT_NAME, _ELEMENT_TYPE = 1, (2, 1, 1)
+"""ValueInfoProto.name; and ValueInfoProto.type, TypeProto.tensor_type, TypeProto.Tensor.elem_type."""
 _INPUT, _OUTPUT, _NAME, _OP, _ATTRIBUTE, _DOMAIN, _METADATA = 1, 2, 3, 4, 5, 7, 9
 _ATTRIBUTE_NAME, _ATTRIBUTE_INT, _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_INTS, _ATTRIBUTE_GRAPHS = 1, 3, 5, 6, 8, 11
 _KEY, _VALUE = 1, 2
@@ -42,25 +44,35 @@ class Node:
     numbers: Mapping[str, int]
     """Attributes that are an integer."""
     lists: Mapping[str, tuple[int, ...]]
-    """Attributes that are several."""
+    """Attributes that are several integers."""
     scopes: tuple[str, ...]
-    """Names of the modules that it belongs to, outermost first, where the exporter wrote them."""
+    """Names of the modules that it belongs to, outermost first; empty where the exporter wrote none."""
 
 
 @dataclass(frozen=True)
 class Graph:
-    """What a model consists of; the graphs inside nodes are flattened into it."""
+    """The content of a model; the graphs inside nodes are flattened into it."""
 
     nodes: tuple[Node, ...]
     """In the order in which they run."""
     tensors: Mapping[str, Initializer]
+    inputs: Mapping[str, int]
+    """Name of an input of the model -> ONNX's number of its element type; 0 where that is not stated."""
     metadata: Mapping[str, str]
+    """metadata_props, and the tool that wrote the model as producer_name. Values over 1 MiB are read as empty."""
 
 
 def read_graph(path: Path) -> Graph:
-    """Reads and checks a model file.
+    """Reads and checks a model file. Weights are not loaded.
 
-    Raises CheckpointFormatError when it lies about itself or its data, or is no ONNX model.
+    Args:
+        path: A .onnx file.
+
+    Returns:
+        Its graph.
+
+    Raises:
+        CheckpointFormatError: The file cannot be read, is not an ONNX model, or contradicts itself or its data.
     """
     try:
         with open_regular(path) as file:
@@ -70,7 +82,7 @@ def read_graph(path: Path) -> Graph:
     except NestpatchError:
         raise
     except (ValueError, MemoryError) as error:
-        raise CheckpointFormatError(f"{path} is no sound ONNX model: {error}") from error
+        raise CheckpointFormatError(f"{path} is not a sound ONNX model: {error}") from error
 
 
 @dataclass
@@ -79,6 +91,7 @@ class _Reader:
     wire: Wire
     nodes: list[Node] = field(default_factory=list)
     tensors: dict[str, Initializer] = field(default_factory=dict)
+    inputs: dict[str, int] = field(default_factory=dict)
 
     def model(self) -> Graph:
         metadata: dict[str, str] = {}
@@ -93,14 +106,13 @@ class _Reader:
                 metadata["producer_name"] = self.wire.text(found)
         if graphs != 1:
             raise ValueError("it has no graph" if not graphs else f"it has {graphs} graphs")
-        return Graph(tuple(self.nodes), check_overlaps(self.path, self.tensors), metadata)
+        return Graph(tuple(self.nodes), check_overlaps(self.path, self.tensors), self.inputs, metadata)
 
     def _graph(self, message: Field, depth: int) -> None:
-        require_message(message)
         if depth > MAX_DEPTH:
             raise ValueError(f"its graphs are nested more than {MAX_DEPTH} deep")
         own: set[str] = set()
-        for found in self.wire.fields(message.value, message.end):
+        for found in self.wire.nested(message):
             if max(len(self.nodes), len(self.tensors)) > MAX_NODES:
                 raise ValueError(f"it has more than {MAX_NODES} nodes or tensors")
             if found.number == _GRAPH_NODE:
@@ -108,9 +120,22 @@ class _Reader:
             elif found.number == _GRAPH_INITIALIZER:
                 tensor = read_tensor(self.wire, found, self.path)
                 if tensor.name in own:
-                    raise ValueError(f"tensor {tensor.name[:80]!r} is there twice")
+                    raise ValueError(f"duplicate tensor {tensor.name[:80]!r}")
                 own.add(tensor.name)
                 self._add(tensor)
+            elif found.number == _GRAPH_INPUT and depth == 0:
+                name, kind = self._find(found, _INPUT_NAME), self._find(found, *_ELEMENT_TYPE)
+                if name is not None:
+                    self.inputs[self.wire.text(name)] = kind.value if kind is not None and kind.kind == VARINT else 0
+
+    def _find(self, message: Field, *path: int) -> Field | None:
+        """The first field with a number; with several, of the message in the field before."""
+        found: Field | None = message
+        for number in path:
+            if found is None:
+                return None
+            found = next((inner for inner in self.wire.nested(found) if inner.number == number), None)
+        return found
 
     def _add(self, tensor: Initializer) -> None:
         # Graphs inside nodes have names of their own.
@@ -119,12 +144,11 @@ class _Reader:
         self.tensors[tensor.name] = replace(tensor, trouble=trouble)
 
     def _node(self, message: Field, depth: int) -> None:
-        require_message(message)
         texts = {_NAME: "", _OP: "", _DOMAIN: ""}
         values: dict[int, list[str]] = {_INPUT: [], _OUTPUT: []}
         scopes: tuple[str, ...] = ()
         attributes = _Attributes()
-        for found in self.wire.fields(message.value, message.end):
+        for found in self.wire.nested(message):
             if found.number in texts:
                 texts[found.number] = self.wire.text(found)
             elif found.number in values:
@@ -140,9 +164,8 @@ class _Reader:
             self._add(replace(attributes.tensor, name=outputs[0]))
 
     def _attribute(self, message: Field, attributes: _Attributes, depth: int) -> None:
-        require_message(message)
         name, numbers, lists = "", list[int](), list[int]()
-        for found in self.wire.fields(message.value, message.end):
+        for found in self.wire.nested(message):
             if found.number == _ATTRIBUTE_NAME:
                 name = self.wire.text(found)
             elif found.number == _ATTRIBUTE_INT:
@@ -159,14 +182,13 @@ class _Reader:
             attributes.lists[name] = tuple(lists)
 
     def _scopes(self, message: Field) -> tuple[str, ...]:
-        """The module names in a node's metadata, if that is what it holds."""
+        """The module names in an entry of a node's metadata, if it holds them."""
         key, value = self._entry(message)
-        return tuple(re.findall(r"'([^']*)'", value)) if key == SCOPES else ()
+        return tuple(re.findall(r"'([^']*)'", value)) if key == _SCOPES else ()
 
     def _entry(self, message: Field) -> tuple[str, str]:
-        """Key and value. Values may be long, as stack traces are; nobody here needs those."""
-        require_message(message)
-        parts = {found.number: found for found in self.wire.fields(message.value, message.end)}
+        """Key and value. Long values, such as stack traces, are read as empty."""
+        parts = {found.number: found for found in self.wire.nested(message)}
         texts = (self.wire.text(parts[n]) if n in parts and parts[n].size <= MAX_TEXT else "" for n in (_KEY, _VALUE))
         key, value = texts
         return key, value
@@ -174,7 +196,7 @@ class _Reader:
 
 @dataclass
 class _Attributes:
-    """A node's attributes, as far as they matter here."""
+    """The attributes of a node that nestpatch uses."""
 
     numbers: dict[str, int] = field(default_factory=dict)
     lists: dict[str, tuple[int, ...]] = field(default_factory=dict)
