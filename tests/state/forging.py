@@ -15,7 +15,7 @@ import numpy as np
 from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack
-from nestpatch.patcher._undo import TensorPacker, UndoWriter, checksums, residual
+from nestpatch.patcher._undo import MAGIC, TensorPacker, checksums, residual
 from nestpatch.patcher.ledger import FORMAT
 from nestpatch.patcher.state_dir import StateDir
 from nestpatch.rows import Rows
@@ -114,13 +114,13 @@ def write_undo(scene: Scene, pack: Pack, path: Path, strength: float = 1.0, lie:
     """An undo record that makes of the present rows what `lie` says; the tensors of the entry that goes with it."""
     checkpoint, tensors = open_checkpoint(scene.model), {}
     with open(path, "wb") as file:
-        writer = UndoWriter(file)
+        file.write(MAGIC)
         for delta in pack:
             current = checkpoint.read_rows(delta.name, delta.rows.astype(np.int64))
             original = np.ascontiguousarray(lie(delta.name, current))
             packer = TensorPacker()
             packer.add(residual(original, current, delta.dense(), strength), checksums(original), checksums(current))
-            writer.tensor(packer.finish())
+            packer.write(file)
             before, after = (sha256(rows.tobytes()).hexdigest() for rows in (original, current))
             tensors[delta.name] = {"rows": delta.neurons, "before": before, "after": after, "retention": None}
     return tensors

@@ -20,7 +20,7 @@ Header = dict[str, Any]
 
 def genuine(scene: Scene, rows: Mapping[str, Sequence[int]]) -> bytes:
     """The journal that nestpatch itself writes for these rows of a model, sealed by this machine; it is taken away again."""
-    checkpoint, place = open_checkpoint(scene.model), scene.place
+    checkpoint, place = open_checkpoint(scene.model), scene.state_dir
     made = not place.folder.exists()
     place.folder.mkdir(exist_ok=True)
     regions = [Region(checkpoint.info(name), np.array(numbers, np.int64)) for name, numbers in sorted(rows.items())]
@@ -50,6 +50,6 @@ def content_of(rows: Sequence[int], data: Sequence[bytes]) -> bytes:
 
 def plant(scene: Scene, journal: bytes) -> Path:
     """Puts a journal where nestpatch looks for one."""
-    scene.place.folder.mkdir(exist_ok=True)
-    scene.place.journal.write_bytes(journal)
-    return scene.place.journal
+    scene.state_dir.folder.mkdir(exist_ok=True)
+    scene.state_dir.journal.write_bytes(journal)
+    return scene.state_dir.journal

@@ -20,7 +20,7 @@ def test_status_says_what_was_checked_and_what_is_claimed(scene: Scene) -> None:
     assert "signed by acme" in run("status", scene.model).stdout
     got = scene.sent()
     forging.edit(
-        got.place,
+        got.state_dir,
         lambda value: value["applied"][0].update(signers={"acme": scene.acme.public.key_id, "NIST": scene.evil.public.key_id}),
     )
     told = run("status", got.model).stdout
@@ -28,14 +28,14 @@ def test_status_says_what_was_checked_and_what_is_claimed(scene: Scene) -> None:
     (entry,) = answer("status", got.model)["applied"]
     assert entry["signers"] == {"acme": scene.acme.public.key_id}
     assert entry["claims"] == ["NIST"]
-    for signature in got.place.folder.glob("*.sig"):
+    for signature in got.state_dir.folder.glob("*.sig"):
         signature.unlink()
     told = run("status", got.model).stdout
     assert "claims to be signed by acme, NIST" in told
     assert ", signed by acme" not in told
     # Someone else's signature under acme's name proves nothing either.
     other = scene.write(scene.pack(version="1.1.0"), scene.acme)
-    kept = got.place.pack(nest.pack_id(nest.read(file)))
+    kept = got.state_dir.pack(nest.pack_id(nest.read(file)))
     kept.with_name(f"{kept.name}.sig").write_bytes(other.with_name(f"{other.name}.sig").read_bytes())
     assert "claims to be signed by acme, NIST" in run("status", got.model).stdout
 
@@ -56,7 +56,7 @@ def test_verify_with_a_patch_asks_for_exactly_this_pack(scene: Scene) -> None:
     assert not answer("verify", scene.model, file, "--strength", "0.5", *more, code=1)["known"]
     assert not answer("verify", scene.model, scene.write(scene.pack(seed=9)), *more, code=1)["known"]
     # Without any ledger the rows say it as well.
-    scene.place.ledger.unlink()
+    scene.state_dir.ledger.unlink()
     assert answer("verify", scene.model, file, *more)["verdict"] == "patched"
 
 
@@ -98,5 +98,5 @@ def test_own_and_foreign_entries_stand_side_by_side(plain: Scene) -> None:
     apply_in_place(plain.model, harmless(plain))
     got = plain.sent()
     apply_in_place(got.model, plain.write(apart(plain, plain.pack()), plain.acme))
-    assert [entry.foreign for entry in read_ledger(got.place).applied] == [True, False]
+    assert [entry.foreign for entry in read_ledger(got.state_dir).applied] == [True, False]
     assert answer("verify", got.model)["known"]

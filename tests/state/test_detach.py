@@ -181,5 +181,5 @@ def test_a_link_to_a_patched_model_is_not_detached(plain: Scene) -> None:
     newer = plain.write(plain.pack(version="2.0.0", seed=2))
     before = tree_digest(plain.base.parent)
     said = refused("InPlaceError", "apply", other, newer, "--in-place", "--detach")
-    assert f"of a model that nestpatch has patched: {plain.place.ledger}" in said
+    assert f"of a model that nestpatch has patched: {plain.state_dir.ledger}" in said
     assert tree_digest(plain.base.parent) == before

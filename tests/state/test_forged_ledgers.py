@@ -112,7 +112,7 @@ def test_update_is_not_current_with_base_weights(scene: Scene, tmp_path: Path) -
     assert done["state"] == "updated"
     assert done["reason"]
     assert answer("verify", scene.model, file, *based(scene))["known"]
-    (entry,) = read_ledger(scene.place).applied
+    (entry,) = read_ledger(scene.state_dir).applied
     assert (entry.strength, entry.foreign) == (1.0, False)
     assert answer("update", scene.model, *based(scene))["channels"][0]["state"] == "current"
 
@@ -128,10 +128,10 @@ def test_update_does_not_keep_the_strength_of_a_ledger_that_came_along(scene: Sc
     assert "0.5" in checked["reason"]
     push(two, str(channel), scene.acme)
     assert answer("update", got.model, "--channel", channel.as_uri(), *based(scene))["channels"][0]["after"] == "1.1.0"
-    assert [entry.strength for entry in read_ledger(got.place).applied] == [1.0]
+    assert [entry.strength for entry in read_ledger(got.state_dir).applied] == [1.0]
     # On the machine where a user chose it, it stays.
     assert answer("update", scene.model, "--channel", channel.as_uri(), *based(scene))["channels"][0]["after"] == "1.1.0"
-    assert [entry.strength for entry in read_ledger(scene.place).applied] == [0.5]
+    assert [entry.strength for entry in read_ledger(scene.state_dir).applied] == [0.5]
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
@@ -148,7 +148,7 @@ def test_a_release_passes_no_claims_on(plain: Scene, tmp_path: Path) -> None:
     plain.trust(acme=plain.acme, evil=plain.evil)
     assert run("apply", plain.model, harmless(plain), "--in-place").exit_code == 0
     got = plain.sent()
-    forging.edit(got.place, lambda value: value["applied"][0].update(signers={"evil": plain.evil.public.key_id}))
+    forging.edit(got.state_dir, lambda value: value["applied"][0].update(signers={"evil": plain.evil.public.key_id}))
     assert run("export", got.model, "--to", "safetensors", "-o", tmp_path / "release").exit_code == 0
     record = json.loads(str(open_checkpoint(tmp_path / "release").metadata()["nestpatch.record"]))
     assert record[0]["signers"] == {"acme": plain.acme.public.key_id}
@@ -185,16 +185,16 @@ def test_a_history_that_came_along_proves_nothing_where_keys_are_trusted(plain: 
     data[-4000:] = bytes(4000)
     altered.write_bytes(data)
     pack = tiny_pack(plain.folder, name="no-harm")
-    forging.keep(plain.place, plain.write(pack))
-    forging.write_ledger(plain.place, forging.ledger(history=[forging.event(pack)]))
+    forging.keep(plain.state_dir, plain.write(pack))
+    forging.write_ledger(plain.state_dir, forging.ledger(history=[forging.event(pack)]))
     plain.trust(acme=plain.acme)
     assert answer("verify", plain.model, code=1)["verdict"] == "unknown"
     # Nor after this machine has written the ledger anew.
     other = plain.write(tiny_pack(plain.folder, name="other", seed=5), plain.acme)
     assert run("apply", plain.model, other, "--in-place").exit_code == 0
     assert run("revert", plain.model).exit_code == 0
-    assert read_ledger(plain.place).history[0]["foreign"] is True
-    plain.place.pack(nest.pack_id(nest.read(other))).unlink()
+    assert read_ledger(plain.state_dir).history[0]["foreign"] is True
+    plain.state_dir.pack(nest.pack_id(nest.read(other))).unlink()
     assert answer("verify", plain.model, code=1)["verdict"] == "unknown"
     assert "came with the model" in run("status", plain.model).stdout
 
@@ -204,7 +204,7 @@ def test_verify_full_compares_whole_tensors_whatever_a_ledger_says_of_its_base(p
     plain.trust(acme=plain.acme)
     assert run("apply", plain.model, harmless(plain), "--in-place").exit_code == 0
     got = plain.sent()
-    forging.edit(got.place, lambda value: value["applied"][0].update(base_mismatch_allowed=True))
+    forging.edit(got.state_dir, lambda value: value["applied"][0].update(base_mismatch_allowed=True))
     assert answer("verify", got.model, "--full")["known"]
     spoil(got)
     assert answer("verify", got.model)["known"]
@@ -225,11 +225,11 @@ def test_a_pack_for_another_model_is_refused_by_name(scene: Scene, tmp_path: Pat
     for name, shape in shapes.items():
         other = tiny_checkpoint(tmp_path / name, dtype="BF16", **shape)
         file = scene.write(tiny_pack(other, seed=3), scene.acme)
-        forging.keep(scene.place, file)
+        forging.keep(scene.state_dir, file)
         pack, foreign = nest.read(file), replace(scene, model=other)
-        record = scene.place.undo(f"{forging.TRANSACTION}-{nest.pack_id(pack)[:16]}")
+        record = scene.state_dir.undo(f"{forging.TRANSACTION}-{nest.pack_id(pack)[:16]}")
         tensors = forging.write_undo(foreign, pack, record)
-        forging.write_ledger(scene.place, forging.ledger(forging.entry(pack, tensors)))
+        forging.write_ledger(scene.state_dir, forging.ledger(forging.entry(pack, tensors)))
         for words in (["verify"], ["revert"], ["apply", wanted, "--in-place"], ["apply", file, "--in-place"]):
             assert "made for another model" in refused("LedgerError", words[0], scene.model, *words[1:])
         assert "made for another model" in answer("status", scene.model, code=1)["problem"]

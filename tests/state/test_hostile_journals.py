@@ -33,17 +33,17 @@ def row_bytes(scene: Scene) -> int:
 
 def assert_refused(scene: Scene, error: type[StateError], says: str = "") -> None:
     """Every command that would carry the journal out refuses it, and nothing changes; `remove` drops it alone."""
-    weights, journal = scene.weights(), scene.place.journal.read_bytes()
+    weights, journal = scene.weights(), scene.state_dir.journal.read_bytes()
     pack = scene.write(scene.pack())
     for act in (lambda: recover_model(scene.model), lambda: apply_in_place(scene.model, pack)):
         with pytest.raises(error, match=says or None) as caught:
             act()
         assert "--foreign remove" in caught.value.advice
         assert scene.weights() == weights
-        assert scene.place.journal.read_bytes() == journal
+        assert scene.state_dir.journal.read_bytes() == journal
     assert recover_model(scene.model, Foreign.REMOVE).action == "removed"
     assert scene.weights() == weights
-    assert not scene.place.journal.exists()
+    assert not scene.state_dir.journal.exists()
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_row_numbers_outside_of_the_tensor(scene: Scene, rows: list[int]) -> Non
         header["regions"] = [{"tensor": GATE, "row_bytes": width, "rows": len(rows)}]
 
     plant(scene, forged(genuine(scene, {GATE: [0, 1]}), change, content=content))
-    assert_refused(scene, JournalError, "was written for a model.layers.0.mlp.gate_proj.weight of another shape")
+    assert_refused(scene, JournalError, "was written for a tensor model.layers.0.mlp.gate_proj.weight of another shape")
 
 
 def change_witness(header: Header) -> None:
@@ -109,7 +109,7 @@ def test_a_header_of_gigabytes_is_not_read(plain: Scene) -> None:
     journal = bytearray(genuine(plain, {GATE: [0, 1]}))
     journal[20:28] = (1 << 40).to_bytes(8, "little")
     plant(plain, forged_checksum(bytes(journal)))
-    assert_refused(plain, JournalError, "a header of 1099511627776 bytes")
+    assert_refused(plain, JournalError, "its header has 1099511627776 bytes")
 
 
 def forged_checksum(journal: bytes) -> bytes:
@@ -174,7 +174,7 @@ def interrupted_apply(scene: Scene, pack_file: Path, monkeypatch: pytest.MonkeyP
         patch.setattr(transaction.Transaction, "_close_journal", lambda *_: None)
         with pytest.raises(KeyboardInterrupt):
             apply_in_place(scene.model, pack_file)
-    assert scene.place.journal.exists()
+    assert scene.state_dir.journal.exists()
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "sharded"])
@@ -201,7 +201,7 @@ def test_packs_that_nobody_trusted_signed_confirm_nothing(
     plain.trust(acme=plain.acme)
     interrupted_apply(plain, plain.write(plain.pack(), plain.acme), monkeypatch)
     (home / "machine.key").unlink()
-    (kept,) = plain.place.folder.glob("*.nest")
+    (kept,) = plain.state_dir.folder.glob("*.nest")
     signature = kept.with_name(f"{kept.name}.sig")
     signature.unlink()
     if signer == "evil":
@@ -269,12 +269,12 @@ def test_a_forged_ledger_does_not_turn_an_interrupted_change_into_a_finished_one
     """It names the transaction of the journal, which would then be dropped, and half a change would stay."""
     before = scene.weights()
     interrupted_apply(scene, scene.write(scene.pack()), monkeypatch)
-    journal = read_journal(scene.place)
+    journal = read_journal(scene.state_dir)
     assert journal is not None
     (tmp_path / "mallory").mkdir()
     with monkeypatch.context() as mallory:
         mallory.setenv("NESTPATCH_HOME", str(tmp_path / "mallory"))
-        write_ledger(scene.place, Ledger(transaction=journal.transaction))
+        write_ledger(scene.state_dir, Ledger(transaction=journal.transaction))
     assert recover_model(scene.model).action == "rolled back"
     assert scene.weights() == before
 
@@ -284,8 +284,8 @@ def test_something_else_in_the_place_of_the_journal(scene: Scene, tmp_path: Path
     """A pipe hung `status` for ever. Nothing waits, nothing is followed, nothing is removed."""
     victim = tmp_path / "victim"
     victim.write_bytes(genuine(scene, {GATE: [0, 1]}))
-    scene.place.folder.mkdir()
-    journal = scene.place.journal
+    scene.state_dir.folder.mkdir()
+    journal = scene.state_dir.journal
     {
         "a pipe": lambda: os.mkfifo(journal),
         "a directory": journal.mkdir,
@@ -333,8 +333,8 @@ def test_a_rollback_does_not_write_through_links(scene: Scene, tmp_path: Path, k
 def test_the_state_folder_is_no_link(scene: Scene, tmp_path: Path) -> None:
     """Through a link the journal of another model would be found."""
     plant(scene, genuine(scene, {GATE: [0, 1]}))
-    scene.place.folder.rename(tmp_path / "elsewhere")
-    scene.place.folder.symlink_to(tmp_path / "elsewhere")
+    scene.state_dir.folder.rename(tmp_path / "elsewhere")
+    scene.state_dir.folder.symlink_to(tmp_path / "elsewhere")
     for words in (["recover", scene.model], ["status", scene.model], ["revert", scene.model]):
         assert "follows no links" in refused("StateError", *words)
     assert (tmp_path / "elsewhere" / "journal").exists()

@@ -64,7 +64,7 @@ def commands(file: Path) -> list[list[object]]:
 def test_names_in_a_ledger_that_nestpatch_never_gives_lead_nowhere(patched: tuple[Scene, Path], where: str, name: str) -> None:
     scene, file = patched
     text = NAMES[name]
-    good = forging.content(scene.place)
+    good = forging.content(scene.state_dir)
     entry, (event,) = good["applied"][0], good["history"]
     lies = {
         "pack_id": {"applied": [entry | {"pack_id": text}]},
@@ -77,7 +77,7 @@ def test_names_in_a_ledger_that_nestpatch_never_gives_lead_nowhere(patched: tupl
     }
     if where == "last" and not text:
         return  # none was finished yet
-    forging.write_ledger(scene.place, good | lies[where])
+    forging.write_ledger(scene.state_dir, good | lies[where])
     before, rest = tree_digest(scene.folder), outside(scene)
     for words in commands(file):
         refused("LedgerError", words[0], scene.model, *words[1:])
@@ -94,8 +94,8 @@ def test_names_in_a_journal_that_nestpatch_never_gives_lead_nowhere(
     scene, _ = patched
     checkpoint = open_checkpoint(scene.model)
     regions = [Region(checkpoint.info(delta.name), delta.rows.astype("int64")) for delta in scene.pack()]
-    write_journal(scene.place, "a" * 16, checkpoint, regions)
-    data = scene.place.journal.read_bytes()[:-64]
+    write_journal(scene.state_dir, "a" * 16, checkpoint, regions)
+    data = scene.state_dir.journal.read_bytes()[:-64]
     (length,) = struct.unpack("<Q", data[len(MAGIC) : len(MAGIC) + 8])
     start = len(MAGIC) + 8
     header = json.loads(data[start : start + length])
@@ -103,8 +103,8 @@ def test_names_in_a_journal_that_nestpatch_never_gives_lead_nowhere(
     text = json.dumps(header).encode()
     body = MAGIC + struct.pack("<Q", len(text)) + text + data[start + length :]
     digest = sha256(body).digest()
-    mark = bytes.fromhex(seal("journal", scene.place.folder, digest)) if sealed else bytes(32)
-    scene.place.journal.write_bytes(body + digest + mark)
+    mark = bytes.fromhex(seal("journal", scene.state_dir.folder, digest)) if sealed else bytes(32)
+    scene.state_dir.journal.write_bytes(body + digest + mark)
     before, rest = tree_digest(scene.folder), outside(scene)
     for words in (["recover"], ["recover", "--foreign", "roll-back"], ["revert"]):
         refused("JournalError", words[0], scene.model, *words[1:])
@@ -159,12 +159,12 @@ def test_a_damaged_copy_is_refused_by_name_and_written_anew_by_apply(scene: Scen
     original, file = scene.weights(), scene.write(scene.pack(), scene.acme)
     assert run("apply", scene.model, file, "--in-place", *based(scene)).exit_code == 0
     got = scene.sent() if foreign else scene
-    kept = got.place.pack(nest.pack_id(scene.pack()))
+    kept = got.state_dir.pack(nest.pack_id(scene.pack()))
     DAMAGE[damage](kept, got)
     before, rest = got.weights(), outside(got)
     told = refused("UndoError", "revert", got.model, *based(scene))
     assert kept.name in told
-    assert "nestpatch apply MODEL PATCH --in-place puts the copy back" in told
+    assert "nestpatch apply MODEL PACK --in-place restores the copy" in told
     for words in (["verify"], ["apply", scene.write(scene.pack(version="1.1.0"), scene.acme), "--in-place", *based(scene)]):
         assert kept.name in refused("UndoError", words[0], got.model, *words[1:])
     assert not answer("status", got.model, code=1)["sound"]
@@ -181,7 +181,7 @@ def test_a_damaged_copy_is_refused_by_name_and_written_anew_by_apply(scene: Scen
 @pytest.mark.parametrize("full", [False, True])
 def test_a_folder_in_place_of_the_copy_is_refused_by_name(patched: tuple[Scene, Path], *, full: bool) -> None:
     scene, file = patched
-    kept = scene.place.pack(nest.pack_id(scene.pack()))
+    kept = scene.state_dir.pack(nest.pack_id(scene.pack()))
     kept.unlink()
     kept.mkdir()
     if full:
@@ -202,7 +202,7 @@ def test_a_copy_that_is_called_otherwise_is_refused(scene: Scene) -> None:
     before = scene.weights()
     for lie in ({"name": "no-spam"}, {"version": "99.0.0"}):
         got = scene.sent(f"sent-{min(lie)}")
-        forging.edit(got.place, lambda value, lie=lie: value["applied"][0].update(lie))  # type: ignore[misc]
+        forging.edit(got.state_dir, lambda value, lie=lie: value["applied"][0].update(lie))  # type: ignore[misc]
         for words in (["revert"], ["verify"], ["apply", file, "--in-place", *based(scene)]):
             refused("LedgerError", words[0], got.model, *words[1:])
         assert got.weights() == before
@@ -212,7 +212,7 @@ def test_a_copy_that_is_called_otherwise_is_refused(scene: Scene) -> None:
 
 
 def _signature(scene: Scene) -> Path:
-    kept = scene.place.pack(nest.pack_id(scene.pack()))
+    kept = scene.state_dir.pack(nest.pack_id(scene.pack()))
     return kept.with_name(f"{kept.name}.sig")
 
 
@@ -278,7 +278,7 @@ def test_going_back_to_an_earlier_version_asks_for_its_signature(patched: tuple[
     forgiven = run("revert", scene.model, "--to", "1.0.0", "--allow-unsigned")
     if case in {"missing", "by a key that nobody trusts"}:
         assert forgiven.exit_code == 0, forgiven.stderr
-        assert [entry.version for entry in read_ledger(scene.place).applied] == ["1.0.0"]
+        assert [entry.version for entry in read_ledger(scene.state_dir).applied] == ["1.0.0"]
     else:
         assert forgiven.exit_code == 1  # a wrong signature is never forgiven
         assert scene.weights() == before
@@ -291,14 +291,14 @@ def test_a_forged_history_does_not_bring_another_publishers_pack(patched: tuple[
     scene.trust(acme=scene.acme, evil=scene.evil)
     got = scene.sent()
     bad = got.write(got.pack(version="0.9.0", seed=66), got.evil if key == "evil" else None)
-    forging.keep(got.place, bad)
-    forging.edit(got.place, lambda value: value["history"].append(forging.event(nest.read(bad))))
+    forging.keep(got.state_dir, bad)
+    forging.edit(got.state_dir, lambda value: value["history"].append(forging.event(nest.read(bad))))
     before = got.weights()
     refused("PublisherError" if key == "evil" else "UnsignedError", "revert", got.model, "--to", "0.9.0")
     assert got.weights() == before
     # One whose id and name do not go together leads nowhere at all.
-    forging.edit(got.place, lambda value: value["history"][-1].update(version="0.8.0"))
+    forging.edit(got.state_dir, lambda value: value["history"][-1].update(version="0.8.0"))
     refused("LedgerError", "revert", got.model, "--to", "0.8.0")
-    forging.edit(got.place, lambda value: value["history"][-1].update(pack_id="0" * 64))
+    forging.edit(got.state_dir, lambda value: value["history"][-1].update(pack_id="0" * 64))
     refused("UndoError", "revert", got.model, "--to", "0.8.0")
     assert got.weights() == before

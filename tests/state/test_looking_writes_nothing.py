@@ -37,7 +37,7 @@ def photograph(folder: Path) -> dict[str, tuple[object, ...]]:
 def journal_of(scene: Scene) -> bytes:
     """A whole journal that was written for this model at another place."""
     other = scene.sent("other")
-    checkpoint, place = open_checkpoint(other.model), other.place
+    checkpoint, place = open_checkpoint(other.model), other.state_dir
     place.folder.mkdir(exist_ok=True)
     name = other.pack().deltas[0].name
     write_journal(place, "ab" * 8, checkpoint, [Region(checkpoint.info(name), np.arange(4))])
@@ -48,12 +48,12 @@ def journal_of(scene: Scene) -> bytes:
 
 def litter(scene: Scene) -> None:
     """What killed commands leave, and an undo record that no ledger names."""
-    scene.place.folder.mkdir(exist_ok=True)
+    scene.state_dir.folder.mkdir(exist_ok=True)
     weights = open_checkpoint(scene.model).files[0]
-    for name in (f".{weights.name}.0a1b2c3d.tmp", f".{scene.place.ledger.name}.0a1b2c3d.tmp"):
+    for name in (f".{weights.name}.0a1b2c3d.tmp", f".{scene.state_dir.ledger.name}.0a1b2c3d.tmp"):
         (weights.parent / name).write_bytes(b"half")
-    (scene.place.folder / ".x.0a1b2c3d.tmp").write_bytes(b"half")
-    (scene.place.folder / KEPT).write_bytes(b"needed, or not")
+    (scene.state_dir.folder / ".x.0a1b2c3d.tmp").write_bytes(b"half")
+    (scene.state_dir.folder / KEPT).write_bytes(b"needed, or not")
 
 
 def patched(scene: Scene) -> None:
@@ -62,14 +62,14 @@ def patched(scene: Scene) -> None:
 
 def half_a_journal(scene: Scene) -> None:
     data = journal_of(scene)
-    scene.place.folder.mkdir(exist_ok=True)
-    scene.place.journal.write_bytes(data[: len(data) // 2])
+    scene.state_dir.folder.mkdir(exist_ok=True)
+    scene.state_dir.journal.write_bytes(data[: len(data) // 2])
 
 
 def foreign_journal(scene: Scene) -> None:
     data = journal_of(scene)
-    scene.place.folder.mkdir(exist_ok=True)
-    scene.place.journal.write_bytes(data)
+    scene.state_dir.folder.mkdir(exist_ok=True)
+    scene.state_dir.journal.write_bytes(data)
 
 
 def foreign_journal_on_top(scene: Scene) -> None:
@@ -145,7 +145,7 @@ def test_looking_changes_nothing(scene: Scene, state: str, tmp_path: Path) -> No
         assert result.exit_code in (codes | {1} if unknown else codes), (name, result.output)
         assert "InterruptedChangeError" not in result.stderr, name
     pack_id = nest.pack_id(scene.pack())
-    shown = run("show", scene.place.pack(pack_id) if state == "patched" else scene.write(scene.pack()))
+    shown = run("show", scene.state_dir.pack(pack_id) if state == "patched" else scene.write(scene.pack()))
     assert shown.exit_code == 0, shown.output
     assert photograph(scene.folder) == before
     assert key.exists() is (state == "patched"), "a key is made to seal something, and nothing was sealed"

@@ -15,7 +15,7 @@ from nestpatch.errors import ChainError, PublisherError
 from nestpatch.formats import nest
 from nestpatch.gate import Trust
 from nestpatch.pack import Pack
-from nestpatch.patcher.chain import Action, Allowed, Link, Step, plan_apply, plan_revert
+from nestpatch.patcher.chain import Action, Allowed, Link, Step, steps_to_apply, steps_to_revert
 from nestpatch.patcher.inplace import apply_in_place
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.signing.keys import generate
@@ -28,7 +28,7 @@ from tests.state.forging import apart
 
 
 def labels(scene: Scene) -> list[str]:
-    return [entry.label for entry in read_ledger(scene.place).applied]
+    return [entry.label for entry in read_ledger(scene.state_dir).applied]
 
 
 def with_facts(pack: Pack, **facts: object) -> Pack:
@@ -161,11 +161,11 @@ def test_a_pack_that_both_signed_answers_to_both(plain: Scene) -> None:
 
 def test_a_ledger_that_gives_a_pack_to_another_publisher_is_not_believed(two: Scene) -> None:
     got, evil = two.sent(), {"evil": two.evil.public.key_id}
-    forging.edit(got.place, lambda value: value["applied"][0].update(signers=evil, roots=list(evil.values())))
+    forging.edit(got.state_dir, lambda value: value["applied"][0].update(signers=evil, roots=list(evil.values())))
     before, file = got.weights(), two.write(two.pack(version="99.0.0", seed=7), two.evil)
     refused("PublisherError", "apply", got.model, file, "--in-place")
     # Nor where the signature that contradicts it was taken away: then nobody answers for the pack.
-    for signature in got.place.folder.glob("*.sig"):
+    for signature in got.state_dir.folder.glob("*.sig"):
         signature.unlink()
     refused("UnsignedError", "apply", got.model, file, "--in-place")
     assert got.weights() == before
@@ -173,7 +173,7 @@ def test_a_ledger_that_gives_a_pack_to_another_publisher_is_not_believed(two: Sc
 
 def test_a_ledger_that_gives_a_pack_to_nobody_is_not_believed(two: Scene) -> None:
     got = two.sent()
-    forging.edit(got.place, lambda value: value["applied"][0].update(signers={}, roots=[]))
+    forging.edit(got.state_dir, lambda value: value["applied"][0].update(signers={}, roots=[]))
     before = got.weights()
     for pack in (two.pack(version="99.0.0", seed=7), two.pack(version="1.1.0", seed=2)):
         refused("PublisherError", "apply", got.model, two.write(pack, two.evil), "--in-place")
@@ -288,7 +288,7 @@ def test_no_plan_ends_without_another_publishers_pack(
     """Whatever a pack is called and claims: what is undone of other publishers is put back, or it was allowed."""
     (*applied, new), pairs = chain
     try:
-        steps = plan_apply(applied, new, Shared(pairs), Allowed(overlap, downgrade))
+        steps = steps_to_apply(applied, new, Shared(pairs), Allowed(overlap, downgrade))
     except ChainError:
         return
     left = {link.pack_id for link in after(applied, steps)}
@@ -300,7 +300,7 @@ def test_no_plan_ends_without_another_publishers_pack(
 
 def outcome(applied: Sequence[Link], new: Link, shared: Shared, allowed: Allowed) -> object:
     try:
-        return [(step.action, step.link.pack_id) for step in plan_apply(applied, new, shared, allowed)]
+        return [(step.action, step.link.pack_id) for step in steps_to_apply(applied, new, shared, allowed)]
     except ChainError as error:
         return type(error)
 
@@ -332,7 +332,7 @@ def test_a_revert_takes_away_what_was_asked_for_and_nothing_else(
         for link in applied if link not in removed for one in removed
     )  # fmt: skip
     try:
-        steps = plan_revert(applied, removed, Shared(pairs))
+        steps = steps_to_revert(applied, removed, Shared(pairs))
     except ChainError:
         assert held
         return

@@ -57,27 +57,27 @@ ODD: list[object] = [link, dangling, hard_link, pipe, folder, socket, pytest.par
 
 
 def the_lock(scene: Scene) -> Path:
-    return scene.place.lock
+    return scene.state_dir.lock
 
 
 def the_journal(scene: Scene) -> Path:
-    return scene.place.journal
+    return scene.state_dir.journal
 
 
 def the_ledger(scene: Scene) -> Path:
-    return scene.place.ledger
+    return scene.state_dir.ledger
 
 
 def the_undo_record(scene: Scene) -> Path:
-    return next(scene.place.folder.glob("*.undo"))
+    return next(scene.state_dir.folder.glob("*.undo"))
 
 
 def the_kept_pack(scene: Scene) -> Path:
-    return next(scene.place.folder.glob("*.nest"))
+    return next(scene.state_dir.folder.glob("*.nest"))
 
 
 def the_kept_signature(scene: Scene) -> Path:
-    return next(scene.place.folder.glob("*.nest.sig"))
+    return next(scene.state_dir.folder.glob("*.nest.sig"))
 
 
 FILES = [the_lock, the_journal, the_ledger, the_undo_record, the_kept_pack, the_kept_signature]
@@ -137,9 +137,9 @@ def test_a_state_folder_that_is_a_link_is_not_entered(scene: Scene, tmp_path: Pa
     """Also where another model's whole state is behind it."""
     elsewhere = tmp_path / "elsewhere"
     apply_in_place(scene.model, scene.pack(), base=scene.base)
-    shutil.move(scene.place.folder, elsewhere)
+    shutil.move(scene.state_dir.folder, elsewhere)
     (elsewhere / "journal").write_bytes(b"x")
-    place = scene.place
+    place = scene.state_dir
     place.folder.symlink_to(elsewhere, target_is_directory=True)
     before = tree_digest(scene.folder), tree_digest(elsewhere)
     out = tmp_path / "out"
@@ -157,7 +157,7 @@ def test_a_state_folder_that_is_a_link_is_not_entered(scene: Scene, tmp_path: Pa
 
 @pytest.mark.parametrize("odd", [pipe, hard_link, pytest.param(device, marks=needs_root)])
 def test_a_state_folder_that_is_no_folder_is_named(plain: Scene, victim: Path, odd: Callable[[Path, Path], None]) -> None:
-    odd(plain.place.folder, victim)
+    odd(plain.state_dir.folder, victim)
     for words in (
         ["apply", plain.model, plain.write(plain.pack()), "--in-place"],
         ["recover", plain.model],
@@ -174,7 +174,7 @@ def test_the_key_of_seals_and_its_lock_are_not_read_through_links(plain: Scene, 
     (home / "machine.key").symlink_to(victim)
     result = run("apply", plain.model, plain.write(plain.pack()), "--in-place")
     assert victim.read_bytes() == SECRET
-    assert (result.exit_code, read_ledger(plain.place).applied == ()) in ((0, False), (1, True)), result.stderr
+    assert (result.exit_code, read_ledger(plain.state_dir).applied == ()) in ((0, False), (1, True)), result.stderr
     (home / "machine.key").unlink()
     os.mkfifo(home / "machine.lock")
     with at_most(20):

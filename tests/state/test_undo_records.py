@@ -30,7 +30,7 @@ from tests.state.forging import apart, based
 
 def records(scene: Scene) -> dict[str, bytes]:
     """Undo record -> its bytes."""
-    return {file.name: file.read_bytes() for file in sorted(scene.place.folder.glob("*.undo"))}
+    return {file.name: file.read_bytes() for file in sorted(scene.state_dir.folder.glob("*.undo"))}
 
 
 def lying(scene: Scene) -> Path:
@@ -44,10 +44,10 @@ def lying(scene: Scene) -> Path:
 
 def lose(scene: Scene, how: str) -> None:
     """Takes a model's ledger away, or its sense."""
-    file = scene.place.ledger
+    file = scene.state_dir.ledger
     data = file.read_bytes()
     if how == "another model's":
-        forging.write_ledger(scene.place, forging.ledger())
+        forging.write_ledger(scene.state_dir, forging.ledger())
         return
     file.unlink()
     if how == "moved":
@@ -70,7 +70,7 @@ def test_no_command_removes_a_record_without_a_ledger_that_proves_it_unneeded(sc
     one, two = scene.write(scene.pack(), scene.acme), scene.write(apart(scene, scene.pack()), scene.acme)
     for file in (one, two):
         assert run("apply", scene.model, file, "--in-place", *based(scene)).exit_code == 0
-    kept, patched, ledger = records(scene), scene.weights(), scene.place.ledger.read_bytes()
+    kept, patched, ledger = records(scene), scene.weights(), scene.state_dir.ledger.read_bytes()
     assert len(kept) == 2
     lose(scene, loss)
     unsigned, third = scene.write(scene.pack("unsigned", seed=4)), scene.write(scene.pack("third", seed=5), scene.acme)
@@ -95,8 +95,8 @@ def test_no_command_removes_a_record_without_a_ledger_that_proves_it_unneeded(sc
         )
         assert run("revert", scene.model).exit_code == 0
     assert {name: data for name, data in records(scene).items() if name in kept} == kept
-    scene.place.ledger.unlink(missing_ok=True)
-    scene.place.ledger.write_bytes(ledger)
+    scene.state_dir.ledger.unlink(missing_ok=True)
+    scene.state_dir.ledger.write_bytes(ledger)
     scene.restore(patched)
     assert run("revert", scene.model).exit_code == 0
     assert scene.weights() == original
@@ -107,11 +107,11 @@ def test_an_upgrade_removes_exactly_the_records_that_it_makes_unneeded(scene: Sc
     other = apart(scene, one)
     apply_in_place(scene.model, one, base=scene.base)
     apply_in_place(scene.model, other, base=scene.base)
-    stray = scene.place.folder / f"{'0' * 16}-{'0' * 16}.undo"
+    stray = scene.state_dir.folder / f"{'0' * 16}-{'0' * 16}.undo"
     stray.write_bytes(b"another transaction's")
-    first, second = (entry.undo for entry in read_ledger(scene.place).applied)
+    first, second = (entry.undo for entry in read_ledger(scene.state_dir).applied)
     apply_in_place(scene.model, scene.pack(version="1.1.0"), base=scene.base)
-    applied = {entry.label: entry.undo for entry in read_ledger(scene.place).applied}
+    applied = {entry.label: entry.undo for entry in read_ledger(scene.state_dir).applied}
     assert applied["other 1.0.0"] == second
     assert set(records(scene)) == {f"{applied['other 1.0.0']}.undo", f"{applied['no-harm 1.1.0']}.undo", stray.name}
     assert f"{first}.undo" not in records(scene)
@@ -133,10 +133,10 @@ def test_a_journal_of_others_takes_no_record_along(
     plain.restore({name: (plain.base / name).read_bytes() for name in weights})
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("NESTPATCH_HOME", str(tmp_path / "attacker"))
-        write_journal(plain.place, "a" * 16, open_checkpoint(plain.model), regions, makes=[record.removesuffix(".undo")])
+        write_journal(plain.state_dir, "a" * 16, open_checkpoint(plain.model), regions, makes=[record.removesuffix(".undo")])
     plain.restore(weights)
     if not confirmed:
-        for signature in plain.place.folder.glob("*.sig"):
+        for signature in plain.state_dir.folder.glob("*.sig"):
             signature.unlink()
         refused("ForeignJournalError", "recover", plain.model)
     words = [] if confirmed else ["--foreign", "roll-back"]
@@ -176,9 +176,9 @@ def base_rows(scene: Scene, pack: Pack) -> dict[str, Rows]:
 
 def spoil_record(scene: Scene, pack: Pack, lie: Callable[[str, Rows], Rows], true: dict[str, Rows]) -> None:
     """The record of an applied pack that leads to what `lie` makes of the base; the ledger agrees with it."""
-    (entry,) = (entry for entry in read_ledger(scene.place).applied if entry.pack_id == nest.pack_id(pack))
+    (entry,) = (entry for entry in read_ledger(scene.state_dir).applied if entry.pack_id == nest.pack_id(pack))
     tensors = forging.write_undo(
-        scene, pack, scene.place.undo(entry.undo), entry.strength, lambda name, rows: lie(name, true[name])
+        scene, pack, scene.state_dir.undo(entry.undo), entry.strength, lambda name, rows: lie(name, true[name])
     )
 
     def change(value: dict[str, object]) -> None:
@@ -186,7 +186,7 @@ def spoil_record(scene: Scene, pack: Pack, lie: Callable[[str, Rows], Rows], tru
             if found["pack_id"] == nest.pack_id(pack):
                 found["tensors"] = tensors
 
-    forging.edit(scene.place, change)
+    forging.edit(scene.state_dir, change)
 
 
 @pytest.fixture(params=[1.0, 0.5])
@@ -234,11 +234,11 @@ def test_a_record_that_leads_elsewhere_is_not_used_by_other_verbs_either(
 def test_a_record_is_read_no_further_than_its_rows_need(received: tuple[Scene, Pack, dict[str, Rows]]) -> None:
     """A stream of a megabyte that would fill a gigabyte."""
     scene, pack, _ = received
-    (entry,) = read_ledger(scene.place).applied
+    (entry,) = read_ledger(scene.state_dir).applied
     squeeze, blank = zlib.compressobj(9), bytes(1 << 24)
     bomb = b"".join([*(squeeze.compress(blank) for _ in range(64)), squeeze.flush()])
     part = struct.pack("<Q", len(bomb)) + bomb
-    scene.place.undo(entry.undo).write_bytes(b"nestpatch-undo/1\n" + (part + struct.pack("<Q", 0)) * len(pack.deltas))
+    scene.state_dir.undo(entry.undo).write_bytes(b"nestpatch-undo/1\n" + (part + struct.pack("<Q", 0)) * len(pack.deltas))
     before = scene.weights()
     tracemalloc.start()
     try:
@@ -257,7 +257,7 @@ def test_checksums_of_another_length_are_refused_by_name(plain: Scene, *, huge: 
     checkpoint, (delta, *_) = open_checkpoint(plain.model), pack.deltas
     rows = delta.rows[:1].astype(np.int64)
     checkpoint.write_rows(delta.name, rows, np.ascontiguousarray(checkpoint.read_rows(delta.name, rows)[:, ::-1]))
-    (file,) = plain.place.folder.glob("*.undo")
+    (file,) = plain.state_dir.folder.glob("*.undo")
     length = 1 << 39 if huge else 8
     file.write_bytes(b"nestpatch-undo/1\n" + (struct.pack("<Q", 1) + b"x" + struct.pack("<Q", length) + bytes(8)))
     if huge:
@@ -277,7 +277,7 @@ def test_a_record_that_is_none_is_refused_by_name(
     received: tuple[Scene, Pack, dict[str, Rows]], tmp_path: Path, what: str
 ) -> None:
     scene, _, _ = received
-    (file,) = scene.place.folder.glob("*.undo")
+    (file,) = scene.state_dir.folder.glob("*.undo")
     data = file.read_bytes()
     file.unlink()
     if what == "a pipe":
@@ -307,7 +307,7 @@ def test_a_model_that_was_sent_on_still_reverts_to_the_byte(scene: Scene, *, key
     file = scene.write(scene.pack(), scene.acme if keys else None)
     assert run("apply", scene.model, file, "--in-place", "--strength", strength, *based(scene)).exit_code == 0
     got = scene.sent()
-    assert all(entry.foreign for entry in read_ledger(got.place).applied)
+    assert all(entry.foreign for entry in read_ledger(got.state_dir).applied)
     assert run("revert", got.model, *based(scene)).exit_code == 0
     assert got.weights() == original
     assert answer("verify", got.model)["verdict"] == "base"
@@ -353,10 +353,10 @@ def test_what_was_sent_on_names_its_rows_by_digest(scene: Scene) -> None:
     assert run("apply", scene.model, scene.write(scene.pack()), "--in-place", *based(scene)).exit_code == 0
     got = scene.sent()
     before = got.weights()
-    name = next(iter(read_ledger(got.place).applied[0].tensors))
-    forging.edit(got.place, lambda value: value["applied"][0]["tensors"][name].update(before=sha256(b"x").hexdigest()))
+    name = next(iter(read_ledger(got.state_dir).applied[0].tensors))
+    forging.edit(got.state_dir, lambda value: value["applied"][0]["tensors"][name].update(before=sha256(b"x").hexdigest()))
     refused("UndoError", "revert", got.model, *based(scene))
     assert got.weights() == before
-    forging.edit(got.place, lambda value: value["applied"][0]["tensors"][name].update(after=sha256(b"x").hexdigest()))
+    forging.edit(got.state_dir, lambda value: value["applied"][0]["tensors"][name].update(after=sha256(b"x").hexdigest()))
     refused("BaseMismatchError", "revert", got.model, *based(scene))
     assert got.weights() == before
