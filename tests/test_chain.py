@@ -23,7 +23,7 @@ def always(a, b):
     return True
 
 
-def told(steps):
+def actions(steps):
     return [(step.action.name, step.link.pack_id) for step in steps]
 
 
@@ -39,7 +39,7 @@ def test_the_order_of_versions_is_that_of_semver():
 
 
 def test_the_first_pack_is_checked_and_applied():
-    assert told(steps_to_apply([], link("a"), never)) == [("CHECK", "a-1.0.0"), ("APPLY", "a-1.0.0")]
+    assert actions(steps_to_apply([], link("a"), never)) == [("CHECK", "a-1.0.0"), ("APPLY", "a-1.0.0")]
 
 
 def test_the_same_pack_at_the_same_strength_is_nothing_to_do():
@@ -48,21 +48,21 @@ def test_the_same_pack_at_the_same_strength_is_nothing_to_do():
 
 def test_another_strength_replaces():
     steps = steps_to_apply([link("a")], link("a", strength=0.5), always)
-    assert told(steps) == [("UNDO", "a-1.0.0"), ("CHECK", "a-1.0.0"), ("APPLY", "a-1.0.0")]
+    assert actions(steps) == [("UNDO", "a-1.0.0"), ("CHECK", "a-1.0.0"), ("APPLY", "a-1.0.0")]
     assert steps[0].link.strength == 1.0
     assert steps[-1].link.strength == 0.5
 
 
 def test_an_upgrade_undoes_the_old_version_first():
     steps = steps_to_apply([link("a")], link("a", "1.1.0"), always)
-    assert told(steps) == [("UNDO", "a-1.0.0"), ("CHECK", "a-1.1.0"), ("APPLY", "a-1.1.0")]
+    assert actions(steps) == [("UNDO", "a-1.0.0"), ("CHECK", "a-1.1.0"), ("APPLY", "a-1.1.0")]
 
 
 def test_downgrades_have_to_be_allowed():
     with pytest.raises(DowngradeError, match=r"a 1\.0\.0 is older than a 1\.1\.0") as caught:
         steps_to_apply([link("a", "1.1.0")], link("a"), never)
     assert "--allow-downgrade" in caught.value.advice
-    assert told(steps_to_apply([link("a", "1.1.0")], link("a"), never, Allowed(downgrade=True)))[0] == ("UNDO", "a-1.1.0")
+    assert actions(steps_to_apply([link("a", "1.1.0")], link("a"), never, Allowed(downgrade=True)))[0] == ("UNDO", "a-1.1.0")
 
 
 @pytest.mark.parametrize("version", ["1.0.0", "1.0.0+rebuilt"])
@@ -74,20 +74,20 @@ def test_one_version_means_one_content(version):
 
 def test_superseded_packs_go_whatever_their_name():
     old, new = link("a"), link("b", supersedes=["a-1.0.0"])
-    assert told(steps_to_apply([old], new, never)) == [("UNDO", "a-1.0.0"), ("CHECK", "b-1.0.0"), ("APPLY", "b-1.0.0")]
+    assert actions(steps_to_apply([old], new, never)) == [("UNDO", "a-1.0.0"), ("CHECK", "b-1.0.0"), ("APPLY", "b-1.0.0")]
     with pytest.raises(DowngradeError, match="superseded by b"):
         steps_to_apply([new], old, never)
-    assert told(steps_to_apply([new], old, never, Allowed(downgrade=True)))[0] == ("UNDO", "b-1.0.0")
+    assert actions(steps_to_apply([new], old, never, Allowed(downgrade=True)))[0] == ("UNDO", "b-1.0.0")
 
 
 def test_disjoint_packs_stack_untouched():
-    assert told(steps_to_apply([link("a")], link("b"), never)) == [("CHECK", "b-1.0.0"), ("APPLY", "b-1.0.0")]
+    assert actions(steps_to_apply([link("a")], link("b"), never)) == [("CHECK", "b-1.0.0"), ("APPLY", "b-1.0.0")]
 
 
 def test_overlaps_have_to_be_allowed_and_are_checked_on_the_base_below():
     with pytest.raises(OverlapError, match=r"b 1\.0\.0 changes rows that a 1\.0\.0 changed"):
         steps_to_apply([link("a")], link("b"), always)
-    steps = told(steps_to_apply([link("a")], link("b"), always, Allowed(overlap=True)))
+    steps = actions(steps_to_apply([link("a")], link("b"), always, Allowed(overlap=True)))
     assert steps == [("UNDO", "a-1.0.0"), ("CHECK", "b-1.0.0"), ("REDO", "a-1.0.0"), ("APPLY", "b-1.0.0")]
 
 
@@ -97,7 +97,7 @@ def test_what_lies_above_and_shares_rows_is_put_back_in_order():
     def overlap(x, y):
         return {x.name, y.name} in ({"a", "b"}, {"b", "d"})
 
-    steps = told(steps_to_apply(applied, link("a", "2.0.0"), overlap, Allowed(overlap=True)))
+    steps = actions(steps_to_apply(applied, link("a", "2.0.0"), overlap, Allowed(overlap=True)))
     assert steps == [
         ("UNDO", "d-1.0.0"),
         ("UNDO", "b-1.0.0"),
@@ -118,7 +118,7 @@ def test_requirements_hold_on_the_way_in_and_on_the_way_out():
         steps_to_apply([link("a"), needy], link("a", "2.0.0"), never)
     with pytest.raises(RequirementError):
         steps_to_revert([link("a"), needy], [link("a")], never)
-    assert told(steps_to_revert([link("a"), needy], [link("a"), needy], never)) == [("UNDO", "b-1.0.0"), ("UNDO", "a-1.0.0")]
+    assert actions(steps_to_revert([link("a"), needy], [link("a"), needy], never)) == [("UNDO", "b-1.0.0"), ("UNDO", "a-1.0.0")]
 
 
 @given(st.data())

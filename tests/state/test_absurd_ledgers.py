@@ -1,4 +1,4 @@
-"""What a ledger may say at all: absurd values are refused by name, in every command."""
+"""Invalid values in a ledger are refused by name, in every command."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def broken(scene: Scene, commands: list[list[object]], value: object) -> None:
         result = run(*words)
         assert result.exit_code == 1, (value, words, result.stdout)
         named = result.stderr.startswith("LedgerError: ") and "What to do: " in result.stderr
-        # A sound ledger that names packs otherwise than they are: `status` still shows it, and says so.
+        # A well-formed ledger that contradicts its packs: `status` still shows it, and says so.
         assert named or (words[0] == "status" and "cannot be compared with the rows" in result.stdout), (
             value,
             words,
@@ -61,7 +61,7 @@ def broken(scene: Scene, commands: list[list[object]], value: object) -> None:
 
 
 def plausible(field: str, value: Any) -> bool:
-    """What a ledger may hold in a field: then rows and packs decide."""
+    """Whether a value is valid in a field, so that only rows and packs can refute it."""
     number = type(value) in (int, float)
     fine = {
         "tool": isinstance(value, str) and len(value) <= 2048,
@@ -124,7 +124,7 @@ def test_absurd_values_in_a_tensor_are_refused_by_name(patched: tuple[Scene, lis
 
 def test_other_nonsense_is_refused_by_name(patched: tuple[Scene, list[list[object]]]) -> None:
     scene, commands = patched
-    good, place = forging.content(scene.state_dir), scene.state_dir
+    good, state_dir = forging.content(scene.state_dir), scene.state_dir
     (entry,) = good["applied"]
     event = good["history"][0]
     for value in (
@@ -135,7 +135,7 @@ def test_other_nonsense_is_refused_by_name(patched: tuple[Scene, list[list[objec
         good | {"history": [event | {"more": 1}]},
         good | {"history": [event | {"pack_id": "../../../etc/passwd"}]},
     ):  # fmt: skip
-        forging.write_ledger(place, value)
+        forging.write_ledger(state_dir, value)
         broken(scene, commands, value)
 
 
@@ -146,7 +146,7 @@ def test_a_ledger_that_disagrees_with_its_pack_is_refused_by_name(patched: tuple
     some = next(iter(entry["tensors"].values()))
     for lie in ({"tensors": {}}, {"tensors": entry["tensors"] | {"\x1b[2J": some}}, {"name": "other"}, {"version": "2.0.0"}):
         forging.write_ledger(scene.state_dir, good | {"applied": [entry | lie]})
-        # With a patch, `verify` asks the rows alone.
+        # With a pack, `verify` reads only the rows.
         broken(scene, [words for words in commands if len(words) != 3], lie)
 
 

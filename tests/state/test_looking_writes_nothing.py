@@ -1,4 +1,4 @@
-"""Commands that only look change nothing in a model's folder: they make no lock and no key, roll back and sweep nothing."""
+"""Read-only commands change nothing in a model's folder: no lock or key is created, nothing is rolled back or removed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def photograph(folder: Path) -> dict[str, tuple[object, ...]]:
 
 
 def journal_of(scene: Scene) -> bytes:
-    """A whole journal that was written for this model at another place."""
+    """A complete journal that was written for this model in another folder."""
     other = scene.sent("other")
     checkpoint, place = open_checkpoint(other.model), other.state_dir
     place.folder.mkdir(exist_ok=True)
@@ -47,7 +47,7 @@ def journal_of(scene: Scene) -> bytes:
 
 
 def litter(scene: Scene) -> None:
-    """What killed commands leave, and an undo record that no ledger names."""
+    """Leftovers of killed commands, and an undo record that no ledger names."""
     scene.state_dir.folder.mkdir(exist_ok=True)
     weights = open_checkpoint(scene.model).files[0]
     for name in (f".{weights.name}.0a1b2c3d.tmp", f".{scene.state_dir.ledger.name}.0a1b2c3d.tmp"):
@@ -91,7 +91,7 @@ def _base(scene: Scene) -> Path | None:
 
 
 def looks(scene: Scene, out: Path) -> dict[str, tuple[list[object], set[int]]]:
-    """Name of a command that only looks at the model -> its words, and the codes that it may end with where all is well."""
+    """Name of a read-only command -> its arguments, and the exit codes that are allowed if nothing is wrong."""
     model, pack = scene.model, scene.write(scene.pack(), scene.acme)
     newer = scene.write(scene.pack(version="1.1.0", seed=2), scene.acme)
     base: list[object] = ["--base", scene.base] if scene.kind == "gguf" else []
@@ -169,7 +169,7 @@ def test_looking_at_an_interrupted_change_says_so_and_changes_nothing(scene: Sce
 
 @pytest.fixture(params=KINDS)
 def stored(request: pytest.FixtureRequest, templates: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
-    """A scene in a store that this user may only read; for root, who may write everywhere, another user looks at it."""
+    """A scene in a folder that this user may only read. Root may write everywhere, so it runs the command as another user."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder).resolve()
         root.chmod(0o755)

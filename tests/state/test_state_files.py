@@ -1,5 +1,5 @@
-"""What lies beside a model may be anything: links to other people's files, pipes, folders, devices. Nothing is written through
-it, nothing waits for it, and every refusal has a name.
+"""Anything may be in the place of a state file: links to other users' files, pipes, folders, devices. No command writes
+through it or waits for it, and every refusal has a name.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def folder(path: Path, victim: Path) -> None:
 
 
 def device(path: Path, victim: Path) -> None:
-    os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 5))  # /dev/zero: there is no end to it
+    os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 5))  # /dev/zero: reading it never ends
 
 
 def socket(path: Path, victim: Path) -> None:
@@ -92,7 +92,7 @@ def victim(tmp_path: Path) -> Path:
 
 
 def commands(scene: Scene, out: Path) -> Iterator[list[object]]:
-    """Every command that has to do with what lies beside a model."""
+    """Every command that uses the state of a model."""
     newer = scene.write(scene.pack(version="1.1.0", seed=2), scene.acme)
     yield ["status", scene.model]
     yield ["verify", scene.model]
@@ -121,7 +121,7 @@ def test_something_else_in_place_of_a_state_file_harms_nobody(
     (tmp_path / "out").mkdir()
     for words in commands(plain, tmp_path / "out"):
         with at_most(20):
-            result = run(*words)  # what is not turned into a message is raised
+            result = run(*words)  # an error that does not become a message is raised
         assert result.exit_code in (0, 1), (words, result.output)
         if result.exit_code and words[0] not in ("verify", "status"):
             error = getattr(errors, result.stderr.split(":")[0].split()[-1])
@@ -134,7 +134,7 @@ def test_something_else_in_place_of_a_state_file_harms_nobody(
 
 
 def test_a_state_folder_that_is_a_link_is_not_entered(scene: Scene, tmp_path: Path) -> None:
-    """Also where another model's whole state is behind it."""
+    """Even if the link leads to the complete state of another model."""
     elsewhere = tmp_path / "elsewhere"
     apply_in_place(scene.model, scene.pack(), base=scene.base)
     shutil.move(scene.state_dir.folder, elsewhere)

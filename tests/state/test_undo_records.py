@@ -1,4 +1,4 @@
-"""Undo records: the honest ones are never lost, the hostile ones never used."""
+"""Undo records: honest ones are never lost, hostile ones are never used."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def records(scene: Scene) -> dict[str, bytes]:
 
 
 def lying(scene: Scene) -> Path:
-    """A signed pack whose merge does not give what it promises: it fails when rows are written already."""
+    """A signed pack with a wrong result: it fails after rows have been written."""
     pack = scene.pack("liar", seed=3)
     result = dict.fromkeys(pack.manifest.result, "0" * 64)
     file = scene.write(Pack(replace(pack.manifest, result=result), pack.deltas), scene.acme)
@@ -43,7 +43,7 @@ def lying(scene: Scene) -> Path:
 
 
 def lose(scene: Scene, how: str) -> None:
-    """Takes a model's ledger away, or its sense."""
+    """Removes or damages the ledger of a model."""
     file = scene.state_dir.ledger
     data = file.read_bytes()
     if how == "another model's":
@@ -85,7 +85,7 @@ def test_no_command_removes_a_record_without_a_ledger_that_proves_it_unneeded(sc
     for words in commands:
         run(words[0], scene.model, *words[1:])
         assert {name: data for name, data in records(scene).items() if name in kept} == kept, words
-    # Also a change that succeeds, after somebody has put the base's weights back.
+    # Not even a change that succeeds, after the weights of the base were put back.
     scene.restore(original)
     done = run("apply", scene.model, one, "--in-place", *more)
     if loss in {"deleted", "moved", "another model's"}:
@@ -123,7 +123,7 @@ def test_an_upgrade_removes_exactly_the_records_that_it_makes_unneeded(scene: Sc
 def test_a_journal_of_others_takes_no_record_along(
     plain: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, confirmed: bool
 ) -> None:
-    """Its rows are the base of a signed pack, or the user wants them; what it says of undo records nothing confirms."""
+    """Its rows are confirmed by a signed pack or by the user, but its list of undo records is not."""
     plain.trust(acme=plain.acme)
     pack, checkpoint = plain.pack(), open_checkpoint(plain.model)
     regions = [Region(checkpoint.info(delta.name), delta.rows.astype("int64")) for delta in pack]
@@ -148,17 +148,17 @@ def test_a_journal_of_others_takes_no_record_along(
 
 
 def zeros(name: str, rows: Rows) -> Rows:
-    """Rows of nothing."""
+    """Rows of zeros."""
     return np.zeros_like(rows)
 
 
 def nan(name: str, rows: Rows) -> Rows:
-    """Rows that are no numbers."""
+    """Rows of NaN."""
     return np.full(rows.shape, np.nan).astype(rows.dtype) if rows.dtype != np.uint8 else np.full_like(rows, 0xFF)
 
 
 def nudged(name: str, rows: Rows) -> Rows:
-    """Rows that differ from the base by a little, which no sketch of a few numbers shows."""
+    """Rows that differ from the base so little that no sketch of a few numbers shows it."""
     changed = np.array(rows)
     raw = changed.view(np.uint8)
     raw[0, -1 if rows.dtype == np.uint8 else 0] ^= 1
@@ -169,13 +169,13 @@ LIES = {"zeros": zeros, "NaN": nan, "a little else than the base": nudged}
 
 
 def base_rows(scene: Scene, pack: Pack) -> dict[str, Rows]:
-    """What the pack's rows hold in the model as it is."""
+    """The present content of the pack's rows."""
     checkpoint = open_checkpoint(scene.model)
     return {delta.name: np.array(checkpoint.read_rows(delta.name, delta.rows.astype(np.int64))) for delta in pack}
 
 
 def spoil_record(scene: Scene, pack: Pack, lie: Callable[[str, Rows], Rows], true: dict[str, Rows]) -> None:
-    """The record of an applied pack that leads to what `lie` makes of the base; the ledger agrees with it."""
+    """Replaces the undo record of an applied pack by one that leads to `lie` of the base, and adapts the ledger."""
     (entry,) = (entry for entry in read_ledger(scene.state_dir).applied if entry.pack_id == nest.pack_id(pack))
     tensors = forging.write_undo(
         scene, pack, scene.state_dir.undo(entry.undo), entry.strength, lambda name, rows: lie(name, true[name])
@@ -191,7 +191,7 @@ def spoil_record(scene: Scene, pack: Pack, lie: Callable[[str, Rows], Rows], tru
 
 @pytest.fixture(params=[1.0, 0.5])
 def received(request: pytest.FixtureRequest, scene: Scene) -> tuple[Scene, Pack, dict[str, Rows]]:
-    """A model that came with acme's pack in it, at some strength; the pack's rows before."""
+    """A model that came with acme's pack at some strength, and the pack's rows before it."""
     pack = scene.pack()
     true = base_rows(scene, pack)
     scene.trust(acme=scene.acme)
@@ -208,8 +208,8 @@ def test_a_record_that_leads_elsewhere_than_to_the_base_is_refused(
     spoil_record(scene, pack, LIES[lie], true)
     before = scene.weights()
     for more in ([], based(scene)):
-        told = refused("UndoError", "revert", scene.model, *more)
-        assert "nothing proves that it leads back to the base" in told
+        said = refused("UndoError", "revert", scene.model, *more)
+        assert "nothing proves that it leads back to the base" in said
         assert scene.weights() == before
 
 
@@ -217,7 +217,7 @@ def test_a_record_that_leads_elsewhere_than_to_the_base_is_refused(
 def test_a_record_that_leads_elsewhere_is_not_used_by_other_verbs_either(
     received: tuple[Scene, Pack, dict[str, Rows]], tmp_path: Path, lie: str
 ) -> None:
-    """An upgrade undoes the old version by its record: rows that the new one leaves alone would stay the attacker's."""
+    """An upgrade undoes the old version by its record: rows that only that one touched could keep the attacker's content."""
     scene, pack, true = received
     spoil_record(scene, pack, LIES[lie], true)
     before = scene.weights()
@@ -232,7 +232,7 @@ def test_a_record_that_leads_elsewhere_is_not_used_by_other_verbs_either(
 
 
 def test_a_record_is_read_no_further_than_its_rows_need(received: tuple[Scene, Pack, dict[str, Rows]]) -> None:
-    """A stream of a megabyte that would fill a gigabyte."""
+    """A stream of one megabyte that decompresses to a gigabyte."""
     scene, pack, _ = received
     (entry,) = read_ledger(scene.state_dir).applied
     squeeze, blank = zlib.compressobj(9), bytes(1 << 24)
@@ -251,7 +251,7 @@ def test_a_record_is_read_no_further_than_its_rows_need(received: tuple[Scene, P
 
 @pytest.mark.parametrize("huge", [False, True])
 def test_checksums_of_another_length_are_refused_by_name(plain: Scene, *, huge: bool) -> None:
-    """Also where they claim the half of a file that takes no room on the disk."""
+    """Even if they are half of a sparse file, which takes no room on the disk."""
     pack = plain.pack()
     apply_in_place(plain.model, pack)
     checkpoint, (delta, *_) = open_checkpoint(plain.model), pack.deltas
@@ -290,8 +290,8 @@ def test_a_record_that_is_none_is_refused_by_name(
     elif what != "missing":
         file.write_bytes(data[: len(data) // 2] if what == "cut" else b"")
     before = scene.weights()
-    told = refused("UndoError", "revert", scene.model)
-    assert file.name in told
+    said = refused("UndoError", "revert", scene.model)
+    assert file.name in said
     assert scene.weights() == before
 
 
@@ -337,7 +337,7 @@ def test_a_stack_that_was_sent_on_still_reverts_to_the_byte(scene: Scene, *, key
     assert run("verify", got.model, *based(scene)).exit_code == 0
     assert run("revert", got.model, *based(scene)).exit_code == 0
     assert got.weights() == original
-    # Upgraded here, and sent on once more.
+    # Upgraded here, then sent on again.
     got = scene.sent("second")
     later = scene.write(scene.pack(version="1.1.0"), key)
     assert run("apply", got.model, later, "--in-place", "--allow-overlap", *based(scene)).exit_code == 0
@@ -349,7 +349,7 @@ def test_a_stack_that_was_sent_on_still_reverts_to_the_byte(scene: Scene, *, key
 
 
 def test_what_was_sent_on_names_its_rows_by_digest(scene: Scene) -> None:
-    """The digests in a ledger that came along are compared too when its record is used."""
+    """The digests in a ledger that came with the model are also compared when its record is used."""
     assert run("apply", scene.model, scene.write(scene.pack()), "--in-place", *based(scene)).exit_code == 0
     got = scene.sent()
     before = got.weights()
