@@ -28,7 +28,7 @@ from nestpatch.patcher.ledger import Ledger, LedgerEntry, TensorRecord, read_led
 from nestpatch.patcher.plan import check_strength
 from nestpatch.patcher.recovery import open_model
 from nestpatch.patcher.state_dir import StateDir, state_dir_of
-from nestpatch.patcher.steps import Judge, plan_steps
+from nestpatch.patcher.steps import Judge, plan_from_ledger
 from nestpatch.signing.trust import load_policy
 
 RECORD = "nestpatch.record"
@@ -122,7 +122,7 @@ def source_of(
     checkpoint, state_dir, proven, strength = wanted.checkpoint, wanted.state_dir, wanted.proven, wanted.strength
     judge = Judge(load_policy(), checkpoint.path)
     ledger = _confirmed(checkpoint, state_dir, judge)
-    steps = plan_steps(state_dir, ledger, proven.pack, strength, judge, proven.origin).steps if proven is not None else ()
+    steps = plan_from_ledger(state_dir, ledger, proven.pack, strength, judge, proven.origin).steps if proven is not None else ()
     if proven is None or not steps:
         yield ExportSource(checkpoint, ledger.applied)
         return
