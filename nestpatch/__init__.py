@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from nestpatch.compare.diff import diff
     from nestpatch.evaluation.evaluator import evaluate as evaluate
     from nestpatch.export.adapters import export_gguf_lora, export_lora, export_onnx_adapter
-    from nestpatch.export.models import export_gguf, export_safetensors
+    from nestpatch.export.gguf import export_gguf
     from nestpatch.export.onnx.exporter import export_onnx
+    from nestpatch.export.safetensors import export_safetensors
     from nestpatch.formats.nest import read as load_pack
     from nestpatch.gate import prove
     from nestpatch.nest_train.train import train
@@ -38,12 +39,12 @@ _HOMES = {
     "apply_in_place": ("nestpatch.patcher.inplace", "apply_in_place"),
     "diff": ("nestpatch.compare.diff", "diff"),
     "evaluate": ("nestpatch.evaluation.evaluator", "assess"),
-    "export_gguf": ("nestpatch.export.models", "export_gguf"),
+    "export_gguf": ("nestpatch.export.gguf", "export_gguf"),
     "export_gguf_lora": ("nestpatch.export.adapters", "export_gguf_lora"),
     "export_lora": ("nestpatch.export.adapters", "export_lora"),
     "export_onnx": ("nestpatch.export.onnx.exporter", "export_onnx"),
     "export_onnx_adapter": ("nestpatch.export.adapters", "export_onnx_adapter"),
-    "export_safetensors": ("nestpatch.export.models", "export_safetensors"),
+    "export_safetensors": ("nestpatch.export.safetensors", "export_safetensors"),
     "load_pack": ("nestpatch.formats.nest", "read"),
     "load_policy": ("nestpatch.signing.trust", "load_policy"),
     "prove": ("nestpatch.gate", "prove"),

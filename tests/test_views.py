@@ -32,8 +32,7 @@ from nestpatch.plain import count, lines, markdown, number, one_line
 from nestpatch.signing import keys
 from nestpatch.views import channels as views_fleet
 from nestpatch.views import comparing as views_diff
-from nestpatch.views import exporting as views_adapters
-from nestpatch.views import exporting as views_onnx
+from nestpatch.views import exporting as views_exporting
 from nestpatch.views import results as views
 from nestpatch.views import signing as views_signing
 from tests.helpers import tiny_checkpoint, tiny_pack
@@ -44,7 +43,7 @@ HOSTILE = (
     "\u200b", "\u2028", "\x00", "\x07", "[link=http://evil", "x]", "\\", "\\\\\\", ":boom:", "\udcff", "\u3164", "[bold",
 )  # fmt: skip
 RAW = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\u3164]")
-MODULES = (views, views_adapters, views_diff, views_fleet, views_onnx, views_signing)
+MODULES = (views, views_diff, views_exporting, views_fleet, views_signing)
 
 
 def value_of(kind: Any, text: str, depth: int = 0) -> Any:
@@ -92,7 +91,7 @@ def filled(cls: type, text: str, depth: int = 0) -> Any:
 def names_of(cls: type) -> dict[str, Any]:
     """What annotations of a module may name though only type checkers import it."""
     from nestpatch.evaluation.statistics import Share
-    from nestpatch.export.onnx.parity import Parity
+    from nestpatch.export.results import Parity
 
     return {"Share": Share, "Parity": Parity, **vars(importlib.import_module(cls.__module__))}
 
@@ -113,9 +112,7 @@ def cases() -> dict[str, Callable[[str], None]]:
     from nestpatch.compare.extract import Extracted
     from nestpatch.evaluation.parity import GgufParity
     from nestpatch.evaluation.suites import Scores
-    from nestpatch.export.adapters import Adapter
-    from nestpatch.export.models import Exported
-    from nestpatch.export.onnx.exporter import ExportedOnnx
+    from nestpatch.export.results import ExportedAdapter, ExportedGguf, ExportedOnnx, ExportedSafetensors
     from nestpatch.lab.demo import FormatResult
     from nestpatch.patcher.apply import Applied
     from nestpatch.patcher.inplace import Changed
@@ -142,7 +139,7 @@ def cases() -> dict[str, Callable[[str], None]]:
 
     def adapters(text: str) -> None:
         for kind in ("gguf-lora", "onnx-adapter", text):
-            views_adapters.show_adapter(dataclasses.replace(filled(Adapter, text), format=kind))
+            views_exporting.show_adapter(dataclasses.replace(filled(ExportedAdapter, text), format=kind))
 
     def show_evaluation(text: str) -> None:
         views.out.print(views.evaluation_table({text: filled(Scores, text)}))
@@ -150,7 +147,7 @@ def cases() -> dict[str, Callable[[str], None]]:
     return {
         "show_error": lambda text: views.show_error(ValueError(text), text),
         "show_applied": simple(views.show_applied, Applied),
-        "show_exported": simple(views.show_exported, Exported),
+        "show_exported": simple(views_exporting.show_exported, ExportedGguf, ExportedSafetensors),
         "show_changed": lambda text: (
             [views.show_changed(done) for done in (filled(Changed, text), dataclasses.replace(filled(Changed, text), steps=()))]
             and None
@@ -163,13 +160,13 @@ def cases() -> dict[str, Callable[[str], None]]:
         "stage_table": lambda text: views.out.print(views.stage_table({text: (1.0, text)})),
         "recipe_table": lambda text: views.out.print(views.recipe_table()),
         "show_adapter": adapters,
-        "show_check": simple(views_adapters.show_check, GgufParity),
+        "show_check": simple(views_exporting.show_check, GgufParity),
         "show_diff": simple(views_diff.show_diff, CheckpointDiff, PackDiff, Extracted),
         "show_published": simple(views_fleet.show_published, Published),
         "show_pulled": simple(views_fleet.show_pulled, Pulled),
         "show_updated": updated,
         "show_failed": simple(views_fleet.show_failed, Updated),
-        "show_exported_onnx": simple(views_onnx.show_exported_onnx, ExportedOnnx),
+        "show_exported_onnx": simple(views_exporting.show_exported_onnx, ExportedOnnx),
         "show_pair": simple(views_signing.show_pair, KeyPair),
         "show_signature": simple(views_signing.show_signature, Signature),
         "show_outcome": lambda text: (

@@ -22,7 +22,7 @@ from nestpatch.commands._options import (
 
 @click.command("eval")
 @click.argument("model")
-@click.argument("patch", required=False)
+@click.argument("pack", required=False)
 @trust_options
 @click.option("--suite", multiple=True, required=True, help="[KIND=]SOURCE; kinds: harmful, benign, lookalike. Repeatable.")
 @click.option("--lora", type=PathType, help="An adapter, .gguf or .onnx_adapter, for such a MODEL: measured like PATCH.")

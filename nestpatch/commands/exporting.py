@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 
 def _to_gguf(model: Path, pack: Proven | None, output: Path | None, options: Mapping[str, Any]) -> Any:
-    from nestpatch.export.models import export_gguf
+    from nestpatch.export.gguf import export_gguf
 
     own = ("strength", "type", "name", "llama_cpp", "dry_run", "on_event")
     return export_gguf(model, output, pack, **{name: options[name] for name in own})
 
 
 def _to_safetensors(model: Path, pack: Proven | None, output: Path | None, options: Mapping[str, Any]) -> Any:
-    from nestpatch.export.models import export_safetensors
+    from nestpatch.export.safetensors import export_safetensors
 
     own = ("strength", "dry_run", "on_event")
     return export_safetensors(model, output, pack, **{name: options[name] for name in own})
@@ -147,7 +147,7 @@ def _unwinding(on_event: OnEvent) -> Iterator[OnEvent]:
 
 @click.command()
 @click.argument("model")
-@click.argument("patch", required=False)
+@click.argument("pack", required=False)
 @click.option("--to", "target", type=click.Choice(sorted(TARGETS)), required=True, help="The format to write.")
 @click.option("-o", "--output", type=PathType, help="Where to write.  [default: beside the model, named after it]")
 @click.option(

@@ -34,7 +34,7 @@ days_option = click.option(
 
 
 @click.command()
-@click.argument("patch", type=PathType)
+@click.argument("pack", type=PathType)
 @click.argument("repo")
 @key_option
 @password_option

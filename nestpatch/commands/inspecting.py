@@ -14,7 +14,7 @@ from nestpatch.commands.patching import base_option
 
 
 @click.command()
-@click.argument("patch")
+@click.argument("pack")
 @json_option
 def show(pack: str, as_json: bool) -> None:
     """Explain PATCH, a file or hub://owner/name: what it changes, what it is for, how it was trained and measured."""
@@ -51,7 +51,7 @@ def status(model: Path, as_json: bool) -> None:
 
 @click.command()
 @click.argument("model", type=PathType)
-@click.argument("patch", required=False)
+@click.argument("pack", required=False)
 @click.option("--strength", type=float, default=1.0, show_default=True, help="At which PATCH should be in the rows.")
 @base_option
 @click.option("--full", is_flag=True, help="Also hash the whole tensors, not the patched rows alone.")

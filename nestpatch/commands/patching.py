@@ -28,7 +28,7 @@ dither_option = click.option("--dither", is_flag=True, help="Quantized models: n
 
 @click.command()
 @click.argument("model", type=PathType)
-@click.argument("patch")
+@click.argument("pack")
 @trust_options
 @click.option("-o", "--output", type=PathType, help="Where to write.  [default: beside the model, named after the patch]")
 @click.option("--in-place", is_flag=True, help="Change the model's own files, crash-safe and revertible.")

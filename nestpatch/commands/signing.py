@@ -48,7 +48,7 @@ def keygen(name: Path, no_password: bool, password_file: IO[bytes] | None, as_js
 
 
 @click.command()
-@click.argument("patch", type=PathType)
+@click.argument("pack", type=PathType)
 @click.option("--key", "key_file", type=PathType, required=True, help="The private key: a .key file that keygen made.")
 @click.option("-o", "--output", type=PathType, help="Where to write.  [default: PATCH.sig, or beside the signatures of others]")
 @click.option("--overwrite", is_flag=True, help="Replace an older signature by the same key.")
@@ -70,7 +70,7 @@ def sign(
 
 
 @click.command("verify-signature")
-@click.argument("patch")
+@click.argument("pack")
 @click.option("--model", help="What the patch is for, a path or a Hub id: the rules and keys for this model count.")
 @click.option("--key", "key_files", type=PathType, multiple=True, help="Trust this public key, instead of your own list.")
 @click.option("--policy", "policy_file", type=PathType, help="Trust what this file says, instead of your own list.")

@@ -80,7 +80,7 @@ def _patched(
     with tempfile.TemporaryDirectory() as folder:
         adapter, other = Path(folder) / f"patch{SUFFIX}", Path(folder) / "patched"
         try:
-            export_onnx_adapter(pack, model, adapter, trust="none")
+            export_onnx_adapter(pack, adapter, model=model, trust="none")
         except UnsupportedModelError:  # not adapter-ready, or not for these weights
             apply(model, pack, other, trust="none", sync=False, on_event=on_event)
         yield (model, adapter) if adapter.is_file() else (other, None)

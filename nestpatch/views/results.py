@@ -21,7 +21,6 @@ from nestpatch.plain import count, lines, number, one_line
 if TYPE_CHECKING:
     from nestpatch.evaluation.statistics import Share
     from nestpatch.evaluation.suites import Scores
-    from nestpatch.export.models import Exported
     from nestpatch.lab.demo import FormatResult
     from nestpatch.pack import Pack
     from nestpatch.patcher.apply import Applied
@@ -187,24 +186,6 @@ def show_applied(done: Applied) -> None:
         grid.add_row("file", f"{escape(file.path.name)}  {size(file.nbytes)}{digest}")
     if done.left_out:
         grid.add_row("left out", f"{escape(', '.join(done.left_out))} (unpatched weights, or links out of the model)")
-    out.print(grid)
-
-
-def show_exported(done: Exported) -> None:
-    """What `export` wrote."""
-    verb = "would write" if done.dry_run else "wrote"
-    out.print(f"{verb} [bold]{escape(done.path)}[/] in {done.seconds:.2f} s")
-    grid = _grid()
-    nbytes = f", {size(done.nbytes)}" if done.nbytes else ""
-    grid.add_row(
-        "model",
-        f"{escape(done.architecture + ', ' if done.architecture else '')}{done.tensors} tensors, {escape(done.type)}{nbytes}",
-    )
-    grid.add_row("packs", escape(", ".join(done.packs) or "none"))
-    if done.sha256:
-        grid.add_row("file", f"sha256 {escape(done.sha256)}")
-    for note in done.notes:
-        grid.add_row("note", escape(note))
     out.print(grid)
 
 
