@@ -116,7 +116,7 @@ def cases() -> dict[str, Callable[[str], None]]:
     from nestpatch.lab.demo import FormatResult
     from nestpatch.patcher.apply import Applied
     from nestpatch.patcher.inplace import Changed
-    from nestpatch.patcher.status import ListedStatus
+    from nestpatch.patcher.status import Status
     from nestpatch.patcher.update import Updated
     from nestpatch.patcher.verify import Verification
     from nestpatch.signing.keys import KeyPair
@@ -152,7 +152,7 @@ def cases() -> dict[str, Callable[[str], None]]:
             [views.show_changed(done) for done in (filled(Changed, text), dataclasses.replace(filled(Changed, text), steps=()))]
             and None
         ),
-        "show_status": lambda text: views.show_status(dataclasses.replace(filled(ListedStatus, text), files_say=claims(text))),
+        "show_status": lambda text: views.show_status(dataclasses.replace(filled(Status, text), files_say=claims(text))),
         "show_verification": lambda text: views.show_verification(text, filled(Verification, text)),
         "show_pack": lambda text: views.show_pack(filled_pack(text), text, 5),
         "evaluation_table": show_evaluation,
