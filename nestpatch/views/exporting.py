@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from nestpatch.export.results import ExportedGguf
 from nestpatch.views.results import _grid, escape, out, size
 
 if TYPE_CHECKING:
     from nestpatch.evaluation.parity import GgufParity
-    from nestpatch.export.results import ExportedAdapter, ExportedGguf, ExportedOnnx, ExportedSafetensors
+    from nestpatch.export.results import ExportedAdapter, ExportedOnnx, ExportedSafetensors
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values of --max-lora-rank that vLLM accepts."""
@@ -23,14 +24,16 @@ def show_exported(done: ExportedGguf | ExportedSafetensors) -> None:
     """
     out.print(f"{'would write' if done.dry_run else 'wrote'} [bold]{escape(done.output)}[/] in {done.seconds:.2f} s")
     grid = _grid()
-    architecture = getattr(done, "architecture", "")
+    architecture = f"{escape(done.architecture)}, " if isinstance(done, ExportedGguf) and done.architecture else ""
     nbytes = f", {size(done.nbytes)}" if done.nbytes else ""
-    grid.add_row("model", f"{escape(architecture + ', ' if architecture else '')}{done.tensors} tensors, {escape(done.type)}{nbytes}")
+    grid.add_row("model", f"{architecture}{done.tensors} tensors, {escape(done.type)}{nbytes}")
     grid.add_row("packs", _packs(done.packs, done.strength))
-    if digest := getattr(done, "sha256", ""):
-        grid.add_row("file", f"sha256 {escape(digest)}")
-    for file in getattr(done, "files", ()):
-        grid.add_row("file", f"{escape(file.name)}  {size(file.nbytes)}  sha256 {escape(file.sha256)}")
+    if isinstance(done, ExportedGguf):
+        if done.sha256:
+            grid.add_row("file", f"sha256 {escape(done.sha256)}")
+    else:
+        for file in done.files:
+            grid.add_row("file", f"{escape(file.name)}  {size(file.nbytes)}  sha256 {escape(file.sha256)}")
     for note in done.notes:
         grid.add_row("note", escape(note))
     out.print(grid)

@@ -99,7 +99,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert "written with" in run("status", release)
     assert json.loads(run("status", release, "--json"))["files_say"][0]["name"] == "no-harm"
     assert "nothing applied" in run("status", model)
-    assert "go with --to gguf" in run("export", model, "--to", "safetensors", "--type", "f16", code=2)
+    assert "only with --to gguf" in run("export", model, "--to", "safetensors", "--type", "f16", code=2)
 
 
 def test_places_and_models_that_cannot_be(tmp_path: Path) -> None:

@@ -68,7 +68,11 @@ def test_no_float_matrix_is_left_but_the_embeddings(four):
     assert four.bits == 4
     assert [part.type for part in four.parity] == ["fp32", "int4"]
     assert four.parity[0].passed
-    assert sorted(file.name for file in four.output.iterdir())[:3] == ["chat_template.jinja", "config.json", "genai_config.json"]
+    assert sorted(file.name for file in four.output.iterdir())[:3] == [
+        "chat_template.jinja",
+        "config.json",
+        "genai_config.json",
+    ]
     assert not list(four.output.glob("*.tmp"))
 
 

@@ -47,7 +47,9 @@ VERBS: dict[str, Verb] = {
     "export_onnx": lambda model, out, pack, **options: nestpatch.export_onnx(model, pack, out, **options),
     "export_lora": lambda model, out, patch, **options: nestpatch.export_lora(patch, out, model=model, **options),
     "export_gguf_lora": lambda model, out, patch, **options: nestpatch.export_gguf_lora(patch, out, model=model, **options),
-    "export_onnx_adapter": lambda model, out, patch, **options: nestpatch.export_onnx_adapter(patch, out, model=model, **options),
+    "export_onnx_adapter": lambda model, out, patch, **options: nestpatch.export_onnx_adapter(
+        patch, out, model=model, **options
+    ),
     "evaluate": evaluate,
 }
 """Everything that takes a patch to use it."""
