@@ -260,6 +260,47 @@ def test_the_command_names_what_is_wrong(models: Made, tmp_path: Path) -> None:
     assert run(models("llama3")).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("x.nest", "model", "--to", "gguf"), "MODEL comes before PACK: nestpatch export model x.nest --to gguf"),
+        (("x.nest", "--to", "gguf"), "needs a model: nestpatch export MODEL x.nest --to gguf"),
+        (("model", "x.nest", "--to", "gguf", "--type", "q4_km"), "Did you mean q4_k_m?"),
+        (("model", "x.nest", "--to", "gguf", "--type", "q4km"), "Did you mean q4_k_m?"),
+        (("model", "x.nest", "--to", "gguf", "-o", "no/where.gguf"), "there is no directory"),
+        (("model", "x.nest", "--to", "gguf", "--strength", "7"), "strength must be over 0"),
+        (("model", "x.nest", "--to", "safetensors", "-o", "taken"), "taken exists already"),
+        (("model", "--to", "safetensors", "--strength", "0.5"), "--strength: only with a PACK"),
+        (("model", "x.nest", "--to", "gguf", "--check", "--dry-run"), "--check runs the file that was written"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_read(
+    words: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the model nor the pack exists."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    done = run(*words)
+    assert done.exit_code in {1, 2}
+    assert says in " ".join(done.stderr.split())
+
+
+def test_the_strength_is_printed(models: Made, tmp_path: Path) -> None:
+    pack = tmp_path / "x.nest"
+    nest.write(tiny_pack(models("llama3")), pack)
+    for target in ("gguf", "safetensors"):
+        arguments = (models("llama3"), pack, "--to", target, "-o", tmp_path / target, "--strength", "0.5")
+        assert "no-harm 1.0.0, at strength 0.5" in run(*arguments, "--dry-run").stdout
+        answer = json.loads(run(*arguments, "--dry-run", "--json").stdout)
+        assert (answer["strength"], answer["packs"], answer["output"]) == (0.5, ["no-harm 1.0.0"], str(tmp_path / target))
+    adapter = run(pack, "--to", "lora", "-o", tmp_path / "lora", "--strength", "0.5").stdout
+    assert "0.5, contained in the numbers: load it at scale 1" in adapter
+
+
+def test_the_help_has_examples() -> None:
+    assert run("--help").stdout.count("\n    nestpatch export ") == 2
+
+
 def start(folder: Path, target: Path, *more: str) -> subprocess.Popen[bytes]:
     """An export in a process of its own, stopped at its fourth tensor."""
     code = """

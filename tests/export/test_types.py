@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -117,6 +118,11 @@ def test_names_of_types() -> None:
     with pytest.raises(DataError, match="'q9'") as caught:
         file_type("q9")
     assert "Q4_K_M" in caught.value.advice
+    assert "Did you mean" not in caught.value.advice
+    for name in ("q4km", "Q4_K-L", "q4_k_mm"):
+        with pytest.raises(DataError) as caught:
+            file_type(name)
+        assert "Did you mean q4_k" in caught.value.advice
 
 
 def test_without_llama_cpp_python_the_install_line_is_given(
@@ -164,6 +170,12 @@ def test_a_failing_quantizer_leaves_nothing(wide: Path, tmp_path: Path, monkeypa
     broken.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(QuantizationError, match="Q4_0"):
         quantizing.quantize_file(broken, tmp_path / "out.gguf", "Q4_0")
+
+
+def test_the_quantizers_process_imports_nothing_heavy() -> None:
+    code = "import sys, nestpatch.export._quantizer\nprint({'numpy', 'gguf', 'llama_cpp', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def facts_of(path: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ DTYPES = ("fp32", "fp16")
 BITS = (4, 8)
 _NEEDED = ("torch", "transformers", "onnxscript", "onnx_ir", "onnxruntime")
 _ALIGNMENT = 4096
-"""Of every matrix in the data file: readers map pages, and patches write elements in place."""
+"""Of every matrix in the data file: readers map pages, and packs are merged in place."""
 _COMPANIONS = (".json", ".jinja", ".model", ".txt")
 """Suffixes of the files that transformers reads beside weights."""
 
