@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from nestpatch.commands._options import (
-    PathType,
+    OutputPath,
     json_option,
     print_json,
     progress,
@@ -19,7 +19,7 @@ from nestpatch.commands._options import (
 
 @click.command()
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the lab world and of the training.")
-@click.option("--keep", type=PathType, help="Leave base/, patched/, patch.nest and prompts/ in this new directory.")
+@click.option("--keep", type=OutputPath, help="Leave base/, patched/, patch.nest and prompts/ in this new directory.")
 @quiet_option
 @json_option
 def demo(seed: int, keep: Path | None, quiet: bool, as_json: bool) -> None:
@@ -51,7 +51,7 @@ def lab() -> None:
 
 
 @lab.command()
-@click.argument("directory", type=PathType)
+@click.argument("directory", type=OutputPath)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the world and of the training.")
 @quiet_option
 @json_option

@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING
 import click
 
 from nestpatch.commands._options import (
+    OutputPath,
     PathType,
     json_option,
     opened_base,
@@ -97,7 +98,7 @@ def _report(done: Published, as_json: bool) -> None:
 
 @click.command()
 @click.argument("repo")
-@click.option("-o", "--output", type=PathType, help="A file, or a folder to write into.  [default: NAME-VERSION.nest here]")
+@click.option("-o", "--output", type=OutputPath, help="A file, or a folder to write into.  [default: NAME-VERSION.nest here]")
 @trust_options
 @quiet_option
 @json_option

@@ -9,12 +9,21 @@ from typing import Any
 
 import click
 
-from nestpatch.commands._options import PathType, json_option, opened_base, print_json, progress, quiet_option
+from nestpatch.commands._options import (
+    OutputPath,
+    PackType,
+    PathType,
+    json_option,
+    opened_base,
+    print_json,
+    progress,
+    quiet_option,
+)
 from nestpatch.commands.patching import base_option
 
 
 @click.command()
-@click.argument("pack")
+@click.argument("pack", type=PackType)
 @json_option
 def show(pack: str, as_json: bool) -> None:
     """Explain PACK, a file or hub://owner/name: what it changes, what it is for, how it was trained and measured."""
@@ -51,7 +60,7 @@ def status(model: Path, as_json: bool) -> None:
 
 @click.command()
 @click.argument("model", type=PathType)
-@click.argument("pack", required=False)
+@click.argument("pack", type=PackType, required=False)
 @click.option("--strength", type=float, default=1.0, show_default=True, help="At which PACK should be in the rows.")
 @base_option
 @click.option("--full", is_flag=True, help="Also hash the whole tensors, not the patched rows alone.")
@@ -79,9 +88,9 @@ def verify(model: Path, pack: str | None, strength: float, base: str | None, ful
 
 
 @click.command()
-@click.argument("a")
-@click.argument("b")
-@click.option("-o", "--output", type=PathType, help="Extract the pack that makes B of A, and write it here.")
+@click.argument("a", type=PackType)
+@click.argument("b", type=PackType)
+@click.option("-o", "--output", type=OutputPath, help="Extract the pack that makes B of A, and write it here.")
 @click.option("--name", help="Of the extracted pack.  [default: the output's file name]")
 @click.option("--version", "pack_version", help="Of the extracted pack (semver).  [default: 1.0.0]")
 @click.option("--description", help="One sentence for people.")

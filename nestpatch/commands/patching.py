@@ -9,6 +9,9 @@ from typing import Any
 import click
 
 from nestpatch.commands._options import (
+    ModelType,
+    OutputPath,
+    PackType,
     PathType,
     json_option,
     opened_base,
@@ -22,15 +25,15 @@ from nestpatch.commands._options import (
     trust_options,
 )
 
-base_option = click.option("--base", metavar="DIR|HUB_ID", help="Quantized models: make rows exactly, from the float model.")
+base_option = click.option("--base", type=ModelType, help="Quantized models: make rows exactly, from the float model.")
 dither_option = click.option("--dither", is_flag=True, help="Quantized models: noise that carries small changes through.")
 
 
 @click.command()
 @click.argument("model", type=PathType)
-@click.argument("pack")
+@click.argument("pack", type=PackType)
 @trust_options
-@click.option("-o", "--output", type=PathType, help="Where to write.  [default: beside the model, named after the patch]")
+@click.option("-o", "--output", type=OutputPath, help="Where to write.  [default: beside the model, named after the patch]")
 @click.option("--in-place", is_flag=True, help="Change the model's own files, crash-safe and revertible.")
 @click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies the patch, over 0 and up to 1.5.")
 @click.option("--hard-link", is_flag=True, help="Copy: let untouched shards share their files with the base.")
