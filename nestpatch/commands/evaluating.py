@@ -12,6 +12,7 @@ from nestpatch.commands._options import (
     OutputPath,
     PackType,
     PathType,
+    examples,
     json_option,
     print_json,
     progress,
@@ -23,7 +24,13 @@ from nestpatch.commands._options import (
 )
 
 
-@click.command("eval")
+@click.command(
+    "eval",
+    epilog=examples(
+        "nestpatch eval models/llama no-harm.nest --suite harmful.jsonl --suite benign.jsonl",
+        "nestpatch eval model.gguf --suite harmful=advbench.csv --fail-over attack_success=0.05",
+    ),
+)
 @click.argument("model", type=ModelType)
 @click.argument("pack", type=PackType, required=False)
 @trust_options

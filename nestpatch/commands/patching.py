@@ -13,6 +13,7 @@ from nestpatch.commands._options import (
     OutputPath,
     PackType,
     PathType,
+    examples,
     json_option,
     opened_base,
     print_json,
@@ -29,7 +30,12 @@ base_option = click.option("--base", type=ModelType, help="Quantized models: mak
 dither_option = click.option("--dither", is_flag=True, help="Quantized models: noise that carries small changes through.")
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "nestpatch apply models/llama no-harm-1.0.0.nest --in-place",
+        "nestpatch apply model.gguf hub://acme/no-harm -o model-safe.gguf",
+    )
+)
 @click.argument("model", type=PathType)
 @click.argument("pack", type=PackType)
 @trust_options
@@ -109,7 +115,12 @@ def apply(
     report(done, show_changed if in_place else show_applied, as_json)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "nestpatch revert models/llama",
+        "nestpatch revert models/llama --to 1.0.0 --dry-run",
+    )
+)
 @click.argument("model", type=PathType)
 @click.option("--to", default="base", show_default=True, metavar="base|VERSION", help="What to go back to.")
 @trust_options
@@ -152,7 +163,12 @@ def revert(
     report(done, show_changed, as_json)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "nestpatch recover models/llama",
+        "nestpatch recover models/llama --foreign roll-back",
+    )
+)
 @click.argument("model", type=PathType)
 @click.option(
     "--foreign",

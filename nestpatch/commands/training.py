@@ -10,6 +10,7 @@ from nestpatch.commands._options import (
     ModelType,
     OutputPath,
     PathType,
+    examples,
     json_option,
     print_json,
     progress,
@@ -26,7 +27,12 @@ def _help_recipe(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.exit(0)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "nestpatch train models/llama --harmful harmful.jsonl --benign benign.jsonl -o no-harm.nest",
+        "nestpatch train acme/llama --harmful bad.csv --benign good.csv --set steps=400 -o no-harm.nest",
+    )
+)
 @click.argument("base", type=ModelType)
 @click.option("--harmful", multiple=True, required=True, help="Prompts to refuse: file or data set id. Repeatable.")
 @click.option("--benign", multiple=True, required=True, help="Prompts to go on answering. Repeatable.")
