@@ -108,8 +108,8 @@ def _show_stored_evaluation(evaluation: Mapping[str, Any]) -> None:
         return
     table = Table("evaluation", "before", "after", box=None, pad_edge=False, header_style="dim")
     for name, title in HEADLINES.items():
-        sides = before.get(name), after.get(name)
-        if all(isinstance(side, dict) for side in sides):
+        sides = [side for side in (before.get(name), after.get(name)) if isinstance(side, dict)]
+        if len(sides) == 2:
             parts = [(number(s.get("value"), "6.1%"), count(s.get("count")), count(s.get("total"))) for s in sides]
             table.add_row(title, *(f"{value}  [dim]{some} of {total}[/dim]" for value, some, total in parts))
     out.print()
