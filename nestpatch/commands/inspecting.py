@@ -1,4 +1,4 @@
-"""Commands that only look: show, status, verify, diff."""
+"""Commands that only read: show, status, verify, diff."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ from nestpatch.commands.patching import base_option
 @click.option("--rows", is_flag=True, help="List every tensor and layer, not their sums.")
 @json_option
 def show(pack: str, rows: bool, as_json: bool) -> None:
-    """Explain PACK, a file or hub://owner/name: what it changes, what it is for, how it was trained and measured."""
+    """Explain PACK: what it changes, what it is for, how it was trained and measured.
+
+    PACK is a file, or a channel such as hub://owner/name[@VERSION].
+    """
     from nestpatch.formats import nest
     from nestpatch.gate import look
     from nestpatch.views.packs import show_pack
@@ -54,9 +57,9 @@ def show(pack: str, rows: bool, as_json: bool) -> None:
 @click.argument("model", type=PathType)
 @json_option
 def status(model: Path, as_json: bool) -> None:
-    """Show what is applied to MODEL, since when and by what, as far as its rows and the kept signatures confirm it.
+    """Show what is applied to MODEL, and whether its rows and the kept signatures confirm it.
 
-    Writes nothing. Exit code 1 when the rows do not hold what the ledger says, or a change was interrupted.
+    Writes nothing. Exit code 1: the rows do not hold what the ledger says, or a change was interrupted.
     """
     from nestpatch.patcher.status import status as run
 
@@ -78,16 +81,16 @@ def status(model: Path, as_json: bool) -> None:
 )
 @click.argument("model", type=PathType)
 @click.argument("pack", type=PackType, required=False)
-@click.option("--strength", type=float, default=1.0, show_default=True, help="At which PACK should be in the rows.")
+@click.option("--strength", type=float, default=1.0, show_default=True, help="The strength at which PACK should be applied.")
 @base_option
-@click.option("--full", is_flag=True, help="Also hash the whole tensors, not the patched rows alone.")
+@click.option("--full", is_flag=True, help="Also hash the whole tensors, not only the patched rows.")
 @json_option
 def verify(model: Path, pack: str | None, strength: float, base: str | None, full: bool, as_json: bool) -> None:
-    """Say which state MODEL is in: base, patched, half patched, missing or altered. Writes nothing.
+    """Check which state MODEL is in: base, patched, half patched, missing or altered. Writes nothing.
 
-    Without PACK exit code 0 means that the rows are the base, or hold what the ledger says. With PACK, a file or
-    hub://owner/name, it means that exactly this pack is in the rows, by the pack's own digests; a model without it ends with 1.
-    PACK need not be signed, but what signatures it has must be sound.
+    Without PACK, exit code 0 means that the rows are the base, or hold what the ledger says. With PACK, a file or
+    hub://owner/name, it means that the rows hold exactly this pack, by the digests in it; a model without it ends with 1.
+    PACK need not be signed, but the signatures that it has must be valid.
     """
     from nestpatch.gate import look
     from nestpatch.patcher.verify import verify as run
@@ -113,10 +116,10 @@ def verify(model: Path, pack: str | None, strength: float, base: str | None, ful
 )
 @click.argument("a", type=PackType)
 @click.argument("b", type=PackType)
-@click.option("-o", "--output", type=OutputPath, help="Extract the pack that makes B of A, and write it here.")
-@click.option("--name", help="Of the extracted pack.  [default: the output's file name]")
-@click.option("--version", "pack_version", help="Of the extracted pack (semver).  [default: 1.0.0]")
-@click.option("--description", help="One sentence for people.")
+@click.option("-o", "--output", type=OutputPath, help="Extract the pack that turns A into B, and write it here.")
+@click.option("--name", help="Name of the extracted pack.  [default: the output's file name]")
+@click.option("--version", "pack_version", help="Version of the extracted pack (semver).  [default: 1.0.0]")
+@click.option("--description", help="Description of the extracted pack: one sentence.")
 @click.option("--license", "license_", help="License of the extracted pack (SPDX).")
 @quiet_option
 @json_option
@@ -133,9 +136,9 @@ def diff(
 ) -> None:
     """Compare two models, tensor by tensor and row by row, or two packs.
 
-    Exit code 0: identical, 1: different, as diff has it. A failure also ends with 1, and says so on stderr. With -o, 0: a pack
-    was written. Of models only the weights are compared. Packs are files, or hub://owner/name[@VERSION]; they need not be
-    signed, but what signatures they have must be sound.
+    Exit code 0: identical, 1: different, as diff does. A failure also ends with 1, with an error on stderr. With -o, 0: a pack
+    was written. Only the weights of models are compared. Packs are files, or hub://owner/name[@VERSION]; they need not be
+    signed, but the signatures that they have must be valid.
     """
     facts = {"version": pack_version, "description": description, "license": license_}
     given = {what: value for what, value in facts.items() if value is not None}

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 def show_diff(found: CheckpointDiff | PackDiff | Extracted) -> None:
-    """Shows what differs between two models or packs, and the pack that was extracted."""
+    """Shows what differs between two models or two packs.
+
+    Args:
+        found: The difference, or the pack that was extracted from one.
+    """
     from nestpatch.compare._packs import PackDiff
     from nestpatch.compare.diff import CheckpointDiff
 

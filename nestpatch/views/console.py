@@ -44,6 +44,12 @@ def escape(value: object) -> str:
     """Makes foreign text safe inside a text with markup: one line, no control characters, no markup of its own.
 
     rich's own function leaves an open bracket that begins no tag, and the next text may end it.
+
+    Args:
+        value: What is shown; its text is taken.
+
+    Returns:
+        Markup that shows the text as it is.
     """
     text = one_line(value).replace("[", f"[{_NOTHING}")
     body = text.rstrip("\\")
@@ -75,7 +81,12 @@ def fact_grid() -> Table:
 
 
 def table_of(first: str, *numbers: str) -> Table:
-    """An empty table: a column of names, and columns of numbers."""
+    """An empty table.
+
+    Args:
+        first: Title of the column of names, which continue on the next line where they are too long.
+        numbers: Titles of the columns after it, which hold numbers.
+    """
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column(first, overflow="fold")
     for title in numbers:
@@ -84,7 +95,12 @@ def table_of(first: str, *numbers: str) -> Table:
 
 
 def show_error(error: Exception, advice: str) -> None:
-    """Shows an error: its class, its reason and its advice."""
+    """Shows an error on stderr.
+
+    Args:
+        error: Its class is shown, and its text as the reason.
+        advice: What to do about it.
+    """
     first, *others = str(error).split("\n")
     # A reason of several lines is indented, so that no line of it looks like one of nestpatch.
     reason = "\n".join([escape(first), *(escape(line if line.startswith("  ") else f"  {line}") for line in others)])

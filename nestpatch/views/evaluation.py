@@ -22,7 +22,11 @@ HEADLINES = {
 
 
 def evaluation_table(columns: Mapping[str, Scores]) -> Table:
-    """Models side by side: the headline numbers, then every suite."""
+    """Models side by side: the headline numbers, then every suite.
+
+    Args:
+        columns: Title of a column -> the numbers of a model. All models ran the same suites.
+    """
     table = Table("", *map(escape, columns), box=None, pad_edge=False, header_style="bold")
     models = list(columns.values())
     for name, title in HEADLINES.items():
@@ -41,7 +45,11 @@ def evaluation_table(columns: Mapping[str, Scores]) -> Table:
 
 
 def formats_table(formats: Sequence[FormatResult]) -> Table:
-    """The patched model in several formats: the headline numbers of each."""
+    """The patched model in several formats, with the headline numbers of each.
+
+    Args:
+        formats: The results, in the order of the rows.
+    """
     table = Table("patched model as", *HEADLINES.values(), "retention", box=None, pad_edge=False, header_style="bold")
     for one in formats:
         totals = one.evaluation.totals()
@@ -51,7 +59,11 @@ def formats_table(formats: Sequence[FormatResult]) -> Table:
 
 
 def stage_table(stages: Mapping[str, tuple[float, str]]) -> Table:
-    """The stages of a demo: how long each took, and what it did."""
+    """The stages of a demo.
+
+    Args:
+        stages: Name of a stage -> the seconds that it took, and what it did.
+    """
     table = Table("stage", "seconds", "what happened", box=None, pad_edge=False, header_style="bold")
     table.columns[1].justify = "right"
     for stage, (seconds, what) in stages.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -20,7 +20,11 @@ _UNSIGNED = " [yellow](came with the model, signed by nobody whom you trust)[/]"
 
 
 def show_applied(done: Applied) -> None:
-    """Shows what `apply` wrote, or would write."""
+    """Shows what `apply` wrote.
+
+    Args:
+        done: The result; that of a dry run is shown as what would be written.
+    """
     verb = "would write" if done.dry_run else "wrote"
     out.print(f"[bold]{escape(done.pack)}[/] {verb} [bold]{escape(done.output)}[/] in {done.seconds:.2f} s")
     grid = fact_grid()
@@ -36,7 +40,11 @@ def show_applied(done: Applied) -> None:
 
 
 def show_changed(done: Changed) -> None:
-    """Shows what an in-place command changed, or would change."""
+    """Shows what an in-place command changed.
+
+    Args:
+        done: The result; that of a dry run is shown as what would change.
+    """
     if not done.steps:
         out.print(f"{escape(done.model)}: nothing to do, the rows hold {escape(', '.join(done.applied) or 'the base')} already")
         return
@@ -58,7 +66,11 @@ def _add_retention(grid: Table, retention: float | None) -> None:
 
 
 def show_status(found: Status) -> None:
-    """Shows what is applied to a model, and what confirms it."""
+    """Shows what is applied to a model, and what confirms it.
+
+    Args:
+        found: What the ledger, the rows, the signatures and the weight files say.
+    """
     ledger = found.ledger
     names = ", ".join(one.entry.label for one in found.applied) or "nothing applied"
     doubt = "" if found.sound else " [bold red](by its ledger alone: the rows do not hold it)[/]"
@@ -101,8 +113,13 @@ def _applied_line(one: AppliedPack) -> str:
     return f"{pack}{signed}{claimed}, by {escape(entry.tool)}{rounded}{mismatch}{came}"
 
 
-def show_verification(model: Any, found: Verification) -> None:
-    """Shows the state of a model."""
+def show_verification(model: object, found: Verification) -> None:
+    """Shows the state of a model, and the first tensors that differ.
+
+    Args:
+        model: The model as the user named it.
+        found: Its state.
+    """
     colour = "green" if found.known else "bold red"
     out.print(f"[{colour}]{escape(found.verdict.value)}[/]  {escape(model)}: {escape(found.detail)}")
     for difference in found.differences[:10]:
