@@ -24,6 +24,7 @@ from nestpatch.commands import demo, evaluating, exporting, fleet, inspecting, p
 from nestpatch.commands._options import print_json, say
 from nestpatch.errors import FileSystemError, MissingExtraError, NestpatchError, OutOfMemoryError, UnexpectedError
 from nestpatch.plain import one_line
+from nestpatch.runtimes.threads import wait_passively
 
 TAGLINE = "Safety patches for language models: trained once, shipped as a signed megabyte, merged in place, undone bit for bit."
 INTERRUPTED = 130
@@ -232,6 +233,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    wait_passively()  # before a command imports torch
 
 
 for members in SECTIONS.values():

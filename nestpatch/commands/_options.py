@@ -120,6 +120,30 @@ PackType = _Source("pack", _is_channel, "Check the path. A pack of a channel is 
 ModelType = _Source("model", _on_hub, "Check the path. A model of the Hub is written owner/name.")
 
 
+def require_order(model: str | Path, pack: str | Path | None, command: str) -> None:
+    """Recognises MODEL and PACK in the wrong order.
+
+    Args:
+        model: What was given as MODEL.
+        pack: What was given as PACK; None where nothing was.
+        command: The command as it is typed, such as "eval".
+
+    Raises:
+        click.UsageError: MODEL is a pack.
+    """
+    if not _is_pack(model):
+        return
+    if pack is None:
+        raise click.UsageError(f"{model} is a pack, and MODEL is missing. Write: nestpatch {command} MODEL {model}")
+    if not _is_pack(pack):
+        raise click.UsageError(f"{model} is a pack: MODEL comes first. Write: nestpatch {command} {pack} {model}")
+
+
+def _is_pack(given: str | Path) -> bool:
+    """Whether an argument names a pack by its ending or its scheme; hub://owner/name may also name a model."""
+    return Path(given).suffix.lower() == ".nest" or str(given).startswith(("file://", "https://", "http://"))
+
+
 def examples(*commands: str) -> str:
     """The end of a command's help: command lines that a user can copy."""
     return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)

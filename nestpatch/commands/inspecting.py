@@ -19,6 +19,7 @@ from nestpatch.commands._options import (
     print_json,
     progress,
     quiet_option,
+    require_order,
 )
 from nestpatch.commands.patching import base_option
 
@@ -92,6 +93,7 @@ def verify(model: Path, pack: str | None, strength: float, base: str | None, ful
     hub://owner/name, it means that the rows hold exactly this pack, by the digests in it; a model without it ends with 1.
     PACK need not be signed, but the signatures that it has must be valid.
     """
+    require_order(model, pack, "verify")
     from nestpatch.gate import look
     from nestpatch.patcher.verify import verify as run
 

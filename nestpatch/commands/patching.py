@@ -21,6 +21,7 @@ from nestpatch.commands._options import (
     proven,
     quiet_option,
     report,
+    require_order,
     say,
     say_unchecked,
     trust_options,
@@ -44,7 +45,6 @@ dither_option = click.option(
 )
 @click.argument("model", type=PathType)
 @click.argument("pack", type=PackType)
-@trust_options
 @click.option("-o", "--output", type=OutputPath, help="Where to write.  [default: beside the model, named after the pack]")
 @click.option("--in-place", is_flag=True, help="Change the model's own files; crash-safe, can be reverted.")
 @click.option("--strength", type=float, default=1.0, show_default=True, help="Factor of the change, over 0 and up to 1.5.")
@@ -58,6 +58,7 @@ dither_option = click.option(
 @base_option
 @dither_option
 @click.option("--detach", is_flag=True, help="In place: first replace links by copies of their files.")
+@trust_options
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @quiet_option
 @json_option
@@ -91,6 +92,7 @@ def apply(
     The signatures of PACK are checked first, with the keys that you trust; then the rows of MODEL: a pack fits only the base
     that it was made for.
     """
+    require_order(model, pack, "apply")
     if in_place and output is not None:
         raise click.UsageError("-o and --in-place exclude each other: --in-place changes the model itself")
     if not in_place and detach:

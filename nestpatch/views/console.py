@@ -17,7 +17,7 @@ from rich.table import Table
 from nestpatch.plain import lines, one_line
 
 if TYPE_CHECKING:
-    from nestpatch.evaluation.statistics import Share
+    from nestpatch.evaluation.suites import Share
 
 _NOTHING = "[none][/none]"
 """Markup without effect."""
