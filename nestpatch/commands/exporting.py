@@ -15,12 +15,17 @@ from typing import TYPE_CHECKING
 import click
 
 from nestpatch.commands._options import (
+    OutputPath,
+    PackType,
     PathType,
+    examples,
     json_option,
     print_json,
     progress,
     proven,
     quiet_option,
+    report,
+    require_order,
     say_unchecked,
     trust_options,
 )
@@ -33,11 +38,6 @@ if TYPE_CHECKING:
 
 MODELS = ("gguf", "onnx", "safetensors")
 ADAPTERS = ("gguf-lora", "lora", "onnx-adapter")
-EXAMPLES = """\b
-Examples:
-  nestpatch export models/llama no-harm-1.0.0.nest --to gguf --type q4_k_m -o patched.gguf
-  nestpatch export no-harm-1.0.0.nest --to lora -o no-harm-lora
-"""
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,10 @@ def _require_sensible(asked: _Asked, model: str, pack: str | None) -> None:
         raise click.UsageError(f"{', '.join(flag for flag, other in foreign if other == owner)}: only with --to {owner}")
     if asked.check and asked.dry_run:
         raise click.UsageError("--check runs the file that was written: not with --dry-run")
-    if pack is not None and model.endswith(".nest") and not pack.endswith(".nest"):
-        raise click.UsageError(f"MODEL comes before PACK: nestpatch export {pack} {model} --to {asked.target}")
-    if asked.target in MODELS and pack is None:
-        if model.endswith(".nest"):
-            raise click.UsageError(f"--to {asked.target} needs a model: nestpatch export MODEL {model} --to {asked.target}")
-        if asked.strength != 1.0:
-            raise click.UsageError("--strength: only with a PACK")
+    if asked.target in MODELS or pack is not None:
+        require_order(model, pack, f"export --to {asked.target}")
+    if asked.target in MODELS and pack is None and asked.strength != 1.0:
+        raise click.UsageError("--strength: only with a PACK")
     if asked.target == "onnx-adapter" and (pack is None) == (asked.ready is None):
         raise click.UsageError("name the ONNX model of the adapter: nestpatch export PACK --to onnx-adapter --for DIR")
     from nestpatch.files.atomic import check_output
@@ -177,11 +174,16 @@ def _listening(quiet: bool) -> Iterator[OnEvent]:
             signal.signal(signal.SIGTERM, before)
 
 
-@click.command(epilog=EXAMPLES)
-@click.argument("model")
-@click.argument("pack", required=False)
+@click.command(
+    epilog=examples(
+        "nestpatch export models/llama no-harm-1.0.0.nest --to gguf --type q4_k_m -o patched.gguf",
+        "nestpatch export no-harm-1.0.0.nest --to lora -o no-harm-lora",
+    )
+)
+@click.argument("model", type=PackType)
+@click.argument("pack", type=PackType, required=False)
 @click.option("--to", "target", type=click.Choice(sorted(MODELS + ADAPTERS)), required=True, help="The format to write.")
-@click.option("-o", "--output", type=PathType, help="Where to write.  [default: beside the model, named after it]")
+@click.option("-o", "--output", type=OutputPath, help="Where to write.  [default: beside the model, named after it]")
 @click.option(
     "--type", "type_", default="auto", show_default=True, help="gguf: the file type, f32, f16, bf16, q8_0, q4_k_m and others."
 )
@@ -253,12 +255,9 @@ def export(
         with _listening(quiet or as_json) as on_event:
             adapter, passed = _export_adapter(asked, base, text, policy_file, on_event, allow_unsigned=allow_unsigned)
         say_unchecked(passed)
-        if as_json:
-            print_json(dataclasses.asdict(adapter))
-        else:
-            from nestpatch.views.exporting import show_adapter
+        from nestpatch.views.exporting import show_adapter
 
-            show_adapter(adapter)
+        report(adapter, show_adapter, as_json)
         return
     found, merged = None, None
     with _listening(quiet or as_json) as on_event:

@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING
 import click
 
 from nestpatch.commands._options import (
+    OutputPath,
     PathType,
     json_option,
     opened_base,
@@ -44,7 +45,7 @@ days_option = click.option(
 def push(
     pack: Path, repo: str, key_file: Path, password_file: IO[bytes] | None, days: int, private: bool, as_json: bool
 ) -> None:
-    """Publish PATCH as the next version of the channel in REPO: owner/name of the Hub, or a folder (file:///folder).
+    """Publish PACK as the next version of the channel in REPO: owner/name of the Hub, or a folder (file:///folder).
 
     The pack is signed with the key unless it is already; signatures of others beside it go along. A published version never
     changes. The channel has to be renewed before it expires.
@@ -97,7 +98,7 @@ def _report(done: Published, as_json: bool) -> None:
 
 @click.command()
 @click.argument("repo")
-@click.option("-o", "--output", type=PathType, help="A file, or a folder to write into.  [default: NAME-VERSION.nest here]")
+@click.option("-o", "--output", type=OutputPath, help="A file, or a folder to write into.  [default: NAME-VERSION.nest here]")
 @trust_options
 @quiet_option
 @json_option

@@ -7,7 +7,10 @@ from pathlib import Path
 import click
 
 from nestpatch.commands._options import (
+    ModelType,
+    OutputPath,
     PathType,
+    examples,
     json_option,
     print_json,
     progress,
@@ -17,18 +20,24 @@ from nestpatch.commands._options import (
 
 def _help_recipe(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
-        from nestpatch.views.results import out, recipe_table
+        from nestpatch.views.console import out
+        from nestpatch.views.packs import recipe_table
 
         out.print(recipe_table())
         ctx.exit(0)
 
 
-@click.command()
-@click.argument("base")
+@click.command(
+    epilog=examples(
+        "nestpatch train models/llama --harmful harmful.jsonl --benign benign.jsonl -o no-harm.nest",
+        "nestpatch train acme/llama --harmful bad.csv --benign good.csv --set steps=400 -o no-harm.nest",
+    )
+)
+@click.argument("base", type=ModelType)
 @click.option("--harmful", multiple=True, required=True, help="Prompts to refuse: file or data set id. Repeatable.")
 @click.option("--benign", multiple=True, required=True, help="Prompts to go on answering. Repeatable.")
 @click.option("--lookalike", multiple=True, help="Harmless prompts that look harmful. Repeatable.")
-@click.option("-o", "--output", type=PathType, required=True, help="The pack to write.")
+@click.option("-o", "--output", type=OutputPath, required=True, help="The pack to write.")
 @click.option("--name", help="Name of the pack.  [default: the output's file name]")
 @click.option("--version", "pack_version", default="1.0.0", show_default=True, help="Version of the pack (semver).")
 @click.option("--description", default="", help="One sentence for people.")
@@ -71,7 +80,7 @@ def train(
     from nestpatch.nest_train.train import train as run
     from nestpatch.pack import Label
     from nestpatch.prompts.readers import join_sets, load_prompts
-    from nestpatch.views import results as views
+    from nestpatch.views.packs import show_pack
 
     # Before minutes of work: will there be a place for the result?
     check_output(output)
@@ -89,4 +98,4 @@ def train(
         numbers = {"before": trained.before, "after": trained.after}
         print_json(facts | {what: value.as_json() for what, value in numbers.items() if value is not None})
         return
-    views.show_pack(trained.pack, pack_id, nbytes)
+    show_pack(trained.pack, pack_id, nbytes)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nestpatch.export.results import ExportedGguf
-from nestpatch.views.results import _grid, escape, out, size
+from nestpatch.views.console import escape, fact_grid, out, size
 
 if TYPE_CHECKING:
     from nestpatch.evaluation.parity import GgufParity
@@ -23,7 +23,7 @@ def show_exported(done: ExportedGguf | ExportedSafetensors) -> None:
         done: What the exporter returned.
     """
     out.print(f"{'would write' if done.dry_run else 'wrote'} [bold]{escape(done.output)}[/] in {done.seconds:.2f} s")
-    grid = _grid()
+    grid = fact_grid()
     architecture = f"{escape(done.architecture)}, " if isinstance(done, ExportedGguf) and done.architecture else ""
     nbytes = f", {size(done.nbytes)}" if done.nbytes else ""
     grid.add_row("model", f"{architecture}{done.tensors} tensors, {escape(done.type)}{nbytes}")
@@ -46,7 +46,7 @@ def show_exported_onnx(done: ExportedOnnx) -> None:
         done: What the exporter returned.
     """
     out.print(f"{'would write' if done.dry_run else 'wrote'} [bold]{escape(done.output)}[/] in {done.seconds:.1f} s")
-    grid = _grid()
+    grid = fact_grid()
     matrices = f", {done.matrices or 'its'} matrices in {done.bits} bits" if done.bits else ""
     grid.add_row("model", f"{escape(done.architecture + ', ' if done.architecture else '')}{escape(done.dtype)}{matrices}")
     grid.add_row("packs", _packs(done.packs, done.strength))
@@ -80,7 +80,7 @@ def show_adapter(done: ExportedAdapter) -> None:
     """
     verb = "would write" if done.dry_run else "wrote"
     out.print(f"[bold]{escape(done.pack)}[/] {verb} [bold]{escape(done.output)}[/] in {done.seconds:.2f} s")
-    rows = _grid()
+    rows = fact_grid()
     rows.add_row("adapter", f"{done.matrices} matrices, rank {done.rank} at most, {size(done.nbytes)}")
     if done.strength != 1.0:
         rows.add_row("strength", f"{done.strength:g}, contained in the numbers: load it at scale 1")
@@ -110,7 +110,7 @@ def show_check(check: GgufParity) -> None:
     if check.mixture and check.bound is not None:
         limit += " for the typical difference, as rounding may choose other experts"
     out.print(f"[{colour}]{escape(check.file.name)} {verdict} {escape(check.reference)}[/] in llama.cpp")
-    rows = _grid()
+    rows = fact_grid()
     rows.add_row("token ids", f"the same for {check.same_ids.count} of {check.same_ids.total} texts")
     if check.first_text is not None:
         rows.add_row("", escape(f"first different: {check.first_text!r}"))

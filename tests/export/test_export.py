@@ -263,8 +263,8 @@ def test_the_command_names_what_is_wrong(models: Made, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("x.nest", "model", "--to", "gguf"), "MODEL comes before PACK: nestpatch export model x.nest --to gguf"),
-        (("x.nest", "--to", "gguf"), "needs a model: nestpatch export MODEL x.nest --to gguf"),
+        (("x.nest", "model", "--to", "gguf"), "MODEL comes first. Write: nestpatch export --to gguf model x.nest"),
+        (("x.nest", "--to", "gguf"), "MODEL is missing. Write: nestpatch export --to gguf MODEL x.nest"),
         (("model", "x.nest", "--to", "gguf", "--type", "q4_km"), "Did you mean q4_k_m?"),
         (("model", "x.nest", "--to", "gguf", "--type", "q4km"), "Did you mean q4_k_m?"),
         (("model", "x.nest", "--to", "gguf", "-o", "no/where.gguf"), "there is no directory"),
@@ -277,9 +277,11 @@ def test_the_command_names_what_is_wrong(models: Made, tmp_path: Path) -> None:
 def test_mistakes_are_found_before_anything_is_read(
     words: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither the model nor the pack exists."""
+    """Neither the model nor the pack can be read."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "taken").mkdir()
+    for name in ("taken", "model"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "x.nest").touch()
     done = run(*words)
     assert done.exit_code in {1, 2}
     assert says in " ".join(done.stderr.split())

@@ -19,7 +19,8 @@ from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
 from nestpatch.export.onnx._graph import TRANSPOSED
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.formats.lora.onnx import DELTA, MAP, AdapterInput
-from nestpatch.runtimes.transformers import disk_name, find_mlps
+from nestpatch.runtimes.mlps import find_mlps
+from nestpatch.runtimes.weights import disk_name
 
 if TYPE_CHECKING:
     import onnx_ir as ir

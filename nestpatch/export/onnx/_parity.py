@@ -13,7 +13,8 @@ import numpy as np
 from nestpatch.errors import ParityError
 from nestpatch.export.results import Parity
 from nestpatch.rows import FloatArray
-from nestpatch.runtimes.onnx import IntArray, OnnxModel, pad_left
+from nestpatch.runtimes.onnx import OnnxRuntime
+from nestpatch.runtimes.text import IntArray, pad_left
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,7 +67,7 @@ def compare(file: Path, kind: str, probe: Probe) -> Parity:
     Raises ParityError when a difference is larger than rounding explains, or a logit is not finite.
     """
     # onnxruntime rearranges quantized matrices in memory, which makes products a hundred times faster.
-    model = OnnxModel(file, device="cpu", mapped=kind in BOUNDS)
+    model = OnnxRuntime(file, device="cpu", mapped=kind in BOUNDS)
     longest = probe.mask[:, 0].argmax()
     row = probe.ids[longest : longest + 1]
     plain, _ = model.step(row, np.ones_like(row))
@@ -89,7 +90,7 @@ def compare(file: Path, kind: str, probe: Probe) -> Parity:
     return found
 
 
-def _in_steps(model: OnnxModel, probe: Probe) -> Any:
+def _in_steps(model: OnnxRuntime, probe: Probe) -> Any:
     """The logits of the batch in three steps: the first half, the rest but one token, and that token."""
     width = probe.ids.shape[1]
     cuts = [0, width // 2, width - 1, width]

@@ -234,7 +234,8 @@ def _trace(request: Request, source: ExportSource, folder: Path, floats: Path, k
 
 def _load(request: Request, source: ExportSource, on_event: OnEvent) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in float32 on the CPU; a pack is merged in the dtype on disk. Raises CheckpointFormatError."""
-    from nestpatch.runtimes.transformers import fold, load_model
+    from nestpatch.runtimes.transformers import load_model
+    from nestpatch.runtimes.weights import fold
 
     path, origin = source.checkpoint.path, request.checkpoint.path
     if path.is_file() and path != origin:  # a patched copy of a single file has no configuration beside it
