@@ -95,7 +95,7 @@ def _place(error: Exception) -> str:
 
 
 def _show(error: NestpatchError) -> None:
-    from nestpatch.views.results import show_error
+    from nestpatch.views.console import show_error
 
     with suppress(OSError):  # stderr may be full as well
         show_error(error, error.advice)

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-import nestpatch
+from nestpatch import views
 from nestpatch.channels._card import MARK, model_card
 from nestpatch.channels.listing import Channel, ListedFile, ListedPack, ListedStatus
 from nestpatch.commands._options import print_json, say
@@ -30,12 +30,8 @@ from nestpatch.formats import nest
 from nestpatch.pack import Pack
 from nestpatch.plain import count, lines, markdown, number, one_line
 from nestpatch.signing import keys
-from nestpatch.views import channels as views_fleet
-from nestpatch.views import comparing as views_diff
-from nestpatch.views import exporting as views_adapters
-from nestpatch.views import exporting as views_onnx
-from nestpatch.views import results as views
-from nestpatch.views import signing as views_signing
+from nestpatch.views import channels, comparing, console, evaluation, exporting, models, packs, progress
+from nestpatch.views import signing as signatures
 from tests.helpers import tiny_checkpoint, tiny_pack
 
 HOSTILE = (
@@ -44,7 +40,7 @@ HOSTILE = (
     "\u200b", "\u2028", "\x00", "\x07", "[link=http://evil", "x]", "\\", "\\\\\\", ":boom:", "\udcff", "\u3164", "[bold",
 )  # fmt: skip
 RAW = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\u3164]")
-MODULES = (views, views_adapters, views_diff, views_fleet, views_onnx, views_signing)
+MODULES = (channels, comparing, console, evaluation, exporting, models, packs, progress, signatures)
 
 
 def value_of(kind: Any, text: str, depth: int = 0) -> Any:
@@ -104,6 +100,13 @@ def dataclasses_shown() -> Iterator[tuple[Callable[..., Any], str]]:
                 yield function, name
 
 
+def changed(text: str) -> None:
+    from nestpatch.patcher.inplace import Changed
+
+    for done in (filled(Changed, text), dataclasses.replace(filled(Changed, text), steps=())):
+        models.show_changed(done)
+
+
 def cases() -> dict[str, Callable[[str], None]]:
     """Name of each function that draws -> how it is called with a text everywhere."""
     from nestpatch.channels.follow import Pulled
@@ -118,7 +121,6 @@ def cases() -> dict[str, Callable[[str], None]]:
     from nestpatch.export.onnx.exporter import ExportedOnnx
     from nestpatch.lab.demo import FormatResult
     from nestpatch.patcher.apply import Applied
-    from nestpatch.patcher.inplace import Changed
     from nestpatch.patcher.status import Status
     from nestpatch.patcher.update import Updated
     from nestpatch.patcher.verify import Verification
@@ -138,46 +140,42 @@ def cases() -> dict[str, Callable[[str], None]]:
 
     def updated(text: str) -> None:
         for state in ("current", "available", "failed", text):
-            views_fleet.show_updated(Path(text), [dataclasses.replace(filled(Updated, text), state=state)])
+            channels.show_updated(Path(text), [dataclasses.replace(filled(Updated, text), state=state)])
 
     def adapters(text: str) -> None:
         for kind in ("gguf-lora", "onnx-adapter", text):
-            views_adapters.show_adapter(dataclasses.replace(filled(Adapter, text), format=kind))
+            exporting.show_adapter(dataclasses.replace(filled(Adapter, text), format=kind))
 
     def show_evaluation(text: str) -> None:
-        views.out.print(views.evaluation_table({text: filled(Scores, text)}))
+        console.out.print(evaluation.evaluation_table({text: filled(Scores, text)}))
 
     return {
-        "show_error": lambda text: views.show_error(ValueError(text), text),
-        "show_applied": simple(views.show_applied, Applied),
-        "show_exported": simple(views.show_exported, Exported),
-        "show_changed": lambda text: (
-            [views.show_changed(done) for done in (filled(Changed, text), dataclasses.replace(filled(Changed, text), steps=()))]
-            and None
-        ),
-        "show_status": lambda text: views.show_status(dataclasses.replace(filled(Status, text), files_say=claims(text))),
-        "show_verification": lambda text: views.show_verification(text, filled(Verification, text)),
-        "show_pack": lambda text: views.show_pack(filled_pack(text), text, 5),
+        "show_error": lambda text: console.show_error(ValueError(text), text),
+        "show_applied": simple(models.show_applied, Applied),
+        "show_exported": simple(exporting.show_exported, Exported),
+        "show_changed": changed,
+        "show_status": lambda text: models.show_status(dataclasses.replace(filled(Status, text), files_say=claims(text))),
+        "show_verification": lambda text: models.show_verification(text, filled(Verification, text)),
+        "show_pack": lambda text: packs.show_pack(filled_pack(text), text, 5),
         "evaluation_table": show_evaluation,
-        "formats_table": lambda text: views.out.print(views.formats_table([filled(FormatResult, text)])),
-        "stage_table": lambda text: views.out.print(views.stage_table({text: (1.0, text)})),
-        "recipe_table": lambda text: views.out.print(views.recipe_table()),
+        "formats_table": lambda text: console.out.print(evaluation.formats_table([filled(FormatResult, text)])),
+        "stage_table": lambda text: console.out.print(evaluation.stage_table({text: (1.0, text)})),
+        "recipe_table": lambda text: console.out.print(packs.recipe_table()),
         "show_adapter": adapters,
-        "show_check": simple(views_adapters.show_check, GgufParity),
-        "show_diff": simple(views_diff.show_diff, CheckpointDiff, PackDiff, Extracted),
-        "show_published": simple(views_fleet.show_published, Published),
-        "show_pulled": simple(views_fleet.show_pulled, Pulled),
+        "show_check": simple(exporting.show_check, GgufParity),
+        "show_diff": simple(comparing.show_diff, CheckpointDiff, PackDiff, Extracted),
+        "show_published": simple(channels.show_published, Published),
+        "show_pulled": simple(channels.show_pulled, Pulled),
         "show_updated": updated,
-        "show_failed": simple(views_fleet.show_failed, Updated),
-        "show_exported_onnx": simple(views_onnx.show_exported_onnx, ExportedOnnx),
-        "show_pair": simple(views_signing.show_pair, KeyPair),
-        "show_signature": simple(views_signing.show_signature, Signature),
+        "show_failed": simple(channels.show_failed, Updated),
+        "show_exported_onnx": simple(exporting.show_exported_onnx, ExportedOnnx),
+        "show_pair": simple(signatures.show_pair, KeyPair),
+        "show_signature": simple(signatures.show_signature, Signature),
         "show_outcome": lambda text: (
-            [views_signing.show_outcome(text, found) for found in (signed(Signed, text), filled_unproven(Unproven, text))]
-            and None
+            [signatures.show_outcome(text, found) for found in (signed(Signed, text), filled_unproven(Unproven, text))] and None
         ),
-        "show_system_policy": lambda text: views_signing.show_system_policy(filled(Policy, text), text),
-        "show_policy": lambda text: views_signing.show_policy(filled(Policy, text), text),
+        "show_system_policy": lambda text: signatures.show_system_policy(filled(Policy, text), text),
+        "show_policy": lambda text: signatures.show_policy(filled(Policy, text), text),
     }
 
 
@@ -222,17 +220,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> None:
 def shown(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What reaches a terminal without colours: every escape in it is one of the text."""
     text = io.StringIO()
-    for console in (views.out, views.err):
-        monkeypatch.setattr(console, "_file", text)
-        monkeypatch.setattr(console, "_color_system", None)
+    for terminal in (console.out, console.err):
+        monkeypatch.setattr(terminal, "_file", text)
+        monkeypatch.setattr(terminal, "_color_system", None)
     return text
 
 
 def test_every_function_that_draws_is_attacked() -> None:
     drawn = {name for _, name in dataclasses_shown()}
     assert drawn == set(cases())
-    listed = {name for _, name, _ in pkgutil.iter_modules(nestpatch.__path__) if name.startswith("views")}
-    assert listed == {module.__name__.partition(".")[2] for module in MODULES}, "a new module of views: attack it here"
+    listed = {name for _, name, _ in pkgutil.iter_modules(views.__path__)}
+    assert listed == {module.__name__.rpartition(".")[2] for module in MODULES}, "a new module of views: attack it here"
 
 
 @pytest.mark.parametrize("name", cases())
@@ -252,7 +250,7 @@ def test_no_text_drives_the_terminal_or_is_taken_for_markup(name: str, shown: io
 
 
 def test_a_forgotten_escape_still_lets_no_control_character_through(shown: io.StringIO) -> None:
-    views.out.print("\x1b[2J\x9b1m\u202e", markup=False)
+    console.out.print("\x1b[2J\x9b1m\u202e", markup=False)
     assert not RAW.search(shown.getvalue())
 
 
@@ -260,12 +258,12 @@ def test_a_forgotten_escape_still_lets_no_control_character_through(shown: io.St
 @pytest.mark.parametrize("second", HOSTILE)
 def test_escaped_texts_are_themselves_also_side_by_side(first: str, second: str, shown: io.StringIO) -> None:
     """One text may end the tag that the other begins, or swallow a tag of ours with a backslash."""
-    views.out.print(f"[bold]{views.escape(first)}{views.escape(second)}[/bold][dim]{views.escape(first)}[/]")
+    console.out.print(f"[bold]{console.escape(first)}{console.escape(second)}[/bold][dim]{console.escape(first)}[/]")
     assert shown.getvalue() == one_line(first) + one_line(second) + one_line(first) + "\n"
 
 
 def test_progress_shows_notes_harmlessly(shown: io.StringIO) -> None:
-    with views.progress(quiet=False) as on_event:
+    with progress.shown() as on_event:
         for text in HOSTILE:
             on_event(Event("note", note=text))
             on_event(Event(text, 1, 2, text))
@@ -314,7 +312,7 @@ def test_what_is_no_number_in_a_pack_is_shown_as_a_question_mark(value: Any, sho
     facts = {"evaluation": {"before": {"attack_success": share}, "after": {"attack_success": share}}}
     data = {"harmful": {"prompts": value, "name": "x", "sha256": "0"}}
     for layers in (value, [value], [{"layer": 1, "neurons": 3}]):
-        views.show_pack(
+        packs.show_pack(
             filled_pack("x", method={"layers": layers, "data": data, "tuning": value, "decisions": value}, **facts), "x", 1
         )
     assert "? of ?" in shown.getvalue()

@@ -52,6 +52,7 @@ def say_unsigned(policy: Policy, what: str) -> None:
 
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 class _Path(click.Path):
@@ -135,9 +136,9 @@ def progress(quiet: bool) -> AbstractContextManager[OnEvent]:
         from contextlib import nullcontext
 
         return nullcontext(ignore)
-    from nestpatch.views import results as views
+    from nestpatch.views.progress import shown
 
-    return views.progress(quiet=False)
+    return shown()
 
 
 @contextmanager
@@ -151,16 +152,14 @@ def opened_base(text: str | None, *, quiet: bool) -> Iterator[Checkpoint | None]
     base = open_base(text)
     yield base
     if isinstance(base, RemoteCheckpoint) and not quiet:
-        from nestpatch.views.results import size
+        from nestpatch.views.console import size
 
         say(f"read {size(base.downloaded)} of the {size(base.size)} of {base.path}", err=True)
 
 
-def report(result: Any, view: str, as_json: bool) -> None:
-    """A result value as JSON, or drawn by the view of that name."""
+def report(result: T, show: Callable[[T], None], as_json: bool) -> None:
+    """Prints a result dataclass: as JSON, or by the view that shows it."""
     if as_json:
-        print_json(dataclasses.asdict(result))
-        return
-    from nestpatch.views import results as views
-
-    getattr(views, view)(result)
+        print_json(dataclasses.asdict(result))  # type: ignore[call-overload]
+    else:
+        show(result)

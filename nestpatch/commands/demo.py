@@ -25,20 +25,21 @@ from nestpatch.commands._options import (
 def demo(seed: int, keep: Path | None, quiet: bool, as_json: bool) -> None:
     """Show the whole way on a small model made here: train, apply, evaluate. Takes a few minutes on a CPU."""
     from nestpatch.lab.demo import run_demo
-    from nestpatch.views import results as views
+    from nestpatch.views.console import err, out
+    from nestpatch.views.evaluation import evaluation_table, formats_table, stage_table
 
     with progress(quiet) as on_event:
         result = run_demo(seed, keep, on_event)
     # The table is for people; with --json only the object goes to stdout.
-    console = views.err if as_json else views.out
-    console.print(views.stage_table(result.stages))
+    console = err if as_json else out
+    console.print(stage_table(result.stages))
     console.print()
-    console.print(views.evaluation_table({"base": result.before, "patched": result.after}))
+    console.print(evaluation_table({"base": result.before, "patched": result.after}))
     if result.formats:
         console.print()
-        console.print(views.formats_table(result.formats))
+        console.print(formats_table(result.formats))
     if not result.helped:
-        views.err.print("[bold red]The patch did not help:[/] attacks succeed about as often as before.")
+        err.print("[bold red]The patch did not help:[/] attacks succeed about as often as before.")
     if as_json:
         print_json(result.as_json())
     sys.exit(0 if result.helped else 1)
@@ -57,7 +58,7 @@ def lab() -> None:
 def build(directory: Path, seed: int, quiet: bool, as_json: bool) -> None:
     """Make a small half-aligned chat model and its prompt sets in DIRECTORY, about two minutes on two CPU cores."""
     from nestpatch.lab.build import build_lab
-    from nestpatch.views import results as views
+    from nestpatch.views.console import escape, out
 
     with progress(quiet) as on_event:
         built = build_lab(directory, seed, on_event=on_event)
@@ -65,4 +66,4 @@ def build(directory: Path, seed: int, quiet: bool, as_json: bool) -> None:
         print_json(dataclasses.asdict(built))
     else:
         state = "is there already" if built.cached else "built"
-        views.out.print(f"lab of seed {seed} {state}: {views.escape(built.path)}, {built.parameters:,} parameters")
+        out.print(f"lab of seed {seed} {state}: {escape(built.path)}, {built.parameters:,} parameters")

@@ -22,10 +22,10 @@ from nestpatch.commands._options import (
 
 @click.command("eval")
 @click.argument("model")
-@click.argument("patch", required=False)
+@click.argument("pack", required=False)
 @trust_options
 @click.option("--suite", multiple=True, required=True, help="[KIND=]SOURCE; kinds: harmful, benign, lookalike. Repeatable.")
-@click.option("--lora", type=PathType, help="An adapter, .gguf or .onnx_adapter, for such a MODEL: measured like PATCH.")
+@click.option("--lora", type=PathType, help="An adapter, .gguf or .onnx_adapter, for such a MODEL: measured like PACK.")
 @click.option("--base", help="The unpatched model: measures how far MODEL has moved from it.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or mps.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=48, show_default=True, help="Length of an answer.")
@@ -50,18 +50,19 @@ def evaluate(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Measure attack success and over-refusal of MODEL, alone or also with PATCH merged in memory.
+    """Measure attack success and over-refusal of MODEL, alone or also with PACK merged in memory.
 
-    A .gguf file is run by llama.cpp and an ONNX model by onnxruntime, with PATCH as an adapter; that needs no torch. PATCH is
+    A .gguf file is run by llama.cpp and an ONNX model by onnxruntime, with PACK as an adapter; that needs no torch. PACK is
     a file, or hub://owner/name[@VERSION] and other channels. Its signatures are checked first.
 
     A suite's kind is told by its file name (harmful*, jailbreak*, benign*, lookalike*) or said: harmful=FILE. Limits are for
-    MODEL with PATCH, where there is one; their names are those of --json.
+    MODEL with PACK, where there is one; their names are those of --json.
     """
     from nestpatch.evaluation.evaluator import evaluate, write_answers
     from nestpatch.evaluation.limits import exceeded, parse_limits
     from nestpatch.evaluation.suites import load_suite
-    from nestpatch.views import results as views
+    from nestpatch.views.console import out
+    from nestpatch.views.evaluation import evaluation_table
 
     over, under = parse_limits(fail_over), parse_limits(fail_under)
     suites = [load_suite(text) for text in suite]
@@ -78,7 +79,7 @@ def evaluate(
     if as_json:
         print_json({name: evaluation.as_json() for name, evaluation in columns.items()})
     else:
-        views.out.print(views.evaluation_table(columns))
+        out.print(evaluation_table(columns))
     failures = exceeded(result.patched or result.model, over, under)
     for failure in failures:
         say(f"FAILED: {failure}", err=True)

@@ -97,12 +97,10 @@ TARGETS: dict[str, Callable[..., Any]] = {
 
 
 def _sides(target: str, model: str, pack: str | None, ready: Path | None) -> tuple[Path | None, str | None]:
-    """(the model, the patch). Adapters are made of MODEL PATCH or of PATCH alone; for ONNX, of PATCH --for ONNX too."""
+    """(the model, the patch). Adapters are made of MODEL PACK or of PACK alone; for ONNX, of PACK --for ONNX too."""
     if target == "onnx-adapter":
         if (pack is None) == (ready is None):
-            raise click.UsageError(
-                "say which ONNX model the adapter is for: nestpatch export PATCH --to onnx-adapter --for DIR"
-            )
+            raise click.UsageError("say which ONNX model the adapter is for: nestpatch export PACK --to onnx-adapter --for DIR")
         return (ready, model) if pack is None else (Path(model), pack)
     if target in ADAPTERS and pack is None:
         return None, model
@@ -147,7 +145,7 @@ def _unwinding(on_event: OnEvent) -> Iterator[OnEvent]:
 
 @click.command()
 @click.argument("model")
-@click.argument("patch", required=False)
+@click.argument("pack", required=False)
 @click.option("--to", "target", type=click.Choice(sorted(TARGETS)), required=True, help="The format to write.")
 @click.option("-o", "--output", type=PathType, help="Where to write.  [default: beside the model, named after it]")
 @click.option(
@@ -186,24 +184,24 @@ def export(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Write MODEL in another format, with PATCH merged into it on the way.
+    """Write MODEL in another format, with PACK merged into it on the way.
 
     --to gguf makes a file for llama.cpp and what is built on it. MODEL is a safetensors model directory and stays as it is.
 
     --to safetensors writes a release of its own, whose files say which patches they hold; it cannot be reverted.
 
-    --to lora and --to gguf-lora write PATCH as an adapter that is loaded with the base: a directory for PEFT and vLLM, a file
-    for llama.cpp. Give MODEL before PATCH where it stores experts one by one, else PATCH alone.
+    --to lora and --to gguf-lora write PACK as an adapter that is loaded with the base: a directory for PEFT and vLLM, a file
+    for llama.cpp. Give MODEL before PACK where it stores experts one by one, else PACK alone.
 
     --to onnx makes a directory for onnxruntime, onnxruntime-genai and transformers.js, run and compared with MODEL before it
-    gets its name. --to onnx-adapter writes PATCH for one that was made with --adapter-ready, which stays as it is.
+    gets its name. --to onnx-adapter writes PACK for one that was made with --adapter-ready, which stays as it is.
 
-    PATCH is a file, or hub://owner/name[@VERSION] and other channels. Its signatures are checked first.
+    PACK is a file, or hub://owner/name[@VERSION] and other channels. Its signatures are checked first.
     """
     if check and (target != "gguf" or dry_run):
         raise click.UsageError("--check runs what --to gguf wrote")
     if pack is None and strength != 1.0 and target in ("gguf", "onnx", "safetensors"):
-        raise click.UsageError("--strength goes with a PATCH")
+        raise click.UsageError("--strength goes with a PACK")
     with progress(quiet or as_json) as drawn, _unwinding(drawn) as on_event:
         options = {"strength": strength, "type": type_, "name": name, "llama_cpp": llama_cpp, "dry_run": dry_run}
         options |= {"dtype": dtype, "bits": bits, "adapter_ready": adapter_ready, "for_": for_}
@@ -234,15 +232,13 @@ def _show(target: str, done: Any, found: Any, as_json: bool) -> None:
     if as_json:
         print_json(dataclasses.asdict(done) | ({"check": found.as_json()} if found is not None else {}))
         return
-    from nestpatch.views import exporting as views_adapters
-    from nestpatch.views import exporting as views_onnx
-    from nestpatch.views import results as views
+    from nestpatch.views import exporting as views
 
     if target == "onnx":
-        views_onnx.show_exported_onnx(done)
+        views.show_exported_onnx(done)
     elif target in ("gguf", "safetensors"):
         views.show_exported(done)
     else:
-        views_adapters.show_adapter(done)
+        views.show_adapter(done)
     if found is not None:
-        views_adapters.show_check(found)
+        views.show_check(found)

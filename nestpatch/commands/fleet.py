@@ -34,7 +34,7 @@ days_option = click.option(
 
 
 @click.command()
-@click.argument("patch", type=PathType)
+@click.argument("pack", type=PathType)
 @click.argument("repo")
 @key_option
 @password_option
@@ -44,7 +44,7 @@ days_option = click.option(
 def push(
     pack: Path, repo: str, key_file: Path, password_file: IO[bytes] | None, days: int, private: bool, as_json: bool
 ) -> None:
-    """Publish PATCH as the next version of the channel in REPO: owner/name of the Hub, or a folder (file:///folder).
+    """Publish PACK as the next version of the channel in REPO: owner/name of the Hub, or a folder (file:///folder).
 
     The pack is signed with the key unless it is already; signatures of others beside it go along. A published version never
     changes. The channel has to be renewed before it expires.

@@ -14,19 +14,19 @@ from nestpatch.commands.patching import base_option
 
 
 @click.command()
-@click.argument("patch")
+@click.argument("pack")
 @json_option
 def show(pack: str, as_json: bool) -> None:
-    """Explain PATCH, a file or hub://owner/name: what it changes, what it is for, how it was trained and measured."""
+    """Explain PACK, a file or hub://owner/name: what it changes, what it is for, how it was trained and measured."""
     from nestpatch.formats import nest
     from nestpatch.gate import look
-    from nestpatch.views import results as views
+    from nestpatch.views.packs import show_pack
 
     found = look(pack)
     if as_json:
         print_json({"id": found.pack_id, "manifest": nest.manifest_json(found.pack.manifest)})
     else:
-        views.show_pack(found.pack, found.pack_id, len(nest.encode(found.pack)))
+        show_pack(found.pack, found.pack_id, len(nest.encode(found.pack)))
 
 
 @click.command()
@@ -43,25 +43,25 @@ def status(model: Path, as_json: bool) -> None:
     if as_json:
         print_json(found.as_json())
     else:
-        from nestpatch.views import results as views
+        from nestpatch.views.models import show_status
 
-        views.show_status(found)
+        show_status(found)
     sys.exit(0 if found.sound else 1)
 
 
 @click.command()
 @click.argument("model", type=PathType)
-@click.argument("patch", required=False)
-@click.option("--strength", type=float, default=1.0, show_default=True, help="At which PATCH should be in the rows.")
+@click.argument("pack", required=False)
+@click.option("--strength", type=float, default=1.0, show_default=True, help="At which PACK should be in the rows.")
 @base_option
 @click.option("--full", is_flag=True, help="Also hash the whole tensors, not the patched rows alone.")
 @json_option
 def verify(model: Path, pack: str | None, strength: float, base: str | None, full: bool, as_json: bool) -> None:
     """Say which state MODEL is in: base, patched, half patched, missing or altered. Writes nothing.
 
-    Without PATCH exit code 0 means that the rows are the base, or hold what the ledger says. With PATCH, a file or
+    Without PACK exit code 0 means that the rows are the base, or hold what the ledger says. With PACK, a file or
     hub://owner/name, it means that exactly this pack is in the rows, by the pack's own digests; a model without it ends with 1.
-    PATCH need not be signed, but what signatures it has must be sound.
+    PACK need not be signed, but what signatures it has must be sound.
     """
     from nestpatch.gate import look
     from nestpatch.patcher.verify import verify as run
@@ -72,9 +72,9 @@ def verify(model: Path, pack: str | None, strength: float, base: str | None, ful
     if as_json:
         print_json(dataclasses.asdict(result) | {"verdict": result.verdict.value, "known": result.known})
     else:
-        from nestpatch.views import results as views
+        from nestpatch.views.models import show_verification
 
-        views.show_verification(model, result)
+        show_verification(model, result)
     sys.exit(0 if result.known else 1)
 
 

@@ -28,7 +28,7 @@ dither_option = click.option("--dither", is_flag=True, help="Quantized models: n
 
 @click.command()
 @click.argument("model", type=PathType)
-@click.argument("patch")
+@click.argument("pack")
 @trust_options
 @click.option("-o", "--output", type=PathType, help="Where to write.  [default: beside the model, named after the patch]")
 @click.option("--in-place", is_flag=True, help="Change the model's own files, crash-safe and revertible.")
@@ -68,9 +68,9 @@ def apply(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Merge PATCH into MODEL, a directory or a safetensors, GGUF or ONNX file: into a copy, or --in-place.
+    """Merge PACK into MODEL, a directory or a safetensors, GGUF or ONNX file: into a copy, or --in-place.
 
-    PATCH is a file, or hub://owner/name[@VERSION] and other channels: the model then follows that channel. Its signatures are
+    PACK is a file, or hub://owner/name[@VERSION] and other channels: the model then follows that channel. Its signatures are
     checked first, by the keys that you trust; then the model: a patch only fits the base that it was made for.
     """
     if in_place and output is not None:
@@ -100,8 +100,10 @@ def apply(
 
             copying: dict[str, Any] = {"hard_link": hard_link, "digest": digest, "sync": not no_sync}
             done = run(model, checked, output, **copying, **common, **flags)
+    from nestpatch.views.models import show_applied, show_changed
+
     say_unchecked(checked)
-    report(done, "show_changed" if in_place else "show_applied", as_json)
+    report(done, show_changed if in_place else show_applied, as_json)
 
 
 @click.command()
@@ -130,6 +132,7 @@ def revert(
     """
     from nestpatch.patcher.inplace import revert as run
     from nestpatch.signing.trust import load_policy
+    from nestpatch.views.models import show_changed
 
     policy = load_policy(policy_file)
     with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:
@@ -143,7 +146,7 @@ def revert(
             dry_run=dry_run,
             on_event=on_event,
         )
-    report(done, "show_changed", as_json)
+    report(done, show_changed, as_json)
 
 
 @click.command()

@@ -48,16 +48,16 @@ def keygen(name: Path, no_password: bool, password_file: IO[bytes] | None, as_js
 
 
 @click.command()
-@click.argument("patch", type=PathType)
+@click.argument("pack", type=PathType)
 @click.option("--key", "key_file", type=PathType, required=True, help="The private key: a .key file that keygen made.")
-@click.option("-o", "--output", type=PathType, help="Where to write.  [default: PATCH.sig, or beside the signatures of others]")
+@click.option("-o", "--output", type=PathType, help="Where to write.  [default: PACK.sig, or beside the signatures of others]")
 @click.option("--overwrite", is_flag=True, help="Replace an older signature by the same key.")
 @password_option
 @json_option
 def sign(
     pack: Path, key_file: Path, output: Path | None, overwrite: bool, password_file: IO[bytes] | None, as_json: bool
 ) -> None:
-    """Sign PATCH: writes an OpenSSF Model Signing bundle, which the model_signing tool verifies too."""
+    """Sign PACK: writes an OpenSSF Model Signing bundle, which the model_signing tool verifies too."""
     from nestpatch.signing import verify
 
     done = verify.sign_pack(pack, unlocked(key_file, password_file), output, overwrite=overwrite)
@@ -70,7 +70,7 @@ def sign(
 
 
 @click.command("verify-signature")
-@click.argument("patch")
+@click.argument("pack")
 @click.option("--model", help="What the patch is for, a path or a Hub id: the rules and keys for this model count.")
 @click.option("--key", "key_files", type=PathType, multiple=True, help="Trust this public key, instead of your own list.")
 @click.option("--policy", "policy_file", type=PathType, help="Trust what this file says, instead of your own list.")
@@ -78,7 +78,7 @@ def sign(
 def verify_signature(
     pack: str, model: str | None, key_files: tuple[Path, ...], policy_file: Path | None, as_json: bool
 ) -> None:
-    """Tell who signed PATCH, offline unless it is hub://owner/name. Exit code 0: as many trusted keys as needed, 1: not."""
+    """Tell who signed PACK, offline unless it is hub://owner/name. Exit code 0: as many trusted keys as needed, 1: not."""
     from nestpatch.gate import is_channel
     from nestpatch.signing import keys, trust, verify
 

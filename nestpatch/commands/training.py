@@ -17,7 +17,8 @@ from nestpatch.commands._options import (
 
 def _help_recipe(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
-        from nestpatch.views.results import out, recipe_table
+        from nestpatch.views.console import out
+        from nestpatch.views.packs import recipe_table
 
         out.print(recipe_table())
         ctx.exit(0)
@@ -71,7 +72,7 @@ def train(
     from nestpatch.nest_train.train import train as run
     from nestpatch.pack import Label
     from nestpatch.prompts.readers import join_sets, load_prompts
-    from nestpatch.views import results as views
+    from nestpatch.views.packs import show_pack
 
     # Before minutes of work: will there be a place for the result?
     check_output(output)
@@ -89,4 +90,4 @@ def train(
         numbers = {"before": trained.before, "after": trained.after}
         print_json(facts | {what: value.as_json() for what, value in numbers.items() if value is not None})
         return
-    views.show_pack(trained.pack, pack_id, nbytes)
+    show_pack(trained.pack, pack_id, nbytes)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nestpatch.plain import count
-from nestpatch.views.results import err, escape, out
+from nestpatch.views.console import err, escape, out
 
 if TYPE_CHECKING:
     from nestpatch.channels.follow import Pulled

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from nestpatch.views.results import _grid, escape, out, size
+from nestpatch.views.console import escape, fact_grid, out, size
 
 if TYPE_CHECKING:
     from nestpatch.compare._packs import PackDiff
@@ -81,7 +81,7 @@ def _strip(stack: str, layers: list[LayerChange]) -> str:
 def _show_pack_diff(found: PackDiff) -> None:
     """What an update changes."""
     out.print(f"[bold]{escape(found.a)}[/] to [bold]{escape(found.b)}[/]{': the same pack' if found.identical else ''}")
-    grid = _grid()
+    grid = fact_grid()
     grid.add_row("ids", f"sha256 {escape(found.ids[0])}\nsha256 {escape(found.ids[1])}")
     base = {
         True: "the same",

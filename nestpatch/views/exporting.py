@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nestpatch.views.results import _grid, escape, out, size
+from nestpatch.views.console import escape, fact_grid, out, size
 
 if TYPE_CHECKING:
     from nestpatch.evaluation.parity import GgufParity
     from nestpatch.export.adapters import Adapter
+    from nestpatch.export.models import Exported
     from nestpatch.export.onnx.exporter import ExportedOnnx
     from nestpatch.export.onnx.parity import Parity
 
@@ -20,7 +21,7 @@ def show_adapter(done: Adapter) -> None:
     """What was exported, and how it is loaded."""
     verb = "would write" if done.dry_run else "wrote"
     out.print(f"[bold]{escape(done.pack)}[/] {verb} [bold]{escape(done.output)}[/] in {done.seconds:.2f} s")
-    rows = _grid()
+    rows = fact_grid()
     rows.add_row("adapter", f"{done.matrices} matrices, rank {done.rank} at most, {size(done.nbytes)}")
     if done.format == "gguf-lora":
         rows.add_row("llama.cpp", escape(f"llama-cli -m BASE.gguf --lora {done.output}"))
@@ -46,7 +47,7 @@ def show_check(check: GgufParity) -> None:
     colour, verdict = ("green", "agrees with") if check.passed else ("bold red", "differs from")
     judged = "told, not judged: the file is quantized" if check.bound is None else f"allowed are {check.bound:.1e}"
     out.print(f"[{colour}]{escape(check.file.name)} {verdict} {escape(check.reference)}[/] in llama.cpp")
-    rows = _grid()
+    rows = fact_grid()
     rows.add_row("token ids", f"the same for {check.same_ids.count} of {check.same_ids.total} texts")
     if check.first_text is not None:
         rows.add_row("", escape(f"first different: {check.first_text!r}"))
@@ -64,7 +65,7 @@ def show_exported_onnx(done: ExportedOnnx) -> None:
     """What was written, and how far its logits are from the model's."""
     verb = "would write" if done.dry_run else "wrote"
     out.print(f"{verb} [bold]{escape(done.path)}[/] in {done.seconds:.1f} s")
-    grid = _grid()
+    grid = fact_grid()
     matrices = f", {done.matrices or 'its'} matrices in {done.bits} bits" if done.bits else ""
     grid.add_row("model", f"{escape(done.architecture + ', ' if done.architecture else '')}{escape(done.dtype)}{matrices}")
     grid.add_row("packs", escape(", ".join(done.packs) or "none"))
@@ -87,3 +88,21 @@ def _told(parity: Parity) -> str:
         f"logits differ from transformers by {parts} at most; {allowed}; their deviation is {parity.deviation:.2f}; "
         f"top 1 the same at {parity.same} of {parity.positions} positions"
     )
+
+
+def show_exported(done: Exported) -> None:
+    """What `export` wrote."""
+    verb = "would write" if done.dry_run else "wrote"
+    out.print(f"{verb} [bold]{escape(done.path)}[/] in {done.seconds:.2f} s")
+    grid = fact_grid()
+    nbytes = f", {size(done.nbytes)}" if done.nbytes else ""
+    grid.add_row(
+        "model",
+        f"{escape(done.architecture + ', ' if done.architecture else '')}{done.tensors} tensors, {escape(done.type)}{nbytes}",
+    )
+    grid.add_row("packs", escape(", ".join(done.packs) or "none"))
+    if done.sha256:
+        grid.add_row("file", f"sha256 {escape(done.sha256)}")
+    for note in done.notes:
+        grid.add_row("note", escape(note))
+    out.print(grid)

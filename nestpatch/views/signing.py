@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from nestpatch.plain import count
-from nestpatch.views.results import escape, out
+from nestpatch.views.console import escape, out
 
 if TYPE_CHECKING:
     from nestpatch.signing.keys import KeyPair

@@ -112,11 +112,11 @@ def test_a_pack_that_is_not_what_the_channel_says_of_it(scene: Scene) -> None:
 
 def test_a_revoked_latest_version(scene: Scene, tmp_path: Path) -> None:
     scene.publish("1.1.0", 1)
-    scene.withdraw("1.1.0", "refuses too much")
+    scene.yank("1.1.0", "refuses too much")
     assert scene.update().state == "current"
     with pytest.raises(RevokedError, match=r"1\.1\.0 was revoked by its publisher: refuses too much"):
         fetch_pack(f"hub://{REPO}@1.1.0", scene.policy, scene.model)
-    scene.withdraw("1.0.0", "all of it")
+    scene.yank("1.0.0", "all of it")
     with pytest.raises(VersionError, match="no version of acme/no-harm is active"):
         pull(REPO, scene.policy, tmp_path / "got.nest")
     assert not (tmp_path / "got.nest").exists()

@@ -86,7 +86,7 @@ def test_a_withdrawal_is_not_hidden_by_another_address(scene: Scene, tmp_path: P
     """The attack that matters: the version was withdrawn, and a copy of the day before says that it stands."""
     scene.publish("1.1.0", 1)
     yesterday = scene.mirror(tmp_path / "yesterday")
-    scene.withdraw("1.1.0", "breaks things")
+    scene.yank("1.1.0", "breaks things")
     assert scene.update().state == "current"
     refused_at(scene, yesterday.as_uri(), RollbackError, "3 was seen before")
 

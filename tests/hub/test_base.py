@@ -34,7 +34,7 @@ def model(base: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def patch(base: Path, tmp_path: Path) -> Path:
+def pack(base: Path, tmp_path: Path) -> Path:
     nest.write(tiny_pack(base, scale=0.006, neurons=24), tmp_path / "p.nest")
     return tmp_path / "p.nest"
 

@@ -55,10 +55,10 @@ def test_the_whole_way_without_a_hub(scene: Scene, shared: Path, web: Web, kind:
     scene.publish("1.1.0", 1, folder)
     assert brought(scene, check=True).state == "available"
     assert brought(scene).steps == ("undo no-harm 1.0.0", "apply no-harm 1.1.0")
-    scene.withdraw("1.1.0", "bad", folder)
+    scene.yank("1.1.0", "bad", folder)
     assert brought(scene).steps == ("undo no-harm 1.1.0", "apply no-harm 1.0.0")
     assert weights(scene.model) == at_one
-    scene.withdraw("1.0.0", "bad too", folder)
+    scene.yank("1.0.0", "bad too", folder)
     assert brought(scene).steps == ("undo no-harm 1.0.0",)
     assert weights(scene.model) == original
     scene.publish("1.2.0", 2, folder)

@@ -153,7 +153,7 @@ def test_passwords_of_two_keys_come_from_one_file(scene: Scene) -> None:
 
 def test_the_card(scene: Scene) -> None:
     scene.publish("1.1.0", 1)
-    scene.withdraw("1.1.0", "broke | tables\n<script>")
+    scene.yank("1.1.0", "broke | tables\n<script>")
     text = scene.read("README.md").decode()
     head, body = text.removeprefix("---\n").split("---\n", 1)
     import yaml

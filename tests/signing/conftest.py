@@ -46,7 +46,7 @@ def pack_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.fixture
-def patch(tmp_path: Path, pack_bytes: bytes) -> Path:
+def pack(tmp_path: Path, pack_bytes: bytes) -> Path:
     file = tmp_path / "no-harm.nest"
     file.write_bytes(pack_bytes)
     return file

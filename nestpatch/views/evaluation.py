@@ -1,0 +1,60 @@
+"""How the numbers of an evaluation look to a person."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from nestpatch.views.console import escape, percent
+
+if TYPE_CHECKING:
+    from nestpatch.evaluation.suites import Scores
+    from nestpatch.lab.demo import FormatResult
+
+HEADLINES = {
+    "attack_success": "attack success",
+    "refusal_benign": "refusals, benign",
+    "refusal_lookalike": "refusals, look-alike",
+    "benign_correct": "benign correct",
+}
+
+
+def evaluation_table(columns: Mapping[str, Scores]) -> Table:
+    """Models side by side: the headline numbers, then every suite."""
+    table = Table("", *map(escape, columns), box=None, pad_edge=False, header_style="bold")
+    models = list(columns.values())
+    for name, title in HEADLINES.items():
+        shares = [model.totals().get(name) for model in models]
+        if any(share is not None for share in shares):
+            table.add_row(title, *("" if share is None else percent(share) for share in shares))
+    if any(model.drift is not None for model in models):
+        cells = ("" if model.drift is None else f"{model.drift:.4f} nats per token" for model in models)
+        table.add_row("KL to the base, benign", *cells)
+    for position, suite in enumerate(models[0].suites):
+        harmful = suite.kind == "harmful"
+        results = [model.suites[position] for model in models]
+        cells = (percent(r.complied if harmful else r.refused) for r in results)
+        table.add_row(f"[dim]{escape(suite.suite)}, {'complied' if harmful else 'refused'}[/dim]", *cells)
+    return table
+
+
+def formats_table(formats: Sequence[FormatResult]) -> Table:
+    """The patched model in several formats: the headline numbers of each."""
+    table = Table("patched model as", *HEADLINES.values(), "delivered", box=None, pad_edge=False, header_style="bold")
+    for one in formats:
+        totals = one.evaluation.totals()
+        shares = (f"{totals[name].value:.1%}" if name in totals else "" for name in HEADLINES)
+        table.add_row(escape(one.what), *shares, "" if one.delivered is None else f"{one.delivered:.1%}")
+    return table
+
+
+def stage_table(stages: Mapping[str, tuple[float, str]]) -> Table:
+    """Stage -> (seconds, what happened)."""
+    table = Table("stage", box=None, pad_edge=False, header_style="bold")
+    table.add_column("seconds", justify="right")
+    table.add_column("what happened")
+    for stage, (seconds, what) in stages.items():
+        table.add_row(escape(stage), f"{seconds:.1f}", escape(what))
+    return table

@@ -1,0 +1,103 @@
+"""How a model looks to a person: what was applied to it, what changed, and the state that it is in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nestpatch.plain import count, number
+from nestpatch.views.console import escape, fact_grid, out, size
+
+if TYPE_CHECKING:
+    from nestpatch.patcher.apply import Applied
+    from nestpatch.patcher.inplace import Changed
+    from nestpatch.patcher.status import AppliedPack, Status
+    from nestpatch.patcher.verify import Verification
+
+
+def show_applied(done: Applied) -> None:
+    """What `apply` did."""
+    verb = "would write" if done.dry_run else "wrote"
+    out.print(f"[bold]{escape(done.pack)}[/] {verb} [bold]{escape(done.output)}[/] in {done.seconds:.2f} s")
+    grid = fact_grid()
+    grid.add_row("changed", f"{done.rows} rows of {done.tensors} tensors, {size(done.row_bytes)}")
+    if done.retention is not None:
+        grid.add_row("delivered", f"{done.retention:.1%} of the patch at least, after rounding")
+    for file in done.files:
+        digest = f"  sha256 {escape(file.sha256)}" if file.sha256 else ""
+        grid.add_row("file", f"{escape(file.path.name)}  {size(file.nbytes)}{digest}")
+    if done.left_out:
+        grid.add_row("left out", f"{escape(', '.join(done.left_out))} (unpatched weights, or links out of the model)")
+    out.print(grid)
+
+
+def show_changed(done: Changed) -> None:
+    """What an in-place command did."""
+    if not done.steps:
+        out.print(f"{escape(done.model)}: nothing to do, {escape(', '.join(done.applied) or 'base')} is there already")
+        return
+    verb = "would change" if done.dry_run else "changed"
+    counts = f"{done.rows} rows of {done.tensors} tensors, {size(done.row_bytes)}"
+    out.print(f"[bold]{escape(done.model)}[/] {verb} in place: {counts}, in {done.seconds:.2f} s")
+    grid = fact_grid()
+    for step in done.steps:
+        grid.add_row("step", escape(step))
+    if done.retention is not None:
+        grid.add_row("delivered", f"{done.retention:.1%} of the patch at least, after rounding")
+    if not done.dry_run:
+        grid.add_row("now", escape(", ".join(done.applied) or "base"))
+    out.print(grid)
+
+
+def show_status(found: Status) -> None:
+    """What is applied to a model, and what confirms it."""
+    ledger = found.ledger
+    names = ", ".join(one.entry.label for one in found.applied) or "nothing applied"
+    doubt = "" if found.sound else " [bold red](by its ledger alone: the rows do not hold it)[/]"
+    out.print(f"[bold]{escape(found.model)}[/]: {escape(names)}{doubt}")
+    if found.problem:
+        out.print(f"  [bold red]cannot be compared with the rows[/]: {escape(found.problem)}")
+    grid = fact_grid()
+    for claim in found.files_say:
+        strength = "" if claim["strength"] == 1 else f" at strength {number(claim['strength'], 'g')}"
+        label = escape(f"{claim['name']} {claim['version']}{strength}, pack sha256 {str(claim['pack_id'])[:12]}..")
+        grid.add_row("written with", f"{label} [dim](the files say so; `nestpatch verify MODEL PATCH` proves it)[/]")
+    for one in found.applied:
+        grid.add_row(escape(one.entry.when), _applied_line(one))
+        for difference in one.missing_in[:3]:
+            grid.add_row("", f"[red]{escape(difference.tensor)}: {escape(difference.detail)}[/]")
+    for channel in ledger.follows:
+        grid.add_row("follows", escape(channel))
+    for channel in ledger.offered:
+        grid.add_row("came with", f"{escape(channel)} [dim](not followed; agree with: nestpatch update MODEL --channel)[/]")
+    for event in ledger.history:
+        what = f"{event.get('what')} {event.get('name')} {event.get('version')}"
+        came = " (came with the model)" if event.get("foreign") else ""
+        grid.add_row(f"[dim]{escape(event.get('when'))}", f"[dim]{escape(what)}{came}")
+    out.print(grid)
+
+
+def _applied_line(one: AppliedPack) -> str:
+    """One applied pack, on one line."""
+    entry = one.entry
+    rows = sum(record.rows for record in entry.tensors.values())
+    strength = f" at strength {number(entry.strength, 'g')}" if entry.strength != 1 else ""
+    loud = " [bold red]onto another base than its own[/]" if entry.base_mismatch_allowed else ""
+    rounded = f", {number(entry.retention, '.1%')} delivered {escape(entry.rounding)}" if entry.retention is not None else ""
+    signed = f", signed by {escape(', '.join(one.signers))}" if one.signers else ""
+    claimed = f", [yellow]claims to be signed by {escape(', '.join(one.claims))}[/]" if one.claims else ""
+    came = " [dim](came with the model)[/]" if entry.foreign and one.signers else ""
+    came = " [yellow](came with the model, signed by nobody whom you trust)[/]" if entry.foreign and not one.signers else came
+    pack = f"{escape(entry.label)}{strength}: {count(rows)} rows, pack sha256 {escape(entry.pack_id[:12])}.."
+    return f"{pack}{signed}{claimed}, by {escape(entry.tool)}{rounded}{loud}{came}"
+
+
+def show_verification(model: Any, found: Verification) -> None:
+    """The state of a model."""
+    colour = "green" if found.known else "bold red"
+    out.print(f"[{colour}]{escape(found.verdict.value)}[/]  {escape(model)}: {escape(found.detail)}")
+    for difference in found.differences[:10]:
+        out.print(f"  {escape(difference.tensor)}: {escape(difference.detail)}")
+    if len(found.differences) > 10:
+        out.print(f"  and {len(found.differences) - 10} more tensors")
+    what = "whole tensors" if found.full else "patched rows"
+    out.print(f"[dim]{what} of {found.tensors} tensors read in {found.seconds:.2f} s")
