@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from nestpatch.formats import nest
-from nestpatch.signing import keys, store
+from nestpatch.signing import _store as store
+from nestpatch.signing import keys
 from nestpatch.signing.keys import PrivateKey
 from nestpatch.signing.trust import Policy, TrustedKey
 from tests.helpers import tiny_checkpoint, tiny_pack
