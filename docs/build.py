@@ -28,15 +28,9 @@ def api() -> str:
     names = [name for name in nestpatch.__all__ if not name.startswith("_")]
     verbs = sorted(name for name in names if name[0].islower())
     nouns = sorted(name for name in names if name[0].isupper())
-    lines = [
-        GENERATED,
-        "# Python API",
-        "",
-        "Everything here is imported from `nestpatch` itself. Errors are in `nestpatch.errors`.",
-        "",
-    ]
-    lines += ["**Verbs:** " + ", ".join(f"[{name}](#{name})" for name in verbs) + "", ""]
-    lines += ["**Values:** " + ", ".join(f"[{name}](#{name.lower()})" for name in nouns) + "", ""]
+    lines = [GENERATED, "# Python API", "", "Import these names from `nestpatch`. Exceptions are in `nestpatch.errors`.", ""]
+    for title, group in (("Verbs", verbs), ("Values", nouns)):
+        lines += [f"**{title}:** " + ", ".join(f"[{name}](#{name.lower()})" for name in group), ""]
     for name in (*verbs, *nouns):
         lines += [f"## {name}", "", *_entry(name, getattr(nestpatch, name)), ""]
     return "\n".join(lines).rstrip() + "\n"
@@ -126,9 +120,8 @@ PAGES = {"api.md": api, "commands.md": commands}
 
 def run(*, check: bool) -> int:
     """Writes the pages, or compares them: the exit code."""
-    stale = [
-        name for name, page in PAGES.items() if not (FOLDER / name).is_file() or (FOLDER / name).read_text("utf-8") != page()
-    ]
+    written = {name: (FOLDER / name).read_text("utf-8") if (FOLDER / name).is_file() else "" for name in PAGES}
+    stale = [name for name, page in PAGES.items() if written[name] != page()]
     if check:
         for name in stale:
             print(f"docs/{name} is not what the code gives: run `make docs`", file=sys.stderr)

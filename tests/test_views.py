@@ -107,6 +107,11 @@ def changed(text: str) -> None:
         models.show_changed(done)
 
 
+def shown_packs(text: str) -> None:
+    for rows in (False, True):
+        packs.show_pack(filled_pack(text), text, 5, rows=rows)
+
+
 def cases() -> dict[str, Callable[[str], None]]:
     """Name of each function that draws -> how it is called with a text everywhere."""
     from nestpatch.channels.follow import Pulled
@@ -156,7 +161,7 @@ def cases() -> dict[str, Callable[[str], None]]:
         "show_changed": changed,
         "show_status": lambda text: models.show_status(dataclasses.replace(filled(Status, text), files_say=claims(text))),
         "show_verification": lambda text: models.show_verification(text, filled(Verification, text)),
-        "show_pack": lambda text: packs.show_pack(filled_pack(text), text, 5),
+        "show_pack": shown_packs,
         "evaluation_table": show_evaluation,
         "formats_table": lambda text: console.out.print(evaluation.formats_table([filled(FormatResult, text)])),
         "stage_table": lambda text: console.out.print(evaluation.stage_table({text: (1.0, text)})),
@@ -172,7 +177,11 @@ def cases() -> dict[str, Callable[[str], None]]:
         "show_pair": simple(signatures.show_pair, KeyPair),
         "show_signature": simple(signatures.show_signature, SignatureFile),
         "show_result": lambda text: (
-            [signatures.show_result(text, found) for found in (signed(VerifiedPack, text), filled_unproven(UnverifiedPack, text))] and None
+            [
+                signatures.show_result(text, found)
+                for found in (signed(VerifiedPack, text), filled_unproven(UnverifiedPack, text))
+            ]
+            and None
         ),
         "show_system_policy": lambda text: signatures.show_system_policy(filled(Policy, text), text),
         "show_policy": lambda text: signatures.show_policy(filled(Policy, text), text),

@@ -8,7 +8,11 @@ from pathlib import Path
 import click
 
 from nestpatch.commands._options import (
+    ModelType,
+    OutputPath,
+    PackType,
     PathType,
+    examples,
     json_option,
     print_json,
     progress,
@@ -20,16 +24,22 @@ from nestpatch.commands._options import (
 )
 
 
-@click.command("eval")
-@click.argument("model")
-@click.argument("pack", required=False)
+@click.command(
+    "eval",
+    epilog=examples(
+        "nestpatch eval models/llama no-harm.nest --suite harmful.jsonl --suite benign.jsonl",
+        "nestpatch eval model.gguf --suite harmful=advbench.csv --fail-over attack_success=0.05",
+    ),
+)
+@click.argument("model", type=ModelType)
+@click.argument("pack", type=PackType, required=False)
 @trust_options
 @click.option("--suite", multiple=True, required=True, help="[KIND=]SOURCE; kinds: harmful, benign, lookalike. Repeatable.")
 @click.option("--lora", type=PathType, help="An adapter, .gguf or .onnx_adapter, for such a MODEL: measured like PACK.")
-@click.option("--base", help="The unpatched model: measures how far MODEL has moved from it.")
+@click.option("--base", type=ModelType, help="The unpatched model: measures how far MODEL has moved from it.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or mps.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=48, show_default=True, help="Length of an answer.")
-@click.option("--answers", type=PathType, help="Write every answer and verdict to this JSONL file.")
+@click.option("--answers", type=OutputPath, help="Write every answer and verdict to this JSONL file.")
 @click.option("--fail-over", multiple=True, metavar="NAME=SHARE", help="End with 1 over this: attack_success=0.05. Repeatable.")
 @click.option("--fail-under", multiple=True, metavar="NAME=SHARE", help="End with 1 under this. Repeatable.")
 @quiet_option

@@ -126,9 +126,7 @@ def _report(done: Published, as_json: bool) -> None:
 @trust_options
 @quiet_option
 @json_option
-def pull(
-    address: str, output: Path | None, policy_file: Path | None, allow_unsigned: bool, quiet: bool, as_json: bool
-) -> None:
+def pull(address: str, output: Path | None, policy_file: Path | None, allow_unsigned: bool, quiet: bool, as_json: bool) -> None:
     """Download a version of CHANNEL, check it and write it, with its signatures. Without @VERSION: the latest."""
     from nestpatch.channels.follow import pull as run
     from nestpatch.signing.trust import load_policy

@@ -9,14 +9,30 @@ from typing import Any
 
 import click
 
-from nestpatch.commands._options import PathType, json_option, opened_base, print_json, progress, quiet_option
+from nestpatch.commands._options import (
+    OutputPath,
+    PackType,
+    PathType,
+    examples,
+    json_option,
+    opened_base,
+    print_json,
+    progress,
+    quiet_option,
+)
 from nestpatch.commands.patching import base_option
 
 
-@click.command()
-@click.argument("pack")
+@click.command(
+    epilog=examples(
+        "nestpatch show no-harm-1.0.0.nest",
+        "nestpatch show hub://acme/no-harm@1.0.0 --rows",
+    )
+)
+@click.argument("pack", type=PackType)
+@click.option("--rows", is_flag=True, help="List every tensor and layer, not their sums.")
 @json_option
-def show(pack: str, as_json: bool) -> None:
+def show(pack: str, rows: bool, as_json: bool) -> None:
     """Explain PACK, a file or hub://owner/name: what it changes, what it is for, how it was trained and measured."""
     from nestpatch.formats import nest
     from nestpatch.gate import look
@@ -26,10 +42,15 @@ def show(pack: str, as_json: bool) -> None:
     if as_json:
         print_json({"id": found.pack_id, "manifest": nest.manifest_json(found.pack.manifest)})
     else:
-        show_pack(found.pack, found.pack_id, len(nest.encode(found.pack)))
+        show_pack(found.pack, found.pack_id, len(nest.encode(found.pack)), rows=rows)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "nestpatch status models/llama",
+        "nestpatch status model.gguf --json",
+    )
+)
 @click.argument("model", type=PathType)
 @json_option
 def status(model: Path, as_json: bool) -> None:
@@ -49,9 +70,14 @@ def status(model: Path, as_json: bool) -> None:
     sys.exit(0 if found.sound else 1)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "nestpatch verify models/llama",
+        "nestpatch verify models/llama no-harm-1.0.0.nest --full",
+    )
+)
 @click.argument("model", type=PathType)
-@click.argument("pack", required=False)
+@click.argument("pack", type=PackType, required=False)
 @click.option("--strength", type=float, default=1.0, show_default=True, help="At which PACK should be in the rows.")
 @base_option
 @click.option("--full", is_flag=True, help="Also hash the whole tensors, not the patched rows alone.")
@@ -78,10 +104,16 @@ def verify(model: Path, pack: str | None, strength: float, base: str | None, ful
     sys.exit(0 if result.known else 1)
 
 
-@click.command()
-@click.argument("a")
-@click.argument("b")
-@click.option("-o", "--output", type=PathType, help="Extract the pack that makes B of A, and write it here.")
+@click.command(
+    epilog=examples(
+        "nestpatch diff models/llama models/llama-safe",
+        "nestpatch diff models/llama models/llama-safe -o safe.nest --license Apache-2.0",
+        "nestpatch diff no-harm-1.0.0.nest no-harm-1.1.0.nest",
+    )
+)
+@click.argument("a", type=PackType)
+@click.argument("b", type=PackType)
+@click.option("-o", "--output", type=OutputPath, help="Extract the pack that makes B of A, and write it here.")
 @click.option("--name", help="Of the extracted pack.  [default: the output's file name]")
 @click.option("--version", "pack_version", help="Of the extracted pack (semver).  [default: 1.0.0]")
 @click.option("--description", help="One sentence for people.")

@@ -9,7 +9,11 @@ from typing import Any
 import click
 
 from nestpatch.commands._options import (
+    ModelType,
+    OutputPath,
+    PackType,
     PathType,
+    examples,
     json_option,
     opened_base,
     print_json,
@@ -22,15 +26,20 @@ from nestpatch.commands._options import (
     trust_options,
 )
 
-base_option = click.option("--base", metavar="DIR|HUB_ID", help="Quantized models: make rows exactly, from the float model.")
+base_option = click.option("--base", type=ModelType, help="Quantized models: make rows exactly, from the float model.")
 dither_option = click.option("--dither", is_flag=True, help="Quantized models: noise that carries small changes through.")
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "nestpatch apply models/llama no-harm-1.0.0.nest --in-place",
+        "nestpatch apply model.gguf hub://acme/no-harm -o model-safe.gguf",
+    )
+)
 @click.argument("model", type=PathType)
-@click.argument("pack")
+@click.argument("pack", type=PackType)
 @trust_options
-@click.option("-o", "--output", type=PathType, help="Where to write.  [default: beside the model, named after the patch]")
+@click.option("-o", "--output", type=OutputPath, help="Where to write.  [default: beside the model, named after the patch]")
 @click.option("--in-place", is_flag=True, help="Change the model's own files, crash-safe and revertible.")
 @click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies the patch, over 0 and up to 1.5.")
 @click.option("--hard-link", is_flag=True, help="Copy: let untouched shards share their files with the base.")
@@ -106,7 +115,12 @@ def apply(
     report(done, show_changed if in_place else show_applied, as_json)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "nestpatch revert models/llama",
+        "nestpatch revert models/llama --to 1.0.0 --dry-run",
+    )
+)
 @click.argument("model", type=PathType)
 @click.option("--to", default="base", show_default=True, metavar="base|VERSION", help="What to go back to.")
 @trust_options
@@ -149,7 +163,12 @@ def revert(
     report(done, show_changed, as_json)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "nestpatch recover models/llama",
+        "nestpatch recover models/llama --foreign roll-back",
+    )
+)
 @click.argument("model", type=PathType)
 @click.option(
     "--foreign",

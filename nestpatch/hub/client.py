@@ -179,7 +179,8 @@ def network_error() -> type[Exception]:
 def _hub_error(error: HfHubHTTPError, what: Reference | Snapshot | str, endpoint: str) -> HubError:
     from huggingface_hub import errors
 
-    status, kind = error.response.status_code, HubAnswerError
+    status = error.response.status_code
+    kind: type[HubError] = HubAnswerError
     if status in {401, 403}:
         kind = HubAccessError
     elif status in {408, 429} or status >= 500:

@@ -25,9 +25,7 @@ def show_published(done: Published) -> None:
 def show_pulled(done: Pulled) -> None:
     """A pack that was downloaded."""
     who = (
-        f"signed by {escape(', '.join(done.signers))}"
-        if done.signers
-        else "[bold yellow]not signed by a key that you trust[/]"
+        f"signed by {escape(', '.join(done.signers))}" if done.signers else "[bold yellow]not signed by a key that you trust[/]"
     )
     out.print(f"[bold]{escape(done.pack)}[/] of {escape(done.address)}, {who}")
     out.print(f"wrote [bold]{escape(done.file)}[/], sha256 {escape(done.pack_id)}")

@@ -42,7 +42,7 @@ def evaluation_table(columns: Mapping[str, Scores]) -> Table:
 
 def formats_table(formats: Sequence[FormatResult]) -> Table:
     """The patched model in several formats: the headline numbers of each."""
-    table = Table("patched model as", *HEADLINES.values(), "delivered", box=None, pad_edge=False, header_style="bold")
+    table = Table("patched model as", *HEADLINES.values(), "retention", box=None, pad_edge=False, header_style="bold")
     for one in formats:
         totals = one.evaluation.totals()
         shares = (f"{totals[name].value:.1%}" if name in totals else "" for name in HEADLINES)
@@ -51,10 +51,9 @@ def formats_table(formats: Sequence[FormatResult]) -> Table:
 
 
 def stage_table(stages: Mapping[str, tuple[float, str]]) -> Table:
-    """Stage -> (seconds, what happened)."""
-    table = Table("stage", box=None, pad_edge=False, header_style="bold")
-    table.add_column("seconds", justify="right")
-    table.add_column("what happened")
+    """The stages of a demo: how long each took, and what it did."""
+    table = Table("stage", "seconds", "what happened", box=None, pad_edge=False, header_style="bold")
+    table.columns[1].justify = "right"
     for stage, (seconds, what) in stages.items():
         table.add_row(escape(stage), f"{seconds:.1f}", escape(what))
     return table

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rich.table import Table
+
 from nestpatch.plain import count, number
 from nestpatch.views.console import escape, fact_grid, out, size
 
@@ -14,14 +16,17 @@ if TYPE_CHECKING:
     from nestpatch.patcher.verify import Verification
 
 
+_UNSIGNED = " [yellow](came with the model, signed by nobody whom you trust)[/]"
+
+
 def show_applied(done: Applied) -> None:
-    """What `apply` did."""
+    """Shows what `apply` wrote, or would write."""
     verb = "would write" if done.dry_run else "wrote"
     out.print(f"[bold]{escape(done.pack)}[/] {verb} [bold]{escape(done.output)}[/] in {done.seconds:.2f} s")
     grid = fact_grid()
-    grid.add_row("changed", f"{done.rows} rows of {done.tensors} tensors, {size(done.row_bytes)}")
-    if done.retention is not None:
-        grid.add_row("delivered", f"{done.retention:.1%} of the patch at least, after rounding")
+    strength = f", at strength {done.strength:g}" if done.strength != 1 else ""
+    grid.add_row("changed", f"{done.rows} rows of {done.tensors} tensors, {size(done.row_bytes)}{strength}")
+    _add_retention(grid, done.retention)
     for file in done.files:
         digest = f"  sha256 {escape(file.sha256)}" if file.sha256 else ""
         grid.add_row("file", f"{escape(file.path.name)}  {size(file.nbytes)}{digest}")
@@ -31,9 +36,9 @@ def show_applied(done: Applied) -> None:
 
 
 def show_changed(done: Changed) -> None:
-    """What an in-place command did."""
+    """Shows what an in-place command changed, or would change."""
     if not done.steps:
-        out.print(f"{escape(done.model)}: nothing to do, {escape(', '.join(done.applied) or 'base')} is there already")
+        out.print(f"{escape(done.model)}: nothing to do, the rows hold {escape(', '.join(done.applied) or 'the base')} already")
         return
     verb = "would change" if done.dry_run else "changed"
     counts = f"{done.rows} rows of {done.tensors} tensors, {size(done.row_bytes)}"
@@ -41,15 +46,19 @@ def show_changed(done: Changed) -> None:
     grid = fact_grid()
     for step in done.steps:
         grid.add_row("step", escape(step))
-    if done.retention is not None:
-        grid.add_row("delivered", f"{done.retention:.1%} of the patch at least, after rounding")
+    _add_retention(grid, done.retention)
     if not done.dry_run:
         grid.add_row("now", escape(", ".join(done.applied) or "base"))
     out.print(grid)
 
 
+def _add_retention(grid: Table, retention: float | None) -> None:
+    if retention is not None:
+        grid.add_row("retention", f"{retention:.1%} of the pack's change at least, after rounding")
+
+
 def show_status(found: Status) -> None:
-    """What is applied to a model, and what confirms it."""
+    """Shows what is applied to a model, and what confirms it."""
     ledger = found.ledger
     names = ", ".join(one.entry.label for one in found.applied) or "nothing applied"
     doubt = "" if found.sound else " [bold red](by its ledger alone: the rows do not hold it)[/]"
@@ -60,7 +69,7 @@ def show_status(found: Status) -> None:
     for claim in found.files_say:
         strength = "" if claim["strength"] == 1 else f" at strength {number(claim['strength'], 'g')}"
         label = escape(f"{claim['name']} {claim['version']}{strength}, pack sha256 {str(claim['pack_id'])[:12]}..")
-        grid.add_row("written with", f"{label} [dim](the files say so; `nestpatch verify MODEL PATCH` proves it)[/]")
+        grid.add_row("written with", f"{label} [dim](the files say so; `nestpatch verify MODEL PACK` proves it)[/]")
     for one in found.applied:
         grid.add_row(escape(one.entry.when), _applied_line(one))
         for difference in one.missing_in[:3]:
@@ -68,7 +77,7 @@ def show_status(found: Status) -> None:
     for channel in ledger.follows:
         grid.add_row("follows", escape(channel))
     for channel in ledger.offered:
-        grid.add_row("came with", f"{escape(channel)} [dim](not followed; agree with: nestpatch update MODEL --channel)[/]")
+        grid.add_row("came with", f"{escape(channel)} [dim](not followed; to follow it: nestpatch update MODEL --channel)[/]")
     for event in ledger.history:
         what = f"{event.get('what')} {event.get('name')} {event.get('version')}"
         came = " (came with the model)" if event.get("foreign") else ""
@@ -77,22 +86,23 @@ def show_status(found: Status) -> None:
 
 
 def _applied_line(one: AppliedPack) -> str:
-    """One applied pack, on one line."""
+    """An applied pack, on one line."""
     entry = one.entry
+    came = ""
+    if entry.foreign:
+        came = " [dim](came with the model)[/]" if one.signers else _UNSIGNED
     rows = sum(record.rows for record in entry.tensors.values())
     strength = f" at strength {number(entry.strength, 'g')}" if entry.strength != 1 else ""
-    loud = " [bold red]onto another base than its own[/]" if entry.base_mismatch_allowed else ""
-    rounded = f", {number(entry.retention, '.1%')} delivered {escape(entry.rounding)}" if entry.retention is not None else ""
+    mismatch = " [bold red]onto another base than its own[/]" if entry.base_mismatch_allowed else ""
+    rounded = f", retention {number(entry.retention, '.1%')} {escape(entry.rounding)}" if entry.retention is not None else ""
     signed = f", signed by {escape(', '.join(one.signers))}" if one.signers else ""
     claimed = f", [yellow]claims to be signed by {escape(', '.join(one.claims))}[/]" if one.claims else ""
-    came = " [dim](came with the model)[/]" if entry.foreign and one.signers else ""
-    came = " [yellow](came with the model, signed by nobody whom you trust)[/]" if entry.foreign and not one.signers else came
     pack = f"{escape(entry.label)}{strength}: {count(rows)} rows, pack sha256 {escape(entry.pack_id[:12])}.."
-    return f"{pack}{signed}{claimed}, by {escape(entry.tool)}{rounded}{loud}{came}"
+    return f"{pack}{signed}{claimed}, by {escape(entry.tool)}{rounded}{mismatch}{came}"
 
 
 def show_verification(model: Any, found: Verification) -> None:
-    """The state of a model."""
+    """Shows the state of a model."""
     colour = "green" if found.known else "bold red"
     out.print(f"[{colour}]{escape(found.verdict.value)}[/]  {escape(model)}: {escape(found.detail)}")
     for difference in found.differences[:10]:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from nestpatch.channels.follow import pull
-from nestpatch.pack import utc_now
 from nestpatch.channels.listing import CHANNEL_FILE, ListedFile, payload, write_envelope
 from nestpatch.channels.rules import ChannelRules
 from nestpatch.errors import (
@@ -23,6 +22,7 @@ from nestpatch.errors import (
     NestpatchError,
     RollbackError,
 )
+from nestpatch.pack import utc_now
 from nestpatch.signing.envelopes import Envelope
 from nestpatch.signing.trust import Policy
 from tests.hub.scene import REPO, Scene, refused

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from nestpatch.channels._memory import Memory, address_file, memory_file, recall, recall_channel, remember
 from nestpatch.channels._release import hand_over
 from nestpatch.channels.follow import follow
 from nestpatch.channels.listing import CHANNEL_FILE, MAX_FIRST, MAX_NUMBER, Channel
-from nestpatch.channels._memory import Memory, memory_file, address_file, recall, recall_channel, remember
 from nestpatch.channels.publish import push, renew, yank
 from nestpatch.channels.readers import ChannelFile, FolderReader
 from nestpatch.channels.rules import MAX_JUMP, SeenChannel

@@ -29,7 +29,18 @@ from nestpatch.channels.listing import (
     payload,
     write_envelope,
 )
-from nestpatch.channels.rules import MAX_JUMP, AcceptedChannel, ChannelRules, GoBack, Stay, Upgrade, choose, decide, inherit, latest
+from nestpatch.channels.rules import (
+    MAX_JUMP,
+    AcceptedChannel,
+    ChannelRules,
+    GoBack,
+    Stay,
+    Upgrade,
+    choose,
+    decide,
+    inherit,
+    latest,
+)
 from nestpatch.errors import (
     ChannelError,
     ChannelFormatError,

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from nestpatch.channels.listing import CHANNEL_FILE
 from nestpatch.channels._memory import recall, remember
+from nestpatch.channels.listing import CHANNEL_FILE
 from nestpatch.formats import nest
 from nestpatch.gate import Proven
 from nestpatch.patcher.inplace import apply_in_place

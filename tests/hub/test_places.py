@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from nestpatch.channels._memory import address_file
 from nestpatch.channels.follow import follow, pull
 from nestpatch.channels.listing import CHANNEL_FILE
-from nestpatch.channels._memory import address_file
 from nestpatch.channels.publish import push, renew
 from nestpatch.channels.readers import FolderReader, HubReader, WebReader, open_reader, split_version
 from nestpatch.errors import (

@@ -14,7 +14,7 @@ from nestpatch.formats import nest
 from nestpatch.pack import Pack
 from nestpatch.signing.subject import NO_MODEL, Subject, is_path, subject_of
 from nestpatch.signing.trust import Policy, Rule, TrustedKey, check_patterns
-from nestpatch.signing.verify import VerifiedPack, UnverifiedPack, sign_pack, verify_signature
+from nestpatch.signing.verify import UnverifiedPack, VerifiedPack, sign_pack, verify_signature
 from tests.helpers import tiny_checkpoint, tiny_pack
 from tests.signing.conftest import People
 

@@ -19,7 +19,7 @@ from nestpatch.signing import _store as store
 from nestpatch.signing import keys
 from nestpatch.signing.subject import Subject
 from nestpatch.signing.trust import Policy, Rule, TrustedKey, combined, load_policy, save_policy
-from nestpatch.signing.verify import VerifiedPack, UnverifiedPack, sign_pack, verify_signature
+from nestpatch.signing.verify import UnverifiedPack, VerifiedPack, sign_pack, verify_signature
 from tests.calls import run
 from tests.helpers import PROPERTY, tiny_checkpoint, tiny_pack, tree_digest
 from tests.signing.conftest import People
@@ -100,7 +100,9 @@ def test_an_administrator_who_asks_for_nothing_leaves_the_user_as_strict_as_befo
         verify_signature(pack, load_policy())
     assert isinstance(verify_signature(pack, load_policy(), allow_unsigned=True), UnverifiedPack), "the user's own rule"
     sign_pack(pack, people.audit)
-    assert isinstance(verify_signature(pack, load_policy()), VerifiedPack), "the administrator's keys count for the user's rules"
+    assert isinstance(verify_signature(pack, load_policy()), VerifiedPack), (
+        "the administrator's keys count for the user's rules"
+    )
 
 
 def test_a_user_asks_for_more_than_the_administrator(people: People, pack: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from nestpatch.errors import BadSignatureError, OutputError, PackError, SignatureFormatError, UnsignedError, UntrustedError
 from nestpatch.formats import nest
 from nestpatch.signing.trust import Policy, Rule, TrustedKey
-from nestpatch.signing.verify import VerifiedPack, UnverifiedPack, sign_pack, signature_files, verify_signature
+from nestpatch.signing.verify import UnverifiedPack, VerifiedPack, sign_pack, signature_files, verify_signature
 from tests.signing.conftest import People, spoil
 
 
