@@ -129,7 +129,7 @@ def cases() -> dict[str, Callable[[str], None]]:
     from nestpatch.patcher.verify import Verification
     from nestpatch.signing.keys import KeyPair
     from nestpatch.signing.trust import Policy
-    from nestpatch.signing.verify import Signature, Signed, Unproven
+    from nestpatch.signing.verify import SignatureFile, UnverifiedPack, VerifiedPack
 
     def simple(function: Callable[[Any], None], *classes: type) -> Callable[[str], None]:
         def draw(text: str) -> None:
@@ -173,9 +173,13 @@ def cases() -> dict[str, Callable[[str], None]]:
         "show_failed": simple(channels.show_failed, Updated),
         "show_exported_onnx": simple(exporting.show_exported_onnx, ExportedOnnx),
         "show_pair": simple(signatures.show_pair, KeyPair),
-        "show_signature": simple(signatures.show_signature, Signature),
-        "show_outcome": lambda text: (
-            [signatures.show_outcome(text, found) for found in (signed(Signed, text), filled_unproven(Unproven, text))] and None
+        "show_signature": simple(signatures.show_signature, SignatureFile),
+        "show_result": lambda text: (
+            [
+                signatures.show_result(text, found)
+                for found in (signed(VerifiedPack, text), filled_unproven(UnverifiedPack, text))
+            ]
+            and None
         ),
         "show_system_policy": lambda text: signatures.show_system_policy(filled(Policy, text), text),
         "show_policy": lambda text: signatures.show_policy(filled(Policy, text), text),

@@ -25,7 +25,7 @@ from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.reading import MAX_JSON, read_text
 from nestpatch.formats import nest
 from nestpatch.formats.checkpoint import Checkpoint, IntArray, row_blocks
-from nestpatch.pack import BaseIdentity, Label, Manifest, Pack, TensorDelta, TensorIdentity, now
+from nestpatch.pack import BaseIdentity, Label, Manifest, Pack, TensorDelta, TensorIdentity, creation_time
 from nestpatch.patcher.recovery import open_model
 from nestpatch.rows import DTYPES, FloatArray, Rows, digest, merge, sketch
 
@@ -314,7 +314,7 @@ def _manifest(
         version=label.version,
         description=label.description,
         license=label.license,
-        created=now(),
+        created=creation_time(),
         base=BaseIdentity(names[0], "", _architecture(base.path), dtype, identities),
         result=results,
         method=method,

@@ -20,7 +20,7 @@ from nestpatch.formats import nest
 from nestpatch.formats.checkpoint import Checkpoint, row_blocks
 from nestpatch.formats.provenance import PACKS, VERSION, packs_json
 from nestpatch.gate import Proven
-from nestpatch.pack import Pack, TensorDelta, now
+from nestpatch.pack import Pack, TensorDelta, creation_time
 from nestpatch.patcher.apply import apply, sweep_unfinished
 from nestpatch.patcher.chain import Action
 from nestpatch.patcher.held import look, missing
@@ -185,7 +185,7 @@ def _entry(proven: Proven, strength: float, tensors: dict[str, TensorRecord]) ->
         name=manifest.name,
         version=manifest.version,
         strength=strength,
-        when=now(),
+        when=creation_time(),
         tool=f"nestpatch {__version__}",
         transaction="",
         tensors=tensors,

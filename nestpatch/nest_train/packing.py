@@ -13,7 +13,7 @@ import torch
 from nestpatch.errors import CheckpointFormatError
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.nest_train.tune import ClusterDelta
-from nestpatch.pack import BaseIdentity, Label, Manifest, Pack, TensorDelta, TensorIdentity, now
+from nestpatch.pack import BaseIdentity, Label, Manifest, Pack, TensorDelta, TensorIdentity, creation_time
 from nestpatch.rows import DTYPES, digest, merge, sketch
 from nestpatch.runtimes.weights import disk_name, same_weights
 
@@ -64,7 +64,7 @@ def make_pack(
         version=label.version,
         description=label.description,
         license=label.license,
-        created=now(),
+        created=creation_time(),
         base=BaseIdentity(hints.model_id, hints.revision, hints.architecture, dtype, identities),
         result=results,
         tags=label.tags,

@@ -19,10 +19,10 @@ from nestpatch.formats import nest
 from nestpatch.pack import Pack
 from nestpatch.patcher.ledger import LedgerEntry
 from nestpatch.patcher.state_dir import StateDir
-from nestpatch.signing.dsse import MAX_BYTES
+from nestpatch.signing.envelopes import MAX_BYTES
 from nestpatch.signing.subject import Origin, subject_of
 from nestpatch.signing.trust import Policy
-from nestpatch.signing.verify import Outcome, Signed, judge_signatures, signature_files
+from nestpatch.signing.verify import SignatureResult, VerifiedPack, check_signatures, signature_files
 
 _AGAIN = "Apply the pack's file again: nestpatch apply MODEL PATCH --in-place puts the copy back."
 _SUFFIX = re.compile(r"(?:\.[0-9a-f]{12})?\.sig", re.ASCII)
@@ -90,7 +90,7 @@ def load_packs(state_dir: StateDir, entries: Sequence[LedgerEntry], known: Mappi
 
 def judge_kept(
     state_dir: StateDir, pack_id: str, policy: Policy, model: str | Path | None, *, allow_unsigned: bool = False
-) -> Outcome:
+) -> SignatureResult:
     """Judges the signatures that are kept with a pack, as those of a file; links are not followed, and pipes not waited for.
 
     Raises SignatureError, UndoError.
@@ -101,7 +101,7 @@ def judge_kept(
         raise UndoError(f"the kept copy {path} is missing or altered", advice=_AGAIN)
     signatures = {file.name: _signature(file) for file in signature_files(path)}
     try:
-        return judge_signatures(data, signatures, policy, subject_of(model), file=path.name, allow_unsigned=allow_unsigned)
+        return check_signatures(data, signatures, policy, subject_of(model), file=path.name, allow_unsigned=allow_unsigned)
     except PackError as error:
         raise UndoError(f"the kept copy {path} cannot be used: {error}") from error
 
@@ -120,4 +120,4 @@ def proven_signers(state_dir: StateDir, pack_id: str, policy: Policy, model: str
         outcome = judge_kept(state_dir, pack_id, policy, model, allow_unsigned=True)
     except (SignatureError, StateError):
         return {}
-    return {signer.name: signer.key_id for signer in outcome.signers} if isinstance(outcome, Signed) else {}
+    return {signer.name: signer.key_id for signer in outcome.signers} if isinstance(outcome, VerifiedPack) else {}
