@@ -17,7 +17,7 @@ from nestpatch.formats import nest
 from nestpatch.pack import Pack
 from nestpatch.signing.subject import EVERYTHING, Origin, subject_of
 from nestpatch.signing.trust import Policy, Rule, load_for_looking, load_policy
-from nestpatch.signing.verify import Outcome, Sound, Unproven, settle, signers_of, verify_file
+from nestpatch.signing.verify import SignatureResult, UnverifiedPack, ValidSignatures, apply_policy, signers_of, verify_file
 
 if TYPE_CHECKING:
     from nestpatch.channels.follow import Downloaded
@@ -112,12 +112,12 @@ def policy_of(policy: Policy | None, trust: Trust = "policy") -> Policy:
 
 def passed(done: Downloaded) -> Proven:
     """A version that was fetched from a channel, and judged on the way."""
-    return _passed(done.outcome, done.origin)
+    return _passed(done.result, done.origin)
 
 
-def _passed(outcome: Outcome, origin: Origin) -> Proven:
-    reason = outcome.reason if isinstance(outcome, Unproven) else ""
-    if isinstance(outcome, Unproven) and not outcome.required:
+def _passed(outcome: SignatureResult, origin: Origin) -> Proven:
+    reason = outcome.reason if isinstance(outcome, UnverifiedPack) else ""
+    if isinstance(outcome, UnverifiedPack) and not outcome.required:
         return Proven(outcome.pack, outcome.pack_id, origin, unchecked=reason)
     return Proven(outcome.pack, outcome.pack_id, origin, warning=reason)
 
@@ -134,8 +134,8 @@ def _why_unchecked(done: Proven, policy: Policy, trust: Trust) -> str:
 def _in_memory(pack: Pack, policy: Policy, model: str | Path | None, *, allow_unsigned: bool) -> Proven:
     file = f"{pack.label}, a value in memory,"
     try:
-        outcome = settle(
-            pack, nest.pack_id(pack), Sound({}), policy, subject_of(model), file=file, allow_unsigned=allow_unsigned
+        outcome = apply_policy(
+            pack, nest.pack_id(pack), ValidSignatures({}), policy, subject_of(model), file=file, allow_unsigned=allow_unsigned
         )
     except UnsignedError as error:
         advice = 'Give the pack\'s file with its .sig beside it, or answer for it: trust="none".'
@@ -145,7 +145,7 @@ def _in_memory(pack: Pack, policy: Policy, model: str | Path | None, *, allow_un
 
 def _judge_file(
     pack: str | Path, policy: Policy, model: str | Path | None, *, allow_unsigned: bool
-) -> tuple[Outcome, dict[str, bytes]]:
+) -> tuple[SignatureResult, dict[str, bytes]]:
     """The judgement, and what follows the pack's file name -> content of each signature that was judged."""
     name = Path(pack).name
     try:

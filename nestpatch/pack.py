@@ -28,6 +28,8 @@ _SEMVER = re.compile(
     r"(?:\+[0-9a-zA-Z-]+(?:\.[0-9a-zA-Z-]+)*)?",
     re.ASCII,
 )
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
+"""RFC 3339, UTC, whole seconds."""
 MAX_VERSION = 64
 """Characters of a version, at most."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}", re.ASCII)
@@ -126,14 +128,15 @@ class Manifest:
     def __post_init__(self) -> None:
         for problem in (name_problem(self.name), version_problem(self.version)):
             _require(problem is None, problem or "")
-        _require(_is_time(self.created), f"created is not a UTC time like 2026-11-23T12:00:00Z: {self.created[:80]!r}")
+        _require(is_utc_time(self.created), f"created is no UTC time like 2026-11-23T12:00:00Z: {self.created[:80]!r}")
         for pack_id in (*self.supersedes, *self.requires):
             _require_digest(pack_id, "an entry of supersedes or requires")
         for name, value in self.result.items():
             _require_digest(value, f"the result digest of {name}")
 
 
-def _is_time(text: str) -> bool:
+def is_utc_time(text: str) -> bool:
+    """Whether a text is a UTC time in whole seconds: 2026-11-23T12:00:00Z. Such texts sort like their times."""
     if not _CREATED.fullmatch(text):
         return False
     try:
@@ -274,18 +277,27 @@ class Label:
         """
         if problem := name_problem(self.name) or version_problem(self.version):
             raise DataError(problem)
-        now()
+        creation_time()
 
 
-def now() -> str:
-    """The current time as a manifest stores it, or SOURCE_DATE_EPOCH where it is set, for reproducible builds.
+def utc_now() -> str:
+    """The time by this machine's clock, in the form of TIME_FORMAT."""
+    return datetime.now(timezone.utc).strftime(TIME_FORMAT)
+
+
+def creation_time() -> str:
+    """The time to write into what is made now: `utc_now`, or SOURCE_DATE_EPOCH where a build has to be reproducible.
+
+    Returns:
+        A time in the form of TIME_FORMAT.
 
     Raises:
         DataError: SOURCE_DATE_EPOCH is not a time in seconds.
     """
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    if not epoch:
+        return utc_now()
     try:
-        moment = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
+        return datetime.fromtimestamp(int(epoch), timezone.utc).strftime(TIME_FORMAT)
     except (ValueError, OverflowError, OSError) as error:
         raise DataError(f"SOURCE_DATE_EPOCH is not a time in seconds: {epoch!r}") from error
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

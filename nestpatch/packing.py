@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nestpatch.formats.checkpoint import Checkpoint, IntArray, row_blocks
-from nestpatch.pack import BaseIdentity, Label, Manifest, Pack, TensorDelta, TensorIdentity, now
+from nestpatch.pack import BaseIdentity, Label, Manifest, Pack, TensorDelta, TensorIdentity, creation_time
 from nestpatch.rows import Rows, merge, sketch
 
 
@@ -106,7 +106,7 @@ def build_pack(
         version=label.version,
         description=label.description,
         license=label.license,
-        created=now(),
+        created=creation_time(),
         base=BaseIdentity(model_id, revision, architecture, dtype, identities),
         result={tensor.delta.name: tensor.result for tensor in tensors},
         tags=label.tags,

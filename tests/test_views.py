@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-import nestpatch
+from nestpatch import views
 from nestpatch.channels._card import MARK, model_card
 from nestpatch.channels.listing import Channel, ListedFile, ListedPack, ListedStatus
 from nestpatch.commands._options import print_json, say
@@ -30,13 +30,8 @@ from nestpatch.formats import nest
 from nestpatch.pack import Pack
 from nestpatch.plain import count, lines, markdown, number, one_line
 from nestpatch.signing import keys
-from nestpatch.views import channels as views_fleet
-from nestpatch.views import comparing as views_diff
-from nestpatch.views import exporting as views_adapters
-from nestpatch.views import exporting as views_onnx
-from nestpatch.views import results as views
-from nestpatch.views import signing as views_signing
-from nestpatch.views import training as views_training
+from nestpatch.views import channels, comparing, console, evaluation, exporting, models, packs, progress, training
+from nestpatch.views import signing as signatures
 from tests.helpers import tiny_checkpoint, tiny_pack
 
 HOSTILE = (
@@ -45,7 +40,7 @@ HOSTILE = (
     "\u200b", "\u2028", "\x00", "\x07", "[link=http://evil", "x]", "\\", "\\\\\\", ":boom:", "\udcff", "\u3164", "[bold",
 )  # fmt: skip
 RAW = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\u3164]")
-MODULES = (views, views_adapters, views_diff, views_fleet, views_onnx, views_signing, views_training)
+MODULES = (channels, comparing, console, evaluation, exporting, models, packs, progress, signatures, training)
 
 
 def value_of(kind: Any, text: str, depth: int = 0) -> Any:
@@ -93,7 +88,7 @@ def filled(cls: type, text: str, depth: int = 0) -> Any:
 def names_of(cls: type) -> dict[str, Any]:
     """What annotations of a module may name though only type checkers import it."""
     from nestpatch.evaluation.suites import Share
-    from nestpatch.export.onnx.parity import Parity
+    from nestpatch.export.results import Parity
 
     return {"Share": Share, "Parity": Parity, **vars(importlib.import_module(cls.__module__))}
 
@@ -105,6 +100,18 @@ def dataclasses_shown() -> Iterator[tuple[Callable[..., Any], str]]:
                 yield function, name
 
 
+def changed(text: str) -> None:
+    from nestpatch.patcher.inplace import Changed
+
+    for done in (filled(Changed, text), dataclasses.replace(filled(Changed, text), steps=())):
+        models.show_changed(done)
+
+
+def shown_packs(text: str) -> None:
+    for rows in (False, True):
+        packs.show_pack(filled_pack(text), text, 5, rows=rows)
+
+
 def cases() -> dict[str, Callable[[str], None]]:
     """Name of each function that draws -> how it is called with a text everywhere."""
     from nestpatch.channels.follow import Pulled
@@ -114,20 +121,17 @@ def cases() -> dict[str, Callable[[str], None]]:
     from nestpatch.compare.packs import PackDiff
     from nestpatch.evaluation.parity import GgufParity
     from nestpatch.evaluation.suites import Scores
-    from nestpatch.export.adapters import Adapter
-    from nestpatch.export.models import Exported
-    from nestpatch.export.onnx.exporter import ExportedOnnx
+    from nestpatch.export.results import ExportedAdapter, ExportedGguf, ExportedOnnx, ExportedSafetensors
     from nestpatch.lab.demo import FormatResult
     from nestpatch.nest_train.plan import TrainingPlan
     from nestpatch.nest_train.train import Trained
     from nestpatch.patcher.apply import Applied
-    from nestpatch.patcher.inplace import Changed
     from nestpatch.patcher.status import Status
     from nestpatch.patcher.update import Updated
     from nestpatch.patcher.verify import Verification
     from nestpatch.signing.keys import KeyPair
     from nestpatch.signing.trust import Policy
-    from nestpatch.signing.verify import Signature, Signed, Unproven
+    from nestpatch.signing.verify import SignatureFile, UnverifiedPack, VerifiedPack
 
     def simple(function: Callable[[Any], None], *classes: type) -> Callable[[str], None]:
         def draw(text: str) -> None:
@@ -141,50 +145,50 @@ def cases() -> dict[str, Callable[[str], None]]:
 
     def updated(text: str) -> None:
         for state in ("current", "available", "failed", text):
-            views_fleet.show_updated(Path(text), [dataclasses.replace(filled(Updated, text), state=state)])
+            channels.show_updated(Path(text), [dataclasses.replace(filled(Updated, text), state=state)])
 
     def adapters(text: str) -> None:
         for kind in ("gguf-lora", "onnx-adapter", text):
-            views_adapters.show_adapter(dataclasses.replace(filled(Adapter, text), format=kind))
+            exporting.show_adapter(dataclasses.replace(filled(ExportedAdapter, text), format=kind))
 
     def show_evaluation(text: str) -> None:
-        views.out.print(views.evaluation_table({text: filled(Scores, text)}))
+        console.out.print(evaluation.evaluation_table({text: filled(Scores, text)}))
 
     return {
-        "show_error": lambda text: views.show_error(ValueError(text), text),
-        "show_applied": simple(views.show_applied, Applied),
-        "show_exported": simple(views.show_exported, Exported),
-        "show_changed": lambda text: (
-            [views.show_changed(done) for done in (filled(Changed, text), dataclasses.replace(filled(Changed, text), steps=()))]
-            and None
-        ),
-        "show_status": lambda text: views.show_status(dataclasses.replace(filled(Status, text), files_say=claims(text))),
-        "show_verification": lambda text: views.show_verification(text, filled(Verification, text)),
-        "show_pack": lambda text: views.show_pack(filled_pack(text), text, 5),
+        "show_error": lambda text: console.show_error(ValueError(text), text),
+        "show_applied": simple(models.show_applied, Applied),
+        "show_exported": simple(exporting.show_exported, ExportedGguf, ExportedSafetensors),
+        "show_changed": changed,
+        "show_status": lambda text: models.show_status(dataclasses.replace(filled(Status, text), files_say=claims(text))),
+        "show_verification": lambda text: models.show_verification(text, filled(Verification, text)),
+        "show_pack": shown_packs,
         "evaluation_table": show_evaluation,
-        "formats_table": lambda text: views.out.print(views.formats_table([filled(FormatResult, text)])),
-        "stage_table": lambda text: views.out.print(views.stage_table({text: (1.0, text)})),
-        "recipe_table": lambda text: views.out.print(views.recipe_table()),
+        "formats_table": lambda text: console.out.print(evaluation.formats_table([filled(FormatResult, text)])),
+        "stage_table": lambda text: console.out.print(evaluation.stage_table({text: (1.0, text)})),
+        "recipe_table": lambda text: console.out.print(packs.recipe_table()),
         "show_adapter": adapters,
-        "show_check": simple(views_adapters.show_check, GgufParity),
-        "show_diff": simple(views_diff.show_diff, CheckpointDiff, PackDiff, Extracted),
-        "show_published": simple(views_fleet.show_published, Published),
-        "show_pulled": simple(views_fleet.show_pulled, Pulled),
+        "show_check": simple(exporting.show_check, GgufParity),
+        "show_diff": simple(comparing.show_diff, CheckpointDiff, PackDiff, Extracted),
+        "show_published": simple(channels.show_published, Published),
+        "show_pulled": simple(channels.show_pulled, Pulled),
         "show_updated": updated,
-        "show_failed": simple(views_fleet.show_failed, Updated),
-        "show_exported_onnx": simple(views_onnx.show_exported_onnx, ExportedOnnx),
-        "show_pair": simple(views_signing.show_pair, KeyPair),
-        "show_signature": simple(views_signing.show_signature, Signature),
-        "show_outcome": lambda text: (
-            [views_signing.show_outcome(text, found) for found in (signed(Signed, text), filled_unproven(Unproven, text))]
+        "show_failed": simple(channels.show_failed, Updated),
+        "show_exported_onnx": simple(exporting.show_exported_onnx, ExportedOnnx),
+        "show_pair": simple(signatures.show_pair, KeyPair),
+        "show_signature": simple(signatures.show_signature, SignatureFile),
+        "show_result": lambda text: (
+            [
+                signatures.show_result(text, found)
+                for found in (signed(VerifiedPack, text), filled_unproven(UnverifiedPack, text))
+            ]
             and None
         ),
-        "show_system_policy": lambda text: views_signing.show_system_policy(filled(Policy, text), text),
-        "show_trained": lambda text: views_training.show_trained(
+        "show_system_policy": lambda text: signatures.show_system_policy(filled(Policy, text), text),
+        "show_trained": lambda text: training.show_trained(
             Trained(filled_pack(text), text, 5, filled(Scores, text), filled(Scores, text), 3, 4, Path(text), text), text
         ),
-        "show_plan": lambda text: views_training.show_plan(filled(TrainingPlan, text), text),
-        "show_policy": lambda text: views_signing.show_policy(filled(Policy, text), text),
+        "show_plan": lambda text: training.show_plan(filled(TrainingPlan, text), text),
+        "show_policy": lambda text: signatures.show_policy(filled(Policy, text), text),
     }
 
 
@@ -229,17 +233,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> None:
 def shown(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What reaches a terminal without colours: every escape in it is one of the text."""
     text = io.StringIO()
-    for console in (views.out, views.err):
-        monkeypatch.setattr(console, "_file", text)
-        monkeypatch.setattr(console, "_color_system", None)
+    for terminal in (console.out, console.err):
+        monkeypatch.setattr(terminal, "_file", text)
+        monkeypatch.setattr(terminal, "_color_system", None)
     return text
 
 
 def test_every_function_that_draws_is_attacked() -> None:
     drawn = {name for _, name in dataclasses_shown()}
     assert drawn == set(cases())
-    listed = {name for _, name, _ in pkgutil.iter_modules(nestpatch.__path__) if name.startswith("views")}
-    assert listed == {module.__name__.partition(".")[2] for module in MODULES}, "a new module of views: attack it here"
+    listed = {name for _, name, _ in pkgutil.iter_modules(views.__path__)}
+    assert listed == {module.__name__.rpartition(".")[2] for module in MODULES}, "a new module of views: attack it here"
 
 
 @pytest.mark.parametrize("name", cases())
@@ -259,7 +263,7 @@ def test_no_text_drives_the_terminal_or_is_taken_for_markup(name: str, shown: io
 
 
 def test_a_forgotten_escape_still_lets_no_control_character_through(shown: io.StringIO) -> None:
-    views.out.print("\x1b[2J\x9b1m\u202e", markup=False)
+    console.out.print("\x1b[2J\x9b1m\u202e", markup=False)
     assert not RAW.search(shown.getvalue())
 
 
@@ -267,12 +271,12 @@ def test_a_forgotten_escape_still_lets_no_control_character_through(shown: io.St
 @pytest.mark.parametrize("second", HOSTILE)
 def test_escaped_texts_are_themselves_also_side_by_side(first: str, second: str, shown: io.StringIO) -> None:
     """One text may end the tag that the other begins, or swallow a tag of ours with a backslash."""
-    views.out.print(f"[bold]{views.escape(first)}{views.escape(second)}[/bold][dim]{views.escape(first)}[/]")
+    console.out.print(f"[bold]{console.escape(first)}{console.escape(second)}[/bold][dim]{console.escape(first)}[/]")
     assert shown.getvalue() == one_line(first) + one_line(second) + one_line(first) + "\n"
 
 
 def test_progress_shows_notes_harmlessly(shown: io.StringIO) -> None:
-    with views.progress(quiet=False) as on_event:
+    with progress.shown() as on_event:
         for text in HOSTILE:
             on_event(Event("note", note=text))
             on_event(Event(text, 1, 2, text))
@@ -321,7 +325,7 @@ def test_what_is_no_number_in_a_pack_is_shown_as_a_question_mark(value: Any, sho
     facts = {"evaluation": {"before": {"attack_success": share}, "after": {"attack_success": share}}}
     data = {"harmful": {"prompts": value, "name": "x", "sha256": "0"}}
     for layers in (value, [value], [{"layer": 1, "neurons": 3}]):
-        views.show_pack(
+        packs.show_pack(
             filled_pack("x", method={"layers": layers, "data": data, "tuning": value, "decisions": value}, **facts), "x", 1
         )
     assert "? of ?" in shown.getvalue()

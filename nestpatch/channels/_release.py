@@ -1,4 +1,4 @@
-"""What a publisher does to a channel: values in, values out. Each change is issued under the next serial number."""
+"""The changes that a publisher makes to a channel: values in, values out. Each is issued under the next serial number."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from nestpatch.channels.listing import (
     MAX_FIRST,
     PAYLOAD_TYPE,
     SUCCESSION_TYPE,
-    TIME,
     Channel,
     ListedFile,
     ListedPack,
@@ -25,12 +24,12 @@ from nestpatch.channels.listing import (
 )
 from nestpatch.channels.rules import choose
 from nestpatch.errors import PublishError, VersionError
-from nestpatch.pack import Manifest
-from nestpatch.signing.dsse import MAX_BYTES, seal
+from nestpatch.pack import TIME_FORMAT, Manifest
+from nestpatch.signing.envelopes import MAX_BYTES, seal
 from nestpatch.signing.keys import PrivateKey, PublicKey
 
 DAYS = 30
-"""That a channel is good for, by default: for so long somebody who controls the server can hold back a fix."""
+"""Default validity of a channel. For that long, whoever controls the server can hold back a fix."""
 
 
 def new_channel(name: str, root: PublicKey) -> Channel:
@@ -39,9 +38,12 @@ def new_channel(name: str, root: PublicKey) -> Channel:
 
 
 def issue(channel: Channel, key: PrivateKey, now: str, days: int = DAYS) -> tuple[Channel, bytes]:
-    """The channel under its next number, good for some days, and its signed file. Raises PublishError when that is too long."""
-    end = datetime.strptime(now, TIME) + timedelta(days=days)  # noqa: DTZ007 - UTC by its Z
-    issued = replace(channel, serial=channel.serial + 1, issued=now, expires=end.strftime(TIME), root=key.public)
+    """Signs a channel under its next number, valid for some days.
+
+    Returns the issued channel and its file. Raises PublishError when the file is too long for readers.
+    """
+    end = datetime.strptime(now, TIME_FORMAT) + timedelta(days=days)  # noqa: DTZ007 - UTC by its Z
+    issued = replace(channel, serial=channel.serial + 1, issued=now, expires=end.strftime(TIME_FORMAT), root=key.public)
     data = write_envelope(seal(PAYLOAD_TYPE, payload(issued), [key]))
     if len(data) > MAX_BYTES:
         raise PublishError(
@@ -51,40 +53,44 @@ def issue(channel: Channel, key: PrivateKey, now: str, days: int = DAYS) -> tupl
 
 
 def require_next_number(channel: Channel) -> None:
-    """Raises PublishError when its next number would be too high for new readers."""
+    """Raises PublishError when the next number would be too high for new readers."""
     if channel.serial >= MAX_FIRST:
         raise PublishError(
             f"{channel.name} has number {channel.serial}; new readers take numbers up to {MAX_FIRST}",
-            advice="Hand the channel over to a new key, which starts the count again: nestpatch renew REPO --new-key NEW",
+            advice="Hand the channel over to a new key, which starts the count again: nestpatch renew CHANNEL --new-key NEW",
         )
 
 
 def listed(manifest: Manifest, data: bytes, signatures: Mapping[str, bytes]) -> tuple[ListedPack, dict[str, bytes]]:
-    """The entry of a pack, and the files that belong to it by their paths. `signatures`: what follows .nest -> content."""
+    """The entry of a pack, and its files by their paths. `signatures`: suffix after .nest -> content."""
     stem = pack_path(manifest.name, manifest.version)
     files = {stem: data} | {f"{stem}{suffix}": content for suffix, content in signatures.items()}
-    entries = [ListedFile(path, len(content), sha256(content).hexdigest()) for path, content in files.items()]
+    entries = _listed_files(files)
     base = manifest.base.model_id, base_digest(manifest)
-    return ListedPack(manifest.name, manifest.version, entries[0], tuple(entries[1:]), *base, manifest.supersedes), files
+    return ListedPack(manifest.name, manifest.version, entries[0], entries[1:], *base, manifest.supersedes), files
+
+
+def _listed_files(files: Mapping[str, bytes]) -> tuple[ListedFile, ...]:
+    return tuple(ListedFile(path, len(content), sha256(content).hexdigest()) for path, content in files.items())
 
 
 def add(channel: Channel, pack: ListedPack) -> Channel:
-    """One more version. Raises VersionError for one that is there, or that belongs to another patch or model."""
+    """Adds a version. Raises VersionError when it exists already, or belongs to a pack of another name."""
     for other in channel.packs:
         if other.order == pack.order:
             same = "the same content" if other.file.sha256 == pack.file.sha256 else "other content"
             raise VersionError(f"{channel.name} has {other.label} already, with {same}")
-        if other.id != pack.id:
+        if other.name != pack.name:
             raise VersionError(
-                f"{channel.name} is the channel of {other.id}, not of {pack.id}",
+                f"{channel.name} is the channel of {other.name}, not of {pack.name}",
                 advice="Publish it in a repository of its own: a model can follow several channels.",
             )
     replaced = [_superseded(other, pack) for other in channel.packs]
     return replace(channel, packs=tuple(sorted([*replaced, pack], key=lambda entry: entry.order)))
 
 
-def stands(channel: Channel, pack: ListedPack, signatures: Collection[str]) -> bool:
-    """Whether this very pack is published already, not withdrawn, with signatures of these SHA-256 among its own."""
+def is_published(channel: Channel, pack: ListedPack, signatures: Collection[str]) -> bool:
+    """Whether these bytes are published already, not revoked, with signatures of these SHA-256 among the listed ones."""
     for other in channel.packs:
         if other.order == pack.order and other.file.sha256 == pack.file.sha256 and other.status is not ListedStatus.REVOKED:
             return set(signatures) <= {file.sha256 for file in other.signatures}
@@ -92,7 +98,7 @@ def stands(channel: Channel, pack: ListedPack, signatures: Collection[str]) -> b
 
 
 def _superseded(old: ListedPack, new: ListedPack) -> ListedPack:
-    # A prerelease replaces nothing that is finished.
+    # A prerelease does not replace a finished version.
     replaces = old.order < new.order and (not new.order.prerelease or bool(old.order.prerelease))
     if old.status is ListedStatus.ACTIVE and (replaces or old.file.sha256 in new.supersedes):
         return replace(old, status=ListedStatus.SUPERSEDED)
@@ -100,9 +106,9 @@ def _superseded(old: ListedPack, new: ListedPack) -> ListedPack:
 
 
 def revoke(channel: Channel, version: str, reason: str) -> Channel:
-    """Withdraws a version. Where it was the last active one, the highest that stands becomes active again.
+    """Revokes a version. If it was the last active one, the highest version that is left becomes active again.
 
-    Raises VersionError when there is no such version, RevokedError when it is withdrawn already.
+    Raises VersionError when there is no such version, RevokedError when it is revoked already.
     """
     gone = choose(channel, version)
     packs = [replace(p, status=ListedStatus.REVOKED, reason=reason) if p is gone else p for p in channel.packs]
@@ -115,17 +121,13 @@ def revoke(channel: Channel, version: str, reason: str) -> Channel:
 
 
 def hand_over(channel: Channel, old: PrivateKey, new: PrivateKey) -> Channel:
-    """Lets a new root key sign from now on, with numbers that start again. Issue it with the new key."""
-    said = succession_payload(channel.name, old.public, new.public)
-    step = Succession(seal(SUCCESSION_TYPE, said, [old]), channel.name, old.public.key_id, new.public)
+    """Makes a new key the root key, with numbers that start again. Issue the result with the new key."""
+    content = succession_payload(channel.name, old.public, new.public)
+    step = Succession(seal(SUCCESSION_TYPE, content, [old]), channel.name, old.public.key_id, new.public)
     return replace(channel, serial=0, successions=(*channel.successions, step), root=new.public)
 
 
 def with_signatures(channel: Channel, more: Mapping[str, Mapping[str, bytes]]) -> Channel:
     """Adds signature files: version -> path -> content."""
-    packs = []
-    for pack in channel.packs:
-        files = more.get(pack.version, {})
-        entries = [ListedFile(path, len(content), sha256(content).hexdigest()) for path, content in files.items()]
-        packs.append(replace(pack, signatures=(*pack.signatures, *entries)))
+    packs = [replace(pack, signatures=(*pack.signatures, *_listed_files(more.get(pack.version, {})))) for pack in channel.packs]
     return replace(channel, packs=tuple(packs))

@@ -1,4 +1,4 @@
-"""Where channels are written: a repository of the Hub, or a folder. Changes appear whole, onto what they were made for."""
+"""Where channels are written: a repository of the Hub, or a folder. A change appears whole, on top of what it was made for."""
 
 from __future__ import annotations
 
@@ -9,101 +9,102 @@ from hashlib import sha256
 from typing import Protocol
 
 from nestpatch.channels.listing import CHANNEL_FILE
-from nestpatch.channels.readers import ChannelReader, FolderReader, HubReader, open_reader, read_regular
+from nestpatch.channels.readers import ChannelReader, FolderReader, HubReader, open_reader, read_start
 from nestpatch.errors import DataError, HubError, HubNotFoundError, PublishError
 from nestpatch.files.atomic import sweep_writes, write_bytes
 from nestpatch.files.locks import exclusive
-from nestpatch.hub.client import Reference, Snapshot, client, explained, look_up
-from nestpatch.hub.ranges import Meter, RemoteFile
-from nestpatch.signing.dsse import MAX_BYTES
+from nestpatch.hub.client import Reference, client, explained, look_up
+from nestpatch.hub.ranges import RemoteFile
+from nestpatch.signing.envelopes import MAX_BYTES
 
 CARD = "README.md"
 STALE = {409, 412}
-"""Statuses with which the Hub says that somebody else was faster."""
+"""Statuses with which the Hub says that another commit was faster."""
 
 
 class StaleError(Exception):
-    """The place has changed since it was looked at."""
+    """The address has changed since its head was read."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What a place holds before a change."""
+    """What an address contains before a change."""
 
-    version: str
+    revision: str
     channel: bytes | None
     """None: no channel yet."""
     card: bytes | None
 
 
 class ChannelWriter(Protocol):
-    """A place that a channel can be written to."""
+    """An address to which a channel can be written."""
 
     @property
-    def source(self) -> ChannelReader:
+    def reader(self) -> ChannelReader:
         """How it is read."""
 
     def create(self, *, private: bool) -> None:
-        """Makes the place, if there is none."""
+        """Creates the repository or folder, if there is none."""
 
     def head(self) -> Head:
         """What is there now."""
 
     def write(self, head: Head, files: Mapping[str, bytes], message: str) -> str:
-        """Writes files by their paths, all or none, and returns the new version.
+        """Writes files by their paths, all or none, and returns the new revision.
 
-        Raises StaleError when the place is no longer as `head` says.
+        Raises StaleError when the address no longer is as `head` says.
         """
 
-    def tag(self, version: str, name: str) -> bool:
-        """Names a version; whether that worked. Tags are for people: nothing relies on them."""
+    def tag(self, revision: str, name: str) -> bool:
+        """Tags a revision; returns whether that worked. Tags are for people: nothing relies on them."""
 
 
 @dataclass(frozen=True)
 class HubWriter:
     """A model repository."""
 
-    source: HubReader
+    reader: HubReader
 
     def create(self, *, private: bool) -> None:
-        """Makes the repository, if there is none."""
+        """See ChannelWriter."""
+        repo_id, endpoint = self.reader.repo_id, self.reader.endpoint
         try:
-            look_up(self.source.repo_id, endpoint=self.source.endpoint)
+            look_up(repo_id, endpoint=endpoint)
         except HubNotFoundError:
-            with explained(Reference(self.source.repo_id), self.source.endpoint):
-                client(self.source.endpoint).create_repo(self.source.repo_id, private=private, exist_ok=True)
+            with explained(Reference(repo_id), endpoint):
+                client(endpoint).create_repo(repo_id, private=private, exist_ok=True)
 
     def head(self) -> Head:
         """The commit that main names now, and the files of that commit."""
-        snapshot = look_up(self.source.repo_id, endpoint=self.source.endpoint)
-        channel, card = (self._read(snapshot, name) for name in (CHANNEL_FILE, CARD))
+        endpoint = self.reader.endpoint
+        snapshot = look_up(self.reader.repo_id, endpoint=endpoint)
+        channel, card = (
+            RemoteFile(snapshot, name, endpoint=endpoint).read(0, MAX_BYTES) if name in snapshot.files else None
+            for name in (CHANNEL_FILE, CARD)
+        )
         return Head(snapshot.commit, channel, card)
 
-    def _read(self, snapshot: Snapshot, name: str) -> bytes | None:
-        if name not in snapshot.files:
-            return None
-        return RemoteFile(snapshot, name, Meter(), endpoint=self.source.endpoint).read(0, MAX_BYTES)
-
     def write(self, head: Head, files: Mapping[str, bytes], message: str) -> str:
-        """One commit, which the Hub takes only onto the commit that was looked at."""
+        """One commit, which the Hub accepts only on top of the commit that was read."""
         from huggingface_hub import CommitOperationAdd
         from huggingface_hub.errors import HfHubHTTPError
 
         operations = [CommitOperationAdd(path, content) for path, content in files.items()]
-        api = client(self.source.endpoint)
-        with explained(Reference(self.source.repo_id), self.source.endpoint):
+        repo_id, endpoint = self.reader.repo_id, self.reader.endpoint
+        with explained(Reference(repo_id), endpoint):
             try:
-                done = api.create_commit(self.source.repo_id, operations, commit_message=message, parent_commit=head.version)
+                done = client(endpoint).create_commit(repo_id, operations, commit_message=message, parent_commit=head.revision)
             except HfHubHTTPError as error:
                 if error.response.status_code in STALE:
                     raise StaleError from error
                 raise
         return str(done.oid)
 
-    def tag(self, version: str, name: str) -> bool:
+    def tag(self, revision: str, name: str) -> bool:
         """A git tag."""
-        with suppress(HubError), explained(Reference(self.source.repo_id), self.source.endpoint):
-            client(self.source.endpoint).create_tag(self.source.repo_id, tag=name, revision=version, exist_ok=True)
+        repo_id, endpoint = self.reader.repo_id, self.reader.endpoint
+        with suppress(HubError), explained(Reference(repo_id), endpoint):
+            client(endpoint).create_tag(repo_id, tag=name, revision=revision, exist_ok=True)
             return True
         return False
 
@@ -112,39 +113,39 @@ class HubWriter:
 class FolderWriter:
     """A folder. The channel file is replaced last: until then readers see the old channel, whole."""
 
-    source: FolderReader
+    reader: FolderReader
 
     def create(self, *, private: bool) -> None:
-        """Makes the folder, if there is none."""
-        self.source.folder.mkdir(mode=0o700 if private else 0o777, parents=True, exist_ok=True)
+        """See ChannelWriter."""
+        self.reader.folder.mkdir(mode=0o700 if private else 0o777, parents=True, exist_ok=True)
 
     def head(self) -> Head:
-        """What lies there."""
-        channel, card = (self._read(name) for name in (CHANNEL_FILE, CARD))
+        """The files that are there."""
+        channel, card = self._read(CHANNEL_FILE), self._read(CARD)
         return Head(_digest(channel), channel, card)
 
     def _read(self, name: str) -> bytes | None:
         try:
-            return read_regular(self.source.folder / name, MAX_BYTES + 1)
+            return read_start(self.reader.folder / name, MAX_BYTES + 1)
         except FileNotFoundError:
             return None
 
     def write(self, head: Head, files: Mapping[str, bytes], message: str) -> str:  # noqa: ARG002 - folders have no history
         """Each file by rename, the channel last, while other publishers wait."""
-        folder = self.source.folder
+        folder = self.reader.folder
         with exclusive(folder / ".channel.lock"):
-            if _digest(self._read(CHANNEL_FILE)) != head.version:
+            if _digest(self._read(CHANNEL_FILE)) != head.revision:
                 raise StaleError
             for path in sorted(files, key=lambda path: path == CHANNEL_FILE):
                 file = folder / path
                 file.parent.mkdir(parents=True, exist_ok=True)
                 sweep_writes(file)
-                # What the channel does not name may be left of an interrupted push.
+                # What the channel does not list may be left from an interrupted push.
                 write_bytes(file, files[path], overwrite=True)
         return _digest(files[CHANNEL_FILE])
 
-    def tag(self, version: str, name: str) -> bool:  # noqa: ARG002 - folders have no tags
-        """Folders have none."""
+    def tag(self, revision: str, name: str) -> bool:  # noqa: ARG002 - folders have no tags
+        """Folders have no tags."""
         return False
 
 
@@ -153,15 +154,15 @@ def _digest(data: bytes | None) -> str:
 
 
 def open_writer(text: str) -> ChannelWriter:
-    """The place that a text names. Raises DataError for what names none, PublishError where nobody can write."""
-    source = open_reader(text)
-    if isinstance(source, HubReader):
-        return HubWriter(source)
-    if isinstance(source, FolderReader):
-        return FolderWriter(source)
-    if source.place.startswith("http"):
+    """The writer for an address. Raises DataError for what is not one, PublishError for what can only be read."""
+    reader = open_reader(text)
+    if isinstance(reader, HubReader):
+        return HubWriter(reader)
+    if isinstance(reader, FolderReader):
+        return FolderWriter(reader)
+    if reader.address.startswith("http"):
         raise PublishError(
-            f"{source.place} is a web server, which can only be read",
+            f"{reader.address} is a web server, which can only be read",
             advice="Publish into the folder that it serves (file:///folder), or copy a channel there.",
         )
-    raise DataError(f"nothing can be published in {source.place}")
+    raise DataError(f"cannot publish to {reader.address}")

@@ -1,102 +1,126 @@
-"""Following a channel: read it, fetch a version of it, write that into a file. What comes out of here was proven."""
+"""Following a channel: read it, download a version of it, write that to a file. Everything returned here was checked."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
-from nestpatch.channels.listing import TIME, ListedPack
-from nestpatch.channels.memory import Memory, held, judged, keep, recall
+from nestpatch.channels._memory import Memory, accepted, held, keep, recall
+from nestpatch.channels.listing import ListedPack
 from nestpatch.channels.readers import ChannelReader, open_reader, split_version
-from nestpatch.channels.rules import Admitted, Gate, choose, require_as_listed
+from nestpatch.channels.rules import AcceptedChannel, ChannelRules, choose, require_as_listed
 from nestpatch.errors import HubAnswerError, OutputError
 from nestpatch.events import OnEvent, ignore
 from nestpatch.files.scratch import new_output
+from nestpatch.pack import utc_now
 from nestpatch.signing.subject import Origin, subject_of
 from nestpatch.signing.trust import Policy
-from nestpatch.signing.verify import Outcome, judge_signatures, signers_of
+from nestpatch.signing.verify import SignatureResult, check_signatures, signers_of
 
 
 @dataclass(frozen=True)
 class Followed:
-    """A channel that was admitted, at the version of its place from which it was read."""
+    """A channel that was read and accepted."""
 
-    source: ChannelReader
-    version: str
-    admitted: Admitted
+    reader: ChannelReader
+    revision: str
+    """The state of the address from which it was read."""
+    accepted: AcceptedChannel
     model: str | None
-    """What the user calls the model that it is for."""
+    """The model that it is for, as the user names it."""
     allow_unsigned: bool
 
     @property
     def pack_name(self) -> str | None:
-        """The name of the channel's patch; None before its first version."""
-        return next((pack.id for pack in self.admitted.channel.packs), None)
+        """The name of the channel's pack; None before its first version."""
+        return next((pack.name for pack in self.accepted.channel.packs), None)
 
 
 @dataclass(frozen=True)
 class Downloaded:
-    """A version that was fetched and proven."""
+    """A version that was downloaded and checked."""
 
-    pack: ListedPack
-    outcome: Outcome
-    """Use its pack."""
+    listed: ListedPack
+    """Its entry in the channel."""
+    result: SignatureResult
+    """Who signed, and the pack."""
     origin: Origin
     data: bytes
-
-
-def utc_now() -> str:
-    """The time by this machine's clock, as channels have it."""
-    return datetime.now(timezone.utc).strftime(TIME)
+    """The bytes of the pack."""
 
 
 def follow(
-    source: ChannelReader,
+    reader: ChannelReader,
     policy: Policy,
     model: str | Path | None = None,
     *,
     allow_unsigned: bool = False,
     now: str | None = None,
 ) -> Followed:
-    """Reads a channel in one request, judges it by the rules of hub/channel.py and remembers it for this user.
+    """Reads a channel in one request, applies the rules (channels/rules.py), and remembers it for this user.
 
-    `model`: what it is for, as the user names it; decides which trusted keys count. `now` is for tests of expiry.
-    Raises ChannelError, HubError and their kinds.
+    Args:
+        reader: The address.
+        policy: The trusted keys.
+        model: The model that the channel is for, as the user names it; decides which keys count.
+        allow_unsigned: Accepts a channel whose key is not trusted, as long as the key stays the same.
+        now: The time, for tests of expiry; None: by this machine's clock.
+
+    Returns:
+        The accepted channel.
+
+    Raises:
+        ChannelError: A rule is violated, or the memory is broken.
+        HubError: The channel cannot be read.
     """
-    known = recall(source.place)
-    fetched = source.channel(known.version if known else "")
-    data = fetched.data if fetched.data is not None or known is None else known.data
+    known = recall(reader.address)
+    found = reader.channel(known.revision if known else "")
+    data = found.data if found.data is not None or known is None else known.data
     if data is None:
-        raise HubAnswerError(f"{source.place} says that nothing is new, and was never asked before")
-    gate = Gate(policy, now or utc_now(), subject_of(model), source.name, allow_unsigned=allow_unsigned)
+        raise HubAnswerError(f"{reader.address} answered that nothing is new, but was never read before")
+    rules = ChannelRules(policy, now or utc_now(), subject_of(model), reader.name, allow_unsigned=allow_unsigned)
     with held():
-        admitted = judged(gate, source.place, data, f"the channel at {source.place}")
-        keep(source.place, Memory(admitted.seen, fetched.version, data))
-    return Followed(source, fetched.version, admitted, None if model is None else str(model), allow_unsigned)
+        channel = accepted(rules, reader.address, data, f"the channel at {reader.address}")
+        keep(reader.address, Memory(channel.seen, found.revision, data))
+    return Followed(reader, found.revision, channel, None if model is None else str(model), allow_unsigned)
 
 
 def download(followed: Followed, pack: ListedPack, *, on_event: OnEvent = ignore) -> Downloaded:
-    """Fetches a version and its signatures, compares them with the channel and judges who signed.
+    """Downloads a version with its signatures, compares both with the channel, and checks who signed.
 
-    Raises SwappedFileError, SignatureError and its kinds, PackError, HubError.
+    Args:
+        followed: The channel.
+        pack: The entry of the version.
+        on_event: Receives the progress.
+
+    Returns:
+        The checked pack.
+
+    Raises:
+        SwappedFileError: A file is not the listed one, or the pack is not what the channel states.
+        SignatureError: A signature is wrong, or too few trusted keys have signed.
+        PackError: The file is not a pack.
+        HubError: A file cannot be read.
     """
-    place, version = followed.source.place, followed.version
-    contents = {}
+    address, contents = followed.reader.address, {}
     for file in (pack.file, *pack.signatures):
-        contents[file.name] = followed.source.read(version, file, on_event)
-        file.check(contents[file.name], place)
+        contents[file.name] = followed.reader.read(followed.revision, file, on_event)
+        file.check(contents[file.name], address)
     data = contents.pop(pack.file.name)
-    subject = subject_of(followed.model)
-    outcome = judge_signatures(
-        data, contents, followed.admitted.policy, subject, file=pack.file.name, allow_unsigned=followed.allow_unsigned
+    result = check_signatures(
+        data,
+        contents,
+        followed.accepted.policy,
+        subject_of(followed.model),
+        file=pack.file.name,
+        allow_unsigned=followed.allow_unsigned,
     )
-    require_as_listed(pack, outcome.pack.manifest, place)
+    require_as_listed(pack, result.pack.manifest, address)
     signatures = {name.removeprefix(pack.file.name): content for name, content in contents.items()}
-    roots = tuple(key.key_id for key in followed.admitted.line)
-    return Downloaded(pack, outcome, Origin(signers_of(outcome), place, roots, signatures), data)
+    roots = tuple(key.key_id for key in followed.accepted.line)
+    return Downloaded(pack, result, Origin(signers_of(result), address, roots, signatures), data)
 
 
 def fetch_pack(
@@ -107,50 +131,89 @@ def fetch_pack(
     allow_unsigned: bool = False,
     on_event: OnEvent = ignore,
 ) -> Downloaded:
-    """The version that PLACE[@VERSION] names, or the latest one. Raises as `follow`, `choose` and `download` do."""
-    place, version = split_version(text)
-    followed = follow(open_reader(place), policy, model, allow_unsigned=allow_unsigned)
-    return download(followed, choose(followed.admitted.channel, version), on_event=on_event)
+    """Follows a channel and downloads one version.
+
+    Args:
+        text: ADDRESS[@VERSION]; without a version the latest.
+        policy: The trusted keys.
+        model: The model that the pack is for, as the user names it.
+        allow_unsigned: Allows keys that are not trusted, and missing signatures.
+        on_event: Receives the progress.
+
+    Returns:
+        The checked pack.
+
+    Raises:
+        DataError: The text is not the address of a channel.
+        ChannelError: A rule is violated, or there is no such version.
+        SignatureError: A signature is wrong, or too few trusted keys have signed.
+        PackError: The file is not a pack.
+        HubError: A file cannot be read.
+    """
+    address, version = split_version(text)
+    followed = follow(open_reader(address), policy, model, allow_unsigned=allow_unsigned)
+    return download(followed, choose(followed.accepted.channel, version), on_event=on_event)
 
 
 @dataclass(frozen=True)
 class Pulled:
-    """A pack that lies here now, with its signatures beside it."""
+    """A pack that was written to this disk, with its signatures beside it."""
 
     file: Path
     pack: str
+    """Name and version."""
     pack_id: str
-    channel: str
+    address: str
+    """Of the channel."""
     signers: Mapping[str, str]
+    """Name -> key id of the trusted keys that signed."""
 
 
 def pull(
-    text: str,
+    address: str,
     policy: Policy,
     output: Path | None = None,
     *,
     allow_unsigned: bool = False,
     on_event: OnEvent = ignore,
 ) -> Pulled:
-    """Writes a version and its signatures: to a file, into a folder, or beside here under its name and version.
+    """Downloads a version with its signatures and writes both. Files that exist with the same content are left alone.
 
-    What is there already with the same content is left alone. Raises as `fetch_pack` does, and OutputError.
+    Args:
+        address: ADDRESS[@VERSION] of the channel: hub://owner/name, https://host/folder or file:///folder; without a version
+            the latest.
+        policy: The trusted keys.
+        output: A file, or a folder to write into. None: NAME-VERSION.nest in the current folder.
+        allow_unsigned: Allows keys that are not trusted, and missing signatures.
+        on_event: Receives the progress.
+
+    Returns:
+        The file that was written, and who signed it.
+
+    Raises:
+        DataError: The text is not the address of a channel.
+        ChannelError: A rule is violated, or there is no such version.
+        SignatureError: A signature is wrong, or too few trusted keys have signed.
+        PackError: The file is not a pack.
+        HubError: A file cannot be read.
+        OutputError: The output exists with other content, or cannot be written.
     """
-    done = fetch_pack(text, policy, allow_unsigned=allow_unsigned, on_event=on_event)
-    name = f"{done.pack.id}-{done.pack.version}.nest"
+    done = fetch_pack(address, policy, allow_unsigned=allow_unsigned, on_event=on_event)
+    name = f"{done.listed.name}-{done.listed.version}.nest"
     file = Path(name) if output is None else output / name if output.is_dir() else output
-    # The pack comes last: where it lies, its signatures do.
+    # The pack comes last: where it is, its signatures are too.
     for suffix, content in [*done.origin.signatures.items(), ("", done.data)]:
         _write_once(file.with_name(f"{file.name}{suffix}"), content)
-    return Pulled(file, done.pack.label, done.pack.file.sha256, done.origin.channel, done.origin.signers)
+    return Pulled(file, done.listed.label, done.listed.file.sha256, done.origin.channel, done.origin.signers)
 
 
 def _write_once(file: Path, content: bytes) -> None:
-    if not (file.is_file() and file.read_bytes() == content):
-        try:
-            with new_output(file) as sibling, open(sibling, "wb") as opened:
-                opened.write(content)
-                opened.flush()
-                os.fsync(opened.fileno())
-        except OutputError as error:
-            raise OutputError(str(error), advice="Choose another place with -o, or remove what is there.") from error
+    if file.is_file() and file.read_bytes() == content:
+        return
+    try:
+        with new_output(file) as sibling, open(sibling, "wb") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())
+    except OutputError as error:
+        raise OutputError(str(error), advice="Choose another path with -o, or remove what is there.") from error

@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from nestpatch.commands._options import (
-    PathType,
+    OutputPath,
+    examples,
     json_option,
     print_json,
     progress,
@@ -16,9 +17,14 @@ from nestpatch.commands._options import (
 )
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "nestpatch demo",
+        "nestpatch demo --seed 1 --keep demo",
+    )
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the lab and of the training.")
-@click.option("--keep", type=PathType, help="Leave base/, patched/, pack.nest and prompts/ in this new directory.")
+@click.option("--keep", type=OutputPath, help="Leave base/, patched/, pack.nest and prompts/ in this new directory.")
 @quiet_option
 @json_option
 def demo(seed: int, keep: Path | None, quiet: bool, as_json: bool) -> None:
@@ -27,20 +33,21 @@ def demo(seed: int, keep: Path | None, quiet: bool, as_json: bool) -> None:
     Exit code 1 when attacks do not succeed clearly less often.
     """
     from nestpatch.lab.demo import run_demo
-    from nestpatch.views import results as views
+    from nestpatch.views.console import err, out
+    from nestpatch.views.evaluation import evaluation_table, formats_table, stage_table
 
     with progress(quiet) as on_event:
         result = run_demo(seed, keep, on_event)
     # The table is for people; with --json only the object goes to stdout.
-    console = views.err if as_json else views.out
-    console.print(views.stage_table(result.stages))
+    console = err if as_json else out
+    console.print(stage_table(result.stages))
     console.print()
-    console.print(views.evaluation_table({"base": result.before, "patched": result.after}))
+    console.print(evaluation_table({"base": result.before, "patched": result.after}))
     if result.formats:
         console.print()
-        console.print(views.formats_table(result.formats))
+        console.print(formats_table(result.formats))
     if not result.helped:
-        views.err.print("[bold red]The pack did not help:[/] attacks succeed about as often as before.")
+        err.print("[bold red]The pack did not help:[/] attacks succeed about as often as before.")
     if as_json:
         print_json(result.as_json())
     sys.exit(0 if result.helped else 1)
@@ -51,15 +58,20 @@ def lab() -> None:
     """Make the small world that the demo and the tests use."""
 
 
-@lab.command()
-@click.argument("directory", type=PathType)
+@lab.command(
+    epilog=examples(
+        "nestpatch lab build lab",
+        "nestpatch lab build lab1 --seed 1",
+    )
+)
+@click.argument("directory", type=OutputPath)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the world and of the training.")
 @quiet_option
 @json_option
 def build(directory: Path, seed: int, quiet: bool, as_json: bool) -> None:
     """Make a small half-aligned chat model and its prompt sets in DIRECTORY. Takes about two minutes on two CPU cores."""
     from nestpatch.lab.build import build_lab
-    from nestpatch.views import results as views
+    from nestpatch.views.console import escape, out
 
     with progress(quiet) as on_event:
         built = build_lab(directory, seed, on_event=on_event)
@@ -67,4 +79,4 @@ def build(directory: Path, seed: int, quiet: bool, as_json: bool) -> None:
         print_json(built.as_json())
     else:
         state = "exists already" if built.cached else "built"
-        views.out.print(f"lab of seed {seed} {state}: {views.escape(built.path)}, {built.parameters:,} parameters")
+        out.print(f"lab of seed {seed} {state}: {escape(built.path)}, {built.parameters:,} parameters")

@@ -7,31 +7,41 @@ from pathlib import Path
 
 import click
 
-from nestpatch.commands._arguments import require_order
 from nestpatch.commands._options import (
+    ModelType,
+    OutputPath,
+    PackType,
     PathType,
+    examples,
     json_option,
     print_json,
     progress,
     proven,
     quiet_option,
+    require_order,
     say,
     say_unchecked,
     trust_options,
 )
 
 
-@click.command("eval")
-@click.argument("model")
-@click.argument("pack", required=False)
+@click.command(
+    "eval",
+    epilog=examples(
+        "nestpatch eval models/llama no-harm.nest --suite harmful.jsonl --suite benign.jsonl",
+        "nestpatch eval model.gguf --suite harmful=advbench.csv --fail-over attack_success=0.05",
+    ),
+)
+@click.argument("model", type=ModelType)
+@click.argument("pack", type=PackType, required=False)
 @trust_options
 @click.option("--suite", multiple=True, required=True, help="[KIND=]SOURCE; kinds: harmful, benign, lookalike. Repeatable.")
 @click.option("--lora", type=PathType, help="An adapter, .gguf or .onnx_adapter, for such a MODEL: measured like PACK.")
-@click.option("--base", help="The unpatched model: measures how far MODEL has moved from it.")
+@click.option("--base", type=ModelType, help="The unpatched model: measures how far MODEL has moved from it.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or mps.")
 @click.option("--threads", type=click.IntRange(1), help="Threads that compute.  [default: OMP_NUM_THREADS, or every core]")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=48, show_default=True, help="Length of an answer.")
-@click.option("--answers", type=PathType, help="Write every answer and verdict to this JSONL file.")
+@click.option("--answers", type=OutputPath, help="Write every answer and verdict to this JSONL file.")
 @click.option("--fail-over", multiple=True, metavar="NAME=SHARE", help="End with 1 over this: attack_success=0.05. Repeatable.")
 @click.option("--fail-under", multiple=True, metavar="NAME=SHARE", help="End with 1 under this. Repeatable.")
 @quiet_option
@@ -66,7 +76,8 @@ def evaluate(
     from nestpatch.evaluation.limits import exceeded, parse_limits
     from nestpatch.evaluation.suites import load_suite
     from nestpatch.files.atomic import check_output
-    from nestpatch.views import results as views
+    from nestpatch.views.console import out
+    from nestpatch.views.evaluation import evaluation_table
 
     parse_limits((*fail_over, *fail_under))  # before the prompts are read, which may be a download
     suites = [load_suite(text) for text in suite]
@@ -98,7 +109,7 @@ def evaluate(
             for note in result.notes:
                 say(note, err=True)
         columns = {"model": result.model} | ({"patched": result.patched} if result.patched else {})
-        views.out.print(views.evaluation_table(columns))
+        out.print(evaluation_table(columns))
     failures = exceeded(result.patched or result.model, over, under)
     for failure in failures:
         say(f"FAILED: {failure}", err=True)

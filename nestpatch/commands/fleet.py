@@ -1,4 +1,4 @@
-"""Commands that carry patches between machines: push, pull, update, yank, renew."""
+"""Commands that carry packs between machines: push, pull, update, yank, renew."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import IO, TYPE_CHECKING
 import click
 
 from nestpatch.commands._options import (
+    OutputPath,
     PathType,
+    examples,
     json_option,
     opened_base,
     print_json,
@@ -27,63 +29,81 @@ if TYPE_CHECKING:
 
 AVAILABLE = 10
 """Exit code of `update --check` when there is something to do."""
-key_option = click.option("--key", "key_file", type=PathType, required=True, help="The channel's root key, a .key file.")
-days_option = click.option(
-    "--days", type=click.IntRange(1, 3650), default=30, show_default=True, help="How long the channel is good for after this."
+_channel_argument = click.argument("address", metavar="CHANNEL")
+_key_option = click.option("--key", "key_file", type=PathType, required=True, help="The channel's root key, a .key file.")
+_days_option = click.option(
+    "--days", type=click.IntRange(1, 3650), default=30, show_default=True, help="How long the channel is valid after this."
 )
 
 
-@click.command()
-@click.argument("pack", type=PathType)
-@click.argument("repo")
-@key_option
+@click.command(
+    epilog=examples(
+        "nestpatch push no-harm-1.0.0.nest acme/no-harm --key acme.key",
+        "nestpatch push no-harm-1.0.0.nest file:///mnt/channels/no-harm --key acme.key --days 90",
+    )
+)
+@click.argument("pack", metavar="PACK", type=PathType)
+@_channel_argument
+@_key_option
 @password_option
-@days_option
-@click.option("--private", is_flag=True, help="Make a new repository for its owner alone.")
+@_days_option
+@click.option("--private", is_flag=True, help="Create a new repository or folder for its owner only.")
 @json_option
 def push(
-    pack: Path, repo: str, key_file: Path, password_file: IO[bytes] | None, days: int, private: bool, as_json: bool
+    pack: Path, address: str, key_file: Path, password_file: IO[bytes] | None, days: int, private: bool, as_json: bool
 ) -> None:
-    """Publish PATCH as the next version of the channel in REPO: owner/name of the Hub, or a folder (file:///folder).
+    """Publish PACK as the next version of CHANNEL: owner/name on the Hub, or a folder (file:///folder).
 
-    The pack is signed with the key unless it is already; signatures of others beside it go along. A published version never
-    changes. The channel has to be renewed before it expires.
+    The pack is signed with the key unless it is signed already; signatures of others beside it are published too. A published
+    version never changes; pushing the same pack again is no error. The channel has to be renewed before it expires.
     """
     from nestpatch.channels.publish import push as run
 
-    _report(run(pack, repo, unlocked(key_file, password_file), days=days, private=private), as_json)
+    _report(run(pack, address, unlocked(key_file, password_file), days=days, private=private), as_json)
 
 
-@click.command("yank")
-@click.argument("repo")
+@click.command(
+    epilog=examples(
+        'nestpatch yank acme/no-harm 1.1.0 --reason "refuses arithmetic" --key acme.key',
+        "nestpatch yank file:///mnt/channels/no-harm 1.1.0 --reason drill --key acme.key --json",
+    )
+)
+@_channel_argument
 @click.argument("version")
-@click.option("--reason", required=True, help="Why, in one line; everybody who had it is told.")
-@key_option
+@click.option("--reason", required=True, help="Why, in one line; it is shown to everybody who has the version.")
+@_key_option
 @password_option
-@days_option
+@_days_option
 @json_option
 def yank(
-    repo: str, version: str, reason: str, key_file: Path, password_file: IO[bytes] | None, days: int, as_json: bool
+    address: str, version: str, reason: str, key_file: Path, password_file: IO[bytes] | None, days: int, as_json: bool
 ) -> None:
-    """Withdraw VERSION from the channel in REPO: models that have it go back with their next update."""
+    """Revoke VERSION of CHANNEL: models that have it go back with their next update."""
     from nestpatch.channels.publish import yank as run
 
-    _report(run(repo, version, reason, unlocked(key_file, password_file), days=days), as_json)
+    _report(run(address, version, reason, unlocked(key_file, password_file), days=days), as_json)
 
 
-@click.command()
-@click.argument("repo")
-@key_option
+@click.command(
+    epilog=examples(
+        "nestpatch renew acme/no-harm --key acme.key",
+        "nestpatch renew acme/no-harm --key acme.key --new-key acme-2.key",
+    )
+)
+@_channel_argument
+@_key_option
 @password_option
-@click.option("--new-key", type=PathType, help="Hand the channel over to this private key; it signs from now on.")
-@days_option
+@click.option("--new-key", type=PathType, help="Hand the channel over to this private key, which signs from now on.")
+@_days_option
 @json_option
-def renew(repo: str, key_file: Path, password_file: IO[bytes] | None, new_key: Path | None, days: int, as_json: bool) -> None:
-    """Sign the channel in REPO anew before it expires, or hand it over to a new key."""
+def renew(
+    address: str, key_file: Path, password_file: IO[bytes] | None, new_key: Path | None, days: int, as_json: bool
+) -> None:
+    """Sign CHANNEL again before it expires, or hand it over to a new key."""
     from nestpatch.channels.publish import renew as run
 
     key = unlocked(key_file, password_file)
-    _report(run(repo, key, unlocked(new_key, password_file) if new_key else None, days=days), as_json)
+    _report(run(address, key, unlocked(new_key, password_file) if new_key else None, days=days), as_json)
 
 
 def _report(done: Published, as_json: bool) -> None:
@@ -95,20 +115,25 @@ def _report(done: Published, as_json: bool) -> None:
     show_published(done)
 
 
-@click.command()
-@click.argument("repo")
-@click.option("-o", "--output", type=PathType, help="A file, or a folder to write into.  [default: NAME-VERSION.nest here]")
+@click.command(
+    epilog=examples(
+        "nestpatch pull acme/no-harm",
+        "nestpatch pull https://patches.example/no-harm@1.0.0 -o no-harm.nest",
+    )
+)
+@click.argument("address", metavar="CHANNEL[@VERSION]")
+@click.option("-o", "--output", type=OutputPath, help="A file, or a folder to write into.  [default: NAME-VERSION.nest here]")
 @trust_options
 @quiet_option
 @json_option
-def pull(repo: str, output: Path | None, policy_file: Path | None, allow_unsigned: bool, quiet: bool, as_json: bool) -> None:
-    """Fetch a version from the channel REPO[@VERSION], check it and write it, with its signatures."""
+def pull(address: str, output: Path | None, policy_file: Path | None, allow_unsigned: bool, quiet: bool, as_json: bool) -> None:
+    """Download a version of CHANNEL, check it and write it, with its signatures. Without @VERSION: the latest."""
     from nestpatch.channels.follow import pull as run
     from nestpatch.signing.trust import load_policy
 
     with progress(quiet or as_json) as on_event:
         policy = load_policy(policy_file)
-        done = run(repo, policy, output, allow_unsigned=allow_unsigned, on_event=on_event)
+        done = run(address, policy, output, allow_unsigned=allow_unsigned, on_event=on_event)
     if not done.signers:
         say_unsigned(policy, done.pack)
     if as_json:
@@ -119,11 +144,16 @@ def pull(repo: str, output: Path | None, policy_file: Path | None, allow_unsigne
     show_pulled(done)
 
 
-@click.command()
-@click.argument("model", type=PathType)
-@click.option("--check", is_flag=True, help="Only tell: exit code 10 when there is something to do. Changes nothing.")
-@click.option("--channel", "channels", multiple=True, metavar="REPO", help="Follow this channel from now on. Repeatable.")
-@click.option("--allow-overlap", is_flag=True, help="Add up with another pack that changes the same rows.")
+@click.command(
+    epilog=examples(
+        "nestpatch update models/llama --check",
+        "nestpatch update models/llama --channel acme/no-harm --quiet --json",
+    )
+)
+@click.argument("model", metavar="MODEL", type=PathType)
+@click.option("--check", is_flag=True, help="Change nothing; exit code 10 when there is something to do.")
+@click.option("--channel", "channels", multiple=True, metavar="CHANNEL", help="Follow this channel from now on. Repeatable.")
+@click.option("--allow-overlap", is_flag=True, help="Add the changes of packs that change the same rows.")
 @trust_options
 @base_option
 @dither_option
@@ -141,18 +171,27 @@ def update(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Bring MODEL to the latest version of the channels that it follows, in place; off a version that was withdrawn.
+    """Bring MODEL to the latest version of the channels that it follows, in place; away from a version that was revoked.
 
-    One small request when nothing is new. All channels are tried. Exit code 0: up to date now; 10: --check found something to
-    do; 1: a channel was refused or could not be reached, and nothing of it was applied.
+    One small request per channel when nothing is new. All channels are tried. Exit code 0: up to date now; 10: --check found
+    something to do; 1: a channel was refused or could not be reached, and nothing of it was applied.
     """
     from nestpatch.patcher.update import update as run
     from nestpatch.signing.trust import load_policy
 
     policy = load_policy(policy_file)
     with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:
-        quantized = {"base": float_model, "dither": dither, "allow_overlap": allow_overlap, "on_event": on_event}
-        results = run(model, policy, channels, check=check, allow_unsigned=allow_unsigned, **quantized)
+        results = run(
+            model,
+            policy,
+            channels,
+            check=check,
+            allow_unsigned=allow_unsigned,
+            base=float_model,
+            dither=dither,
+            allow_overlap=allow_overlap,
+            on_event=on_event,
+        )
     states = {result.state for result in results}
     if not policy.keys and states != {"failed"}:
         say_unsigned(policy, "what these channels publish")

@@ -11,28 +11,37 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
-from nestpatch.commands._options import NewFile, PathType, json_option, print_json, say
+from nestpatch.commands._options import (
+    NewFile,
+    OutputPath,
+    PackType,
+    PathType,
+    examples,
+    json_option,
+    print_json,
+    say,
+)
 
 if TYPE_CHECKING:
     from nestpatch.signing.keys import PrivateKey
 
-PASSWORD = "NESTPATCH_KEY_PASSWORD"  # noqa: S105 - the name of a variable
-MAX_PASSWORD = 1024
+_PASSWORD = "NESTPATCH_KEY_PASSWORD"  # noqa: S105 - the name of a variable
+_MAX_PASSWORD = 1024
 """Bytes."""
 password_option = click.option(
     "--password-file",
     type=click.File("rb"),
-    help=f"First line: the password; - for stdin.  [default: ${PASSWORD}, or asked for]",
+    help=f"File whose first line is the password; - for stdin.  [default: ${_PASSWORD}, or a prompt]",
 )
 
 
-@click.command()
+@click.command(epilog=examples("nestpatch keygen acme", "nestpatch keygen ci --no-password --json"))
 @click.argument("name", type=NewFile, default="nestpatch")
-@click.option("--no-password", is_flag=True, help="Leave the private key unencrypted: for machines that sign on their own.")
+@click.option("--no-password", is_flag=True, help="Leave the private key unencrypted: for machines that sign unattended.")
 @password_option
 @json_option
 def keygen(name: Path, no_password: bool, password_file: IO[bytes] | None, as_json: bool) -> None:
-    """Make a key pair for signing packs: NAME.key, which stays with you, and NAME.pub, which everybody may have."""
+    """Make a key pair for signing packs: NAME.key, which you keep secret, and NAME.pub, which you give away."""
     from nestpatch.signing import keys
 
     if no_password and password_file is not None:
@@ -47,17 +56,22 @@ def keygen(name: Path, no_password: bool, password_file: IO[bytes] | None, as_js
     show_pair(pair)
 
 
-@click.command()
-@click.argument("pack", type=PathType)
+@click.command(
+    epilog=examples(
+        "nestpatch sign no-harm-1.0.0.nest --key acme.key",
+        "nestpatch sign no-harm-1.0.0.nest --key ci.key --overwrite --json",
+    )
+)
+@click.argument("pack", metavar="PACK", type=PathType)
 @click.option("--key", "key_file", type=PathType, required=True, help="The private key: a .key file that keygen made.")
-@click.option("-o", "--output", type=PathType, help="Where to write.  [default: PATCH.sig, or beside the signatures of others]")
+@click.option("-o", "--output", type=OutputPath, help="Where to write.  [default: PACK.sig, or beside other signatures]")
 @click.option("--overwrite", is_flag=True, help="Replace an older signature by the same key.")
 @password_option
 @json_option
 def sign(
     pack: Path, key_file: Path, output: Path | None, overwrite: bool, password_file: IO[bytes] | None, as_json: bool
 ) -> None:
-    """Sign PATCH: writes an OpenSSF Model Signing bundle, which the model_signing tool verifies too."""
+    """Sign PACK: write an OpenSSF Model Signing bundle, which the model_signing tool verifies too."""
     from nestpatch.signing import verify
 
     done = verify.sign_pack(pack, unlocked(key_file, password_file), output, overwrite=overwrite)
@@ -69,16 +83,25 @@ def sign(
     show_signature(done)
 
 
-@click.command("verify-signature")
-@click.argument("pack")
-@click.option("--model", help="What the patch is for, a path or a Hub id: the rules and keys for this model count.")
+@click.command(
+    "verify-signature",
+    epilog=examples(
+        "nestpatch verify-signature no-harm-1.0.0.nest --model models/llama",
+        "nestpatch verify-signature hub://acme/no-harm --key acme.pub",
+    ),
+)
+@click.argument("pack", metavar="PACK", type=PackType)
+@click.option("--model", help="Path or Hub id of the model: the rules and keys for this model count.")
 @click.option("--key", "key_files", type=PathType, multiple=True, help="Trust this public key, instead of your own list.")
-@click.option("--policy", "policy_file", type=PathType, help="Trust what this file says, instead of your own list.")
+@click.option("--policy", "policy_file", type=PathType, help="Use the trusted keys and rules of this file instead of your own.")
 @json_option
 def verify_signature(
     pack: str, model: str | None, key_files: tuple[Path, ...], policy_file: Path | None, as_json: bool
 ) -> None:
-    """Tell who signed PATCH, offline unless it is hub://owner/name. Exit code 0: as many trusted keys as needed, 1: not."""
+    """Show who signed PACK, a file or a channel; a file is checked offline.
+
+    Exit code 0: enough trusted keys have signed, 1: too few.
+    """
     from nestpatch.gate import is_channel
     from nestpatch.signing import keys, trust, verify
 
@@ -90,16 +113,16 @@ def verify_signature(
     if is_channel(pack):
         from nestpatch.channels.follow import fetch_pack
 
-        found = fetch_pack(pack, policy, model).outcome
+        found = fetch_pack(pack, policy, model).result
     else:
         found = verify.verify_signature(pack, policy, model)
     if as_json:
         print_json(found.as_json())
     else:
-        from nestpatch.views.signing import show_outcome
+        from nestpatch.views.signing import show_result
 
-        show_outcome(pack, found)
-    sys.exit(0 if isinstance(found, verify.Signed) else 1)
+        show_result(pack, found)
+    sys.exit(0 if isinstance(found, verify.VerifiedPack) else 1)
 
 
 @click.group()
@@ -107,7 +130,13 @@ def trust() -> None:
     """Keep the list of keys whose packs this user trusts."""
 
 
-@trust.command("add")
+@trust.command(
+    "add",
+    epilog=examples(
+        "nestpatch trust add acme.pub --name acme",
+        "nestpatch trust add team.pub --model 'team/*' --model /srv/models/team",
+    ),
+)
 @click.argument("key", type=PathType)
 @click.option("--name", help="Whose key it is.  [default: the file's name]")
 @click.option(
@@ -118,60 +147,57 @@ def trust() -> None:
 )
 @json_option
 def trust_add(key: Path, name: str | None, models: tuple[str, ...], as_json: bool) -> None:
-    """Trust the public KEY file from now on. Compare its id with what the publisher says elsewhere."""
-    from nestpatch.signing import keys, trust
-    from nestpatch.signing.store import changing, trust_file
+    """Trust the public KEY file from now on. Compare its id with what the publisher says elsewhere.
+
+    Once any key is trusted, every pack needs a trusted signature, also your own: nestpatch sign.
+    """
+    from nestpatch.signing import keys
     from nestpatch.signing.subject import EVERYTHING
+    from nestpatch.signing.trust import TrustedKey, trust_key
 
     patterns = tuple(_pattern(model) for model in models) or (EVERYTHING,)
-    trusted = trust.TrustedKey(trust.check_name(name or key.stem), keys.read_public(key), trust.check_patterns(patterns))
-    with changing(trust_file(), create=True):
-        file = trust.save_policy(trust.load_own(create=True).with_key(trusted))
+    trusted = TrustedKey.of(name or key.stem, keys.read_public(key), patterns)
+    file = trust_key(trusted)
     if as_json:
-        print_json({"name": trusted.name, "id": trusted.key.key_id, "models": trusted.models, "file": file})
-    else:
-        say(f"trusting {trusted.name}, key {trusted.key.key_id}, for {', '.join(trusted.models)}")
+        print_json({"name": trusted.name, "key_id": trusted.key.key_id, "models": trusted.models, "file": file})
+        return
+    say(f"trusting {trusted.name}, key {trusted.key.key_id}, for {', '.join(trusted.models)}")
+    say("From now on a pack must be signed by a trusted key. Sign your own packs: nestpatch sign PACK --key NAME.key")
 
 
-@trust.command("list")
+@trust.command("list", epilog=examples("nestpatch trust list", "nestpatch trust list --json"))
 @json_option
 def trust_list(as_json: bool) -> None:
     """Show the trusted keys and the rules: your own, and those of this machine's administrator."""
-    from nestpatch.signing import store
-    from nestpatch.signing.trust import load_own, load_system
+    from nestpatch.signing.trust import load_own, load_system, policy_files
 
-    own, system, file = load_own(), load_system(), store.trust_file()
+    own, system = load_own(), load_system()
+    file, system_file = policy_files()
     if as_json:
-        print_json({"file": file, **own.as_json(), "system": {"file": store.SYSTEM_FILE, **system.as_json()}})
+        print_json({"file": file, **own.as_json(), "system": {"file": system_file, **system.as_json()}})
         return
     from nestpatch.views.signing import show_policy, show_system_policy
 
     show_policy(own, str(file))
-    show_system_policy(system, str(store.SYSTEM_FILE))
+    show_system_policy(system, str(system_file))
 
 
-@trust.command("remove")
+@trust.command("remove", epilog=examples("nestpatch trust remove acme", "nestpatch trust remove 3f9a1c07 --json"))
 @click.argument("key")
 @json_option
 def trust_remove(key: str, as_json: bool) -> None:
-    """Trust KEY no longer: its name, or at least 8 digits of its id."""
-    from nestpatch.signing.store import changing, trust_file
-    from nestpatch.signing.trust import load_own, load_system, refuse_system_key, save_policy
+    """Stop trusting KEY: its name, or at least 8 digits of its id."""
+    from nestpatch.signing.trust import distrust_key
 
-    with changing(trust_file()):
-        before = load_own()
-        refuse_system_key(key, before, load_system())
-        after = before.without_key(key)
-        file = save_policy(after)
-    gone = next(trusted for trusted in before.keys if trusted not in after.keys)
+    gone, file = distrust_key(key)
     if as_json:
-        print_json({"name": gone.name, "id": gone.key.key_id, "file": file})
+        print_json({"name": gone.name, "key_id": gone.key.key_id, "file": file})
     else:
         say(f"{gone.name}, key {gone.key.key_id[:12]}.., is no longer trusted")
 
 
 def unlocked(key_file: Path, password_file: IO[bytes] | None) -> PrivateKey:
-    """A private key; its password is asked for where it has one."""
+    """Reads a private key; asks for its password if it has one."""
     from nestpatch.signing import keys
 
     password = _password(password_file, f"Password of {key_file}") if keys.needs_password(key_file) else None
@@ -183,18 +209,18 @@ def _password(file: IO[bytes] | None, question: str, *, confirm: bool = False) -
     from nestpatch.errors import KeyFileError
 
     if file is not None:
-        found = file.readline(MAX_PASSWORD + 2).rstrip(b"\r\n")
-        if len(found) > MAX_PASSWORD:
+        found = file.readline(_MAX_PASSWORD + 2).rstrip(b"\r\n")
+        if len(found) > _MAX_PASSWORD:
             raise KeyFileError(
-                f"the first line of the password file has more than {MAX_PASSWORD} bytes", advice="Check the path."
+                f"the first line of the password file has more than {_MAX_PASSWORD} bytes", advice="Check the path."
             )
-    elif PASSWORD in os.environ:
-        found = os.environb[PASSWORD.encode()] if os.supports_bytes_environ else os.environ[PASSWORD].encode()
+    elif _PASSWORD in os.environ:
+        found = os.environb[_PASSWORD.encode()] if os.supports_bytes_environ else os.environ[_PASSWORD].encode()
     elif sys.stdin.isatty():
         found = click.prompt(question, hide_input=True, confirmation_prompt=confirm, err=True).encode()
     else:
         raise KeyFileError(
-            "a password is needed, and there is nobody to ask", advice=f"Use --password-file, or set {PASSWORD}."
+            "a password is needed, and there is no terminal to ask for it", advice=f"Use --password-file, or set {_PASSWORD}."
         )
     if not found:
         raise KeyFileError(
@@ -204,9 +230,9 @@ def _password(file: IO[bytes] | None, question: str, *, confirm: bool = False) -
 
 
 def _pattern(model: str) -> str:
-    """A path becomes absolute, and its own pattern; what is none stays as it is. Raises TrustError for what is no text."""
+    """An existing path becomes absolute and literal; anything else stays as it is. Raises TrustError for undecodable text."""
     if any("\ud800" <= character <= "\udfff" for character in model):
         from nestpatch.errors import TrustError
 
-        raise TrustError(f"{model} is no text, and cannot be kept", advice="Name its folder with a pattern: models/*")
+        raise TrustError(f"{model} is not text, and cannot be stored", advice="Name its folder with a pattern: models/*")
     return glob.escape(Path(os.path.abspath(model)).as_posix()) if os.path.exists(model) else model  # noqa: PTH110

@@ -7,23 +7,39 @@ from pathlib import Path
 
 import click
 
-from nestpatch.commands._options import NewFile, PathType, json_option, print_json, progress, quiet_option, say
+from nestpatch.commands._options import (
+    ModelType,
+    OutputPath,
+    PathType,
+    examples,
+    json_option,
+    print_json,
+    progress,
+    quiet_option,
+    say,
+)
 
 
 def _help_recipe(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
-        from nestpatch.views.results import out, recipe_table
+        from nestpatch.views.console import out
+        from nestpatch.views.packs import recipe_table
 
         out.print(recipe_table())
         ctx.exit(0)
 
 
-@click.command()
-@click.argument("base")
+@click.command(
+    epilog=examples(
+        "nestpatch train models/llama --harmful harmful.jsonl --benign benign.jsonl -o no-harm.nest",
+        "nestpatch train acme/llama --harmful bad.csv --benign good.csv --set steps=400 -o no-harm.nest",
+    )
+)
+@click.argument("base", type=ModelType)
 @click.option("--harmful", multiple=True, required=True, help="Prompts to refuse: file or data set id. Repeatable.")
 @click.option("--benign", multiple=True, required=True, help="Prompts to go on answering. Repeatable.")
 @click.option("--lookalike", multiple=True, help="Harmless prompts that look harmful. Repeatable.")
-@click.option("-o", "--output", type=NewFile, required=True, help="The pack to write.")
+@click.option("-o", "--output", type=OutputPath, required=True, help="The pack to write.")
 @click.option("--name", help="Name of the pack.  [default: the output's file name]")
 @click.option("--version", "pack_version", default="1.0.0", show_default=True, help="Version of the pack (semver).")
 @click.option("--description", default="", help="One sentence for people.")

@@ -1,4 +1,4 @@
-"""The files of a tokenizer as transformers and others leave them, of every age, read into one form."""
+"""The files of a tokenizer, as any version of transformers or sentencepiece writes them, read into one form."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
-from nestpatch.export._model_config import read_json
+from nestpatch.export._model_config import OTHER_CONVERTER, read_json
 from nestpatch.files.reading import MAX_JSON, open_regular, read_text
 from nestpatch.formats.protobuf import BYTES, VARINT, Field, Wire
 
 BPE = 2
+"""The model type of a sentencepiece BPE."""
+ChatTemplate: TypeAlias = str | list[dict[str, str]]
+SPECIALS = ("bos", "eos", "unk", "sep", "pad", "mask")
 
 
 class Kind(IntEnum):
-    """Kinds of pieces; GGUF uses the same numbers."""
+    """Kinds of pieces, with the numbers that sentencepiece and GGUF share."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -31,7 +34,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class VocabularyPiece:
-    """One entry of the vocabulary; its place in the list is its id."""
+    """One entry of a sentencepiece vocabulary; its position in the list is its id."""
 
     text: str
     score: float
@@ -40,7 +43,7 @@ class VocabularyPiece:
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """What an exporter needs of tokenizer.model."""
+    """The fields of tokenizer.model that an exporter needs."""
 
     pieces: tuple[VocabularyPiece, ...]
     model_type: int
@@ -48,17 +51,7 @@ class SentencePieceModel:
 
 
 def read_model(path: Path) -> SentencePieceModel:
-    """Reads a sentencepiece model.
-
-    Args:
-        path: tokenizer.model.
-
-    Returns:
-        Its vocabulary and what else an exporter needs.
-
-    Raises:
-        CheckpointFormatError: The file is not a sentencepiece model, or too long for one.
-    """
+    """Reads tokenizer.model. Raises CheckpointFormatError when the file is no sentencepiece model, or is too long for one."""
     try:
         with open_regular(path, error=CheckpointFormatError) as file:
             size = os.fstat(file.fileno()).st_size
@@ -96,52 +89,39 @@ def _piece(wire: Wire, message: Field) -> VocabularyPiece:
     return VocabularyPiece(text, score, kind)
 
 
-ChatTemplate: TypeAlias = str | list[dict[str, str]]
-SPECIALS = ("bos", "eos", "unk", "sep", "pad", "mask")
-
-
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is found in the text before anything else is done to it."""
+    """A token that is matched in the raw text, before it is split."""
 
     content: str
     special: bool
     strips: bool = False
-    """Whether it swallows white space beside it."""
+    """Whether white space beside it is stripped."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenizerFiles:
-    """What lies in a model's directory."""
+    """The content of the tokenizer's files in a model's directory."""
 
     folder: Path
     tokenizer: Mapping[str, Any] | None
     """tokenizer.json."""
     config: Mapping[str, Any]
-    """tokenizer_config.json, with special_tokens_map.json underneath."""
+    """tokenizer_config.json; missing fields are those of special_tokens_map.json."""
     model: Mapping[str, Any]
-    """config.json, with generation_config.json underneath: token ids."""
+    """config.json; missing fields, such as token ids, are those of generation_config.json."""
     added: Mapping[int, AddedToken]
 
-    @property
-    def model_file(self) -> Path:
-        """The sentencepiece model."""
-        return self.folder / "tokenizer.model"
-
-    def special_name(self, kind: str) -> str | None:
-        """The text of the "bos", "eos", ... token, where the tokenizer has one."""
-        value = self.config.get(f"{kind}_token")
-        return value.get("content") if isinstance(value, dict) else value
-
-    def special_id(self, kind: str) -> int | None:
-        """Its id as the model's configuration has it; of several, the first."""
-        value = self.model.get(f"{kind}_token_id")
-        value = value[0] if isinstance(value, list) and value else value
-        return value if type(value) is int and value >= 0 else None
+    def special(self, kind: str) -> tuple[str | None, int | None]:
+        """(text, id) of the "bos", "eos", ... token, as the configuration files have it; of several ids the first."""
+        text, number = self.config.get(f"{kind}_token"), self.model.get(f"{kind}_token_id")
+        text = text.get("content") if isinstance(text, dict) else text
+        number = number[0] if isinstance(number, list) and number else number
+        return text, number if type(number) is int and number >= 0 else None
 
 
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
-    """Reads all but the sentencepiece model. Raises CheckpointFormatError when a file is broken."""
+    """Reads all files but the sentencepiece model. Raises CheckpointFormatError when one is broken."""
     tokenizer = read_json(folder / "tokenizer.json")
     config = {**(read_json(folder / "special_tokens_map.json") or {}), **(read_json(folder / "tokenizer_config.json") or {})}
     model = {**(read_json(folder / "generation_config.json") or {}), **(read_json(folder / "config.json") or {})}
@@ -153,7 +133,7 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
 
 
 def _added(folder: Path, tokenizer: Any, config: Mapping[str, Any]) -> dict[int, AddedToken]:
-    """The added tokens by id; newer files win."""
+    """The added tokens by id; newer kinds of files take precedence."""
     found = {int(number): AddedToken(text, False) for text, number in (read_json(folder / "added_tokens.json") or {}).items()}
     entries = list((config.get("added_tokens_decoder") or {}).items())
     entries += [(entry["id"], entry) for entry in (tokenizer or {}).get("added_tokens") or ()]
@@ -164,27 +144,21 @@ def _added(folder: Path, tokenizer: Any, config: Mapping[str, Any]) -> dict[int,
 
 
 def chat_template(files: TokenizerFiles) -> ChatTemplate | None:
-    """The chat template, or several by name; the .jinja file wins, as in transformers."""
-    file = files.folder / "chat_template.jinja"
-    others = sorted((files.folder / "additional_chat_templates").glob("*.jinja"))
-    if not file.is_file():
+    """The chat template, or several by name. As in transformers, a .jinja file takes precedence."""
+    main = files.folder / "chat_template.jinja"
+    if not main.is_file():
         found = files.config.get("chat_template")
         return found if isinstance(found, (str, list)) else None
-    template = _template(file)
-    if not others:
-        return template
-    named = [{"name": other.stem, "template": _template(other)} for other in others]
-    return [{"name": "default", "template": template}, *named]
-
-
-def _template(file: Path) -> str:
-    return read_text(file, MAX_JSON, error=CheckpointFormatError)
+    others = sorted((files.folder / "additional_chat_templates").glob("*.jinja"))
+    texts = [read_text(file, MAX_JSON, error=CheckpointFormatError) for file in (main, *others)]
+    names = ["default", *(other.stem for other in others)]
+    return [{"name": name, "template": text} for name, text in zip(names, texts, strict=True)] if others else texts[0]
 
 
 def frame(files: TokenizerFiles) -> tuple[str | None, str | None]:
-    """(token before every text, token after it), as the post-processor of tokenizer.json puts them.
+    """(token before every text, token after it), from the post-processor of tokenizer.json.
 
-    Raises UnsupportedModelError when it puts more than GGUF files can say.
+    Raises UnsupportedModelError when it adds more than a GGUF file can express.
     """
     processor = (files.tokenizer or {}).get("post_processor") or {}
     parts = processor.get("processors", [processor])
@@ -192,8 +166,8 @@ def frame(files: TokenizerFiles) -> tuple[str | None, str | None]:
     odd = [part.get("type") for part in parts if part.get("type") not in ("TemplateProcessing", "ByteLevel", None)]
     if odd or len(templates) > 1:
         raise UnsupportedModelError(
-            f"GGUF files cannot say what the post-processor of {files.folder} does ({', '.join(map(str, odd)) or 'templates'})",
-            advice="Let llama.cpp's own converter try: --llama-cpp DIR, where DIR is a checkout of llama.cpp.",
+            f"a GGUF file cannot express the post-processor of {files.folder} ({', '.join(map(str, odd)) or 'templates'})",
+            advice=OTHER_CONVERTER,
         )
     single = templates[0].get("single", []) if templates else []
     texts = [number for number, part in enumerate(single) if "Sequence" in part]
@@ -202,6 +176,6 @@ def frame(files: TokenizerFiles) -> tuple[str | None, str | None]:
     before, after = names[:at], names[at + 1 :] if texts else []
     if len(before) > 1 or len(after) > 1:
         raise UnsupportedModelError(
-            f"the tokenizer of {files.folder} puts {before + after} around a text; GGUF has room for two"
+            f"the tokenizer of {files.folder} puts {before + after} around a text; a GGUF file can have one token on each side"
         )
     return (before[0] if before else None), (after[0] if after else None)

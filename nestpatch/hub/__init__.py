@@ -1,1 +1,1 @@
-"""The Hugging Face Hub, or a mirror of it (HF_ENDPOINT): its client, and models there as checkpoints."""
+"""The Hugging Face Hub and plain web servers, read without trusting them: look-ups, whole files, ranges, a remote model."""

@@ -1,13 +1,13 @@
-"""A safetensors model on the Hub as a checkpoint that can be read: headers at first, then only the rows that are asked for.
+"""A safetensors model on the Hub as a read-only checkpoint: headers first, then only the rows that are needed.
 
-A patch of a model with billions of parameters touches megabytes of it, so these are what its base costs to look at. The commit
-is fixed when the checkpoint is made: a branch that moves while rows are read changes nothing.
+A pack for a model with billions of parameters touches megabytes of it, and only these are downloaded from its base. The commit
+is fixed when the checkpoint is opened: a branch that moves while rows are read changes nothing.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,27 +29,29 @@ from nestpatch.formats.safetensors import (
     parse_index,
     row_dtype,
 )
-from nestpatch.hub.client import SCHEME, Reference, Snapshot, is_commit, look_up, parse_reference
+from nestpatch.hub.client import SCHEME, Reference, Snapshot, look_up, looks_local, parse_reference
 from nestpatch.hub.ranges import Meter, RemoteFile
 from nestpatch.rows import Rows
 
-PARALLEL = 8
+_PARALLEL = 8
 """Requests at a time."""
-GAP = 256 << 10
+_GAP = 256 << 10
 """Bytes between two wanted rows that are read along rather than skipped. Skipping them costs another request: with a round
-trip of 100 ms to a CDN and PARALLEL requests at a time an eighth of that, in which a line of 20 MB/s brings 250 kB. On
+trip of 100 ms to a CDN and _PARALLEL requests at a time an eighth of that, in which a line of 20 MB/s brings 250 kB. On
 such a line, simulated, 1 % and 3 % of 8 kB rows took 4.7 and 8.4 s; with no gap 5.8 and 16.6 s, with 1 MiB 7.4 and 16.3."""
-PART = 8 << 20
-"""Bytes of one request at most, but for a single row."""
-KEPT = 256 << 20
-"""Bytes of rows kept in memory: a patch looks at its rows twice, to tell the base and to make the result."""
-FIRST = 100 << 10
-"""Bytes asked for to get a header. Nearly all headers are shorter, and then one request does."""
+_PART = 8 << 20
+"""Bytes of one request at most, unless a single row is larger."""
+_KEPT = 256 << 20
+"""Bytes of rows kept in memory: applying a pack reads its rows twice, to identify the base and to compute the result."""
+_FIRST = 100 << 10
+"""Bytes of the first request for a header. Nearly all headers are shorter, and then one request is enough."""
+_LANDMARKS = (INDEX, SINGLE, "config.json", "README.md", ".gitattributes")
+"""Files by which a cached snapshot is found: nearly every model repository has one of them."""
 
 
 @dataclass(frozen=True)
-class ByteRange:
-    """One request for the rows at positions [first, last) of a list, which lie in bytes [start, stop) of the tensor."""
+class _ByteRange:
+    """One request: the rows at positions [first, last) of a list, which are bytes [start, stop) of the tensor."""
 
     first: int
     last: int
@@ -57,40 +59,47 @@ class ByteRange:
     stop: int
 
 
-def spans(rows: IntArray, row_bytes: int, *, gap: int = GAP, limit: int = PART) -> list[ByteRange]:
-    """Which requests fetch sorted rows: one for those at most `gap` bytes apart, none over `limit` but for a single row."""
-    found: list[ByteRange] = []
+def _byte_ranges(rows: IntArray, row_bytes: int, *, gap: int = _GAP, limit: int = _PART) -> list[_ByteRange]:
+    """The requests that fetch sorted rows: one for those at most `gap` bytes apart, none over `limit` except for one row."""
+    found: list[_ByteRange] = []
     for position, row in enumerate(rows.tolist()):
         start, stop = row * row_bytes, (row + 1) * row_bytes
         last = found[-1] if found else None
         if last is not None and start - last.stop <= gap and stop - last.start <= limit:
-            found[-1] = ByteRange(last.first, position + 1, last.start, stop)
+            found[-1] = _ByteRange(last.first, position + 1, last.start, stop)
         else:
-            found.append(ByteRange(position, position + 1, start, stop))
+            found.append(_ByteRange(position, position + 1, start, stop))
     return found
 
 
 class RemoteCheckpoint(Headers, Checkpoint):
-    """The reading half of a checkpoint, over HTTP. Everything else is refused.
+    """The reading half of a checkpoint, over HTTP. Writing is refused.
 
-    Raises HubError and its kinds, and CheckpointFormatError for a repository that holds no sound safetensors model.
+    Args:
+        snapshot: The commit to read.
+        endpoint: Address of the Hub; None: that of HF_ENDPOINT.
+
+    Raises:
+        HubError: The Hub does not deliver the headers.
+        CheckpointFormatError: The repository does not contain a sound safetensors model.
     """
 
     def __init__(self, snapshot: Snapshot, *, endpoint: str | None = None) -> None:
         self.snapshot = snapshot
         self.path = Path(str(snapshot))
-        """For messages: there is nothing on this disk."""
+        """For messages: nothing is stored on this disk."""
         self.meter = Meter()
+        self._endpoint = endpoint
         self._kept: dict[tuple[str, bytes], Rows] = {}
         self._lock = Lock()
-        self._open: Callable[[str], RemoteFile] = lambda name: RemoteFile(
-            snapshot, name, self.meter, endpoint=endpoint, share=PARALLEL
-        )
         names, index = self._find_files()
         self.files = tuple(self.path / name for name in names)
         self._remote = {self.path / name: self._open(name) for name in names}
-        with ThreadPoolExecutor(PARALLEL) as pool:
+        with ThreadPoolExecutor(_PARALLEL) as pool:
             super().__init__(self.path, pool.map(self._read_header, self.files), index)
+
+    def _open(self, name: str) -> RemoteFile:
+        return RemoteFile(self.snapshot, name, self.meter, endpoint=self._endpoint, share=_PARALLEL)
 
     @property
     def downloaded(self) -> int:
@@ -105,11 +114,23 @@ class RemoteCheckpoint(Headers, Checkpoint):
     converted = False
 
     def reopen(self, path: Path) -> RemoteCheckpoint:  # noqa: ARG002 - the protocol's signature
-        """Refuses: there is no other place."""
-        raise self._fixed()
+        """Always raises InPlaceError: a remote model cannot be copied."""
+        raise self._read_only()
 
     def read_rows(self, name: str, rows: IntArray) -> Rows:
-        """Fetches sorted rows, [rows, in_features] in the stored dtype; near ones together, some requests at a time."""
+        """Fetches rows, near ones in one request, several requests at a time. Fetched rows are kept in memory.
+
+        Args:
+            name: The tensor.
+            rows: Sorted row numbers.
+
+        Returns:
+            [rows, in_features] in the stored dtype; a copy that may be changed.
+
+        Raises:
+            CheckpointFormatError: The tensor is missing, has no rows, or fewer than asked for.
+            HubError: The Hub does not deliver them.
+        """
         info = self.info(name)
         dtype = row_dtype(info)
         if len(rows) and not 0 <= int(rows[0]) <= int(rows[-1]) < info.rows:
@@ -118,39 +139,43 @@ class RemoteCheckpoint(Headers, Checkpoint):
         values = self._kept.get(wanted)
         if values is None:
             values = self._fetch_rows(info, rows)
-            self._keep(wanted, values)
+            with self._lock:
+                self._kept[wanted] = values
+                # The oldest are dropped when they become too many.
+                while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > _KEPT:
+                    del self._kept[next(iter(self._kept))]
         return values.view(dtype).copy()
 
     def _fetch_rows(self, info: TensorInfo, rows: IntArray) -> Rows:
         out = np.empty((len(rows), info.row_bytes), np.uint8)
 
-        def fetch(span: ByteRange) -> None:
+        def fetch(span: _ByteRange) -> None:
             data = self._remote[info.file].read(info.offset + span.start, info.offset + span.stop)
             block = np.frombuffer(data, np.uint8).reshape(-1, info.row_bytes)
             out[span.first : span.last] = block[rows[span.first : span.last] - rows[span.first]]
 
-        _all(fetch, spans(rows, info.row_bytes))
+        with ThreadPoolExecutor(_PARALLEL) as pool:
+            futures = [pool.submit(fetch, span) for span in _byte_ranges(rows, info.row_bytes)]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:  # the first error ends all
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         return out
 
-    def _keep(self, wanted: tuple[str, bytes], values: Rows) -> None:
-        """Keeps rows, which cannot change, and forgets the oldest when they become too many."""
-        with self._lock:
-            self._kept[wanted] = values
-            while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > KEPT:
-                del self._kept[next(iter(self._kept))]
-
     def write_rows(self, name: str, rows: IntArray, values: Rows) -> None:  # noqa: ARG002 - the protocol's signature
-        """Refuses."""
-        raise self._fixed()
+        """Always raises InPlaceError: a remote model can only be read."""
+        raise self._read_only()
 
     def read_all(self, name: str) -> Iterator[bytes]:
-        """The tensor's bytes, in blocks, one request each."""
+        """Yields the tensor's bytes in blocks, one request each. Raises HubError and CheckpointFormatError."""
         info = self.info(name)
-        for start in range(0, info.nbytes, PART):
-            stop = min(start + PART, info.nbytes)
+        for start in range(0, info.nbytes, _PART):
+            stop = min(start + _PART, info.nbytes)
             yield self._remote[info.file].read(info.offset + start, info.offset + stop)
 
-    def _fixed(self) -> InPlaceError:
+    def _read_only(self) -> InPlaceError:
         advice = f"Download it and patch the copy: hf download {self.snapshot.repo_id} --local-dir MODEL"
         return InPlaceError(f"{self.path} is on the Hub and can only be read", advice=advice)
 
@@ -172,7 +197,7 @@ class RemoteCheckpoint(Headers, Checkpoint):
 
     def _read_header(self, path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         file = self._remote[path]
-        data = file.read(0, FIRST)
+        data = file.read(0, _FIRST)
         size = file.size or 0
         stop = 8 + header_length(data[:8], size, path)
         if stop > len(data):
@@ -180,72 +205,57 @@ class RemoteCheckpoint(Headers, Checkpoint):
         return parse_header(data[8:stop], size, path)
 
 
-def _all(work: Callable[[ByteRange], None], items: Sequence[ByteRange]) -> None:
-    """Does the work for all items, some at a time; the first error ends it."""
-    with ThreadPoolExecutor(PARALLEL) as pool:
-        futures = [pool.submit(work, item) for item in items]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-LANDMARKS = (INDEX, SINGLE, "config.json", "README.md", ".gitattributes")
-"""Files by which a cached snapshot is found: nearly every model repository has one of them."""
-
-
 def open_base(text: str | Path, *, endpoint: str | None = None) -> Checkpoint:
     """Opens a model for reading: a path, or `owner/name[@revision]` on the Hub, also written hub://owner/name.
 
-    What exists on this disk is taken as a path. A snapshot in the cache of huggingface_hub is used when it is complete and of
-    the very commit that the Hub names now; with HF_HUB_OFFLINE=1 that of the commit which the cache remembers. Otherwise the
-    result is a RemoteCheckpoint, which fetches only the rows that are asked for.
+    What exists on this disk is a path, and what looks like a path is never sent to the Hub (`looks_local`). A complete snapshot
+    in the cache of huggingface_hub is used when it is the commit that the Hub names now; with HF_HUB_OFFLINE=1, when it is the
+    one that the cache remembers. Otherwise only the rows that are needed are fetched, by a RemoteCheckpoint.
 
-    Raises CheckpointFormatError when the text names no model, HubError and its kinds for what the Hub refuses.
+    Args:
+        text: The path or the repository.
+        endpoint: Address of the Hub; None: that of HF_ENDPOINT.
+
+    Returns:
+        The open checkpoint.
+
+    Raises:
+        CheckpointFormatError: The text does not name a model.
+        HubError: The Hub does not deliver the model.
     """
+    from huggingface_hub import constants
+
     name = str(text)
-    # os.path answers no where Path.exists raises.
+    # os.path.exists answers no where Path.exists raises.
     if not name.startswith(SCHEME) and os.path.exists(name):  # noqa: PTH110
         return open_checkpoint(name)
-    reference = parse_reference(name)
+    reference = None if looks_local(name) else parse_reference(name)
     if reference is None:
-        advice = "Give a path, or owner/name[@revision] of a model on the Hugging Face Hub."
+        advice = "Check the path. A model on the Hugging Face Hub is written hub://owner/name[@revision]."
         raise CheckpointFormatError(f"there is no model at {name}", advice=advice)
-    if _offline():
-        return _cached_only(reference)
-    if is_commit(reference.revision) and (found := cached(reference)) is not None:
-        return found
+    offline = bool(constants.HF_HUB_OFFLINE)
+    if offline or reference.commit:
+        found = _cached(reference)
+        if found is not None:
+            return found
+    if offline:
+        raise HubUnavailableError(
+            f"HF_HUB_OFFLINE is set, and the cache of huggingface_hub does not contain all of {reference}",
+            advice=f"Unset HF_HUB_OFFLINE, or fill the cache where there is a network: hf download {reference.repo_id}",
+        )
     snapshot = look_up(reference.repo_id, reference.revision, endpoint=endpoint)
-    return cached(Reference(snapshot.repo_id, snapshot.commit)) or RemoteCheckpoint(snapshot, endpoint=endpoint)
+    return _cached(Reference(snapshot.repo_id, snapshot.commit)) or RemoteCheckpoint(snapshot, endpoint=endpoint)
 
 
-def cached(reference: Reference) -> SafetensorsCheckpoint | None:
+def _cached(reference: Reference) -> SafetensorsCheckpoint | None:
     """The snapshot of a revision in the cache of huggingface_hub, if all its weights are there."""
     from huggingface_hub import try_to_load_from_cache
 
-    for landmark in LANDMARKS:
+    for landmark in _LANDMARKS:
         file = try_to_load_from_cache(reference.repo_id, landmark, revision=reference.revision)
         if isinstance(file, str):
             try:
                 return SafetensorsCheckpoint(Path(file).parent)
             except CheckpointFormatError:
-                return None  # only in part: somebody needed the tokenizer, or a download was stopped
+                return None  # incomplete: only the tokenizer was downloaded, or a download was stopped
     return None
-
-
-def _cached_only(reference: Reference) -> Checkpoint:
-    found = cached(reference)
-    if found is None:
-        raise HubUnavailableError(
-            f"HF_HUB_OFFLINE is set, and the cache of huggingface_hub does not hold {reference} as a whole",
-            advice=f"Unset HF_HUB_OFFLINE, or fill the cache where there is a network: hf download {reference.repo_id}",
-        )
-    return found
-
-
-def _offline() -> bool:
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)

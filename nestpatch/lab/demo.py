@@ -19,7 +19,7 @@ from nestpatch.evaluation.evaluator import evaluate
 from nestpatch.evaluation.suites import HEADLINES, Scores, Suite, load_suite
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.export.adapters import export_gguf_lora, export_onnx_adapter
-from nestpatch.export.models import export_gguf
+from nestpatch.export.gguf import export_gguf
 from nestpatch.lab.build import Lab, cached_lab, copy_lab
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe
@@ -171,7 +171,7 @@ def _run_gguf(folder: Path, suites: Sequence[Suite], on_event: OnEvent) -> tuple
     place.mkdir()
 
     def export(name: str, kind: str, pack: Path | None = None) -> Path:
-        return export_gguf(base, place / f"{name}.gguf", pack, trust="none", type=kind, on_event=on_event).path
+        return export_gguf(base, pack, place / f"{name}.gguf", trust="none", type=kind, on_event=on_event).output
 
     def run(what: str, model: Path, lora: Path | None = None, retention: float | None = None) -> FormatResult:
         found = evaluate(model, suites, lora=lora, on_event=on_event)
@@ -198,11 +198,11 @@ def _run_onnx(folder: Path, suites: Sequence[Suite], on_event: OnEvent) -> tuple
         found = evaluate(model, suites, lora=lora, on_event=on_event)
         return FormatResult(f"ONNX {what}", found.patched or found.model, retention)
 
-    plain = export_onnx(base, place / "patched-fp32", pack, trust="none", on_event=on_event).path
-    int4 = export_onnx(base, place / "int4", bits=4, on_event=on_event).path
+    plain = export_onnx(base, pack, place / "patched-fp32", trust="none", on_event=on_event).output
+    int4 = export_onnx(base, output=place / "int4", bits=4, on_event=on_event).output
     done = apply_in_place(int4, pack, trust="none", base=base, on_event=on_event)
-    ready = export_onnx(base, place / "adapter-ready", adapter_ready=True, on_event=on_event).path
-    adapter = export_onnx_adapter(pack, ready, place / "adapter.onnx_adapter", trust="none").output
+    ready = export_onnx(base, output=place / "adapter-ready", adapter_ready=True, on_event=on_event).output
+    adapter = export_onnx_adapter(pack, place / "adapter.onnx_adapter", model=ready, trust="none").output
     return (
         run("fp32, exported", plain),
         run("int4, patched in place", int4, retention=done.retention),

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from nestpatch.events import OnEvent, ignore
 from nestpatch.files.atomic import new_place, sync_folder
 from nestpatch.files.copying import copy_file
 from nestpatch.formats.checkpoint import Checkpoint
+from nestpatch.pack import utc_now
 from nestpatch.patcher._journal import Region, files_of, read_journal, remove_journal, roll_back, sync_files, write_journal
 from nestpatch.patcher._row_writer import RowWriter
 from nestpatch.patcher.chain import Action, Link, Step
@@ -217,7 +217,7 @@ class Transaction:
         return RowWriter(self.checkpoint, self.quantized, self.journaled, self.on_event, self.state_dir.owner)
 
     def _do(self, step: Step, ledger: Ledger, identity: str, before: Mapping[str, LedgerEntry]) -> Ledger:
-        now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        now = utc_now()
         if step.action is Action.CHECK:
             self._check(step.link)
             return ledger

@@ -21,10 +21,10 @@ from nestpatch.formats import nest
 from nestpatch.pack import Pack
 from nestpatch.patcher.ledger import LedgerEntry
 from nestpatch.patcher.state_dir import StateDir
-from nestpatch.signing.dsse import MAX_BYTES
+from nestpatch.signing.envelopes import MAX_BYTES
 from nestpatch.signing.subject import Origin, subject_of
 from nestpatch.signing.trust import Policy
-from nestpatch.signing.verify import Outcome, judge_signatures, signature_files, signers_of
+from nestpatch.signing.verify import SignatureResult, VerifiedPack, check_signatures, signature_files
 
 _SUFFIX = re.compile(r"(?:\.[0-9a-f]{12})?\.sig", re.ASCII)
 
@@ -104,8 +104,8 @@ def load_packs(state_dir: StateDir, entries: Sequence[LedgerEntry], known: Mappi
 
 def judge_kept(
     state_dir: StateDir, pack_id: str, policy: Policy, model: str | Path | None, *, allow_unsigned: bool = False
-) -> Outcome:
-    """Judges the signatures that are kept with a pack, like those of a pack file.
+) -> SignatureResult:
+    """Judges the signatures that are kept with a pack, as those of a file; links are not followed, and pipes not waited for.
 
     Args:
         state_dir: Where the state of the model is.
@@ -130,7 +130,7 @@ def judge_kept(
         except FileNotFoundError as error:
             raise SignatureFormatError(f"{file} was removed in the meantime", advice="Run the command again.") from error
     try:
-        return judge_signatures(data, signatures, policy, subject_of(model), file=path.name, allow_unsigned=allow_unsigned)
+        return check_signatures(data, signatures, policy, subject_of(model), file=path.name, allow_unsigned=allow_unsigned)
     except PackError as error:
         raise UndoError(f"the kept copy {path} cannot be used: {error}") from error
 
@@ -148,9 +148,10 @@ def proven_signers(state_dir: StateDir, pack_id: str, policy: Policy, model: str
         Name -> key id of the trusted keys. Empty if the pack or any of its signatures is missing or wrong.
     """
     try:
-        return signers_of(judge_kept(state_dir, pack_id, policy, model, allow_unsigned=True))
+        outcome = judge_kept(state_dir, pack_id, policy, model, allow_unsigned=True)
     except (SignatureError, StateError):
         return {}
+    return {signer.name: signer.key_id for signer in outcome.signers} if isinstance(outcome, VerifiedPack) else {}
 
 
 def _read_checked(path: Path, pack_id: str, what: str) -> bytes:

@@ -48,7 +48,7 @@ from nestpatch.patcher.kept import judge_kept
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.patcher.state_dir import PACK_ID, StateDir, locked, require_idle, state_dir_of
 from nestpatch.signing.trust import Policy, load_policy
-from nestpatch.signing.verify import Signed
+from nestpatch.signing.verify import VerifiedPack
 
 _MOST_PACKS = 64
 """Kept packs that are read to confirm a journal, at most."""
@@ -247,7 +247,7 @@ def _signed_packs(state_dir: StateDir, policy: Policy | None, model: str | Path 
         if PACK_ID.fullmatch(file.stem):
             with suppress(SignatureError, StateError):
                 outcome = judge_kept(state_dir, file.stem, rules, model)
-                packs += [outcome.pack] if isinstance(outcome, Signed) else []
+                packs += [outcome.pack] if isinstance(outcome, VerifiedPack) else []
     return packs
 
 

@@ -70,7 +70,7 @@ def update(
     open_checkpoint(model)
     ledger = _ledger_of(model, check=check)
     # What was typed may hold credentials; a place does not.
-    typed = {source.place: source for source in map(open_reader, channels)}
+    typed = {reader.address: reader for reader in map(open_reader, channels)}
     wanted = list(typed) or ledger.follows
     if not wanted:
         raise _follows_nothing(model, ledger)
@@ -106,7 +106,7 @@ def _follows_nothing(model: str | Path, ledger: Ledger) -> ChannelError:
 
 
 def _bring(model: Path, followed: Followed, policy: Policy, *, check: bool, **quantized: Any) -> Updated:
-    channel, place = followed.admitted.channel, followed.source.place
+    channel, place = followed.accepted.channel, followed.reader.address
     entry = _applied(model, followed, policy, check=check)
     decision = decide(channel, (entry.version, entry.pack_id) if entry else None)
     reason = decision.reason if isinstance(decision, GoBack) else ""
@@ -127,16 +127,16 @@ def _applied(model: Path, followed: Followed, policy: Policy, *, check: bool) ->
     entry = next((entry for entry in _ledger_of(model, check=check).applied if entry.name == followed.pack_name), None)
     if entry is None:
         return None
-    listed = entry.pack_id in {pack.file.sha256 for pack in followed.admitted.channel.packs}
-    roots = {key.key_id for key in followed.admitted.line}
+    listed = entry.pack_id in {pack.file.sha256 for pack in followed.accepted.channel.packs}
+    roots = {key.key_id for key in followed.accepted.line}
     publishers = Judge(policy, model).publishers(state_dir_of(model), entry)
     # Anybody can list another publisher's pack, and then withdraw it.
     if roots & publishers or (listed and not publishers):
         return entry
-    lack = "another publisher signed" if publishers else f"{followed.source.place} never published"
+    lack = "another publisher signed" if publishers else f"{followed.reader.address} never published"
     raise PublisherError(
         f"the ledger of {model} names {entry.label} (sha256 {entry.pack_id[:12]}..), which {lack}: "
-        f"{followed.source.place} has no say over it",
+        f"{followed.reader.address} has no say over it",
         advice="Take it off first: nestpatch revert MODEL. Then update again.",
     )
 
@@ -173,7 +173,7 @@ def _carry_out(
     on_event: OnEvent = ignore,
 ) -> tuple[str, ...]:
     if isinstance(decision, Stay):
-        follow_channel(model, followed.source.place, policy)
+        follow_channel(model, followed.reader.address, policy)
         return ()
     if decision.pack is None:
         only = entry.pack_id if entry else None

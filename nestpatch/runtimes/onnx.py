@@ -261,7 +261,7 @@ class OnnxRuntime:
         with tempfile.TemporaryDirectory() as folder:
             adapter, patched = Path(folder) / f"pack{SUFFIX}", Path(folder) / "patched"
             try:
-                ready = lora_onnx.read_sites(self.path)
+                ready = lora_onnx.read_inputs(self.path)
                 content = lora_onnx.parameters(pack, ready)
                 make_plan(pack, open_model(ready.file)[0])
                 lora_onnx.write(content, ready, adapter)

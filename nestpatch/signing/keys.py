@@ -1,7 +1,11 @@
-"""ECDSA P-256 keys in PEM files. Secrets stay inside PrivateKey: they are in no message, no repr and no log."""
+"""ECDSA P-256 keys in PEM files.
+
+Secrets stay inside `PrivateKey`: no message, repr or log contains them.
+"""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -14,16 +18,16 @@ from nestpatch.files.reading import read_bounded
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
 
-MAX_KEY_FILE = 64 << 10
+_MAX_KEY_FILE = 64 << 10
 _ENCRYPTED = (b"BEGIN ENCRYPTED PRIVATE KEY", b"Proc-Type: 4,ENCRYPTED")
 
 
 @dataclass(frozen=True)
 class PublicKey:
-    """The half that everybody may have."""
+    """The half of a key pair that may be given to everybody."""
 
     pem: str
-    """As cryptography writes it, so that equal keys have equal texts."""
+    """PEM text as `cryptography` writes it, so that equal keys have equal texts."""
 
     @property
     def key_id(self) -> str:
@@ -31,7 +35,7 @@ class PublicKey:
         return sha256(self.pem.encode("ascii")).hexdigest()
 
     def verifies(self, signature: bytes, message: bytes) -> bool:
-        """Whether the signature (DER) of the message was made with the other half."""
+        """Whether a signature (DER) of a message was made with the private half."""
         from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives import hashes
         from cryptography.hazmat.primitives.asymmetric import ec
@@ -45,12 +49,13 @@ class PublicKey:
 
 @dataclass(frozen=True)
 class PrivateKey:
-    """The half that signs."""
+    """The half of a key pair that signs. `load_key` reads one from a file, `generate` makes one."""
 
     _key: EllipticCurvePrivateKey = field(repr=False)
 
     @property
     def public(self) -> PublicKey:
+        """The public half."""
         return _public(self._key.public_key())
 
     def sign(self, message: bytes) -> bytes:
@@ -69,7 +74,7 @@ class PrivateKey:
 
 
 def generate() -> PrivateKey:
-    """A new key."""
+    """A new random key."""
     from cryptography.hazmat.primitives.asymmetric import ec
 
     return PrivateKey(ec.generate_private_key(ec.SECP256R1()))
@@ -77,7 +82,7 @@ def generate() -> PrivateKey:
 
 @dataclass(frozen=True)
 class KeyPair:
-    """The files that `keygen` wrote."""
+    """The two files that `keygen` wrote."""
 
     private: Path
     public: Path
@@ -85,13 +90,25 @@ class KeyPair:
 
 
 def keygen(path: Path, password: bytes | None) -> KeyPair:
-    """Writes a new key to `path`.key, for its owner's eyes alone (0600), and its public half to `path`.pub.
+    """Writes a new key pair: `path`.key, readable by its owner only (0600), and `path`.pub.
 
-    Raises OutputError when one of them exists or cannot be written; then neither is left behind.
+    Args:
+        path: Path of the two files without the suffix.
+        password: Encrypts the private key; None leaves it unencrypted.
+
+    Returns:
+        The two files and the key's id.
+
+    Raises:
+        OutputError: One of the files exists or cannot be written. Neither is left behind.
     """
     if path.name in {"", ".."}:
         raise OutputError(f"{path} is a folder", advice="Give a name for the key files: nestpatch keygen NAME")
     private, public = path.with_name(f"{path.name}.key"), path.with_name(f"{path.name}.pub")
+    taken = next((file for file in (private, public) if os.path.lexists(file)), None)
+    if taken is not None:
+        advice = f"Use the key that is there (nestpatch sign PACK --key {private}), or give another name: nestpatch keygen NAME"
+        raise OutputError(f"{taken} exists already; keys are never overwritten", advice=advice)
     key = generate()
     write_bytes(private, key.pem(password), mode=0o600)
     try:
@@ -103,7 +120,17 @@ def keygen(path: Path, password: bytes | None) -> KeyPair:
 
 
 def needs_password(path: Path) -> bool:
-    """Whether a private key file is encrypted. Raises KeyFileError when it cannot be read."""
+    """Whether a private key file is encrypted.
+
+    Args:
+        path: The key file.
+
+    Returns:
+        True when `read_private` needs a password for it.
+
+    Raises:
+        KeyFileError: The file cannot be read.
+    """
     data = _read(path)
     return any(mark in data for mark in _ENCRYPTED)
 
@@ -111,27 +138,47 @@ def needs_password(path: Path) -> bool:
 def read_private(path: Path, password: bytes | None = None) -> PrivateKey:
     """Reads a private key file, PKCS #8 or SEC 1.
 
-    Raises KeyFileError: missing, broken, another kind of key, no or a wrong password. The message never holds the password.
+    Args:
+        path: The .key file.
+        password: Its password; ignored when the file is not encrypted.
+
+    Returns:
+        The key.
+
+    Raises:
+        KeyFileError: The file is missing or broken, holds another kind of key, or the password is missing or wrong. The message
+            never contains the password.
     """
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     data = _read(path)
-    if needs_password(path) and not password:
+    encrypted = any(mark in data for mark in _ENCRYPTED)
+    if encrypted and not password:
         raise KeyFileError(f"{path} is encrypted", advice="Give its password: at the prompt, or with --password-file.")
     try:
-        key = load_pem_private_key(data, password if needs_password(path) else None)
+        key = load_pem_private_key(data, password if encrypted else None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
-        # The cause is left out on purpose: what it says of the content or of the password is nobody's business.
-        raise KeyFileError(f"{path} is no private key, or its password is another one") from None
+        # The cause is dropped on purpose: it may quote the file's content or the password.
+        raise KeyFileError(f"{path} is not a private key, or the password is wrong") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise KeyFileError(f"the key in {path} is not ECDSA P-256")
     return PrivateKey(key)
 
 
 def read_public(path: Path) -> PublicKey:
-    """Reads a public key file. Raises KeyFileError."""
+    """Reads a public key file.
+
+    Args:
+        path: The .pub file.
+
+    Returns:
+        The key.
+
+    Raises:
+        KeyFileError: The file is missing or broken, or holds a private or another kind of key.
+    """
     data = _read(path)
     if b"PRIVATE KEY" in data:
         raise KeyFileError(f"{path} is a private key", advice="Give the public half, which may be shown: the .pub file.")
@@ -139,13 +186,24 @@ def read_public(path: Path) -> PublicKey:
 
 
 def parse_public(data: bytes, source: str) -> PublicKey:
-    """The key of a PEM text; `source` is for messages. Raises KeyFileError."""
+    """Reads the PEM text of a public key.
+
+    Args:
+        data: The PEM text.
+        source: Name of the file, for messages.
+
+    Returns:
+        The key, in canonical PEM.
+
+    Raises:
+        KeyFileError: The text is not an ECDSA P-256 public key.
+    """
     from cryptography.exceptions import UnsupportedAlgorithm
 
     try:
         return _public(_load_public(data))
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise KeyFileError(f"{source} holds no ECDSA P-256 public key: {error}") from error
+        raise KeyFileError(f"{source} contains no ECDSA P-256 public key: {error}") from error
 
 
 def _load_public(data: bytes) -> EllipticCurvePublicKey:
@@ -166,6 +224,6 @@ def _public(key: EllipticCurvePublicKey) -> PublicKey:
 
 def _read(path: Path) -> bytes:
     try:
-        return read_bounded(path, MAX_KEY_FILE)
+        return read_bounded(path, _MAX_KEY_FILE)
     except OSError as error:
         raise KeyFileError(f"cannot read {path}: {error.strerror or error}", advice="Check the path.") from error

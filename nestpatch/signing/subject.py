@@ -1,8 +1,8 @@
-"""What a judgement of signatures is about, and which patterns of keys and rules match it. Values; the only look at the disk
-is that of `subject_of`.
+"""What a check of signatures is about: the model, as the user and the pack name it, and the patterns that match it.
 
 A pattern is a path pattern or a model id. Path patterns match what the user calls the model, so no pack can influence them.
-Model ids match what the pack says of its base (`manifest.base.model_id`), which its signature covers.
+Model ids match what the pack states as its base (`manifest.base.model_id`), which its signature covers. Everything here is a
+value; only `subject_of` looks at the disk.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ def is_path(pattern: str) -> bool:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that a pack is for, by the user and by the pack."""
+    """The model that a pack is for, as the user names it and as the pack names it."""
 
     paths: tuple[str, ...] | None = None
-    """The model's paths, as the user gave it; None: no particular model was given. Empty: one that is not on this disk."""
+    """The model's paths as the user gave them; None: no particular model; empty: a model that is not on this disk."""
     named: str = ""
-    """The Hub id that the user typed instead of a path."""
+    """The Hub id that the user gave instead of a path."""
     base: str | None = None
-    """What the pack says of its base; None: no pack is known yet."""
+    """The base that the pack names; None: no pack is known yet."""
 
     def of(self, base: str) -> Subject:
-        """The same for a pack that was made for this base."""
+        """The same subject for a pack that names this base."""
         return replace(self, base=base)
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """The model ids that are known: the user's and the pack's."""
+        """The known model ids: the user's and the pack's."""
         return (*([self.named] if self.named else []), *([self.base] if self.base is not None else []))
 
     def fits(self, pattern: str) -> bool:
@@ -50,18 +50,24 @@ class Subject:
         if pattern == EVERYTHING:
             return True
         if is_path(pattern):
-            return any(_matches(path, pattern) for path in self.paths or ())
+            if pattern.startswith("~"):
+                start, slash, rest = pattern.partition("/")
+                pattern = glob.escape(os.path.expanduser(start)) + slash + rest  # noqa: PTH111 - Path.expanduser raises
+            # As the system compares paths: on Windows without case, and with either slash.
+            return any(fnmatchcase(os.path.normcase(path), os.path.normcase(pattern)) for path in self.paths or ())
         return any(fnmatchcase(model_id, pattern) for model_id in self.ids)
 
-    def fits_by_user(self, pattern: str) -> bool:
-        """The same by the user's words alone, whatever the pack says."""
-        return replace(self, base=None).fits(pattern)
-
     def is_covered(self, patterns: Sequence[str]) -> bool:
-        """Whether a key with these patterns counts.
+        """Whether a key counts that is trusted for models of these patterns.
 
-        By one path, or by ids that match both what the user typed and what the pack says. What is not known excludes no key:
+        One path decides, or ids that match both what the user gave and what the pack states. What is unknown excludes no key:
         without a model any path pattern counts, before a pack is known any model id.
+
+        Args:
+            patterns: Path patterns and model ids.
+
+        Returns:
+            True when the key counts.
         """
         paths = [pattern for pattern in patterns if is_path(pattern)]
         if EVERYTHING in patterns or any(self.fits(pattern) for pattern in paths):
@@ -76,22 +82,16 @@ NO_MODEL = Subject()
 """No particular model, and no pack."""
 
 
-def _matches(path: str, pattern: str) -> bool:
-    """Paths compare as the system compares them: without case and with either slash on Windows."""
-    return fnmatchcase(os.path.normcase(path), os.path.normcase(_at_home(pattern)))
-
-
-def _at_home(pattern: str) -> str:
-    if not pattern.startswith("~"):
-        return pattern
-    start, slash, rest = pattern.partition("/")
-    return glob.escape(os.path.expanduser(start)) + slash + rest  # noqa: PTH111 - Path.expanduser raises
-
-
 def subject_of(model: str | Path | None) -> Subject:
-    """What the user says of a model: its path, with and without links, for a file also its folder; or the Hub id that it is.
+    """What the user says about a model.
 
-    No id is taken from the names of folders: whoever hands over a folder chooses them.
+    No id is derived from folder names: whoever hands over a folder chooses them.
+
+    Args:
+        model: A path, a Hub id (owner/name, hub://owner/name), or None.
+
+    Returns:
+        The model's paths, with and without links, for a file also its folder; or the Hub id.
     """
     if model is None:
         return NO_MODEL
@@ -107,18 +107,18 @@ def subject_of(model: str | Path | None) -> Subject:
 
 @dataclass(frozen=True)
 class Origin:
-    """Who answers for a pack. Nothing of it decides which bytes are written into a model."""
+    """Where a pack came from and who signed it. Nothing here decides which bytes are written into a model."""
 
     signers: Mapping[str, str] = field(default_factory=dict)
     """Name -> key id of the trusted keys whose signatures were checked."""
     channel: str = ""
-    """The channel that the model follows from now on: hub://owner/name, https://... or file://..."""
+    """Address of the channel that the model follows from now on: hub://owner/name, https://... or file://..."""
     roots: tuple[str, ...] = ()
     """Key ids of the channel's root keys, oldest first: each has signed that the next one follows it."""
     signatures: Mapping[str, bytes] = field(default_factory=dict)
-    """What follows the pack's file name -> content of the signature file, to be kept beside the model."""
+    """Suffix after the pack's file name -> content of the signature file, to be kept beside the model."""
 
     @property
     def publishers(self) -> frozenset[str]:
-        """The key ids in whose name the pack speaks; empty: nobody's."""
+        """The key ids of the pack's publishers; empty when no key stands behind it."""
         return frozenset((*self.signers.values(), *self.roots))

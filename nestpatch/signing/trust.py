@@ -1,8 +1,8 @@
-"""Whom this machine trusts, and how many of them must have signed: a value, its rules, and the files that hold it.
+"""Whom this machine trusts, and how many trusted keys must have signed: a value, its rules, and the files that hold it.
 
-A file is one JSON object, `trust.json`: the user's own, by default in the user's configuration folder, and under it the
-administrator's (signing/store.py). None lies beside a model: whoever hands over a model could then hand over the trust as well.
-A policy file given to a command has the same format and replaces the user's own; the administrator's stays in force.
+A policy file is one JSON object, `trust.json`: the user's own, by default in the user's configuration folder, and the
+administrator's, which stays in force (signing/_store.py). None is stored beside a model: whoever hands over a model could then
+hand over the trust as well. A policy file given to a command has the same format and replaces the user's own.
 
 Keys and rules name models by patterns of paths and of model ids (signing/subject.py).
 """
@@ -17,14 +17,14 @@ from typing import Any
 
 from nestpatch.errors import KeyFileError, SignatureFormatError, TrustError
 from nestpatch.files.atomic import write_bytes
-from nestpatch.signing import store
-from nestpatch.signing.dsse import members, parse_json
+from nestpatch.signing import _store
+from nestpatch.signing._store import changing, read_policy_file, trust_file
+from nestpatch.signing.envelopes import members, parse_json
 from nestpatch.signing.keys import PublicKey, parse_public
-from nestpatch.signing.store import trust_file
 from nestpatch.signing.subject import EVERYTHING, NO_MODEL, Subject, is_path
 
 FORMAT = "nestpatch-trust/1"
-MAX_NAME = 96
+_MAX_NAME = 96
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,28 @@ class TrustedKey:
     models: tuple[str, ...] = (EVERYTHING,)
     """Patterns of paths and model ids: "/srv/models/*", "acme/*"."""
     source: str = ""
-    """The administrator's file that it stands in; empty: it is the user's own."""
+    """The administrator's file that contains it; empty: it is the user's own."""
 
-    def covers(self, subject: Subject) -> bool:
-        """Whether the key counts for a model."""
-        return subject.is_covered(self.models)
+    @classmethod
+    def of(cls, name: str, key: PublicKey, models: Iterable[Any] = (EVERYTHING,)) -> TrustedKey:
+        """A key whose name and patterns were checked.
+
+        Args:
+            name: One printable line of at most 96 characters.
+            key: The public key.
+            models: Patterns of paths and model ids.
+
+        Returns:
+            The trusted key.
+
+        Raises:
+            TrustError: The name is not printable, or a pattern is empty or a relative path.
+        """
+        if not name.isprintable() or name != name.strip() or not 0 < len(name) <= _MAX_NAME:
+            raise TrustError(
+                f"{name!r} is not a name for a key", advice=f"Names are one line of at most {_MAX_NAME} characters."
+            )
+        return cls(name, key, _checked_patterns(models))
 
 
 @dataclass(frozen=True)
@@ -50,124 +67,172 @@ class Rule:
     model: str
     """A pattern of paths or model ids."""
     require: int
-    """Distinct trusted keys that must have signed; 0: a signature is optional, but must be sound."""
+    """Number of distinct trusted keys that must have signed; 0: a signature is optional, but must be valid."""
     keys: tuple[str, ...] = ()
-    """Names or ids of the keys that count; none: all that are trusted for the model."""
+    """Names or ids of the keys that count; empty: all keys that are trusted for the model."""
     source: str = ""
-    """The administrator's file that it stands in, which no user and no option overrules; empty: it is the user's own."""
+    """The administrator's file that contains it, which no user and no option overrules; empty: it is the user's own."""
 
 
 @dataclass(frozen=True)
-class Weighed:
+class PolicyResult:
     """What the signatures of a pack are worth under a policy."""
 
     counting: frozenset[str]
     """Ids of the keys that signed and count."""
     required: int
-    """The most signatures that a rule asks for."""
+    """The highest number of signatures that a rule requires."""
     unmet: tuple[Rule, ...]
-    """The rules that ask for more; empty: the policy is met."""
+    """The rules that require more; empty: the policy is met."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """The trusted keys and the rules. Rules are tried in order, the administrator's and the user's each for themselves."""
+    """Trusted keys and rules. Rules are tried in order, the administrator's and the user's separately."""
 
     keys: tuple[TrustedKey, ...] = ()
     rules: tuple[Rule, ...] = ()
 
     def find(self, key_id: str) -> TrustedKey | None:
-        """The trusted key with this id."""
+        """The trusted key with this id, or None."""
         return next((trusted for trusted in self.keys if trusted.key.key_id == key_id), None)
 
-    def rules_for(self, subject: Subject, *, vouched: bool = True) -> tuple[Rule, ...]:
-        """What a pack has to meet, all of it: the administrator's first rule for this model, and the user's.
+    def rules_for(self, subject: Subject) -> tuple[Rule, ...]:
+        """The rules that a pack signed by a trusted key must meet: the administrator's first that applies, and the user's.
 
-        Where no rule of the user's fits: who trusts any key wants one signature, who trusts none wants none.
+        Where no rule of the user's applies, one signature is needed if any key is trusted, and none otherwise.
 
-        `vouched`: whether a trusted key has signed the pack, and so what it says of its base. Anybody can write any base into
-        a pack that nobody signed, so that chooses no rule there: all rules for model ids hold that stand before the first
-        rule which fits by the user's words alone, and that one.
+        Args:
+            subject: The model that the pack is for.
+
+        Returns:
+            The rules, all of which must be met.
         """
-        return tuple(rule for part in self._parts() for rule in _chosen(part, subject, vouched=vouched))
+        return tuple(rule for part in self._parts() for rule in _deciding(part, subject, vouched=True))
 
-    def weigh(self, subject: Subject, signed: Collection[str]) -> Weighed:
-        """Judges the ids of trusted keys whose signatures are sound. Pure, and without any forgiveness."""
+    def weigh(self, subject: Subject, signed: Collection[str]) -> PolicyResult:
+        """Applies the rules to the signatures of a pack. Pure: `allow_unsigned` is the caller's business.
+
+        Args:
+            subject: The model that the pack is for, with the base that the pack names.
+            signed: Ids of the trusted keys whose signatures are valid.
+
+        Returns:
+            Which keys count, and which rules are not met.
+        """
         rules: list[Rule] = []
         for part in self._parts():
-            chosen = _chosen(part, subject, vouched=True)
+            chosen = _deciding(part, subject, vouched=True)
             if not any(self._counted(rule, subject, signed) for rule in chosen):
-                chosen = _chosen(part, subject, vouched=False)
+                chosen = _deciding(part, subject, vouched=False)
             rules += chosen
         counted = [self._counted(rule, subject, signed) for rule in rules]
         unmet = tuple(rule for rule, ids in zip(rules, counted, strict=True) if len(ids) < rule.require)
-        return Weighed(frozenset().union(*counted), max((rule.require for rule in rules), default=0), unmet)
+        return PolicyResult(frozenset().union(*counted), max((rule.require for rule in rules), default=0), unmet)
 
     def counting(self, rule: Rule, subject: Subject) -> tuple[TrustedKey, ...]:
         """The keys whose signatures count for a model under a rule."""
-        named = self.ids_in(rule)
-        return tuple(t for t in self.keys if t.covers(subject) and (not rule.keys or t.key.key_id in named))
+        named = self._named_in(rule)
+        return tuple(t for t in self.keys if subject.is_covered(t.models) and (not rule.keys or t.key.key_id in named))
 
     def _counted(self, rule: Rule, subject: Subject, signed: Collection[str]) -> frozenset[str]:
         return frozenset(t.key.key_id for t in self.counting(rule, subject) if t.key.key_id in signed)
 
     def _parts(self) -> tuple[tuple[Rule, ...], tuple[Rule, ...]]:
-        """The administrator's rules; the user's, with the one for all models that stands after them."""
+        """The administrator's rules; the user's, with the default rule after them."""
         system = tuple(rule for rule in self.rules if rule.source)
         own = tuple(rule for rule in self.rules if not rule.source)
-        return system, (*own, Rule(EVERYTHING, int(bool(self.keys))))
+        return system, (*own, _default_rule(self.keys))
 
-    def ids_in(self, rule: Rule) -> tuple[str, ...]:
-        """The keys that a rule names, by their ids."""
+    def _named_in(self, rule: Rule) -> tuple[str, ...]:
+        """The ids of the keys that a rule names."""
         return tuple(dict.fromkeys(key_id for text in rule.keys for key_id in self._ids(text)))
 
     def _ids(self, text: str) -> list[str]:
-        """By id, else by name: a key that is called like the id of another one does not stand in for it."""
+        """By id, else by name: a key whose name is the id of another key does not replace that one."""
         exact = [trusted.key.key_id for trusted in self.keys if text == trusted.key.key_id]
         return exact or [trusted.key.key_id for trusted in self.keys if text == trusted.name]
 
     def with_key(self, trusted: TrustedKey) -> Policy:
-        """One more key, or the same key with another name or other models. Raises TrustError when the name is taken."""
+        """The policy with one more key, or with another name or other models for a key that it has.
+
+        Args:
+            trusted: The key.
+
+        Returns:
+            The new policy.
+
+        Raises:
+            TrustError: Another key has this name.
+        """
         others = tuple(other for other in self.keys if other.key != trusted.key)
         return replace(self, keys=(*others, trusted)).checked()
 
     def matching(self, text: str) -> tuple[TrustedKey, ...]:
-        """The keys of this name, or of an id that begins so."""
+        """The keys with this name, or with an id that begins with it (at least 8 digits)."""
         return tuple(t for t in self.keys if t.name == text or (len(text) >= 8 and t.key.key_id.startswith(text)))
 
     def without_key(self, text: str) -> Policy:
-        """Without the key of this name, or of an id that begins so. Raises TrustError when none or several fit."""
+        """The policy without a key.
+
+        Args:
+            text: The key's name, or at least 8 digits of its id.
+
+        Returns:
+            The new policy.
+
+        Raises:
+            TrustError: Not exactly one key matches, or a rule needs the key.
+        """
         fitting = self.matching(text)
         if len(fitting) != 1:
-            raise TrustError(f"{len(fitting)} trusted keys are called {text!r}")
+            raise TrustError(f"{len(fitting)} trusted keys match {text!r}, expected 1")
         return replace(self, keys=tuple(t for t in self.keys if t != fitting[0])).checked()
 
     def checked(self) -> Policy:
-        """Itself. Raises TrustError when names or ids occur twice, or a rule cannot be met."""
+        """Checks that names and keys are unique and that every rule can be met.
+
+        Returns:
+            The policy itself.
+
+        Raises:
+            TrustError: A name or key is duplicate, or a rule names an unknown key or requires more keys than there are.
+        """
         for what, found in (("name", [t.name for t in self.keys]), ("key", [t.key.key_id for t in self.keys])):
             for again in sorted({one for one in found if found.count(one) > 1}):
-                raise TrustError(f"the {what} {again!r} is there twice")
+                raise TrustError(f"duplicate {what} {again!r}")
         for rule in self.rules:
             for text in rule.keys:
                 if not self._ids(text):
-                    raise TrustError(f"a rule for {rule.model!r} names the key {text!r}, which is not there")
+                    raise TrustError(f"a rule for {rule.model!r} names the unknown key {text!r}")
             keys = len(self.counting(rule, NO_MODEL))
             if rule.require > keys:
-                raise TrustError(f"a rule for {rule.model!r} wants {rule.require} signatures of {keys} keys")
+                raise TrustError(f"a rule for {rule.model!r} requires {rule.require} signatures, but only {keys} keys count")
         return self
 
     def as_json(self) -> dict[str, Any]:
-        """As the file holds it."""
+        """The policy as the JSON object of a policy file."""
         keys = [{"name": t.name, "id": t.key.key_id, "pem": t.key.pem, "models": list(t.models)} for t in self.keys]
         rules = [{"model": rule.model, "require": rule.require, "keys": list(rule.keys)} for rule in self.rules]
         return {"format": FORMAT, "keys": keys, "rules": rules}
 
 
-def _chosen(rules: Sequence[Rule], subject: Subject, *, vouched: bool) -> tuple[Rule, ...]:
-    """The rules of one file that decide; without a voucher several may (`Policy.rules_for`)."""
+def _default_rule(keys: Sequence[TrustedKey]) -> Rule:
+    """What applies where no rule of a file does: who trusts any key needs one signature."""
+    return Rule(EVERYTHING, int(bool(keys)))
+
+
+def _deciding(rules: Sequence[Rule], subject: Subject, *, vouched: bool) -> tuple[Rule, ...]:
+    """The rules of one file that decide.
+
+    `vouched`: a trusted key has signed the pack, and so what it states as its base. Otherwise anybody can write any base into
+    the pack, so that statement selects no rule: all rules for model ids apply that stand before the first rule which applies by
+    the user's words alone, and that one.
+    """
     found: list[Rule] = []
+    by_user = replace(subject, base=None)
     for rule in rules:
-        if subject.fits_by_user(rule.model) or (vouched and subject.fits(rule.model)):
+        if by_user.fits(rule.model) or (vouched and subject.fits(rule.model)):
             return (*found, rule)
         if not vouched and not is_path(rule.model):
             found.append(rule)
@@ -175,17 +240,26 @@ def _chosen(rules: Sequence[Rule], subject: Subject, *, vouched: bool) -> tuple[
 
 
 def combined(system: Policy, user: Policy, source: str) -> Policy:
-    """The administrator's policy, from the file `source`, and a user's, as one in which both are met.
+    """Combines the administrator's policy and a user's into one in which both must be met.
 
-    What the administrator asks for, only the administrator's keys can give; where a rule names none, all of them. The
-    administrator's keys count under the user's rules too. A key that both trust counts for the administrator's models alone.
-    A user's key that has the name of another key of the administrator's gets digits of its id behind the name.
+    What the administrator requires, only the administrator's keys can give: those that a rule names, else all of them. They
+    also count under the user's rules. A key in both counts for the administrator's models only. A user's key with the name of
+    one of the administrator's gets digits of its id behind the name.
+
+    Args:
+        system: The administrator's policy.
+        user: The user's policy.
+        source: The administrator's file, for messages.
+
+    Returns:
+        The combined policy.
     """
     if not system.keys and not system.rules:
         return user
     every = tuple(trusted.key.key_id for trusted in system.keys)
-    above = [replace(rule, keys=system.ids_in(rule) or every, source=source) for rule in _with_default(system)]
-    own = [replace(rule, keys=user.ids_in(rule)) for rule in _with_default(user)]
+    with_defaults = [(*policy.rules, _default_rule(policy.keys)) for policy in (system, user)]
+    above = [replace(rule, keys=system._named_in(rule) or every, source=source) for rule in with_defaults[0]]
+    own = [replace(rule, keys=user._named_in(rule)) for rule in with_defaults[1]]
     taken = {trusted.name for trusted in system.keys}
     more = [t for t in user.keys if t.key.key_id not in every]
     renamed = [replace(t, name=f"{t.name} ({t.key.key_id[:12]})") if t.name in taken else t for t in more]
@@ -193,20 +267,26 @@ def combined(system: Policy, user: Policy, source: str) -> Policy:
     return Policy(keys, (*above, *own))
 
 
-def _with_default(policy: Policy) -> tuple[Rule, ...]:
-    """The rules of a file with what holds where none fits."""
-    return (*policy.rules, Rule(EVERYTHING, int(bool(policy.keys))))
-
-
 def parse_policy(data: bytes, source: str) -> Policy:
-    """Reads the content of a trust or policy file. Raises TrustError."""
+    """Reads the content of a policy file.
+
+    Args:
+        data: The content.
+        source: The file, for messages.
+
+    Returns:
+        The policy, checked.
+
+    Raises:
+        TrustError: The file is broken, of another format, or contradicts itself.
+    """
     try:
         value = parse_json(data, source)
         facts = members(value, {"format": str, "keys": list, "rules": list}, source, keys=[], rules=[])
         if facts["format"] != FORMAT:
             raise TrustError(f"{source} has the format {facts['format']!r}; this nestpatch reads {FORMAT}")
-        keys = tuple(_key(entry, source) for entry in facts["keys"])
-        return Policy(keys, tuple(_rule(entry, source) for entry in facts["rules"])).checked()
+        keys = tuple(_parse_key(entry, source) for entry in facts["keys"])
+        return Policy(keys, tuple(_parse_rule(entry, source) for entry in facts["rules"])).checked()
     except (SignatureFormatError, KeyFileError) as error:
         raise TrustError(f"{source} is broken: {error}") from error
     except TrustError as error:
@@ -214,94 +294,176 @@ def parse_policy(data: bytes, source: str) -> Policy:
         raise TrustError(reason if source in reason else f"{source}: {reason}", advice=error.advice) from error
 
 
-def _key(entry: Any, source: str) -> TrustedKey:
+def _parse_key(entry: Any, source: str) -> TrustedKey:
     kinds: dict[str, type] = {"name": str, "id": str, "pem": str, "models": list}
     facts = members(entry, kinds, source, id="", models=[EVERYTHING])
     key = parse_public(facts["pem"].encode("utf-8"), source)
     if facts["id"] not in {"", key.key_id}:
-        raise TrustError(f"{source}: the key {facts['name']!r} has another id than it says")
-    return TrustedKey(check_name(facts["name"]), key, check_patterns(facts["models"]))
+        raise TrustError(f"{source}: the id of the key {facts['name']!r} is not that of its PEM text")
+    return TrustedKey.of(facts["name"], key, facts["models"])
 
 
-def _rule(entry: Any, source: str) -> Rule:
+def _parse_rule(entry: Any, source: str) -> Rule:
     facts = members(entry, {"model": str, "require": int, "keys": list}, source, model=EVERYTHING, keys=[])
     if facts["require"] < 0 or not all(isinstance(text, str) for text in facts["keys"]):
-        raise TrustError(f"{source}: a rule for {facts['model']!r} makes no sense")
-    (model,) = check_patterns([facts["model"]])
+        raise TrustError(f"{source}: a rule for {facts['model']!r} has a negative `require`, or keys that are not text")
+    (model,) = _checked_patterns([facts["model"]])
     return Rule(model, facts["require"], tuple(dict.fromkeys(facts["keys"])))
 
 
-def check_name(name: str) -> str:
-    """A name for a key: one printable line. Raises TrustError."""
-    if not name.isprintable() or name != name.strip() or not 0 < len(name) <= MAX_NAME:
-        raise TrustError(f"{name!r} is no name for a key", advice=f"Names are one line of at most {MAX_NAME} characters.")
-    return name
-
-
-def check_patterns(patterns: Iterable[Any]) -> tuple[str, ...]:
-    """Patterns of model names; none would trust a key for nothing. Raises TrustError."""
+def _checked_patterns(patterns: Iterable[Any]) -> tuple[str, ...]:
+    """At least one pattern, since a key for no models would count for nothing, and no relative path."""
     found = tuple(patterns)
     if not found or not all(isinstance(pattern, str) and pattern for pattern in found):
-        raise TrustError(f"{list(found)!r} names no models")
+        raise TrustError(f"{list(found)!r} does not name any models")
     for pattern in found:
         if pattern.startswith("."):
             raise TrustError(f"{pattern!r} is a relative path, which would match no model", advice="Write the absolute path.")
     return found
 
 
-def load_policy(path: Path | None = None) -> Policy:
-    """The administrator's policy together with the one of a file, or with the user's own. Raises TrustError.
+def policy_files() -> tuple[Path, Path]:
+    """The user's own policy file and the administrator's, which need not exist.
 
-    A named file must exist. The user's own may be missing and is then empty; the same holds for the administrator's.
+    Returns:
+        Both paths.
+
+    Raises:
+        TrustError: This user has no home folder.
     """
-    own = load_own() if path is None else _load_named(path)
-    return combined(load_system(), own, str(store.SYSTEM_FILE))
+    return trust_file(), _store.SYSTEM_FILE
+
+
+def load_policy(path: Path | None = None) -> Policy:
+    """Loads the policy that is in force: the administrator's, together with a file or the user's own.
+
+    Args:
+        path: A policy file that replaces the user's own; it must exist. None: the user's own, which may be missing.
+
+    Returns:
+        The combined policy; empty when nothing is configured.
+
+    Raises:
+        TrustError: A file is broken, unreadable, or writable by the wrong user.
+    """
+    if path is None:
+        own = load_own()
+    else:
+        data = read_policy_file(path)
+        if data is None:
+            raise TrustError(f"there is no policy file {path}", advice="Check the path.")
+        own = parse_policy(data, str(path))
+    return combined(load_system(), own, str(_store.SYSTEM_FILE))
 
 
 def load_for_looking() -> Policy:
-    """The policy for commands that use no pack: of a user without a home, who can have no list, the administrator's alone."""
-    return load_policy() if store.has_home() else combined(load_system(), Policy(), str(store.SYSTEM_FILE))
+    """The policy for commands that only read packs: a user without a home, who can have no list, gets the administrator's.
+
+    Returns:
+        The combined policy.
+
+    Raises:
+        TrustError: A file is broken, unreadable, or writable by the wrong user.
+    """
+    try:
+        trust_file()
+    except TrustError:
+        return combined(load_system(), Policy(), str(_store.SYSTEM_FILE))
+    return load_policy()
 
 
 def load_own(*, create: bool = False) -> Policy:
-    """The user's own policy alone: what `trust add` changes. `create`: its folder may be missing. Raises TrustError."""
-    data = store.read_user(create=create)
+    """The user's own policy without the administrator's: what `trust add` changes.
+
+    Args:
+        create: The user's folder may be missing, because it is about to be created.
+
+    Returns:
+        The policy; empty when there is no file.
+
+    Raises:
+        TrustError: The file is broken or unreadable.
+    """
+    if not create:
+        _store.require_home()
+    data = read_policy_file(trust_file())
     return Policy() if data is None else parse_policy(data, str(trust_file()))
 
 
 def load_system() -> Policy:
-    """The administrator's policy alone; empty where there is none. Raises TrustError."""
-    data, source = store.read_system(), str(store.SYSTEM_FILE)
+    """The administrator's policy alone.
+
+    Returns:
+        The policy; empty when there is no file.
+
+    Raises:
+        TrustError: The file is broken, names "~", or can be changed by another user.
+    """
+    data, source = read_policy_file(_store.SYSTEM_FILE, system=True), str(_store.SYSTEM_FILE)
     if data is None:
         return Policy()
     policy = parse_policy(data, source)
     patterns = [*(rule.model for rule in policy.rules), *(model for key in policy.keys for model in key.models)]
     for pattern in patterns:
         if pattern.startswith("~"):
-            raise TrustError(f"{source} names {pattern!r}: where a home folder lies, its user decides")
+            raise TrustError(f"{source} names {pattern!r}: each user decides where a home folder is")
     return policy
 
 
-def refuse_system_key(text: str, own: Policy, system: Policy) -> None:
-    """Raises TrustError when what is to be removed is a key of the administrator's alone."""
-    if own.matching(text) or not system.matching(text):
-        return
-    source = store.SYSTEM_FILE
-    raise TrustError(
-        f"{text!r} is a key of this machine's administrator, in {source}",
-        advice=f"Ask who may write {source} to remove it there. No list of your own takes its trust away.",
-    )
+def trust_key(trusted: TrustedKey) -> Path:
+    """Adds a key to the user's own file, or changes its name or models there.
+
+    Args:
+        trusted: The key.
+
+    Returns:
+        The file.
+
+    Raises:
+        TrustError: The name is taken, or the file cannot be read or locked.
+        OutputError: The file cannot be written.
+    """
+    with changing(trust_file(), create=True):
+        return save_policy(load_own(create=True).with_key(trusted))
 
 
-def _load_named(file: Path) -> Policy:
-    data = store.read_file(file)
-    if data is None:
-        raise TrustError(f"there is no policy file {file}", advice="Check the path.")
-    return parse_policy(data, str(file))
+def distrust_key(text: str) -> tuple[TrustedKey, Path]:
+    """Removes a key from the user's own file.
+
+    Args:
+        text: The key's name, or at least 8 digits of its id.
+
+    Returns:
+        The removed key, and the file.
+
+    Raises:
+        TrustError: Not exactly one key matches, a rule needs it, or it is the administrator's.
+        OutputError: The file cannot be written.
+    """
+    with changing(trust_file()):
+        before = load_own()
+        if not before.matching(text) and load_system().matching(text):
+            raise TrustError(
+                f"{text!r} is a key of this machine's administrator, in {_store.SYSTEM_FILE}",
+                advice=f"Ask who may write {_store.SYSTEM_FILE} to remove it there. No list of your own takes its trust away.",
+            )
+        after = before.without_key(text)
+        file = save_policy(after)
+    return next(trusted for trusted in before.keys if trusted not in after.keys), file
 
 
 def save_policy(policy: Policy) -> Path:
-    """Writes the user's own file, returns its path. Raises OutputError."""
+    """Writes the user's own file.
+
+    Args:
+        policy: The new content.
+
+    Returns:
+        The file.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
     file = trust_file()
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     text = json.dumps(policy.checked().as_json(), indent=1, ensure_ascii=False) + "\n"

@@ -1,4 +1,9 @@
-"""Signing a pack, and judging the signatures of one: `judge` decides on values, the other functions read and write files."""
+"""Signing packs and checking their signatures.
+
+`check_signatures` and `apply_policy` decide on values; the other functions read and write files. The result is a type: a
+`VerifiedPack` when enough trusted keys have signed, an `UnverifiedPack` when too few have and the policy or the caller allows
+that.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +15,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from nestpatch.errors import OutputError, PackError, SignatureFormatError, UnsignedError, UntrustedError
+from nestpatch.errors import BadSignatureError, OutputError, PackError, SignatureFormatError, UnsignedError, UntrustedError
 from nestpatch.files.atomic import write_bytes
 from nestpatch.files.reading import read_bounded
 from nestpatch.formats import nest
 from nestpatch.pack import Pack
-from nestpatch.signing import bundle
-from nestpatch.signing.dsse import MAX_BYTES
+from nestpatch.signing.envelopes import MAX_BYTES, make_bundle, parse_bundle
 from nestpatch.signing.keys import PrivateKey
 from nestpatch.signing.subject import NO_MODEL, Subject, is_path, subject_of
 from nestpatch.signing.trust import Policy, Rule
@@ -32,48 +36,63 @@ class Signer:
     name: str
     key_id: str
     file: str
-    """The signature's file name."""
+    """Name of the signature file."""
 
 
 @dataclass(frozen=True)
-class Signed:
-    """The pack was signed by as many trusted keys as the policy wants, and at least by one."""
+class VerifiedPack:
+    """A pack that is signed by as many trusted keys as the policy requires, and by at least one."""
 
     pack: Pack
     """What was signed. Use this value: the file may change after it was checked."""
     pack_id: str
     signers: tuple[Signer, ...]
     required: int
+    """Signatures that the policy requires."""
 
     def as_json(self) -> dict[str, Any]:
-        """Facts for scripts."""
-        signers = [{"name": s.name, "key": s.key_id, "file": s.file} for s in self.signers]
-        return {"verdict": "signed", "pack": self.pack_id, "signers": signers, "required": self.required, "reason": ""}
+        """The result for scripts."""
+        signers = [{"name": s.name, "key_id": s.key_id, "file": s.file} for s in self.signers]
+        facts = {"verdict": "signed", "pack": self.pack.label, "pack_id": self.pack_id}
+        return {**facts, "signers": signers, "required": self.required, "reason": ""}
 
 
 @dataclass(frozen=True)
-class Unproven:
-    """Too few trusted keys have signed the pack, which the policy or the caller lets pass. What signatures there are fit it."""
+class UnverifiedPack:
+    """A pack that too few trusted keys have signed, which the policy or the caller allows. No signature of it is wrong."""
 
     pack: Pack
     pack_id: str
     reason: str
+    """What is missing."""
     required: int
+    """Signatures that the policy requires."""
 
     def as_json(self) -> dict[str, Any]:
-        """Facts for scripts."""
-        return {"verdict": "unproven", "pack": self.pack_id, "signers": [], "required": self.required, "reason": self.reason}
+        """The result for scripts."""
+        facts = {"verdict": "unproven", "pack": self.pack.label, "pack_id": self.pack_id}
+        return {**facts, "signers": [], "required": self.required, "reason": self.reason}
 
 
-Outcome: TypeAlias = Signed | Unproven
+SignatureResult: TypeAlias = VerifiedPack | UnverifiedPack
 
 
-def signers_of(outcome: Outcome) -> dict[str, str]:
-    """Name -> key id of those whose signatures counted."""
-    return {signer.name: signer.key_id for signer in outcome.signers} if isinstance(outcome, Signed) else {}
+def signers_of(result: SignatureResult) -> dict[str, str]:
+    """Name -> key id of the keys whose signatures counted."""
+    return {signer.name: signer.key_id for signer in result.signers} if isinstance(result, VerifiedPack) else {}
 
 
-def judge_signatures(
+@dataclass(frozen=True)
+class ValidSignatures:
+    """The signatures of a pack, all of which belong to its bytes."""
+
+    trusted: Mapping[str, Signer]
+    """Key id -> signer, for keys that are trusted for any model."""
+    unknown: tuple[str, ...] = ()
+    """Ids of keys that are not known here; whether they really made these signatures is not known either."""
+
+
+def check_signatures(
     data: bytes,
     signatures: Mapping[str, bytes],
     policy: Policy,
@@ -81,54 +100,80 @@ def judge_signatures(
     *,
     file: str = "the pack",
     allow_unsigned: bool = False,
-) -> Outcome:
-    """Whether the bytes of a pack are signed as the policy wants, for the model that the user and the pack name.
+) -> SignatureResult:
+    """Checks the signatures of a pack, and whether they are enough for the model that the user and the pack name.
 
-    `signatures`: file name -> content of each signature; `file` is for messages. `allow_unsigned` forgives missing and unknown
-    signatures, never wrong ones, and not what the administrator of this machine asks for. Raises SignatureFormatError,
-    BadSignatureError, UnsignedError, UntrustedError; PackError when the bytes are no pack.
+    Args:
+        data: The bytes of the pack.
+        signatures: File name -> content of each signature.
+        policy: The trusted keys and rules.
+        subject: The model that the pack is for.
+        file: Name of the pack, for messages.
+        allow_unsigned: Allows missing and unknown signatures; never wrong ones, nor less than the administrator requires.
+
+    Returns:
+        Who signed, or what is missing and was allowed.
+
+    Raises:
+        SignatureFormatError: A signature cannot be parsed.
+        BadSignatureError: A signature is for other bytes, or was made with another key than it names.
+        UnsignedError: There is no signature, and the policy requires one.
+        UntrustedError: Too few trusted keys have signed.
+        PackError: The bytes are not a pack.
     """
     digest = sha256(data).hexdigest()
-    found = _sound(digest, signatures, policy, file)
-    # Only now: a wrong signature is an error also where the bytes are no pack.
-    return settle(nest.decode(data), digest, found, policy, subject, file=file, allow_unsigned=allow_unsigned)
-
-
-@dataclass(frozen=True)
-class Sound:
-    """The signatures of a pack, each of which belongs to its bytes."""
-
-    trusted: Mapping[str, Signer]
-    """Key id -> who signed, of keys that are trusted for anything."""
-    unknown: tuple[str, ...] = ()
-    """Ids of keys that are not known here: whether they made these signatures is not known."""
-
-
-def _sound(digest: str, signatures: Mapping[str, bytes], policy: Policy, file: str) -> Sound:
-    """Raises SignatureFormatError or BadSignatureError for the first that is wrong."""
     trusted: dict[str, Signer] = {}
     unknown: list[str] = []
     for source, content in signatures.items():
-        found = bundle.parse(content, source)
-        found.check_file(digest, file)
-        known = policy.find(found.key_id)
+        bundle = parse_bundle(content, source)
+        if bundle.digest != digest:
+            sums = f"expected sha256 {bundle.digest[:12]}.., got {digest[:12]}.."
+            raise BadSignatureError(f"{source} was made for other bytes than those of {file}: {sums}")
+        known = policy.find(bundle.key_id)
         if known is None:
-            unknown.append(found.key_id)
+            unknown.append(bundle.key_id)
             continue
-        found.check_key(known.key)
-        trusted[found.key_id] = Signer(known.name, found.key_id, source)
-    return Sound(trusted, tuple(unknown))
+        if not bundle.envelope.signed_by(known.key):
+            raise BadSignatureError(f"{source} was not made with the key that it names ({bundle.key_id[:12]}..)")
+        trusted[bundle.key_id] = Signer(known.name, bundle.key_id, source)
+    valid = ValidSignatures(trusted, tuple(unknown))
+    # Decoded last: a wrong signature is an error also where the bytes are not a pack.
+    return apply_policy(nest.decode(data), digest, valid, policy, subject, file=file, allow_unsigned=allow_unsigned)
 
 
-def settle(
-    pack: Pack, pack_id: str, found: Sound, policy: Policy, subject: Subject, *, file: str, allow_unsigned: bool = False
-) -> Outcome:
-    """Whether sound signatures are enough for a pack. Raises UnsignedError, UntrustedError."""
+def apply_policy(
+    pack: Pack,
+    pack_id: str,
+    found: ValidSignatures,
+    policy: Policy,
+    subject: Subject,
+    *,
+    file: str,
+    allow_unsigned: bool = False,
+) -> SignatureResult:
+    """Decides whether valid signatures are enough for a pack.
+
+    Args:
+        pack: The pack.
+        pack_id: SHA-256 of its bytes, hex.
+        found: Its signatures.
+        policy: The trusted keys and rules.
+        subject: The model that the pack is for; its base is taken from the pack.
+        file: Name of the pack, for messages.
+        allow_unsigned: Allows too few signatures, except where the administrator requires them.
+
+    Returns:
+        Who signed, or what is missing and was allowed.
+
+    Raises:
+        UnsignedError: There is no signature, and the policy requires one.
+        UntrustedError: Too few trusted keys have signed.
+    """
     subject = subject.of(pack.manifest.base.model_id)
     weighed = policy.weigh(subject, found.trusted)
     signers = tuple(signer for key_id, signer in found.trusted.items() if key_id in weighed.counting)
     if signers and not weighed.unmet:
-        return Signed(pack, pack_id, signers, weighed.required)
+        return VerifiedPack(pack, pack_id, signers, weighed.required)
     if weighed.unmet:
         wanted = {trusted.key.key_id for trusted in policy.counting(weighed.unmet[0], subject)}
         signers = tuple(signer for signer in signers if signer.key_id in wanted)
@@ -136,86 +181,133 @@ def settle(
     lack = _with_rule(lack, weighed.unmet, subject, allow_unsigned=allow_unsigned)
     if weighed.unmet and (not allow_unsigned or any(rule.source for rule in weighed.unmet)):
         raise lack
-    return Unproven(pack, pack_id, str(lack), weighed.required)
+    return UnverifiedPack(pack, pack_id, str(lack), weighed.required)
 
 
-def _lack(file: str, signers: Sequence[Signer], found: Sound, unmet: Sequence[Rule]) -> UnsignedError | UntrustedError:
+def _lack(
+    file: str, signers: Sequence[Signer], found: ValidSignatures, unmet: Sequence[Rule]
+) -> UnsignedError | UntrustedError:
     """What is missing, as the error that says so."""
-    others = [signer for signer in found.trusted.values() if signer not in signers]
     if not found.trusted and not found.unknown:
-        return UnsignedError(f"{file} is not signed")
-    keys = [f"{signer.name}, who is not trusted for this model" for signer in others]
+        return UnsignedError(
+            f"{file} is not signed",
+            advice=f"If the pack is your own: nestpatch sign {file} --key NAME.key. If not, get its .sig file from the "
+            "publisher and put it beside the pack. To use it unsigned all the same: --allow-unsigned.",
+        )
+    keys = [f"{signer.name}, who is not trusted for this model" for signer in found.trusted.values() if signer not in signers]
     keys += [f"{key_id[:12]}.., which is not trusted here" for key_id in found.unknown]
     if not signers:
         return UntrustedError(f"{file} is signed by {'; '.join(keys)}")
     who = ", ".join(signer.name for signer in signers)
     more = f"; further by {'; '.join(keys)}" if keys else ""
     required = unmet[0].require if unmet else 0
-    return UntrustedError(f"{file} is signed by {len(signers)} of the {required} keys that the policy wants: {who}{more}")
+    return UntrustedError(f"{file} is signed by {len(signers)} of the {required} keys that the policy requires: {who}{more}")
 
 
 def _with_rule(
     lack: UnsignedError | UntrustedError, unmet: Sequence[Rule], subject: Subject, *, allow_unsigned: bool
 ) -> UnsignedError | UntrustedError:
-    """The same with the rule that asks for more, where that is not plain."""
+    """The same error with the rule that requires more, where that is not obvious."""
     above = next((rule for rule in unmet[:1] if rule.source), None)
-    if above is not None:
-        wants = f"{above.source} asks for {_signatures(above)} for {above.model!r}"
-        lifted = ", which allowing unsigned packs does not lift" if allow_unsigned else ""
-        advice = "Get the pack with its signatures. What the administrator of this machine asks for, only that file can change."
-        return type(lack)(f"{lack}; {wants}{lifted}", advice=advice)
     foreign = next((rule for rule in unmet if not is_path(rule.model) and not subject.fits(rule.model)), None)
-    if foreign is None:
+    rule = above or foreign
+    if rule is None:
         return lack
-    wants = f"a rule asks for {_signatures(foreign)} for {foreign.model!r}"
+    count = f"{rule.require} signature{'s' if rule.require > 1 else ''} for {rule.model!r}"
+    if above is not None:
+        lifted = ", which allowing unsigned packs does not lift" if allow_unsigned else ""
+        advice = "Get the pack with its signatures. What the administrator of this machine requires, only that file can change."
+        return type(lack)(f"{lack}; {above.source} requires {count}{lifted}", advice=advice)
     return type(lack)(
-        f"{lack}; {wants}, and without a trusted signature the pack's own word that it is for {subject.base!r} does not count",
-        advice=f"{lack.advice} A rule for paths that stands before that one needs no such word.",
+        f"{lack}; a rule requires {count}, and without a trusted signature the pack's statement that it is for "
+        f"{subject.base!r} does not count",
+        advice=f"{lack.advice} A rule for paths that stands before that one needs no such statement.",
     )
-
-
-def _signatures(rule: Rule) -> str:
-    return f"{rule.require} signature{'s' if rule.require > 1 else ''}"
 
 
 def verify_signature(
     path: str | Path, policy: Policy, model: str | Path | None = None, *, allow_unsigned: bool = False
-) -> Outcome:
-    """Checks the signatures that lie beside a pack file: `<file>.sig`, and `<file>.<12 hex digits>.sig` of further signers.
+) -> SignatureResult:
+    """Checks the signatures beside a pack file: `<file>.sig`, and `<file>.<12 hex digits>.sig` of further signers.
 
-    `model`: what the pack is for, a path or a Hub id, as the user names it. It decides which rules and keys count, together
-    with what the pack says of its base. Raises as `judge` does, and PackError when the pack cannot be read.
+    Args:
+        path: The pack file.
+        policy: The trusted keys and rules.
+        model: What the pack is for, a path or a Hub id. It decides which rules and keys count, together with the base that the
+            pack names.
+        allow_unsigned: Allows missing and unknown signatures; never wrong ones, nor less than the administrator requires.
+
+    Returns:
+        A VerifiedPack or an UnverifiedPack.
+
+    Raises:
+        SignatureError: A signature is wrong, or too few trusted keys have signed.
+        PackError: The file cannot be read, or is not a pack.
     """
     return verify_file(path, policy, model, allow_unsigned=allow_unsigned)[0]
 
 
 def verify_file(
     path: str | Path, policy: Policy, model: str | Path | None = None, *, allow_unsigned: bool = False
-) -> tuple[Outcome, dict[str, bytes]]:
-    """The same, with the signatures that were checked: file name -> content. The files may change afterwards."""
+) -> tuple[SignatureResult, dict[str, bytes]]:
+    """Does what `verify_signature` does, and also returns the signatures that were checked; the files may change afterwards.
+
+    Args:
+        path: The pack file.
+        policy: The trusted keys and rules.
+        model: What the pack is for, a path or a Hub id.
+        allow_unsigned: Allows missing and unknown signatures.
+
+    Returns:
+        The result, and file name -> content of each signature.
+
+    Raises:
+        SignatureError: A signature is wrong, or too few trusted keys have signed.
+        PackError: The file cannot be read, or is not a pack.
+    """
     file = Path(path)
     signatures, data = read_signatures(file), nest.read_bytes(file)
     try:
-        outcome = judge_signatures(data, signatures, policy, subject_of(model), file=file.name, allow_unsigned=allow_unsigned)
+        result = check_signatures(data, signatures, policy, subject_of(model), file=file.name, allow_unsigned=allow_unsigned)
     except PackError as error:
         raise type(error)(f"{path}: {error}", advice=error.advice) from error
-    return outcome, signatures
+    return result, signatures
 
 
 def read_signatures(path: Path) -> dict[str, bytes]:
-    """File name -> content of the signatures that lie beside a pack. Raises SignatureFormatError when one cannot be read."""
+    """Reads the signatures beside a pack.
+
+    Args:
+        path: The pack file.
+
+    Returns:
+        File name -> content of each signature.
+
+    Raises:
+        SignatureFormatError: There are too many, or one cannot be read.
+    """
     return {found.name: _read_signature(found) for found in signature_files(path)}
 
 
 def signature_files(path: Path) -> list[Path]:
-    """The signature files of a pack, that of the first signer first."""
+    """Finds the signatures beside a pack, without reading them.
+
+    Args:
+        path: The pack file.
+
+    Returns:
+        The signature files, the first signer's first.
+
+    Raises:
+        SignatureFormatError: There are more than MAX_SIGNATURES.
+    """
     pattern = re.compile(rf"{re.escape(path.name)}(?:\.[0-9a-f]{{12}})?{re.escape(SUFFIX)}")
     try:
         names = sorted(name for name in os.listdir(path.parent) if pattern.fullmatch(name))  # noqa: PTH208 - names alone
     except OSError:
         return []
     if len(names) > MAX_SIGNATURES:
-        raise SignatureFormatError(f"{path.name} has {len(names)} signatures; at most {MAX_SIGNATURES} are read")
+        raise SignatureFormatError(f"{path.name} has {len(names)} signatures, limit {MAX_SIGNATURES}")
     return [path.with_name(name) for name in sorted(names, key=lambda name: (len(name), name))]
 
 
@@ -229,32 +321,45 @@ def _read_signature(path: Path) -> bytes:
 
 
 @dataclass(frozen=True)
-class Signature:
-    """A signature file that was written."""
+class SignatureFile:
+    """A signature file that `sign_pack` wrote."""
 
     file: Path
     pack_id: str
+    """SHA-256 of the pack, hex."""
     key_id: str
 
 
-def sign_pack(path: str | Path, key: PrivateKey, output: Path | None = None, *, overwrite: bool = False) -> Signature:
-    """Signs a pack file. Writes `<file>.sig`, or beside the signature of another key `<file>.<key id, 12 digits>.sig`.
+def sign_pack(path: str | Path, key: PrivateKey, output: Path | None = None, *, overwrite: bool = False) -> SignatureFile:
+    """Signs a pack file. Writes `<file>.sig`, or beside another key's signature `<file>.<key id, 12 digits>.sig`.
 
-    Raises PackError when the file is no pack, OutputError when the place is taken or cannot be written.
+    Args:
+        path: The pack file.
+        key: The signer.
+        output: Where to write instead.
+        overwrite: Replaces an older signature by the same key.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        PackError: The file is not a pack.
+        SignatureFormatError: A signature beside the pack cannot be read.
+        OutputError: The signature exists already, or cannot be written.
     """
     file = Path(path)
-    pack_id = nest.pack_id(nest.read(file))
-    key_id = key.public.key_id
-    place = output or _free_place(file, key_id, overwrite=overwrite)
-    write_bytes(place, bundle.sign(pack_id, file.name, key), overwrite=overwrite)
-    return Signature(place, pack_id, key_id)
+    pack_id, key_id = nest.pack_id(nest.read(file)), key.public.key_id
+    target = output or _free_name(file, key_id, overwrite=overwrite)
+    write_bytes(target, make_bundle(pack_id, file.name, key), overwrite=overwrite)
+    return SignatureFile(target, pack_id, key_id)
 
 
-def _free_place(file: Path, key_id: str, *, overwrite: bool) -> Path:
+def _free_name(file: Path, key_id: str, *, overwrite: bool) -> Path:
+    """Where this key's signature goes."""
     first = file.with_name(f"{file.name}{SUFFIX}")
     own = file.with_name(f"{file.name}.{key_id[:12]}{SUFFIX}")
-    for taken in (place for place in (first, own) if os.path.lexists(place)):
-        if bundle.parse(_read_signature(taken), taken.name).key_id == key_id:
+    for taken in (path for path in (first, own) if os.path.lexists(path)):
+        if parse_bundle(_read_signature(taken), taken.name).key_id == key_id:
             if overwrite:
                 return taken
             raise OutputError(f"{taken} exists already, by the same key", advice="Pass --overwrite to sign again.")

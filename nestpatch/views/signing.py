@@ -1,4 +1,4 @@
-"""How keys and signatures look to a person."""
+"""How keys, signatures and policies are shown."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from nestpatch.plain import count
-from nestpatch.views.results import escape, out
+from nestpatch.views.console import escape, out
 
 if TYPE_CHECKING:
     from nestpatch.signing.keys import KeyPair
     from nestpatch.signing.trust import Policy
-    from nestpatch.signing.verify import Outcome, Signature
+    from nestpatch.signing.verify import SignatureFile, SignatureResult
 
 
 def show_pair(pair: KeyPair) -> None:
     """A new key pair."""
-    out.print(f"wrote [bold]{escape(pair.private)}[/]: keep it secret, and a copy of it somewhere safe")
-    out.print(f"wrote [bold]{escape(pair.public)}[/]: give it to everybody who is to trust your packs")
+    out.print(f"wrote [bold]{escape(pair.private)}[/]: keep it secret, and keep a copy in a safe place")
+    out.print(f"wrote [bold]{escape(pair.public)}[/]: give it to those who are to trust your packs")
     out.print(f"key id {escape(pair.key_id)}")
 
 
-def show_signature(done: Signature) -> None:
+def show_signature(done: SignatureFile) -> None:
     """A new signature."""
     out.print(f"wrote [bold]{escape(done.file)}[/] for sha256 {escape(done.pack_id)}, with key {escape(done.key_id[:12])}..")
 
 
-def show_outcome(pack: str, found: Outcome) -> None:
+def show_result(pack: str, found: SignatureResult) -> None:
     """Who signed a pack, or why that does not count."""
-    from nestpatch.signing.verify import Signed
+    from nestpatch.signing.verify import VerifiedPack
 
-    if not isinstance(found, Signed):
+    if not isinstance(found, VerifiedPack):
         out.print(f"[bold yellow]unproven[/]  {escape(found.reason)}")
         return
     label = found.pack.manifest
@@ -51,7 +51,7 @@ def show_policy(policy: Policy, file: str) -> None:
 
 
 def show_system_policy(policy: Policy, file: str) -> None:
-    """Those of the administrator, where there are any."""
+    """The administrator's keys and rules, where there are any."""
     if policy.keys or policy.rules:
         out.print(f"by the administrator of this machine, in {escape(file)}:")
         _show_rules(policy)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from nestpatch.views.results import HEADLINES, escape, out, size
+from nestpatch.views.console import escape, out, size
+from nestpatch.views.evaluation import HEADLINES
 
 if TYPE_CHECKING:
     from nestpatch.evaluation.suites import Scores

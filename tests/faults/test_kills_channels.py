@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from nestpatch.channels._memory import recall
 from nestpatch.channels.listing import CHANNEL_FILE, parse
-from nestpatch.channels.memory import recall
 from nestpatch.errors import NestpatchError
 from nestpatch.patcher.inplace import revert
 from nestpatch.patcher.recovery import recover_model

@@ -21,7 +21,7 @@ from nestpatch.channels import follow, publish  # noqa: F401
 from nestpatch.cli import main
 from nestpatch.export import adapters  # noqa: F401
 from nestpatch.patcher import apply, inplace, update, verify  # noqa: F401
-from nestpatch.views import results as views  # noqa: F401
+from nestpatch.views import models, packs  # noqa: F401
 
 PR_SET_PDEATHSIG = 1
 CAPABILITY_VERSION_3 = 0x20080522

@@ -321,7 +321,7 @@ def test_the_commands(base: Path, file_of, tmp_path: Path) -> None:
         return result.output
 
     assert "would arrive" in run("apply", path, patch, "--in-place", code=1)
-    assert "delivered" in run("apply", path, patch, "--in-place", "--base", base)
+    assert "retention" in run("apply", path, patch, "--in-place", "--base", base)
     assert "from the float base" in run("status", path)
     told = json.loads(run("status", path, "--json"))
     assert all(0.9 < record["retention"] < 1.1 for record in told["applied"][0]["tensors"].values())

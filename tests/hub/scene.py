@@ -13,13 +13,13 @@ import pytest
 
 from nestpatch import errors
 from nestpatch.channels import listing
+from nestpatch.channels._memory import recall
 from nestpatch.channels._release import issue
-from nestpatch.channels.follow import utc_now
 from nestpatch.channels.listing import CHANNEL_FILE, Channel
-from nestpatch.channels.memory import recall
 from nestpatch.channels.publish import Published, push, yank
 from nestpatch.errors import NestpatchError
 from nestpatch.formats import nest
+from nestpatch.pack import utc_now
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.patcher.update import Updated, update

@@ -34,7 +34,7 @@ from nestpatch.errors import (
     VersionError,
 )
 from nestpatch.formats import nest
-from nestpatch.signing import bundle
+from nestpatch.signing import envelopes
 from tests.helpers import tiny_checkpoint, tiny_pack
 from tests.hub.scene import PATCH, REPO, Scene, refused
 from tests.hubserver import faults
@@ -54,7 +54,7 @@ def test_a_pack_signed_with_another_key(scene: Scene) -> None:
     """The server cannot do this alone: the channel's key was used without the publisher's second person."""
     scene.publish("1.1.0", 1)
     patch = scene.channel.packs[1]
-    content = bundle.sign(patch.file.sha256, "no-harm.nest", scene.evil)
+    content = envelopes.make_bundle(patch.file.sha256, "no-harm.nest", scene.evil)
     file = ListedFile(patch.signatures[0].path, len(content), sha256(content).hexdigest())
     scene.put(channel=scene.resign(scene.listed("1.1.0", signatures=(file,))), **{file.path: content})
     refused(scene, UntrustedError, "which is not trusted here", remembered=False)
@@ -99,9 +99,9 @@ def test_a_swapped_signature(scene: Scene) -> None:
 
 
 def test_a_pack_that_is_not_what_the_channel_says_of_it(scene: Scene) -> None:
-    """Signed by everybody, but listed under another version."""
+    """VerifiedPack by everybody, but listed under another version."""
     data = scene.pack("1.0.5", 1).read_bytes()
-    signature = bundle.sign(sha256(data).hexdigest(), "no-harm.nest", scene.key)
+    signature = envelopes.make_bundle(sha256(data).hexdigest(), "no-harm.nest", scene.key)
     patch, files = listed(nest.decode(data).manifest, data, {".sig": signature})
     moved = {path.replace("1.0.5", "1.1.0"): content for path, content in files.items()}
     entries = [replace(f, path=f.path.replace("1.0.5", "1.1.0")) for f in (patch.file, *patch.signatures)]
@@ -112,11 +112,11 @@ def test_a_pack_that_is_not_what_the_channel_says_of_it(scene: Scene) -> None:
 
 def test_a_revoked_latest_version(scene: Scene, tmp_path: Path) -> None:
     scene.publish("1.1.0", 1)
-    scene.withdraw("1.1.0", "refuses too much")
+    scene.yank("1.1.0", "refuses too much")
     assert scene.update().state == "current"
     with pytest.raises(RevokedError, match=r"1\.1\.0 was revoked by its publisher: refuses too much"):
         fetch_pack(f"hub://{REPO}@1.1.0", scene.policy, scene.model)
-    scene.withdraw("1.0.0", "all of it")
+    scene.yank("1.0.0", "all of it")
     with pytest.raises(VersionError, match="no version of acme/no-harm is active"):
         pull(REPO, scene.policy, tmp_path / "got.nest")
     assert not (tmp_path / "got.nest").exists()
@@ -323,7 +323,7 @@ def test_a_commit_whose_answer_is_lost_stands_once(scene: Scene) -> None:
         scene.publish("1.1.0", 1)
     assert scene.channel.serial == 2
     again = scene.publish("1.1.0", 1)
-    assert (again.serial, again.done, again.version) == (2, "no-harm 1.1.0 is published already", scene.repo.resolve("main"))
+    assert (again.serial, again.done, again.version) == (2, "no-harm 1.1.0 is already published", scene.repo.resolve("main"))
     assert scene.publish("1.2.0", 2).serial == 3
     assert scene.update().after == "1.2.0"
 

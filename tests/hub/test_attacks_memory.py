@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from nestpatch.channels._memory import Memory, address_file, memory_file, recall, recall_channel, remember
 from nestpatch.channels._release import hand_over
 from nestpatch.channels.follow import follow
 from nestpatch.channels.listing import CHANNEL_FILE, MAX_FIRST, MAX_NUMBER, Channel
-from nestpatch.channels.memory import Memory, memory_file, place_file, recall, recall_channel, remember
 from nestpatch.channels.publish import push, renew, yank
-from nestpatch.channels.readers import Fetched, FolderReader
-from nestpatch.channels.rules import MAX_JUMP, Seen
+from nestpatch.channels.readers import ChannelFile, FolderReader
+from nestpatch.channels.rules import MAX_JUMP, SeenChannel
 from nestpatch.errors import (
     ChannelError,
     ChannelFormatError,
@@ -86,7 +86,7 @@ def test_a_withdrawal_is_not_hidden_by_another_address(scene: Scene, tmp_path: P
     """The attack that matters: the version was withdrawn, and a copy of the day before says that it stands."""
     scene.publish("1.1.0", 1)
     yesterday = scene.mirror(tmp_path / "yesterday")
-    scene.withdraw("1.1.0", "breaks things")
+    scene.yank("1.1.0", "breaks things")
     assert scene.update().state == "current"
     refused_at(scene, yesterday.as_uri(), RollbackError, "3 was seen before")
 
@@ -127,7 +127,7 @@ def test_a_place_that_serves_another_channel_of_the_same_key(scene: Scene, tmp_p
     with scene.as_publisher():
         push(scene.pack("2.0.0", 2), str(tmp_path / "other"), scene.key, name="other")
     if known_elsewhere:
-        assert follow(FolderReader(tmp_path / "other"), scene.policy).admitted.channel.name == "other"
+        assert follow(FolderReader(tmp_path / "other"), scene.policy).accepted.channel.name == "other"
     shutil.copy(tmp_path / "other" / CHANNEL_FILE, mirror / CHANNEL_FILE)
     refused_at(scene, mirror.as_uri(), ForeignChannelError, "is the channel other, where acme/no-harm should be")
 
@@ -140,7 +140,7 @@ def test_a_place_that_serves_a_channel_of_its_name_and_of_another_trusted_key(sc
     with pytest.raises(ChannelKeyError, match="is not signed by its root key"):
         updated(scene.model, both)
     fresh = shutil.copytree(mirror, tmp_path / "fresh")
-    assert follow(FolderReader(fresh), both).admitted.channel.serial == 8, "elsewhere it is a channel of its own"
+    assert follow(FolderReader(fresh), both).accepted.channel.serial == 8, "elsewhere it is a channel of its own"
     assert scene.update(check=True, channels=[REPO]).serial == 1, "and the other one is where it was"
 
 
@@ -150,7 +150,7 @@ def test_what_another_process_saw_meanwhile_counts(scene: Scene, tmp_path: Path)
     scene.publish("1.1.0", 1)
 
     class Slow(FolderReader):
-        def channel(self, known: str = "") -> Fetched:
+        def channel(self, known: str = "") -> ChannelFile:
             answer = super().channel(known)
             scene.update(check=True)
             return answer
@@ -172,7 +172,7 @@ def test_many_at_once_remember_the_newest(scene: Scene, tmp_path: Path) -> None:
 
     def run(folder: Path) -> None:
         try:
-            outcomes.append(follow(FolderReader(folder), scene.policy).admitted.channel.serial)
+            outcomes.append(follow(FolderReader(folder), scene.policy).accepted.channel.serial)
         except ChannelError as error:
             outcomes.append(type(error))
 
@@ -221,7 +221,7 @@ def test_a_broken_memory_of_a_channel_names_the_way_out(scene: Scene, tmp_path: 
 
 def test_a_memory_of_an_earlier_nestpatch_stands_in_no_way(scene: Scene) -> None:
     """One file for each place, named by its digest."""
-    place_file(HUB).rename(place_file(HUB).parent.parent / place_file(HUB).name)
+    address_file(HUB).rename(address_file(HUB).parent.parent / address_file(HUB).name)
     memory_file(scene.key.public.key_id, REPO).unlink()
     assert scene.update().state == "current"
 
@@ -245,7 +245,7 @@ def test_a_later_key_alone_was_trusted_at_first_contact(scene: Scene, tmp_path: 
         old = scene.mirror(tmp_path / "old")
         scene.publish("1.1.0", 1)
         later = Policy((TrustedKey("later", new.public),))
-        assert follow(FolderReader(scene.mirror(tmp_path / "now")), later).admitted.channel.serial == 2
+        assert follow(FolderReader(scene.mirror(tmp_path / "now")), later).accepted.channel.serial == 2
         scene.key = first
         assert updated(scene.model, scene.policy, [HUB], check=True)[0].after == "1.1.0"
         refused_at(scene, old.as_uri(), RollbackError, "2 was seen before")
@@ -291,7 +291,7 @@ def test_a_thief_who_runs_ahead_of_the_count(scene: Scene) -> None:
 def test_a_thief_who_runs_ahead_before_the_first_contact(scene: Scene, tmp_path: Path) -> None:
     mirror = scene.mirror(tmp_path / "mirror")
     (mirror / CHANNEL_FILE).write_bytes(scene.resign(replace(scene.channel, serial=MAX_FIRST)))
-    place_file(HUB).unlink()
+    address_file(HUB).unlink()
     memory_file(scene.key.public.key_id, REPO).unlink()
     refused_at(scene, mirror.as_uri(), SerialJumpError, "none was seen before, and at most 1000000 could follow")
 
@@ -300,7 +300,7 @@ def test_a_hand_over_outranks_every_number_of_the_stolen_key(scene: Scene) -> No
     """This machine has seen the highest number that there is, from the thief."""
     known = recall(HUB)
     assert known is not None
-    remember(HUB, Memory(Seen(REPO, MAX_NUMBER - 1, "0" * 64, known.seen.roots), known.version, known.data))
+    remember(HUB, Memory(SeenChannel(REPO, MAX_NUMBER - 1, "0" * 64, known.seen.roots), known.version, known.data))
     scene.publish("1.1.0", 1)
     refused(scene, RollbackError, f"{MAX_NUMBER - 1} was seen before")
     rotated(scene)
@@ -354,10 +354,10 @@ def test_a_publisher_who_has_seen_a_newer_channel_elsewhere(scene: Scene, tmp_pa
     scene.publish("1.1.0", 1)
     mirror = scene.mirror(tmp_path / "mirror")
     scene.repo.set_ref("refs/heads/main", old)
-    place_file(HUB).unlink()
+    address_file(HUB).unlink()
     with scene.as_publisher():
-        place_file(HUB).unlink()
-        assert follow(FolderReader(mirror), scene.policy).admitted.channel.serial == 2
+        address_file(HUB).unlink()
+        assert follow(FolderReader(mirror), scene.policy).accepted.channel.serial == 2
         for act in (lambda: push(scene.pack("1.2.0", 2), REPO, scene.key), lambda: renew(REPO, scene.key, scene.evil)):
             with pytest.raises(RollbackError, match=r"has number 1 of .*; 2 was seen before") as caught:
                 act()

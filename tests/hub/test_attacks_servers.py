@@ -13,9 +13,9 @@ from nestpatch.channels.follow import follow, pull
 from nestpatch.channels.listing import CHANNEL_FILE
 from nestpatch.channels.readers import FolderReader, HubReader, open_reader
 from nestpatch.errors import DataError, HubAccessError, HubAnswerError, HubError, HubNotFoundError, HubUnavailableError
-from nestpatch.hub import deadline
+from nestpatch.hub import _deadline as deadline
+from nestpatch.hub._deadline import Deadline
 from nestpatch.hub.client import look_up, scrubbed, shown
-from nestpatch.hub.deadline import Deadline
 from nestpatch.signing.trust import save_policy, trust_file
 from tests.calls import answer, run
 from tests.hub.calls import ledger_of
@@ -302,7 +302,7 @@ def test_links_within_the_folder_and_to_it_are_followed(scene: Scene, shared: Pa
     (shared / CHANNEL_FILE).rename(shared / "current.json")
     (shared / CHANNEL_FILE).symlink_to("current.json")
     (tmp_path / "link").symlink_to(shared)
-    assert follow(FolderReader(tmp_path / "link"), scene.policy).admitted.channel.serial == 1
+    assert follow(FolderReader(tmp_path / "link"), scene.policy).accepted.channel.serial == 1
 
 
 @pytest.mark.parametrize("place", ["file:///dev/zero", "file:///dev/stdin", "file:///dev", "file:///proc/self/fd"])

@@ -34,7 +34,7 @@ def model(base: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def patch(base: Path, tmp_path: Path) -> Path:
+def pack(base: Path, tmp_path: Path) -> Path:
     nest.write(tiny_pack(base, scale=0.006, neurons=24), tmp_path / "p.nest")
     return tmp_path / "p.nest"
 
@@ -65,7 +65,7 @@ def test_only_touched_rows_are_read(hub: Hub, model: Path, pack: Path, machine: 
 from nestpatch.hub import remote
 from nestpatch.hub.remote import open_base
 from nestpatch.patcher.inplace import apply_in_place
-remote.spans.__kwdefaults__["gap"] = 0
+remote._byte_ranges.__kwdefaults__["gap"] = 0
 base = open_base("acme/tiny-llama")
 header = base.downloaded
 apply_in_place(sys.argv[1], sys.argv[2], base=base)
@@ -81,7 +81,7 @@ def test_a_hub_in_trouble_changes_nothing(
 ) -> None:
     before = model.read_bytes()
     hub.fault(r"GET /[0-9a-f]{64}\?", bend, skip=2)
-    code = "from nestpatch.hub import ranges\nranges.WAITS = (0.0,)\nfrom nestpatch.cli import main\n"
+    code = "from nestpatch.hub import _requests\n_requests.WAITS = (0.0,)\nfrom nestpatch.cli import main\n"
     command = f"{code}main(['apply', {str(model)!r}, {str(pack)!r}, '--in-place', '--base', 'acme/tiny-llama', '--json'])"
     done = machine().start("-c", command)
     assert (done.returncode, done.stdout) == (1, ""), done.stderr

@@ -29,7 +29,18 @@ from nestpatch.channels.listing import (
     payload,
     write_envelope,
 )
-from nestpatch.channels.rules import MAX_JUMP, Admitted, Gate, GoBack, Stay, Upgrade, choose, decide, inherit, latest
+from nestpatch.channels.rules import (
+    MAX_JUMP,
+    AcceptedChannel,
+    ChannelRules,
+    GoBack,
+    Stay,
+    Upgrade,
+    choose,
+    decide,
+    inherit,
+    latest,
+)
 from nestpatch.errors import (
     ChannelError,
     ChannelFormatError,
@@ -44,7 +55,7 @@ from nestpatch.errors import (
     VersionError,
 )
 from nestpatch.formats.nest import canonical_json
-from nestpatch.signing.dsse import seal
+from nestpatch.signing.envelopes import seal
 from nestpatch.signing.keys import PrivateKey, generate
 from nestpatch.signing.subject import Subject
 from nestpatch.signing.trust import Policy, Rule, TrustedKey
@@ -79,8 +90,8 @@ def trusting(*keys: PrivateKey, models: tuple[str, ...] = ("*",)) -> Policy:
     return Policy(tuple(TrustedKey(f"key {number}", key.public, models) for number, key in enumerate(keys)))
 
 
-def admit(data: bytes, policy: Policy, after: Admitted | None = None, **options: object) -> Admitted:
-    return Gate(policy, NOW, seen=after.seen if after else None, **options).admit(data, "the channel")
+def admit(data: bytes, policy: Policy, after: AcceptedChannel | None = None, **options: object) -> AcceptedChannel:
+    return ChannelRules(policy, NOW, seen=after.seen if after else None, **options).accept_bytes(data, "the channel")
 
 
 def statuses(channel: Channel) -> dict[str, str]:
@@ -241,12 +252,12 @@ def test_a_publisher_hands_over_before_the_numbers_end(keys: tuple[PrivateKey, .
 )
 def test_a_clock_may_be_five_minutes_behind(keys: tuple[PrivateKey, ...], now: str, ahead: bool) -> None:
     _, data = issue(channel_of(keys[0], "1.0.0"), keys[0], NOW)
-    for gate in (Gate(trusting(keys[0]), now), Gate(trusting(keys[0]), now, allow_expired=True)):
+    for gate in (ChannelRules(trusting(keys[0]), now), ChannelRules(trusting(keys[0]), now, allow_expired=True)):
         if not ahead:
-            assert gate.admit(data, "it").channel.issued == NOW
+            assert gate.accept_bytes(data, "it").channel.issued == NOW
             continue
         with pytest.raises(ClockError, match=f"was issued at {NOW}; this machine's clock says that it is {now}") as caught:
-            gate.admit(data, "it")
+            gate.accept_bytes(data, "it")
         assert "clock" in caught.value.advice
 
 
@@ -381,7 +392,7 @@ def places_in(value: object, path: tuple[object, ...] = ()) -> Iterator[tuple[ob
 
 
 def test_no_value_of_another_kind_is_more_than_refused(keys: tuple[PrivateKey, ...]) -> None:
-    """Signed by the root key, so that nothing but the reader stands in between."""
+    """VerifiedPack by the root key, so that nothing but the reader stands in between."""
     channel = hand_over(channel_of(keys[0], "1.0.0", "1.1.0"), keys[0], keys[1])
     good = json.loads(payload(issue(channel, keys[1], NOW)[0]))
     odd = (None, True, 0, -1, 1 << 70, 1.5, "", "x" * 300, "\x00", [], {}, [[]], {"a": 1}, "9" * 5000 + ".0.0", "\ud83d")

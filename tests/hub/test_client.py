@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nestpatch.errors import HubAccessError, HubAnswerError, HubError, HubNotFoundError, HubUnavailableError
-from nestpatch.hub.client import Reference, Snapshot, look_up, parse_reference, resolve
+from nestpatch.hub.client import Reference, Snapshot, look_up, parse_reference
 from tests.hubserver import faults
 from tests.hubserver.faults import Bend
 from tests.hubserver.messages import Answer, as_json
@@ -50,24 +50,24 @@ def test_branches_tags_and_commits_are_resolved(hub: Hub) -> None:
     first = hub.store.seed(REPO, {"x": b"1"})
     hub.store.repo("model", REPO).set_ref("refs/tags/v1", first)
     second = hub.store.seed(REPO, {"y.json": b"2"})
-    assert resolve(REPO, endpoint=hub.url) == second
-    assert resolve(REPO, "v1", endpoint=hub.url) == first
+    assert look_up(REPO, endpoint=hub.url).commit == second
+    assert look_up(REPO, "v1", endpoint=hub.url).commit == first
     assert look_up(REPO, "main", endpoint=hub.url) == Snapshot(REPO, second, (".gitattributes", "x", "y.json"))
     assert len(hub.log) == 3
-    assert resolve(REPO, first, endpoint=hub.url) == first
+    assert Reference(REPO, first).commit == first
     assert len(hub.log) == 3, "a commit needs no request"
 
 
 @pytest.mark.parametrize("revision", ["v9", "0" * 40])
 def test_a_missing_revision(hub: Hub, revision: str) -> None:
     hub.store.seed(REPO, {"x": b"1"})
-    with pytest.raises(HubNotFoundError, match="acme/tiny-llama does not hold acme/tiny-llama@"):
+    with pytest.raises(HubNotFoundError, match="acme/tiny-llama does not have acme/tiny-llama@"):
         look_up(REPO, revision, endpoint=hub.url)
 
 
 def test_a_missing_repository(hub: Hub) -> None:
     with pytest.raises(HubNotFoundError, match="has no model repository acme/tiny-llama, or hides it") as caught:
-        resolve(REPO, endpoint=hub.url)
+        look_up(REPO, endpoint=hub.url)
     assert "hf auth login" in caught.value.advice
 
 
@@ -76,12 +76,12 @@ def test_a_private_repository(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None
     head = hub.store.seed(REPO, {"x": b"1"})
     hub.accounts.of("model", REPO).private = True
     with pytest.raises(HubNotFoundError):
-        resolve(REPO, endpoint=hub.url)
+        look_up(REPO, endpoint=hub.url)
     hub.accounts.of("model", REPO).granted.add("fleet")
-    assert resolve(REPO, endpoint=hub.url) == head
+    assert look_up(REPO, endpoint=hub.url).commit == head
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(HubAccessError, match="answered 401") as caught:
-        resolve(REPO, endpoint=hub.url)
+        look_up(REPO, endpoint=hub.url)
     assert "hf_wrong" not in f"{caught.value} {caught.value.advice} {caught.value.__cause__}"
 
 
@@ -111,7 +111,7 @@ def test_a_hub_in_trouble(hub: Hub, bend: Bend, error: type[HubError]) -> None:
     hub.store.seed(REPO, {"x": b"1"})
     hub.fault("GET /api/models/", bend)
     with pytest.raises(HubError, match=REPO) as caught:
-        resolve(REPO, endpoint=hub.url)
+        look_up(REPO, endpoint=hub.url)
     assert type(caught.value) is error
     assert caught.value.advice.strip()
 
@@ -123,7 +123,7 @@ def test_a_dead_endpoint_is_an_error_and_not_the_cached_commit(hub: Hub) -> None
     hf_hub_download(REPO, "x", endpoint=hub.url)
     hub.stop()
     with pytest.raises(HubUnavailableError, match=f"cannot reach {hub.url} for {REPO}") as caught:
-        resolve(REPO, endpoint=hub.url)
+        look_up(REPO, endpoint=hub.url)
     assert "HF_HUB_OFFLINE=1" in caught.value.advice
 
 
@@ -134,7 +134,7 @@ def test_a_slow_hub_is_given_up(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> No
     hub.fault("GET", faults.slow(1.0))
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.1)
     with pytest.raises(HubUnavailableError, match="cannot reach"):
-        resolve(REPO, endpoint=hub.url)
+        look_up(REPO, endpoint=hub.url)
 
 
 def test_another_commit_than_asked_for_is_refused(hub: Hub) -> None:
@@ -149,5 +149,5 @@ def test_offline_is_said(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubUnavailableError, match="HF_HUB_OFFLINE is set"):
-        resolve(REPO, endpoint=hub.url)
+        look_up(REPO, endpoint=hub.url)
     assert not hub.log

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from nestpatch.channels._memory import recall, remember
 from nestpatch.channels.listing import CHANNEL_FILE
-from nestpatch.channels.memory import recall, remember
 from nestpatch.formats import nest
 from nestpatch.gate import Proven
 from nestpatch.patcher.inplace import apply_in_place
@@ -38,7 +38,7 @@ def base(scene: Scene) -> Path:
 
 
 @pytest.fixture
-def patch(scene: Scene) -> Path:
+def pack(scene: Scene) -> Path:
     return scene.pack("1.0.0")
 
 
@@ -183,7 +183,7 @@ def test_check_says_with_its_exit_code(scene: Scene) -> None:
 
 def test_going_back_says_why(scene: Scene) -> None:
     save_policy(scene.policy)
-    scene.withdraw("1.0.0", "breaks [bold]tables[/]")
+    scene.yank("1.0.0", "breaks [bold]tables[/]")
     told = run("update", scene.model)
     assert "went from 1.0.0 to base (1.0.0 was revoked: breaks [bold]tables[/])" in told.stdout
     assert ledger_of(scene.model).applied == ()
@@ -191,7 +191,7 @@ def test_going_back_says_why(scene: Scene) -> None:
 
 
 def test_a_model_at_its_base_can_stop_following(scene: Scene) -> None:
-    scene.withdraw("1.0.0", "bad")
+    scene.yank("1.0.0", "bad")
     scene.update()
     assert run("revert", scene.model, "--dry-run").exit_code == 0
     assert ledger_of(scene.model).follows == (f"hub://{REPO}",)
@@ -216,7 +216,7 @@ def test_other_packs_stay_where_they_are(scene: Scene) -> None:
     save_policy(scene.policy)
     other = tiny_pack(scene.base, name="other", seed=4)
     apply_in_place(scene.model, Proven(other, nest.pack_id(other), Origin({"me": "1" * 64})), allow_overlap=True)
-    scene.withdraw("1.0.0", "bad")
+    scene.yank("1.0.0", "bad")
     done = answer("update", scene.model)["channels"][0]
     assert done["steps"] == ["undo other 1.0.0", "undo no-harm 1.0.0", "apply again other 1.0.0"]
     (left,) = ledger_of(scene.model).applied

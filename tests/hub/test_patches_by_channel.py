@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 import nestpatch
-from nestpatch.channels.follow import follow, utc_now
+from nestpatch.channels.follow import follow
 from nestpatch.channels.listing import CHANNEL_FILE
 from nestpatch.channels.readers import open_reader
 from nestpatch.errors import BadSignatureError, ChannelKeyError, SwappedFileError, UnsignedError, UntrustedError
 from nestpatch.formats import nest
 from nestpatch.gate import look, prove
-from nestpatch.signing import store
+from nestpatch.pack import utc_now
+from nestpatch.signing import _store as store
 from nestpatch.signing.trust import Policy, Rule, TrustedKey, save_policy
 from nestpatch.signing.verify import sign_pack
 from tests.calls import answer, run

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from nestpatch.channels._memory import address_file
 from nestpatch.channels.follow import follow, pull
 from nestpatch.channels.listing import CHANNEL_FILE
-from nestpatch.channels.memory import place_file
 from nestpatch.channels.publish import push, renew
 from nestpatch.channels.readers import FolderReader, HubReader, WebReader, open_reader, split_version
 from nestpatch.errors import (
@@ -55,10 +55,10 @@ def test_the_whole_way_without_a_hub(scene: Scene, shared: Path, web: Web, kind:
     scene.publish("1.1.0", 1, folder)
     assert brought(scene, check=True).state == "available"
     assert brought(scene).steps == ("undo no-harm 1.0.0", "apply no-harm 1.1.0")
-    scene.withdraw("1.1.0", "bad", folder)
+    scene.yank("1.1.0", "bad", folder)
     assert brought(scene).steps == ("undo no-harm 1.1.0", "apply no-harm 1.0.0")
     assert weights(scene.model) == at_one
-    scene.withdraw("1.0.0", "bad too", folder)
+    scene.yank("1.0.0", "bad too", folder)
     assert brought(scene).steps == ("undo no-harm 1.0.0",)
     assert weights(scene.model) == original
     scene.publish("1.2.0", 2, folder)
@@ -80,7 +80,7 @@ def test_a_mirror_of_a_hub_channel(scene: Scene, tmp_path: Path) -> None:
     scene.hub.stop()
     revert(scene.model)
     assert brought(scene, mirror.as_uri()).after == "1.0.0"
-    assert follow(FolderReader(mirror), scene.policy).admitted.channel.name == REPO
+    assert follow(FolderReader(mirror), scene.policy).accepted.channel.name == REPO
 
 
 def test_a_mirror_that_is_half_copied(scene: Scene, shared: Path, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_another_channel_in_the_same_folder(scene: Scene, shared: Path) -> None:
     brought(scene, shared.as_uri())
     shutil.rmtree(shared)
     with scene.as_publisher():
-        place_file(shared.as_uri()).unlink()
+        address_file(shared.as_uri()).unlink()
         push(scene.pack("3.0.0"), str(shared), scene.key, name="another")
     before = scene.state()
     with pytest.raises(ForeignChannelError, match="is the channel another, where no-harm should be"):
@@ -196,7 +196,7 @@ def test_publishing_needs_a_channel_to_change(scene: Scene, tmp_path: Path) -> N
 
 def test_a_broken_memory_is_said(scene: Scene, shared: Path) -> None:
     brought(scene, shared.as_uri())
-    file = place_file(shared.as_uri())
+    file = address_file(shared.as_uri())
     good = json.loads(file.read_text(encoding="utf-8"))
     for broken in ("", "{}", json.dumps(good | {"place": "file:///other"}), json.dumps(good | {"root": 1})):
         file.write_text(broken, encoding="utf-8")

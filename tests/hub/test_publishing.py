@@ -69,9 +69,9 @@ def test_the_same_pack_again_is_published_already(scene: Scene) -> None:
         done = answer("push", scene.pack("1.1.0", 1), REPO, *key)
         commit = scene.repo.resolve("main")
         assert answer("push", scene.pack("1.1.0", 1), REPO, *key) == {
-            **done, "done": "no-harm 1.1.0 is published already", "tag": "",
+            **done, "done": "no-harm 1.1.0 is already published", "tag": "",
         }  # fmt: skip
-        assert "no-harm 1.1.0 is published already" in run("push", scene.pack("1.1.0", 1), REPO, *key).stdout
+        assert "no-harm 1.1.0 is already published" in run("push", scene.pack("1.1.0", 1), REPO, *key).stdout
         folder = f"file://{scene.folder / 'shared'}"
         for serial in (1, 1):
             assert answer("push", scene.pack("1.1.0", 1), folder, *key)["serial"] == serial
@@ -153,7 +153,7 @@ def test_passwords_of_two_keys_come_from_one_file(scene: Scene) -> None:
 
 def test_the_card(scene: Scene) -> None:
     scene.publish("1.1.0", 1)
-    scene.withdraw("1.1.0", "broke | tables\n<script>")
+    scene.yank("1.1.0", "broke | tables\n<script>")
     text = scene.read("README.md").decode()
     head, body = text.removeprefix("---\n").split("---\n", 1)
     import yaml

@@ -20,9 +20,9 @@ from nestpatch.errors import (
     InPlaceError,
 )
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.hub import ranges, remote
+from nestpatch.hub import _requests, remote
 from nestpatch.hub.client import look_up
-from nestpatch.hub.remote import GAP, RemoteCheckpoint, spans
+from nestpatch.hub.remote import _GAP, RemoteCheckpoint, _byte_ranges
 from tests.helpers import FLOATS, PROPERTY, assert_same_bytes, tiny_checkpoint
 from tests.hub.models import MODEL, put, weight_bytes, wide_model
 from tests.hubserver import faults
@@ -37,7 +37,7 @@ ROW = 128
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranges, "WAITS", (0.0, 0.01, 0.01))
+    monkeypatch.setattr(_requests, "WAITS", (0.0, 0.01, 0.01))
 
 
 def opened(hub: Hub, repo_id: str = MODEL, revision: str | None = None) -> RemoteCheckpoint:
@@ -71,14 +71,14 @@ def test_only_what_is_needed_is_read(hub: Hub, tmp_path: Path) -> None:
     put(hub, folder)
     there = opened(hub)
     header = there.downloaded
-    assert header == remote.FIRST
+    assert header == remote._FIRST
     values = there.read_rows("a.weight", FEW)
     assert_same_bytes(values.tobytes(), open_checkpoint(folder).read_rows("a.weight", FEW).tobytes())
     assert there.downloaded - header == 5 * ROW
     assert there.downloaded < 0.05 * there.size
     # The facts, the header by way of the Hub; then three stretches straight from the CDN.
     assert len(hub.seen("hub")) == 2
-    assert hub.seen("cdn")[0].sent == remote.FIRST
+    assert hub.seen("cdn")[0].sent == remote._FIRST
     assert sorted(s.sent for s in hub.seen("cdn"))[:3] == [ROW, ROW, 3 * ROW]
     assert there.meter.requests == 4
 
@@ -92,7 +92,7 @@ def test_rows_are_fetched_once_and_may_be_changed(hub: Hub, tmp_path: Path, monk
     assert np.array_equal(there.read_rows("a.weight", FEW), want)
     assert there.meter.requests == requests
     # What is kept has a limit: other rows push these out.
-    monkeypatch.setattr(remote, "KEPT", 3 * ROW)
+    monkeypatch.setattr(remote, "_KEPT", 3 * ROW)
     there.read_rows("a.weight", np.array([9]))
     assert np.array_equal(there.read_rows("a.weight", FEW), want)
     assert there.meter.requests > requests + 1
@@ -103,7 +103,7 @@ def test_near_rows_come_in_one_request(hub: Hub, tmp_path: Path, monkeypatch: py
     there = opened(hub)
     there.read_rows("a.weight", np.arange(0, 2000, 10))
     assert there.meter.requests == 2
-    monkeypatch.setattr(remote, "PART", 1 << 20)
+    monkeypatch.setattr(remote, "_PART", 1 << 20)
     assert len(b"".join(there.read_all("a.weight"))) == 20_000 * ROW
     assert there.meter.requests == 5
 
@@ -112,7 +112,7 @@ def test_near_rows_come_in_one_request(hub: Hub, tmp_path: Path, monkeypatch: py
 @given(st.sets(st.integers(0, 500), max_size=40), st.integers(1, 64), st.integers(0, 300), st.integers(1, 2000))
 def test_spans_hold_every_row_once(chosen: set[int], row_bytes: int, gap: int, limit: int) -> None:
     rows = np.array(sorted(chosen), np.int64)
-    found = spans(rows, row_bytes, gap=gap, limit=limit)
+    found = _byte_ranges(rows, row_bytes, gap=gap, limit=limit)
     assert [p for s in found for p in range(s.first, s.last)] == list(range(len(rows)))
     for span in found:
         assert span.start == rows[span.first] * row_bytes
@@ -125,8 +125,8 @@ def test_spans_hold_every_row_once(chosen: set[int], row_bytes: int, gap: int, l
 
 
 def test_the_default_gap_joins_what_lies_close() -> None:
-    rows = np.array([0, GAP // 1024 + 1, 2 * GAP // 1024 + 3])
-    assert [(s.first, s.last) for s in spans(rows, 1024)] == [(0, 2), (2, 3)]
+    rows = np.array([0, _GAP // 1024 + 1, 2 * _GAP // 1024 + 3])
+    assert [(s.first, s.last) for s in _byte_ranges(rows, 1024)] == [(0, 2), (2, 3)]
 
 
 def test_a_branch_that_moves_changes_nothing(hub: Hub, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_the_token_goes_to_the_hub_alone(hub: Hub, tmp_path: Path, monkeypatch: 
 
 
 def test_a_header_longer_than_the_first_part(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST", 64)
+    monkeypatch.setattr(remote, "_FIRST", 64)
     folder = tiny_checkpoint(tmp_path / "model", sharded=True)
     put(hub, folder)
     there = opened(hub)

@@ -257,7 +257,7 @@ def test_usage_and_user_errors_end_with_two_others_with_one(models, prompts, tmp
         (train_arguments(base, prompts, taken), 1, "OutputError"),
         (train_arguments(base, prompts, tmp_path / "x.nest", "--set", "steps=0"), 2, "RecipeError"),
         (train_arguments(base, prompts, tmp_path / "x.nest", "--name", "a/b"), 2, "DataError"),
-        (train_arguments(tmp_path / "none", prompts, tmp_path / "x.nest"), 1, "CheckpointFormatError"),
+        (train_arguments(tmp_path / "none", prompts, tmp_path / "x.nest"), 2, "MissingInputError"),
         (train_arguments(models("gpt2"), prompts, tmp_path / "x.nest"), 1, "UnsupportedModelError"),
         (train_arguments(base, tmp_path, tmp_path / "x.nest"), 2, "PromptDataError"),
         (["eval", str(base), "--suite", str(prompts / "none.jsonl")], 2, "PromptDataError"),

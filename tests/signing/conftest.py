@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from nestpatch.formats import nest
-from nestpatch.signing import keys, store
+from nestpatch.signing import _store as store
+from nestpatch.signing import keys
 from nestpatch.signing.keys import PrivateKey
 from nestpatch.signing.trust import Policy, TrustedKey
 from tests.helpers import tiny_checkpoint, tiny_pack
@@ -46,7 +47,7 @@ def pack_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.fixture
-def patch(tmp_path: Path, pack_bytes: bytes) -> Path:
+def pack(tmp_path: Path, pack_bytes: bytes) -> Path:
     file = tmp_path / "no-harm.nest"
     file.write_bytes(pack_bytes)
     return file

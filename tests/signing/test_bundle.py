@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from nestpatch.errors import BadSignatureError, SignatureError, SignatureFormatError
-from nestpatch.signing import bundle
-from nestpatch.signing.dsse import pae, seal
-from nestpatch.signing.verify import Signed, judge_signatures
+from nestpatch.signing import envelopes
+from nestpatch.signing.envelopes import _pae, seal
+from nestpatch.signing.verify import VerifiedPack, check_signatures
 from tests.signing.conftest import People
 
 Change = Callable[[Any], None]
@@ -22,7 +22,7 @@ Change = Callable[[Any], None]
 
 @pytest.fixture(scope="session")
 def good(people: People, pack_bytes: bytes) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(bundle.sign(sha256(pack_bytes).hexdigest(), "no-harm.nest", people.acme))
+    value: dict[str, Any] = json.loads(envelopes.make_bundle(sha256(pack_bytes).hexdigest(), "no-harm.nest", people.acme))
     return value
 
 
@@ -30,7 +30,7 @@ def verdict(people: People, pack: bytes, signature: Any) -> type:
     """What judging ends with: a type of outcome or of error."""
     data = signature if isinstance(signature, bytes) else json.dumps(signature).encode()
     try:
-        return type(judge_signatures(pack, {"x.sig": data}, people.policy("acme", "audit")))
+        return type(check_signatures(pack, {"x.sig": data}, people.policy("acme", "audit")))
     except SignatureError as error:
         return type(error)
 
@@ -54,24 +54,24 @@ def statement_of(value: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def resigned(people: People, statement: Any, payload_type: str = bundle.PAYLOAD_TYPE) -> dict[str, Any]:
+def resigned(people: People, statement: Any, payload_type: str = envelopes.PAYLOAD_TYPE) -> dict[str, Any]:
     """A bundle that acme really signed, over another statement."""
     payload = statement if isinstance(statement, bytes) else json.dumps(statement).encode()
     envelope = seal(payload_type, payload, [people.acme], name_keys=False)
     material = {"publicKey": {"hint": people.acme.public.key_id}, "tlogEntries": []}
-    return {"mediaType": bundle.MEDIA_TYPE, "verificationMaterial": material, "dsseEnvelope": envelope.as_json()}
+    return {"mediaType": envelopes.MEDIA_TYPE, "verificationMaterial": material, "dsseEnvelope": envelope.as_json()}
 
 
 def test_the_good_one_is_good(people: People, pack_bytes: bytes, good: dict[str, Any]) -> None:
-    assert verdict(people, pack_bytes, good) is Signed
+    assert verdict(people, pack_bytes, good) is VerifiedPack
     # Members that the format lets out, and white space.
     good = copy.deepcopy(good)
     del good["verificationMaterial"]["tlogEntries"]
     del good["dsseEnvelope"]["signatures"][0]["keyid"]
-    assert verdict(people, pack_bytes, json.dumps(good, indent=2).encode()) is Signed
+    assert verdict(people, pack_bytes, json.dumps(good, indent=2).encode()) is VerifiedPack
     good["verificationMaterial"]["tlogEntries"] = []
     good["dsseEnvelope"]["signatures"][0]["keyid"] = people.acme.public.key_id
-    assert verdict(people, pack_bytes, good) is Signed
+    assert verdict(people, pack_bytes, good) is VerifiedPack
 
 
 def test_every_flipped_bit_is_noticed(people: People, pack_bytes: bytes, good: dict[str, Any]) -> None:
@@ -122,7 +122,7 @@ def test_the_statement_is_read_strictly_even_from_a_trusted_key(
     people: People, pack_bytes: bytes, good: dict[str, Any]
 ) -> None:
     statement = statement_of(good)
-    assert verdict(people, pack_bytes, resigned(people, statement)) is Signed
+    assert verdict(people, pack_bytes, resigned(people, statement)) is VerifiedPack
     unread = {
         ("subject", 0, "name"),
         ("predicate", "serialization", "allow_symlinks"),
@@ -185,7 +185,7 @@ def test_statements_that_say_something_else(
     change(statement)
     data = json.dumps(resigned(people, statement)).encode()
     with pytest.raises(SignatureFormatError, match=says):
-        judge_signatures(pack_bytes, {"x.sig": data}, people.policy("acme"))
+        check_signatures(pack_bytes, {"x.sig": data}, people.policy("acme"))
 
 
 def test_a_digest_twice_in_a_signed_statement(people: People, pack_bytes: bytes, good: dict[str, Any]) -> None:
@@ -193,31 +193,31 @@ def test_a_digest_twice_in_a_signed_statement(people: People, pack_bytes: bytes,
     twice = text.replace(b'"algorithm"', b'"digest": "00", "algorithm"', 1)
     assert twice != text
     with pytest.raises(SignatureFormatError, match="a key is there twice"):
-        bundle.parse(json.dumps(resigned(people, twice)).encode(), "x.sig")
+        envelopes.parse_bundle(json.dumps(resigned(people, twice)).encode(), "x.sig")
 
 
 def test_a_signature_for_another_purpose_does_not_pass(people: People, pack_bytes: bytes, good: dict[str, Any]) -> None:
     """The same key signs channels: their envelopes are no signatures of packs, not even with their type exchanged."""
     channel = resigned(people, statement_of(good), "application/vnd.nestpatch.channel.v1+json")
     assert verdict(people, pack_bytes, channel) is SignatureFormatError
-    channel["dsseEnvelope"]["payloadType"] = bundle.PAYLOAD_TYPE
+    channel["dsseEnvelope"]["payloadType"] = envelopes.PAYLOAD_TYPE
     assert verdict(people, pack_bytes, channel) is BadSignatureError
 
 
 def test_the_signature_of_another_pack(people: People, pack_bytes: bytes) -> None:
-    other = bundle.sign(sha256(b"another pack").hexdigest(), "no-harm.nest", people.acme)
+    other = envelopes.make_bundle(sha256(b"another pack").hexdigest(), "no-harm.nest", people.acme)
     with pytest.raises(BadSignatureError, match=r"made for other bytes .* expected sha256 .{12}\.\., got "):
-        judge_signatures(pack_bytes, {"x.sig": other}, people.policy("acme"))
+        check_signatures(pack_bytes, {"x.sig": other}, people.policy("acme"))
 
 
 def test_somebody_else_signs_in_acmes_name(people: People, pack_bytes: bytes) -> None:
-    forged = json.loads(bundle.sign(sha256(pack_bytes).hexdigest(), "no-harm.nest", people.evil))
+    forged = json.loads(envelopes.make_bundle(sha256(pack_bytes).hexdigest(), "no-harm.nest", people.evil))
     forged["verificationMaterial"]["publicKey"]["hint"] = people.acme.public.key_id
     assert verdict(people, pack_bytes, forged) is BadSignatureError
 
 
 def test_payload_and_signature_of_different_bundles(people: People, pack_bytes: bytes, good: dict[str, Any]) -> None:
-    other = json.loads(bundle.sign(sha256(b"another pack").hexdigest(), "no-harm.nest", people.acme))
+    other = json.loads(envelopes.make_bundle(sha256(b"another pack").hexdigest(), "no-harm.nest", people.acme))
     mixed = copy.deepcopy(good)
     mixed["dsseEnvelope"]["signatures"] = other["dsseEnvelope"]["signatures"]
     assert verdict(people, pack_bytes, mixed) is BadSignatureError
@@ -233,17 +233,17 @@ def test_payload_and_signature_of_different_bundles(people: People, pack_bytes: 
 )  # fmt: skip
 def test_what_is_no_bundle(data: bytes) -> None:
     with pytest.raises(SignatureFormatError, match=r"x\.sig"):
-        bundle.parse(data, "x.sig")
+        envelopes.parse_bundle(data, "x.sig")
 
 
 def test_a_keyless_bundle_is_named(good: dict[str, Any]) -> None:
     keyless = good | {"verificationMaterial": {"certificate": {"rawBytes": "AA=="}, "tlogEntries": [{}]}}
     with pytest.raises(SignatureFormatError, match="made with a certificate") as caught:
-        bundle.parse(json.dumps(keyless).encode(), "x.sig")
+        envelopes.parse_bundle(json.dumps(keyless).encode(), "x.sig")
     assert "model_signing verify" in caught.value.advice
 
 
 def test_what_is_signed_is_the_dsse_encoding() -> None:
     """The example of the DSSE specification."""
-    assert pae("http://example.com/HelloWorld", b"hello world") == b"DSSEv1 29 http://example.com/HelloWorld 11 hello world"
-    assert pae("é", b"") == "DSSEv1 2 é 0 ".encode()
+    assert _pae("http://example.com/HelloWorld", b"hello world") == b"DSSEv1 29 http://example.com/HelloWorld 11 hello world"
+    assert _pae("é", b"") == "DSSEv1 2 é 0 ".encode()

@@ -13,7 +13,7 @@ import nestpatch
 from nestpatch.errors import TrustError
 from nestpatch.formats import nest
 from nestpatch.signing import keys
-from nestpatch.signing.store import trust_file
+from nestpatch.signing._store import trust_file
 from nestpatch.signing.trust import Policy, load_own, load_policy
 from tests.calls import run
 from tests.helpers import tiny_checkpoint, tiny_pack, tree_digest

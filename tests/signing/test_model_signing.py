@@ -13,9 +13,9 @@ import pytest
 from cryptography.hazmat.primitives import serialization as s
 
 from nestpatch.errors import BadSignatureError
-from nestpatch.signing import bundle, keys
+from nestpatch.signing import envelopes, keys
 from nestpatch.signing.keys import PrivateKey
-from nestpatch.signing.verify import Signed, sign_pack, verify_signature
+from nestpatch.signing.verify import VerifiedPack, sign_pack, verify_signature
 from tests.signing.conftest import People, spoil
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -38,7 +38,7 @@ def on_disk(key: PrivateKey, folder: Path) -> tuple[Path, Path]:
 
 def test_a_bundle_that_the_tool_made() -> None:
     """Made once by model_signing 1.1.1; its private key is gone."""
-    found = bundle.parse((GOLDEN / "content.sig").read_bytes(), "content.sig")
+    found = envelopes.parse_bundle((GOLDEN / "content.sig").read_bytes(), "content.sig")
     found.check_file(sha256(CONTENT).hexdigest(), "content")
     found.check_key(keys.read_public(GOLDEN / "tool.pub"))
     with pytest.raises(BadSignatureError):
@@ -69,7 +69,7 @@ def test_we_accept_the_tools(pack: Path, people: People, tmp_path: Path, form: s
     done = tool("sign", "key", pack, "--private_key", private, "--signature", f"{pack}.sig")
     assert done.returncode == 0, done.stderr
     found = verify_signature(pack, people.policy("acme"))
-    assert isinstance(found, Signed)
+    assert isinstance(found, VerifiedPack)
     assert [signer.name for signer in found.signers] == ["acme"]
     spoil(pack)
     with pytest.raises(BadSignatureError):

@@ -12,9 +12,10 @@ from safetensors.numpy import save
 from nestpatch.errors import BadSignatureError, UnsignedError, UntrustedError
 from nestpatch.formats import nest
 from nestpatch.pack import Pack
+from nestpatch.signing.keys import generate
 from nestpatch.signing.subject import NO_MODEL, Subject, is_path, subject_of
-from nestpatch.signing.trust import Policy, Rule, TrustedKey, check_patterns
-from nestpatch.signing.verify import Signed, Unproven, sign_pack, verify_signature
+from nestpatch.signing.trust import Policy, Rule, TrustedKey
+from nestpatch.signing.verify import UnverifiedPack, VerifiedPack, sign_pack, verify_signature
 from tests.helpers import tiny_checkpoint, tiny_pack
 from tests.signing.conftest import People
 
@@ -43,7 +44,7 @@ def test_what_is_a_model_id(pattern: str) -> None:
 @pytest.mark.parametrize("pattern", ["./models/*", "../x", ".", ".."])
 def test_a_relative_path_is_refused_instead_of_never_matching(pattern: str) -> None:
     with pytest.raises(Exception, match="relative path"):
-        check_patterns([pattern])
+        TrustedKey.of("acme", generate().public, [pattern])
 
 
 def test_paths_match_what_the_user_names_and_ids_what_the_pack_says() -> None:
@@ -118,10 +119,10 @@ def test_an_unsigned_pack_does_not_dodge_a_strict_rule_by_its_own_word(tmp_path:
     assert "rule for paths" in caught.value.advice
     # The user's own word does count: a rule for the path, before the other.
     mine = replace(policy, rules=(Rule(f"{tmp_path}/*", 0), *policy.rules))
-    assert isinstance(verify_signature(file, mine, model), Unproven)
+    assert isinstance(verify_signature(file, mine, model), UnverifiedPack)
     # And so does that of a key that is trusted.
     sign_pack(file, people.acme)
-    assert isinstance(verify_signature(file, policy, model), Signed)
+    assert isinstance(verify_signature(file, policy, model), VerifiedPack)
 
 
 def test_a_strict_rule_for_a_path_holds_whatever_a_signed_pack_says(tmp_path: Path, people: People) -> None:
@@ -142,7 +143,7 @@ def test_a_key_for_one_team_signs_nothing_for_the_base_of_another(tmp_path: Path
         file = for_base(base, folder)
         sign_pack(file, people.acme)
         if fits:
-            assert isinstance(verify_signature(file, policy, folder), Signed)
+            assert isinstance(verify_signature(file, policy, folder), VerifiedPack)
         else:
             with pytest.raises(UntrustedError, match="who is not trusted for this model"):
                 verify_signature(file, policy, folder)

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 import nestpatch
 from nestpatch.errors import TrustError, UnsignedError, UntrustedError
 from nestpatch.formats import nest
-from nestpatch.signing import keys, store
+from nestpatch.signing import _store as store
+from nestpatch.signing import keys
 from nestpatch.signing.subject import Subject
 from nestpatch.signing.trust import Policy, Rule, TrustedKey, combined, load_policy, save_policy
-from nestpatch.signing.verify import Signed, Unproven, sign_pack, verify_signature
+from nestpatch.signing.verify import UnverifiedPack, VerifiedPack, sign_pack, verify_signature
 from tests.calls import run
 from tests.helpers import PROPERTY, tiny_checkpoint, tiny_pack, tree_digest
 from tests.signing.conftest import People
@@ -56,7 +57,7 @@ def test_the_administrators_keys_count_for_every_user(people: People, pack: Path
     with pytest.raises(UnsignedError):
         verify_signature(pack, load_policy())
     sign_pack(pack, people.acme)
-    assert isinstance(verify_signature(pack, load_policy()), Signed)
+    assert isinstance(verify_signature(pack, load_policy()), VerifiedPack)
 
 
 def test_no_rule_of_a_user_lifts_one_of_the_administrator(people: People, place: Path, tmp_path: Path) -> None:
@@ -93,13 +94,13 @@ def test_an_administrator_who_only_lists_keys_asks_for_one_of_them(people: Peopl
 
 def test_an_administrator_who_asks_for_nothing_leaves_the_user_as_strict_as_before(people: People, pack: Path) -> None:
     administer(Policy(people.policy("audit").keys, (Rule("*", 0),)))
-    assert isinstance(verify_signature(pack, load_policy()), Unproven)
+    assert isinstance(verify_signature(pack, load_policy()), UnverifiedPack)
     save_policy(people.policy("acme"))
     with pytest.raises(UnsignedError):
         verify_signature(pack, load_policy())
-    assert isinstance(verify_signature(pack, load_policy(), allow_unsigned=True), Unproven), "the user's own rule"
+    assert isinstance(verify_signature(pack, load_policy(), allow_unsigned=True), UnverifiedPack), "the user's own rule"
     sign_pack(pack, people.audit)
-    assert isinstance(verify_signature(pack, load_policy()), Signed), "the administrator's keys count for the user's rules"
+    assert isinstance(verify_signature(pack, load_policy()), VerifiedPack), "the administrator's keys count for user rules"
 
 
 def test_a_user_asks_for_more_than_the_administrator(people: People, pack: Path) -> None:
@@ -111,7 +112,7 @@ def test_a_user_asks_for_more_than_the_administrator(people: People, pack: Path)
             verify_signature(pack, load_policy())
     sign_pack(pack, people.third)
     found = verify_signature(pack, load_policy())
-    assert isinstance(found, Signed)
+    assert isinstance(found, VerifiedPack)
     assert {signer.name for signer in found.signers} == {"audit", "acme", "third"}
 
 
@@ -140,7 +141,7 @@ def test_two_names_that_meet_both_stay_signers(people: People, pack: Path) -> No
     for person in (people.acme, people.third):
         sign_pack(pack, person)
     found = verify_signature(pack, load_policy())
-    assert isinstance(found, Signed)
+    assert isinstance(found, VerifiedPack)
     assert [s.name for s in found.signers] == ["acme", f"acme ({people.third.public.key_id[:12]})"]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nestpatch.errors import TrustError
-from nestpatch.signing.store import trust_file
+from nestpatch.signing._store import trust_file
 from nestpatch.signing.subject import NO_MODEL, Subject, subject_of
 from nestpatch.signing.trust import Policy, Rule, TrustedKey, load_policy, parse_policy, save_policy
 from tests.helpers import changed, tiny_checkpoint

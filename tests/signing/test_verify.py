@@ -12,7 +12,7 @@ import pytest
 from nestpatch.errors import BadSignatureError, OutputError, PackError, SignatureFormatError, UnsignedError, UntrustedError
 from nestpatch.formats import nest
 from nestpatch.signing.trust import Policy, Rule, TrustedKey
-from nestpatch.signing.verify import Signed, Unproven, sign_pack, signature_files, verify_signature
+from nestpatch.signing.verify import UnverifiedPack, VerifiedPack, sign_pack, signature_files, verify_signature
 from tests.signing.conftest import People, spoil
 
 
@@ -20,7 +20,7 @@ def test_signed_by_a_trusted_key(pack: Path, people: People) -> None:
     done = sign_pack(pack, people.acme)
     assert done.file == pack.with_name("no-harm.nest.sig")
     found = verify_signature(pack, people.policy("acme", "audit"))
-    assert isinstance(found, Signed)
+    assert isinstance(found, VerifiedPack)
     assert [(s.name, s.file) for s in found.signers] == [("acme", "no-harm.nest.sig")]
     assert found.pack_id == done.pack_id == nest.pack_id(found.pack) == nest.pack_id(nest.read(pack))
     assert found.as_json()["verdict"] == "signed"
@@ -28,11 +28,11 @@ def test_signed_by_a_trusted_key(pack: Path, people: People) -> None:
 
 def test_without_trusted_keys_nothing_is_needed_and_nothing_proven(pack: Path, people: People) -> None:
     found = verify_signature(pack, Policy())
-    assert isinstance(found, Unproven)
+    assert isinstance(found, UnverifiedPack)
     assert found.reason == "no-harm.nest is not signed"
     sign_pack(pack, people.acme)
     found = verify_signature(pack, Policy())
-    assert isinstance(found, Unproven)
+    assert isinstance(found, UnverifiedPack)
     assert f"{people.acme.public.key_id[:12]}.., which is not trusted here" in found.reason
 
 
@@ -40,12 +40,12 @@ def test_unsigned_and_untrusted(pack: Path, people: People) -> None:
     policy = people.policy("acme")
     with pytest.raises(UnsignedError, match=r"no-harm\.nest is not signed"):
         verify_signature(pack, policy)
-    assert isinstance(verify_signature(pack, policy, allow_unsigned=True), Unproven)
+    assert isinstance(verify_signature(pack, policy, allow_unsigned=True), UnverifiedPack)
     sign_pack(pack, people.evil)
     with pytest.raises(UntrustedError, match="is not trusted here") as caught:
         verify_signature(pack, policy)
     assert "nestpatch trust add" in caught.value.advice
-    assert isinstance(verify_signature(pack, policy, allow_unsigned=True), Unproven)
+    assert isinstance(verify_signature(pack, policy, allow_unsigned=True), UnverifiedPack)
 
 
 def test_a_wrong_signature_is_never_forgiven(pack: Path, people: People) -> None:
@@ -74,7 +74,7 @@ def test_k_of_n(pack: Path, people: People) -> None:
     second = sign_pack(pack, people.audit)
     assert second.file.name == f"no-harm.nest.{people.audit.public.key_id[:12]}.sig"
     found = verify_signature(pack, policy)
-    assert isinstance(found, Signed)
+    assert isinstance(found, VerifiedPack)
     assert sorted(s.name for s in found.signers) == ["acme", "audit"]
     assert found.required == 2
     # One altered signature of many spoils it: somebody tampered with what belongs to the pack.
@@ -89,9 +89,9 @@ def test_a_key_for_other_models_does_not_count(pack: Path, people: People, tmp_p
     sign_pack(pack, people.acme)
     (tmp_path / "team" / "a").mkdir(parents=True)
     (tmp_path / "b").mkdir()
-    assert isinstance(verify_signature(pack, policy, tmp_path / "team" / "a"), Signed)
-    assert isinstance(verify_signature(pack, policy, "tiny/llama@main"), Signed)
-    assert isinstance(verify_signature(pack, policy, tmp_path / "b"), Signed), "by the base that acme signed"
+    assert isinstance(verify_signature(pack, policy, tmp_path / "team" / "a"), VerifiedPack)
+    assert isinstance(verify_signature(pack, policy, "tiny/llama@main"), VerifiedPack)
+    assert isinstance(verify_signature(pack, policy, tmp_path / "b"), VerifiedPack), "by the base that acme signed"
     there = Policy((TrustedKey("acme", people.acme.public, (str(tmp_path / "team" / "*"),)),))
     for trusting, other in ((policy, "other/llama"), (there, tmp_path / "b"), (there, "tiny/llama")):
         with pytest.raises(UntrustedError, match="signed by acme, who is not trusted for this model"):
@@ -100,9 +100,9 @@ def test_a_key_for_other_models_does_not_count(pack: Path, people: People, tmp_p
 
 def test_optional_signatures_are_still_told(pack: Path, people: People) -> None:
     policy = Policy(people.policy("acme").keys, (Rule("*", 0),))
-    assert isinstance(verify_signature(pack, policy), Unproven)
+    assert isinstance(verify_signature(pack, policy), UnverifiedPack)
     sign_pack(pack, people.acme)
-    assert isinstance(verify_signature(pack, policy), Signed)
+    assert isinstance(verify_signature(pack, policy), VerifiedPack)
 
 
 def test_signing_twice(pack: Path, people: People) -> None:
@@ -171,4 +171,4 @@ assert "cryptography" in sys.modules and not heavy & set(sys.modules)
 """
     command = [sys.executable, "-c", code, str(pack), people.acme.public.pem]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("Signed\n", "")
+    assert (done.stdout, done.stderr) == ("VerifiedPack\n", "")

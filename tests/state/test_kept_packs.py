@@ -15,7 +15,7 @@ from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.patcher._journal import MAGIC, Region, write_journal
 from nestpatch.patcher.ledger import read_ledger
-from nestpatch.signing import bundle
+from nestpatch.signing import envelopes
 from nestpatch.signing.machine import seal
 from tests.calls import answer, refused, run
 from tests.helpers import tree_digest
@@ -222,7 +222,7 @@ def _another(scene: Scene) -> bytes:
 
 
 def _evils(scene: Scene) -> bytes:
-    return bundle.sign(nest.pack_id(scene.pack()), "no-harm.nest", scene.evil)
+    return envelopes.make_bundle(nest.pack_id(scene.pack()), "no-harm.nest", scene.evil)
 
 
 SIGNATURES: dict[str, Callable[[Path, Scene], object]] = {

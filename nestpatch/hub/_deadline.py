@@ -1,6 +1,6 @@
-"""How long a server may take for a file, in total: byte by byte, from redirect to redirect, and with what it asks to wait for.
+"""The total time that a server may take for a file: connections, redirects, repeated attempts and slow bytes together.
 
-The timeouts of HTTP libraries are for one read each. A server that sends a byte every few seconds keeps to them for ever.
+The timeouts of HTTP libraries apply to one read each. A server that sends a byte every few seconds never exceeds them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from threading import Thread
 from typing import TypeVar
 
 SETUP = 30.0
-"""Seconds for any file: connections, redirects, a server that has to think."""
+"""Seconds for any file: connections, redirects, a server that is slow to start."""
 RATE = 64_000
 """Bytes per second that must arrive beyond that."""
 MOST_WAITS = 60.0
@@ -26,9 +26,11 @@ class SlowError(Exception):
 
 
 class Deadline:
-    """The time for a file of a size, or for what is read of it. Begins when it is made.
+    """The time for a file, or for a part of it. Starts when it is made.
 
-    `share`: files that are read at the same time over one line.
+    Args:
+        size: Bytes to read.
+        share: Number of files that are read at the same time over one line.
     """
 
     def __init__(self, size: int, share: int = 1) -> None:
@@ -36,41 +38,51 @@ class Deadline:
         self._end = time.monotonic() + self.seconds
         self._pauses = MOST_WAITS
 
-    def _left(self) -> float:
-        return max(0.0, self._end - time.monotonic())
-
     def check(self) -> None:
         """Raises SlowError when the time is over."""
-        if not self._left():
+        if time.monotonic() >= self._end:
             raise self._over()
 
     def run(self, work: Callable[[], T]) -> T:
-        """The result of some work; raises what it raises, and SlowError when it is not done in time.
+        """Runs work in a thread: nothing else ends a wait for headers that come byte by byte.
 
-        The work runs in a thread: no other way ends a wait for headers that come byte by byte. It should `check` where it can,
-        so that the thread ends too.
+        Args:
+            work: Should call `check` where it can, so that its thread ends too.
+
+        Returns:
+            The result of the work.
+
+        Raises:
+            SlowError: The work was not done in time. Exceptions of the work are raised as they are.
         """
         done: Future[T] = Future()
 
         def run() -> None:
             try:
                 done.set_result(work())
-            except BaseException as error:  # noqa: BLE001 - raised again where the result is asked for
+            except BaseException as error:  # noqa: BLE001 - raised again by done.result()
                 done.set_exception(error)
 
         Thread(target=run, daemon=True).start()
-        wait([done], self._left())
+        wait([done], max(0.0, self._end - time.monotonic()))
         if not done.done():
             raise self._over()
         return done.result()
 
+    def _over(self) -> SlowError:
+        return SlowError(f"it took longer than the allowed {self.seconds:.1f} s")
+
     def pause(self, seconds: float) -> None:
-        """Waits, which does not count as the server's time. Raises SlowError when the pauses become too long in total."""
+        """Waits; pauses do not count as the server's time.
+
+        Args:
+            seconds: How long.
+
+        Raises:
+            SlowError: The pauses become too long in total.
+        """
         if seconds > self._pauses:
             raise SlowError(f"the server asks for a pause of {seconds:g} s; {self._pauses:g} s are left for pauses")
         self._pauses -= seconds
         self._end += seconds
         time.sleep(seconds)
-
-    def _over(self) -> SlowError:
-        return SlowError(f"it took longer than the {self.seconds:.1f} s that are given")
