@@ -131,7 +131,7 @@ def test_eval_does_not_measure_an_unsigned_pack_in_silence(place: Path, people: 
     # This model has no tokenizer: what passes the gate fails behind it.
     behind = [run(*words, "--allow-unsigned"), run(*words, "--policy", place / "nobody.json")]
     assert "WARNING: --allow-unsigned: no-harm.nest is not signed" in behind[0].stderr
-    assert "there is no policy file" in behind[1].stderr
+    assert "nobody.json does not exist" in behind[1].stderr
 
 
 def test_export_uses_what_it_checked_and_reads_no_file_again(
@@ -143,7 +143,7 @@ def test_export_uses_what_it_checked_and_reads_no_file_again(
     seen: list[Any] = []
 
     def check_gguf(file: Path, model: Path, **options: Any) -> Any:
-        seen.append(options["patch"].label)
+        seen.append(options["pack"].label)
         raise NestpatchError("enough")
 
     def other_file(*_: object, **__: object) -> Any:
