@@ -84,7 +84,7 @@ def test_a_hub_in_trouble_changes_nothing(
     code = "from nestpatch.hub import _requests\n_requests.WAITS = (0.0,)\nfrom nestpatch.cli import main\n"
     command = f"{code}main(['apply', {str(model)!r}, {str(pack)!r}, '--in-place', '--base', 'acme/tiny-llama', '--json'])"
     done = machine().start("-c", command)
-    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert (done.returncode, list(json.loads(done.stdout))) == (1, ["error"]), done.stderr
     assert re.match(r"(HubUnavailable|BaseMismatch)Error: ", done.stderr), done.stderr
     assert "Traceback" not in done.stderr
     assert model.read_bytes() == before

@@ -108,7 +108,7 @@ def test_allowing_unsigned_packs_does_not_let_a_channel_past_the_administrator(
         refused = run(*words, "--allow-unsigned", "--quiet")
         expected = "UntrustedError: no-harm.nest is signed by acme, who is not trusted for this model"
         assert refused.stderr.startswith(expected), refused.stderr
-        assert "asks for 1 signature for '*'" in " ".join(refused.stderr.split())
+        assert "requires 1 signature for '*'" in " ".join(refused.stderr.split())
     assert tree_digest(scene.base) == before
     # With the auditor's signature beside the publisher's it passes.
     pack = scene.pack("1.2.0", 2)

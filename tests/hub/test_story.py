@@ -23,11 +23,12 @@ Done = subprocess.CompletedProcess[str]
 
 
 def tool(machine: Machine, *words: object, code: int = 0) -> Any:
-    """Runs a command with --json in a process of its own; its answer."""
+    """Runs a command with --json in a process of its own; its answer, or where it was refused what it says on stderr."""
     done = machine.start("-m", "nestpatch", *map(str, words), "--json")
     assert "Traceback" not in done.stderr
     assert done.returncode == code, done.stderr
-    return json.loads(done.stdout) if done.stdout else done.stderr
+    found = json.loads(done.stdout)
+    return done.stderr if list(found) == ["error"] else found
 
 
 def digests(model: Path) -> list[str]:
