@@ -17,6 +17,7 @@ from nestpatch.commands._options import (
     OutputPath,
     PackType,
     PathType,
+    examples,
     json_option,
     print_json,
     progress,
@@ -145,7 +146,12 @@ def _unwinding(on_event: OnEvent) -> Iterator[OnEvent]:
         signal.signal(signal.SIGTERM, before)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "nestpatch export models/llama no-harm-1.0.0.nest --to gguf --type q4_k_m -o patched.gguf",
+        "nestpatch export no-harm-1.0.0.nest --to lora -o no-harm-lora",
+    )
+)
 @click.argument("model", type=PackType)
 @click.argument("pack", type=PackType, required=False)
 @click.option("--to", "target", type=click.Choice(sorted(TARGETS)), required=True, help="The format to write.")

@@ -100,9 +100,7 @@ def test_an_administrator_who_asks_for_nothing_leaves_the_user_as_strict_as_befo
         verify_signature(pack, load_policy())
     assert isinstance(verify_signature(pack, load_policy(), allow_unsigned=True), UnverifiedPack), "the user's own rule"
     sign_pack(pack, people.audit)
-    assert isinstance(verify_signature(pack, load_policy()), VerifiedPack), (
-        "the administrator's keys count for user rules"
-    )
+    assert isinstance(verify_signature(pack, load_policy()), VerifiedPack), "the administrator's keys count for user rules"
 
 
 def test_a_user_asks_for_more_than_the_administrator(people: People, pack: Path) -> None:
