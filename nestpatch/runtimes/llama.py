@@ -333,17 +333,13 @@ class LlamaRuntime:
                 for start in range(0, len(tokens), _BATCH):
                     part = tokens[start : start + _BATCH]
                     chosen |= {part[place][2]: int(row.argmax()) for place, row in self._step(context, part)}
-                running = [slot for slot in running if self._take(slot, chosen[slot.number], max_new_tokens)]
+                running = [slot for slot in running if not self.ends(chosen[slot.number])]
+                for slot in running:
+                    slot.answer.append(chosen[slot.number])
+                    slot.position += 1
+                running = [slot for slot in running if len(slot.answer) < max_new_tokens]
                 tokens = [(slot.answer[-1], slot.position - 1, slot.number, True) for slot in running]
         return [slot.answer for slot in slots]
-
-    def _take(self, slot: _Slot, token: int, max_new_tokens: int) -> bool:
-        """Adds a token to an answer; returns whether the answer goes on."""
-        if self.ends(token):
-            return False
-        slot.answer.append(token)
-        slot.position += 1
-        return len(slot.answer) < max_new_tokens
 
     @contextmanager
     def _context(self, sequences: int, length: int) -> Iterator[Any]:

@@ -106,12 +106,6 @@ class OnnxRuntime:
         inside = self.path.parent
         return inside.parent if inside.name == "onnx" and not (inside / "config.json").is_file() else inside
 
-    @property
-    def vocabulary(self) -> int:
-        """How many tokens the logits are for; 0 where the graph does not say."""
-        size = self._session.get_outputs()[self._outputs.index("logits")].shape[-1]
-        return size if isinstance(size, int) else 0
-
     def _load(self, *, mapped: bool) -> Any:
         runtime = self._runtime
         name = f"{_PROVIDERS.get(self._device, self._device)}ExecutionProvider"
@@ -301,7 +295,11 @@ class OnnxRuntime:
         runtime = self._runtime
         positions = np.clip(mask.cumsum(-1) - 1, 0, None)[:, -ids.shape[1] :]
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        feed = dict(past) if past is not None else self._empty(len(ids))
+        feed = dict(past or {})
+        for name, entry in self._inputs.items() if past is None else ():
+            if name.startswith(_PAST) and (shape := self._cache_shape(entry)) is not None:
+                empty = np.zeros((len(ids), shape[0], 0, shape[1]), _TYPES[entry.type])
+                feed[name] = runtime.OrtValue.ortvalue_from_numpy(empty)
         for name in _PLAIN:
             if name in self._inputs:
                 content = np.ascontiguousarray(given[name], _TYPES[self._inputs[name].type])
@@ -316,15 +314,6 @@ class OnnxRuntime:
             raise CheckpointError(f"onnxruntime fails on {self.path}: {error}") from error
         kept = {name.replace(_PRESENT, _PAST, 1): value for name, value in values.items() if name.startswith(_PRESENT)}
         return values["logits"].numpy(), {name: value for name, value in kept.items() if name in self._inputs}
-
-    def _empty(self, batch: int) -> dict[str, Any]:
-        """A cache of no tokens."""
-        found = {}
-        for name, entry in self._inputs.items():
-            if name.startswith(_PAST) and (shape := self._cache_shape(entry)) is not None:
-                content = np.zeros((batch, shape[0], 0, shape[1]), _TYPES[entry.type])
-                found[name] = self._runtime.OrtValue.ortvalue_from_numpy(content)
-        return found
 
     def greedy(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int], on_event: OnEvent = ignore

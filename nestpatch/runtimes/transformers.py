@@ -61,7 +61,7 @@ def pick_device(wanted: str) -> tuple[str, str]:
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise DataError(
             f"PyTorch cannot compute on the device {wanted!r} here: {reason}",
-            advice="Use --device cpu, or install a PyTorch that supports this device.",
+            advice="Use the device cpu, or install a PyTorch that supports this one.",
         ) from error
     return wanted, "asked for"
 
@@ -141,17 +141,13 @@ def _model_directory(path: Path) -> Iterator[Path]:
         )
     with tempfile.TemporaryDirectory() as folder:
         for file in path.parent.iterdir():
-            if file.is_file() and not file.name.endswith(_WEIGHTS):
-                _link(file, Path(folder) / file.name)
-        _link(path, Path(folder) / SINGLE)
+            if file == path or (file.is_file() and not file.name.endswith(_WEIGHTS)):
+                target = Path(folder) / (SINGLE if file == path else file.name)
+                try:
+                    target.symlink_to(file.resolve())
+                except OSError:  # Windows without the right to make links
+                    shutil.copyfile(file, target)
         yield Path(folder)
-
-
-def _link(file: Path, target: Path) -> None:
-    try:
-        target.symlink_to(file.resolve())
-    except OSError:  # Windows without the right to make links
-        shutil.copyfile(file, target)
 
 
 def require_bounded(folder: Path) -> None:

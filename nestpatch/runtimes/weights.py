@@ -78,7 +78,12 @@ def merged_parameters(
     import torch
 
     plan = make_plan(pack, checkpoint, strength)
-    parameters = _by_name_on_disk(model, checkpoint)
+    parameters: dict[str, torch.Tensor] = {}
+    for weight, parameter in model.named_parameters():
+        try:
+            parameters[disk_name(weight, checkpoint)] = parameter
+        except CheckpointFormatError:  # not on disk under its own name: experts that were stacked while loading
+            parameters.setdefault(weight, parameter)
     for tensor in plan.tensors:
         name = tensor.delta.name
         matrix = _matrix(name, parameters)
@@ -112,16 +117,6 @@ def swapped_in(parts: Sequence[PatchedRows]) -> Iterator[None]:
         with torch.no_grad():
             for part in parts:
                 part.matrix[part.rows] = part.old
-
-
-def _by_name_on_disk(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    parameters: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        try:
-            parameters[disk_name(name, checkpoint)] = parameter
-        except CheckpointFormatError:  # not on disk under its own name: experts that were stacked while loading
-            parameters.setdefault(name, parameter)
-    return parameters
 
 
 def _matrix(name: str, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
