@@ -384,7 +384,7 @@ def test_a_hostile_pack_makes_no_other_card(text: str) -> None:
         for name, value in {"root": key, "packs": (patch,)}.items():
             object.__setattr__(channel, name, value)
         pack = filled_pack(said, evaluation=evaluation if said == text else {"before": {"y": good}, "after": {"y": good}})
-        return model_card(channel, pack.manifest)
+        return model_card(channel, pack.manifest, "hub://acme/x")
 
     made, honest = card(text), card("x")
     assert not RAW.search(made)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from nestpatch.errors import SignatureFormatError
+from nestpatch.errors import BadSignatureError, SignatureFormatError
 from nestpatch.signing.keys import PrivateKey, PublicKey
 
 MAX_BYTES = 1 << 20
@@ -161,13 +161,41 @@ def _encode(data: bytes) -> str:
 
 @dataclass(frozen=True)
 class Bundle:
-    """One detached signature of one file. Unproven until `envelope.signed_by` returns True for a known key."""
+    """One detached signature of one file. Its content is unproven until both checks pass."""
 
+    source: str
+    """Name of the signature file, for messages."""
     key_id: str
     """Id of the key that the bundle names as its signer."""
     digest: str
     """SHA-256 (hex) of the file that the bundle names."""
     envelope: Envelope
+
+    def check_file(self, digest: str, name: str) -> None:
+        """Checks that the bundle is for a file with this SHA-256.
+
+        Args:
+            digest: SHA-256 of the file, hex.
+            name: The file, for messages.
+
+        Raises:
+            BadSignatureError: It is for other bytes.
+        """
+        if self.digest != digest:
+            sums = f"expected sha256 {self.digest[:12]}.., got {digest[:12]}.."
+            raise BadSignatureError(f"{self.source} was made for other bytes than those of {name}: {sums}")
+
+    def check_key(self, key: PublicKey) -> None:
+        """Checks that the signature was made with a key.
+
+        Args:
+            key: The key that the bundle should name.
+
+        Raises:
+            BadSignatureError: The bundle names another key, or was not made with this one.
+        """
+        if key.key_id != self.key_id or not self.envelope.signed_by(key):
+            raise BadSignatureError(f"{self.source} was not made with the key that it names ({self.key_id[:12]}..)")
 
 
 def make_bundle(digest: str, name: str, key: PrivateKey) -> bytes:
@@ -225,7 +253,7 @@ def parse_bundle(data: bytes, source: str) -> Bundle:
     envelope = parse_envelope(outer["dsseEnvelope"], source)
     if envelope.payload_type != PAYLOAD_TYPE or [name for name, _ in envelope.signatures] not in ([""], [key_id]):
         raise SignatureFormatError(f"{source} does not contain a statement with a single signature")
-    return Bundle(key_id, _signed_digest(envelope.payload, source), envelope)
+    return Bundle(source, key_id, _signed_digest(envelope.payload, source), envelope)
 
 
 def _signed_digest(payload: bytes, source: str) -> str:

@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from nestpatch.errors import BadSignatureError, OutputError, PackError, SignatureFormatError, UnsignedError, UntrustedError
+from nestpatch.errors import OutputError, PackError, SignatureFormatError, UnsignedError, UntrustedError
 from nestpatch.files.atomic import write_bytes
 from nestpatch.files.reading import read_bounded
 from nestpatch.formats import nest
@@ -126,15 +126,12 @@ def check_signatures(
     unknown: list[str] = []
     for source, content in signatures.items():
         bundle = parse_bundle(content, source)
-        if bundle.digest != digest:
-            sums = f"expected sha256 {bundle.digest[:12]}.., got {digest[:12]}.."
-            raise BadSignatureError(f"{source} was made for other bytes than those of {file}: {sums}")
+        bundle.check_file(digest, file)
         known = policy.find(bundle.key_id)
         if known is None:
             unknown.append(bundle.key_id)
             continue
-        if not bundle.envelope.signed_by(known.key):
-            raise BadSignatureError(f"{source} was not made with the key that it names ({bundle.key_id[:12]}..)")
+        bundle.check_key(known.key)
         trusted[bundle.key_id] = Signer(known.name, bundle.key_id, source)
     valid = ValidSignatures(trusted, tuple(unknown))
     # Decoded last: a wrong signature is an error also where the bytes are not a pack.

@@ -74,7 +74,7 @@ def test_a_tampered_pack_of_equal_size(scene: Scene) -> None:
     data = bytearray(scene.read(PATCH.format("1.1.0")))
     data[-1] ^= 1
     scene.spoil_large(PATCH.format("1.1.0"), bytes(data))
-    refused(scene, SwappedFileError, "is not what the channel names", remembered=False)
+    refused(scene, SwappedFileError, "is not what the channel lists", remembered=False)
 
 
 @pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"x", lambda data: data * 2])
@@ -82,7 +82,7 @@ def test_a_pack_of_another_size(scene: Scene, change: Callable[[bytes], bytes]) 
     scene.publish("1.1.0", 1)
     path = PATCH.format("1.1.0")
     scene.spoil_large(path, change(scene.read(path)))
-    refused(scene, SwappedFileError, "bytes; the channel names one of", remembered=False)
+    refused(scene, SwappedFileError, "bytes; the channel lists", remembered=False)
 
 
 def test_the_old_pack_under_the_new_path(scene: Scene) -> None:
@@ -107,7 +107,7 @@ def test_a_pack_that_is_not_what_the_channel_says_of_it(scene: Scene) -> None:
     entries = [replace(f, path=f.path.replace("1.0.5", "1.1.0")) for f in (patch.file, *patch.signatures)]
     lie = replace(patch, version="1.1.0", file=entries[0], signatures=(entries[1],))
     scene.put(channel=scene.resign(replace(scene.channel, packs=(*scene.channel.packs, lie))), **moved)
-    refused(scene, SwappedFileError, r"lists no-harm 1\.1\.0 for .*, but holds no-harm 1\.0\.5", remembered=False)
+    refused(scene, SwappedFileError, r"lists no-harm 1\.1\.0 for .*, but contains no-harm 1\.0\.5", remembered=False)
 
 
 def test_a_revoked_latest_version(scene: Scene, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_truncated_download(scene: Scene) -> None:
 def test_a_shortened_download(scene: Scene) -> None:
     scene.publish("1.1.0", 1)
     scene.hub.fault(f"GET /{scene.entry(PATCH.format('1.1.0')).lfs}", faults.shortened(100))
-    refused(scene, HubUnavailableError, "100 bytes came where", remembered=False)
+    refused(scene, HubUnavailableError, "received 100 bytes, expected", remembered=False)
 
 
 @pytest.mark.parametrize("bend", [faults.truncated(50), faults.dropped()])
@@ -177,7 +177,7 @@ def test_a_channel_that_breaks_off(scene: Scene, bend: faults.Bend) -> None:
 def test_a_shortened_channel(scene: Scene) -> None:
     scene.publish("1.1.0", 1)
     scene.hub.fault(CHANNEL_FILE, faults.shortened(300))
-    refused(scene, ChannelFormatError, "is no JSON")
+    refused(scene, ChannelFormatError, "is not valid JSON")
 
 
 @pytest.mark.parametrize("code", [500, 502, 503, 429])
@@ -206,7 +206,7 @@ def test_a_channel_that_leads_to_another_host(scene: Scene) -> None:
     elsewhere = scene.hub.cdn_address("0" * 64)
     scene.hub.fault(CHANNEL_FILE, faults.redirected(elsewhere))
     count = len(scene.hub.seen("cdn"))
-    refused(scene, HubAnswerError, "sends its readers to another host: 127.0.0.1")
+    refused(scene, HubAnswerError, "redirects to another host: 127.0.0.1")
     assert len(scene.hub.seen("cdn")) == count, "nothing was asked of it"
 
 
@@ -232,7 +232,7 @@ def test_the_hub_s_own_cache_is_followed_when_there_is_something_new(scene: Scen
 
 def test_a_channel_that_leads_in_a_circle(scene: Scene) -> None:
     scene.hub.fault(CHANNEL_FILE, faults.redirected(f"{scene.hub.url}/{REPO}/resolve/main/{CHANNEL_FILE}"))
-    refused(scene, HubAnswerError, "leads from one address to the next")
+    refused(scene, HubAnswerError, "redirects more than 4 times")
 
 
 def test_a_pack_that_leads_to_another_host(scene: Scene, hub: Hub) -> None:
@@ -241,7 +241,7 @@ def test_a_pack_that_leads_to_another_host(scene: Scene, hub: Hub) -> None:
     data = scene.read(PATCH.format("1.1.0"))
     oid = hub.store.add_large(data[:-1] + bytes([data[-1] ^ 1]))
     scene.hub.fault(r"resolve/\w+/packs/1.1.0/no-harm.nest ?$", faults.redirected(hub.cdn_address(oid)))
-    refused(scene, SwappedFileError, "is not what the channel names", remembered=False)
+    refused(scene, SwappedFileError, "is not what the channel lists", remembered=False)
     assert {seen.token for seen in hub.seen("cdn")} == {None}
 
 
@@ -323,7 +323,7 @@ def test_a_commit_whose_answer_is_lost_stands_once(scene: Scene) -> None:
         scene.publish("1.1.0", 1)
     assert scene.channel.serial == 2
     again = scene.publish("1.1.0", 1)
-    assert (again.serial, again.done, again.version) == (2, "no-harm 1.1.0 is already published", scene.repo.resolve("main"))
+    assert (again.serial, again.message, again.version) == (2, "no-harm 1.1.0 is already published", scene.repo.resolve("main"))
     assert scene.publish("1.2.0", 2).serial == 3
     assert scene.update().after == "1.2.0"
 

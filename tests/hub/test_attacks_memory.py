@@ -95,7 +95,7 @@ def test_two_places_that_say_different_things_under_one_number(scene: Scene, tmp
     mirror = scene.mirror(tmp_path / "mirror")
     other = scene.resign(replace(scene.channel, serial=0), days=400)
     (mirror / CHANNEL_FILE).write_bytes(other)
-    refused_at(scene, mirror.as_uri(), EquivocationError, "has number 1, as one that was seen before")
+    refused_at(scene, mirror.as_uri(), EquivocationError, "has number 1, which was seen before with other content")
 
 
 def test_a_mirror_from_before_a_hand_over(scene: Scene, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_mirror_from_before_a_hand_over(scene: Scene, tmp_path: Path) -> None:
     before = scene.mirror(tmp_path / "before")
     rotated(scene)
     assert scene.update(check=True).serial == 1
-    refused_at(scene, before.as_uri(), RollbackError, "from before that key handed the channel down")
+    refused_at(scene, before.as_uri(), RollbackError, "from before that key handed the channel over")
 
 
 def test_a_mirror_that_is_up_to_date_is_the_same_channel(scene: Scene, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_mirror_that_is_up_to_date_is_the_same_channel(scene: Scene, tmp_path:
     assert there is not None
     assert known.seen == there.seen, "one memory"
     assert known.seen.serial == 2
-    assert known.version != there.version, "what the places said last is their own"
+    assert known.revision != there.revision, "the last answer of an address is its own"
 
 
 @pytest.mark.parametrize("known_elsewhere", [False, True])
@@ -129,7 +129,7 @@ def test_a_place_that_serves_another_channel_of_the_same_key(scene: Scene, tmp_p
     if known_elsewhere:
         assert follow(FolderReader(tmp_path / "other"), scene.policy).accepted.channel.name == "other"
     shutil.copy(tmp_path / "other" / CHANNEL_FILE, mirror / CHANNEL_FILE)
-    refused_at(scene, mirror.as_uri(), ForeignChannelError, "is the channel other, where acme/no-harm should be")
+    refused_at(scene, mirror.as_uri(), ForeignChannelError, "is the channel other, expected acme/no-harm")
 
 
 def test_a_place_that_serves_a_channel_of_its_name_and_of_another_trusted_key(scene: Scene, tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_a_hand_over_outranks_every_number_of_the_stolen_key(scene: Scene) -> No
     """This machine has seen the highest number that there is, from the thief."""
     known = recall(HUB)
     assert known is not None
-    remember(HUB, Memory(SeenChannel(REPO, MAX_NUMBER - 1, "0" * 64, known.seen.roots), known.version, known.data))
+    remember(HUB, Memory(SeenChannel(REPO, MAX_NUMBER - 1, "0" * 64, known.seen.roots), known.revision, known.data))
     scene.publish("1.1.0", 1)
     refused(scene, RollbackError, f"{MAX_NUMBER - 1} was seen before")
     rotated(scene)
@@ -343,7 +343,7 @@ def test_a_key_that_gets_the_channel_back_counts_anew(scene: Scene, tmp_path: Pa
     known = recall(HUB)
     assert known is not None
     assert known.seen.order == (2, 1)
-    refused_at(scene, first.as_uri(), RollbackError, "from before that key handed the channel down")
+    refused_at(scene, first.as_uri(), RollbackError, "from before that key handed the channel over")
 
 
 # Publishers

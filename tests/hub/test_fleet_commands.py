@@ -132,7 +132,7 @@ def test_pull_tells_who_signed_and_overwrites_nothing(scene: Scene, tmp_path: Pa
     save_policy(Policy())
     assert run("pull", REPO, "-o", tmp_path / "other.nest").exit_code == 1
     forgiven = run("pull", REPO, "-o", tmp_path / "other.nest", "--allow-unsigned")
-    assert "not signed by anybody whom you trust" in forgiven.stdout
+    assert "not signed by a key that you trust" in forgiven.stdout
 
 
 def test_nothing_new_is_one_small_request(scene: Scene, machine: Any) -> None:

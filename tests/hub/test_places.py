@@ -115,7 +115,7 @@ def test_another_channel_in_the_same_folder(scene: Scene, shared: Path) -> None:
         address_file(shared.as_uri()).unlink()
         push(scene.pack("3.0.0"), str(shared), scene.key, name="another")
     before = scene.state()
-    with pytest.raises(ForeignChannelError, match="is the channel another, where no-harm should be"):
+    with pytest.raises(ForeignChannelError, match="is the channel another, expected no-harm"):
         brought(scene)
     assert scene.state() == before
 
@@ -155,7 +155,7 @@ def test_a_card_of_one_s_own_is_left_alone(scene: Scene, shared: Path) -> None:
 def test_a_web_server_that_sends_its_readers_elsewhere(scene: Scene, web: Web) -> None:
     brought(scene, web.url)
     web.replaced[f"/{CHANNEL_FILE}"] = Answer(302, {"Location": scene.hub.url + "/x"})
-    with pytest.raises(HubAnswerError, match="sends its readers to another host"):
+    with pytest.raises(HubAnswerError, match="redirects to another host"):
         brought(scene)
     web.replaced[f"/{CHANNEL_FILE}"] = Answer(302, {"Location": "/moved.json"})
     (web.folder / "moved.json").write_bytes((web.folder / CHANNEL_FILE).read_bytes())
@@ -179,7 +179,7 @@ def test_what_a_web_server_may_answer(scene: Scene, web: Web, answer: Answer, er
 
 def test_a_server_that_claims_nothing_is_new_at_the_first_contact(scene: Scene, web: Web) -> None:
     web.replaced[f"/{CHANNEL_FILE}"] = Answer(304)
-    with pytest.raises(HubAnswerError, match="was never asked before"):
+    with pytest.raises(HubAnswerError, match="was never read before"):
         brought(scene, web.url)
 
 
@@ -198,7 +198,7 @@ def test_a_broken_memory_is_said(scene: Scene, shared: Path) -> None:
     brought(scene, shared.as_uri())
     file = address_file(shared.as_uri())
     good = json.loads(file.read_text(encoding="utf-8"))
-    for broken in ("", "{}", json.dumps(good | {"place": "file:///other"}), json.dumps(good | {"root": 1})):
+    for broken in ("", "{}", json.dumps(good | {"address": "file:///other"}), json.dumps(good | {"root": 1})):
         file.write_text(broken, encoding="utf-8")
         with pytest.raises(ChannelFormatError, match="what is remembered of file://") as caught:
             brought(scene)
@@ -228,7 +228,7 @@ def test_pulled_files_carry_their_signatures(scene: Scene, shared: Path, tmp_pat
 def test_places(text: str, expected: object) -> None:
     found = open_reader(text)
     assert (HubReader(found.repo_id, "x") if isinstance(found, HubReader) else found) == expected
-    assert open_reader(found.place).place == found.place
+    assert open_reader(found.address).address == found.address
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def test_push_yank_and_renew(scene: Scene) -> None:
     with scene.as_publisher():
         done = answer("push", scene.pack("1.1.0", 1), REPO, *key)
         assert (done["serial"], done["tag"], done["latest"]) == (2, "v1.1.0", "1.1.0")
-        assert scene.repo.resolve("v1.1.0") == done["version"] == scene.repo.resolve("main")
+        assert scene.repo.resolve("v1.1.0") == done["revision"] == scene.repo.resolve("main")
         assert "VersionError" in run("push", scene.pack("1.1.0", 3), REPO, *key).stderr
         assert run("yank", REPO, "1.1.0", *key).exit_code == 2, "a reason is needed"
         assert answer("yank", REPO, "1.1.0", "--reason", "why", *key)["latest"] == "1.0.0"
@@ -69,7 +69,7 @@ def test_the_same_pack_again_is_published_already(scene: Scene) -> None:
         done = answer("push", scene.pack("1.1.0", 1), REPO, *key)
         commit = scene.repo.resolve("main")
         assert answer("push", scene.pack("1.1.0", 1), REPO, *key) == {
-            **done, "done": "no-harm 1.1.0 is already published", "tag": "",
+            **done, "message": "no-harm 1.1.0 is already published", "tag": "", "changed": False,
         }  # fmt: skip
         assert "no-harm 1.1.0 is already published" in run("push", scene.pack("1.1.0", 1), REPO, *key).stdout
         folder = f"file://{scene.folder / 'shared'}"
@@ -100,7 +100,7 @@ def test_one_channel_is_not_started_twice(scene: Scene) -> None:
         told = run("push", scene.pack("1.0.0"), scene.folder / "two", *key)
         assert (
             told.exit_code,
-            "PublishError: this key has the channel no-harm, number 1, at another place" in told.stderr,
+            "PublishError: this key has the channel no-harm, number 1, at another address" in told.stderr,
         ) == (
             1,
             True,
@@ -176,7 +176,7 @@ def test_the_card_of_a_folder_names_an_address_that_can_be_used(scene: Scene, sh
     """Its channel has no name on the Hub, and its readers another path than its publisher."""
     text = (shared / "README.md").read_text(encoding="utf-8")
     assert "nestpatch apply path/to/model file:///path/to/this/folder --in-place" in text
-    assert "`file:///path/to/this/folder` stands for the place of this folder on your machine" in text
+    assert "`file:///path/to/this/folder` stands for the path of this folder on your machine" in text
     assert "hub://" not in text
     assert str(scene.folder) not in text
     card = scene.read("README.md").decode()
@@ -195,10 +195,10 @@ def test_the_card_s_evaluation_table(scene: Scene) -> None:
     }
     manifest = replace(pack.manifest, evaluation=evaluation, base=replace(pack.manifest.base, model_id="../local"))
     channel = add(new_channel("acme/x", scene.key.public), listed(manifest, b"x", {})[0])
-    text = model_card(channel, manifest)
+    text = model_card(channel, manifest, "hub://acme/x")
     assert "| attack success | 52.5% (63 of 120) | 1.7% (2 of 120) |" in text
     assert "base_model" not in text, "no id of the Hub"
-    assert "## Evaluation" not in model_card(channel, replace(manifest, evaluation={"before": 1, "after": {"x": []}}))
+    assert "## Evaluation" not in model_card(channel, replace(manifest, evaluation={"before": 1, "after": {"x": []}}), "hub://acme/x")
 
 
 def test_the_channel_file_is_as_documented(scene: Scene) -> None:
@@ -208,5 +208,5 @@ def test_the_channel_file_is_as_documented(scene: Scene) -> None:
     payload = json.loads(found.payload)
     assert sorted(payload) == ["expires", "format", "issued", "name", "packs", "root", "serial", "successions"]
     assert sorted(payload["packs"][0]) == [
-        "base", "id", "path", "reason", "sha256", "signatures", "size", "status", "supersedes", "version",
+        "base", "name", "path", "reason", "sha256", "signatures", "size", "status", "supersedes", "version",
     ]  # fmt: skip

@@ -56,14 +56,14 @@ def test_the_whole_way(tmp_path: Path, pack: Path) -> None:
     before = run("verify-signature", pack)
     assert (before.exit_code, "unproven" in before.stdout) == (1, True)
     added = answer(run("trust", "add", pair["public"], "--name", "acme", "--json"))
-    assert added["id"] == pair["key_id"]
+    assert added["key_id"] == pair["key_id"]
     found = answer(run("verify-signature", pack, "--json"))
     assert found["verdict"] == "signed"
-    assert found["signers"] == [{"name": "acme", "key": pair["key_id"], "file": "no-harm.nest.sig"}]
+    assert found["signers"] == [{"name": "acme", "key_id": pair["key_id"], "file": "no-harm.nest.sig"}]
     assert "by acme" in run("verify-signature", pack).stdout
     spoil(pack)
     bad = run("verify-signature", pack, "--json")
-    assert (bad.exit_code, bad.stdout) == (1, "")
+    assert (bad.exit_code, list(json.loads(bad.stdout))) == (1, ["error"])
     assert bad.stderr.startswith("BadSignatureError: no-harm.nest.sig was made for other bytes")
 
 
@@ -74,7 +74,7 @@ def test_passwords_from_stdin_and_from_the_environment(tmp_path: Path, pack: Pat
     assert run("sign", pack, "--key", key, env={"NESTPATCH_KEY_PASSWORD": PASSWORD}).exit_code == 0
     wrong = run("sign", pack, "--key", key, "--overwrite", env={"NESTPATCH_KEY_PASSWORD": "hunter2 wrong"})
     assert (wrong.exit_code, wrong.stderr.splitlines()[0]) == (
-        1, f"KeyFileError: {key} is no private key, or its password is another one",
+        1, f"KeyFileError: {key} is not a private key, or the password is wrong",
     )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def test_without_a_terminal_nobody_is_asked(tmp_path: Path, pack: Path, argument
     places = {"NEW": tmp_path / "new", "PATCH": pack, "KEY": tmp_path / "acme.key"}
     result = run(*(places.get(a, a) for a in arguments), stdin=f"{PASSWORD}\n")
     assert result.exit_code == 1
-    assert "there is nobody to ask" in result.stderr
+    assert "there is no terminal to ask for it" in result.stderr
     assert "--password-file" in result.stderr
     assert not (tmp_path / "new.key").exists()
     empty = run(*(places.get(a, a) for a in arguments), "--password-file", "-", stdin="\n")
@@ -134,10 +134,10 @@ def test_trust_is_listed_and_taken_back(acme: Path, tmp_path: Path) -> None:
     listed = answer(run("trust", "list", "--json"))
     assert [(key["name"], key["models"]) for key in listed["keys"]] == [("acme", ["acme/*", str(tmp_path / "models")])]
     assert "acme/*" in run("trust", "list").stdout
-    assert answer(run("trust", "remove", "acme", "--json"))["id"] == listed["keys"][0]["id"]
+    assert answer(run("trust", "remove", "acme", "--json"))["key_id"] == listed["keys"][0]["id"]
     assert answer(run("trust", "list", "--json"))["keys"] == []
     gone = run("trust", "remove", "acme")
-    assert (gone.exit_code, gone.stderr.splitlines()[0]) == (1, "TrustError: 0 trusted keys are called 'acme'")
+    assert (gone.exit_code, gone.stderr.splitlines()[0]) == (1, "TrustError: 0 trusted keys match 'acme', expected 1")
 
 
 def test_a_path_with_wildcards_in_its_name_is_a_path(acme: Path, tmp_path: Path, pack: Path) -> None:

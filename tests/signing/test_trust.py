@@ -53,27 +53,27 @@ def test_keys_are_added_renamed_and_removed(people: People) -> None:
     policy = Policy().with_key(TrustedKey("acme", people.acme.public)).with_key(TrustedKey("audit", people.audit.public))
     again = policy.with_key(TrustedKey("acme 2026", people.acme.public, ("acme/*",)))
     assert [(t.name, t.models) for t in again.keys] == [("audit", ("*",)), ("acme 2026", ("acme/*",))]
-    with pytest.raises(TrustError, match="the name 'audit' is there twice"):
+    with pytest.raises(TrustError, match="duplicate name 'audit'"):
         policy.with_key(TrustedKey("audit", people.evil.public))
     assert [t.name for t in policy.without_key("acme").keys] == ["audit"]
     assert [t.name for t in policy.without_key(people.audit.public.key_id[:8]).keys] == ["acme"]
     for nobody in ("nobody", "", people.audit.public.key_id[:7]):
-        with pytest.raises(TrustError, match="0 trusted keys are called"):
+        with pytest.raises(TrustError, match="0 trusted keys match"):
             policy.without_key(nobody)
 
 
 def test_a_rule_keeps_its_keys(people: People) -> None:
     """Removing a key that a rule needs would turn the rule into another one."""
     policy = Policy(people.policy("acme", "audit").keys, (Rule("*", 2, ("acme", "audit")),))
-    with pytest.raises(TrustError, match="names the key 'acme', which is not there"):
+    with pytest.raises(TrustError, match="names the unknown key 'acme'"):
         policy.without_key("acme")
 
 
 @pytest.mark.parametrize("require", [3, 100])
 def test_a_rule_that_cannot_be_met(people: People, require: int) -> None:
-    with pytest.raises(TrustError, match=f"wants {require} signatures of 2 keys"):
+    with pytest.raises(TrustError, match=f"requires {require} signatures, but only 2 keys count"):
         Policy(people.policy("acme", "audit").keys, (Rule("*", require),)).checked()
-    with pytest.raises(TrustError, match="wants 2 signatures of 1 keys"):
+    with pytest.raises(TrustError, match="requires 2 signatures, but only 1 keys count"):
         Policy(people.policy("acme", "audit").keys, (Rule("*", 2, ("acme", people.acme.public.key_id)),)).checked()
 
 

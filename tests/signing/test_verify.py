@@ -68,7 +68,7 @@ def test_k_of_n(pack: Path, people: People) -> None:
         sign_pack(pack, person)
     again = sign_pack(pack, people.acme, pack.with_name("no-harm.nest.0123456789ab.sig"))
     assert again.file in signature_files(pack)
-    with pytest.raises(UntrustedError, match="signed by 1 of the 2 keys that the policy wants: acme") as caught:
+    with pytest.raises(UntrustedError, match="signed by 1 of the 2 keys that the policy requires: acme") as caught:
         verify_signature(pack, policy)
     assert "third, who is not trusted for this model" in str(caught.value)
     second = sign_pack(pack, people.audit)
