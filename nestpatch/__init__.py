@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from nestpatch.export.adapters import export_gguf_lora as export_gguf_lora
     from nestpatch.export.adapters import export_lora as export_lora
     from nestpatch.export.adapters import export_onnx_adapter as export_onnx_adapter
-    from nestpatch.export.models import export_gguf as export_gguf
-    from nestpatch.export.models import export_safetensors as export_safetensors
+    from nestpatch.export.gguf import export_gguf as export_gguf
     from nestpatch.export.onnx.exporter import export_onnx as export_onnx
+    from nestpatch.export.safetensors import export_safetensors as export_safetensors
     from nestpatch.formats.nest import read as load_pack
     from nestpatch.formats.nest import write as save_pack
     from nestpatch.gate import Proven as Proven
@@ -76,12 +76,12 @@ _HOMES = {
     "apply_in_place": "patcher.inplace",
     "diff": "compare.diff",
     "evaluate": "evaluation.evaluator",
-    "export_gguf": "export.models",
+    "export_gguf": "export.gguf",
     "export_gguf_lora": "export.adapters",
     "export_lora": "export.adapters",
     "export_onnx": "export.onnx.exporter",
     "export_onnx_adapter": "export.adapters",
-    "export_safetensors": "export.models",
+    "export_safetensors": "export.safetensors",
     "extract": "compare.extract",
     "keygen": "signing.keys",
     "load_key": "signing.keys:read_private",

@@ -129,7 +129,7 @@ def test_odd_files_in_a_model_are_refused_before_anything_is_written(name: str, 
         (model / name).write_text("{}")
         grown(model / name, 4 << 30)
     with pytest.raises(CheckpointFormatError, match=f"{name}: it is (a pipe|a directory|too long)"):
-        export_gguf(model, tmp_path / "out.gguf")
+        export_gguf(model, output=tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
 
 

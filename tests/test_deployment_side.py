@@ -129,7 +129,7 @@ def test_exporting_stays_light(tmp_path: Path) -> None:
     byte_level(model, "gpt2")
     nest.write(tiny_pack(model), tmp_path / "x.nest")
     code = "import sys, nestpatch\nnestpatch.export_gguf(*sys.argv[1:])"
-    loaded = modules_after(code, str(model), str(tmp_path / "out.gguf"), str(tmp_path / "x.nest"))
+    loaded = modules_after(code, str(model), str(tmp_path / "x.nest"), str(tmp_path / "out.gguf"))
     assert (tmp_path / "out.gguf").is_file()
     assert not loaded & (HEAVY | {"llama_cpp", "tokenizers"})
 

@@ -12,8 +12,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from nestpatch.errors import DataError, NestpatchError, OutputError, PackContentError, UnsupportedModelError
-from nestpatch.export.adapters import count_experts, export_gguf_lora, export_lora
+from nestpatch.errors import CheckpointFormatError, DataError, OutputError, PackContentError, UnsupportedModelError
+from nestpatch.export.adapters import _count_experts, export_gguf_lora, export_lora
 from nestpatch.formats import nest
 from nestpatch.pack import Pack
 from nestpatch.patcher.apply import apply
@@ -81,7 +81,7 @@ def expected_rows(pack: Pack, name: str, strength: float) -> np.ndarray:
 @pytest.mark.parametrize("strength", [1.0, 0.5, 1.5])
 def test_a_peft_adapter_is_the_pack(base: Path, tmp_path: Path, strength: float) -> None:
     pack = varied_pack(base, FFN)
-    done = export_lora(pack, tmp_path / "lora", strength)
+    done = export_lora(pack, tmp_path / "lora", strength=strength)
     assert (done.matrices, done.rank, done.format) == (4, 4, "lora")
     assert done.nbytes == sum(file.stat().st_size for file in (tmp_path / "lora").iterdir())
     factors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
@@ -96,7 +96,7 @@ def test_a_peft_adapter_is_the_pack(base: Path, tmp_path: Path, strength: float)
 
 def test_the_peft_settings_are_those_that_peft_and_vllm_take(base: Path, tmp_path: Path) -> None:
     pack = varied_pack(base, FFN)
-    export_lora(pack, tmp_path / "lora", 0.5)
+    export_lora(pack, tmp_path / "lora", strength=0.5)
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["r"] == config["lora_alpha"] == 4, "the scale is 1; the strength is in the numbers"
     assert config["target_modules"] == [name.removesuffix(".weight") for name in FFN]
@@ -114,7 +114,7 @@ def test_the_peft_settings_are_those_that_peft_and_vllm_take(base: Path, tmp_pat
 @pytest.mark.parametrize("strength", [1.0, 0.5, 1.5])
 def test_a_gguf_adapter_is_the_pack(base: Path, tmp_path: Path, strength: float) -> None:
     pack = varied_pack(base, FFN)
-    done = export_gguf_lora(pack, tmp_path / "lora.gguf", strength)
+    done = export_gguf_lora(pack, tmp_path / "lora.gguf", strength=strength)
     assert (done.matrices, done.rank, done.format) == (4, 4, "gguf-lora")
     assert done.nbytes == (tmp_path / "lora.gguf").stat().st_size
     tensors, facts = read_gguf(tmp_path / "lora.gguf")
@@ -135,7 +135,7 @@ def test_a_gguf_adapter_is_the_pack(base: Path, tmp_path: Path, strength: float)
 def test_what_an_adapter_adds_is_what_apply_merges(base: Path, tmp_path: Path) -> None:
     pack = varied_pack(base, FFN)
     apply(base, pack, tmp_path / "patched", strength=1.5)
-    export_lora(pack, tmp_path / "lora", 1.5)
+    export_lora(pack, tmp_path / "lora", strength=1.5)
     before, after = load_tensors(base), load_tensors(tmp_path / "patched")
     factors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     for name in FFN:
@@ -147,7 +147,7 @@ def test_what_an_adapter_adds_is_what_apply_merges(base: Path, tmp_path: Path) -
 def test_the_same_pack_gives_the_same_bytes_from_a_file_too(base: Path, tmp_path: Path, export) -> None:
     pack = varied_pack(base, FFN)
     nest.write(pack, tmp_path / "x.nest")
-    one, two = export(pack, tmp_path / "one", 0.5), export(tmp_path / "x.nest", tmp_path / "two", 0.5)
+    one, two = export(pack, tmp_path / "one", strength=0.5), export(tmp_path / "x.nest", tmp_path / "two", strength=0.5)
     assert tree_digest(one.output) == tree_digest(two.output)
     assert one.pack_id == two.pack_id == nest.pack_id(pack)
 
@@ -259,18 +259,18 @@ def test_a_model_saved_without_its_head_gets_the_names_that_it_has_with_it(tmp_p
 
 
 def test_experts_are_counted_in_models_of_every_format(mixture: Path, base: Path, tmp_path: Path) -> None:
-    assert count_experts(mixture) == EXPERTS
-    assert count_experts(base) is None
+    assert _count_experts(mixture) == EXPERTS
+    assert _count_experts(base) is None
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen3moe")
     writer.add_expert_count(11)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert count_experts(tmp_path / "m.gguf") == 11
+    assert _count_experts(tmp_path / "m.gguf") == 11
     (tmp_path / "broken.gguf").write_bytes(b"GGUF nonsense")
-    with pytest.raises(NestpatchError, match="cannot read"):
-        count_experts(tmp_path / "broken.gguf")
+    with pytest.raises(CheckpointFormatError, match="GGUF version"):
+        _count_experts(tmp_path / "broken.gguf")
 
 
 def odd_model(tmp_path: Path, name: str, shape: tuple[int, ...], architecture: str) -> Pack:
@@ -353,7 +353,7 @@ def test_a_stack_of_billions_is_refused(stacked: Path, tmp_path: Path, export) -
 @pytest.mark.parametrize("strength", [0.0, -1.0, float("nan"), float("inf"), 1e9])
 def test_a_strength_that_makes_no_sense_is_refused(base: Path, tmp_path: Path, export, strength: float) -> None:
     with pytest.raises(DataError, match="strength"):
-        export(tiny_pack(base), tmp_path / "out", strength)
+        export(tiny_pack(base), tmp_path / "out", strength=strength)
 
 
 @pytest.mark.parametrize("export", [export_lora, export_gguf_lora])
@@ -361,7 +361,7 @@ def test_deltas_that_the_strength_blows_up_are_refused(tmp_path: Path, export) -
     model = write_checkpoint(tmp_path / "m", tiny_tensors(dtype="F32", seed=0, hidden=HIDDEN, inter=INNER, layers=1))
     pack = tiny_pack(model, delta_dtype="F32", scale=1.1e38)
     with pytest.raises(PackContentError, match="leave the range of F32"):
-        export(pack, tmp_path / "out", 1.5)
+        export(pack, tmp_path / "out", strength=1.5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
 
 
@@ -371,7 +371,7 @@ def test_a_place_that_is_taken_stays_as_it_is(base: Path, tmp_path: Path, export
     with pytest.raises(OutputError, match="exists already"):
         export(tiny_pack(base), tmp_path / "out")
     assert (tmp_path / "out").read_text(encoding="utf-8") == "mine"
-    with pytest.raises(OutputError, match="cannot write"):
+    with pytest.raises(OutputError, match="there is no directory"):
         export(tiny_pack(base), tmp_path / "no" / "where")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
 

@@ -88,7 +88,7 @@ def filled(cls: type, text: str, depth: int = 0) -> Any:
 def names_of(cls: type) -> dict[str, Any]:
     """What annotations of a module may name though only type checkers import it."""
     from nestpatch.evaluation.suites import Share
-    from nestpatch.export.onnx.parity import Parity
+    from nestpatch.export.results import Parity
 
     return {"Share": Share, "Parity": Parity, **vars(importlib.import_module(cls.__module__))}
 
@@ -121,9 +121,7 @@ def cases() -> dict[str, Callable[[str], None]]:
     from nestpatch.compare.extract import Extracted
     from nestpatch.evaluation.parity import GgufParity
     from nestpatch.evaluation.suites import Scores
-    from nestpatch.export.adapters import Adapter
-    from nestpatch.export.models import Exported
-    from nestpatch.export.onnx.exporter import ExportedOnnx
+    from nestpatch.export.results import ExportedAdapter, ExportedGguf, ExportedOnnx, ExportedSafetensors
     from nestpatch.lab.demo import FormatResult
     from nestpatch.patcher.apply import Applied
     from nestpatch.patcher.status import Status
@@ -149,7 +147,7 @@ def cases() -> dict[str, Callable[[str], None]]:
 
     def adapters(text: str) -> None:
         for kind in ("gguf-lora", "onnx-adapter", text):
-            exporting.show_adapter(dataclasses.replace(filled(Adapter, text), format=kind))
+            exporting.show_adapter(dataclasses.replace(filled(ExportedAdapter, text), format=kind))
 
     def show_evaluation(text: str) -> None:
         console.out.print(evaluation.evaluation_table({text: filled(Scores, text)}))
@@ -157,7 +155,7 @@ def cases() -> dict[str, Callable[[str], None]]:
     return {
         "show_error": lambda text: console.show_error(ValueError(text), text),
         "show_applied": simple(models.show_applied, Applied),
-        "show_exported": simple(exporting.show_exported, Exported),
+        "show_exported": simple(exporting.show_exported, ExportedGguf, ExportedSafetensors),
         "show_changed": changed,
         "show_status": lambda text: models.show_status(dataclasses.replace(filled(Status, text), files_say=claims(text))),
         "show_verification": lambda text: models.show_verification(text, filled(Verification, text)),

@@ -1,4 +1,4 @@
-"""The command that writes models in other formats: export."""
+"""The command that writes models and packs in the formats of other programs: export."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import dataclasses
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -23,127 +24,154 @@ from nestpatch.commands._options import (
     progress,
     proven,
     quiet_option,
+    report,
+    require_order,
     say_unchecked,
     trust_options,
 )
 from nestpatch.events import Event, OnEvent
 
 if TYPE_CHECKING:
+    from nestpatch.evaluation.parity import GgufParity
+    from nestpatch.export.results import ExportedAdapter, ExportedGguf, ExportedOnnx, ExportedSafetensors
     from nestpatch.gate import Proven
 
-
-def _to_gguf(model: Path, pack: Proven | None, output: Path | None, options: Mapping[str, Any]) -> Any:
-    from nestpatch.export.models import export_gguf
-
-    own = ("strength", "type", "name", "llama_cpp", "dry_run", "on_event")
-    return export_gguf(model, output, pack, **{name: options[name] for name in own})
+MODELS = ("gguf", "onnx", "safetensors")
+ADAPTERS = ("gguf-lora", "lora", "onnx-adapter")
 
 
-def _to_safetensors(model: Path, pack: Proven | None, output: Path | None, options: Mapping[str, Any]) -> Any:
-    from nestpatch.export.models import export_safetensors
+@dataclass(frozen=True)
+class _Asked:
+    """The options of the command."""
 
-    own = ("strength", "dry_run", "on_event")
-    return export_safetensors(model, output, pack, **{name: options[name] for name in own})
+    target: str
+    output: Path | None
+    strength: float
+    type: str
+    name: str | None
+    llama_cpp: Path | None
+    dtype: str | None
+    bits: int | None
+    adapter_ready: bool
+    ready: Path | None
+    check: bool
+    dry_run: bool
 
 
-def _to_onnx(model: Path, pack: Proven | None, output: Path | None, options: Mapping[str, Any]) -> Any:
+def _require_sensible(asked: _Asked, model: str, pack: str | None) -> None:
+    """Raises before any work: UsageError for options and arguments that do not go together, DataError, OutputError."""
+    given = [
+        ("--type", "gguf", asked.type != "auto"),
+        ("--name", "gguf", asked.name is not None),
+        ("--llama-cpp", "gguf", asked.llama_cpp is not None),
+        ("--check", "gguf", asked.check),
+        ("--dtype", "onnx", asked.dtype is not None),
+        ("--int4 or --int8", "onnx", asked.bits is not None),
+        ("--adapter-ready", "onnx", asked.adapter_ready),
+        ("--for", "onnx-adapter", asked.ready is not None),
+    ]
+    foreign = [(flag, owner) for flag, owner, is_given in given if is_given and owner != asked.target]
+    if foreign:
+        owner = foreign[0][1]
+        raise click.UsageError(f"{', '.join(flag for flag, other in foreign if other == owner)}: only with --to {owner}")
+    if asked.check and asked.dry_run:
+        raise click.UsageError("--check runs the file that was written: not with --dry-run")
+    if asked.target in MODELS or pack is not None:
+        require_order(model, pack, f"export --to {asked.target}")
+    if asked.target in MODELS and pack is None and asked.strength != 1.0:
+        raise click.UsageError("--strength: only with a PACK")
+    if asked.target == "onnx-adapter" and (pack is None) == (asked.ready is None):
+        raise click.UsageError("name the ONNX model of the adapter: nestpatch export PACK --to onnx-adapter --for DIR")
+    from nestpatch.files.atomic import check_output
+    from nestpatch.formats.gguf.quants import file_type
+    from nestpatch.patcher.plan import check_strength
+
+    file_type(asked.type)
+    check_strength(asked.strength)
+    if asked.output is not None:
+        check_output(asked.output)
+    if asked.check:
+        from nestpatch.evaluation.parity import require_check
+
+        require_check()
+
+
+def _export_model(
+    asked: _Asked, model: Path, pack: Proven | None, on_event: OnEvent
+) -> ExportedGguf | ExportedSafetensors | ExportedOnnx:
+    if asked.target == "gguf":
+        from nestpatch.export.gguf import export_gguf
+
+        return export_gguf(
+            model,
+            pack,
+            asked.output,
+            strength=asked.strength,
+            type=asked.type,
+            name=asked.name,
+            llama_cpp=asked.llama_cpp,
+            dry_run=asked.dry_run,
+            on_event=on_event,
+        )
+    if asked.target == "safetensors":
+        from nestpatch.export.safetensors import export_safetensors
+
+        return export_safetensors(model, pack, asked.output, strength=asked.strength, dry_run=asked.dry_run, on_event=on_event)
     from nestpatch.export.onnx.exporter import export_onnx
 
-    own = {name: options[name] for name in ("strength", "bits", "adapter_ready", "dry_run", "on_event")}
-    return export_onnx(model, output, pack, dtype=options["dtype"] or "fp32", **own)
+    return export_onnx(
+        model,
+        pack,
+        asked.output,
+        strength=asked.strength,
+        dtype=asked.dtype or "fp32",
+        bits=asked.bits,
+        adapter_ready=asked.adapter_ready,
+        dry_run=asked.dry_run,
+        on_event=on_event,
+    )
 
 
-def _to_onnx_adapter(model: Path, pack: Proven, output: Path, options: Mapping[str, Any]) -> Any:
-    from nestpatch.export.adapters import export_onnx_adapter
+def _export_adapter(
+    asked: _Asked, model: Path | None, pack: str, policy_file: Path | None, on_event: OnEvent, *, allow_unsigned: bool
+) -> tuple[ExportedAdapter, Proven]:
+    from nestpatch.export.adapters import adapter_output, export_gguf_lora, export_lora, export_onnx_adapter
 
-    return export_onnx_adapter(pack, model, output, options["strength"], dry_run=options["dry_run"])
-
-
-def _to_lora(model: Path | None, pack: Proven, output: Path, options: Mapping[str, Any]) -> Any:
-    from nestpatch.export.adapters import export_lora
-
-    return export_lora(pack, output, options["strength"], model=model, dry_run=options["dry_run"])
-
-
-def _to_gguf_lora(model: Path | None, pack: Proven, output: Path, options: Mapping[str, Any]) -> Any:
-    from nestpatch.export.adapters import export_gguf_lora
-
-    return export_gguf_lora(pack, output, options["strength"], model=model, dry_run=options["dry_run"])
-
-
-_OWN = {
-    "type": "gguf", "name": "gguf", "llama_cpp": "gguf", "dtype": "onnx", "bits": "onnx", "adapter_ready": "onnx",
-    "for_": "onnx-adapter",
-}  # fmt: skip
-"""Options that one target alone understands."""
-_FLAGS = {"bits": "--int4 or --int8", "for_": "--for"}
-
-
-def _refuse_others(target: str, options: Mapping[str, Any]) -> None:
-    """Raises UsageError for options that say something of another target alone."""
-    foreign = {name: own for name, own in _OWN.items() if own != target and options[name] not in (None, False, "auto")}
-    for owner in foreign.values():
-        given = [_FLAGS.get(name, f"--{name.replace('_', '-')}") for name, own in foreign.items() if own == owner]
-        raise click.UsageError(f"{', '.join(given)} go with --to {owner}")
-
-
-ADAPTERS = ("gguf-lora", "lora", "onnx-adapter")
-TARGETS: dict[str, Callable[..., Any]] = {
-    "gguf": _to_gguf,
-    "gguf-lora": _to_gguf_lora,
-    "lora": _to_lora,
-    "onnx": _to_onnx,
-    "onnx-adapter": _to_onnx_adapter,
-    "safetensors": _to_safetensors,
-}
-"""What `--to` may name -> the function that exports to it."""
-
-
-def _sides(target: str, model: str, pack: str | None, ready: Path | None) -> tuple[Path | None, str | None]:
-    """(the model, the patch). Adapters are made of MODEL PACK or of PACK alone; for ONNX, of PACK --for ONNX too."""
-    if target == "onnx-adapter":
-        if (pack is None) == (ready is None):
-            raise click.UsageError("say which ONNX model the adapter is for: nestpatch export PACK --to onnx-adapter --for DIR")
-        return (ready, model) if pack is None else (Path(model), pack)
-    if target in ADAPTERS and pack is None:
-        return None, model
-    return Path(model), pack
-
-
-def _place(target: str, output: Path | None, pack: str | None, done: Proven | None) -> Path | None:
-    """Where the export goes, where the command has a say in that: an adapter beside the pack's file."""
-    if output is not None or target not in ADAPTERS or pack is None or done is None:
-        return output
-    from nestpatch.export.adapters import default_output
-
-    return default_output(pack, done.pack, target)
+    passed = proven(pack, model, policy_file, on_event, allow_unsigned=allow_unsigned)
+    # The pack that passed the gate does not know its file any more.
+    output = asked.output or adapter_output(pack, passed.pack, asked.target)
+    if asked.target == "onnx-adapter" and model is not None:
+        return export_onnx_adapter(passed, output, model=model, strength=asked.strength, dry_run=asked.dry_run), passed
+    export = export_lora if asked.target == "lora" else export_gguf_lora
+    return export(passed, output, model=model, strength=asked.strength, dry_run=asked.dry_run), passed
 
 
 @contextmanager
-def _unwinding(on_event: OnEvent) -> Iterator[OnEvent]:
-    """A polite kill ends the command like an error: no gigabytes of temporary files stay behind.
+def _listening(quiet: bool) -> Iterator[OnEvent]:
+    """Shows progress, and lets SIGTERM end the command like an error, so that no gigabytes of temporary files are left.
 
-    torch swallows the exit at some places of its tracer; the next event then brings it back.
+    torch's tracer catches the exit in some places; the next event then raises it again.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield on_event
-        return
-    asked = threading.Event()
+    with progress(quiet) as on_event:
+        if threading.current_thread() is not threading.main_thread():
+            yield on_event
+            return
+        asked = threading.Event()
 
-    def end(*_: object) -> None:
-        asked.set()
-        sys.exit(128 + signal.SIGTERM)
+        def end(*_: object) -> None:
+            asked.set()
+            sys.exit(128 + signal.SIGTERM)
 
-    def hear(event: Event) -> None:
-        if asked.is_set():
-            end()
-        on_event(event)
+        def hear(event: Event) -> None:
+            if asked.is_set():
+                end()
+            on_event(event)
 
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield hear
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        before = signal.signal(signal.SIGTERM, end)
+        try:
+            yield hear
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 @click.command(
@@ -154,20 +182,20 @@ def _unwinding(on_event: OnEvent) -> Iterator[OnEvent]:
 )
 @click.argument("model", type=PackType)
 @click.argument("pack", type=PackType, required=False)
-@click.option("--to", "target", type=click.Choice(sorted(TARGETS)), required=True, help="The format to write.")
+@click.option("--to", "target", type=click.Choice(sorted(MODELS + ADAPTERS)), required=True, help="The format to write.")
 @click.option("-o", "--output", type=OutputPath, help="Where to write.  [default: beside the model, named after it]")
 @click.option(
-    "--type", "type_", default="auto", show_default=True, help="Of the weights: f32, f16, bf16, q8_0, or q4_k_m and the like."
+    "--type", "type_", default="auto", show_default=True, help="gguf: the file type, f32, f16, bf16, q8_0, q4_k_m and others."
 )
-@click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies the patch, over 0 and up to 1.5.")
-@click.option("--name", help="What the file calls the model.  [default: the name of its directory]")
-@click.option("--llama-cpp", type=PathType, help="A checkout of llama.cpp: use its converter, for models unknown here.")
-@click.option("--dtype", type=click.Choice(["fp32", "fp16"]), help="Of an ONNX model's weights.  [default: fp32]")
-@click.option("--int4", "bits", flag_value=4, type=int, help="Quantize an ONNX model's matrices to 4 bits.")
-@click.option("--int8", "bits", flag_value=8, type=int, help="Quantize an ONNX model's matrices to 8 bits.")
-@click.option("--adapter-ready", is_flag=True, help="Make an ONNX model that takes patches at run time.")
-@click.option("--for", "for_", type=PathType, metavar="DIR", help="The adapter-ready ONNX model that an adapter is for.")
-@click.option("--check", is_flag=True, help="Run the file in llama.cpp and compare it with MODEL in transformers.")
+@click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies the pack, over 0 and up to 1.5.")
+@click.option("--name", help="gguf: the model's name in the file.  [default: the name of its directory]")
+@click.option("--llama-cpp", type=PathType, help="gguf: a checkout of llama.cpp, to use its converter for other architectures.")
+@click.option("--dtype", type=click.Choice(["fp32", "fp16"]), help="onnx: the type of the weights.  [default: fp32]")
+@click.option("--int4", "bits", flag_value=4, type=int, help="onnx: quantize the matrices to 4 bits.")
+@click.option("--int8", "bits", flag_value=8, type=int, help="onnx: quantize the matrices to 8 bits.")
+@click.option("--adapter-ready", is_flag=True, help="onnx: make a model that accepts packs at run time.")
+@click.option("--for", "ready", type=PathType, metavar="DIR", help="onnx-adapter: the adapter-ready ONNX model.")
+@click.option("--check", is_flag=True, help="gguf: run the file in llama.cpp and compare it with MODEL in transformers.")
 @click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
 @trust_options
 @quiet_option
@@ -184,7 +212,7 @@ def export(
     dtype: str | None,
     bits: int | None,
     adapter_ready: bool,
-    for_: Path | None,
+    ready: Path | None,
     check: bool,
     dry_run: bool,
     policy_file: Path | None,
@@ -192,61 +220,70 @@ def export(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Write MODEL in another format, with PACK merged into it on the way.
+    """Write MODEL in another format, with PACK merged into it, or PACK alone as an adapter.
 
-    --to gguf makes a file for llama.cpp and what is built on it. MODEL is a safetensors model directory and stays as it is.
+    --to gguf writes a file for llama.cpp. MODEL is a safetensors model directory, which is not changed.
 
-    --to safetensors writes a release of its own, whose files say which patches they hold; it cannot be reverted.
+    --to safetensors writes a release whose files list the packs in them. It cannot be reverted.
 
-    --to lora and --to gguf-lora write PACK as an adapter that is loaded with the base: a directory for PEFT and vLLM, a file
-    for llama.cpp. Give MODEL before PACK where it stores experts one by one, else PACK alone.
+    --to onnx writes a directory for onnxruntime, onnxruntime-genai and transformers.js, and compares it with MODEL.
 
-    --to onnx makes a directory for onnxruntime, onnxruntime-genai and transformers.js, run and compared with MODEL before it
-    gets its name. --to onnx-adapter writes PACK for one that was made with --adapter-ready, which stays as it is.
+    --to lora and --to gguf-lora write PACK as an adapter that is loaded beside the base: a directory for PEFT and vLLM, a file
+    for llama.cpp. Give MODEL too where it stores experts one by one.
 
-    PACK is a file, or hub://owner/name[@VERSION] and other channels. Its signatures are checked first.
+    --to onnx-adapter writes PACK for an ONNX model that was made with --adapter-ready.
+
+    PACK is a file, or a channel such as hub://owner/name[@VERSION]. Its signatures are checked first.
     """
-    if check and (target != "gguf" or dry_run):
-        raise click.UsageError("--check runs what --to gguf wrote")
-    if pack is None and strength != 1.0 and target in ("gguf", "onnx", "safetensors"):
-        raise click.UsageError("--strength goes with a PACK")
-    with progress(quiet or as_json) as drawn, _unwinding(drawn) as on_event:
-        options = {"strength": strength, "type": type_, "name": name, "llama_cpp": llama_cpp, "dry_run": dry_run}
-        options |= {"dtype": dtype, "bits": bits, "adapter_ready": adapter_ready, "for_": for_}
-        _refuse_others(target, options)
-        source, text = _sides(target, model, pack, for_)
-        if check:
-            from nestpatch.evaluation.parity import require_check
+    asked = _Asked(
+        target=target,
+        output=output,
+        strength=strength,
+        type=type_,
+        name=name,
+        llama_cpp=llama_cpp,
+        dtype=dtype,
+        bits=bits,
+        adapter_ready=adapter_ready,
+        ready=ready,
+        check=check,
+        dry_run=dry_run,
+    )
+    _require_sensible(asked, model, pack)
+    if target in ADAPTERS:
+        base, text = (ready, model) if pack is None else (Path(model), pack)
+        with _listening(quiet or as_json) as on_event:
+            adapter, passed = _export_adapter(asked, base, text, policy_file, on_event, allow_unsigned=allow_unsigned)
+        say_unchecked(passed)
+        from nestpatch.views.exporting import show_adapter
 
-            require_check()
-        passed = None
-        if text is not None:
-            passed = proven(text, source, policy_file, on_event, allow_unsigned=allow_unsigned)
-        place = _place(target, output, text, passed)
-        done = TARGETS[target](source, passed, place, {**options, "on_event": on_event})
-        found = _checked(done.path, Path(model), passed, strength, on_event) if check else None
-    say_unchecked(passed)
-    _show(target, done, found, as_json)
+        report(adapter, show_adapter, as_json)
+        return
+    found, merged = None, None
+    with _listening(quiet or as_json) as on_event:
+        if pack is not None:
+            merged = proven(pack, model, policy_file, on_event, allow_unsigned=allow_unsigned)
+        done = _export_model(asked, Path(model), merged, on_event)
+        if check:
+            from nestpatch.evaluation.parity import check_gguf
+
+            content = merged.pack if merged is not None else None
+            found = check_gguf(done.output, Path(model), pack=content, strength=strength, on_event=on_event)
+    say_unchecked(merged)
+    _show(done, found, as_json)
     sys.exit(0 if found is None or found.passed else 1)
 
 
-def _checked(file: Path, model: Path, pack: Proven | None, strength: float, on_event: OnEvent) -> Any:
-    from nestpatch.evaluation.parity import check_gguf
-
-    return check_gguf(file, model, pack=pack.pack if pack else None, strength=strength, on_event=on_event)
-
-
-def _show(target: str, done: Any, found: Any, as_json: bool) -> None:
+def _show(done: ExportedGguf | ExportedSafetensors | ExportedOnnx, found: GgufParity | None, as_json: bool) -> None:
     if as_json:
         print_json(dataclasses.asdict(done) | ({"check": found.as_json()} if found is not None else {}))
         return
-    from nestpatch.views import exporting as views
+    from nestpatch.export.results import ExportedOnnx
+    from nestpatch.views.exporting import show_check, show_exported, show_exported_onnx
 
-    if target == "onnx":
-        views.show_exported_onnx(done)
-    elif target in ("gguf", "safetensors"):
-        views.show_exported(done)
+    if isinstance(done, ExportedOnnx):
+        show_exported_onnx(done)
     else:
-        views.show_adapter(done)
+        show_exported(done)
     if found is not None:
-        views.show_check(found)
+        show_check(found)

@@ -1,4 +1,4 @@
-"""The other route to GGUF: llama.cpp's own converter, from a checkout of the user's, for models that are not known here."""
+"""The other route to GGUF: llama.cpp's own converter, from a checkout, for architectures that are not known here."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from typing import Any
 from nestpatch import __version__
 from nestpatch.errors import DataError, UnsupportedModelError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.export import _quantizer as quantizing
-from nestpatch.export._gguf import WrittenModel, model_name
+from nestpatch.export._model_config import model_name
+from nestpatch.export._quantizer import quantize_file, require_quantizer
+from nestpatch.export.results import ExportedGguf
 from nestpatch.files.hashing import Sink, seal
 from nestpatch.files.scratch import CONVERTED, WHOLE, claimed, new_output, scratch
 from nestpatch.formats.checkpoint import CHUNK, Checkpoint
 from nestpatch.formats.gguf.header import Fact, encode_facts
-from nestpatch.formats.gguf.quants import AUTO, FileType, file_type
+from nestpatch.formats.gguf.quants import AUTO, file_type
 from nestpatch.formats.provenance import VERSION
 
 SCRIPT = "convert_hf_to_gguf.py"
@@ -28,11 +29,11 @@ _TAIL = 12
 
 
 def require_converter(llama_cpp: Path) -> Path:
-    """The converter in a checkout of llama.cpp. Raises DataError when it is not there."""
+    """The converter in a checkout of llama.cpp. Raises DataError when there is none."""
     script = llama_cpp / SCRIPT
     if not script.is_file():
         raise DataError(
-            f"{llama_cpp} has no {SCRIPT}",
+            f"{llama_cpp} contains no {SCRIPT}",
             advice="Give a checkout of llama.cpp: git clone https://github.com/ggml-org/llama.cpp",
         )
     return script
@@ -49,23 +50,28 @@ def convert_gguf(
     dry_run: bool = False,
     on_event: OnEvent = ignore,
     confirm: Callable[[], None] = lambda: None,
-) -> WrittenModel:
-    """Exports a model directory through llama.cpp's converter, and adds `keys` to what it wrote.
+) -> ExportedGguf:
+    """Converts a model directory with llama.cpp's converter, and adds `keys` to the metadata of the result.
 
-    `confirm` is called before the file gets its name: if it raises, there is no file.
+    `confirm` is called before the file gets its name; when it raises, no file is left.
 
     Raises DataError without the converter, UnsupportedModelError with the end of its output when it fails,
-    QuantizationError, OutputError, MissingExtraError without llama-cpp-python where that has to quantize.
+    QuantizationError, OutputError, MissingExtraError without llama-cpp-python where the result must be quantized.
     """
     began = time.perf_counter()
     script, wanted = require_converter(llama_cpp), file_type(kind)
     if not wanted.direct:
-        quantizing.require()
+        require_quantizer()
     facts: dict[str, Fact] = {VERSION: __version__, **(keys or {})}
     if dry_run:
-        return WrittenModel(target, 0, "", 0, wanted.name, "", (), time.perf_counter() - began, dry_run=True)
+        seconds = time.perf_counter() - began
+        return ExportedGguf(target, 0, "", 0, wanted.name, "", (), seconds=seconds, dry_run=True)
+    # The wanted type, or one that loses nothing where none is wanted or llama.cpp quantizes afterwards.
+    dtypes = {checkpoint.info(tensor).dtype for tensor in checkpoint.tensors()}
+    outtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= {"F16", "BF16"} else "F32"
+    outtype = (wanted.name if wanted.direct and wanted.name != AUTO else outtype).lower()
     with new_output(target) as sibling, scratch(sibling, CONVERTED) as raw:
-        _run(script, checkpoint, raw, _outtype(checkpoint, wanted), name or model_name(checkpoint.path), on_event)
+        _run(script, checkpoint, raw, outtype, name or model_name(checkpoint.path), on_event)
         if wanted.direct:
             architecture, tensors = _add_facts(raw, sibling, facts)
             on_event(Event("convert", 1, 1, target.name))
@@ -73,25 +79,18 @@ def convert_gguf(
             with scratch(sibling, WHOLE) as whole, claimed(whole):
                 architecture, tensors = _add_facts(raw, whole, facts)
                 raw.unlink()
-                quantizing.quantize(whole, sibling, wanted.name, on_event)
+                quantize_file(whole, sibling, wanted.name, on_event)
         nbytes, digest = seal(sibling)
         confirm()
-    return WrittenModel(target, nbytes, digest, tensors, wanted.name, architecture, (), time.perf_counter() - began)
-
-
-def _outtype(checkpoint: Checkpoint, wanted: FileType) -> str:
-    """The type that loses nothing, where none is wanted or llama.cpp quantizes afterwards."""
-    if wanted.direct and wanted.name != AUTO:
-        return wanted.name.lower()
-    dtypes = {checkpoint.info(name).dtype for name in checkpoint.tensors()}
-    return dtypes.pop().lower() if len(dtypes) == 1 and dtypes <= {"F16", "BF16"} else "f32"
+    seconds = time.perf_counter() - began
+    return ExportedGguf(target, nbytes, digest, tensors, wanted.name, architecture, (), seconds=seconds)
 
 
 def _run(script: Path, checkpoint: Checkpoint, target: Path, outtype: str, name: str, on_event: OnEvent) -> None:
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     on_event(Event("convert", 0, 1, str(folder)))
     command = [sys.executable, str(script), str(folder), "--outfile", str(target), "--outtype", outtype, "--model-name", name]
-    done = subprocess.run(  # noqa: S603 - the user's own checkout, named on purpose
+    done = subprocess.run(  # noqa: S603 - the user's own checkout, named with --llama-cpp
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
         check=False,
     )  # fmt: skip
@@ -99,7 +98,7 @@ def _run(script: Path, checkpoint: Checkpoint, target: Path, outtype: str, name:
         tail = "\n  ".join(line for line in done.stdout.splitlines()[-_TAIL:] if line.strip())
         raise UnsupportedModelError(
             f"llama.cpp's converter could not convert {folder} (exit code {done.returncode}):\n  {tail}",
-            advice=f"It has needs of its own: pip install -r {script.parent / 'requirements.txt'}. Or take a newer one.",
+            advice=f"Install what it needs (pip install -r {script.parent / 'requirements.txt'}), or take a newer checkout.",
         )
 
 

@@ -1,16 +1,16 @@
-"""Which tensors a GGUF file gets, and their bytes, block by block: nothing is held but a few megabytes of rows."""
+"""The tensors of a GGUF file: planned from those of the checkpoint, then written a few megabytes of rows at a time."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from nestpatch.errors import CheckpointFormatError, QuantizationError, UnsupportedModelError
 from nestpatch.export._gguf_families import Family
-from nestpatch.export._model_config import ModelConfig
+from nestpatch.export._model_config import OTHER_CONVERTER, ModelConfig
 from nestpatch.files.hashing import Data, Sink
 from nestpatch.formats.checkpoint import Checkpoint, Extents, row_blocks
 from nestpatch.formats.gguf import quants
@@ -20,13 +20,13 @@ from nestpatch.rows import DTYPES, FloatArray, Rows
 
 HEAD = "lm_head.weight"
 SKIPPED = re.compile(r".+\.(?:rotary_emb\.inv_freq|attention\.masked_bias|attention\.bias)")
-"""Buffers that old checkpoints carry along; they follow from config.json."""
+"""Buffers in old checkpoints that are computed from config.json."""
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
 class TensorPiece:
-    """Consecutive rows of a checkpoint's tensor; of a vector, consecutive elements."""
+    """Consecutive rows of a tensor in the checkpoint; of a vector, consecutive elements."""
 
     tensor: str
     start: int
@@ -45,16 +45,11 @@ class Target:
     pieces: tuple[TensorPiece, ...] = ()
     """Its rows, in order."""
     head: int = 0
-    """Rows of a head whose two halves are to be interleaved; 0: none."""
+    """Rows of a head whose two halves are interleaved; 0: none."""
     shift: float = 0.0
     """Added to every value."""
     values: FloatArray | None = None
-    """The content, where it comes from no tensor."""
-
-    @property
-    def is_stack(self) -> bool:
-        """Whether it holds the experts of a layer, one after the other."""
-        return self.name.endswith("_exps.weight")
+    """The content, where it is not read from the checkpoint."""
 
     @property
     def nbytes(self) -> int:
@@ -67,13 +62,13 @@ class Target:
 def plan_tensors(checkpoint: Checkpoint, config: ModelConfig, family: Family, kind: FileType) -> list[Target]:
     """All tensors of the file, in order.
 
-    Raises UnsupportedModelError for tensors without a place in the architecture, CheckpointFormatError for missing ones and
-    for dtypes that hold no plain numbers.
+    Raises UnsupportedModelError for tensors without a counterpart in the architecture, CheckpointFormatError for missing ones
+    and for dtypes that are not plain numbers.
     """
     targets = [Target(name, "F32", values.shape, values=values) for name, values in family.tensors(config).items()]
     stacks: dict[str, list[tuple[int, TensorPiece]]] = {}
     sizes: dict[str, tuple[int, ...]] = {}
-    for name in sorted(_wanted(checkpoint, config, family), key=_natural):
+    for name in sorted(_stored(checkpoint, config, family), key=_natural):
         info = checkpoint.info(name)
         if info.dtype not in DTYPES or info.nbytes == 0 or not info.shape:
             raise CheckpointFormatError(
@@ -90,7 +85,7 @@ def plan_tensors(checkpoint: Checkpoint, config: ModelConfig, family: Family, ki
             start += span.rows
     targets += [_stack(name, found, sizes[name], config) for name, found in stacks.items()]
     targets = [replace(target, dtype=_dtype(target, checkpoint, kind)) for target in targets]
-    _check_blocks(targets, config)
+    _check_layers(targets, config)
     return sorted(targets, key=lambda target: _natural(target.name))
 
 
@@ -99,7 +94,8 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _wanted(checkpoint: Checkpoint, config: ModelConfig, family: Family) -> list[str]:
+def _stored(checkpoint: Checkpoint, config: ModelConfig, family: Family) -> list[str]:
+    """The tensors of the checkpoint that the file needs. Raises CheckpointFormatError without an output matrix."""
     names = [name for name in checkpoint.tensors() if not SKIPPED.fullmatch(name)]
     tied = family.always_tied or bool(config.get("tie_word_embeddings", default=False))
     if not tied and not any(gguf_name(name, family.gguf, config.layers) == "output.weight" for name in names):
@@ -107,36 +103,29 @@ def _wanted(checkpoint: Checkpoint, config: ModelConfig, family: Family) -> list
     return [name for name in names if not (tied and name == HEAD)]
 
 
-def _place(name: str, config: ModelConfig, family: Family) -> str:
-    found = gguf_name(name, family.gguf, config.layers)
-    if found is None:
-        raise UnsupportedModelError(
-            f"GGUF files of architecture {family.gguf} have no place for the tensor {name}",
-            advice="Let llama.cpp's own converter try: --llama-cpp DIR, where DIR is a checkout of llama.cpp.",
-        )
-    return found
-
-
 def _whole(name: str, shape: tuple[int, ...], config: ModelConfig, family: Family) -> Target:
     """A vector, or a matrix whose rows are reordered."""
-    target = Target(_place(name, config, family), "", shape, (TensorPiece(name, 0, shape[0]),))
+    place = gguf_name(name, family.gguf, config.layers)
+    if place is None:
+        raise UnsupportedModelError(
+            f"GGUF files of architecture {family.gguf} have no place for the tensor {name}", advice=OTHER_CONVERTER
+        )
+    target = Target(place, "", shape, (TensorPiece(name, 0, shape[0]),))
     if not is_reordered(name, family.gguf):
         return replace(target, shift=family.norm_shift if name.endswith("norm.weight") else 0.0)
-    parts = 3 if family.fused_by_head else 1
-    if shape[0] % (parts * config.head_dim):
-        raise CheckpointFormatError(f"tensor {name} has {shape[0]} rows, which are no heads of {config.head_dim}")
-    if family.fused_by_head:
-        return replace(target, pieces=_by_part(name, shape[0] // 3 // config.head_dim, config.head_dim))
-    return replace(target, head=config.head_dim)
-
-
-def _by_part(name: str, heads: int, size: int) -> tuple[TensorPiece, ...]:
-    """Query, key and value of each head -> all queries, all keys, all values."""
-    return tuple(TensorPiece(name, (3 * head + part) * size, size) for part in range(3) for head in range(heads))
+    size = config.head_dim
+    if shape[0] % ((3 if family.fused_by_head else 1) * size):
+        raise CheckpointFormatError(f"tensor {name} has {shape[0]} rows, which are no heads of {size}")
+    if not family.fused_by_head:
+        return replace(target, head=size)
+    # Query, key and value of each head -> all queries, all keys, all values.
+    heads = shape[0] // 3 // size
+    parts = (TensorPiece(name, (3 * head + part) * size, size) for part in range(3) for head in range(heads))
+    return replace(target, pieces=tuple(parts))
 
 
 def _stack(name: str, found: list[tuple[int, TensorPiece]], shape: tuple[int, ...], config: ModelConfig) -> Target:
-    """A matrix, or the experts of a layer on top of each other."""
+    """A matrix, or the experts of a layer stacked."""
     found = sorted(found, key=lambda entry: entry[0])
     rows = 0
     for start, piece in found:
@@ -152,12 +141,12 @@ def _stack(name: str, found: list[tuple[int, TensorPiece]], shape: tuple[int, ..
 
 
 def _dtype(target: Target, checkpoint: Checkpoint, kind: FileType) -> str:
-    """The rules of llama.cpp: vectors, norms and routers stay F32, and so does what is no weight."""
+    """As in llama.cpp: vectors, norms and routers are stored as F32, and so is everything that is not a weight."""
     small = len(target.shape) < 2 or target.name.endswith("_norm.weight") or "ffn_gate_inp" in target.name
     if target.values is not None or small or not target.name.endswith(".weight"):
         return "F32"
     if kind.name == AUTO or not kind.direct:
-        # Quantizing starts from a file that has lost nothing.
+        # llama.cpp quantizes a file that has lost nothing.
         dtypes = {checkpoint.info(piece.tensor).dtype for piece in target.pieces}
         return dtypes.pop() if len(dtypes) == 1 else "F32"
     if kind.name not in DTYPES and target.shape[-1] % quants.block(kind.name)[0]:
@@ -165,8 +154,8 @@ def _dtype(target: Target, checkpoint: Checkpoint, kind: FileType) -> str:
     return kind.name
 
 
-def _check_blocks(targets: list[Target], config: ModelConfig) -> None:
-    """All layers have the same tensors, of the sizes that config.json says: llama.cpp would find out only in loading."""
+def _check_layers(targets: list[Target], config: ModelConfig) -> None:
+    """All layers have the same tensors, of the sizes in config.json; llama.cpp would fail only when it loads the file."""
     layers: dict[int, set[str]] = {number: set() for number in range(config.layers)}
     heads, kv_heads = config.heads * config.head_dim, config.kv_heads * config.head_dim
     rows = {"attn_q": heads, "attn_k": kv_heads, "attn_v": kv_heads, "ffn_down": config.number("hidden_size")}
@@ -187,7 +176,9 @@ def write_tensor(target: Target, checkpoint: Checkpoint, sink: Sink) -> None:
     if target.values is not None:
         sink.write(target.values.tobytes())
     for piece in target.pieces:
-        if not _is_copy(target, piece, checkpoint):
+        info = checkpoint.info(piece.tensor)
+        whole = piece.rows == (info.rows if len(info.shape) > 1 else info.shape[0])
+        if not whole or info.dtype != target.dtype or target.head or target.shift:
             for rows in _read(piece, target, checkpoint):
                 sink.write(_converted(rows, target))
             continue
@@ -199,14 +190,8 @@ def write_tensor(target: Target, checkpoint: Checkpoint, sink: Sink) -> None:
             sink.write(block)
 
 
-def _is_copy(target: Target, piece: TensorPiece, checkpoint: Checkpoint) -> bool:
-    info = checkpoint.info(piece.tensor)
-    whole = piece.rows == (info.rows if len(info.shape) > 1 else info.shape[0])
-    return whole and info.dtype == target.dtype and not target.head and not target.shift
-
-
 def _read(piece: TensorPiece, target: Target, checkpoint: Checkpoint) -> Iterator[Rows]:
-    """The rows of a piece, in whole heads where these matter; a vector is one row."""
+    """The rows of a piece, in whole heads where these are interleaved; a vector is one row."""
     info = checkpoint.info(piece.tensor)
     if len(info.shape) < 2:
         values = np.frombuffer(b"".join(checkpoint.read_all(piece.tensor)), DTYPES[info.dtype])
@@ -221,7 +206,7 @@ def _read(piece: TensorPiece, target: Target, checkpoint: Checkpoint) -> Iterato
 
 
 def _interleave(rows: Rows, head: int) -> Rows:
-    """The two halves of each head's rows, in turn: 0, half, 1, half + 1, ..."""
+    """Alternates the two halves of each head's rows: 0, half, 1, half + 1, ..."""
     return rows.reshape(-1, 2, head // 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
 
 
@@ -232,20 +217,9 @@ def _converted(rows: Rows, target: Target) -> Data:
             wide = wide + np.float32(target.shift)
         with np.errstate(over="ignore"):
             rows = quants.quantize(wide, target.dtype)
-        if target.dtype in DTYPES and np.isfinite(wide).all() and not _finite(rows.view(DTYPES[target.dtype])):
-            reason = f"{target.name} holds values outside the range of {target.dtype}"
-            raise QuantizationError(reason, advice="Export with --type bf16, or f32.")
+        if target.dtype in DTYPES and np.isfinite(wide).all():
+            stored = rows.view(DTYPES[target.dtype]).astype(np.float32, copy=False)
+            if not np.isfinite(stored).all():
+                reason = f"{target.name} has values outside the range of {target.dtype}"
+                raise QuantizationError(reason, advice="Export with --type bf16 or f32.")
     return np.ascontiguousarray(rows).view(np.uint8).reshape(-1).data
-
-
-def _finite(rows: Rows) -> bool:
-    return bool(np.isfinite(rows.astype(np.float32, copy=False)).all())
-
-
-def total(targets: Iterable[Target]) -> Mapping[str, int]:
-    """Bytes by type of the matrices, the largest first."""
-    sizes: dict[str, int] = {}
-    for target in targets:
-        if len(target.shape) > 1:
-            sizes[target.dtype] = sizes.get(target.dtype, 0) + target.nbytes
-    return dict(sorted(sizes.items(), key=lambda entry: -entry[1]))

@@ -1,4 +1,4 @@
-"""Byte-level BPE: how the text is split before merging, which llama.cpp must be told by name, and the merges."""
+"""The two kinds of vocabularies that llama.cpp reads: byte-level BPE, with named rules to split text, and sentencepiece."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
-from nestpatch.export._model_config import read_json
+from nestpatch.export._model_config import OTHER_CONVERTER, read_json
 from nestpatch.export._tokenizer_files import BPE, Kind, TokenizerFiles, VocabularyPiece, read_model
 from nestpatch.files.reading import MAX_JSON, read_text
 
@@ -23,6 +23,10 @@ GPT4O = rf"{_EDGE}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_EDGE}{_UPPER}+{_LOWER}*{_
 TEKKEN = rf"{_EDGE}{_UPPER}*{_LOWER}+|{_EDGE}{_UPPER}+{_LOWER}*|\p{{N}}|{_SLASH_TAIL}"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGITS = "every digit by itself"
+SPACE = "\u2581"
+UNREACHABLE = -1e6
+"""The score of pieces that no merge produces."""
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((LLAMA3,), True): "llama-bpe",
@@ -33,27 +37,27 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((GPT2,), False): "gpt-2",
     ((DIGITS, GPT2), False): "smollm",
 }
-"""(splits, whether whole words skip merging) -> llama.cpp's name. Names with the same splits differ only in that."""
+"""(splits, whether whole words skip merging) -> llama.cpp's name of the rules."""
 _BY_CLASS: dict[str, tuple[str, ...]] = {"Qwen2Tokenizer": (QWEN2,), "GPT2Tokenizer": (GPT2,)}
-"""Classes whose tokenizers may lie there as vocab.json and merges.txt."""
+"""Splits of classes whose tokenizers may be stored as vocab.json and merges.txt."""
 
 
 def is_byte_level(files: TokenizerFiles) -> bool:
     """Whether this is a byte-level BPE, by the pre-tokenizer of tokenizer.json or by its files."""
     if files.tokenizer is None:
         return (files.folder / "vocab.json").is_file() and (files.folder / "merges.txt").is_file()
-    return any(step.get("type") == "ByteLevel" for step in _steps(files.tokenizer))
+    return any(step.get("type") == "ByteLevel" for step in _steps(files.tokenizer, "pre_tokenizer"))
 
 
-def _steps(tokenizer: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """The pre-tokenizers, one after the other."""
-    first = tokenizer.get("pre_tokenizer") or {}
-    steps = first.get("pretokenizers", [first])
+def _steps(tokenizer: Mapping[str, Any] | None, part: str) -> Sequence[Mapping[str, Any]]:
+    """The steps of the "normalizer" or the "pre_tokenizer", which may be one step or a sequence."""
+    first = (tokenizer or {}).get(part) or {}
+    steps = first.get("normalizers" if part == "normalizer" else "pretokenizers", [first])
     return [step for step in steps if step]
 
 
 def pre_tokenizer(files: TokenizerFiles) -> str:
-    """llama.cpp's name of the splits that this tokenizer makes. Raises UnsupportedModelError when it knows none like them."""
+    """llama.cpp's name of the rules by which this tokenizer splits text. Raises UnsupportedModelError for unknown rules."""
     if files.tokenizer is None:
         name = str(files.config.get("tokenizer_class", "")).removesuffix("Fast")
         splits, whole = _BY_CLASS.get(name, ()), False
@@ -64,15 +68,15 @@ def pre_tokenizer(files: TokenizerFiles) -> str:
     if found is None:
         seen = ", then ".join(splits) or f"those of tokenizer class {files.config.get('tokenizer_class')!r}"
         raise UnsupportedModelError(
-            f"the tokenizer splits text by rules for which no pre-tokenizer of llama.cpp is known here: {seen}"
+            f"the tokenizer splits text by rules that match no known pre-tokenizer of llama.cpp: {seen}"
             + (" (with ignore_merges)" if whole else ""),
-            advice="Let llama.cpp's own converter try: --llama-cpp DIR, where DIR is a checkout of llama.cpp.",
+            advice=OTHER_CONVERTER,
         )
     return found
 
 
 def _splits(tokenizer: Mapping[str, Any]) -> Iterator[str]:
-    for step in _steps(tokenizer):
+    for step in _steps(tokenizer, "pre_tokenizer"):
         kind, pattern = step.get("type"), step.get("pattern") or {}
         plain = step.get("behavior") == "Isolated" and not step.get("invert")
         if kind == "Split" and plain and "Regex" in pattern:
@@ -86,18 +90,19 @@ def _splits(tokenizer: Mapping[str, Any]) -> Iterator[str]:
             yield f"{kind} {dict(step)}"
 
 
-def check(files: TokenizerFiles) -> tuple[str, ...]:
-    """What llama.cpp does otherwise, in words. Raises UnsupportedModelError for what would change ordinary text."""
+def byte_level_notes(files: TokenizerFiles) -> tuple[str, ...]:
+    """Small differences in llama.cpp. Raises UnsupportedModelError for those that change ordinary text."""
     model = (files.tokenizer or {}).get("model", {})
     if model.get("type", "BPE") != "BPE":
-        raise UnsupportedModelError(f"tokenizers of type {model.get('type')} cannot be exported to GGUF here")
+        raise UnsupportedModelError(
+            f"tokenizers of type {model.get('type')} cannot be exported to GGUF", advice=OTHER_CONVERTER
+        )
     odd = [name for name in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout") if model.get(name)]
     if odd:
-        raise UnsupportedModelError(f"llama.cpp has no byte-level BPE with {' and '.join(odd)}")
-    first = (files.tokenizer or {}).get("normalizer") or {}
-    kinds = [step.get("type") for step in first.get("normalizers", [first]) if step]
+        raise _refused(f"it is a byte-level BPE with {' and '.join(odd)}")
+    kinds = [step.get("type") for step in _steps(files.tokenizer, "normalizer")]
     if set(kinds) - {"NFC"}:
-        raise UnsupportedModelError(f"llama.cpp does not normalize text as this tokenizer does ({', '.join(map(str, kinds))})")
+        raise _refused(f"it normalizes text by {', '.join(map(str, kinds))}")
     if kinds or (files.tokenizer is None and "Qwen2" in str(files.config.get("tokenizer_class"))):
         return ("llama.cpp does not compose characters (NFC): text with separate accents becomes other tokens",)
     return ()
@@ -116,21 +121,15 @@ def vocabulary(files: TokenizerFiles) -> tuple[Mapping[str, int], list[str]]:
         raise CheckpointFormatError(f"the tokenizer of {files.folder} is broken: {error!r}") from error
 
 
-SPACE = "\u2581"
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-UNREACHABLE = -1e6
-"""The score of pieces that no merge makes."""
-
-
 def pieces(files: TokenizerFiles) -> tuple[Mapping[int, VocabularyPiece], bool, tuple[str, ...]]:
     """(pieces by id, whether a space is put before text, notes), from tokenizer.model or rebuilt from tokenizer.json.
 
-    Raises UnsupportedModelError for vocabularies that llama.cpp would read otherwise, CheckpointFormatError without any.
+    Raises UnsupportedModelError for vocabularies that llama.cpp would read differently, CheckpointFormatError without any.
     """
     found: Mapping[int, VocabularyPiece]
     notes: tuple[str, ...] = ()
-    if files.model_file.is_file():
-        model = read_model(files.model_file)
+    if (file := files.folder / "tokenizer.model").is_file():
+        model = read_model(file)
         if model.model_type != BPE:
             raise _refused("a unigram model")
         found, prefix = dict(enumerate(model.pieces)), model.add_dummy_prefix
@@ -142,26 +141,23 @@ def pieces(files: TokenizerFiles) -> tuple[Mapping[int, VocabularyPiece], bool, 
             f"{files.folder} has no tokenizer", advice="Put tokenizer.json or tokenizer.model into the model's directory."
         )
     if sum(piece.kind is Kind.BYTE for piece in found.values()) != 256:
-        # Its tokenizer throws an exception at the first character without a piece.
+        # llama.cpp throws an exception at the first character without a piece.
         raise _refused("no byte fallback")
     if files.tokenizer is not None:
         prefix = _prefix(files.tokenizer)
-    if isinstance(said := files.config.get("add_prefix_space"), bool):
-        prefix = said
+    if isinstance(stated := files.config.get("add_prefix_space"), bool):
+        prefix = stated
     return found, prefix, (*notes, *(_prefix_note(files) if prefix else ()))
 
 
 def _refused(what: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"llama.cpp cannot read this tokenizer: {what}",
-        advice="Let llama.cpp's own converter try: --llama-cpp DIR, where DIR is a checkout of llama.cpp.",
-    )
+    return UnsupportedModelError(f"llama.cpp cannot read this tokenizer: {what}", advice=OTHER_CONVERTER)
 
 
 def _prefix_note(files: TokenizerFiles) -> tuple[str, ...]:
     """llama.cpp has one way to put spaces before text; newer tokenizers have another."""
-    schemes = {step.get("prepend_scheme") for step in _flat((files.tokenizer or {}).get("pre_tokenizer"), "pretokenizers")}
-    # These classes rebuild their steps from the flag, whatever tokenizer.json says.
+    schemes = {step.get("prepend_scheme") for step in _steps(files.tokenizer, "pre_tokenizer")}
+    # These classes rebuild their steps from the flag and ignore those in tokenizer.json.
     by_flag = files.tokenizer is None or str(files.config.get("tokenizer_class", "")).startswith("LlamaTokenizer")
     if "first" in schemes or (by_flag and files.config.get("legacy") is not True):
         return ("llama.cpp puts a space after every special token inside a text, this tokenizer only at the beginning",)
@@ -171,28 +167,24 @@ def _prefix_note(files: TokenizerFiles) -> tuple[str, ...]:
 def _prefix(tokenizer: Mapping[str, Any]) -> bool:
     """Whether the tokenizer puts a space before text. Raises UnsupportedModelError for steps that llama.cpp does not have."""
     prefix = False
-    for step in _flat(tokenizer.get("normalizer"), "normalizers"):
+    for step in _steps(tokenizer, "normalizer"):
         kind = step.get("type")
         if kind == "Prepend" and step.get("prepend") == SPACE:
             prefix = True
         elif not (kind == "Replace" and step.get("pattern") == {"String": " "} and step.get("content") == SPACE):
             raise _refused(f"it normalizes text by {kind}")
-    for step in _flat(tokenizer.get("pre_tokenizer"), "pretokenizers"):
+    for step in _steps(tokenizer, "pre_tokenizer"):
         kind = step.get("type")
         if kind == "Metaspace" and step.get("replacement") == SPACE:
             prefix = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never") != "never"
         elif not (kind == "Split" and step.get("pattern") == {"String": " "}):
-            # Splitting at spaces does nothing: the normalizer has replaced them all.
+            # Splitting at spaces has no effect: the normalizer has replaced all of them.
             raise _refused(f"it splits text by {kind}")
     return prefix
 
 
-def _flat(step: Any, key: str) -> Sequence[Mapping[str, Any]]:
-    return [part for part in (step or {}).get(key, [step]) if part]
-
-
 def _rebuilt(tokenizer: Mapping[str, Any]) -> tuple[dict[int, VocabularyPiece], tuple[str, ...]]:
-    """The pieces of what was once a sentencepiece model: the earlier a merge, the higher the score of its result."""
+    """The pieces of a former sentencepiece model: the earlier a merge, the higher the score of its result."""
     model = tokenizer["model"]
     if model.get("type", "BPE") != "BPE" or not model.get("byte_fallback"):
         raise _refused(f"type {model.get('type')}, byte fallback {bool(model.get('byte_fallback'))}")
@@ -201,32 +193,22 @@ def _rebuilt(tokenizer: Mapping[str, Any]) -> tuple[dict[int, VocabularyPiece], 
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(pairs):
         ranks.setdefault("".join(pair), rank)
-    unknown = model.get("unk_token")
-    found = {
-        number: VocabularyPiece(text, float(-ranks[text]) if text in ranks else UNREACHABLE, _kind(text, unknown))
-        for text, number in vocab.items()
-    }
+    found = {}
+    for text, number in vocab.items():
+        kind = Kind.UNKNOWN if text == model.get("unk_token") else Kind.NORMAL
+        kind = Kind.BYTE if _BYTE.fullmatch(text) else kind
+        found[number] = VocabularyPiece(text, float(-ranks[text]) if text in ranks else UNREACHABLE, kind)
     return found, _ambiguity(vocab, set(pairs))
 
 
-def _kind(text: str, unknown: str | None) -> Kind:
-    if _BYTE.fullmatch(text):
-        return Kind.BYTE
-    return Kind.UNKNOWN if text == unknown else Kind.NORMAL
-
-
 def _ambiguity(vocab: Mapping[str, int], merges: set[Any]) -> tuple[str, ...]:
-    """llama.cpp merges any two pieces whose whole is a piece; a tokenizer that was trained as BPE knows one pair for each."""
+    """llama.cpp merges any two pieces that form a piece; a tokenizer trained as BPE has one pair for each piece."""
     for text in vocab:
         if _BYTE.fullmatch(text):
             continue
-        for at in range(1, len(text)):
-            pair = text[:at], text[at:]
-            if pair[0] in vocab and pair[1] in vocab and pair not in merges and _made(text, merges):
-                return ("this vocabulary was not made by sentencepiece: llama.cpp may split some words otherwise",)
+        pairs = [(text[:at], text[at:]) for at in range(1, len(text))]
+        unused = any(left in vocab and right in vocab and (left, right) not in merges for left, right in pairs)
+        # A piece that no merge makes is an added token, which is matched before merging.
+        if unused and any(pair in merges for pair in pairs):
+            return ("this vocabulary was not made by sentencepiece: llama.cpp may split some words differently",)
     return ()
-
-
-def _made(text: str, merges: set[Any]) -> bool:
-    """Whether any merge makes this piece; others are added tokens, which are found before merging."""
-    return any((text[:at], text[at:]) in merges for at in range(1, len(text)))

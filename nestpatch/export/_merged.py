@@ -1,4 +1,4 @@
-"""A checkpoint as it would be with a pack merged, without writing it: rows are merged when they are read."""
+"""A checkpoint with a pack merged into it, without writing it: rows are merged when they are read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nestpatch.rows import Rows, digest, merge
 
 
 class MergedCheckpoint:
-    """A Checkpoint that reads like the patched model and cannot be written. What lies on disk stays the base."""
+    """A read-only Checkpoint of the patched model; the files on disk stay the base."""
 
     converted = False
 
@@ -30,8 +30,8 @@ class MergedCheckpoint:
         self._deltas = {tensor.info.name: tensor.delta for tensor in plan.tensors}
 
     def reopen(self, path: Path) -> Checkpoint:
-        """Raises OutputError: a view has no other place."""
-        raise OutputError(f"{self.path} is only seen as patched: there is nothing at {path}")
+        """Raises OutputError: a view cannot be opened elsewhere."""
+        raise OutputError(f"{self.path} is patched in memory only: there is nothing at {path}")
 
     def tensors(self) -> Sequence[str]:
         """The names of all tensors, sorted."""
@@ -42,11 +42,11 @@ class MergedCheckpoint:
         return self._base.has(name)
 
     def info(self, name: str) -> TensorInfo:
-        """As in the base: a merge changes no shape and no dtype. The file that it names holds the base's rows."""
+        """As in the base: a merge changes no shape and no dtype. The file of a patched tensor contains the base's rows."""
         return self._base.info(name)
 
     def extent(self, name: str) -> TensorInfo | None:
-        """Where an untouched tensor's bytes lie; those of a patched one are nowhere."""
+        """Where the bytes of an untouched tensor are stored; None for a patched one."""
         if name in self._deltas or not isinstance(self._base, Extents):
             return None
         return self._base.extent(name)
@@ -58,7 +58,7 @@ class MergedCheckpoint:
         if delta is None:
             return found
         places = np.searchsorted(delta.rows, rows)
-        places[places == delta.neurons] = 0  # beyond the last one: equal to none
+        places[places == delta.neurons] = 0  # rows after the last touched one: the comparison below is false for them
         touched = delta.rows[places] == rows
         if touched.any():
             change = delta.delta[delta.cluster[places[touched]]]
@@ -67,7 +67,7 @@ class MergedCheckpoint:
 
     def write_rows(self, name: str, rows: IntArray, values: Rows) -> None:
         """Raises OutputError."""
-        raise OutputError(f"{self.path} is only seen as patched: {len(rows)} rows {values.dtype} of {name} cannot be written")
+        raise OutputError(f"{self.path} is patched in memory only: {len(rows)} rows {values.dtype} of {name} cannot be written")
 
     def read_all(self, name: str) -> Iterator[bytes]:
         """The tensor's bytes, in blocks."""
@@ -79,12 +79,12 @@ class MergedCheckpoint:
             yield self.read_rows(name, np.arange(part.start, part.stop, dtype=np.int64)).tobytes()
 
     def metadata(self) -> Mapping[str, Any]:
-        """What the base's files say of themselves."""
+        """The metadata of the base's files."""
         return self._base.metadata()
 
 
 def merged_view(pack: Pack, checkpoint: Checkpoint, strength: float = 1.0) -> MergedCheckpoint:
-    """Checks that the checkpoint is the pack's base, and that the merge gives what the pack promises.
+    """Checks that the checkpoint is the pack's base, and that the merge gives the result in the pack.
 
     Raises BaseMismatchError, PackContentError.
     """

@@ -1,8 +1,9 @@
-"""A model's config.json, read once and the same for every version of transformers that wrote it."""
+"""A model's config.json, read into one form whichever version of transformers wrote it."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,31 +12,33 @@ from typing import Any
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
 from nestpatch.files.reading import MAX_JSON, read_text
 
+OTHER_CONVERTER = "Try llama.cpp's own converter: --llama-cpp DIR, where DIR is a checkout of llama.cpp."
+"""Advice for models and tokenizers that cannot be exported to GGUF here."""
 _WIDEST_HEAD = 1 << 16
 _REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The fields of a config.json, with the defaults of its family underneath."""
+    """The fields of a config.json; those that are missing have the defaults of the family."""
 
     architecture: str
-    """Its transformers class: "LlamaForCausalLM"."""
+    """The class in transformers: "LlamaForCausalLM"."""
     fields: Mapping[str, Any]
 
     def get(self, *names: str, default: Any = None) -> Any:
-        """The first of these fields that is there and not null."""
+        """The first of these fields that is present and not null."""
         return next((self.fields[name] for name in names if self.fields.get(name) is not None), default)
 
-    def number(self, *names: str) -> int:
-        """A whole number that must be there. Raises CheckpointFormatError."""
-        value = self.get(*names)
+    def number(self, name: str) -> int:
+        """A required integer. Raises CheckpointFormatError."""
+        value = self.get(name)
         if type(value) is not int:
-            raise CheckpointFormatError(f"config.json: {names[0]} is {value!r}, a whole number is needed")
+            raise CheckpointFormatError(f"config.json: {name} is {value!r}; expected an integer")
         return value
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> ModelConfig:
-        """The same with values for what config.json leaves out. Raises CheckpointFormatError when that is something vital."""
+        """The same with defaults for missing fields. Raises CheckpointFormatError when a required one is still missing."""
         given = {name: value for name, value in self.fields.items() if value is not None}
         config = replace(self, fields={**defaults, **given})
         for name in _REQUIRED:
@@ -55,8 +58,7 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
-        value = self.get("num_key_value_heads", default=self.heads)
-        return int(value)
+        return int(self.get("num_key_value_heads", default=self.heads))
 
     @property
     def head_dim(self) -> int:
@@ -64,19 +66,19 @@ class ModelConfig:
 
     @property
     def rope(self) -> Mapping[str, Any]:
-        """How positions are encoded in full attention layers: rope_type, rope_theta, and what the type needs."""
+        """The rotary settings of full attention layers: rope_type, rope_theta, and what the type needs."""
         nested = self._rope_parameters()
         return {"rope_type": "default", "rope_theta": 10000.0} | (nested.get("full_attention") or nested)
 
     @property
     def local_theta(self) -> float | None:
-        """The base of sliding window layers, where these have one of their own."""
+        """The rotary base of sliding window layers, where they have their own."""
         local = self._rope_parameters().get("sliding_attention") or {}
         value = local.get("rope_theta", self.get("rope_local_base_freq"))
         return None if value is None else float(value)
 
     def _rope_parameters(self) -> dict[str, Any]:
-        # transformers 5 has rope_parameters; before, rope_theta stood beside rope_scaling, whose type was "type" once.
+        # transformers 5 writes rope_parameters; earlier versions rope_theta and rope_scaling, whose type was once "type".
         found = dict(self.get("rope_parameters", "rope_scaling", default={}))
         if "full_attention" in found:
             return found
@@ -89,7 +91,7 @@ class ModelConfig:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file, or None when there is none. Raises CheckpointFormatError when it is broken."""
+    """The content of a JSON file, or None where there is no file. Raises CheckpointFormatError when it is broken."""
     try:
         return json.loads(read_text(path, MAX_JSON, error=CheckpointFormatError))
     except FileNotFoundError:
@@ -113,6 +115,16 @@ def read_config(folder: Path) -> ModelConfig:
         method = how.get("quant_method", "unknown") if isinstance(how, dict) else "unknown"
         raise UnsupportedModelError(
             f"the weights of {folder} are quantized already (method {method})",
-            advice="Export the float model it was made from.",
+            advice="Export the float model that it was made from.",
         )
     return ModelConfig(architectures[0], fields)
+
+
+def model_name(path: Path) -> str:
+    """The name of a model: its directory, or its repository in a Hub cache. Kept as it is: llama.cpp reads rules from it."""
+    place = Path(os.path.abspath(path))
+    if place.is_file():
+        place = place.parent
+    if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):
+        return place.parent.parent.name.rpartition("--")[2]
+    return place.name or "model"

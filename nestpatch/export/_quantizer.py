@@ -1,4 +1,8 @@
-"""Types that llama.cpp mixes itself. Its quantizer runs in a process of its own, so that it can be stopped, or die, alone."""
+"""llama.cpp's quantizer, for file types that mix several types of rows.
+
+It runs in a process of its own (`python -m nestpatch.export._quantizer`), so that it can be stopped, and cannot take the
+caller down with it. The process imports llama_cpp and nothing else that is heavy.
+"""
 
 from __future__ import annotations
 
@@ -15,36 +19,44 @@ from threading import Thread
 import nestpatch
 from nestpatch.errors import MissingExtraError, QuantizationError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.formats.gguf import quants as gguf_types
 
 _TAIL = 6
 """Lines of llama.cpp's log that an error shows."""
+_PROGRESS = re.compile(r"\[ *(\d+)/ *(\d+)\] +(\S+)")
+_WARN, _ERROR = 3, 4
 
 
-def require() -> None:
+def require_quantizer() -> None:
     """Raises MissingExtraError without llama-cpp-python."""
     if importlib.util.find_spec("llama_cpp") is None:
         raise MissingExtraError("llama", "quantizing to a type that llama.cpp mixes")
 
 
-def quantize(source: Path, target: Path, kind: str, on_event: OnEvent = ignore) -> None:
+def quantize_file(source: Path, target: Path, kind: str, on_event: OnEvent = ignore) -> None:
     """Quantizes a GGUF file of floats to a file type such as "Q4_K_M".
 
     Raises MissingExtraError without llama-cpp-python, QuantizationError with the end of llama.cpp's log when it fails.
     """
-    require()
-    command = [sys.executable, "-m", "nestpatch.export._quantizer"]
-    command += [str(source), str(target), str(gguf_types.code(kind))]
+    from nestpatch.formats.gguf.quants import code
+
+    require_quantizer()
+    command = [sys.executable, "-m", "nestpatch.export._quantizer", str(source), str(target), str(code(kind))]
     roots = [str(Path(nestpatch.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, roots))}
     tail: deque[str] = deque(maxlen=_TAIL)
-    # The worker ends itself when its stdin closes: also when this process is killed.
-    with subprocess.Popen(  # noqa: S603 - a module of ours
+    # The worker exits when its stdin is closed, which also happens when this process is killed.
+    with subprocess.Popen(  # noqa: S603 - a module of this package
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True,
         encoding="utf-8", errors="replace",
     ) as worker:  # fmt: skip
+        assert worker.stdout is not None  # noqa: S101 - a pipe was requested
         try:
-            _listen(worker, tail, on_event)
+            for line in worker.stdout:
+                if line.startswith("@"):
+                    done, total, name = line[1:].split(maxsplit=2)
+                    on_event(Event("quantize", int(done), int(total), name.strip()))
+                elif line.strip():
+                    tail.append(line.strip())
         except BaseException:
             worker.kill()
             raise
@@ -55,30 +67,16 @@ def quantize(source: Path, target: Path, kind: str, on_event: OnEvent = ignore) 
         )
 
 
-def _listen(worker: subprocess.Popen[str], tail: deque[str], on_event: OnEvent) -> None:
-    assert worker.stdout is not None  # noqa: S101 - it was asked for
-    for line in worker.stdout:
-        if line.startswith("@"):
-            done, total, name = line[1:].split(maxsplit=2)
-            on_event(Event("quantize", int(done), int(total), name.strip()))
-        elif line.strip():
-            tail.append(line.strip())
-
-
-_PROGRESS = re.compile(r"\[ *(\d+)/ *(\d+)\] +(\S+)")
-_WARN, _ERROR = 3, 4
-
-
-def _end_with_parent() -> None:
-    os.read(0, 1)  # nothing is ever sent: this returns when the other end is gone
+def _exit_with_parent() -> None:
+    os.read(0, 1)  # nothing is ever sent: this returns when the parent has closed its end
     os._exit(3)
 
 
-def main(source: str, target: str, file_type: int) -> int:
-    """Quantizes one file; 0 when it worked."""
+def _work(source: str, target: str, file_type: int) -> int:
+    """Quantizes one file in this process. Returns the exit code."""
     import llama_cpp
 
-    said: list[str] = []
+    messages: list[str] = []
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator,unused-ignore]
     def hear(level: int, text: bytes, _: ctypes.c_void_p) -> None:
@@ -86,17 +84,17 @@ def main(source: str, target: str, file_type: int) -> int:
         if found := _PROGRESS.match(line):
             print(f"@{found[1]} {found[2]} {found[3]}", flush=True)  # noqa: T201
         elif level in (_WARN, _ERROR) and line.strip():
-            said.append(line.strip())
+            messages.append(line.strip())
 
     llama_cpp.llama_log_set(hear, ctypes.c_void_p(0))
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = file_type
     failed = int(llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params)))
     if failed:
-        print("\n".join(said), flush=True)  # noqa: T201
+        print("\n".join(messages), flush=True)  # noqa: T201
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    Thread(target=_end_with_parent, daemon=True).start()
-    sys.exit(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+    Thread(target=_exit_with_parent, daemon=True).start()
+    sys.exit(_work(sys.argv[1], sys.argv[2], int(sys.argv[3])))

@@ -1,4 +1,4 @@
-"""What an export starts from: a model as it is, or as it would be with a pack merged, and the record of the packs in it."""
+"""The input of an export: a model as it is, or as it would be with a pack merged, and the record of the packs in it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from nestpatch import __version__
 from nestpatch.errors import BaseMismatchError, BusyError, UnsupportedModelError
 from nestpatch.events import OnEvent
 from nestpatch.export._merged import merged_view
+from nestpatch.files.atomic import check_output
 from nestpatch.files.scratch import PATCHED, claimed, scratch
 from nestpatch.formats import nest
 from nestpatch.formats.checkpoint import Checkpoint, row_blocks
 from nestpatch.formats.provenance import PACKS, VERSION, packs_json
 from nestpatch.gate import Proven
 from nestpatch.pack import Pack, TensorDelta, creation_time
-from nestpatch.patcher.apply import apply
+from nestpatch.patcher.apply import apply, sweep_unfinished
 from nestpatch.patcher.chain import Action
 from nestpatch.patcher.held import look, missing
 from nestpatch.patcher.kept import load_packs
@@ -33,7 +34,65 @@ from nestpatch.patcher.steps import Judge, plan_steps
 from nestpatch.signing.trust import load_policy
 
 RECORD = "nestpatch.record"
-"""Metadata of exported safetensors files: JSON, the ledger's entries with the digests of rows before and after."""
+"""Metadata key of exported safetensors files: JSON, the ledger's entries with the digests of rows before and after."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """The model and the pack of an export, opened and checked."""
+
+    checkpoint: Checkpoint
+    state_dir: StateDir
+    proven: Proven | None
+    strength: float
+    fingerprint: tuple[Any, ...]
+    """Of the model's files when they were opened."""
+
+    @property
+    def pack(self) -> Pack | None:
+        return self.proven.pack if self.proven is not None else None
+
+    def beside(self, suffix: str, *parts: str) -> Path:
+        """The default output: beside the model, named after it, the pack and `parts`."""
+        path = Path(os.path.abspath(self.checkpoint.path))
+        stem = path.name if path.is_dir() else path.stem
+        pack = [self.pack.manifest.name, self.pack.manifest.version] if self.pack is not None else []
+        return path.with_name("-".join([stem, *pack, *parts]) + suffix)
+
+    def require_unchanged(self) -> None:
+        """Raises BusyError when something was written to the model since it was opened."""
+        if _fingerprint(self.checkpoint, self.state_dir) != self.fingerprint:
+            raise BusyError(f"{self.checkpoint.path} was changed while it was exported")
+
+
+def open_request(model: str | Path, pack: Proven | None, strength: float) -> Request:
+    """Opens the model for a pack that passed the gate.
+
+    Raises CheckpointError, DataError; UnsupportedModelError for a model that was converted already.
+    """
+    check_strength(strength)
+    checkpoint, state_dir = open_model(model)
+    if checkpoint.converted:
+        raise UnsupportedModelError(
+            f"{model} was converted already; exports start from the safetensors model",
+            advice="Give the safetensors model, or patch the converted file itself: nestpatch apply FILE PACK",
+        )
+    return Request(checkpoint, state_dir, pack, strength, _fingerprint(checkpoint, state_dir))
+
+
+def free_place(output: str | Path, *, dry_run: bool) -> Path:
+    """Removes what killed processes left of an output, and checks that it can be written. Raises OutputError."""
+    target = Path(output)
+    if not dry_run:
+        sweep_unfinished(target)
+    check_output(target)
+    return target
+
+
+def _fingerprint(checkpoint: Checkpoint, state_dir: StateDir) -> tuple[Any, ...]:
+    states = [file.stat() for file in checkpoint.files]
+    transaction = read_ledger(state_dir).transaction
+    return (transaction, *((state.st_ino, state.st_size, state.st_mtime_ns) for state in states))
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,99 +101,51 @@ class ExportSource:
 
     checkpoint: Checkpoint
     entries: tuple[LedgerEntry, ...]
-    """The packs that it holds, bottom first."""
+    """The packs in it, bottom first."""
 
     @property
     def labels(self) -> tuple[str, ...]:
         return tuple(entry.label for entry in self.entries)
 
     def keys(self) -> dict[str, str]:
-        """What the exported file says of its packs; nothing where it has none."""
-        listed = [
-            {field: getattr(entry, field) for field in ("name", "version", "pack_id", "strength")} for entry in self.entries
-        ]
+        """The metadata that lists the packs; empty where there are none."""
+        fields = ("name", "version", "pack_id", "strength")
+        listed = [{field: getattr(entry, field) for field in fields} for entry in self.entries]
         return {PACKS: packs_json(listed)} if listed else {}
 
     def record(self) -> dict[str, str]:
-        """The same with all that the ledger knows, for files that have room for it."""
+        """The same with all fields of the ledger, for formats that have room for them."""
         entries = [asdict(entry) for entry in self.entries]
         return {VERSION: __version__, **self.keys(), **({RECORD: nest.canonical_json(entries)} if entries else {})}
 
 
-@dataclass(frozen=True, eq=False)
-class Wanted:
-    """The model and the patch of an export, opened and checked."""
-
-    checkpoint: Checkpoint
-    state_dir: StateDir
-    proven: Proven | None
-    strength: float
-
-    @property
-    def pack(self) -> Pack | None:
-        return self.proven.pack if self.proven is not None else None
-
-    @property
-    def fingerprint(self) -> list[Any]:
-        """Changes when something is written to the model."""
-        states = [file.stat() for file in self.checkpoint.files]
-        transaction = read_ledger(self.state_dir).transaction
-        return [*((state.st_ino, state.st_size, state.st_mtime_ns) for state in states), transaction]
-
-    def default_output(self, suffix: str, *more: str) -> Path:
-        """Beside the model, named after it, the patch and what else there is to say."""
-        state_dir = Path(os.path.abspath(self.checkpoint.path))
-        stem = state_dir.name if state_dir.is_dir() else state_dir.stem
-        patch = [self.pack.manifest.name, self.pack.manifest.version] if self.pack is not None else []
-        return state_dir.with_name("-".join([stem, *patch, *more]) + suffix)
-
-
-def open_wanted(model: str | Path, pack: Proven | None, strength: float) -> Wanted:
-    """Opens the model for a patch that passed the gate.
-
-    Raises CheckpointError, DataError; UnsupportedModelError for a model that was converted already.
-    """
-    check_strength(strength)
-    checkpoint, state_dir = open_model(model)
-    if checkpoint.converted:
-        raise UnsupportedModelError(
-            f"{model} was converted already: exports start from the safetensors model",
-            advice="Give the safetensors model. A converted file is patched as it is: nestpatch apply FILE PATCH",
-        )
-    return Wanted(checkpoint, state_dir, pack, strength)
-
-
-def require_unchanged(wanted: Wanted, before: list[Any]) -> None:
-    """Raises BusyError when something was written to the model since its fingerprint was `before`."""
-    if wanted.fingerprint != before:
-        raise BusyError(f"{wanted.checkpoint.path} was changed while it was exported")
-
-
 @contextmanager
 def source_of(
-    wanted: Wanted, target: Path, *, whole: bool = False, dry_run: bool = False, on_event: OnEvent
+    request: Request, target: Path, *, whole: bool = False, dry_run: bool = False, on_event: OnEvent
 ) -> Iterator[ExportSource]:
-    """The model itself, a view of it as patched, or a patched copy beside the target for the while.
+    """The model itself, a view of it with the pack merged, or a temporary patched copy beside the target.
 
-    A copy is needed for a converter that reads files itself (`whole`), and where packs have to be undone first.
+    A copy is needed for a converter that reads files itself (`whole`), and where packs must be undone first.
 
     Raises BaseMismatchError, ChainError, PackContentError.
     """
-    checkpoint, state_dir, proven, strength = wanted.checkpoint, wanted.state_dir, wanted.proven, wanted.strength
+    checkpoint, proven, strength = request.checkpoint, request.proven, request.strength
     judge = Judge(load_policy(), checkpoint.path)
-    ledger = _confirmed(checkpoint, state_dir, judge)
-    steps = plan_steps(state_dir, ledger, proven.pack, strength, judge, proven.origin).steps if proven is not None else ()
-    if proven is None or not steps:
+    ledger = _confirmed(checkpoint, request.state_dir, judge)
+    if proven is None:
         yield ExportSource(checkpoint, ledger.applied)
         return
-    pack = proven.pack
+    steps = plan_steps(request.state_dir, ledger, proven.pack, strength, judge, proven.origin).steps
+    if not steps:  # the pack is applied already
+        yield ExportSource(checkpoint, ledger.applied)
+        return
     gone = {step.link for step in steps if step.action is Action.UNDO} - {
         step.link for step in steps if step.action is Action.REDO
     }
     kept = tuple(entry for entry in ledger.applied if entry.link not in gone)
     if not whole and {step.action for step in steps} <= {Action.CHECK, Action.APPLY}:
-        view = merged_view(pack, checkpoint, strength)
-        tensors = {delta.name: _record(delta, checkpoint, view) for delta in pack} if not dry_run else {}
+        view = merged_view(proven.pack, checkpoint, strength)
+        tensors = {delta.name: _record(delta, checkpoint, view) for delta in proven.pack} if not dry_run else {}
         yield ExportSource(view, (*kept, _entry(proven, strength, tensors)))
         return
     with scratch(target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp"), PATCHED) as copy:
@@ -148,27 +159,26 @@ def source_of(
 
 
 def _confirmed(checkpoint: Checkpoint, state_dir: StateDir, judge: Judge) -> Ledger:
-    """The ledger of a model, whose rows hold what it says: an export passes it on, but no claims about who signed what.
+    """The ledger of a model after its rows were checked; signers of foreign entries are those that were verified here.
 
-    Raises BaseMismatchError, UndoError; SignatureError for a pack that came with the model and that nobody answers for.
+    Raises BaseMismatchError, UndoError; SignatureError for a pack that came with the model without a trusted signature.
     """
     ledger = read_ledger(state_dir)
     gone = missing(look(checkpoint, state_dir, ledger.applied, load_packs(state_dir, ledger.applied)))
     if lost := [entry.label for entry in ledger.applied if entry.pack_id in gone]:
         raise BaseMismatchError(
-            f"the ledger of {checkpoint.path} names {', '.join(lost)}, and the rows do not hold that",
-            advice="Put the pack back (nestpatch apply MODEL PATCH --in-place), or take it off (nestpatch revert MODEL).",
+            f"the ledger of {checkpoint.path} lists {', '.join(lost)}, but the rows of the model do not contain it",
+            advice="Put the pack back (nestpatch apply MODEL PACK --in-place), or remove it (nestpatch revert MODEL).",
         )
-    return replace(ledger, applied=tuple(_vouched(entry, state_dir, judge) for entry in ledger.applied))
-
-
-def _vouched(entry: LedgerEntry, state_dir: StateDir, judge: Judge) -> LedgerEntry:
-    """With the signers that were checked, where the entry came with the model."""
-    return replace(entry, signers=judge.require(state_dir, entry.pack_id).signers, roots=()) if entry.foreign else entry
+    entries = (
+        replace(entry, signers=judge.require(state_dir, entry.pack_id).signers, roots=()) if entry.foreign else entry
+        for entry in ledger.applied
+    )
+    return replace(ledger, applied=tuple(entries))
 
 
 def _entry(proven: Proven, strength: float, tensors: dict[str, TensorRecord]) -> LedgerEntry:
-    """As the ledger would have it, but with no transaction: there is nothing beside the file to undo it by."""
+    """A ledger entry without a transaction: an exported file has no undo record."""
     manifest = proven.pack.manifest
     return LedgerEntry(
         pack_id=proven.pack_id,

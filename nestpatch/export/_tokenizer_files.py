@@ -1,4 +1,4 @@
-"""The files of a tokenizer as transformers and others leave them, of every age, read into one form."""
+"""The files of a tokenizer, as any version of transformers or sentencepiece writes them, read into one form."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
-from nestpatch.export._model_config import read_json
+from nestpatch.export._model_config import OTHER_CONVERTER, read_json
 from nestpatch.files.reading import MAX_JSON, read_bounded, read_text
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+"""Wire types of protocol buffers."""
 BPE = 2
+"""The model type of a sentencepiece BPE."""
+ChatTemplate: TypeAlias = str | list[dict[str, str]]
+SPECIALS = ("bos", "eos", "unk", "sep", "pad", "mask")
 
 
 class Kind(IntEnum):
-    """Kinds of pieces; GGUF uses the same numbers."""
+    """Kinds of pieces, with the numbers that sentencepiece and GGUF share."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -30,7 +34,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class VocabularyPiece:
-    """One entry of the vocabulary; its place in the list is its id."""
+    """One entry of a sentencepiece vocabulary; its position in the list is its id."""
 
     text: str
     score: float
@@ -39,7 +43,7 @@ class VocabularyPiece:
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """What an exporter needs of tokenizer.model."""
+    """The fields of tokenizer.model that an exporter needs."""
 
     pieces: tuple[VocabularyPiece, ...]
     model_type: int
@@ -47,7 +51,7 @@ class SentencePieceModel:
 
 
 def read_model(path: Path) -> SentencePieceModel:
-    """Raises CheckpointFormatError when the file is no sentencepiece model."""
+    """Reads tokenizer.model. Raises CheckpointFormatError when the file is no sentencepiece model."""
     try:
         return _model(read_bounded(path, MAX_JSON, error=CheckpointFormatError))
     except (ValueError, LookupError, TypeError, struct.error) as error:
@@ -58,27 +62,25 @@ def _model(data: bytes) -> SentencePieceModel:
     pieces: list[VocabularyPiece] = []
     model_type, prefix = 1, True  # the defaults of sentencepiece
     for field, value in _fields(data):
-        if field == 1 and isinstance(value, bytes):
-            pieces.append(_piece(value))
-        elif field == 2 and isinstance(value, bytes):
+        if not isinstance(value, bytes):
+            continue
+        if field == 1:
+            piece = dict(_fields(value))
+            text, score = piece[1], piece.get(2, 0.0)
+            if not isinstance(text, bytes) or isinstance(score, bytes):
+                raise ValueError("a piece has fields of the wrong type")
+            pieces.append(VocabularyPiece(text.decode("utf-8"), float(score), Kind(int(piece.get(3, 1)))))
+        elif field == 2:
             model_type = int(dict(_fields(value)).get(3, 1))
-        elif field == 3 and isinstance(value, bytes):
+        elif field == 3:
             prefix = bool(dict(_fields(value)).get(3, 1))
     if not pieces:
         raise ValueError("it has no pieces")
     return SentencePieceModel(tuple(pieces), model_type, prefix)
 
 
-def _piece(data: bytes) -> VocabularyPiece:
-    fields = dict(_fields(data))
-    text, score = fields[1], fields.get(2, 0.0)
-    if not isinstance(text, bytes) or isinstance(score, bytes):
-        raise ValueError("a piece has fields of the wrong type")
-    return VocabularyPiece(text.decode("utf-8"), float(score), Kind(int(fields.get(3, 1))))
-
-
 def _fields(data: bytes) -> Iterator[tuple[int, int | float | bytes]]:
-    """(field number, value) of a message, in order."""
+    """(number, value) of each field of a message, in order."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -102,7 +104,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | float | bytes]]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """(number, where it ends)."""
+    """(number, position after it)."""
     value = shift = 0
     while True:
         byte = data[at]
@@ -111,55 +113,42 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
         if shift > 63:
-            raise ValueError(f"an endless number at byte {at}")
-
-
-ChatTemplate: TypeAlias = str | list[dict[str, str]]
-SPECIALS = ("bos", "eos", "unk", "sep", "pad", "mask")
+            raise ValueError(f"a number without end at byte {at}")
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is found in the text before anything else is done to it."""
+    """A token that is matched in the raw text, before it is split."""
 
     content: str
     special: bool
     strips: bool = False
-    """Whether it swallows white space beside it."""
+    """Whether white space beside it is stripped."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenizerFiles:
-    """What lies in a model's directory."""
+    """The content of the tokenizer's files in a model's directory."""
 
     folder: Path
     tokenizer: Mapping[str, Any] | None
     """tokenizer.json."""
     config: Mapping[str, Any]
-    """tokenizer_config.json, with special_tokens_map.json underneath."""
+    """tokenizer_config.json; missing fields are those of special_tokens_map.json."""
     model: Mapping[str, Any]
-    """config.json, with generation_config.json underneath: token ids."""
+    """config.json; missing fields, such as token ids, are those of generation_config.json."""
     added: Mapping[int, AddedToken]
 
-    @property
-    def model_file(self) -> Path:
-        """The sentencepiece model."""
-        return self.folder / "tokenizer.model"
-
-    def special_name(self, kind: str) -> str | None:
-        """The text of the "bos", "eos", ... token, where the tokenizer has one."""
-        value = self.config.get(f"{kind}_token")
-        return value.get("content") if isinstance(value, dict) else value
-
-    def special_id(self, kind: str) -> int | None:
-        """Its id as the model's configuration has it; of several, the first."""
-        value = self.model.get(f"{kind}_token_id")
-        value = value[0] if isinstance(value, list) and value else value
-        return value if type(value) is int and value >= 0 else None
+    def special(self, kind: str) -> tuple[str | None, int | None]:
+        """(text, id) of the "bos", "eos", ... token, as the configuration files have it; of several ids the first."""
+        text, number = self.config.get(f"{kind}_token"), self.model.get(f"{kind}_token_id")
+        text = text.get("content") if isinstance(text, dict) else text
+        number = number[0] if isinstance(number, list) and number else number
+        return text, number if type(number) is int and number >= 0 else None
 
 
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
-    """Reads all but the sentencepiece model. Raises CheckpointFormatError when a file is broken."""
+    """Reads all files but the sentencepiece model. Raises CheckpointFormatError when one is broken."""
     tokenizer = read_json(folder / "tokenizer.json")
     config = {**(read_json(folder / "special_tokens_map.json") or {}), **(read_json(folder / "tokenizer_config.json") or {})}
     model = {**(read_json(folder / "generation_config.json") or {}), **(read_json(folder / "config.json") or {})}
@@ -171,7 +160,7 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
 
 
 def _added(folder: Path, tokenizer: Any, config: Mapping[str, Any]) -> dict[int, AddedToken]:
-    """The added tokens by id; newer files win."""
+    """The added tokens by id; newer kinds of files take precedence."""
     found = {int(number): AddedToken(text, False) for text, number in (read_json(folder / "added_tokens.json") or {}).items()}
     entries = list((config.get("added_tokens_decoder") or {}).items())
     entries += [(entry["id"], entry) for entry in (tokenizer or {}).get("added_tokens") or ()]
@@ -182,27 +171,21 @@ def _added(folder: Path, tokenizer: Any, config: Mapping[str, Any]) -> dict[int,
 
 
 def chat_template(files: TokenizerFiles) -> ChatTemplate | None:
-    """The chat template, or several by name; the .jinja file wins, as in transformers."""
-    file = files.folder / "chat_template.jinja"
-    others = sorted((files.folder / "additional_chat_templates").glob("*.jinja"))
-    if not file.is_file():
+    """The chat template, or several by name. As in transformers, a .jinja file takes precedence."""
+    main = files.folder / "chat_template.jinja"
+    if not main.is_file():
         found = files.config.get("chat_template")
         return found if isinstance(found, (str, list)) else None
-    template = _template(file)
-    if not others:
-        return template
-    named = [{"name": other.stem, "template": _template(other)} for other in others]
-    return [{"name": "default", "template": template}, *named]
-
-
-def _template(file: Path) -> str:
-    return read_text(file, MAX_JSON, error=CheckpointFormatError)
+    others = sorted((files.folder / "additional_chat_templates").glob("*.jinja"))
+    texts = [read_text(file, MAX_JSON, error=CheckpointFormatError) for file in (main, *others)]
+    names = ["default", *(other.stem for other in others)]
+    return [{"name": name, "template": text} for name, text in zip(names, texts, strict=True)] if others else texts[0]
 
 
 def frame(files: TokenizerFiles) -> tuple[str | None, str | None]:
-    """(token before every text, token after it), as the post-processor of tokenizer.json puts them.
+    """(token before every text, token after it), from the post-processor of tokenizer.json.
 
-    Raises UnsupportedModelError when it puts more than GGUF files can say.
+    Raises UnsupportedModelError when it adds more than a GGUF file can express.
     """
     processor = (files.tokenizer or {}).get("post_processor") or {}
     parts = processor.get("processors", [processor])
@@ -210,8 +193,8 @@ def frame(files: TokenizerFiles) -> tuple[str | None, str | None]:
     odd = [part.get("type") for part in parts if part.get("type") not in ("TemplateProcessing", "ByteLevel", None)]
     if odd or len(templates) > 1:
         raise UnsupportedModelError(
-            f"GGUF files cannot say what the post-processor of {files.folder} does ({', '.join(map(str, odd)) or 'templates'})",
-            advice="Let llama.cpp's own converter try: --llama-cpp DIR, where DIR is a checkout of llama.cpp.",
+            f"a GGUF file cannot express the post-processor of {files.folder} ({', '.join(map(str, odd)) or 'templates'})",
+            advice=OTHER_CONVERTER,
         )
     single = templates[0].get("single", []) if templates else []
     texts = [number for number, part in enumerate(single) if "Sequence" in part]
@@ -220,6 +203,6 @@ def frame(files: TokenizerFiles) -> tuple[str | None, str | None]:
     before, after = names[:at], names[at + 1 :] if texts else []
     if len(before) > 1 or len(after) > 1:
         raise UnsupportedModelError(
-            f"the tokenizer of {files.folder} puts {before + after} around a text; GGUF has room for two"
+            f"the tokenizer of {files.folder} puts {before + after} around a text; a GGUF file can have one token on each side"
         )
     return (before[0] if before else None), (after[0] if after else None)

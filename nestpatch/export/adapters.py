@@ -1,15 +1,15 @@
-"""Adapters: what a pack changes, in a file of its own that is loaded with the base and leaves it as it is."""
+"""Exports a pack as an adapter: a file of its own that is loaded beside the base, which stays as it is."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from nestpatch.errors import CheckpointFormatError
+from nestpatch.export._source import free_place
+from nestpatch.export.results import ExportedAdapter
 from nestpatch.formats import nest
+from nestpatch.formats.gguf.header import read_header
 from nestpatch.formats.gguf.names import expert_of
 from nestpatch.formats.lora import gguf as lora_gguf
 from nestpatch.formats.lora import onnx as lora_onnx
@@ -18,99 +18,131 @@ from nestpatch.formats.lora.factors import Written
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.gate import PackLike, Trust, is_channel, prove
 from nestpatch.pack import Pack
-from nestpatch.patcher.apply import sweep_unfinished
 from nestpatch.patcher.plan import check_strength, make_plan
 from nestpatch.patcher.recovery import open_model, require_settled
 from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.signing.trust import Policy
 
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter that was written, or with `dry_run` would be."""
-
-    pack: str
-    pack_id: str
-    strength: float
-    """It is in the adapter's numbers: load the adapter at scale 1."""
-    format: str
-    """"lora" (a directory for PEFT and vLLM), "gguf-lora" (a file for llama.cpp) or "onnx-adapter" (one for onnxruntime)."""
-    output: Path
-    matrices: int
-    rank: int
-    """The largest: vLLM must be started with at least this --max-lora-rank."""
-    nbytes: int
-    seconds: float
-    dry_run: bool = False
+_ENDINGS = {"lora": "-lora", "gguf-lora": "-lora.gguf", "onnx-adapter": lora_onnx.SUFFIX}
 
 
 def export_lora(
     pack: PackLike,
     output: str | Path | None = None,
-    strength: float = 1.0,
     *,
     model: str | Path | None = None,
+    strength: float = 1.0,
     policy: Policy | None = None,
     trust: Trust = "policy",
     allow_unsigned: bool = False,
     dry_run: bool = False,
-) -> Adapter:
-    """Writes a pack as a PEFT adapter directory, which PeftModel.from_pretrained and vLLM load beside the base.
+) -> ExportedAdapter:
+    """Exports a pack to a PEFT adapter directory, which PeftModel.from_pretrained and vLLM load beside the base.
 
-    Without `output` it lies beside the pack's file and is named after the pack. `model` is only needed where the pack changes
-    experts that the base stores one by one: their number is counted there. The patch passes the gate first, by `policy`,
-    `trust` and `allow_unsigned`, as for `apply_in_place`.
+    Args:
+        pack: The pack, checked as by `apply`.
+        output: The directory to write; by default beside the pack's file, named after the pack.
+        model: The base. Needed only where the pack changes experts that the base stores one by one: it gives their number.
+        strength: Multiplies the pack's deltas, over 0 and up to 1.5. Load the adapter at scale 1.
+        policy: The trust policy for the pack; by default that of this user and this machine.
+        trust: "none" skips the check of signatures.
+        allow_unsigned: Accepts a pack that too few trusted keys have signed.
+        dry_run: Checks everything and writes nothing.
 
-    Raises SignatureError, PackError, DataError, UnsupportedModelError or OutputError; then nothing was written.
+    Returns:
+        Where the adapter is, its rank and its size.
+
+    Raises:
+        DataError: The strength is out of range.
+        OutputError: The output exists or cannot be written.
+        SignatureError: The pack is not signed as the policy requires.
+        PackError: The pack is broken.
+        UnsupportedModelError: PEFT has no adapter for these weights.
     """
+    target = _checked(output, strength, dry_run=dry_run)
     proven = prove(pack, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned)
-    return _export("lora", lora_peft.write, pack, proven.pack, output, strength, model, dry_run)
+    target = target or free_place(adapter_output(pack, proven.pack, "lora"), dry_run=dry_run)
+    return _export("lora", lora_peft.write, proven.pack, target, strength, model, dry_run)
 
 
 def export_gguf_lora(
     pack: PackLike,
     output: str | Path | None = None,
-    strength: float = 1.0,
     *,
     model: str | Path | None = None,
+    strength: float = 1.0,
     policy: Policy | None = None,
     trust: Trust = "policy",
     allow_unsigned: bool = False,
     dry_run: bool = False,
-) -> Adapter:
-    """Writes a pack as a LoRA adapter in a GGUF file, which llama.cpp loads with the base in whatever type (`--lora`).
+) -> ExportedAdapter:
+    """Exports a pack to a LoRA adapter in a GGUF file, which llama.cpp loads beside a base of any file type (`--lora`).
 
-    Without `output` it lies beside the pack's file and is named after the pack. `model`, a directory or a GGUF file, is only
-    needed where the pack changes experts that the base stores one by one. `policy`, `trust` and `allow_unsigned` are as for
-    `apply_in_place`.
+    Args:
+        pack: The pack, checked as by `apply`.
+        output: The file to write; by default beside the pack's file, named after the pack.
+        model: The base, a directory or a GGUF file. Needed only where the pack changes experts that the base stores one by
+            one: it gives their number.
+        strength: Multiplies the pack's deltas, over 0 and up to 1.5. Load the adapter at scale 1.
+        policy: The trust policy for the pack; by default that of this user and this machine.
+        trust: "none" skips the check of signatures.
+        allow_unsigned: Accepts a pack that too few trusted keys have signed.
+        dry_run: Checks everything and writes nothing.
 
-    Raises SignatureError, PackError, DataError, UnsupportedModelError or OutputError; then nothing was written.
+    Returns:
+        Where the adapter is, its rank and its size.
+
+    Raises:
+        DataError: The strength is out of range.
+        OutputError: The output exists or cannot be written.
+        SignatureError: The pack is not signed as the policy requires.
+        PackError: The pack is broken.
+        UnsupportedModelError: llama.cpp has no adapter for these weights.
     """
+    target = _checked(output, strength, dry_run=dry_run)
     proven = prove(pack, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned)
-    return _export("gguf-lora", lora_gguf.write, pack, proven.pack, output, strength, model, dry_run)
+    target = target or free_place(adapter_output(pack, proven.pack, "gguf-lora"), dry_run=dry_run)
+    return _export("gguf-lora", lora_gguf.write, proven.pack, target, strength, model, dry_run)
 
 
 def export_onnx_adapter(
     pack: PackLike,
-    model: str | Path,
     output: str | Path | None = None,
-    strength: float = 1.0,
     *,
+    model: str | Path,
+    strength: float = 1.0,
     policy: Policy | None = None,
     trust: Trust = "policy",
     allow_unsigned: bool = False,
     dry_run: bool = False,
-) -> Adapter:
-    """Writes a pack as an .onnx_adapter file for an ONNX model that was exported adapter-ready, whatever its type.
+) -> ExportedAdapter:
+    """Exports a pack to an .onnx_adapter file for an ONNX model that was exported adapter-ready.
 
-    The model's record of its base is compared with the pack's, and the touched rows are looked at, since the model may have
-    been patched where it lies; then onnxruntime loads both, and runs them on two tokens.
+    The model's record of its base is compared with the pack's, and the touched rows are checked, since the model may have been
+    patched in place. Then onnxruntime loads both and runs them on two tokens.
 
-    Without `output` it lies beside the pack's file and is named after the pack. `policy`, `trust` and `allow_unsigned` are as
-    for `apply_in_place`.
+    Args:
+        pack: The pack, checked as by `apply`.
+        output: The file to write; by default beside the pack's file, named after the pack.
+        model: The adapter-ready ONNX model. Its matrices may be quantized.
+        strength: Multiplies the pack's deltas, over 0 and up to 1.5.
+        policy: The trust policy for the pack; by default that of this user and this machine.
+        trust: "none" skips the check of signatures.
+        allow_unsigned: Accepts a pack that too few trusted keys have signed.
+        dry_run: Checks everything and writes nothing.
 
-    Raises SignatureError, PackError, DataError, CheckpointFormatError, UnsupportedModelError when the model takes no such
-    patch, BaseMismatchError, OutputError or MissingExtraError; then nothing was written.
+    Returns:
+        Where the adapter is, its rank and its size.
+
+    Raises:
+        DataError: The strength is out of range.
+        OutputError: The output exists or cannot be written, or onnxruntime cannot run the model with the adapter.
+        SignatureError: The pack is not signed as the policy requires.
+        PackError: The pack is broken.
+        CheckpointFormatError: The model is broken.
+        UnsupportedModelError: The model does not accept this pack at run time.
+        BaseMismatchError: The model was made from another base, or contains the pack already.
+        MissingExtraError: onnxruntime is not installed.
     """
 
     def write(pack: Pack, target: Path, factor: float, _: int | None, *, dry_run: bool) -> Written:
@@ -119,31 +151,49 @@ def export_onnx_adapter(
         make_plan(pack, open_model(ready.file)[0], factor)
         return lora_onnx.write(content, ready, target, dry_run=dry_run)
 
+    target = _checked(output, strength, dry_run=dry_run)
     proven = prove(pack, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned)
-    return _export("onnx-adapter", write, pack, proven.pack, output, strength, None, dry_run)
+    target = target or free_place(adapter_output(pack, proven.pack, "onnx-adapter"), dry_run=dry_run)
+    return _export("onnx-adapter", write, proven.pack, target, strength, None, dry_run)
+
+
+def adapter_output(source: PackLike, pack: Pack, kind: str) -> Path:
+    """The default output of an adapter.
+
+    Args:
+        source: The pack as the user named it.
+        pack: Its content.
+        kind: "lora", "gguf-lora" or "onnx-adapter".
+
+    Returns:
+        A path beside the pack's file, or in the current directory: "no-harm-1.0.0-lora", "no-harm-1.0.0-lora.gguf".
+    """
+    folder = Path(source).parent if isinstance(source, (str, Path)) and not is_channel(source) else Path()
+    return folder / f"{pack.manifest.name}-{pack.manifest.version}{_ENDINGS[kind]}"
+
+
+def _checked(output: str | Path | None, strength: float, *, dry_run: bool) -> Path | None:
+    """Checks before any work what would fail at the end of it."""
+    check_strength(strength)
+    return None if output is None else free_place(output, dry_run=dry_run)
 
 
 def _export(
     kind: str,
     write: Callable[..., Written],
-    source: PackLike,
     pack: Pack,
-    output: str | Path | None,
+    target: Path,
     strength: float,
     model: str | Path | None,
     dry_run: bool,
-) -> Adapter:
+) -> ExportedAdapter:
     began = time.perf_counter()
-    check_strength(strength)
     if model is not None:
         require_settled(state_dir_of(model), model)
     single = any(expert_of(delta.name) for delta in pack)
-    experts = count_experts(model) if single and model is not None else None
-    target = Path(output) if output is not None else default_output(source, pack, kind)
-    if not dry_run:
-        sweep_unfinished(target)
+    experts = _count_experts(model) if single and model is not None else None
     written = write(pack, target, strength, experts, dry_run=dry_run)
-    return Adapter(
+    return ExportedAdapter(
         pack=pack.label,
         pack_id=nest.pack_id(pack),
         strength=strength,
@@ -157,32 +207,11 @@ def _export(
     )
 
 
-def default_output(source: PackLike, pack: Pack, kind: str) -> Path:
-    """Beside the pack's file, or in the current directory: "no-harm-1.0.0-lora", "no-harm-1.0.0-lora.gguf"."""
-    folder = Path(source).parent if isinstance(source, (str, Path)) and not is_channel(source) else Path()
-    ending = {"gguf-lora": "-lora.gguf", "onnx-adapter": lora_onnx.SUFFIX}.get(kind, "-lora")
-    return folder / f"{pack.manifest.name}-{pack.manifest.version}{ending}"
-
-
-def count_experts(model: str | Path) -> int | None:
-    """How many experts each layer of a model has, or None where it has none of their own.
-
-    Raises CheckpointFormatError when the model cannot be read.
-    """
+def _count_experts(model: str | Path) -> int | None:
+    """The number of experts of each layer; None for a model without. Raises CheckpointFormatError."""
     if Path(model).suffix == ".gguf":
-        return _count_in_gguf(Path(model))
+        metadata = read_header(Path(model)).metadata
+        count = metadata.get(f"{metadata.get('general.architecture')}.expert_count")
+        return count if isinstance(count, int) else None
     numbers = [found[1] for name in open_checkpoint(model).tensors() if (found := expert_of(name))]
     return 1 + max(numbers) if numbers else None
-
-
-def _count_in_gguf(file: Path) -> int | None:
-    from gguf import GGUFReader
-
-    try:
-        fields: Any = GGUFReader(file).fields
-        architecture = fields["general.architecture"].contents()
-        count = fields.get(f"{architecture}.expert_count")
-        return int(count.contents()) if count is not None else None
-    # The reader raises whatever the bytes provoke.
-    except Exception as error:
-        raise CheckpointFormatError(f"cannot read {file}: {error}") from error

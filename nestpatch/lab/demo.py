@@ -16,7 +16,7 @@ from nestpatch.evaluation.evaluator import evaluate
 from nestpatch.evaluation.suites import HEADLINES, Scores, Share, Suite, load_suite
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.export.adapters import export_gguf_lora, export_onnx_adapter
-from nestpatch.export.models import export_gguf
+from nestpatch.export.gguf import export_gguf
 from nestpatch.formats import nest
 from nestpatch.lab.build import Lab, cached_lab, copy_lab
 from nestpatch.nest_train.recipe import Recipe
@@ -191,11 +191,11 @@ def run_onnx(folder: Path, suites: Sequence[Suite], on_event: OnEvent = ignore) 
         found = evaluate(model, suites, lora=lora, on_event=on_event)
         return FormatResult(what, found.patched or found.model, delivered)
 
-    plain = export_onnx(base, place / "patched-fp32", patch, trust="none", on_event=on_event).path
-    int4 = export_onnx(base, place / "int4", bits=4, on_event=on_event).path
+    plain = export_onnx(base, patch, place / "patched-fp32", trust="none", on_event=on_event).output
+    int4 = export_onnx(base, output=place / "int4", bits=4, on_event=on_event).output
     done = apply_in_place(int4, patch, trust="none", base=base, on_event=on_event)
-    ready = export_onnx(base, place / "adapter-ready", adapter_ready=True, on_event=on_event).path
-    adapter = export_onnx_adapter(patch, ready, place / "patch.onnx_adapter", trust="none").output
+    ready = export_onnx(base, output=place / "adapter-ready", adapter_ready=True, on_event=on_event).output
+    adapter = export_onnx_adapter(patch, place / "patch.onnx_adapter", model=ready, trust="none").output
     return (
         run("ONNX fp32, exported", plain),
         run("ONNX int4, patched in place", int4, delivered=done.retention),
@@ -211,7 +211,7 @@ def _files(folder: Path, on_event: OnEvent) -> Iterator[_File]:
     base, patch, place = folder / "base", folder / "patch.nest", folder / "gguf"
 
     def export(name: str, kind: str, pack: Path | None = None) -> Path:
-        return export_gguf(base, place / f"{name}.gguf", pack, trust="none", type=kind, on_event=on_event).path
+        return export_gguf(base, pack, place / f"{name}.gguf", trust="none", type=kind, on_event=on_event).output
 
     plain = export(f"base-{PLAIN}", PLAIN)
     yield f"GGUF {PLAIN.upper()}, exported", export(f"patched-{PLAIN}", PLAIN, patch), None, None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nestpatch.export._gguf import write_gguf
+from nestpatch.export._gguf_writer import write_gguf
 from nestpatch.formats.opening import open_checkpoint
 from tests.export.families import make
 
@@ -27,6 +27,6 @@ def exported(family: Callable[[str], Path]) -> Callable[[str], Path]:
     @cache
     def export(name: str) -> Path:
         folder = family(name)
-        return write_gguf(open_checkpoint(folder), folder.with_suffix(".gguf"), kind="f32").path
+        return write_gguf(open_checkpoint(folder), folder.with_suffix(".gguf"), kind="f32").output
 
     return export

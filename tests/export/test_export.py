@@ -22,8 +22,8 @@ from nestpatch.cli import main
 from nestpatch.errors import BaseMismatchError, BusyError, DataError, DowngradeError, OutputError, PackContentError
 from nestpatch.events import Event
 from nestpatch.export._merged import merged_view
-from nestpatch.export._source import open_wanted
-from nestpatch.export.models import export_gguf
+from nestpatch.export._source import open_request
+from nestpatch.export.gguf import export_gguf
 from nestpatch.files.scratch import claimed, sweep
 from nestpatch.formats import _rowio as rowio
 from nestpatch.formats import checkpoint as interface
@@ -87,22 +87,22 @@ def test_a_patch_is_merged_while_reading(name: str, strength: float, models: Mad
     folder = models(name)
     before = tree_digest(folder)
     pack = tiny_pack(folder, tensors=PATCHED[name])
-    done = export_gguf(folder, tmp_path / "out.gguf", pack, strength=strength)
+    done = export_gguf(folder, pack, tmp_path / "out.gguf", strength=strength)
     want = expected_tensors(folder, merged(folder, pack, strength))
     assert want.keys() == expected_tensors(folder).keys()
-    assert_holds(done.path, want, "BF16", {"rope_freqs.weight"})
+    assert_holds(done.output, want, "BF16", {"rope_freqs.weight"})
     assert tree_digest(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
     assert done.packs == ("no-harm 1.0.0",)
-    assert listed(done.path) == [{"name": "no-harm", "version": "1.0.0", "pack_id": nest.pack_id(pack), "strength": strength}]
+    assert listed(done.output) == [{"name": "no-harm", "version": "1.0.0", "pack_id": nest.pack_id(pack), "strength": strength}]
 
 
 def test_the_file_is_that_of_a_patched_copy(models: Made, tmp_path: Path) -> None:
     folder = models("llama3")
     pack = tiny_pack(folder)
     apply(folder, pack, tmp_path / "copy")
-    on_the_way = export_gguf(folder, tmp_path / "a.gguf", pack, name="same")
-    afterwards = export_gguf(tmp_path / "copy", tmp_path / "b.gguf", name="same")
+    on_the_way = export_gguf(folder, pack, tmp_path / "a.gguf", name="same")
+    afterwards = export_gguf(tmp_path / "copy", output=tmp_path / "b.gguf", name="same")
     assert on_the_way.sha256 == afterwards.sha256
     assert afterwards.packs == ("no-harm 1.0.0",)
 
@@ -110,8 +110,8 @@ def test_the_file_is_that_of_a_patched_copy(models: Made, tmp_path: Path) -> Non
 def test_a_patch_in_a_quantized_file_is_that_of_the_merged_weights(models: Made, tmp_path: Path) -> None:
     folder = models("llama3")
     pack = tiny_pack(folder)
-    done = export_gguf(folder, tmp_path / "out.gguf", pack, type="q8_0")
-    assert_holds(done.path, expected_tensors(folder, merged(folder, pack)), "Q8_0", {"rope_freqs.weight"})
+    done = export_gguf(folder, pack, tmp_path / "out.gguf", type="q8_0")
+    assert_holds(done.output, expected_tensors(folder, merged(folder, pack)), "Q8_0", {"rope_freqs.weight"})
 
 
 def test_the_view_reads_in_blocks_and_single_rows(models: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +138,7 @@ def test_another_base_is_refused_and_nothing_is_written(models: Made, tmp_path: 
     other = tiny_pack(make("llama3", tmp_path / "other", dtype="bfloat16", intermediate_size=64))
     (tmp_path / "out").mkdir()
     with pytest.raises(BaseMismatchError, match="not the base of no-harm"):
-        export_gguf(models("llama3"), tmp_path / "out" / "x.gguf", other)
+        export_gguf(models("llama3"), other, tmp_path / "out" / "x.gguf")
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -149,24 +149,24 @@ def test_a_pack_that_breaks_its_promise_is_refused(models: Made, tmp_path: Path)
     results = dict.fromkeys(pack.manifest.result, "0" * 64)
     liar = Pack(dataclasses.replace(pack.manifest, result=results), pack.deltas)
     with pytest.raises(PackContentError, match="promises"):
-        export_gguf(models("llama3"), tmp_path / "out.gguf", liar)
+        export_gguf(models("llama3"), liar, tmp_path / "out.gguf")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_patched_model_exports_what_its_files_hold(models: Made, tmp_path: Path) -> None:
     """Its ledger goes into the file; a second pack comes on top; an applied one is not applied twice."""
     apply(models("llama3"), tiny_pack(models("llama3"), neurons=5), tmp_path / "model")
-    plain = export_gguf(tmp_path / "model", tmp_path / "plain.gguf")
+    plain = export_gguf(tmp_path / "model", output=tmp_path / "plain.gguf")
     assert plain.packs == ("no-harm 1.0.0",)
-    assert_holds(plain.path, expected_tensors(tmp_path / "model"), "BF16", {"rope_freqs.weight"})
-    again = export_gguf(tmp_path / "model", tmp_path / "again.gguf", tiny_pack(models("llama3"), neurons=5))
+    assert_holds(plain.output, expected_tensors(tmp_path / "model"), "BF16", {"rope_freqs.weight"})
+    again = export_gguf(tmp_path / "model", tiny_pack(models("llama3"), neurons=5), tmp_path / "again.gguf")
     assert again.packs == plain.packs
-    assert stored(again.path) == stored(plain.path)
+    assert stored(again.output) == stored(plain.output)
     second = tiny_pack(tmp_path / "model", name="other", seed=5, tensors=["model.layers.0.mlp.down_proj.weight"])
-    both = export_gguf(tmp_path / "model", tmp_path / "both.gguf", second)
+    both = export_gguf(tmp_path / "model", second, tmp_path / "both.gguf")
     assert both.packs == ("no-harm 1.0.0", "other 1.0.0")
     want = expected_tensors(tmp_path / "model", merged(tmp_path / "model", second))
-    assert_holds(both.path, want, "BF16", {"rope_freqs.weight"})
+    assert_holds(both.output, want, "BF16", {"rope_freqs.weight"})
 
 
 def test_a_newer_version_replaces_the_applied_one(models: Made, tmp_path: Path) -> None:
@@ -178,16 +178,16 @@ def test_a_newer_version_replaces_the_applied_one(models: Made, tmp_path: Path) 
     )
     apply(base, old, tmp_path / "model")
     (tmp_path / "out").mkdir()
-    planned = export_gguf(tmp_path / "model", tmp_path / "out" / "x.gguf", new, dry_run=True)
+    planned = export_gguf(tmp_path / "model", new, tmp_path / "out" / "x.gguf", dry_run=True)
     assert not list((tmp_path / "out").iterdir())
-    done = export_gguf(tmp_path / "model", tmp_path / "out" / "x.gguf", new)
+    done = export_gguf(tmp_path / "model", new, tmp_path / "out" / "x.gguf")
     assert planned.packs == done.packs == ("no-harm 1.1.0",)
     assert planned.nbytes == done.nbytes
-    assert_holds(done.path, expected_tensors(base, merged(base, new)), "BF16", {"rope_freqs.weight"})
+    assert_holds(done.output, expected_tensors(base, merged(base, new)), "BF16", {"rope_freqs.weight"})
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["x.gguf"]
     apply(base, new, tmp_path / "newer")
     with pytest.raises(DowngradeError):
-        export_gguf(tmp_path / "newer", tmp_path / "out" / "y.gguf", old)
+        export_gguf(tmp_path / "newer", old, tmp_path / "out" / "y.gguf")
 
 
 def test_a_model_that_changes_meanwhile_is_told(models: Made, tmp_path: Path) -> None:
@@ -199,33 +199,33 @@ def test_a_model_that_changes_meanwhile_is_told(models: Made, tmp_path: Path) ->
             apply_in_place(tmp_path / "model", second)
 
     with pytest.raises(BusyError, match="was changed"):
-        export_gguf(tmp_path / "model", tmp_path / "out.gguf", on_event=meanwhile)
+        export_gguf(tmp_path / "model", output=tmp_path / "out.gguf", on_event=meanwhile)
     assert not (tmp_path / "out.gguf").exists()
 
 
 def test_places_and_names(models: Made, tmp_path: Path) -> None:
     folder, pack = models("llama3"), tiny_pack(models("llama3"))
-    assert open_wanted(folder, None, 1.0).default_output(".gguf") == folder.with_name("llama3.gguf")
-    assert open_wanted(folder, prove(pack, trust="none"), 1.0).default_output(".gguf", "Q4_K_M") == folder.with_name(
+    assert open_request(folder, None, 1.0).beside(".gguf") == folder.with_name("llama3.gguf")
+    assert open_request(folder, prove(pack, trust="none"), 1.0).beside(".gguf", "Q4_K_M") == folder.with_name(
         "llama3-no-harm-1.0.0-Q4_K_M.gguf"
     )
     (tmp_path / "taken.gguf").write_bytes(b"mine")
     with pytest.raises(OutputError, match="exists already"):
-        export_gguf(folder, tmp_path / "taken.gguf")
+        export_gguf(folder, output=tmp_path / "taken.gguf")
     assert (tmp_path / "taken.gguf").read_bytes() == b"mine"
     with pytest.raises(OutputError, match="no directory"):
-        export_gguf(folder, tmp_path / "none" / "x.gguf")
+        export_gguf(folder, output=tmp_path / "none" / "x.gguf")
     with pytest.raises(OutputError, match="too long"):
-        export_gguf(folder, tmp_path / ("x" * 230 + ".gguf"))
+        export_gguf(folder, output=tmp_path / ("x" * 230 + ".gguf"))
     with pytest.raises(DataError, match="strength"):
-        export_gguf(folder, tmp_path / "x.gguf", pack, strength=7)
-    done = nestpatch.export_gguf(folder, tmp_path / "x.gguf", name="Named Otherwise")
-    assert GGUFReader(done.path).fields["general.name"].contents() == "Named Otherwise"
+        export_gguf(folder, pack, tmp_path / "x.gguf", strength=7)
+    done = nestpatch.export_gguf(folder, output=tmp_path / "x.gguf", name="Named Otherwise")
+    assert GGUFReader(done.output).fields["general.name"].contents() == "Named Otherwise"
 
 
 def test_a_single_file_uses_the_config_beside_it(exported: Made, family: Made, tmp_path: Path) -> None:
-    done = export_gguf(family("llama2") / "model.safetensors", tmp_path / "x.gguf")
-    assert stored(done.path) == stored(exported("llama2"))
+    done = export_gguf(family("llama2") / "model.safetensors", output=tmp_path / "x.gguf")
+    assert stored(done.output) == stored(exported("llama2"))
 
 
 def run(*arguments: object) -> Any:
@@ -238,7 +238,7 @@ def test_the_command(models: Made, tmp_path: Path) -> None:
     done = run(folder, patch, "--to", "gguf", "-o", tmp_path / "a.gguf", "--json")
     assert done.exit_code == 0, done.output
     answer = json.loads(done.stdout)
-    assert answer["path"] == str(tmp_path / "a.gguf")
+    assert answer["output"] == str(tmp_path / "a.gguf")
     assert answer["nbytes"] == (tmp_path / "a.gguf").stat().st_size
     assert (answer["type"], answer["packs"], answer["dry_run"]) == ("BF16", ["no-harm 1.0.0"], False)
     told = run(folder, "--to", "gguf", "-o", tmp_path / "b.gguf", "--type", "q8_0", "--dry-run", "-q")
@@ -260,11 +260,54 @@ def test_the_command_names_what_is_wrong(models: Made, tmp_path: Path) -> None:
     assert run(models("llama3")).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("x.nest", "model", "--to", "gguf"), "MODEL comes first. Write: nestpatch export --to gguf model x.nest"),
+        (("x.nest", "--to", "gguf"), "MODEL is missing. Write: nestpatch export --to gguf MODEL x.nest"),
+        (("model", "x.nest", "--to", "gguf", "--type", "q4_km"), "Did you mean q4_k_m?"),
+        (("model", "x.nest", "--to", "gguf", "--type", "q4km"), "Did you mean q4_k_m?"),
+        (("model", "x.nest", "--to", "gguf", "-o", "no/where.gguf"), "there is no directory"),
+        (("model", "x.nest", "--to", "gguf", "--strength", "7"), "strength must be over 0"),
+        (("model", "x.nest", "--to", "safetensors", "-o", "taken"), "taken exists already"),
+        (("model", "--to", "safetensors", "--strength", "0.5"), "--strength: only with a PACK"),
+        (("model", "x.nest", "--to", "gguf", "--check", "--dry-run"), "--check runs the file that was written"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_read(
+    words: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the model nor the pack can be read."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("taken", "model"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "x.nest").touch()
+    done = run(*words)
+    assert done.exit_code in {1, 2}
+    assert says in " ".join(done.stderr.split())
+
+
+def test_the_strength_is_printed(models: Made, tmp_path: Path) -> None:
+    pack = tmp_path / "x.nest"
+    nest.write(tiny_pack(models("llama3")), pack)
+    for target in ("gguf", "safetensors"):
+        arguments = (models("llama3"), pack, "--to", target, "-o", tmp_path / target, "--strength", "0.5")
+        assert "no-harm 1.0.0, at strength 0.5" in run(*arguments, "--dry-run").stdout
+        answer = json.loads(run(*arguments, "--dry-run", "--json").stdout)
+        assert (answer["strength"], answer["packs"], answer["output"]) == (0.5, ["no-harm 1.0.0"], str(tmp_path / target))
+    adapter = run(pack, "--to", "lora", "-o", tmp_path / "lora", "--strength", "0.5").stdout
+    assert "0.5, contained in the numbers: load it at scale 1" in adapter
+
+
+def test_the_help_has_examples() -> None:
+    assert run("--help").stdout.count("\n    nestpatch export ") == 2
+
+
 def start(folder: Path, target: Path, *more: str) -> subprocess.Popen[bytes]:
     """An export in a process of its own, stopped at its fourth tensor."""
     code = """
 import os, signal, sys
-from nestpatch.export import models as export
+from nestpatch.export import gguf as export
 written = export.write_gguf
 def stopping(*arguments, on_event, **options):
     def hear(event):
@@ -314,7 +357,7 @@ def test_what_a_crash_leaves_is_cleared_by_the_next_export(models: Made, tmp_pat
     process.kill()
     process.wait(60)
     assert sorted(tmp_path.iterdir()) == left
-    export_gguf(models("llama3"), target)
+    export_gguf(models("llama3"), output=target)
     assert list(tmp_path.iterdir()) == [target]
 
 

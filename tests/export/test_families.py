@@ -13,7 +13,7 @@ import pytest
 from gguf import GGUFReader
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
-from nestpatch.export._gguf import plan_gguf, write_gguf
+from nestpatch.export._gguf_writer import plan_gguf, write_gguf
 from nestpatch.formats.gguf import quants
 from nestpatch.formats.gguf.quants import file_type
 from nestpatch.formats.opening import open_checkpoint
@@ -69,7 +69,7 @@ def test_half_precision_is_copied_as_it_is(tmp_path: Path, name: str, dtype: str
     assert len(list(folder.glob("*.safetensors"))) > 1
     done = write_gguf(open_checkpoint(folder), tmp_path / "out.gguf")
     assert done.type == {"bfloat16": "BF16", "float16": "F16"}[dtype]
-    assert_holds(done.path, expected_tensors(folder), done.type)
+    assert_holds(done.output, expected_tensors(folder), done.type)
 
 
 def test_a_checkpoint_of_several_dtypes_loses_nothing(family: Made, tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_checkpoint_of_several_dtypes_loses_nothing(family: Made, tmp_path: Pa
     one = "model.layers.0.mlp.experts.1.gate_proj.weight"  # beside experts in bfloat16
     mixed[one] = tensors[one].astype(np.float16)
     folder = with_tensors(family("qwen3_moe"), tmp_path / "mixed", mixed)
-    found = stored(write_gguf(open_checkpoint(folder), tmp_path / "out.gguf").path)
+    found = stored(write_gguf(open_checkpoint(folder), tmp_path / "out.gguf").output)
     want = expected_tensors(folder, mixed)
     for name, values in want.items():
         ours = quants.dequantize(
@@ -109,7 +109,7 @@ def test_stacked_experts_are_taken_apart(family: Made, exported: Made, tmp_path:
         tensors[f"{base}.gate_up_proj"] = np.stack([np.concatenate([expert["gate"], expert["up"]]) for expert in one])
         tensors[f"{base}.down_proj"] = np.stack([expert["down"] for expert in one])
     folder = with_tensors(family("qwen3_moe"), tmp_path / "stacked", tensors)
-    assert stored(write_gguf(open_checkpoint(folder), tmp_path / "out.gguf").path) == stored(exported("qwen3_moe"))
+    assert stored(write_gguf(open_checkpoint(folder), tmp_path / "out.gguf").output) == stored(exported("qwen3_moe"))
 
 
 def test_long_texts_use_the_long_factors(family: Made, exported: Made) -> None:
@@ -224,7 +224,7 @@ def test_buffers_of_old_checkpoints_are_left_out(family: Made, exported: Made, t
     tensors = load_tensors(family("llama2"))
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
     folder = with_tensors(family("llama2"), tmp_path / "old", tensors)
-    assert stored(write_gguf(open_checkpoint(folder), tmp_path / "out.gguf").path) == stored(exported("llama2"))
+    assert stored(write_gguf(open_checkpoint(folder), tmp_path / "out.gguf").output) == stored(exported("llama2"))
 
 
 def test_configs_of_transformers_4_say_the_same(family: Made, tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_an_ignored_sliding_window_is_noted(family: Made, tmp_path: Path) -> Non
 def test_what_the_file_says_of_itself(family: Made, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(family("mixtral"))
     done = write_gguf(checkpoint, tmp_path / "out.gguf", name="My Model v2", kind="q8_0", keys={"x.y": "ä"})
-    fields = {key: field.contents() for key, field in GGUFReader(done.path).fields.items()}
+    fields = {key: field.contents() for key, field in GGUFReader(done.output).fields.items()}
     assert fields["general.name"] == "My Model v2"
     assert fields["general.architecture"] == done.architecture == "llama"
     assert fields["general.file_type"] == 7
@@ -271,4 +271,4 @@ def test_what_the_file_says_of_itself(family: Made, tmp_path: Path) -> None:
     assert fields["nestpatch.version"]
     assert (fields["llama.expert_count"], fields["llama.expert_used_count"]) == (4, 2)
     assert fields["llama.rope.freq_base"] == 1e6
-    assert done.tensors == len(GGUFReader(done.path).tensors)
+    assert done.tensors == len(GGUFReader(done.output).tensors)

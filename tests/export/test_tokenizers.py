@@ -12,8 +12,9 @@ import pytest
 from gguf import GGUFReader
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
-from nestpatch.export._gguf import model_name, write_gguf
 from nestpatch.export._gguf_tokenizer import read_vocabulary
+from nestpatch.export._gguf_writer import write_gguf
+from nestpatch.export._model_config import model_name
 from nestpatch.export._tokenizer_files import Kind, read_model
 from nestpatch.formats.opening import open_checkpoint
 from tests.export.families import model_around
@@ -46,7 +47,7 @@ KINDS: dict[str, tuple[str, Callable[[Path], None]]] = {
 
 
 def export(folder: Path) -> Path:
-    return write_gguf(open_checkpoint(folder), folder.with_suffix(".gguf")).path
+    return write_gguf(open_checkpoint(folder), folder.with_suffix(".gguf")).output
 
 
 def facts(folder: Path, rows: int = 480, name: str = "model") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from gguf import GGUFReader, LlamaFileType
 from nestpatch.errors import DataError, MissingExtraError, OutputError, QuantizationError
 from nestpatch.events import Event
 from nestpatch.export import _quantizer as quantizing
-from nestpatch.export._gguf import write_gguf
+from nestpatch.export._gguf_writer import write_gguf
 from nestpatch.formats.gguf import quants
 from nestpatch.formats.gguf import quants as gguf_types
 from nestpatch.formats.gguf.quants import ALIASES, DIRECT, NEED_IMATRIX, QUANTIZED, file_type
@@ -39,8 +40,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_types_written_here(name: str, kind: str, family: Made, tmp_path: Path) -> None:
     done = write_gguf(open_checkpoint(family(name)), tmp_path / "out.gguf", kind=kind)
     assert done.type == kind.upper()
-    assert_holds(done.path, expected_tensors(family(name)), kind.upper())
-    assert GGUFReader(done.path).fields["general.file_type"].contents() == LlamaFileType[f"MOSTLY_{kind.upper()}"]
+    assert_holds(done.output, expected_tensors(family(name)), kind.upper())
+    assert GGUFReader(done.output).fields["general.file_type"].contents() == LlamaFileType[f"MOSTLY_{kind.upper()}"]
 
 
 def test_rows_that_blocks_do_not_fill_become_f16(family: Made, tmp_path: Path) -> None:
@@ -51,7 +52,7 @@ def test_rows_that_blocks_do_not_fill_become_f16(family: Made, tmp_path: Path) -
         elif "mlp" in name:
             tensors[name] = tensors[name][:90].copy()
     folder = with_tensors(family("llama2"), tmp_path / "odd", tensors)
-    found = stored(write_gguf(open_checkpoint(folder), tmp_path / "out.gguf", kind="q8_0").path)
+    found = stored(write_gguf(open_checkpoint(folder), tmp_path / "out.gguf", kind="q8_0").output)
     assert found["blk.0.ffn_down.weight"][0] == "F16"
     assert found["blk.0.ffn_up.weight"][0] == "Q8_0"
 
@@ -75,13 +76,13 @@ def test_types_that_llama_cpp_mixes_are_made_from_all_bits_and_run(kind: str, wi
     done = write_gguf(
         open_checkpoint(wide), tmp_path / "out.gguf", kind=kind.lower(), keys={"x.y": "kept"}, on_event=events.append
     )
-    reader = GGUFReader(done.path)
+    reader = GGUFReader(done.output)
     assert reader.fields["general.file_type"].contents() == gguf_types.code(kind)
     assert reader.fields["x.y"].contents() == "kept"
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
     want = expected_tensors(wide)
     types = set()
-    for name, (dtype, shape, data) in stored(done.path).items():
+    for name, (dtype, shape, data) in stored(done.output).items():
         if name in want and dtype != "F32":
             rows = want[name].astype(np.float32).reshape(-1, shape[-1])
             assert data == quants.quantize(rows, dtype).tobytes(), (name, dtype)
@@ -89,7 +90,7 @@ def test_types_that_llama_cpp_mixes_are_made_from_all_bits_and_run(kind: str, wi
     assert types - {"F32", "F16", "BF16"}
     last = [event for event in events if event.stage == "quantize"][-1]
     assert last.done == last.total == done.tensors
-    with loaded(done.path, 64) as model:
+    with loaded(done.output, 64) as model:
         assert np.isfinite(logits(model, IDS)).all()
 
 
@@ -103,9 +104,9 @@ def test_types_that_need_an_imatrix_are_refused_by_name(kind: str, wide: Path, t
 def test_llama_cpp_itself_refuses_those(kind: str, wide: Path, tmp_path: Path) -> None:
     """The list of refused types is llama.cpp's own; and its words reach the user when it fails."""
     pytest.importorskip("llama_cpp")
-    whole = write_gguf(open_checkpoint(wide), tmp_path / "whole.gguf").path
+    whole = write_gguf(open_checkpoint(wide), tmp_path / "whole.gguf").output
     with pytest.raises(QuantizationError, match="imatrix"):
-        quantizing.quantize(whole, tmp_path / "out.gguf", kind)
+        quantizing.quantize_file(whole, tmp_path / "out.gguf", kind)
 
 
 def test_names_of_types() -> None:
@@ -117,6 +118,11 @@ def test_names_of_types() -> None:
     with pytest.raises(DataError, match="'q9'") as caught:
         file_type("q9")
     assert "Q4_K_M" in caught.value.advice
+    assert "Did you mean" not in caught.value.advice
+    for name in ("q4km", "Q4_K-L", "q4_k_mm"):
+        with pytest.raises(DataError) as caught:
+            file_type(name)
+        assert "Did you mean q4_k" in caught.value.advice
 
 
 def test_without_llama_cpp_python_the_install_line_is_given(
@@ -136,8 +142,8 @@ def test_a_dry_run_tells_the_size_and_writes_nothing(wide: Path, tmp_path: Path)
         planned = write_gguf(open_checkpoint(wide), tmp_path / "out.gguf", kind=kind, dry_run=True)
         assert (planned.dry_run, planned.sha256, list(tmp_path.iterdir())) == (True, "", [])
         done = write_gguf(open_checkpoint(wide), tmp_path / "out.gguf", kind=kind)
-        assert planned.nbytes == done.nbytes == done.path.stat().st_size
-        done.path.unlink()
+        assert planned.nbytes == done.nbytes == done.output.stat().st_size
+        done.output.unlink()
 
 
 def test_a_failing_disk_leaves_nothing(wide: Path, tmp_path: Path) -> None:
@@ -163,7 +169,13 @@ def test_a_failing_quantizer_leaves_nothing(wide: Path, tmp_path: Path, monkeypa
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(QuantizationError, match="Q4_0"):
-        quantizing.quantize(broken, tmp_path / "out.gguf", "Q4_0")
+        quantizing.quantize_file(broken, tmp_path / "out.gguf", "Q4_0")
+
+
+def test_the_quantizers_process_imports_nothing_heavy() -> None:
+    code = "import sys, nestpatch.export._quantizer\nprint({'numpy', 'gguf', 'llama_cpp', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def facts_of(path: Path) -> dict[str, Any]:
@@ -174,4 +186,4 @@ def test_exports_are_reproducible(wide: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(wide)
     first, second = (write_gguf(checkpoint, tmp_path / f"{n}.gguf", name="same") for n in "ab")
     assert first.sha256 == second.sha256
-    assert facts_of(first.path) == facts_of(second.path)
+    assert facts_of(first.output) == facts_of(second.output)

@@ -69,7 +69,7 @@ def patched(models, tmp_path_factory):
 def test_peft_gives_the_logits_of_the_merged_model(patched, tmp_path, family, strength):
     peft = pytest.importorskip("peft")
     base, _, pack, merged = patched(family, strength)
-    export_lora(pack, tmp_path / "lora", strength, model=base)
+    export_lora(pack, tmp_path / "lora", strength=strength, model=base)
     model, _ = load_model(base, "cpu", "float32")
     with warnings.catch_warnings():
         # PEFT speaks of patterns that it adds itself for experts, and of layers whose experts have no adapter.
@@ -97,7 +97,7 @@ def test_a_shared_expert_is_a_matrix_like_others(models, tmp_path):
 @pytest.mark.parametrize("family", [*DENSE, *SINGLE])
 def test_llama_cpp_gives_the_logits_of_the_merged_model(patched, tmp_path, family, strength):
     base, merged, pack, logits = patched(family, strength)
-    export_gguf_lora(pack, tmp_path / "lora.gguf", strength, model=base)
+    export_gguf_lora(pack, tmp_path / "lora.gguf", strength=strength, model=base)
     adapted = llama_logits(write_gguf(base, tmp_path / "base.gguf"), tmp_path / "lora.gguf")
     plain = llama_logits(write_gguf(merged, tmp_path / "merged.gguf"))
     assert np.abs(adapted - plain).max() <= 1e-4

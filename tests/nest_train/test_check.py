@@ -146,7 +146,7 @@ def test_an_adapter_is_checked_against_the_sum_that_it_computes(models, tmp_path
     """bfloat16 on disk: a merged file is rounded, an adapter is not."""
     base = models("llama", "bfloat16")
     pack = varied_pack(base, UP)
-    export_gguf_lora(pack, tmp_path / "lora.gguf", 0.5)
+    export_gguf_lora(pack, tmp_path / "lora.gguf", strength=0.5)
     file = write_gguf(base, tmp_path / "m.gguf")
     assert check_gguf(file, base, pack=pack, strength=0.5, lora=tmp_path / "lora.gguf").passed
     assert not check_gguf(file, base, lora=tmp_path / "lora.gguf").passed

@@ -97,7 +97,9 @@ def exports(tmp_path_factory, sources):
     def get(family: str, dtype_on_disk: str = "float32", **options):
         key = (family, dtype_on_disk, tuple(sorted(options.items())))
         if key not in made:
-            made[key] = export_onnx(sources(family, dtype_on_disk), tmp_path_factory.mktemp("export") / family, **options)
+            made[key] = export_onnx(
+                sources(family, dtype_on_disk), output=tmp_path_factory.mktemp("export") / family, **options
+            )
         return made[key]
 
     return get

@@ -14,7 +14,7 @@ import torch
 from nestpatch.errors import BaseMismatchError, CheckpointFormatError, DataError, OutputError, UnsupportedModelError
 from nestpatch.export.adapters import export_onnx_adapter
 from nestpatch.export.onnx._adapter_ready import add_inputs
-from nestpatch.export.onnx._quantize import quantize
+from nestpatch.export.onnx._quantize import quantize_graph
 from nestpatch.export.onnx.exporter import save
 from nestpatch.formats import nest
 from nestpatch.formats.lora.onnx import onnx_file, read_sites
@@ -42,7 +42,7 @@ def ready(family, exports):
 
 @pytest.fixture(scope="module")
 def adapter(pack, ready, tmp_path_factory):
-    return export_onnx_adapter(pack, ready.path, tmp_path_factory.mktemp("adapter") / "patch.onnx_adapter")
+    return export_onnx_adapter(pack, tmp_path_factory.mktemp("adapter") / "patch.onnx_adapter", model=ready.output)
 
 
 def merged(model, pack, strength=1.0):
@@ -63,11 +63,11 @@ def compared(run, model, ids, mask):
 def test_the_adapter_makes_the_merged_model(family, sources, torch_model, pack, ready, adapter):
     ids, mask = batch(3, 24, (0, 7, 20))
     model = torch_model(sources(family))
-    without = Run(ready.path / "model.onnx")
+    without = Run(ready.output / "model.onnx")
     distance, _ = compared(without, model, ids, mask)
     assert distance < 1e-4, "without an adapter it is the base"
-    with_it = Run(ready.path / "model.onnx", adapter.output)
-    effect, deviation = compared(Run(ready.path / "model.onnx", adapter.output), model, ids, mask)
+    with_it = Run(ready.output / "model.onnx", adapter.output)
+    effect, deviation = compared(Run(ready.output / "model.onnx", adapter.output), model, ids, mask)
     assert effect > 0.1 * deviation, "the patch must matter for this test to say anything"
     distance, _ = compared(with_it, merged(model, pack), ids, mask)
     assert distance < 1e-4
@@ -82,15 +82,15 @@ def test_the_result_counts(family, pack, ready, adapter):
 
 
 def test_the_strength_is_in_the_adapter(family, sources, torch_model, pack, ready, tmp_path):
-    made = export_onnx_adapter(pack, ready.path, tmp_path / "half.onnx_adapter", 0.5)
+    made = export_onnx_adapter(pack, tmp_path / "half.onnx_adapter", model=ready.output, strength=0.5)
     ids, mask = batch(2, 20, seed=4)
     model = merged(torch_model(sources(family)), pack, 0.5)
-    distance, _ = compared(Run(ready.path / "model.onnx", made.output), model, ids, mask)
+    distance, _ = compared(Run(ready.output / "model.onnx", made.output), model, ids, mask)
     assert distance < 1e-4
 
 
 def test_a_graph_has_the_usual_inputs_and_others_that_nobody_has_to_give(family, ready):
-    session = onnxruntime.InferenceSession(str(ready.path / "model.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(ready.output / "model.onnx"), providers=["CPUExecutionProvider"])
     names = {value.name for value in session.get_inputs()}
     assert names == {"input_ids", "attention_mask", "position_ids"} | {
         f"past_key_values.{layer}.{part}" for layer in range(2) for part in ("key", "value")
@@ -103,12 +103,12 @@ def test_a_graph_has_the_usual_inputs_and_others_that_nobody_has_to_give(family,
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_adapters_work_on_quantized_matrices(family, bits, exports, ready, sources, torch_model, pack, tmp_path):
-    model = onnx_ir.load(str(exports(family).path / "model.onnx"))
-    quantize(model, bits)
-    add_inputs(model, {name: name for name in read_sites(ready.path).sites})
-    model.metadata_props.update(facts(ready.path))
+    model = onnx_ir.load(str(exports(family).output / "model.onnx"))
+    quantize_graph(model, bits)
+    add_inputs(model, {name: name for name in read_sites(ready.output).sites})
+    model.metadata_props.update(facts(ready.output))
     save(model, tmp_path)
-    made = export_onnx_adapter(pack, tmp_path, tmp_path / "patch.onnx_adapter")
+    made = export_onnx_adapter(pack, tmp_path / "patch.onnx_adapter", model=tmp_path)
     ids, mask = batch(3, 24, (0, 7, 20))
     plain = torch_model(sources(family))
     before, _ = compared(Run(tmp_path / "model.onnx"), plain, ids, mask)
@@ -123,11 +123,11 @@ def test_adapters_work_on_quantized_matrices(family, bits, exports, ready, sourc
 def test_an_export_of_everything_at_once(exports, sources, torch_model, tmp_path):
     done = exports("small", "bfloat16", dtype="fp16", bits=8, adapter_ready=True)
     pack = tiny_pack(sources("small", "bfloat16"), scale=0.3)
-    made = export_onnx_adapter(pack, done.path, tmp_path / "patch.onnx_adapter")
-    assert read_sites(done.path).dtype == np.float16
+    made = export_onnx_adapter(pack, tmp_path / "patch.onnx_adapter", model=done.output)
+    assert read_sites(done.output).dtype == np.float16
     ids, mask = batch(2, 20)
     model = merged(torch_model(sources("small", "bfloat16")), pack)
-    distance, deviation = compared(Run(done.path / "model.onnx", made.output), model, ids, mask)
+    distance, deviation = compared(Run(done.output / "model.onnx", made.output), model, ids, mask)
     assert distance < 0.5 * deviation
 
 
@@ -138,40 +138,40 @@ def test_a_model_that_is_not_the_base_is_refused(pack, ready, tmp_path):
     )
     foreign = Pack(dataclasses.replace(pack.manifest, base=other), pack.deltas)
     with pytest.raises(BaseMismatchError, match="was not made from the base of no-harm"):
-        export_onnx_adapter(foreign, ready.path, tmp_path / "x.onnx_adapter")
+        export_onnx_adapter(foreign, tmp_path / "x.onnx_adapter", model=ready.output)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_that_has_the_pack_already_is_refused(pack, ready, tmp_path):
-    model = onnx_ir.load(str(ready.path / "model.onnx"))
+    model = onnx_ir.load(str(ready.output / "model.onnx"))
     model.metadata_props[PACKS] = packs_json([pack_entry(pack, 1.0)])
     save(model, tmp_path)
     before = tree_digest(tmp_path)
     with pytest.raises(BaseMismatchError, match=r"hold no-harm 1\.0\.0 already"):
-        export_onnx_adapter(pack, tmp_path, tmp_path / "x.onnx_adapter")
+        export_onnx_adapter(pack, tmp_path / "x.onnx_adapter", model=tmp_path)
     assert tree_digest(tmp_path) == before
 
 
 def test_a_model_that_was_patched_where_it_lies_is_refused(pack, ready, tmp_path):
     """Its record is still that of the base: the rows tell."""
-    model = shutil.copytree(ready.path, tmp_path / "model")
+    model = shutil.copytree(ready.output, tmp_path / "model")
     apply_in_place(model, pack)
     with pytest.raises(BaseMismatchError, match="not the base of no-harm"):
-        export_onnx_adapter(pack, model, tmp_path / "x.onnx_adapter")
+        export_onnx_adapter(pack, tmp_path / "x.onnx_adapter", model=model)
     revert(model)
-    export_onnx_adapter(pack, model, tmp_path / "x.onnx_adapter")
+    export_onnx_adapter(pack, tmp_path / "x.onnx_adapter", model=model)
 
 
 def test_a_model_without_the_inputs_is_refused(family, pack, exports, tmp_path):
     with pytest.raises(UnsupportedModelError, match="takes no patches at run time") as caught:
-        export_onnx_adapter(pack, exports(family).path, tmp_path / "x.onnx_adapter")
+        export_onnx_adapter(pack, tmp_path / "x.onnx_adapter", model=exports(family).output)
     assert "--adapter-ready" in caught.value.advice
 
 
 def test_weights_without_inputs_are_named(sources, exports, tmp_path):
     pack = tiny_pack(sources("llama"), tensors=["model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.up_proj.weight"])
     with pytest.raises(UnsupportedModelError, match=r"takes no patch of model.layers.0.mlp.down_proj.weight$"):
-        export_onnx_adapter(pack, exports("llama", adapter_ready=True).path, tmp_path / "x.onnx_adapter")
+        export_onnx_adapter(pack, tmp_path / "x.onnx_adapter", model=exports("llama", adapter_ready=True).output)
 
 
 @pytest.mark.parametrize(
@@ -188,30 +188,30 @@ def test_weights_without_inputs_are_named(sources, exports, tmp_path):
     ],
 )
 def test_broken_records_are_refused(pack, ready, tmp_path, said):
-    model = onnx_ir.load(str(ready.path / "model.onnx"))
+    model = onnx_ir.load(str(ready.output / "model.onnx"))
     model.metadata_props["nestpatch.adapter"] = said
     save(model, tmp_path)
     with pytest.raises(CheckpointFormatError, match="adapters"):
-        export_onnx_adapter(pack, tmp_path, tmp_path / "x.onnx_adapter")
+        export_onnx_adapter(pack, tmp_path / "x.onnx_adapter", model=tmp_path)
 
 
 def test_what_is_no_model_is_refused(pack, tmp_path):
     with pytest.raises(CheckpointFormatError, match="there is no ONNX model"):
-        export_onnx_adapter(pack, tmp_path, tmp_path / "x.onnx_adapter")
+        export_onnx_adapter(pack, tmp_path / "x.onnx_adapter", model=tmp_path)
     (tmp_path / "model.onnx").write_bytes(b"\xff" * 100)
     with pytest.raises(CheckpointFormatError, match="cannot read"):
-        export_onnx_adapter(pack, tmp_path, tmp_path / "x.onnx_adapter")
+        export_onnx_adapter(pack, tmp_path / "x.onnx_adapter", model=tmp_path)
 
 
 def test_places_and_strengths_are_checked(pack, ready, tmp_path):
-    done = export_onnx_adapter(pack, ready.path, tmp_path / "x.onnx_adapter", dry_run=True)
+    done = export_onnx_adapter(pack, tmp_path / "x.onnx_adapter", model=ready.output, dry_run=True)
     assert done.dry_run
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "x.onnx_adapter").write_bytes(b"taken")
     with pytest.raises(OutputError, match="exists already"):
-        export_onnx_adapter(pack, ready.path, tmp_path / "x.onnx_adapter")
+        export_onnx_adapter(pack, tmp_path / "x.onnx_adapter", model=ready.output)
     with pytest.raises(DataError, match="strength"):
-        export_onnx_adapter(pack, ready.path, tmp_path / "y.onnx_adapter", 7.0)
+        export_onnx_adapter(pack, tmp_path / "y.onnx_adapter", model=ready.output, strength=7.0)
 
 
 def unknown_operator(model):
@@ -227,12 +227,12 @@ def no_number(model):
     ("damage", "reason"), [(unknown_operator, "onnxruntime cannot run"), (no_number, "no finite numbers with the adapter")]
 )
 def test_an_adapter_that_the_model_does_not_run_with_is_not_written(pack, ready, tmp_path, damage, reason):
-    model = onnx_ir.load(str(ready.path / "model.onnx"))
+    model = onnx_ir.load(str(ready.output / "model.onnx"))
     damage(model)
     save(model, tmp_path)
     before = tree_digest(tmp_path)
     with pytest.raises(OutputError, match=reason):
-        export_onnx_adapter(pack, tmp_path, tmp_path / "x.onnx_adapter")
+        export_onnx_adapter(pack, tmp_path / "x.onnx_adapter", model=tmp_path)
     assert tree_digest(tmp_path) == before
 
 
@@ -255,4 +255,4 @@ def test_numbers_that_half_floats_cannot_hold_are_refused(sources, exports, tmp_
     done = exports("small", "bfloat16", dtype="fp16", bits=8, adapter_ready=True)
     pack = tiny_pack(sources("small", "bfloat16"), scale=1e5, delta_dtype="F32")
     with pytest.raises(UnsupportedModelError, match="float16 cannot hold"):
-        export_onnx_adapter(pack, done.path, tmp_path / "x.onnx_adapter")
+        export_onnx_adapter(pack, tmp_path / "x.onnx_adapter", model=done.output)

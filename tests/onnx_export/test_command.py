@@ -24,7 +24,7 @@ def run(*arguments: object, code: int = 0) -> str:
 
 
 @pytest.fixture
-def patch(sources, tmp_path):
+def pack(sources, tmp_path):
     nest.write(tiny_pack(sources("small"), scale=0.2), tmp_path / "p.nest")
     return tmp_path / "p.nest"
 
@@ -32,7 +32,7 @@ def patch(sources, tmp_path):
 def test_export_then_adapter(sources, pack, tmp_path):
     folder = tmp_path / "onnx"
     told = run(sources("small"), "--to", "onnx", "-o", folder, "--adapter-ready", "--int8")
-    for part in ("LlamaForCausalLM, fp32, 8 matrices in 8 bits", "2 weights take a patch", "allowed are", "not judged"):
+    for part in ("LlamaForCausalLM, fp32, 8 matrices in 8 bits", "2 weights accept a pack", "limit", "reported only"):
         assert part in told
     assert "nestpatch.adapter" in facts(folder)
     for number, arguments in enumerate([(pack, "--for", folder), (folder, pack)]):
@@ -59,11 +59,11 @@ def test_a_dry_run_names_the_place(sources, pack):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (("--to", "onnx", "--type", "f16"), "--type go with --to gguf"),
-        (("--to", "gguf", "--int4", "--dtype", "fp16"), "--dtype, --int4 or --int8 go with --to onnx"),
-        (("--to", "onnx", "--for", "x"), "--for go with --to onnx-adapter"),
-        (("--to", "onnx", "--check"), "--check runs what --to gguf wrote"),
-        (("--to", "onnx-adapter"), "say which ONNX model"),
+        (("--to", "onnx", "--type", "f16"), "--type: only with --to gguf"),
+        (("--to", "gguf", "--int4", "--dtype", "fp16"), "--dtype, --int4 or --int8: only with --to onnx"),
+        (("--to", "onnx", "--for", "x"), "--for: only with --to onnx-adapter"),
+        (("--to", "onnx", "--check"), "--check: only with --to gguf"),
+        (("--to", "onnx-adapter"), "name the ONNX model"),
         (("--to", "onnx", "--dtype", "bf16"), "bf16"),
     ],
 )

@@ -30,7 +30,7 @@ PROMPTS = [prompt for prompt, _ in zip((p for p, _ in dialogues(make_world(3))),
 
 @pytest.fixture(scope="module")
 def ready(exports):
-    return exports("llama", adapter_ready=True).path
+    return exports("llama", adapter_ready=True).output
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def suites(tmp_path):
 
 @pytest.mark.parametrize("chat", [True, False], ids=["chat", "plain"])
 def test_answers_are_those_of_transformers(exports, sources, tmp_path, chat):
-    folder = exports("qwen3").path
+    folder = exports("qwen3").output
     source = sources("qwen3")
     if not chat:
         source, folder = (shutil.copytree(old, tmp_path / old.parent.name) for old in (source, folder))
@@ -66,7 +66,7 @@ def test_answers_are_those_of_transformers(exports, sources, tmp_path, chat):
 
 
 def test_prompts_of_different_length_stay_apart_where_nothing_may_be_padded(exports):
-    model = OnnxRuntime(exports("qwen3").path, threads=1)
+    model = OnnxRuntime(exports("qwen3").output, threads=1)
     prompts = [[5, 6, 7], [8, 9], [10, 11, 12], [13, 14]]
     together = model.greedy(prompts, 8, ends=())
     assert model.pads
@@ -78,14 +78,14 @@ def test_prompts_of_different_length_stay_apart_where_nothing_may_be_padded(expo
 
 def test_sizes_of_the_cache_may_stand_beside_the_graph(exports, tmp_path):
     """As in what onnxruntime-genai's builder writes."""
-    folder = shutil.copytree(exports("qwen3").path, tmp_path / "model")
+    folder = shutil.copytree(exports("qwen3").output, tmp_path / "model")
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     for value in model.graph.input:
         if value.name.startswith("past_key_values"):
             value.type.tensor_type.shape.dim[3].dim_param = "kv_cache_dim"
     onnx.save(model, folder / "model.onnx")
     prompts = [[5, 6, 7], [8, 9]]
-    assert OnnxRuntime(folder, threads=1).greedy(prompts, 6, ()) == OnnxRuntime(exports("qwen3").path).greedy(prompts, 6, ())
+    assert OnnxRuntime(folder, threads=1).greedy(prompts, 6, ()) == OnnxRuntime(exports("qwen3").output).greedy(prompts, 6, ())
     for broken in ("[]", "{", '{"model": []}'):
         (folder / "genai_config.json").write_text(broken)
         with pytest.raises(CheckpointFormatError, match=r"genai_config|past_key_values"):
@@ -93,7 +93,7 @@ def test_sizes_of_the_cache_may_stand_beside_the_graph(exports, tmp_path):
 
 
 def test_answers_end_where_the_files_say(exports, tmp_path):
-    folder = shutil.copytree(exports("llama").path, tmp_path / "model")
+    folder = shutil.copytree(exports("llama").output, tmp_path / "model")
     model = OnnxRuntime(folder, threads=1)
     assert model.ends == {2}
     (free,) = model.greedy([[5, 6, 7]], 12, ends=())
@@ -111,7 +111,7 @@ def test_answers_end_where_the_files_say(exports, tmp_path):
 
 
 def test_an_evaluation_has_the_numbers_of_the_model(exports, sources, suites):
-    ours = evaluate(exports("llama").path, suites, max_new_tokens=12)
+    ours = evaluate(exports("llama").output, suites, max_new_tokens=12)
     theirs = evaluate(sources("llama"), suites, max_new_tokens=12)
     assert ours.model == theirs.model
     assert ours.patched is None
@@ -124,12 +124,12 @@ def test_a_pack_is_evaluated_as_an_adapter(ready, sources, suites, pack, tmp_pat
     assert ours.patched.suites == theirs.patched.suites
     assert ours.patched.suites != ours.model.suites
     assert ours.patched.drift == pytest.approx(theirs.patched.drift, rel=1e-3)
-    file = export_onnx_adapter(pack, ready, tmp_path / "p.onnx_adapter").output
+    file = export_onnx_adapter(pack, tmp_path / "p.onnx_adapter", model=ready).output
     assert evaluate(ready, suites, lora=file, max_new_tokens=12) == ours
 
 
 def test_a_pack_is_merged_into_a_copy_where_no_adapter_fits(exports, sources, suites, pack):
-    folder = exports("llama").path
+    folder = exports("llama").output
     before = tree_digest(folder)
     ours = evaluate(folder, suites, pack=pack, max_new_tokens=12)
     theirs = evaluate(sources("llama"), suites, pack=pack, max_new_tokens=12)
@@ -139,9 +139,9 @@ def test_a_pack_is_merged_into_a_copy_where_no_adapter_fits(exports, sources, su
 
 
 def test_drift_from_a_base_of_either_kind(exports, sources, suites):
-    half = exports("qwen3", dtype="fp16").path
+    half = exports("qwen3", dtype="fp16").output
     from_torch = evaluate(half, suites, base=sources("qwen3"), max_new_tokens=8).model.drift
-    from_onnx = evaluate(half, suites, base=exports("qwen3").path, max_new_tokens=8).model.drift
+    from_onnx = evaluate(half, suites, base=exports("qwen3").output, max_new_tokens=8).model.drift
     assert 0 < from_torch < 0.01
     assert from_onnx == pytest.approx(from_torch, rel=0.05)
 
@@ -215,7 +215,7 @@ def test_broken_and_missing_models_are_refused(tmp_path):
 
 
 def test_a_model_without_a_tokenizer_is_refused(exports, tmp_path):
-    folder = shutil.copytree(exports("llama").path, tmp_path / "model")
+    folder = shutil.copytree(exports("llama").output, tmp_path / "model")
     for file in folder.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(CheckpointFormatError, match="cannot load the tokenizer"):
@@ -223,12 +223,12 @@ def test_a_model_without_a_tokenizer_is_refused(exports, tmp_path):
 
 
 def test_safetensors_beside_onnx_are_run_by_torch(exports, sources, tmp_path):
-    assert runtime_of(exports("llama").path) == "onnxruntime"
-    assert runtime_of(exports("llama").path / "model.onnx") == "onnxruntime"
+    assert runtime_of(exports("llama").output) == "onnxruntime"
+    assert runtime_of(exports("llama").output / "model.onnx") == "onnxruntime"
     assert runtime_of(sources("llama")) == "transformers"
     assert runtime_of(tmp_path) == "transformers"
     both = shutil.copytree(sources("llama"), tmp_path / "both")
-    shutil.copytree(exports("llama").path, both / "onnx")
+    shutil.copytree(exports("llama").output, both / "onnx")
     assert runtime_of(both) == "transformers"
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
         (both / "onnx" / name).unlink()
@@ -271,7 +271,7 @@ def test_without_onnxruntime_the_extra_is_named(exports, ready, pack, tmp_path):
     code = """
 from nestpatch.runtimes.onnx import OnnxRuntime
 from nestpatch.export.adapters import export_onnx_adapter
-for call in (lambda: OnnxRuntime(sys.argv[1]), lambda: export_onnx_adapter(sys.argv[2], sys.argv[1], sys.argv[3])):
+for call in (lambda: OnnxRuntime(sys.argv[1]), lambda: export_onnx_adapter(sys.argv[2], sys.argv[3], model=sys.argv[1])):
     try:
         call()
     except MissingExtraError as error:

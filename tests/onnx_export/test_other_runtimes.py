@@ -77,14 +77,14 @@ def genai(folder, adapter=None):
 
 
 def test_onnxruntime_genai_says_the_same(export):
-    assert genai(export.path) == ours(export.path)
+    assert genai(export.output) == ours(export.output)
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_onnxruntime_genai_takes_the_adapter(family, exports, sources, tmp_path):
-    folder = exports(family, adapter_ready=True).path
+    folder = exports(family, adapter_ready=True).output
     pack = tiny_pack(sources(family), scale=0.4, tensors=FUSED if family == "phi3" else None)
-    file = export_onnx_adapter(pack, folder, tmp_path / "patch.onnx_adapter").output
+    file = export_onnx_adapter(pack, tmp_path / "patch.onnx_adapter", model=folder).output
     assert genai(folder, file) == ours(folder, file) != ours(folder)
 
 
@@ -97,9 +97,9 @@ def test_transformers_js_says_the_same(export, tokenizer):
     if found.returncode:
         pytest.skip("transformers.js is not installed where NODE_PATH says")
     done = subprocess.run(
-        [NODE, "-e", ASK, str(export.path), str(NEW), *map(str, PROMPT)], capture_output=True, text=True, check=False
+        [NODE, "-e", ASK, str(export.output), str(NEW), *map(str, PROMPT)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
-    assert said["ids"] == ours(export.path)
+    assert said["ids"] == ours(export.output)
     assert said["chat"] == tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)

@@ -13,11 +13,10 @@ import pytest
 import nestpatch
 from nestpatch.errors import BusyError, DataError, OutputError, PackContentError, ParityError, UnsupportedModelError
 from nestpatch.events import ignore
-from nestpatch.export._source import open_wanted, source_of
+from nestpatch.export._source import open_request, source_of
 from nestpatch.export.onnx import _graph as graphs
-from nestpatch.export.onnx._quantize import quantize
-from nestpatch.export.onnx._weights import load
-from nestpatch.export.onnx.exporter import export_onnx, save
+from nestpatch.export.onnx._quantize import quantize_graph
+from nestpatch.export.onnx.exporter import _load, export_onnx, save
 from nestpatch.formats import nest
 from nestpatch.gate import prove
 from nestpatch.pack import Pack
@@ -32,17 +31,17 @@ def pack(sources):
 
 @pytest.fixture(scope="module")
 def patched(sources, pack, tmp_path_factory):
-    return export_onnx(sources("small", "bfloat16"), tmp_path_factory.mktemp("x") / "patched", pack, strength=0.75)
+    return export_onnx(sources("small", "bfloat16"), pack, tmp_path_factory.mktemp("x") / "patched", strength=0.75)
 
 
 def test_a_patched_export_is_the_export_of_the_patched_model(sources, pack, patched, exports, tmp_path):
     source = sources("small", "bfloat16")
     before = tree_digest(source)
     nestpatch.apply(source, pack, tmp_path / "merged", strength=0.75)
-    merged = export_onnx(tmp_path / "merged", tmp_path / "onnx")
+    merged = export_onnx(tmp_path / "merged", output=tmp_path / "onnx")
     digests = [{file.name: file.sha256 for file in done.files} for done in (patched, merged)]
     assert digests[0]["model.onnx_data"] == digests[1]["model.onnx_data"]
-    assert unsigned(patched.path) == unsigned(merged.path)
+    assert unsigned(patched.output) == unsigned(merged.output)
     assert digests[0]["model.onnx_data"] != exports("small", "bfloat16").files[1].sha256
     assert tree_digest(source) == before
     # The copy has a ledger, so its export names the pack too.
@@ -51,18 +50,18 @@ def test_a_patched_export_is_the_export_of_the_patched_model(sources, pack, patc
 
 def test_patching_an_export_is_exporting_the_patched_model(sources, pack, patched, exports, tmp_path):
     """In place, with the bfloat16 model at hand: the bytes of its merged rows, widened."""
-    model = shutil.copytree(exports("small", "bfloat16").path, tmp_path / "model")
+    model = shutil.copytree(exports("small", "bfloat16").output, tmp_path / "model")
     nestpatch.apply_in_place(model, pack, base=sources("small", "bfloat16"), strength=0.75)
-    assert (model / "model.onnx_data").read_bytes() == (patched.path / "model.onnx_data").read_bytes()
+    assert (model / "model.onnx_data").read_bytes() == (patched.output / "model.onnx_data").read_bytes()
     nestpatch.revert(model)
-    assert (model / "model.onnx_data").read_bytes() == (exports("small", "bfloat16").path / "model.onnx_data").read_bytes()
+    assert (model / "model.onnx_data").read_bytes() == (exports("small", "bfloat16").output / "model.onnx_data").read_bytes()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_patching_a_quantized_export_is_quantizing_the_patched_model(sources, pack, patched, exports, tmp_path, bits):
-    for name, floats in (("base", exports("small", "bfloat16").path), ("goal", patched.path)):
+    for name, floats in (("base", exports("small", "bfloat16").output), ("goal", patched.output)):
         model = onnx_ir.load(str(floats / "model.onnx"))
-        quantize(model, bits)
+        quantize_graph(model, bits)
         (tmp_path / name).mkdir()
         save(model, tmp_path / name)
     nestpatch.apply_in_place(tmp_path / "base", pack, base=sources("small", "bfloat16"), strength=0.75)
@@ -71,11 +70,11 @@ def test_patching_a_quantized_export_is_quantizing_the_patched_model(sources, pa
 
 
 def test_the_graph_says_what_is_in_it(pack, patched, exports):
-    said = facts(patched.path)
+    said = facts(patched.output)
     listed = {"name": "no-harm", "version": "1.0.0", "pack_id": nest.pack_id(pack), "strength": 0.75}
     assert json.loads(said["nestpatch.packs"]) == [listed]
     assert said["nestpatch.version"] == nestpatch.__version__
-    assert "nestpatch.packs" not in facts(exports("llama").path)
+    assert "nestpatch.packs" not in facts(exports("llama").output)
 
 
 def test_bfloat16_becomes_float32_and_is_told(patched):
@@ -84,9 +83,9 @@ def test_bfloat16_becomes_float32_and_is_told(patched):
 
 def prepared(model, pack, folder):
     """(what is exported, the loaded model, tokenizer)."""
-    wanted = open_wanted(model, prove(pack, trust="none"), 1.0)
-    with source_of(wanted, folder / "out", on_event=ignore) as source:
-        return source, *load(wanted, source)
+    request = open_request(model, prove(pack, trust="none"), 1.0)
+    with source_of(request, folder / "out", on_event=ignore) as source:
+        return source, *_load(request, source, ignore)
 
 
 def assert_holds(loaded, folder):
@@ -126,19 +125,19 @@ def test_an_older_version_is_undone_first(sources, pack, tmp_path, whole):
 
 
 def test_a_dry_run_checks_and_writes_nothing(sources, pack, tmp_path):
-    done = export_onnx(sources("small", "bfloat16"), tmp_path / "out", pack, dry_run=True)
+    done = export_onnx(sources("small", "bfloat16"), pack, tmp_path / "out", dry_run=True)
     assert done.dry_run
     assert done.packs == ("no-harm 1.0.0",)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(nestpatch.errors.BaseMismatchError):
-        export_onnx(sources("llama"), tmp_path / "out", pack, dry_run=True)
+        export_onnx(sources("llama"), pack, tmp_path / "out", dry_run=True)
 
 
 def test_a_pack_that_promises_other_rows_is_refused(sources, pack, tmp_path):
     wrong = dict.fromkeys(pack.manifest.result, "0" * 64)
     lying = Pack(dataclasses.replace(pack.manifest, result=wrong), pack.deltas)
     with pytest.raises(PackContentError, match=r"not those that no-harm 1\.0\.0 promises"):
-        export_onnx(sources("small", "bfloat16"), tmp_path / "out", lying)
+        export_onnx(sources("small", "bfloat16"), lying, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -148,12 +147,12 @@ def test_a_pack_that_promises_other_rows_is_refused(sources, pack, tmp_path):
         ({"dtype": "bf16"}, "'bf16' is no type"),
         ({"bits": 3}, "4 or 8 bits"),
         ({"strength": 2.0}, "strength"),
-        ({"adapter_ready": True}, "its patches come at run time"),
+        ({"adapter_ready": True}, "its packs are added at run time"),
     ],
 )
 def test_senseless_wishes_are_refused_before_any_work(sources, pack, tmp_path, options, reason):
     with pytest.raises(DataError, match=reason):
-        export_onnx(sources("small", "bfloat16"), tmp_path / "out", pack, **options)
+        export_onnx(sources("small", "bfloat16"), pack, tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -161,7 +160,7 @@ def test_a_taken_or_impossible_place_is_refused(sources, tmp_path):
     (tmp_path / "taken").mkdir()
     for place in (tmp_path / "taken", tmp_path / "no" / "folder"):
         with pytest.raises(OutputError):
-            export_onnx(sources("small"), place)
+            export_onnx(sources("small"), output=place)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +174,7 @@ def test_a_taken_or_impossible_place_is_refused(sources, tmp_path):
 )
 def test_a_model_that_no_graph_can_hold_is_refused_with_the_reason(sources, tmp_path, family, reason):
     with pytest.raises(UnsupportedModelError, match=reason):
-        export_onnx(sources(family), tmp_path / "out")
+        export_onnx(sources(family), output=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -191,7 +190,7 @@ def test_a_graph_that_computes_something_else_is_refused(sources, tmp_path, monk
 
     monkeypatch.setattr(graphs, "decoder_graph", wrong)
     with pytest.raises(ParityError, match="differs from its model"):
-        export_onnx(sources("small"), tmp_path / "out")
+        export_onnx(sources("small"), output=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -205,5 +204,5 @@ def test_a_model_that_changes_meanwhile_is_not_exported(sources, tmp_path):
                 file.write(b"\x00\x00\x00\x01")
 
     with pytest.raises(BusyError, match="was changed while it was exported"):
-        export_onnx(model, tmp_path / "out", on_event=interfere)
+        export_onnx(model, output=tmp_path / "out", on_event=interfere)
     assert [file.name for file in tmp_path.iterdir()] == ["model"]

@@ -11,7 +11,7 @@ import onnx_ir
 import pytest
 
 from nestpatch.errors import QuantizationError
-from nestpatch.export.onnx._quantize import quantize, quantize_matrix, require_faithful
+from nestpatch.export.onnx._quantize import quantize_graph, quantize_matrix, require_faithful
 from nestpatch.export.onnx.exporter import save
 from nestpatch.runtimes.onnx import OnnxRuntime
 from tests.onnx_export.runs import Run, batch, reference, weights
@@ -38,9 +38,9 @@ def by_onnxruntime(model, bits):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
 def test_matrices_are_those_of_onnxruntimes_quantizer(family, bits, exports, tmp_path):
-    floats = exports(family).path / "model.onnx"
+    floats = exports(family).output / "model.onnx"
     ours = onnx_ir.load(str(floats))
-    count = quantize(ours, bits)
+    count = quantize_graph(ours, bits)
     save(ours, tmp_path)
     got = weights(tmp_path)
     theirs = by_onnxruntime(onnx.load(str(floats)), bits)
@@ -59,7 +59,7 @@ def test_matrices_are_those_of_onnxruntimes_quantizer(family, bits, exports, tmp
 
 
 def test_no_float_matrix_is_left_but_the_embeddings(four):
-    stored = weights(four.path)
+    stored = weights(four.output)
     left = [name for name, value in stored.items() if value.ndim == 2 and value.dtype == np.float32 and "scales" not in name]
     assert left == ["model.embed_tokens.weight"]
     assert stored["lm_head.MatMul.weight_Q8"].shape == (320, 2, 32)
@@ -68,17 +68,21 @@ def test_no_float_matrix_is_left_but_the_embeddings(four):
     assert four.bits == 4
     assert [part.type for part in four.parity] == ["fp32", "int4"]
     assert four.parity[0].passed
-    assert sorted(file.name for file in four.path.iterdir())[:3] == ["chat_template.jinja", "config.json", "genai_config.json"]
-    assert not list(four.path.glob("*.tmp"))
+    assert sorted(file.name for file in four.output.iterdir())[:3] == [
+        "chat_template.jinja",
+        "config.json",
+        "genai_config.json",
+    ]
+    assert not list(four.output.glob("*.tmp"))
 
 
 @pytest.mark.parametrize(("bits", "least"), [(4, 0.85), (8, 0.999)])
 def test_quantized_graphs_run_and_resemble_the_model(bits, least, exports, four, sources, torch_model, tmp_path):
     if bits == 4:
-        folder = four.path
+        folder = four.output
     else:
-        model, folder = onnx_ir.load(str(exports("llama-tied").path / "model.onnx")), tmp_path
-        quantize(model, bits)
+        model, folder = onnx_ir.load(str(exports("llama-tied").output / "model.onnx")), tmp_path
+        quantize_graph(model, bits)
         save(model, tmp_path)
     ids, mask = batch(3, 24, (0, 7, 20))
     wanted = reference(torch_model(sources("llama-tied")), ids, mask)[mask.astype(bool)]
@@ -108,10 +112,10 @@ def test_half_floats_stay_close(exports, sources, torch_model):
     done = exports("qwen3", dtype="fp16")
     ids, mask = batch(3, 24, (0, 7, 20))
     wanted, real = reference(torch_model(sources("qwen3")), ids, mask), mask.astype(bool)
-    assert np.abs(Run(done.path / "model.onnx")(ids, mask) - wanted)[real].max() < 0.05 * wanted.std()
-    stored = weights(done.path)
+    assert np.abs(Run(done.output / "model.onnx")(ids, mask) - wanted)[real].max() < 0.05 * wanted.std()
+    stored = weights(done.output)
     assert {value.dtype.name for value in stored.values() if value.ndim == 2} == {"float16"}
     # As in transformers, whatever the dtype of the weights.
     assert stored["model.rotary_emb.inv_freq"].dtype == np.float32
-    config = json.loads((done.path / "config.json").read_text())
+    config = json.loads((done.output / "config.json").read_text())
     assert config["transformers.js_config"]["kv_cache_dtype"] == "float16"

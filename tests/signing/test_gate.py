@@ -42,12 +42,14 @@ def evaluate(model: Path, _: Path, pack: Any, **options: Any) -> Any:
 VERBS: dict[str, Verb] = {
     "apply": lambda model, out, patch, **options: nestpatch.apply(model, patch, out, **options),
     "apply_in_place": lambda model, out, patch, **options: nestpatch.apply_in_place(model, patch, **options),
-    "export_gguf": nestpatch.export_gguf,
-    "export_safetensors": nestpatch.export_safetensors,
-    "export_onnx": nestpatch.export_onnx,
+    "export_gguf": lambda model, out, pack, **options: nestpatch.export_gguf(model, pack, out, **options),
+    "export_safetensors": lambda model, out, pack, **options: nestpatch.export_safetensors(model, pack, out, **options),
+    "export_onnx": lambda model, out, pack, **options: nestpatch.export_onnx(model, pack, out, **options),
     "export_lora": lambda model, out, patch, **options: nestpatch.export_lora(patch, out, model=model, **options),
     "export_gguf_lora": lambda model, out, patch, **options: nestpatch.export_gguf_lora(patch, out, model=model, **options),
-    "export_onnx_adapter": lambda model, out, patch, **options: nestpatch.export_onnx_adapter(patch, model, out, **options),
+    "export_onnx_adapter": lambda model, out, patch, **options: nestpatch.export_onnx_adapter(
+        patch, out, model=model, **options
+    ),
     "evaluate": evaluate,
 }
 """Everything that takes a patch to use it."""
@@ -113,7 +115,7 @@ def test_exporting_a_model_that_is_patched_already_works_where_keys_are_trusted(
     nest.write(tiny_pack(tiny_checkpoint(place / "again"), version="1.1.0", seed=1), newer)
     save_policy(people.policy("acme"))
     sign_pack(newer, people.acme)
-    done = nestpatch.export_safetensors(place / "model", place / "out", newer)
+    done = nestpatch.export_safetensors(place / "model", newer, place / "out")
     assert done.packs == ("no-harm 1.1.0",)
     data = (place / "out" / "model.safetensors").read_bytes()
     metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
@@ -148,11 +150,11 @@ def test_export_uses_what_it_checked_and_reads_no_file_again(
 
     def other_file(*_: object, **__: object) -> Any:
         nest.write(tiny_pack(place / "model", version="6.6.6"), place / "no-harm.nest", overwrite=True)
-        return type("Done", (), {"path": place / "out"})()
+        return type("Done", (), {"output": place / "out"})()
 
     monkeypatch.setattr(check, "check_gguf", check_gguf)
     monkeypatch.setattr(check, "require_check", lambda: None)
-    monkeypatch.setattr("nestpatch.export.models.export_gguf", other_file)
+    monkeypatch.setattr("nestpatch.export.gguf.export_gguf", other_file)
     run("export", place / "model", place / "no-harm.nest", "--to", "gguf", "-o", place / "out", "--check")
     assert seen == ["no-harm 1.0.0"]
 

@@ -12,7 +12,7 @@ import pytest
 
 from nestpatch.errors import BusyError, InterruptedChangeError
 from nestpatch.events import Event
-from nestpatch.export.models import export_safetensors
+from nestpatch.export.safetensors import export_safetensors
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.patcher import apply as applying
 from nestpatch.patcher._journal import Region, write_journal
@@ -174,9 +174,9 @@ def test_a_companion_that_leads_out_of_the_model_is_not_copied(
     assert "config.json" in run("apply", scene.model, scene.write(scene.pack()), "-o", tmp_path / "again").stdout
     outputs = [tmp_path / "copy", tmp_path / "again"]
     if kind != "onnx":
-        done = export_safetensors(scene.model, tmp_path / "release")
+        done = export_safetensors(scene.model, output=tmp_path / "release")
         assert any("config.json" in note for note in done.notes)
-        outputs.append(done.path)
+        outputs.append(done.output)
     for output in outputs:
         assert (output / "tokenizer.json").read_bytes() == b"{}"
         assert not [path for path in output.rglob("*") if path.is_file() and SECRET in path.read_bytes()]

@@ -1,1 +1,1 @@
-"""transformers models as ONNX graphs. Imports torch."""
+"""Models of transformers as ONNX graphs: `exporter.export_onnx` is public. Imports torch, on first use."""

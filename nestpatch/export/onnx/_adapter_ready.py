@@ -1,29 +1,53 @@
-"""A graph that takes a patch at run time: two inputs per feed-forward matrix, which are there without being asked for.
+"""A graph that accepts a pack at run time: two more inputs for each feed-forward matrix, which a caller may leave out.
 
     y = x @ W + Gather(x @ delta, map, axis=-1)
 
-`delta` [in, vectors] holds the shared vectors of a pack and one column of zeros, `map` [out] which column each neuron adds.
-Both are initializers that a caller may override, with one column of zeros as their own content: nothing is added then.
-onnxruntime overrides them from an .onnx_adapter file. That works on quantized matrices too, and rounds nothing.
+`delta` [in, vectors] contains the shared vectors of a pack and one column of zeros; `map` [out] is the column that each neuron
+adds. Both are initializers that a caller may override; by default they are one column of zeros, so nothing is added.
+onnxruntime overrides them from an .onnx_adapter file. This works for quantized matrices too, and rounds nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nestpatch.errors import UnsupportedModelError
+from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
 from nestpatch.export.onnx._graph import TRANSPOSED
-from nestpatch.formats.lora.onnx import DELTA, MAP
+from nestpatch.formats.checkpoint import Checkpoint
+from nestpatch.formats.lora.onnx import DELTA, MAP, AdapterInput
+from nestpatch.runtimes.mlps import find_mlps
+from nestpatch.runtimes.weights import disk_name
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from transformers import PreTrainedModel
+
+
+def adapter_inputs(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, tuple[str, AdapterInput]]:
+    """The feed-forward weights that can accept a pack: name on disk -> (name in the model, shape and digest on disk).
+
+    Raises UnsupportedModelError for a model without feed-forward blocks that are known here.
+    """
+    found = {}
+    for block in find_mlps(model):
+        for projection in block.projections:
+            name = disk_name(projection.weight_name, checkpoint)
+            shape = checkpoint.info(name).shape
+            if len(shape) != 2:
+                raise CheckpointFormatError(f"{name} has shape {list(shape)}; expected two dimensions")
+            state = sha256()
+            for part in checkpoint.read_all(name):
+                state.update(part)
+            found[name] = (projection.weight_name, AdapterInput((shape[0], shape[1]), state.hexdigest()))
+    return found
 
 
 def add_inputs(model: ir.Model, weights: Mapping[str, str]) -> None:
-    """Adds the two inputs for each of these weights: name on disk, by which inputs are called -> name in transformers.
+    """Adds the two inputs for each of these weights: name on disk, which names the inputs -> name in transformers.
 
     Raises UnsupportedModelError when the graph has no product with one of them.
     """
@@ -35,8 +59,8 @@ def add_inputs(model: ir.Model, weights: Mapping[str, str]) -> None:
         module = weight.removesuffix(".weight")
         if module not in products:
             raise UnsupportedModelError(
-                f"the graph has no product with {weight}, so that no patch could be added to it",
-                advice="Export without --adapter-ready and merge patches into the weights.",
+                f"the graph has no product with {weight}, so it cannot accept a pack there",
+                advice="Export without --adapter-ready and merge packs into the weights.",
             )
         _add(model.graph, products[module], stored.removesuffix(".weight"))
 
@@ -44,10 +68,14 @@ def add_inputs(model: ir.Model, weights: Mapping[str, str]) -> None:
 def _add(graph: ir.Graph, node: ir.Node, module: str) -> None:
     import onnx_ir as ir
 
-    given, result = node.inputs[0], node.outputs[0]
-    if result.shape is None or result.dtype is None:
-        raise UnsupportedModelError(f"the graph does not say what {module} gives")
-    rows, width = int(result.shape[-1]), _width(node)  # type: ignore[arg-type]
+    given, weight, result = node.inputs[0], node.inputs[1], node.outputs[0]
+    rows = result.shape[-1] if result.shape is not None else None
+    if node.op_type == "MatMulNBits":
+        width: object = int(node.attributes["K"].as_int())
+    else:
+        width = weight.shape[0] if weight is not None and weight.shape is not None else None
+    if not isinstance(rows, int) or not isinstance(width, int) or result.dtype is None:
+        raise UnsupportedModelError(f"the graph has no fixed shape for {module}")
     delta = _overridable(graph, module + DELTA, np.zeros((width, 1), result.dtype.numpy()), [width, f"{module}.vectors"])
     place = _overridable(graph, module + MAP, np.zeros(rows, np.int32), [rows])
     product = ir.node("MatMul", [given, delta], name=f"{module}.nest/MatMul")
@@ -62,16 +90,8 @@ def _add(graph: ir.Graph, node: ir.Node, module: str) -> None:
     graph.insert_after(node, [product, gather, add])
 
 
-def _width(node: ir.Node) -> int:
-    if node.op_type == "MatMulNBits":
-        return int(node.attributes["K"].as_int())
-    weight = node.inputs[1]
-    assert weight is not None  # noqa: S101 - the caller looked
-    assert weight.shape is not None  # noqa: S101 - an initializer has one
-    return int(weight.shape[0])  # type: ignore[arg-type]
-
-
 def _overridable(graph: ir.Graph, name: str, content: np.ndarray, shape: list[int | str]) -> ir.Value:
+    """An initializer that is an input too, so that a caller may replace it."""
     import onnx_ir as ir
 
     tensor = ir.tensor(content, name=name)

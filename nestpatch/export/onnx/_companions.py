@@ -1,4 +1,4 @@
-"""The files beside a graph: configuration, tokenizer, chat template, and what onnxruntime-genai wants to know."""
+"""The files beside a graph: configuration, tokenizer, chat template, and the settings of onnxruntime-genai."""
 
 from __future__ import annotations
 
@@ -29,17 +29,27 @@ _FOLDERS = ("additional_chat_templates",)
 def write_companions(
     source: Path, folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shapes: Sequence[CacheShape]
 ) -> list[str]:
-    """Writes everything but the graph. Returns what a user should know of it."""
+    """Writes everything but the graph. Returns notes for the user."""
     out = _copy(source, folder)
-    _write_json(folder / "config.json", _config(source, half=str(model.dtype) == "torch.float16"))
-    _repeat_template(folder)
-    pad, notes = _padding(model, tokenizer)
+    config = _read_object(source / "config.json")
+    config.pop("_name_or_path", None)  # older versions of transformers store a path of another machine here
+    # transformers.js finds a graph by its dtype: fp32 is the one named model.onnx, whatever its matrices are.
+    browser: dict[str, Any] = {"dtype": "fp32", "use_external_data_format": {GRAPH: 1}}
+    if str(model.dtype) == "torch.float16":
+        browser["kv_cache_dtype"] = "float16"
+    _write_json(folder / "config.json", {**config, "transformers.js_config": browser})
+    template, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if template.is_file() and settings.is_file() and not (own := _read_object(settings)).get("chat_template"):
+        # transformers.js reads the template from the tokenizer's configuration only, where older models have it.
+        _write_json(settings, {**own, "chat_template": read_text(template, MAX_JSON, error=CheckpointFormatError)})
+    ends = _end_tokens(model, tokenizer.eos_token_id)
+    pad, notes = _padding(model, tokenizer, ends)
     _write_json(folder / "genai_config.json", _genai_config(model, shapes, pad))
-    return [*notes, *([f"left out, as links out of the model: {', '.join(out)}"] if out else [])]
+    return [*notes, *([f"not copied (links out of the model): {', '.join(out)}"] if out else [])]
 
 
 def _copy(source: Path, folder: Path) -> list[str]:
-    """Copies the files of a model that a runtime reads. Returns the names of those that are links out of the model."""
+    """Copies the files of a model that a runtime reads, except links out of the model, whose names it returns."""
     left_out = []
     for file in sorted(source.iterdir()):
         if file.is_file() and _COPIED.fullmatch(file.name):
@@ -57,49 +67,27 @@ def _copy(source: Path, folder: Path) -> list[str]:
     return left_out
 
 
-def _config(source: Path, *, half: bool) -> dict[str, Any]:
-    """The model's own config.json, and what transformers.js has to know of the files."""
-    config = _read_json(source / "config.json")
-    config.pop("_name_or_path", None)  # older versions of transformers leave the path of another machine here
-    # Whatever the type of its matrices, there is one graph, called model.onnx: what transformers.js calls fp32.
-    ours: dict[str, Any] = {"dtype": "fp32", "use_external_data_format": {GRAPH: 1}}
-    if half:
-        ours["kv_cache_dtype"] = "float16"
-    return {**config, "transformers.js_config": ours}
-
-
-def _repeat_template(folder: Path) -> None:
-    """transformers.js looks for the chat template in the tokenizer's configuration alone, where older models have it."""
-    template, path = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if not template.is_file() or not path.is_file():
-        return
-    config = _read_json(path)
-    if not config.get("chat_template"):
-        _write_json(path, {**config, "chat_template": read_text(template, MAX_JSON, error=CheckpointFormatError)})
-
-
-def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer."""
+def _end_tokens(model: PreTrainedModel, default: Any) -> list[int]:
+    """The tokens that end an answer; `default` where the model's configuration has none."""
     found = model.generation_config.eos_token_id if model.generation_config else None
     found = found if found is not None else model.config.get_text_config().eos_token_id
-    found = found if found is not None else tokenizer.eos_token_id
+    found = found if found is not None else default
     return list(found) if isinstance(found, (list, tuple)) else [] if found is None else [int(found)]
 
 
-def _padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, list[str]]:
-    """(the padding token for onnxruntime-genai, notes). It takes that token for padding wherever it stands in a prompt."""
-    ends = ends_of(model, tokenizer)
+def _padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> tuple[int, list[str]]:
+    """(padding token, notes). onnxruntime-genai skips that token wherever it occurs in a prompt."""
     known = (model.config.get_text_config().pad_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
     for pad in known:
         if pad is not None and pad not in ends:
             return int(pad), []
-    note = "the model has no padding token of its own: onnxruntime-genai does not read the end token inside a prompt"
+    note = "the model has no padding token of its own: onnxruntime-genai skips the end token inside a prompt"
     return (ends[0] if ends else 0), [note]
 
 
 def _genai_config(model: PreTrainedModel, shapes: Sequence[CacheShape], pad: int) -> dict[str, Any]:
     config = model.config.get_text_config()
-    ends = ends_of(model, model)  # type: ignore[arg-type]
+    ends = _end_tokens(model, None)
     length = int(getattr(config, "max_position_embeddings", None) or 2048)
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -127,15 +115,15 @@ def _genai_config(model: PreTrainedModel, shapes: Sequence[CacheShape], pad: int
         "vocab_size": config.vocab_size,
         "decoder": decoder,
     }
-    # The graph hands its cache on instead of writing into the one that it got.
+    # The graph returns a new cache instead of writing into the given one.
     search = {"do_sample": False, "max_length": length, "min_length": 0, "num_beams": 1, "past_present_share_buffer": False}
     return {"model": facts, "search": search}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     value = read_json(path)
     if not isinstance(value, dict):
-        raise CheckpointFormatError(f"{path} is missing, or holds no object")
+        raise CheckpointFormatError(f"{path} is missing, or is not a JSON object")
     return value
 
 

@@ -1,6 +1,6 @@
-"""A transformers model as one ONNX decoder graph with a KV cache, which reads prompts and single tokens alike.
+"""A transformers model as one ONNX decoder graph with a KV cache, for prompts and for single tokens.
 
-Inputs and outputs have the names and dimensions by which onnxruntime-genai, transformers.js and optimum know a decoder.
+Inputs and outputs have the names and dimensions that onnxruntime-genai, transformers.js and optimum expect of a decoder.
 """
 
 from __future__ import annotations
@@ -25,55 +25,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TRANSPOSED = ".MatMul.weight"
-"""Ends the name of a Linear's weight that is stored as [in, out], as in the files of onnxruntime-genai."""
+"""Suffix of a Linear's weight that is stored as [in, out], as in the files of onnxruntime-genai."""
 _SCOPES = "pkg.torch.onnx.name_scopes"
-"""Metadata that torch leaves on every node: the list of the modules that it came from, outermost first."""
-
-
-def hf_names(model: ir.Model, source: PreTrainedModel, prefix: str) -> None:
-    """Renames initializers and the nodes that use them; `prefix` is what the traced module puts before each name.
-
-    A weight with two names (tied embeddings) gets the first one, which is the one on disk.
-    """
-    first: dict[int, str] = {}
-    names = {name: first.setdefault(id(value), name) for name, value in source.named_parameters(remove_duplicate=False)}
-    sizes = {name: tuple(value.shape) for name, value in source.named_parameters()}
-    graph = model.graph
-    for value in list(graph.initializers.values()):
-        if (own := str(value.name)).startswith(prefix):
-            plain = own.removeprefix(prefix)
-            value.name = names.get(plain, plain)
-    for node, module in _linears(graph, prefix):
-        weight = node.inputs[1]
-        assert weight is not None  # noqa: S101 - _linears looked
-        node.name = f"/{re.sub(r'[.](?![0-9])', '/', module)}/MatMul"
-        shape = tuple(weight.shape or ())
-        if weight.is_initializer() and sizes.get(f"{module}.weight") == shape[::-1]:
-            wanted = module + TRANSPOSED
-            # Anything that torch has named itself stays: its name is known already.
-            if str(weight.name).startswith("val_") and wanted not in graph.initializers:
-                weight.name = wanted
-
-
-def _linears(graph: ir.Graph, prefix: str) -> Iterator[tuple[ir.Node, str]]:
-    """The matrix products with a weight, and the module that each came from."""
-    for node in graph.all_nodes():
-        if node.op_type != "MatMul" or node.inputs[1] is None:
-            continue
-        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
-        if len(scopes) > 1 and scopes[-2].startswith(prefix):
-            yield node, scopes[-2].removeprefix(prefix)
+"""Metadata that torch adds to every node: the list of the modules that it comes from, outermost first."""
 
 
 OPSET = 20
 BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
-"""Dimensions. transformers.js finds the shape of the cache by the very word batch_size."""
+"""Dimensions. transformers.js finds the shape of the cache by the name batch_size."""
 _NOISY = ("torch.onnx", "torch.export", "torch._export", "torch.fx", "onnxscript", "onnx_ir")
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What one layer keeps for each token: heads and the width of a key and of a value."""
+    """What one layer caches for each token: heads, and the width of a key and of a value."""
 
     heads: int
     key: int
@@ -81,7 +46,7 @@ class CacheShape:
 
 
 class _Flat(nn.Module):
-    """The model as a function of tensors alone: the cache goes in and comes out as a list, key and value by layer."""
+    """The model as a function of tensors alone: the cache is a list, key and value by layer."""
 
     def __init__(self, whole: PreTrainedModel) -> None:
         super().__init__()
@@ -90,7 +55,7 @@ class _Flat(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, past: list[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        # Without a config every layer keeps all tokens, those with a sliding window too: the mask does the rest.
+        # Without a config every layer keeps all tokens, also those with a sliding window: the mask hides the others.
         cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
         out = self.whole(
             input_ids=input_ids,
@@ -103,18 +68,18 @@ class _Flat(nn.Module):
 
 
 def require_dense(model: PreTrainedModel) -> None:
-    """Raises UnsupportedModelError for a mixture of experts, which torch would trace for minutes in vain."""
+    """Raises UnsupportedModelError for a mixture of experts, which torch would trace for minutes before it fails."""
     stacks = [name for name, module in model.named_modules() if "expert" in name or "Experts" in type(module).__name__]
     if stacks:
         raise UnsupportedModelError(
-            f"{type(model).__name__} is a mixture of experts ({stacks[0]}), and ONNX cannot run the chosen ones alone",
-            advice="Serve its safetensors files, or a GGUF file: nestpatch export MODEL PATCH --to gguf",
+            f"{type(model).__name__} is a mixture of experts ({stacks[0]}), and an ONNX graph cannot run only the chosen ones",
+            advice="Serve its safetensors files, or a GGUF file: nestpatch export MODEL PACK --to gguf",
         )
 
 
 @torch.no_grad()
 def cache_shapes(model: PreTrainedModel) -> tuple[CacheShape, ...]:
-    """What each layer caches, found by running the model on two tokens: configurations say it in too many ways.
+    """What each layer caches, measured by running the model on two tokens: configurations differ too much.
 
     Raises UnsupportedModelError for a model without a cache of keys and values.
     """
@@ -124,14 +89,14 @@ def cache_shapes(model: PreTrainedModel) -> tuple[CacheShape, ...]:
         shapes = [(layer.keys.shape, layer.values.shape) for layer in layers]
     except (AttributeError, TypeError, ValueError) as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} keeps no keys and values that an ONNX decoder could hand on: {error}",
+            f"{type(model).__name__} keeps no keys and values that an ONNX decoder could return: {error}",
             advice="Models with attention in every layer can be exported.",
         ) from error
     return tuple(CacheShape(int(key[1]), int(key[3]), int(value[3])) for key, value in shapes)
 
 
 def decoder_graph(model: PreTrainedModel, shapes: Sequence[CacheShape]) -> ir.Model:
-    """Traces the model into a graph; its weights stay shared with the model. Takes minutes for billions of weights.
+    """Traces the model into a graph that shares its weights. Takes minutes for billions of weights.
 
     input_ids, attention_mask, position_ids: int64 [batch, sequence], [batch, past + sequence], [batch, sequence];
     past_key_values.N.key and .value: [batch, heads, past, width] -> logits [batch, sequence, vocabulary] and
@@ -139,6 +104,8 @@ def decoder_graph(model: PreTrainedModel, shapes: Sequence[CacheShape]) -> ir.Mo
 
     Raises UnsupportedModelError with torch's reason when it cannot be traced.
     """
+    from onnx_ir.passes import common
+
     flat = _Flat(model).eval()
     kept = [f"{number}.{part}" for number in range(len(shapes)) for part in ("key", "value")]
     arguments, dimensions = _example(model.dtype, shapes)
@@ -155,23 +122,63 @@ def decoder_graph(model: PreTrainedModel, shapes: Sequence[CacheShape]) -> ir.Mo
                 input_names=["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{name}" for name in kept)],
                 output_names=["logits", *(f"present.{name}" for name in kept)],
             )
-    except Exception as error:  # torch raises whatever a model's code provokes
+    except Exception as error:  # torch raises the errors of the model's code
         raise UnsupportedModelError(
             f"torch cannot trace {type(model).__name__} into an ONNX graph: {_first_line(error)}",
-            advice="Its code decides something by the content of a tensor, or uses what ONNX has no operator for.",
+            advice="Its code branches on the content of a tensor, or uses an operator that ONNX lacks. Export to GGUF instead.",
         ) from error
-    if program is None:  # what torch's signature allows for older exporters
-        raise UnsupportedModelError(f"torch gave no ONNX graph of {type(model).__name__}")
+    if program is None:  # allowed by torch's signature, for older exporters
+        raise UnsupportedModelError(f"torch returned no ONNX graph of {type(model).__name__}")
     found: ir.Model = program.model
-    hf_names(found, model, prefix="whole.")
-    _clean(found)
+    _rename(found, model, prefix="whole.")
+    # Metadata of the tracing is most of the file, and contains stack traces with paths of this machine.
+    common.ClearMetadataAndDocStringPass()(found)
+    common.NameFixPass()(found)
+    for output in found.graph.outputs[1:]:
+        if output.shape is not None:
+            output.shape[2] = TOTAL  # torch writes a sum here; other tools compare names
     return found
+
+
+def _rename(model: ir.Model, source: PreTrainedModel, prefix: str) -> None:
+    """Renames initializers and the nodes that use them; `prefix` is the traced module's prefix of each name.
+
+    A weight with two names (tied embeddings) gets the first one, which is the one on disk.
+    """
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(value), name) for name, value in source.named_parameters(remove_duplicate=False)}
+    sizes = {name: tuple(value.shape) for name, value in source.named_parameters()}
+    graph = model.graph
+    for value in list(graph.initializers.values()):
+        if (own := str(value.name)).startswith(prefix):
+            plain = own.removeprefix(prefix)
+            value.name = names.get(plain, plain)
+    for node, module in _linears(graph, prefix):
+        weight = node.inputs[1]
+        assert weight is not None  # noqa: S101 - checked by _linears
+        node.name = f"/{re.sub(r'[.](?![0-9])', '/', module)}/MatMul"
+        shape = tuple(weight.shape or ())
+        if weight.is_initializer() and sizes.get(f"{module}.weight") == shape[::-1]:
+            wanted = module + TRANSPOSED
+            # Only names that torch made up are replaced.
+            if str(weight.name).startswith("val_") and wanted not in graph.initializers:
+                weight.name = wanted
+
+
+def _linears(graph: ir.Graph, prefix: str) -> Iterator[tuple[ir.Node, str]]:
+    """The matrix products with a weight, and the module of each."""
+    for node in graph.all_nodes():
+        if node.op_type != "MatMul" or node.inputs[1] is None:
+            continue
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+        if len(scopes) > 1 and scopes[-2].startswith(prefix):
+            yield node, scopes[-2].removeprefix(prefix)
 
 
 def _example(dtype: torch.dtype, shapes: Sequence[CacheShape]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """(arguments to trace with, their dynamic dimensions).
 
-    All sizes are over one and all different: torch takes 0 and 1 for constants, and equal sizes for one dimension.
+    All sizes are over one and different: torch treats 0 and 1 as constants, and equal sizes as one dimension.
     """
     batch, past, sequence = 2, 5, 3
     widths = [(shape.heads, width) for shape in shapes for width in (shape.key, shape.value)]
@@ -183,21 +190,9 @@ def _example(dtype: torch.dtype, shapes: Sequence[CacheShape]) -> tuple[tuple[An
     return (ids, mask, positions, cache), (one, {0: BATCH, 1: TOTAL}, one, [{0: BATCH, 2: PAST} for _ in cache])
 
 
-def _clean(model: ir.Model) -> None:
-    """Removes what only the tracing needs: most of the file, and stack traces with the paths of this machine."""
-    from onnx_ir.passes import common
-
-    common.ClearMetadataAndDocStringPass()(model)
-    common.NameFixPass()(model)
-    for output in model.graph.outputs[1:]:
-        # torch writes the sum here; a plain name is what readers of the file compare.
-        if output.shape is not None:
-            output.shape[2] = TOTAL
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the exporter from telling people about torchvision, axis names and its own deprecated parts."""
+    """Silences the exporter's warnings about torchvision, axis names and its own deprecated parts."""
     loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -212,7 +207,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    """The cause at the bottom, without the pages that torch writes around it."""
+    """The innermost cause, without the pages that torch adds."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -1,7 +1,7 @@
 """Weight-only quantization of a graph's matrices, by the functions that onnxruntime's own quantizer calls.
 
-Every block of BLOCK weights of a neuron gets one scale, rounded to nearest, without zero points. What comes out is what
-onnxruntime's MatMulNBitsQuantizer writes for the same matrix, byte for byte; here it needs memory for one matrix at a time.
+Every block of BLOCK weights of a neuron has one scale, rounded to nearest, without zero points. The result is that of
+onnxruntime's MatMulNBitsQuantizer, byte for byte; here it needs memory for one matrix at a time.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 BLOCK = 32
 HEAD = "lm_head"
 HEAD_BITS = 8
-"""Of the matrix that makes logits: at 4 bits it would cost more than all others together, for a few percent of the size."""
+"""Of the matrix that computes logits: 4 bits would lose more there than in all others, for a few percent of the size."""
 ACCURACY = 4
-"""What the activations are rounded to while they are multiplied: 4 means int8. Without it, 8-bit matrices are a hundred times
-slower in onnxruntime: it writes them out as floats for every token."""
+"""The type to which activations are rounded in products: 4 means int8. Without it, 8-bit matrices are a hundred times slower in
+onnxruntime, which converts them to floats for every token."""
 _SAMPLE = 16
-"""Neurons of each matrix that are read back."""
+"""Neurons of each matrix that are read back and compared."""
 DOMAIN = "com.microsoft"
 
 
-def quantize(model: ir.Model, bits: int, on_event: OnEvent = ignore) -> int:
-    """Replaces every product with a constant matrix by MatMulNBits of 4 or 8 bits. Returns how many there are."""
+def quantize_graph(model: ir.Model, bits: int, on_event: OnEvent = ignore) -> int:
+    """Replaces every product with a constant matrix by MatMulNBits of 4 or 8 bits. Returns their number."""
     graph = model.graph
-    untie_head(model)
+    _untie_head(model)
     found = [node for node in graph if _matrix(node) is not None]
     for number, node in enumerate(found, start=1):
         weight = node.inputs[1]
-        assert weight is not None  # noqa: S101 - _matrix looked
+        assert weight is not None  # noqa: S101 - checked by _matrix
         wide = HEAD_BITS if str(weight.name).startswith(HEAD) else bits
         _replace(graph, node, weight, wide)
         on_event(Event("onnx.quantize", number, len(found), str(weight.name)))
@@ -46,8 +46,8 @@ def quantize(model: ir.Model, bits: int, on_event: OnEvent = ignore) -> int:
     return len(found)
 
 
-def untie_head(model: ir.Model) -> None:
-    """Gives a head that reads the transposed embeddings a matrix of its own: a lookup needs floats, a product does not."""
+def _untie_head(model: ir.Model) -> None:
+    """Gives a head that uses the transposed embeddings its own matrix: a lookup needs floats, a product does not."""
     import onnx_ir as ir
 
     graph = model.graph
@@ -75,10 +75,10 @@ def quantize_matrix(weight: npt.NDArray[Any], bits: int) -> tuple[npt.NDArray[np
     blocks = -(-rows // BLOCK)
     packed = np.zeros((columns, blocks, BLOCK * bits // 8), np.uint8)
     scales = np.zeros((columns, blocks), weight.dtype)
-    # Asked for symmetric blocks it leaves these alone, but wants room for them.
+    # Unused with symmetric blocks, but required.
     zeros = np.zeros((columns, -(-blocks * bits // 8)), np.uint8)
     convert = {4: runtime.quantize_matmul_4bits, 8: runtime.quantize_matmul_8bits}[bits]
-    # A traced weight may be a view of its transpose, and the function reads memory as it lies.
+    # A traced weight may be a view of its transpose, and the function ignores strides.
     padded = np.ascontiguousarray(np.pad(weight, ((0, blocks * BLOCK - rows), (0, 0))))
     convert(packed, padded, scales, zeros, BLOCK, columns, rows, True)
     return packed, scales
@@ -87,7 +87,7 @@ def quantize_matrix(weight: npt.NDArray[Any], bits: int) -> tuple[npt.NDArray[np
 def require_faithful(
     weight: npt.NDArray[Any], packed: npt.NDArray[np.uint8], scales: npt.NDArray[Any], bits: int, name: str
 ) -> None:
-    """Reads some neurons back. Raises QuantizationError when a weight is off by more than one step of its block."""
+    """Reads some neurons back. Raises QuantizationError when a weight differs by more than one step of its block."""
     chosen = np.linspace(0, weight.shape[1] - 1, num=min(_SAMPLE, weight.shape[1]), dtype=np.int64)
     codes = packed[chosen].astype(np.int16)
     if bits == 4:
@@ -97,11 +97,11 @@ def require_faithful(
     wanted = weight[:, chosen].T.astype(np.float32)
     room = 1.01 * np.abs(np.repeat(step[..., 0], BLOCK, axis=1))[:, : len(weight)]
     if not (np.abs(values - wanted) <= room).all():
-        raise QuantizationError(f"{name}: onnxruntime's {bits}-bit blocks are not the weights that it was given")
+        raise QuantizationError(f"{name}: onnxruntime's {bits}-bit blocks differ from the given weights")
 
 
 def _matrix(node: ir.Node) -> npt.NDArray[Any] | None:
-    """The constant matrix that a node multiplies with, or None."""
+    """The constant matrix of a product, or None."""
     weight = node.inputs[1] if node.op_type == "MatMul" else None
     if weight is None or weight.const_value is None or len(weight.const_value.shape) != 2 or weight.is_graph_input():
         return None
@@ -113,7 +113,7 @@ def _replace(graph: ir.Graph, node: ir.Node, weight: ir.Value, bits: int) -> Non
     import onnx_ir as ir
 
     values = _matrix(node)
-    assert values is not None  # noqa: S101 - the caller looked
+    assert values is not None  # noqa: S101 - checked by the caller
     packed, scales = quantize_matrix(values, bits)
     require_faithful(values, packed, scales, bits, str(weight.name))
     inputs = [node.inputs[0]]

@@ -10,6 +10,7 @@ import ctypes
 import importlib.util
 import sys
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -220,7 +221,11 @@ def file_type(name: str) -> FileType:
             advice="Export to bf16 and use llama.cpp's llama-imatrix and llama-quantize, or choose IQ3_S, Q3_K_M or larger.",
         )
     if known != AUTO and known not in DIRECT + QUANTIZED:
-        raise DataError(f"{name!r} is no type of a GGUF file", advice=f"Known types: auto, {', '.join(DIRECT + QUANTIZED)}.")
+        close = get_close_matches(upper, (*DIRECT, *QUANTIZED, *ALIASES), 1)
+        question = f"Did you mean {close[0].lower()}? " if close else ""
+        raise DataError(
+            f"{name!r} is no type of a GGUF file", advice=f"{question}Known types: auto, {', '.join(DIRECT + QUANTIZED)}."
+        )
     return FileType(known)
 
 

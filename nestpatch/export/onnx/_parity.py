@@ -1,4 +1,4 @@
-"""Does an exported graph compute what its model computes? Logits in onnxruntime against logits in transformers."""
+"""Compares an exported graph with its model: logits in onnxruntime against logits in transformers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nestpatch.errors import ParityError
+from nestpatch.export.results import Parity
 from nestpatch.rows import FloatArray
 from nestpatch.runtimes.onnx import OnnxRuntime
 from nestpatch.runtimes.text import IntArray, pad_left
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BOUNDS = {"fp32": 2e-3, "fp16": 0.1}
-"""What rounding may change in a logit, in standard deviations of the logits. A wrong graph is off by about one of them."""
+"""The largest difference of a logit that rounding explains, in standard deviations; a wrong graph differs by about one."""
 TEXTS = (
     "How do I bake bread?",
     "def f(x: int) -> str:\n    return f\"{x:>10,}\" if x != 0 else 'none'  # 12345.678e-9\n",
@@ -29,47 +30,18 @@ TEXTS = (
 """Of different lengths, so that a batch of them is padded."""
 MAX_TOKENS = 64
 _FEWEST = 4
-"""Tokens of the longest row at least: it is cut in three for the continued steps."""
-
-
-@dataclass(frozen=True)
-class Parity:
-    """The largest differences of logits between a graph in onnxruntime and its model in transformers, both on a CPU.
-
-    `plain`: one text; `padded`: several, padded at the left; `continued`: the same in three steps, the last of one token.
-    """
-
-    type: str
-    """fp32, fp16, int8 or int4: what the graph's matrices are."""
-    plain: float
-    padded: float
-    continued: float
-    deviation: float
-    """Standard deviation of the logits: what a difference is to be seen against."""
-    same: int
-    """Positions where both expect the same token most, of `positions`."""
-    positions: int
-    bound: float | None
-    """What a difference may be; None for quantized graphs, whose differences are told and not judged."""
-
-    @property
-    def largest(self) -> float:
-        return max(self.plain, self.padded, self.continued)
-
-    @property
-    def passed(self) -> bool:
-        return bool(np.isfinite(self.largest)) and (self.bound is None or self.largest <= self.bound)
+"""Tokens of the longest row: it is cut in three for the continued steps."""
 
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """Texts as token ids, and what the model itself makes of them."""
+    """Texts as token ids, and the logits of the model in transformers."""
 
     ids: IntArray
     """[texts, longest], padded at the left."""
     mask: IntArray
     logits: FloatArray
-    """[texts, longest, vocabulary] in float32; nothing is said of padding."""
+    """float32 [texts, longest, vocabulary]; undefined at padding."""
 
 
 def make_probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] = TEXTS) -> Probe:
@@ -77,7 +49,7 @@ def make_probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts
     import torch
 
     size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
-    # A tokenizer may know tokens that its model has no embedding for, or next to none of these words.
+    # A tokenizer may have tokens without an embedding, or almost none of these words.
     rows = [[i for i in ids if i < size][:MAX_TOKENS] or [0] for ids in tokenizer(list(texts))["input_ids"]]
     if max(map(len, rows)) < _FEWEST:
         rows.append([i % size for i in range(_FEWEST)])
@@ -90,11 +62,11 @@ def make_probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts
 
 
 def compare(file: Path, kind: str, probe: Probe) -> Parity:
-    """Runs a graph in onnxruntime and compares.
+    """Runs a graph in onnxruntime and compares its logits with those of the probe.
 
     Raises ParityError when a difference is larger than rounding explains, or a logit is not finite.
     """
-    # Quantized matrices are rearranged in any case: onnxruntime multiplies with them a hundred times faster then.
+    # onnxruntime rearranges quantized matrices in memory, which makes products a hundred times faster.
     model = OnnxRuntime(file, device="cpu", mapped=kind in BOUNDS)
     longest = probe.mask[:, 0].argmax()
     row = probe.ids[longest : longest + 1]
@@ -119,7 +91,7 @@ def compare(file: Path, kind: str, probe: Probe) -> Parity:
 
 
 def _in_steps(model: OnnxRuntime, probe: Probe) -> Any:
-    """The logits of the whole batch, read as the first half, the rest but one token, and that token."""
+    """The logits of the batch in three steps: the first half, the rest but one token, and that token."""
     width = probe.ids.shape[1]
     cuts = [0, width // 2, width - 1, width]
     parts, past = [], None
@@ -138,10 +110,10 @@ def _require(found: Parity) -> None:
     if found.passed:
         return
     if not np.isfinite(found.largest):
-        advice = "Its weights or activations leave the range of float16: use --dtype fp32." if found.type == "fp16" else None
-        raise ParityError(f"the exported graph ({found.type}) gives logits that are not finite in onnxruntime", advice=advice)
+        advice = "Its weights or activations exceed the range of float16: use --dtype fp32." if found.type == "fp16" else None
+        raise ParityError(f"the exported graph ({found.type}) has logits that are not finite in onnxruntime", advice=advice)
     parts = {"of one text": found.plain, "with padding": found.padded, "in continued steps": found.continued}
-    told = ", ".join(f"{value:.2g} {what}" for what, value in parts.items())
+    parts_text = ", ".join(f"{value:.2g} {what}" for what, value in parts.items())
     raise ParityError(
-        f"the exported graph ({found.type}) differs from its model: logits by {told}; rounding explains {found.bound:.2g}"
+        f"the exported graph ({found.type}) differs from its model: logits by {parts_text}; rounding explains {found.bound:.2g}"
     )
