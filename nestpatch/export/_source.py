@@ -30,7 +30,7 @@ from nestpatch.patcher.merge import rows_of
 from nestpatch.patcher.plan import check_strength
 from nestpatch.patcher.recovery import open_model
 from nestpatch.patcher.state_dir import StateDir, state_dir_of
-from nestpatch.patcher.steps import Judge, plan_steps
+from nestpatch.patcher.steps import Judge, plan_from_ledger
 from nestpatch.signing.trust import load_policy
 
 RECORD = "nestpatch.record"
@@ -135,7 +135,7 @@ def source_of(
     if proven is None:
         yield ExportSource(checkpoint, ledger.applied)
         return
-    steps = plan_steps(request.state_dir, ledger, proven.pack, strength, judge, proven.origin).steps
+    steps = plan_from_ledger(request.state_dir, ledger, proven.pack, strength, judge, proven.origin).steps
     if not steps:  # the pack is applied already
         yield ExportSource(checkpoint, ledger.applied)
         return

@@ -29,7 +29,7 @@ from nestpatch.patcher.merge import quantized_merge
 from nestpatch.patcher.plan import check_strength
 from nestpatch.patcher.recovery import open_model, require_settled
 from nestpatch.patcher.state_dir import LEDGER, StateDir, kept_from_writers, state_dir_of
-from nestpatch.patcher.steps import Judge, PlannedSteps, plan_on_rows
+from nestpatch.patcher.steps import Judge, PlannedSteps, plan_apply
 from nestpatch.signing.trust import Policy
 from nestpatch.signing.verify import signature_files
 
@@ -125,7 +125,7 @@ def apply(
     with kept_from_writers(state_dir):
         require_settled(state_dir, model)  # again: a writer may have died since
         ledger = read_ledger(state_dir)
-        planned = plan_on_rows(checkpoint, state_dir, ledger, proven, strength, judge, allowed, quantized.base)
+        planned = plan_apply(checkpoint, state_dir, ledger, proven, strength, judge, allowed, quantized.base)
         if not planned.steps:
             label = proven.pack.label
             raise ChainError(f"{label} is applied to {model} already", advice="Nothing to do: copy the model as it is.")
@@ -253,7 +253,7 @@ def _is_weights(file: Path) -> bool:
 
 def _untouched(checkpoint: Checkpoint, planned: PlannedSteps) -> frozenset[Path]:
     """The weight files that no step changes."""
-    touched = {file for name in planned.names for file in checkpoint.info(name).files}
+    touched = {file for name in planned.tensor_names for file in checkpoint.info(name).files}
     return frozenset(file for file in checkpoint.files if file not in touched)
 
 
