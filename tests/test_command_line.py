@@ -107,6 +107,18 @@ def test_what_resembles_no_command_gets_no_suggestion() -> None:
     assert (result.exit_code, "Did you mean" in result.stderr, "\x1b" in result.stderr) == (2, False, False)
 
 
+@pytest.mark.parametrize(
+    "words", [("\x1b[2J",), ("apply", "--\x1b[2J"), ("export", "m", "--to", "\x1b[2J"), ("apply", "\x1b.nest", "m")]
+)
+def test_a_usage_error_drives_no_terminal(words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("m", "\x1b.nest"):
+        (tmp_path / name).mkdir()
+    for result in (run(*words), run(*words, "--json")):
+        assert result.exit_code == 2
+        assert "\x1b" not in result.stdout + result.stderr
+
+
 def test_an_unknown_option_names_the_closest() -> None:
     result = run("apply", "model", "x.nest", "--in-plac")
     assert (result.exit_code, "--in-place" in result.stderr) == (2, True)

@@ -198,7 +198,9 @@ def test_the_card_s_evaluation_table(scene: Scene) -> None:
     text = model_card(channel, manifest, "hub://acme/x")
     assert "| attack success | 52.5% (63 of 120) | 1.7% (2 of 120) |" in text
     assert "base_model" not in text, "no id of the Hub"
-    assert "## Evaluation" not in model_card(channel, replace(manifest, evaluation={"before": 1, "after": {"x": []}}), "hub://acme/x")
+    assert "## Evaluation" not in model_card(
+        channel, replace(manifest, evaluation={"before": 1, "after": {"x": []}}), "hub://acme/x"
+    )
 
 
 def test_the_channel_file_is_as_documented(scene: Scene) -> None:
