@@ -215,7 +215,7 @@ def _leftover(words: Sequence[str]) -> str:
         return f"{model} holds no unfinished change: `nestpatch status {model}` shows what is applied."
     if "keep" in options:
         return f"{options['keep']} is incomplete: remove it." if options["keep"] else "Nothing is left."
-    return "Nothing was written." if "output" in options else ""
+    return "Nothing was written." if {"output", "directory"} & set(options) else ""
 
 
 def _abandon_output() -> None:

@@ -344,6 +344,21 @@ def test_the_remaining_time_is_that_of_this_round(monkeypatch: pytest.MonkeyPatc
     assert found[-1] == "[ 3021 s] evaluating 10/100, about 3 min left"
 
 
+def test_on_a_terminal_bars_show_step_note_and_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = io.StringIO()
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in {"_file": text, "_force_terminal": True, "_width": 120}.items():
+        monkeypatch.setattr(console.err, name, value)
+    with progress.shown() as on_event:
+        on_event(Event("tune", 21, 100, "loss 0.6"))
+        on_event(Event("tune", 42, 100, "loss 0.5"))
+        on_event(Event("note", note="layer [3]"))
+    drawn = re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", text.getvalue())
+    assert "layer [3]" in drawn
+    bar = [line for line in drawn.splitlines() if "tuning deltas" in line][-1]
+    assert re.search(r"42/100 0:00:\d\d left [-:0-9]+ loss 0\.5", bar), bar
+
+
 # Widths
 
 
