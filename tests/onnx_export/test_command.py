@@ -61,7 +61,7 @@ def test_a_dry_run_names_the_place(sources, pack):
     [
         (("--to", "onnx", "--type", "f16"), "--type: only with --to gguf"),
         (("--to", "gguf", "--int4", "--dtype", "fp16"), "--dtype, --int4 or --int8: only with --to onnx"),
-        (("--to", "onnx", "--for", "x"), "--for: only with --to onnx-adapter"),
+        (("--to", "onnx", "--for", "."), "--for: only with --to onnx-adapter"),
         (("--to", "onnx", "--check"), "--check: only with --to gguf"),
         (("--to", "onnx-adapter"), "name the ONNX model"),
         (("--to", "onnx", "--dtype", "bf16"), "bf16"),
