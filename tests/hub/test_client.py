@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from nestpatch.errors import HubAccessError, HubAnswerError, HubError, HubNotFoundError, HubUnavailableError
@@ -44,6 +46,19 @@ def test_references(text: str, expected: Reference) -> None:
 )  # fmt: skip
 def test_what_is_no_reference(text: str) -> None:
     assert parse_reference(text) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["runs/pack.nest", "models/model.gguf", "acme/x.safetensors@main", "./acme/tiny", "~/models", "/srv/x", "acme\\tiny",
+     "here/tiny"],
+)  # fmt: skip
+def test_what_looks_like_a_path(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert looks_local(text)
+    assert not looks_local(f"hub://{text}"), "with the scheme it is a repository"
+    assert not looks_local("acme/tiny")
 
 
 def test_branches_tags_and_commits_are_resolved(hub: Hub) -> None:

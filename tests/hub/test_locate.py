@@ -59,6 +59,17 @@ def test_neither_path_nor_id(text: str) -> None:
 
 
 @pytest.mark.usefixtures("online")
+def test_a_mistyped_path_is_not_sent_to_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for text in ("models/lama", "runs/model.gguf"):
+        with pytest.raises(CheckpointFormatError, match=f"there is no model at {text}") as caught:
+            open_base(text, endpoint=hub.url)
+        assert "hub://" in caught.value.advice
+    assert not hub.log
+
+
+@pytest.mark.usefixtures("online")
 @pytest.mark.parametrize("written", ["acme/tiny-llama", "hub://acme/tiny-llama", "acme/tiny-llama@main", "acme/tiny-llama@v1"])
 def test_a_hub_id_is_read_from_the_hub(hub: Hub, folder: Path, written: str) -> None:
     hub.store.repo("model", MODEL)

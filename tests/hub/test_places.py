@@ -239,6 +239,17 @@ def test_what_is_no_place(text: str) -> None:
         open_reader(text)
 
 
+def test_a_text_that_could_be_a_folder_is_not_sent_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "acme").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="'acme/no-harm' looks like a path") as caught:
+        open_reader("acme/no-harm")
+    assert "./acme/no-harm" in caught.value.advice
+    assert "hub://acme/no-harm" in caught.value.advice
+    assert isinstance(open_reader("hub://acme/no-harm"), HubReader)
+    assert isinstance(open_reader("./acme/no-harm"), FolderReader)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("a/b@1.0.0", ("a/b", "1.0.0")), ("file:///x@y/z", ("file:///x@y/z", None)),

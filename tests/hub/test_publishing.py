@@ -78,6 +78,20 @@ def test_the_same_pack_again_is_published_already(scene: Scene) -> None:
     assert scene.repo.resolve("main") == commit
 
 
+def test_a_pack_that_its_publisher_signs_after_the_push_is_published_already(scene: Scene) -> None:
+    """Two signatures of one key differ, and the channel's key has signed it when it was pushed."""
+    key = ("--key", key_file(scene, scene.key, "acme"))
+    with scene.as_publisher():
+        file = scene.pack("1.1.0", 1)
+        serial = answer("push", file, REPO, *key)["serial"]
+        sign_pack(file, scene.key)
+        again = answer("push", file, REPO, *key)
+        assert (again["changed"], again["serial"]) == (False, serial)
+        audit = sign_pack(file, generate()).file
+        assert "VersionError" in run("push", file, REPO, *key).stderr, "a second signer's would not be published"
+        audit.unlink()
+
+
 def test_the_same_pack_with_another_signature_or_after_its_withdrawal_is_refused(scene: Scene) -> None:
     """Else a second signer would believe that the signature was published."""
     key = ("--key", key_file(scene, scene.key, "acme"))

@@ -140,6 +140,15 @@ def test_trust_is_listed_and_taken_back(acme: Path, tmp_path: Path) -> None:
     assert (gone.exit_code, gone.stderr.splitlines()[0]) == (1, "TrustError: 0 trusted keys match 'acme', expected 1")
 
 
+def test_who_trusts_a_key_learns_that_own_packs_need_a_signature(acme: Path, pack: Path) -> None:
+    assert "Sign your own packs: nestpatch sign PACK" in run("trust", "add", f"{acme}.pub").stdout
+    refused = run("verify-signature", pack)
+    said = " ".join(refused.stderr.split())
+    assert said.startswith("UnsignedError: no-harm.nest is not signed")
+    assert f"nestpatch sign {pack.name} --key" in said
+    assert "--allow-unsigned" in said
+
+
 def test_a_path_with_wildcards_in_its_name_is_a_path(acme: Path, tmp_path: Path, pack: Path) -> None:
     for name in ("m[ab]", "ma"):
         (tmp_path / name).mkdir()
@@ -173,6 +182,8 @@ def test_names_that_would_drive_the_terminal(acme: Path) -> None:
 def test_nothing_is_overwritten(acme: Path, pack: Path) -> None:
     again = run("keygen", acme, "--no-password")
     assert (again.exit_code, again.stderr.startswith("OutputError")) == (1, True)
+    assert f"nestpatch sign PACK --key {acme}.key" in again.stderr
+    assert "another name" in again.stderr
     assert run("sign", pack, "--key", f"{acme}.key").exit_code == 0
     assert run("sign", pack, "--key", f"{acme}.key").stderr.startswith("OutputError")
     assert run("sign", pack, "--key", f"{acme}.key", "--overwrite").exit_code == 0

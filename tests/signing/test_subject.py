@@ -114,8 +114,9 @@ def test_an_unsigned_pack_does_not_dodge_a_strict_rule_by_its_own_word(tmp_path:
     model = tiny_checkpoint(tmp_path / "model")
     policy = Policy(people.policy("acme").keys, (Rule("team/*", 1), Rule("*", 0)))
     file = for_base("other/x", tmp_path)
-    reason = r"requires 1 signature for 'team/\*'.*statement that it is for 'other/x'"
-    with pytest.raises(UnsignedError, match=reason) as caught:
+    with pytest.raises(
+        UnsignedError, match=r"requires 1 signature for 'team/\*'.*statement that it is for 'other/x'"
+    ) as caught:
         verify_signature(file, policy, model)
     assert "rule for paths" in caught.value.advice
     # The user's own word does count: a rule for the path, before the other.
