@@ -323,7 +323,8 @@ def test_a_commit_whose_answer_is_lost_stands_once(scene: Scene) -> None:
         scene.publish("1.1.0", 1)
     assert scene.channel.serial == 2
     again = scene.publish("1.1.0", 1)
-    assert (again.serial, again.message, again.revision) == (2, "no-harm 1.1.0 is already published", scene.repo.resolve("main"))
+    assert (again.serial, again.message) == (2, "no-harm 1.1.0 is already published")
+    assert again.revision == scene.repo.resolve("main")
     assert scene.publish("1.2.0", 2).serial == 3
     assert scene.update().after == "1.2.0"
 
