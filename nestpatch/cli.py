@@ -23,7 +23,7 @@ from nestpatch import __version__
 from nestpatch.commands import demo, evaluating, exporting, fleet, inspecting, patching, signing, training
 from nestpatch.commands._options import print_json, say
 from nestpatch.errors import FileSystemError, MissingExtraError, NestpatchError, OutOfMemoryError, UnexpectedError
-from nestpatch.plain import one_line
+from nestpatch.plain import lines
 from nestpatch.runtimes.threads import wait_passively
 
 TAGLINE = "Safety patches for language models: trained once, shipped as a signed megabyte, merged in place, undone bit for bit."
@@ -118,7 +118,7 @@ class Group(click.Group):
         if name not in self.commands and not name.startswith("-") and not ctx.resilient_parsing:
             meant = [command for command, others in MEANT.items() if name.lower() in others]
             close = meant or get_close_matches(name.lower(), self.commands, 1)
-            ctx.fail(f"No such command '{one_line(name)}'.{f' Did you mean {close[0]!r}?' if close else ''}")
+            ctx.fail(f"No such command '{name}'.{f' Did you mean {close[0]!r}?' if close else ''}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - as click has it
@@ -154,8 +154,8 @@ def _named(error: Exception, command: str | None) -> NestpatchError:
     if os.environ.get(TRACEBACK):
         raise error
     # The last line of nestpatch's own files that the error passed.
-    lines = [f"{entry.filename}:{entry.lineno}" for entry in traceback.extract_tb(error.__traceback__)]
-    own = [line for line in lines if f"{os.sep}nestpatch{os.sep}" in line] or lines or ["unknown"]
+    passed = [f"{entry.filename}:{entry.lineno}" for entry in traceback.extract_tb(error.__traceback__)]
+    own = [line for line in passed if f"{os.sep}nestpatch{os.sep}" in line] or passed or ["unknown"]
     where = own[-1].rpartition(f"{os.sep}nestpatch{os.sep}")[2]
     return UnexpectedError(f"{type(error).__name__}: {error} ({where})")
 
@@ -171,10 +171,14 @@ def _end(error: NestpatchError, words: Sequence[str]) -> int:
 
 def _end_usage(error: click.ClickException, words: Sequence[str]) -> int:
     """Reports arguments that click refused, with the usage of the command; returns the exit code."""
-    error.show()
+    message = lines(error.format_message())
     context = error.ctx if isinstance(error, click.UsageError) else None
-    advice = f"Run `{context.command_path} --help`." if context else "Run `nestpatch --help`."
-    return _as_object("UsageError", error.format_message(), advice, error.exit_code, words)
+    help_of = f"{context.command_path if context else 'nestpatch'} --help"
+    with suppress(OSError):  # stderr may be full
+        if context is not None:
+            click.echo(f"{context.get_usage()}\nTry '{help_of}' for help.\n", err=True)
+        click.echo(f"Error: {message}", err=True)
+    return _as_object("UsageError", message, f"Run `{help_of}`.", error.exit_code, words)
 
 
 def _end_stopped(error: BaseException, words: Sequence[str]) -> int:
@@ -211,7 +215,7 @@ def _leftover(words: Sequence[str]) -> str:
         return f"{model} holds no unfinished change: `nestpatch status {model}` shows what is applied."
     if "keep" in options:
         return f"{options['keep']} is incomplete: remove it." if options["keep"] else "Nothing is left."
-    return "Nothing was written." if "output" in options else ""
+    return "Nothing was written." if {"output", "directory"} & set(options) else ""
 
 
 def _abandon_output() -> None:

@@ -59,7 +59,8 @@ def test_the_help_of_a_command_has_examples_and_fits(words: tuple[str, ...]) -> 
     result = run(*words, "--help", COLUMNS="100")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    examples = [line.strip() for line in lines if line.strip().startswith("nestpatch ")]
+    assert lines.count("  Examples:") == 1, result.stdout
+    examples = [line.strip() for line in lines[lines.index("  Examples:") :] if line.startswith("    nestpatch ")]
     assert len(examples) >= 2, result.stdout
     assert all(line.split()[1 : 1 + len(words)] == list(words) for line in examples)
     assert max(map(len, lines)) <= 100
@@ -73,7 +74,7 @@ def test_the_examples_name_options_that_exist(words: tuple[str, ...]) -> None:
         assert isinstance(command, click.Group)
         command = command.commands[word]
     known = {option for param in command.params for option in (*param.opts, *param.secondary_opts)}
-    text = "".join(line for line in run(*words, "--help").stdout.splitlines() if line.strip().startswith("nestpatch "))
+    text = run(*words, "--help").stdout.partition("Examples:")[2]
     assert set(re.findall(r"(?<=\s)--?[a-z][a-z0-9-]*", text)) <= known | {"--help"}
 
 
@@ -104,6 +105,18 @@ def test_an_unknown_command_names_the_closest(word: str, meant: str) -> None:
 def test_what_resembles_no_command_gets_no_suggestion() -> None:
     result = run("\x1b[2Jqqqq")
     assert (result.exit_code, "Did you mean" in result.stderr, "\x1b" in result.stderr) == (2, False, False)
+
+
+@pytest.mark.parametrize(
+    "words", [("\x1b[2J",), ("apply", "--\x1b[2J"), ("export", "m", "--to", "\x1b[2J"), ("apply", "\x1b.nest", "m")]
+)
+def test_a_usage_error_drives_no_terminal(words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("m", "\x1b.nest"):
+        (tmp_path / name).mkdir()
+    for result in (run(*words), run(*words, "--json")):
+        assert result.exit_code == 2
+        assert "\x1b" not in result.stdout + result.stderr
 
 
 def test_an_unknown_option_names_the_closest() -> None:
@@ -329,6 +342,21 @@ def test_the_remaining_time_is_that_of_this_round(monkeypatch: pytest.MonkeyPatc
         (3021, Event("evaluate", 10, 100)),
     )  # fmt: skip
     assert found[-1] == "[ 3021 s] evaluating 10/100, about 3 min left"
+
+
+def test_on_a_terminal_bars_show_step_note_and_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = io.StringIO()
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in {"_file": text, "_force_terminal": True, "_width": 120}.items():
+        monkeypatch.setattr(console.err, name, value)
+    with progress.shown() as on_event:
+        on_event(Event("tune", 21, 100, "loss 0.6"))
+        on_event(Event("tune", 42, 100, "loss 0.5"))
+        on_event(Event("note", note="layer [3]"))
+    drawn = re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", text.getvalue())
+    assert "layer [3]" in drawn
+    bar = [line for line in drawn.splitlines() if "tuning deltas" in line][-1]
+    assert re.search(r"42/100 0:00:\d\d left [-:0-9]+ loss 0\.5", bar), bar
 
 
 # Widths

@@ -210,16 +210,16 @@ def places(template: str) -> list[str]:
 
 def assert_named(result: Result, arguments: list[str]) -> None:
     """An end with a name."""
-    told = (arguments, result.stdout, result.stderr, result.exception)
-    assert result.exception is None or isinstance(result.exception, SystemExit), told
-    assert result.exit_code in (0, 1, 2, 10), told
-    assert "Traceback" not in result.stderr, told
-    assert "UnexpectedError" not in result.stderr, told
-    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]", result.stdout + result.stderr), told
+    seen = (arguments, result.stdout, result.stderr, result.exception)
+    assert result.exception is None or isinstance(result.exception, SystemExit), seen
+    assert result.exit_code in (0, 1, 2, 10), seen
+    assert "Traceback" not in result.stderr, seen
+    assert "UnexpectedError" not in result.stderr, seen
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]", result.stdout + result.stderr), seen
     answer = json.loads(result.stdout) if "--json" in arguments and result.stdout else {}
     if result.exit_code and (not result.stdout or "error" in answer):
-        assert NAMED.search(result.stderr), told
-    assert answer.get("error", {}).get("exit_code", result.exit_code) == result.exit_code, told
+        assert NAMED.search(result.stderr), seen
+    assert answer.get("error", {}).get("exit_code", result.exit_code) == result.exit_code, seen
 
 
 def run_odd(command: str, template: str, odd: str, scene: Path) -> None:

@@ -104,7 +104,7 @@ def test_a_closed_pipe_is_silent(name: str, goods: Path, tmp_path: Path) -> None
 
 
 def errors_of(text: str) -> str:
-    """What a command says on stderr, but for the line that it owes a user who trusts nobody."""
+    """What a command prints on stderr, without the line for a user who trusts no key."""
     return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("no key is trusted on this machine"))
 
 
@@ -148,15 +148,15 @@ def test_names_that_are_no_text_are_shown_in_every_encoding(
         done = subprocess.run(
             command(*arguments, *json_too), capture_output=True, env=environment(tmp_path, **ENCODINGS[encoding]), check=False
         )
-        told = arguments, done.stdout, done.stderr
-        assert done.returncode in ((1, 2) if code else (0,)), told
-        assert b"Traceback" not in done.stderr, told
-        assert b"UnexpectedError" not in done.stderr, told
+        seen = arguments, done.stdout, done.stderr
+        assert done.returncode in ((1, 2) if code else (0,)), seen
+        assert b"Traceback" not in done.stderr, seen
+        assert b"UnexpectedError" not in done.stderr, seen
         text = done.stdout.decode("utf-8" if encoding == "utf-8" else "latin-1" if encoding == "latin-1" else "ascii")
         if json_too and text:
             json.loads(text)
         if arguments[0] in ("status", "recover") and not json_too:
-            assert r"\xff" in text, told
+            assert r"\xff" in text, seen
 
 
 @pytest.mark.parametrize("arguments", [("trust", "list"), ("trust", "add", "{x.pub}"), ("update", "{model}")])

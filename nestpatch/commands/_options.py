@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
-WEIGHTS = (".nest", ".safetensors", ".gguf", ".onnx")
-"""Endings of names that mean a file on this machine, never a repository of the Hub."""
 
 
 class _Path(click.Path):
@@ -105,12 +103,10 @@ def _is_channel(text: str) -> bool:
 
 
 def _on_hub(text: str) -> bool:
-    """Whether a text that is no path may be a model of the Hub: `owner/name`, unless its folder or its ending is of a file."""
-    from nestpatch.hub.client import SCHEME, parse_reference
+    """Whether a text that is not a path here may be a model of the Hub."""
+    from nestpatch.hub.client import SCHEME, looks_local, parse_reference
 
-    folder = os.fspath(Path(text).parent)
-    local = text.endswith(WEIGHTS) or (folder != "." and os.path.isdir(folder))  # noqa: PTH112 - Path.is_dir may raise
-    return text.startswith(SCHEME) or (not local and parse_reference(text) is not None)
+    return text.startswith(SCHEME) or (not looks_local(text) and parse_reference(text) is not None)
 
 
 PathType: click.Path = _InputPath(path_type=Path)

@@ -105,7 +105,7 @@ def load_packs(state_dir: StateDir, entries: Sequence[LedgerEntry], known: Mappi
 def judge_kept(
     state_dir: StateDir, pack_id: str, policy: Policy, model: str | Path | None, *, allow_unsigned: bool = False
 ) -> SignatureResult:
-    """Judges the signatures that are kept with a pack, as those of a file; links are not followed, and pipes not waited for.
+    """Judges the signatures that are kept with a pack, like those of a pack file.
 
     Args:
         state_dir: Where the state of the model is.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nestpatch.patcher.verify import Verification
 
 
-_UNSIGNED = " [yellow](came with the model, signed by nobody whom you trust)[/]"
+_UNSIGNED = " [yellow](came with the model, not signed by a key that you trust)[/]"
 
 
 def show_applied(done: Applied) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nestpatch.errors import HubAccessError, HubAnswerError, HubError, HubNotFoundError, HubUnavailableError
-from nestpatch.hub.client import Reference, Snapshot, look_up, parse_reference
+from nestpatch.hub.client import Reference, Snapshot, look_up, looks_local, parse_reference
 from tests.hubserver import faults
 from tests.hubserver.faults import Bend
 from tests.hubserver.messages import Answer, as_json

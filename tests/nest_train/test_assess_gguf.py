@@ -131,7 +131,7 @@ def test_the_command_line_evaluates_gguf_files(made, suites, tmp_path):
     both = run(main, ["eval", str(file), str(pack), f"--lora={lora}", *options])
     assert (both.exit_code, "DataError" in both.stderr) == (2, True)
     none = run(main, ["eval", str(tmp_path / "none.gguf"), *options])
-    assert (none.exit_code, "CheckpointFormatError" in none.stderr) == (1, True)
+    assert (none.exit_code, "MissingInputError" in none.stderr) == (2, True)
 
 
 def without(*modules: str) -> str:
