@@ -25,6 +25,7 @@ from nestpatch.errors import (
     OutOfMemoryError,
     UnexpectedError,
 )
+from nestpatch.runtimes.threads import wait_passively
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -120,6 +121,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    wait_passively()  # before a command imports torch
 
 
 for command in (

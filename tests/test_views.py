@@ -92,7 +92,7 @@ def filled(cls: type, text: str, depth: int = 0) -> Any:
 
 def names_of(cls: type) -> dict[str, Any]:
     """What annotations of a module may name though only type checkers import it."""
-    from nestpatch.evaluation.statistics import Share
+    from nestpatch.evaluation.suites import Share
     from nestpatch.export.onnx.parity import Parity
 
     return {"Share": Share, "Parity": Parity, **vars(importlib.import_module(cls.__module__))}

@@ -1,1 +1,4 @@
-"""Measuring a model: prompt suites, judges, drift and limits, by one evaluator for every runtime."""
+"""Measuring a model: prompt suites, judges, drift and limits, with one evaluator for every runtime.
+
+`evaluator.evaluate` is the way in; `parity` compares an exported file with the model that it was made from.
+"""

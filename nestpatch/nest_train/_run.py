@@ -8,25 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nestpatch.errors import DataError
-from nestpatch.evaluation.drift import drift_between
+from nestpatch.evaluation.drift import drift
 from nestpatch.events import Event, OnEvent
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.patcher.recovery import open_model
-from nestpatch.runtimes.text import prompt_ids
-from nestpatch.runtimes.transformers import (
-    ModelLocation,
-    load_model,
-    locate,
-    pick_device,
-    pick_dtype,
-    with_transformers,
-)
+from nestpatch.runtimes.threads import wait_passively
+from nestpatch.runtimes.transformers import ModelLocation, TransformersRuntime, load_model, locate, pick_device, pick_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,6 +32,7 @@ def limited_threads(threads: int | None) -> Iterator[None]:
     Raises:
         DataError: The number is less than 1.
     """
+    wait_passively()
     if threads is None:
         yield
         return
@@ -92,6 +86,11 @@ class Run:
         return int(self.tokenizer.pad_token_id)
 
     @property
+    def runtime(self) -> TransformersRuntime:
+        """The model, with the recipe's limits."""
+        return TransformersRuntime(self.model, self.tokenizer, self.recipe.max_answer_tokens, self.recipe.max_prompt_tokens)
+
+    @property
     def parameters(self) -> int:
         """Number of parameters of the model."""
         return sum(parameter.numel() for parameter in self.model.parameters())
@@ -117,12 +116,11 @@ class Run:
         def report(event: Event) -> None:
             self.on_event(Event(stage, event.done, event.total, note))
 
-        limits = (self.recipe.max_answer_tokens, self.recipe.max_prompt_tokens)
-        return with_transformers(self.model, self.tokenizer, *limits, on_event=report)(prompts)
+        return self.runtime.generate(prompts, report)
 
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of the prompts in chat form, at most `max_prompt_tokens` of each."""
-        return prompt_ids(self.tokenizer, prompts, self.recipe.max_prompt_tokens)
+        return self.runtime.token_ids(prompts)
 
     def drift(self, answers: Mapping[str, str], off: Callable[[], AbstractContextManager[None]]) -> float | None:
         """How far the model with attached deltas has moved from the base.
@@ -134,6 +132,4 @@ class Run:
         Returns:
             Mean KL(base || model) in nats per answer token; None without answers.
         """
-        if not answers:
-            return None
-        return drift_between(self.model, self.model, self.tokenizer, answers, base_mode=off)
+        return drift(replace(self.runtime, active=off), self.runtime, answers)

@@ -1,1 +1,1 @@
-"""Prompt sets."""
+"""Prompt sets, read from files and data sets."""

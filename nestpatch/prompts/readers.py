@@ -1,4 +1,4 @@
-"""Prompt sets: from files and data sets to texts."""
+"""Readers of prompt sets: files and data sets of the Hub to texts."""
 
 from __future__ import annotations
 
@@ -17,18 +17,25 @@ from typing import Any
 from nestpatch.errors import MissingExtraError, PromptDataError
 from nestpatch.files.reading import open_regular, read_bounded, read_text
 
-PROMPT_COLUMNS = ("prompt", "instruction", "question", "goal", "text")
-_SLICE = re.compile(r"(.+)\[(-?\d{0,18}):(-?\d{0,18})\]", re.ASCII)
 MAX_FILE = 256 << 20
 """Bytes of a prompt file: some million prompts."""
 MAX_TABLE = 1 << 30
-"""Bytes of what a Parquet file holds, unpacked."""
-ANSWER_COLUMNS = ("reference", "answer", "response", "output", "target")
+"""Bytes of the content of a Parquet file, unpacked."""
+_PROMPT_COLUMNS = ("prompt", "instruction", "question", "goal", "text")
+_ANSWER_COLUMNS = ("reference", "answer", "response", "output", "target")
+_DATA_SET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[^/]+)?", re.ASCII)
+"""What may name a data set of the Hub: anything else is a path, and the Hub is not asked."""
+_SLICE = re.compile(r"(.+)\[(-?\d{0,18}):(-?\d{0,18})\]", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request, and the right answer where one is known."""
+    """One request.
+
+    Attributes:
+        text: What is asked.
+        reference: The right answer; None where none is known.
+    """
 
     text: str
     reference: str | None = None
@@ -36,33 +43,47 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts from one place. `digest` is the SHA-256 over their canonical JSON, whatever the file type."""
+    """Prompts from one source.
+
+    Attributes:
+        name: The file's name without its ending, or the data set's id.
+        prompts: Without duplicates.
+    """
 
     name: str
     prompts: tuple[Prompt, ...]
 
     @property
     def digest(self) -> str:
+        """SHA-256 of the prompts as canonical JSON, hex: the same whatever the file type."""
         rows = [[p.text, p.reference] for p in self.prompts]
         return sha256(json.dumps(rows, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
 
     def facts(self) -> dict[str, Any]:
-        """What the pack records of this set."""
+        """What a pack records of this set: name, number of prompts, digest."""
         return {"name": self.name, "prompts": len(self.prompts), "sha256": self.digest}
 
 
 def load_prompts(source: str | Path) -> PromptSet:
-    """Reads prompts from a file (.jsonl, .json, .csv, .parquet, .txt) or a data set of the Hub ("user/set", "user/set:split").
+    """Reads prompts from a file or a data set. Duplicates are dropped.
 
-    "SOURCE[100:200]" takes a slice of the rows, as in Python.
+    The prompt is in the column "prompt", or else "instruction", "question", "goal" or "text"; the right answer, where there is
+    one, in "reference", "answer", "response", "output" or "target".
 
-    The prompt is the column "prompt", or the first of PROMPT_COLUMNS that exists; the reference likewise of ANSWER_COLUMNS.
-    Duplicates are dropped.
+    Args:
+        source: A .jsonl, .json, .csv, .parquet or .txt file, or a data set of the Hub ("user/set", "user/set:split").
+            "SOURCE[100:200]" takes a slice of the rows, as in Python.
 
-    Raises PromptDataError when the source is missing, empty or malformed.
+    Returns:
+        The prompts.
+
+    Raises:
+        PromptDataError: The source is missing, empty or malformed.
+        MissingExtraError: The packages to read it are not installed.
     """
     slicing = _SLICE.fullmatch(str(source))
-    place, wanted = (slicing[1], _slice(slicing[2], slicing[3])) if slicing else (str(source), slice(None))
+    place = slicing[1] if slicing else str(source)
+    start, stop = (int(slicing[part]) if slicing and slicing[part] else None for part in (2, 3))
     path = Path(place)
     readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _txt}
     if path.suffix in readers:
@@ -74,26 +95,27 @@ def load_prompts(source: str | Path) -> PromptSet:
             reason = getattr(error, "strerror", None) or error
             raise PromptDataError(f"cannot read {path}: {reason}") from error
     elif os.path.exists(path):  # noqa: PTH110 - answers no where Path.exists raises
-        raise PromptDataError(f"{path} is not a prompt file: its name ends in none of {', '.join(readers)}")
+        raise PromptDataError(f"{path} is not a prompt file: expected a name that ends in {', '.join(readers)}")
+    elif _DATA_SET.fullmatch(place) is None:
+        raise PromptDataError(f"there is no prompt file {path}")
     else:
         rows = list(_hub(place))
-    prompts = tuple(dict.fromkeys(_prompt(row, source, number) for number, row in enumerate(rows[wanted], start=1)))
+    prompts = tuple(dict.fromkeys(_prompt(row, source, number) for number, row in enumerate(rows[start:stop], start=1)))
     if not prompts:
-        raise PromptDataError(f"{source} holds no prompts")
+        raise PromptDataError(f"{source} contains no prompts")
     name = path.stem if path.suffix in readers else place
     return PromptSet(name + (f"[{slicing[2]}:{slicing[3]}]" if slicing else ""), prompts)
 
 
-def _slice(start: str, stop: str) -> slice:
-    return slice(int(start) if start else None, int(stop) if stop else None)
-
-
-def _txt(path: Path) -> Iterator[Any]:
-    yield from (line for line in read_text(path, MAX_FILE).splitlines() if line.strip())
-
-
 def join_sets(sets: Sequence[PromptSet]) -> PromptSet:
-    """One set of several; duplicates are dropped."""
+    """One set of several; duplicates are dropped.
+
+    Args:
+        sets: At least one.
+
+    Returns:
+        The set, with all names joined by "+".
+    """
     if len(sets) == 1:
         return sets[0]
     prompts = dict.fromkeys(prompt for each in sets for prompt in each.prompts)
@@ -101,11 +123,24 @@ def join_sets(sets: Sequence[PromptSet]) -> PromptSet:
 
 
 def sample_set(prompts: PromptSet, limit: int, seed: int) -> PromptSet:
-    """At most `limit` prompts, chosen by the seed, in their old order."""
+    """Draws from a set.
+
+    Args:
+        prompts: What to draw from.
+        limit: How many prompts at most.
+        seed: Decides which.
+
+    Returns:
+        The chosen prompts, in their old order.
+    """
     if len(prompts.prompts) <= limit:
         return prompts
     kept = sorted(random.Random(f"sample {seed}").sample(range(len(prompts.prompts)), limit))
     return PromptSet(prompts.name, tuple(prompts.prompts[i] for i in kept))
+
+
+def _txt(path: Path) -> Iterator[Any]:
+    yield from (line for line in read_text(path, MAX_FILE).splitlines() if line.strip())
 
 
 def _jsonl(path: Path) -> Iterator[Any]:
@@ -122,7 +157,7 @@ def _json(path: Path) -> Iterator[Any]:
     if isinstance(data, dict):
         # Some public sets are one object of parallel lists.
         lists = {name: value for name, value in data.items() if isinstance(value, list)}
-        named = next((lists[f"{name}s"] for name in PROMPT_COLUMNS if f"{name}s" in lists), None)
+        named = next((lists[f"{name}s"] for name in _PROMPT_COLUMNS if f"{name}s" in lists), None)
         data = named or (next(iter(lists.values())) if len(lists) == 1 else data)
     if not isinstance(data, list):
         raise PromptDataError(f"{path} must hold a list of prompts")
@@ -159,27 +194,23 @@ def _hub(source: str) -> Iterable[Any]:
         raise PromptDataError(f"there is no prompt file {source}, and the Hub gave no data set: {error}") from error
 
 
-def _is_text(value: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in value)
-
-
 def _prompt(row: Any, source: str | Path, number: int) -> Prompt:
     if isinstance(row, str):
         row = {"prompt": row}
     if not isinstance(row, Mapping):
-        raise PromptDataError(f"{source}, row {number}: expected an object, got {type(row).__name__}")
-    column = next((name for name in PROMPT_COLUMNS if name in row), None)
+        raise PromptDataError(f"{source}, row {number}: expected an object, found {type(row).__name__}")
+    column = next((name for name in _PROMPT_COLUMNS if name in row), None)
     if column is None:
         raise PromptDataError(
-            f"{source}, row {number}: no column {' or '.join(PROMPT_COLUMNS)}; it has {', '.join(map(str, row))}"
+            f"{source}, row {number}: no column {' or '.join(_PROMPT_COLUMNS)}; it has {', '.join(map(str, row))}"
         )
     text = row[column]
     if not isinstance(text, str) or not text.strip():
         raise PromptDataError(f"{source}, row {number}: {column} is {'empty' if text in ('', None) else repr(text)[:60]}")
-    if any(isinstance(value, str) and not _is_text(value) for value in row.values()):
-        raise PromptDataError(f"{source}, row {number}: half a surrogate pair (\\ud800 to \\udfff), which is no character")
+    if any("\ud800" <= character <= "\udfff" for value in row.values() if isinstance(value, str) for character in value):
+        raise PromptDataError(f"{source}, row {number}: half a surrogate pair (\\ud800 to \\udfff), which is not a character")
     extra = row.get("input")
     if isinstance(extra, str) and extra.strip():  # Alpaca keeps the material of a task in a column of its own
         text = f"{text}\n\n{extra}"
-    reference = next((row[name] for name in ANSWER_COLUMNS if isinstance(row.get(name), str) and row[name].strip()), None)
+    reference = next((row[name] for name in _ANSWER_COLUMNS if isinstance(row.get(name), str) and row[name].strip()), None)
     return Prompt(text, reference)

@@ -1,1 +1,5 @@
-"""What runs a model: transformers, llama.cpp and onnxruntime."""
+"""Loaded models behind one protocol: transformers, llama.cpp and onnxruntime.
+
+`protocol.open_runtime` is the way in. `transformers`, `mlps` and `weights` also serve training and export, which need the
+PyTorch model itself.
+"""

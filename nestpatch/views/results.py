@@ -19,8 +19,7 @@ from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.plain import count, lines, number, one_line
 
 if TYPE_CHECKING:
-    from nestpatch.evaluation.statistics import Share
-    from nestpatch.evaluation.suites import Scores
+    from nestpatch.evaluation.suites import Scores, Share
     from nestpatch.export.models import Exported
     from nestpatch.lab.demo import FormatResult
     from nestpatch.pack import Pack
@@ -369,9 +368,11 @@ def evaluation_table(columns: Mapping[str, Scores]) -> Table:
         shares = [model.totals().get(name) for model in models]
         if any(share is not None for share in shares):
             table.add_row(title, *("" if share is None else percent(share) for share in shares))
-    if any(model.drift is not None for model in models):
-        cells = ("" if model.drift is None else f"{model.drift:.4f} nats per token" for model in models)
-        table.add_row("KL to the base, benign", *cells)
+    if len(models) > 1 or models[0].drift is not None:
+        # Of two columns the first is the base itself, unless it was compared with another one.
+        missing = ["" if len(models) > 1 else "not measured", *["not measured"] * (len(models) - 1)]
+        drifts = zip((model.drift for model in models), missing, strict=True)
+        table.add_row("KL to the base, benign", *(n if d is None else f"{d:.4f} nats per token" for d, n in drifts))
     for position, suite in enumerate(models[0].suites):
         harmful = suite.kind == "harmful"
         results = [model.suites[position] for model in models]

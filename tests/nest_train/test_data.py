@@ -76,16 +76,16 @@ def test_a_data_set_of_the_hub_is_a_source_too(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("x.jsonl", b"", "holds no prompts"),
+        ("x.jsonl", b"", "contains no prompts"),
         ("x.jsonl", b'{"prompt": "a"}\n{broken\n', "line 2"),
         ("x.jsonl", b'{"prompt": ""}\n', "row 1: prompt is empty"),
         ("x.jsonl", b'{"prompt": null}\n', "row 1: prompt is empty"),
         ("x.jsonl", b'{"prompt": 5}\n', "row 1: prompt is 5"),
         ("x.jsonl", b'{"other": "a"}\n', "no column prompt"),
-        ("x.jsonl", b"[1]\n", "row 1: expected an object, got list"),
+        ("x.jsonl", b"[1]\n", "row 1: expected an object, found list"),
         ("x.jsonl", b"\xff\xfe\n", "cannot read"),
         ("x.json", b'{"a": 1}', "must hold a list"),
-        ("x.csv", b"prompt\n", "holds no prompts"),
+        ("x.csv", b"prompt\n", "contains no prompts"),
         ("x.csv", b'goal\nok\n"', "cannot read"),
         ("x.parquet", b"PAR1", "cannot read"),
         ("x.doc", b"hello", "is not a prompt file"),
@@ -139,7 +139,7 @@ def test_long_prompts_keep_their_end_and_long_answers_their_begin(tokenizer):
 
 
 def test_left_padding_ends_all_prompts_together():
-    ids, mask = pad_left([[1, 2, 3], [4]], 0, "cpu")
+    ids, mask = pad_left([[1, 2, 3], [4]], 0)
     assert ids.tolist() == [[1, 2, 3], [0, 0, 4]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 

@@ -12,8 +12,9 @@ from nestpatch.nest_train._neurons import Selection, cluster, collect, require_n
 from nestpatch.nest_train._targets import Halves
 from nestpatch.nest_train._tune import ClusterDelta, DeltaSet, tune
 from nestpatch.nest_train.recipe import Recipe
+from nestpatch.runtimes.mlps import find_mlps
 from nestpatch.runtimes.text import TokenPair, pad_left
-from nestpatch.runtimes.transformers import find_mlps, load_model
+from nestpatch.runtimes.transformers import load_model
 
 
 @pytest.fixture
@@ -240,7 +241,7 @@ def test_a_model_without_linear_blocks_is_named(models):
 
 def test_padding_does_not_change_what_a_prompt_reads(llama):
     model, _ = llama
-    ids, mask = pad_left([[4, 5, 6], [7]], 0, "cpu")
+    ids, mask = map(torch.from_numpy, pad_left([[4, 5, 6], [7]], 0))
     together = model(input_ids=ids, attention_mask=mask).logits[1, -1]
     alone = model(input_ids=torch.tensor([[7]])).logits[0, -1]
     assert torch.allclose(together, alone, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Chat templates without transformers: the same text for the same template."""
+"""Chat templates without transformers: the same template gives the same text."""
 
 from __future__ import annotations
 
@@ -10,13 +10,23 @@ from typing import Any
 from nestpatch.errors import CheckpointFormatError, MissingExtraError
 
 _SAFE = (3, 1, 6)
-"""jinja2 before this lets a template out of its sandbox, and templates are part of models that anybody may publish."""
+"""Older versions of jinja2 let a template out of its sandbox, and templates are part of models that anyone may publish."""
 
 
 def chat_renderer(template: str, tokens: Mapping[str, str]) -> Callable[[str], str]:
-    """Prompt -> what the model reads, up to where its answer begins. `tokens` are names such as "bos_token" and their texts.
+    """Compiles a chat template.
 
-    Raises MissingExtraError without a safe jinja2, CheckpointFormatError for a template that does not work.
+    Args:
+        template: As the model has it.
+        tokens: Names such as "bos_token" and their texts.
+
+    Returns:
+        A function: prompt -> the text that the model reads, up to where its answer begins. It raises CheckpointFormatError
+        when the template fails.
+
+    Raises:
+        MissingExtraError: jinja2 is missing, or too old to be safe.
+        CheckpointFormatError: The template does not compile.
     """
     try:
         import jinja2
@@ -51,11 +61,12 @@ def _environment() -> Any:
     from jinja2.utils import Namespace
 
     class Generation(ext.Extension):
-        """`{% generation %}` marks what an assistant wrote, for training; it changes no text."""
+        """`{% generation %}` marks the assistant's text, for training; it changes nothing."""
 
         tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Any) -> Any:
+            """The block's content, without the block."""
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.Scope(body, lineno=line)
@@ -71,7 +82,7 @@ def _environment() -> Any:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
 
     class Plain(Namespace):
-        """A namespace without names that mean something to Python: the sandbox does not watch what is stored in one."""
+        """A namespace that takes no names with a leading underscore: the sandbox does not check what is stored in one."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__()
@@ -79,6 +90,7 @@ def _environment() -> Any:
                 self[name] = value
 
         def __setitem__(self, name: str, value: Any) -> None:
+            """Stores a value under a harmless name."""
             if str(name).startswith("_"):
                 raise SecurityError(f"a template may not store {name!r}")
             super().__setitem__(name, value)
