@@ -32,6 +32,7 @@ def limited_threads(threads: int | None) -> Iterator[None]:
     Raises:
         DataError: The number is less than 1.
     """
+    wait_passively()
     if threads is None:
         yield
         return
@@ -81,14 +82,14 @@ class Run:
         return run
 
     @property
-    def _runtime(self) -> TransformersRuntime:
-        limits = (self.recipe.max_answer_tokens, self.recipe.max_prompt_tokens)
-        return TransformersRuntime(self.model, self.tokenizer, *limits)
-
-    @property
     def pad(self) -> int:
         """The id of the padding token."""
         return int(self.tokenizer.pad_token_id)
+
+    @property
+    def runtime(self) -> TransformersRuntime:
+        """The model, with the recipe's limits."""
+        return TransformersRuntime(self.model, self.tokenizer, self.recipe.max_answer_tokens, self.recipe.max_prompt_tokens)
 
     @property
     def parameters(self) -> int:
@@ -116,11 +117,11 @@ class Run:
         def report(event: Event) -> None:
             self.on_event(Event(stage, event.done, event.total, note))
 
-        return self._runtime.generate(prompts, report)
+        return self.runtime.generate(prompts, report)
 
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of the prompts in chat form, at most `max_prompt_tokens` of each."""
-        return self._runtime.token_ids(prompts)
+        return self.runtime.token_ids(prompts)
 
     def drift(self, answers: Mapping[str, str], off: Callable[[], AbstractContextManager[None]]) -> float | None:
         """How far the model with attached deltas has moved from the base.
@@ -132,4 +133,4 @@ class Run:
         Returns:
             Mean KL(base || model) in nats per answer token; None without answers.
         """
-        return drift(replace(self._runtime, active=off), self._runtime, answers)
+        return drift(replace(self.runtime, active=off), self.runtime, answers)
