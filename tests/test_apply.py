@@ -210,8 +210,8 @@ TARGETS: dict[str, tuple[str, str]] = {
     "a file": ("taken", "exists already"),
     "an empty directory": ("empty", "exists already"),
     "a dangling link": ("dangling", "exists already"),
-    "inside the model": ("base/out", "lies inside the model"),
-    "inside the model by a link": ("link/out", "lies inside the model"),
+    "inside the model": ("base/out", "is inside the model"),
+    "inside the model by a link": ("link/out", "is inside the model"),
     "nowhere": ("missing/out", "there is no directory"),
     "below a file": ("taken/out", "there is no directory"),
 }

@@ -258,7 +258,7 @@ def test_a_quantized_tensor_is_named(stored: str, dtype: np.dtype, model: Path, 
 
 def test_the_base_changes_while_it_is_copied(model: Path, pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checked and copied at two moments: the copy is checked again."""
-    from nestpatch.patcher import apply as module
+    from nestpatch.patcher import copies as module
 
     real = module.copy_file
 

@@ -151,8 +151,17 @@ def update(
 
     policy = load_policy(policy_file)
     with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:
-        quantized = {"base": float_model, "dither": dither, "allow_overlap": allow_overlap, "on_event": on_event}
-        results = run(model, policy, channels, check=check, allow_unsigned=allow_unsigned, **quantized)
+        results = run(
+            model,
+            policy,
+            channels,
+            check=check,
+            allow_unsigned=allow_unsigned,
+            allow_overlap=allow_overlap,
+            base=float_model,
+            dither=dither,
+            on_event=on_event,
+        )
     states = {result.state for result in results}
     if not policy.keys and states != {"failed"}:
         say_unsigned(policy, "what these channels publish")

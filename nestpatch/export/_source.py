@@ -143,7 +143,8 @@ def source_of(
             yield ExportSource(checkpoint, (*kept, _entry(proven, strength, {})))
             return
         with claimed(copy, directory=True):
-            done = apply(checkpoint.path, proven, copy / checkpoint.path.name, strength=strength, on_event=on_event)
+            place = copy / checkpoint.path.name
+            done = apply(checkpoint.path, proven, place, strength=strength, listed=False, on_event=on_event)
             yield ExportSource(checkpoint.reopen(done.output), read_ledger(state_dir_of(done.output)).applied)
 
 

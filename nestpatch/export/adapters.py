@@ -18,7 +18,7 @@ from nestpatch.formats.lora.factors import Written
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.gate import PackLike, Trust, is_channel, prove
 from nestpatch.pack import Pack
-from nestpatch.patcher.apply import sweep_unfinished
+from nestpatch.patcher.copies import sweep_unfinished
 from nestpatch.patcher.plan import check_strength, make_plan
 from nestpatch.patcher.recovery import open_model, require_settled
 from nestpatch.patcher.state_dir import state_dir_of

@@ -23,7 +23,7 @@ from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.formats.gguf.quants import AUTO, file_type
 from nestpatch.formats.safetensors import read_header
 from nestpatch.gate import PackLike, Trust, prove
-from nestpatch.patcher.apply import companions_of, sweep_unfinished
+from nestpatch.patcher.copies import companions_of, sweep_unfinished
 from nestpatch.signing.trust import Policy
 
 ALIGNMENT = 8
