@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint format bench fuzz clean
+.PHONY: demo test lint format docs bench fuzz clean
 
 # Set-up and the main job: train, apply and evaluate a patch on the lab model.
 demo: $(STAMP)
@@ -22,6 +22,10 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The reference pages, from the code.
+docs: $(STAMP)
+	$(BIN)/python docs/build.py
 
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz_readers --seconds 60

@@ -1,10 +1,16 @@
-"""nestpatch: apt for the safety of language models.
+"""nestpatch: safety patches for language models.
+
+A fix is trained once, shipped as a signed pack of kilobytes, merged into deployed weights in place, and undone bit for bit.
 
 >>> import nestpatch
 >>> pack = nestpatch.load_pack("no-harm-1.0.0.nest")
->>> nestpatch.apply_in_place("path/to/model", pack)
->>> nestpatch.verify("path/to/model").verdict
+>>> nestpatch.apply_in_place("path/to/model", "no-harm-1.0.0.nest")
+>>> nestpatch.verify("path/to/model", pack).verdict
 >>> nestpatch.revert("path/to/model")
+
+Everything public is listed in `__all__`: verbs, and the values that they take and return. Exceptions other than
+`NestpatchError`, the root of their tree, are in `nestpatch.errors`. Names are imported on first use, so that patching does not
+load torch.
 """
 
 from __future__ import annotations
@@ -13,78 +19,117 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nestpatch.channels.follow import pull
-    from nestpatch.channels.publish import push
-    from nestpatch.compare.diff import diff
+    from nestpatch.channels.follow import pull as pull
+    from nestpatch.channels.publish import push as push
+    from nestpatch.channels.publish import renew as renew
+    from nestpatch.channels.publish import yank as yank
+    from nestpatch.compare.diff import diff as diff
+    from nestpatch.compare.extract import extract as extract
+    from nestpatch.errors import NestpatchError as NestpatchError
     from nestpatch.evaluation.evaluator import evaluate as evaluate
-    from nestpatch.export.adapters import export_gguf_lora, export_lora, export_onnx_adapter
-    from nestpatch.export.models import export_gguf, export_safetensors
-    from nestpatch.export.onnx.exporter import export_onnx
+    from nestpatch.evaluation.suites import Evaluation as Evaluation
+    from nestpatch.evaluation.suites import Scores as Scores
+    from nestpatch.evaluation.suites import Suite as Suite
+    from nestpatch.evaluation.suites import load_suite as load_suite
+    from nestpatch.events import Event as Event
+    from nestpatch.export.adapters import export_gguf_lora as export_gguf_lora
+    from nestpatch.export.adapters import export_lora as export_lora
+    from nestpatch.export.adapters import export_onnx_adapter as export_onnx_adapter
+    from nestpatch.export.models import export_gguf as export_gguf
+    from nestpatch.export.models import export_safetensors as export_safetensors
+    from nestpatch.export.onnx.exporter import export_onnx as export_onnx
     from nestpatch.formats.nest import read as load_pack
-    from nestpatch.gate import prove
-    from nestpatch.nest_train.train import train
-    from nestpatch.patcher.apply import apply
-    from nestpatch.patcher.inplace import apply_in_place, revert
-    from nestpatch.patcher.update import update
-    from nestpatch.patcher.verify import verify
-    from nestpatch.signing.trust import load_policy
+    from nestpatch.formats.nest import write as save_pack
+    from nestpatch.gate import Proven as Proven
+    from nestpatch.gate import prove as prove
+    from nestpatch.nest_train.recipe import Recipe as Recipe
+    from nestpatch.nest_train.train import Trained as Trained
+    from nestpatch.nest_train.train import TrainingData as TrainingData
+    from nestpatch.nest_train.train import train as train
+    from nestpatch.pack import Label as Label
+    from nestpatch.pack import Pack as Pack
+    from nestpatch.patcher.apply import apply as apply
+    from nestpatch.patcher.inplace import apply_in_place as apply_in_place
+    from nestpatch.patcher.inplace import revert as revert
+    from nestpatch.patcher.recovery import recover_model as recover
+    from nestpatch.patcher.status import Status as Status
+    from nestpatch.patcher.status import status as status
+    from nestpatch.patcher.update import update as update
+    from nestpatch.patcher.verify import Verdict as Verdict
+    from nestpatch.patcher.verify import Verification as Verification
+    from nestpatch.patcher.verify import verify as verify
+    from nestpatch.prompts.readers import PromptSet as PromptSet
+    from nestpatch.prompts.readers import load_prompts as load_prompts
+    from nestpatch.signing.keys import PrivateKey as PrivateKey
+    from nestpatch.signing.keys import keygen as keygen
+    from nestpatch.signing.keys import read_private as load_key
+    from nestpatch.signing.trust import Policy as Policy
+    from nestpatch.signing.trust import load_policy as load_policy
     from nestpatch.signing.verify import sign_pack as sign
-    from nestpatch.signing.verify import verify_signature
+    from nestpatch.signing.verify import verify_signature as verify_signature
 
 __version__ = "0.1.0"
 
+# Name -> its module, and its name there where that differs. tests/test_public_api.py compares it with the imports above.
 _HOMES = {
-    "apply": ("nestpatch.patcher.apply", "apply"),
-    "apply_in_place": ("nestpatch.patcher.inplace", "apply_in_place"),
-    "diff": ("nestpatch.compare.diff", "diff"),
-    "evaluate": ("nestpatch.evaluation.evaluator", "assess"),
-    "export_gguf": ("nestpatch.export.models", "export_gguf"),
-    "export_gguf_lora": ("nestpatch.export.adapters", "export_gguf_lora"),
-    "export_lora": ("nestpatch.export.adapters", "export_lora"),
-    "export_onnx": ("nestpatch.export.onnx.exporter", "export_onnx"),
-    "export_onnx_adapter": ("nestpatch.export.adapters", "export_onnx_adapter"),
-    "export_safetensors": ("nestpatch.export.models", "export_safetensors"),
-    "load_pack": ("nestpatch.formats.nest", "read"),
-    "load_policy": ("nestpatch.signing.trust", "load_policy"),
-    "prove": ("nestpatch.gate", "prove"),
-    "pull": ("nestpatch.channels.follow", "pull"),
-    "push": ("nestpatch.channels.publish", "push"),
-    "revert": ("nestpatch.patcher.inplace", "revert"),
-    "sign": ("nestpatch.signing.verify", "sign_pack"),
-    "train": ("nestpatch.nest_train.train", "train"),
-    "update": ("nestpatch.patcher.update", "update"),
-    "verify": ("nestpatch.patcher.verify", "verify"),
-    "verify_signature": ("nestpatch.signing.verify", "verify_signature"),
+    "apply": "patcher.apply",
+    "apply_in_place": "patcher.inplace",
+    "diff": "compare.diff",
+    "evaluate": "evaluation.evaluator",
+    "export_gguf": "export.models",
+    "export_gguf_lora": "export.adapters",
+    "export_lora": "export.adapters",
+    "export_onnx": "export.onnx.exporter",
+    "export_onnx_adapter": "export.adapters",
+    "export_safetensors": "export.models",
+    "extract": "compare.extract",
+    "keygen": "signing.keys",
+    "load_key": "signing.keys:read_private",
+    "load_pack": "formats.nest:read",
+    "load_policy": "signing.trust",
+    "load_prompts": "prompts.readers",
+    "load_suite": "evaluation.suites",
+    "prove": "gate",
+    "pull": "channels.follow",
+    "push": "channels.publish",
+    "recover": "patcher.recovery:recover_model",
+    "renew": "channels.publish",
+    "revert": "patcher.inplace",
+    "save_pack": "formats.nest:write",
+    "sign": "signing.verify:sign_pack",
+    "status": "patcher.status",
+    "train": "nest_train.train",
+    "update": "patcher.update",
+    "verify": "patcher.verify",
+    "verify_signature": "signing.verify",
+    "yank": "channels.publish",
+    "Evaluation": "evaluation.suites",
+    "Event": "events",
+    "Label": "pack",
+    "NestpatchError": "errors",
+    "Pack": "pack",
+    "Policy": "signing.trust",
+    "PrivateKey": "signing.keys",
+    "PromptSet": "prompts.readers",
+    "Proven": "gate",
+    "Recipe": "nest_train.recipe",
+    "Scores": "evaluation.suites",
+    "Status": "patcher.status",
+    "Suite": "evaluation.suites",
+    "Trained": "nest_train.train",
+    "TrainingData": "nest_train.train",
+    "Verdict": "patcher.verify",
+    "Verification": "patcher.verify",
 }
-__all__ = [
-    "__version__",
-    "apply",
-    "apply_in_place",
-    "diff",
-    "evaluate",
-    "export_gguf",
-    "export_gguf_lora",
-    "export_lora",
-    "export_onnx",
-    "export_onnx_adapter",
-    "export_safetensors",
-    "load_pack",
-    "load_policy",
-    "prove",
-    "pull",
-    "push",
-    "revert",
-    "sign",
-    "train",
-    "update",
-    "verify",
-    "verify_signature",
-]
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - every entry is a name
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: patching must not pay for torch, and `nestpatch --help` for nothing.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _HOMES[name]
-    return getattr(importlib.import_module(module), attribute)
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), attribute or name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,76 +1,84 @@
-"""Everything that nestpatch refuses, by who is at fault.
+"""Every error that nestpatch raises on purpose, grouped by what is at fault.
 
 NestpatchError
-├── PackError               the .nest file
-│   ├── PackFormatError         its bytes or manifest break the format (docs/nest-format.md)
-│   ├── PackTooNewError         it uses a newer version of the format
-│   └── PackContentError        it parses, but its tensors make no sense together
-├── CheckpointError         the model on disk
-│   ├── CheckpointFormatError   broken or unsupported file
-│   ├── BaseMismatchError       a sound model, but not the one that the pack was made for
-│   ├── UnsupportedModelError   an architecture without an MLP that we know
-│   ├── QuantizationError       a quantized type whose rows cannot be written, or would lose the patch
-│   ├── ExtractionError         two models whose difference is no pack
-│   └── ParityError             an exported model does not compute what its source does
-├── OutputError             the place that was to be written
-│   ├── InPlaceError            the model's own files cannot be changed where they are
-│   └── BusyError               another process is writing this model
-├── StateError              what nestpatch keeps beside a model
-│   ├── LedgerError             the ledger is broken
-│   ├── InterruptedChangeError  a change was interrupted, and its journal is still there
-│   ├── JournalError            a leftover journal does not fit the model
-│   │   └── ForeignJournalError     nothing proves that this machine or a publisher answers for it
-│   └── UndoError               an undo record is missing or broken
-├── ChainError              versions and packs that do not go together
-│   ├── DowngradeError          an older version than the applied one
-│   ├── OverlapError            two packs change the same rows
-│   ├── PublisherError          a pack that speaks for another publisher's pack
-│   └── RequirementError        a pack that another one needs
-├── SignatureError          who made a pack
-│   ├── SignatureFormatError    the signature file is none that nestpatch reads
-│   ├── BadSignatureError       it does not belong to this file, or to the key that it names
-│   ├── UnsignedError           there is none, and the policy wants one
-│   ├── UntrustedError          signed, but not by enough of the keys that are trusted for this model
-│   ├── KeyFileError            a key file is missing, broken, of another kind, or its password is wrong
-│   └── TrustError              the store of trusted keys, or a policy file, is broken
-├── ChannelError            where patches are published
-│   ├── ChannelFormatError      a channel is broken, or of a newer format
-│   ├── ChannelPathError        it names a file outside of its own folders
-│   ├── ChannelKeyError         it is not signed by the key that was handed down, or nobody trusts that key here
-│   ├── ForeignChannelError     it is another channel than the one that belongs there
-│   ├── RollbackError           it is older than what was seen before
-│   ├── EquivocationError       it has the number of what was seen before, and says something else
-│   ├── SerialJumpError         its number is further ahead than any publisher's count can be
-│   ├── ExpiredError            it was not renewed in time: somebody may be holding back a newer one
-│   ├── ClockError              it was issued in the future of this machine's clock
-│   ├── SwappedFileError        a file is not the one that it names
-│   ├── RevokedError            the version was withdrawn by its publisher
-│   ├── VersionError            there is no such version, or it is published already
-│   └── PublishError            others publish at the same time, or nobody can publish there
-├── HubError                the Hugging Face Hub, a mirror of it, or another server
-│   ├── HubNotFoundError        no such repository, revision or file
-│   ├── HubAccessError          private, gated, or a token that does not do
-│   ├── HubUnavailableError     it cannot be reached, or has troubles of its own
-│   └── HubAnswerError          it answers, but not what was asked for
-├── FileSystemError         the system refused to read or write
-├── OutOfMemoryError        the machine has too little memory
-├── UnexpectedError         an error of nestpatch itself
-├── DataError               prompt files and recipes
-│   ├── PromptDataError         a prompt file is missing, empty or malformed
-│   └── RecipeError             an unknown knob, or a value outside its range
-├── TrainingError           the method found nothing to train, or the training failed
-└── MissingExtraError       an optional package is not installed
+├── PackError                the .nest file
+│   ├── PackFormatError          its bytes or its manifest break the format (docs/nest-format.md)
+│   ├── PackTooNewError          it uses a newer version of the format
+│   └── PackContentError         it parses, but its tensors or facts contradict each other
+├── CheckpointError          the model on disk
+│   ├── CheckpointFormatError    a broken, truncated or unsupported file
+│   ├── BaseMismatchError        a sound model, but not the base of the pack
+│   ├── UnsupportedModelError    an architecture without a supported MLP
+│   ├── QuantizationError        a quantized type whose rows cannot be written, or would lose the patch
+│   ├── ExtractionError          two models whose difference is not a pack
+│   └── ParityError              an exported model that computes something else than its source
+├── OutputError              the output path
+│   ├── InPlaceError             the model's own files cannot be changed in place
+│   └── BusyError                another process is writing this model
+├── StateError               the state that nestpatch keeps beside a model
+│   ├── LedgerError              a broken ledger
+│   ├── InterruptedChangeError   an interrupted change left its journal
+│   ├── JournalError             a journal that does not fit the model
+│   │   └── ForeignJournalError      a journal that neither this machine nor a signed pack confirms
+│   └── UndoError                a missing or broken undo record
+├── ChainError               versions and packs that do not go together
+│   ├── DowngradeError           an older version than the applied one
+│   ├── OverlapError             two packs that change the same rows
+│   ├── PublisherError           a pack that replaces a pack of another publisher
+│   └── RequirementError         a required pack that is missing or would be removed
+├── SignatureError           the proof of who made a pack
+│   ├── SignatureFormatError     an unreadable signature file
+│   ├── BadSignatureError        a signature of other bytes, or by another key than it names
+│   ├── UnsignedError            no signature, and the policy requires one
+│   ├── UntrustedError           too few trusted keys signed for this model
+│   ├── KeyFileError             a missing or broken key file, or a wrong password
+│   └── TrustError               a broken trust store or policy file
+├── ChannelError             the channel that publishes packs
+│   ├── ChannelFormatError       a broken channel, or a newer format
+│   ├── ChannelPathError         a path outside of the channel's own folders
+│   ├── ChannelKeyError          not signed by the channel's root key, or that key is not trusted
+│   ├── ForeignChannelError      a channel of another name
+│   ├── RollbackError            older than what was seen before
+│   ├── EquivocationError        two different channels with one serial number
+│   ├── SerialJumpError          a serial number that is implausibly far ahead
+│   ├── ExpiredError             not renewed in time: a newer channel may be withheld
+│   ├── ClockError               issued in the future of this machine's clock
+│   ├── SwappedFileError         a file other than the one that the channel names
+│   ├── RevokedError             a version that its publisher withdrew
+│   ├── VersionError             an unknown version, or one that is published already
+│   └── PublishError             the channel could not be written
+├── HubError                 the Hugging Face Hub, a mirror of it, or another server
+│   ├── HubNotFoundError         no such repository, revision or file
+│   ├── HubAccessError           private or gated, or an insufficient token
+│   ├── HubUnavailableError      unreachable or failing
+│   └── HubAnswerError           an answer with other content than requested
+├── DataError                what the user passed; exit code 2
+│   ├── MissingInputError        an input path that does not exist
+│   ├── PromptDataError          a missing, empty or malformed prompt set
+│   └── RecipeError              an unknown training setting, or a value outside its range
+├── TrainingError            training found nothing to train, or failed
+├── MissingExtraError        an optional package is not installed
+├── FileSystemError          the operating system refused to read or write
+├── OutOfMemoryError         the machine has too little memory
+└── UnexpectedError          a bug in nestpatch
 
-Each error carries the reason in its message and the way out in `.advice`.
+`str(error)` is the reason: what, where, expected, found. `error.advice` is the way out, and `error.exit_code` the exit code of
+the command line (docs/cli.md).
 """
 
 from __future__ import annotations
 
 
 class NestpatchError(Exception):
-    """Base of everything that nestpatch raises on purpose. `str(e)` is the reason, `e.advice` the way out."""
+    """Base of every error that nestpatch raises on purpose.
+
+    Args:
+        reason: What is wrong, where, what was expected and what was found.
+        advice: What to do about it. None means the advice of the class.
+    """
 
     advice = "See the message above."
+    exit_code = 1
 
     def __init__(self, reason: str, *, advice: str | None = None) -> None:
         super().__init__(reason)
@@ -79,27 +87,27 @@ class NestpatchError(Exception):
 
 
 class PackError(NestpatchError):
-    """Something is wrong with a pack."""
+    """The pack is not usable."""
 
     advice = "Get the pack again from its publisher; do not repair it by hand."
 
 
 class PackFormatError(PackError):
-    """The bytes are no well-formed .nest file."""
+    """The bytes are not a well-formed .nest file."""
 
 
 class PackTooNewError(PackError):
-    """The pack uses fields or a format version that this nestpatch does not know."""
+    """The pack uses fields or a format version that this version of nestpatch does not know."""
 
     advice = "Upgrade nestpatch: pip install -U nestpatch"
 
 
 class PackContentError(PackError):
-    """A well-formed file whose tensors or facts contradict each other."""
+    """The file is well-formed, but its tensors or facts contradict each other."""
 
 
 class CheckpointError(NestpatchError):
-    """Something is wrong with the model on disk."""
+    """The model on disk is not usable."""
 
     advice = "Check the path, and that the download of the model is complete."
 
@@ -109,31 +117,31 @@ class CheckpointFormatError(CheckpointError):
 
 
 class BaseMismatchError(CheckpointError):
-    """The model is sound, but it is not the base that the pack was made for."""
+    """The model is sound, but it is not the base of the pack."""
 
-    advice = "Use the base that `nestpatch show PATCH` names. A fine-tuned copy of it needs its own pack: nestpatch train."
+    advice = "Use the base that `nestpatch show PACK` names. A fine-tuned copy of it needs its own pack: nestpatch train."
 
 
 class UnsupportedModelError(CheckpointError):
-    """The model has no feed-forward layers of a kind that nestpatch knows."""
+    """The model has no feed-forward layers of a supported kind."""
 
     advice = "Supported: gate_proj/up_proj, fused gate_up_proj, and fc1/fc_in/c_fc/dense_h_to_4h made of Linear layers."
 
 
 class QuantizationError(CheckpointError):
-    """Rows of a quantized type cannot be read or written here, or would lose what the patch adds."""
+    """Rows of a quantized type cannot be read or written here, or would lose the patch."""
 
-    advice = "Patch the float model and quantize it anew."
+    advice = "Patch the float model and quantize it again."
 
 
 class ExtractionError(CheckpointError):
-    """Two sound models, but no pack makes the one of the other."""
+    """Both models are sound, but no pack turns the first into the second."""
 
     advice = "A pack changes rows of F32, BF16 or F16 matrices and nothing else. Publish the tuned model as a whole."
 
 
 class ParityError(CheckpointError):
-    """An exported model was run, and does not compute what the model that it was made from does."""
+    """The exported model was run, and its results differ from those of its source."""
 
     advice = "Nothing was written. This kind of model cannot be exported yet: patch and serve its safetensors files."
 
@@ -141,13 +149,13 @@ class ParityError(CheckpointError):
 class OutputError(NestpatchError):
     """The output cannot be written."""
 
-    advice = "Choose another place with -o; nothing was written."
+    advice = "Choose another path with -o; nothing was written."
 
 
 class InPlaceError(OutputError):
-    """The model's files cannot be changed where they are: links, read-only, full disk."""
+    """The model's files cannot be changed in place: they are links or read-only, or the disk is full."""
 
-    advice = "Write a patched copy instead, with -o OUTPUT. The model is as it was."
+    advice = "Write a patched copy instead, with -o OUTPUT. The model is unchanged."
 
 
 class BusyError(OutputError):
@@ -157,19 +165,19 @@ class BusyError(OutputError):
 
 
 class StateError(NestpatchError):
-    """Something is wrong with what nestpatch keeps beside a model."""
+    """The state that nestpatch keeps beside a model is not usable."""
 
     advice = "Get the model again from where it came from. The file that the message names is no longer needed then."
 
 
 class LedgerError(StateError):
-    """The ledger of a model is broken, or of a newer nestpatch."""
+    """The ledger of a model is broken, or was written by a newer version of nestpatch."""
 
 
 class InterruptedChangeError(StateError):
-    """A change was interrupted: the model may hold some of the new rows and some of the old ones."""
+    """A change was interrupted: the model may hold some new rows and some old ones."""
 
-    advice = "`nestpatch recover MODEL` ends it: it puts the rows back, or finds that the change was complete."
+    advice = "`nestpatch recover MODEL` ends it: it restores the rows, or finds that the change was complete."
 
 
 class JournalError(StateError):
@@ -177,7 +185,7 @@ class JournalError(StateError):
 
 
 class ForeignJournalError(JournalError):
-    """A leftover journal that neither this machine wrote nor any signed pack confirms."""
+    """A leftover journal is confirmed neither by this machine's seal nor by a signed pack."""
 
     advice = (
         "If you know where it comes from (a container that lost its key, a folder that you copied): "
@@ -190,13 +198,13 @@ class UndoError(StateError):
 
 
 class ChainError(NestpatchError):
-    """Packs or versions that do not go together. Nothing was changed."""
+    """The packs or versions do not go together. Nothing was changed."""
 
     advice = "`nestpatch status MODEL` shows what is applied."
 
 
 class DowngradeError(ChainError):
-    """The pack is older than what is applied."""
+    """The pack is older than the applied version."""
 
     advice = "Pass --allow-downgrade to go back on purpose."
 
@@ -208,37 +216,40 @@ class OverlapError(ChainError):
 
 
 class PublisherError(ChainError):
-    """The pack replaces, supersedes or falls under the name of a pack that another publisher signed."""
+    """The pack replaces, supersedes or shares the name of a pack that another publisher signed."""
 
     advice = "Revert the other publisher's pack first (nestpatch revert MODEL), or pass --allow-other-publisher."
 
 
 class RequirementError(ChainError):
-    """A required pack is not applied, or would be taken away."""
+    """A required pack is not applied, or would be removed."""
 
     advice = "Apply the required pack first, or revert the one that needs it."
 
 
 class SignatureError(NestpatchError):
-    """It is not proven who made a pack. Nothing was applied."""
+    """It is not proven who made the pack. Nothing was applied."""
 
     advice = "Get the pack and its signature again from the publisher."
 
 
 class SignatureFormatError(SignatureError):
-    """The signature file is no OMS bundle made with an ECDSA P-256 key."""
+    """The signature file is not an OMS bundle with an ECDSA P-256 key."""
 
 
 class BadSignatureError(SignatureError):
-    """The signature was made for other bytes, or with another key than it names: the pack or the signature was altered."""
+    """The signature belongs to other bytes or to another key: the pack or the signature was altered."""
 
-    advice = "Do not use this file. Get the pack and its signature again, from the publisher's own place."
+    advice = "Do not use this file. Get the pack and its signature again, directly from the publisher."
 
 
 class UnsignedError(SignatureError):
-    """The pack has no signature, and the policy wants one."""
+    """The pack has no signature, and the policy requires one."""
 
-    advice = "Get the signature from the publisher and lay it beside the pack, under the pack's name with .sig after it."
+    advice = (
+        "Get the signature from the publisher and put it beside the pack, under the pack's name with .sig after it. "
+        "Your own pack: nestpatch sign PACK --key KEY. To use it without a signature: --allow-unsigned."
+    )
 
 
 class UntrustedError(SignatureError):
@@ -248,31 +259,31 @@ class UntrustedError(SignatureError):
 
 
 class KeyFileError(SignatureError):
-    """A key file cannot be used."""
+    """The key file cannot be used."""
 
     advice = "Keys are ECDSA P-256 in PEM files. `nestpatch keygen` makes a pair."
 
 
 class TrustError(SignatureError):
-    """The trust store or a policy file is broken, or names what is not there."""
+    """The trust store or a policy file is broken, or names a key that does not exist."""
 
     advice = "`nestpatch trust list` shows the keys; docs/signing.md describes the file."
 
 
 class ChannelError(NestpatchError):
-    """A channel cannot be used. Nothing was applied."""
+    """The channel cannot be used. Nothing was applied."""
 
-    advice = "Ask the publisher, from a safe source. docs/fleet.md describes channels."
+    advice = "Ask the publisher, through a safe source. docs/fleet.md describes channels."
 
 
 class ChannelFormatError(ChannelError):
-    """The channel, or what is remembered of it, is broken or of a newer format."""
+    """The channel, or the memory of it on this machine, is broken or of a newer format."""
 
 
 class ChannelPathError(ChannelError):
-    """The channel names a file that would lie outside of its own folders."""
+    """The channel names a file outside of its own folders."""
 
-    advice = "Do not use this channel. No publisher's tool writes such paths; tell the publisher."
+    advice = "Do not use this channel: nestpatch never writes such paths. Inform the publisher."
 
 
 class ChannelKeyError(ChannelError):
@@ -282,127 +293,116 @@ class ChannelKeyError(ChannelError):
 
 
 class ForeignChannelError(ChannelError):
-    """A channel of another name lies where this one should."""
+    """A channel of another name is stored at this address."""
 
 
 class RollbackError(ChannelError):
-    """The channel is older than what this user has seen of it."""
+    """The channel is older than the one that this user has seen."""
 
-    advice = "An old copy is served: by a mirror that lags, or by somebody who holds back a fix. Try again later, or elsewhere."
+    advice = "A mirror lags and serves an old copy, or an attacker withholds a fix. Try again later, or use another mirror."
 
 
 class EquivocationError(ChannelError):
     """Two different channels have the same serial number."""
 
     advice = (
-        "The publisher, or somebody with the publisher's key, tells different things to different people. Ask the publisher."
+        "The publisher, or a holder of the publisher's key, serves different channels to different users. Ask the publisher."
     )
 
 
 class SerialJumpError(ChannelError):
-    """The channel's serial number is further ahead than a publisher's count can be."""
+    """The channel's serial number is further ahead than the publisher's count can be."""
 
     advice = (
-        "Somebody with the publisher's key may be running ahead of the publisher's count. Ask the publisher. "
-        "A hand-over to a new key (`nestpatch renew --new-key`) starts the count again, and your machine follows it."
+        "A holder of the publisher's key may have published without the publisher. Ask the publisher. "
+        "A hand-over to a new key (`nestpatch renew --new-key`) restarts the count, and your machine follows it."
     )
 
 
 class ExpiredError(ChannelError):
     """The channel was not renewed in time."""
 
-    advice = "Check this machine's clock. Else an old copy is served, or the publisher has to run `nestpatch renew`."
+    advice = "Check this machine's clock. If it is right, an old copy is served, or the publisher has to run `nestpatch renew`."
 
 
 class ClockError(ChannelError):
-    """The channel was issued in the future of this machine's clock, so that its expiry proves nothing here."""
+    """The channel was issued in the future of this machine's clock, so its expiry cannot be checked."""
 
     advice = (
-        "Set this machine's clock, and let it be kept right (timedatectl set-ntp true). "
-        "If it is right, the publisher's was wrong: ask for `nestpatch renew`."
+        "Set this machine's clock and keep it synchronized (timedatectl set-ntp true). "
+        "If it is right, the publisher's clock was wrong: ask for `nestpatch renew`."
     )
 
 
 class SwappedFileError(ChannelError):
-    """A file in the channel's place is not the one that the channel names."""
+    """A file of the channel is not the one that the channel names."""
 
-    advice = "Do not use this file. Try again later: a mirror may be half copied; else tell the publisher."
+    advice = "Do not use this file. Try again later, as a mirror may be half copied; otherwise inform the publisher."
 
 
 class RevokedError(ChannelError):
-    """The version was withdrawn."""
+    """The publisher withdrew this version."""
 
-    advice = "Use another version: `nestpatch pull REPO` takes the latest that stands."
+    advice = "Use another version: `nestpatch pull REPO` takes the latest active one."
 
 
 class VersionError(ChannelError):
-    """The channel has no such version, or has it already and published versions never change."""
+    """The channel has no such version, or has it already: published versions never change."""
 
     advice = "Publish a change under a higher version."
 
 
 class PublishError(ChannelError):
-    """The channel could not be written. What was published before stands."""
+    """The channel could not be written. What was published before is unchanged."""
 
     advice = "Run the command again."
 
 
 class HubError(NestpatchError):
-    """The Hugging Face Hub did not give what was asked for."""
+    """The Hugging Face Hub did not return what was requested."""
 
-    advice = "Try again later, or download the model and give its folder."
+    advice = "Try again later, or download the model and pass its folder."
 
 
 class HubNotFoundError(HubError):
-    """There is no such repository, revision or file, or it is hidden from this user."""
+    """The repository, revision or file does not exist, or is hidden from this user."""
 
     advice = "Check the spelling. A private repository needs a token: run `hf auth login`, or set HF_TOKEN."
 
 
 class HubAccessError(HubError):
-    """The repository is there, but not for this user."""
+    """The repository exists, but this user may not read it."""
 
     advice = "Log in with `hf auth login`, or set HF_TOKEN to a token that may read the repository."
 
 
 class HubUnavailableError(HubError):
-    """The Hub cannot be reached, or is failing."""
+    """The Hub is unreachable or failing."""
 
-    advice = "Check the connection and HF_ENDPOINT, and try again. What is cached is used on purpose with HF_HUB_OFFLINE=1."
+    advice = "Check the connection and HF_ENDPOINT, and try again. HF_HUB_OFFLINE=1 uses what is cached."
 
 
 class HubAnswerError(HubError):
-    """The answer is not what was asked for: other bytes, another commit, a login page."""
+    """The answer is not what was requested: other bytes, another commit, a login page."""
 
-    advice = "Check HF_ENDPOINT and the proxy in between, or download the model and give its folder."
-
-
-class FileSystemError(NestpatchError):
-    """The system refused to read or write a file."""
-
-    advice = "Check the disk, the path and its permissions. Nothing is half written."
-
-
-class OutOfMemoryError(NestpatchError):
-    """The system gave no more memory."""
-
-    advice = "Close other programs, or use a machine with more memory. Nothing is half written."
-
-
-class UnexpectedError(NestpatchError):
-    """What nobody foresaw: an error of nestpatch itself. The message says what, and where in its files."""
-
-    advice = "Please report this message. With NESTPATCH_TRACEBACK=1 it comes with a traceback."
+    advice = "Check HF_ENDPOINT and the proxy in between, or download the model and pass its folder."
 
 
 class DataError(NestpatchError):
-    """Something is wrong with what the user gave: prompts or settings."""
+    """An argument, a prompt set or a setting is not usable."""
 
     advice = "Correct the input and run the command again."
+    exit_code = 2
+
+
+class MissingInputError(DataError):
+    """An input path does not exist."""
+
+    advice = "Check the path."
 
 
 class PromptDataError(DataError):
-    """A prompt file is missing, empty or malformed."""
+    """A prompt set is missing, empty or malformed."""
 
     advice = 'Give JSONL, CSV or Parquet with a "prompt" column, or a data set id of the Hugging Face Hub.'
 
@@ -414,13 +414,36 @@ class RecipeError(DataError):
 
 
 class TrainingError(NestpatchError):
-    """The stages of the method cannot go on."""
+    """Training found nothing to train, or failed."""
 
     advice = "Lower `threshold`, or give more and clearer prompts."
 
 
 class MissingExtraError(NestpatchError):
-    """A package of an optional extra is needed and absent."""
+    """An optional package is not installed.
+
+    Args:
+        extra: The extra of nestpatch that installs it.
+        what: What needs it.
+    """
 
     def __init__(self, extra: str, what: str) -> None:
         super().__init__(f"{what} needs packages that are not installed", advice=f"pip install 'nestpatch[{extra}]'")
+
+
+class FileSystemError(NestpatchError):
+    """The operating system refused to read or write a file."""
+
+    advice = "Check the disk, the path and its permissions. No file is half written."
+
+
+class OutOfMemoryError(NestpatchError):
+    """The operating system has no more memory to give."""
+
+    advice = "Close other programs, or use a machine with more memory. No file is half written."
+
+
+class UnexpectedError(NestpatchError):
+    """A bug in nestpatch. The message says what happened, and in which line of its files."""
+
+    advice = "Please report this message. NESTPATCH_TRACEBACK=1 shows the traceback."

@@ -223,7 +223,7 @@ def test_a_fine_tuned_file_is_told_from_the_base(kind: str, base: Path, tmp_path
         apply_in_place(path, pack_of(base), base=base)
 
 
-@pytest.mark.parametrize("means", ["sketches", "base"])
+@pytest.mark.parametrize("quantized", ["sketches", "base"])
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q5_0", pytest.param("Q4_K", marks=needs_llama)])
 def test_a_patched_file_without_ledger_is_recognised(kind: str, quantized: str, base: Path, file_of) -> None:
     path, pack = file_of(kind), pack_of(base, 0.02)

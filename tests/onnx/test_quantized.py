@@ -227,7 +227,7 @@ def test_upgrade_and_strength(base: Path, tmp_path: Path) -> None:
     assert {name: data for name, data in data_of(copy / "model.onnx").items() if name in patched} == patched
 
 
-@pytest.mark.parametrize("means", ["sketches", "base"])
+@pytest.mark.parametrize("quantized", ["sketches", "base"])
 def test_a_patched_file_without_ledger_is_recognised(quantized: str, base: Path, tmp_path: Path) -> None:
     path, pack = save(quantized(build(base), symmetric=False), tmp_path / "m"), pack_of(base, 0.03)
     apply_in_place(path, pack, base=base)
