@@ -133,6 +133,7 @@ for command in (
     exporting.export,
     inspecting.show,
     inspecting.status,
+    inspecting.list_models,
     inspecting.verify,
     inspecting.diff,
     signing.keygen,

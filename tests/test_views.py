@@ -121,6 +121,7 @@ def cases() -> dict[str, Callable[[str], None]]:
     from nestpatch.export.onnx.exporter import ExportedOnnx
     from nestpatch.lab.demo import FormatResult
     from nestpatch.patcher.apply import Applied
+    from nestpatch.patcher.registry import PatchedModel
     from nestpatch.patcher.status import Status
     from nestpatch.patcher.update import Updated
     from nestpatch.patcher.verify import Verification
@@ -134,9 +135,6 @@ def cases() -> dict[str, Callable[[str], None]]:
                 function(filled(cls, text))
 
         return draw
-
-    def claims(text: str) -> list[dict[str, Any]]:
-        return [dict.fromkeys(("name", "version", "pack_id", "strength"), text)]
 
     def updated(text: str) -> None:
         for state in ("current", "available", "failed", text):
@@ -154,7 +152,8 @@ def cases() -> dict[str, Callable[[str], None]]:
         "show_applied": simple(models.show_applied, Applied),
         "show_exported": simple(exporting.show_exported, Exported),
         "show_changed": changed,
-        "show_status": lambda text: models.show_status(dataclasses.replace(filled(Status, text), files_say=claims(text))),
+        "show_status": simple(models.show_status, Status),
+        "show_patched": lambda text: models.show_patched([filled(PatchedModel, text)]),
         "show_verification": lambda text: models.show_verification(text, filled(Verification, text)),
         "show_pack": lambda text: packs.show_pack(filled_pack(text), text, 5),
         "evaluation_table": show_evaluation,

@@ -19,7 +19,7 @@ from nestpatch.commands._options import (
     say_unsigned,
     trust_options,
 )
-from nestpatch.commands.patching import base_option, dither_option
+from nestpatch.commands.patching import base_option, dither_option, explained_interrupt
 from nestpatch.commands.signing import password_option, unlocked
 
 if TYPE_CHECKING:
@@ -150,7 +150,11 @@ def update(
     from nestpatch.signing.trust import load_policy
 
     policy = load_policy(policy_file)
-    with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:
+    with (
+        progress(quiet or as_json) as on_event,
+        opened_base(base, quiet=quiet or as_json) as float_model,
+        explained_interrupt(model),
+    ):
         results = run(
             model,
             policy,

@@ -1,4 +1,4 @@
-"""Commands that only look: show, status, verify, diff."""
+"""Commands that inspect: show, status, list, verify, diff."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Any
 
 import click
 
+from nestpatch.commands._arguments import require_order
 from nestpatch.commands._options import PathType, json_option, opened_base, print_json, progress, quiet_option
 from nestpatch.commands.patching import base_option
 
 
 @click.command()
 @click.argument("pack")
+@click.option("--rows", is_flag=True, help="List every tensor, layer and setting of the training.")
 @json_option
-def show(pack: str, as_json: bool) -> None:
+def show(pack: str, rows: bool, as_json: bool) -> None:
     """Explain PACK, a file or hub://owner/name: what it changes, what it is for, how it was trained and measured."""
     from nestpatch.formats import nest
     from nestpatch.gate import look
@@ -26,7 +28,7 @@ def show(pack: str, as_json: bool) -> None:
     if as_json:
         print_json({"id": found.pack_id, "manifest": nest.manifest_json(found.pack.manifest)})
     else:
-        show_pack(found.pack, found.pack_id, len(nest.encode(found.pack)))
+        show_pack(found.pack, found.pack_id, len(nest.encode(found.pack)), rows=rows)
 
 
 @click.command()
@@ -35,10 +37,12 @@ def show(pack: str, as_json: bool) -> None:
 def status(model: Path, as_json: bool) -> None:
     """Show what is applied to MODEL, since when and by what, as far as its rows and the kept signatures confirm it.
 
-    Writes nothing. Exit code 1 when the rows do not hold what the ledger says, or a change was interrupted.
+    Of a release, whose files name their packs, the rows are compared with the digests in its metadata. Writes nothing. Exit
+    code 1 when the rows do not hold what the ledger or the metadata says, or when a change was interrupted.
     """
     from nestpatch.patcher.status import status as run
 
+    require_order(model)
     found = run(model)
     if as_json:
         print_json(found.as_json())
@@ -49,6 +53,24 @@ def status(model: Path, as_json: bool) -> None:
     sys.exit(0 if found.sound else 1)
 
 
+@click.command("list")
+@json_option
+def list_models(as_json: bool) -> None:
+    """List the models that you have patched, by their ledgers. `status` compares the rows of one.
+
+    Models are remembered when nestpatch changes or copies them. One that is gone, or back at its base, is shown once more.
+    """
+    from nestpatch.patcher.registry import patched_models
+
+    found = patched_models()
+    if as_json:
+        print_json({"models": [dataclasses.asdict(one) for one in found]})
+        return
+    from nestpatch.views.models import show_patched
+
+    show_patched(found)
+
+
 @click.command()
 @click.argument("model", type=PathType)
 @click.argument("pack", required=False)
@@ -57,15 +79,17 @@ def status(model: Path, as_json: bool) -> None:
 @click.option("--full", is_flag=True, help="Also hash the whole tensors, not the patched rows alone.")
 @json_option
 def verify(model: Path, pack: str | None, strength: float, base: str | None, full: bool, as_json: bool) -> None:
-    """Say which state MODEL is in: base, patched, half patched, missing or altered. Writes nothing.
+    """Check which state MODEL is in: base, patched, half patched, missing, altered or claimed. Writes nothing.
 
-    Without PACK exit code 0 means that the rows are the base, or hold what the ledger says. With PACK, a file or
-    hub://owner/name, it means that exactly this pack is in the rows, by the pack's own digests; a model without it ends with 1.
-    PACK need not be signed, but what signatures it has must be sound.
+    Without PACK exit code 0 means that the rows are the base, or hold what the ledger says. "claimed" (exit code 1): a release,
+    whose rows match the digests in its own metadata; only PACK proves that. With PACK, a file or hub://owner/name, exit code 0
+    means that exactly this pack is in the rows, by the pack's own digests. PACK need not be signed, but the signatures that it
+    has must be sound.
     """
     from nestpatch.gate import look
     from nestpatch.patcher.verify import verify as run
 
+    require_order(model, pack)
     wanted = look(pack).pack if pack is not None else None
     with opened_base(base, quiet=as_json) as float_model:
         result = run(model, wanted, strength=strength, base=float_model, full=full)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
+from nestpatch.commands._arguments import require_order
 from nestpatch.commands._options import (
     PathType,
     json_option,
@@ -21,6 +25,11 @@ from nestpatch.commands._options import (
     say_unchecked,
     trust_options,
 )
+from nestpatch.errors import NestpatchError
+
+if TYPE_CHECKING:
+    from nestpatch.patcher.apply import Applied
+    from nestpatch.patcher.inplace import Changed
 
 base_option = click.option("--base", metavar="DIR|HUB_ID", help="Quantized models: make rows exactly, from the float model.")
 dither_option = click.option("--dither", is_flag=True, help="Quantized models: noise that carries small changes through.")
@@ -79,31 +88,93 @@ def apply(
         raise click.UsageError("--detach goes with --in-place")
     if in_place and (hard_link or digest or no_sync):
         raise click.UsageError("--hard-link, --sha256 and --no-sync go with a copy, not with --in-place")
-    flags: dict[str, Any] = {
-        "allow_overlap": allow_overlap,
-        "allow_downgrade": allow_downgrade,
-        "allow_other_publisher": allow_other_publisher,
-        "allow_base_mismatch": allow_base_mismatch,
-    }
+    require_order(model, pack)
     if allow_base_mismatch:
         say("WARNING: --allow-base-mismatch: the result is not what the pack's evaluation measured", err=True)
     with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:
-        quantized: dict[str, Any] = {"base": float_model, "dither": dither}
         checked = proven(pack, model, policy_file, on_event, allow_unsigned=allow_unsigned)
-        common = {"strength": strength, "dry_run": dry_run, "on_event": on_event, **quantized}
-        if in_place:
-            from nestpatch.patcher.inplace import apply_in_place
+        with explained_interrupt(model, in_place=in_place):
+            done: Applied | Changed
+            if in_place:
+                from nestpatch.patcher.inplace import apply_in_place
 
-            done: Any = apply_in_place(model, checked, detach=detach, **common, **flags)
-        else:
-            from nestpatch.patcher.apply import apply as run
+                done = apply_in_place(
+                    model,
+                    checked,
+                    strength=strength,
+                    allow_overlap=allow_overlap,
+                    allow_downgrade=allow_downgrade,
+                    allow_base_mismatch=allow_base_mismatch,
+                    allow_other_publisher=allow_other_publisher,
+                    base=float_model,
+                    dither=dither,
+                    detach=detach,
+                    dry_run=dry_run,
+                    on_event=on_event,
+                )
+            else:
+                from nestpatch.patcher.apply import apply as run
 
-            copying: dict[str, Any] = {"hard_link": hard_link, "digest": digest, "sync": not no_sync}
-            done = run(model, checked, output, **copying, **common, **flags)
+                done = run(
+                    model,
+                    checked,
+                    output,
+                    strength=strength,
+                    allow_overlap=allow_overlap,
+                    allow_downgrade=allow_downgrade,
+                    allow_base_mismatch=allow_base_mismatch,
+                    allow_other_publisher=allow_other_publisher,
+                    base=float_model,
+                    dither=dither,
+                    hard_link=hard_link,
+                    digest=digest,
+                    sync=not no_sync,
+                    dry_run=dry_run,
+                    on_event=on_event,
+                )
+    say_unchecked(checked)
+    _report(done, as_json=as_json)
+
+
+def _report(done: Applied | Changed, *, as_json: bool) -> None:
+    from nestpatch.patcher.inplace import Changed
     from nestpatch.views.models import show_applied, show_changed
 
-    say_unchecked(checked)
-    report(done, show_changed if in_place else show_applied, as_json)
+    if isinstance(done, Changed):
+        report(done, show_changed, as_json)
+    else:
+        report(done, show_applied, as_json)
+
+
+@contextmanager
+def explained_interrupt(model: Path, *, in_place: bool = True) -> Iterator[None]:
+    """After Ctrl-C, says what is left of a change, in one line on stderr."""
+    before, _ = _change_of(model)
+    try:
+        yield
+    except KeyboardInterrupt:
+        after, interrupted = _change_of(model)
+        if not in_place:
+            text = f"{model} is as it was, and no copy was written"
+        elif interrupted:
+            text = f"the change of {model} is incomplete: nestpatch recover {model} rolls it back"
+        elif after == before:
+            text = f"{model} is as it was: nothing was changed, or it was rolled back"
+        else:
+            text = f"the change of {model} is complete: see nestpatch status {model}"
+        say(text, err=True)
+        raise
+
+
+def _change_of(model: Path) -> tuple[str, bool]:
+    """(the last transaction of a model, whether another one was interrupted); ("", False) where that cannot be read."""
+    from nestpatch.patcher.ledger import read_ledger
+    from nestpatch.patcher.state_dir import state_dir_of
+
+    with suppress(NestpatchError, OSError, ValueError):
+        state_dir = state_dir_of(model)
+        return read_ledger(state_dir).transaction, os.path.lexists(state_dir.journal)
+    return "", False
 
 
 @click.command()
@@ -134,8 +205,13 @@ def revert(
     from nestpatch.signing.trust import load_policy
     from nestpatch.views.models import show_changed
 
+    require_order(model)
     policy = load_policy(policy_file)
-    with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:
+    with (
+        progress(quiet or as_json) as on_event,
+        opened_base(base, quiet=quiet or as_json) as float_model,
+        explained_interrupt(model),
+    ):
         done = run(
             model,
             to,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -17,7 +17,7 @@ from nestpatch.export._merged import merged_view
 from nestpatch.files.scratch import PATCHED, claimed, scratch
 from nestpatch.formats import nest
 from nestpatch.formats.checkpoint import Checkpoint, row_blocks
-from nestpatch.formats.provenance import PACKS, VERSION, packs_json
+from nestpatch.formats.provenance import PACKS, RECORD, VERSION, packs_json, row_ranges
 from nestpatch.gate import Proven
 from nestpatch.pack import Pack, TensorDelta, now
 from nestpatch.patcher.apply import apply
@@ -32,9 +32,6 @@ from nestpatch.patcher.state_dir import StateDir, state_dir_of
 from nestpatch.patcher.steps import Judge, plan_steps
 from nestpatch.signing.trust import load_policy
 
-RECORD = "nestpatch.record"
-"""Metadata of exported safetensors files: JSON, the ledger's entries with the digests of rows before and after."""
-
 
 @dataclass(frozen=True, eq=False)
 class ExportSource:
@@ -43,6 +40,8 @@ class ExportSource:
     checkpoint: Checkpoint
     entries: tuple[LedgerEntry, ...]
     """The packs that it holds, bottom first."""
+    packs: Mapping[str, Pack]
+    """The same by id."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -58,6 +57,9 @@ class ExportSource:
     def record(self) -> dict[str, str]:
         """The same with all that the ledger knows, for files that have room for it."""
         entries = [asdict(entry) for entry in self.entries]
+        for entry in entries:
+            for delta in self.packs[entry["pack_id"]] if entry["tensors"] else ():
+                entry["tensors"][delta.name]["row_numbers"] = row_ranges(delta.rows)
         return {VERSION: __version__, **self.keys(), **({RECORD: nest.canonical_json(entries)} if entries else {})}
 
 
@@ -124,10 +126,11 @@ def source_of(
     judge = Judge(load_policy(), checkpoint.path)
     ledger = _confirmed(checkpoint, state_dir, judge)
     steps = plan_steps(state_dir, ledger, proven.pack, strength, judge, proven.origin).steps if proven is not None else ()
+    packs = dict(load_packs(state_dir, ledger.applied))
     if proven is None or not steps:
-        yield ExportSource(checkpoint, ledger.applied)
+        yield ExportSource(checkpoint, ledger.applied, packs)
         return
-    pack = proven.pack
+    pack = packs[proven.pack_id] = proven.pack
     gone = {step.link for step in steps if step.action is Action.UNDO} - {
         step.link for step in steps if step.action is Action.REDO
     }
@@ -135,17 +138,17 @@ def source_of(
     if not whole and {step.action for step in steps} <= {Action.CHECK, Action.APPLY}:
         view = merged_view(pack, checkpoint, strength)
         tensors = {delta.name: _record(delta, checkpoint, view) for delta in pack} if not dry_run else {}
-        yield ExportSource(view, (*kept, _entry(proven, strength, tensors)))
+        yield ExportSource(view, (*kept, _entry(proven, strength, tensors)), packs)
         return
     with scratch(target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp"), PATCHED) as copy:
         if dry_run:
             apply(checkpoint.path, proven, copy, strength=strength, dry_run=True)
-            yield ExportSource(checkpoint, (*kept, _entry(proven, strength, {})))
+            yield ExportSource(checkpoint, (*kept, _entry(proven, strength, {})), packs)
             return
         with claimed(copy, directory=True):
             place = copy / checkpoint.path.name
             done = apply(checkpoint.path, proven, place, strength=strength, listed=False, on_event=on_event)
-            yield ExportSource(checkpoint.reopen(done.output), read_ledger(state_dir_of(done.output)).applied)
+            yield ExportSource(checkpoint.reopen(done.output), read_ledger(state_dir_of(done.output)).applied, packs)
 
 
 def _confirmed(checkpoint: Checkpoint, state_dir: StateDir, judge: Judge) -> Ledger:

@@ -15,7 +15,6 @@ from nestpatch.files.atomic import sync_tree
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.gate import PackLike, Trust
 from nestpatch.pack import Pack
-from nestpatch.patcher._registry import record
 from nestpatch.patcher._request import request
 from nestpatch.patcher._transaction import Transaction
 from nestpatch.patcher.chain import Allowed
@@ -31,6 +30,7 @@ from nestpatch.patcher.copies import (
 )
 from nestpatch.patcher.ledger import Ledger, read_ledger
 from nestpatch.patcher.recovery import open_model, require_settled
+from nestpatch.patcher.registry import record
 from nestpatch.patcher.state_dir import StateDir, kept_from_writers, state_dir_of
 from nestpatch.signing.trust import Policy
 

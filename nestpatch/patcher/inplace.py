@@ -13,7 +13,6 @@ from nestpatch.events import OnEvent, ignore
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.gate import PackLike, Trust, policy_of
-from nestpatch.patcher._registry import record
 from nestpatch.patcher._request import request
 from nestpatch.patcher._transaction import Transaction
 from nestpatch.patcher.chain import Allowed
@@ -22,6 +21,7 @@ from nestpatch.patcher.kept import keep, load_packs
 from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
 from nestpatch.patcher.merge import quantized_merge
 from nestpatch.patcher.recovery import recover, require_settled, require_writable
+from nestpatch.patcher.registry import record
 from nestpatch.patcher.state_dir import StateDir, locked, require_own, state_dir_of, tidy
 from nestpatch.patcher.steps import Judge, plan_revert_steps
 from nestpatch.signing.trust import Policy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nestpatch.plain import count, number
@@ -10,6 +11,8 @@ from nestpatch.views.console import escape, fact_grid, out, size
 if TYPE_CHECKING:
     from nestpatch.patcher.apply import Applied
     from nestpatch.patcher.inplace import Changed
+    from nestpatch.patcher.registry import PatchedModel
+    from nestpatch.patcher.release import ReleasedPack
     from nestpatch.patcher.status import AppliedPack, Status
     from nestpatch.patcher.verify import Verification
 
@@ -17,7 +20,8 @@ if TYPE_CHECKING:
 def show_applied(done: Applied) -> None:
     """What `apply` did."""
     verb = "would write" if done.dry_run else "wrote"
-    out.print(f"[bold]{escape(done.pack)}[/] {verb} [bold]{escape(done.output)}[/] in {done.seconds:.2f} s")
+    strength = _at(done.strength)
+    out.print(f"[bold]{escape(done.pack)}[/]{strength} {verb} [bold]{escape(done.output)}[/] in {done.seconds:.2f} s")
     grid = fact_grid()
     grid.add_row("changed", f"{done.rows} rows of {done.tensors} tensors, {size(done.row_bytes)}")
     if done.retention is not None:
@@ -30,6 +34,11 @@ def show_applied(done: Applied) -> None:
     out.print(grid)
 
 
+def _at(strength: object) -> str:
+    """The strength of a pack, where it is not 1."""
+    return "" if strength == 1 else f" at strength {number(strength, 'g')}"
+
+
 def show_changed(done: Changed) -> None:
     """What an in-place command did."""
     if not done.steps:
@@ -37,7 +46,7 @@ def show_changed(done: Changed) -> None:
         return
     verb = "would change" if done.dry_run else "changed"
     counts = f"{done.rows} rows of {done.tensors} tensors, {size(done.row_bytes)}"
-    out.print(f"[bold]{escape(done.model)}[/] {verb} in place: {counts}, in {done.seconds:.2f} s")
+    out.print(f"[bold]{escape(done.model)}[/] {verb} in place{_at(done.strength)}: {counts}, in {done.seconds:.2f} s")
     grid = fact_grid()
     for step in done.steps:
         grid.add_row("step", escape(step))
@@ -51,16 +60,18 @@ def show_changed(done: Changed) -> None:
 def show_status(found: Status) -> None:
     """What is applied to a model, and what confirms it."""
     ledger = found.ledger
-    names = ", ".join(one.entry.label for one in found.applied) or "nothing applied"
-    doubt = "" if found.sound else " [bold red](by its ledger alone: the rows do not hold it)[/]"
+    names = ", ".join(one.entry.label for one in found.applied)
+    claimed = ", ".join(one.label for one in found.released)
+    names = names or (f"nothing applied here, its files name {claimed}" if claimed else "nothing applied")
+    doubt = "" if found.sound else " [bold red](the rows do not hold it)[/]"
     out.print(f"[bold]{escape(found.model)}[/]: {escape(names)}{doubt}")
     if found.problem:
         out.print(f"  [bold red]cannot be compared with the rows[/]: {escape(found.problem)}")
     grid = fact_grid()
-    for claim in found.files_say:
-        strength = "" if claim["strength"] == 1 else f" at strength {number(claim['strength'], 'g')}"
-        label = escape(f"{claim['name']} {claim['version']}{strength}, pack sha256 {str(claim['pack_id'])[:12]}..")
-        grid.add_row("written with", f"{label} [dim](the files say so; `nestpatch verify MODEL PATCH` proves it)[/]")
+    for released in found.released:
+        grid.add_row("released with", _released_line(released))
+        for difference in released.differences[:3]:
+            grid.add_row("", f"[red]{escape(difference.tensor)}: {escape(difference.detail)}[/]")
     for one in found.applied:
         grid.add_row(escape(one.entry.when), _applied_line(one))
         for difference in one.missing_in[:3]:
@@ -80,7 +91,7 @@ def _applied_line(one: AppliedPack) -> str:
     """One applied pack, on one line."""
     entry = one.entry
     rows = sum(record.rows for record in entry.tensors.values())
-    strength = f" at strength {number(entry.strength, 'g')}" if entry.strength != 1 else ""
+    strength = _at(entry.strength)
     loud = " [bold red]onto another base than its own[/]" if entry.base_mismatch_allowed else ""
     rounded = f", {number(entry.retention, '.1%')} delivered {escape(entry.rounding)}" if entry.retention is not None else ""
     signed = f", signed by {escape(', '.join(one.signers))}" if one.signers else ""
@@ -89,6 +100,30 @@ def _applied_line(one: AppliedPack) -> str:
     came = " [yellow](came with the model, signed by nobody whom you trust)[/]" if entry.foreign and not one.signers else came
     pack = f"{escape(entry.label)}{strength}: {count(rows)} rows, pack sha256 {escape(entry.pack_id[:12])}.."
     return f"{pack}{signed}{claimed}, by {escape(entry.tool)}{rounded}{loud}{came}"
+
+
+def show_patched(models: Sequence[PatchedModel]) -> None:
+    """The models that this user has patched, and what their ledgers name."""
+    if not models:
+        out.print("no patched models: nestpatch has not patched any for this user, or all were reverted")
+        return
+    for one in models:
+        applied = ", ".join(entry.label + _at(entry.strength) for entry in one.applied)
+        what = {"gone": "gone; it is no longer listed", "base": "nothing applied any more; it is no longer listed"}
+        text = applied or what.get(one.state) or one.problem or "nothing applied"
+        channels = f" [dim](follows {escape(', '.join(one.follows))})[/]" if one.follows else ""
+        out.print(f"[bold]{escape(one.model)}[/]: {escape(text)}{channels}")
+    out.print("[dim]by their ledgers; `nestpatch status MODEL` compares the rows")
+
+
+def _released_line(one: ReleasedPack) -> str:
+    """One pack that the metadata of the files names, on one line."""
+    label = escape(f"{one.label}{_at(one.strength)}, pack sha256 {one.pack_id[:12]}..")
+    if one.differences:
+        return f"{label} [bold red](by the file's metadata; {len(one.differences)} of {one.compared} tensors differ from it)[/]"
+    checked = f"rows of {one.compared} of {one.tensors} tensors checked against the digests in it"
+    checked = checked if one.tensors else "which holds no digests of rows"
+    return f"{label} [dim](by the file's metadata, {checked}; `nestpatch verify MODEL PACK` proves it)[/]"
 
 
 def show_verification(model: Any, found: Verification) -> None:

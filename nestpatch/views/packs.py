@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -12,82 +13,131 @@ from nestpatch.views.console import escape, fact_grid, out, size
 from nestpatch.views.evaluation import HEADLINES
 
 if TYPE_CHECKING:
-    from nestpatch.pack import Pack
+    from nestpatch.pack import Pack, TensorDelta
 
 
-def show_pack(pack: Pack, pack_id: str, nbytes: int) -> None:
-    """A pack, explained."""
+LINES = 25
+"""Lines of `show` at most, unless all rows are asked for."""
+SHOWN_TENSORS = 4
+"""Tensors that `show` lists one by one; more are summed up in a line."""
+SHOWN_KINDS = 3
+"""Kinds of tensors that this line names."""
+
+
+def show_pack(pack: Pack, pack_id: str, nbytes: int, *, rows: bool = False) -> None:
+    """A pack, explained in LINES lines; with `rows`, every tensor, layer and setting of it."""
     manifest = pack.manifest
+    base, touched = manifest.base, sum(delta.neurons for delta in pack)
+    amount = f"{size(nbytes)}: {touched} rows of {len(pack.deltas)} tensors through {pack.parameters} numbers"
+    facts = [
+        ("id", f"sha256 {pack_id}"),
+        ("base", f"{base.model_id}{f' at {base.revision}' if base.revision else ''} ({base.architecture}, {base.dtype})"),
+        ("made", f"{manifest.created}, license {manifest.license or 'not stated'}"),
+        ("size", f"{amount} ({', '.join(pack.delta_dtypes)})"),
+        ("tags", ", ".join(manifest.tags)),
+        ("supersedes", ", ".join(manifest.supersedes)),
+        ("requires", ", ".join(manifest.requires)),
+    ]
+    facts = [(what, text) for what, text in facts if text]
+    deltas = sorted(pack, key=lambda delta: _in_order(delta.name))
+    listed = rows or len(deltas) <= SHOWN_TENSORS
+    if not listed:
+        facts.append(("tensors", _summary(deltas)))
+    evaluation = _evaluation(manifest.evaluation)
     out.print(f"[bold]{escape(pack.label)}[/]  {escape(manifest.description)}")
+    out.print(_grid(facts))
+    if listed:
+        out.print(_tensors(pack, deltas))
+    used = 1 + len(facts) + (len(deltas) + 1 if listed else 0) + (evaluation.row_count + 2 if evaluation else 0)
+    _show_method(_method(manifest.method, rows=rows), None if rows else LINES - used - 2)
+    if evaluation:
+        out.print()
+        out.print(evaluation)
+
+
+def _in_order(name: str) -> list[tuple[bool, int, str]]:
+    """A key that sorts numbers in names by their value: layer 2 before layer 10."""
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"([0-9]{1,9})", name)]
+
+
+def _grid(facts: Sequence[tuple[str, str]], *, cut: bool = False) -> Table:
+    """What -> text, a line each; with `cut`, texts that are longer than the line end in an ellipsis."""
     grid = fact_grid()
-    base = manifest.base
-    revision = f" at {base.revision}" if base.revision else ""
-    grid.add_row("id", f"sha256 {escape(pack_id)}")
-    grid.add_row("base", escape(f"{base.model_id}{revision} ({base.architecture}, {base.dtype})"))
-    grid.add_row("made", f"{escape(manifest.created)}, license {escape(manifest.license or 'not stated')}")
-    rows = sum(delta.neurons for delta in pack)
-    changed = f"{rows} rows of {len(pack.deltas)} tensors through {pack.parameters} numbers"
-    grid.add_row("size", f"{size(nbytes)}: {changed} ({', '.join(pack.delta_dtypes)})")
-    if manifest.tags:
-        grid.add_row("tags", escape(", ".join(manifest.tags)))
-    for what, listed in (("supersedes", manifest.supersedes), ("requires", manifest.requires)):
-        if listed:
-            grid.add_row(what, escape(", ".join(listed)))
-    out.print(grid)
-    out.print(_pack_tensors(pack))
-    _show_method(manifest.method)
-    _show_pack_evaluation(manifest.evaluation)
+    if cut:
+        grid.add_column(no_wrap=True, overflow="ellipsis")
+    for what, text in facts:
+        grid.add_row(escape(what), escape(text))
+    return grid
 
 
-def _pack_tensors(pack: Pack) -> Table:
+def _summary(deltas: Sequence[TensorDelta]) -> str:
+    """Many tensors in one line: which matrices of which layers, and how many rows of each."""
+    names = [re.sub(r"(?<=[./])[0-9]{1,9}(?=[./])", "*", delta.name) for delta in deltas]
+    most, least = max(delta.neurons for delta in deltas), min(delta.neurons for delta in deltas)
+    kinds = list(dict.fromkeys(names))
+    more = f" and {len(kinds) - SHOWN_KINDS} more" if len(kinds) > SHOWN_KINDS else ""
+    rows = f"{least} rows each" if most == least else f"{least} to {most} rows each"
+    return f"{', '.join(kinds[:SHOWN_KINDS])}{more}; {rows}; --rows lists them"
+
+
+def _tensors(pack: Pack, deltas: Sequence[TensorDelta]) -> Table:
     import numpy as np
 
     table = Table("tensor", box=None, pad_edge=False, header_style="dim")
     for title in ("rows", "of", "clusters", "delta RMS"):
         table.add_column(title, justify="right")
-    for delta in pack:
+    for delta in deltas:
         rows, _ = pack.manifest.base.tensors[delta.name].matrix
         rms = float(np.sqrt(np.square(delta.delta.astype(np.float64)).mean()))
         table.add_row(escape(delta.name), str(delta.neurons), str(rows), str(delta.clusters), f"{rms:.2g}")
     return table
 
 
-def _show_method(method: Mapping[str, Any]) -> None:
-    """Training facts. Packs come from anywhere: what is missing or odd is left out."""
-    grid = fact_grid()
-    for what, text in _pairs(method.get("decisions")):
-        grid.add_row(escape(what), escape(text))
-    layers = method.get("layers")
-    for layer in layers if isinstance(layers, list) else ():
-        if isinstance(layer, dict):
-            found = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in layer.items() if name != "layer")
-            grid.add_row(f"layer {escape(layer.get('layer', '?'))}", escape(found))
+def _method(method: Mapping[str, Any], *, rows: bool) -> list[tuple[str, str]]:
+    """Training facts, the telling ones first. Packs come from anywhere: what is missing or odd is left out."""
+    found = []
     data = method.get("data")
     for kind, facts in data.items() if isinstance(data, dict) else ():
         if isinstance(facts, dict):
             source = f"{count(facts.get('prompts'))} from {facts.get('name', '?')}, sha256 {str(facts.get('sha256'))[:12]}.."
-            grid.add_row(f"{escape(kind)} prompts", escape(source))
-    for what, text in _pairs(method.get("tuning")):
-        grid.add_row(escape(what.replace("_", " ")), escape(text))
-    if grid.row_count:
-        out.print("\n[bold]How it was trained[/]")
-        out.print(grid)
+            found.append((f"{kind} prompts", source))
+    listed = method.get("layers")
+    layers = [layer for layer in listed if isinstance(layer, dict)] if isinstance(listed, list) else []
+    if layers and not rows:
+        numbers = [f"layer {layer.get('layer', '?')}" for layer in (layers[0], layers[-1])]
+        neurons, clusters = (
+            sum(layer[what] for layer in layers if type(layer.get(what)) is int) for what in ("neurons", "clusters")
+        )
+        text = f"{len(layers)} from {numbers[0]} to {numbers[1]}: {count(neurons)} neurons in {count(clusters)} clusters"
+        found.append(("layers", text))
+    for layer in layers if rows else ():
+        facts_ = ", ".join(f"{str(name).replace('_', ' ')} {value}" for name, value in layer.items() if name != "layer")
+        found.append((f"layer {layer.get('layer', '?')}", facts_))
+    for part in ("tuning", "decisions"):
+        pairs = method.get(part)
+        found += [(str(what).replace("_", " "), str(text)) for what, text in pairs.items()] if isinstance(pairs, dict) else []
+    return found
 
 
-def _pairs(value: Any) -> list[tuple[str, str]]:
-    return [(str(key), str(entry)) for key, entry in value.items()] if isinstance(value, dict) else []
+def _show_method(facts: Sequence[tuple[str, str]], room: int | None) -> None:
+    """The training facts, in `room` lines."""
+    if not facts or (room is not None and room < 1):
+        return
+    left = len(facts) - room + 1 if room is not None and len(facts) > room else 0
+    shown = facts[: len(facts) - left]
+    out.print("\n[bold]How it was trained[/]")
+    out.print(_grid([*shown, *([("", f"and {left} more facts: --rows")] if left else [])], cut=room is not None))
 
 
-def _show_pack_evaluation(evaluation: Mapping[str, Any]) -> None:
+def _evaluation(evaluation: Mapping[str, Any]) -> Table | None:
     before, after = evaluation.get("before"), evaluation.get("after")
     if not isinstance(before, dict) or not isinstance(after, dict):
-        return
+        return None
     table = Table("evaluation", "before", "after", box=None, pad_edge=False, header_style="dim")
     for name, title in HEADLINES.items():
         if isinstance(before.get(name), dict) and isinstance(after.get(name), dict):
             table.add_row(title, _stored_share(before[name]), _stored_share(after[name]))
-    out.print()
-    out.print(table)
+    return table
 
 
 def _stored_share(share: Mapping[str, Any]) -> str:

@@ -11,8 +11,8 @@ import pytest
 
 import nestpatch
 from nestpatch.errors import BadSignatureError, NestpatchError, UnsignedError, UntrustedError
-from nestpatch.export._source import RECORD
 from nestpatch.formats import nest
+from nestpatch.formats.provenance import RECORD
 from nestpatch.gate import look, prove
 from nestpatch.signing.trust import Policy, Rule, TrustedKey, save_policy
 from nestpatch.signing.verify import sign_pack
