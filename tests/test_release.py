@@ -1,4 +1,4 @@
-"""A released model names its packs in its own metadata: `status` and `verify` compare that with the rows, and call it a claim."""
+"""A release names its packs in its own metadata: `status` and `verify` compare that with the rows, and call it a claim."""
 
 from __future__ import annotations
 
@@ -177,9 +177,7 @@ def test_an_odd_record_is_neither_believed_nor_an_error(name: str, release: Path
     assert run("status", release).exit_code in (0, 1)
 
 
-@pytest.mark.parametrize(
-    ("rows", "text"), [([0], "0"), ([3, 4, 5], "3-5"), ([0, 2, 3, 9], "0,2-3,9"), ([7, 9, 11], "7,9,11")]
-)
+@pytest.mark.parametrize(("rows", "text"), [([0], "0"), ([3, 4, 5], "3-5"), ([0, 2, 3, 9], "0,2-3,9"), ([7, 9, 11], "7,9,11")])
 def test_row_numbers_as_ranges(rows: list[int], text: str) -> None:
     assert row_ranges(np.array(rows)) == text
     tensor = {"row_numbers": text, "after": "0" * 64}

@@ -156,12 +156,12 @@ def explained_interrupt(model: Path, *, in_place: bool = True) -> Iterator[None]
         after, interrupted = _change_of(model)
         if not in_place:
             text = f"{model} is as it was, and no copy was written"
+        elif after != before:
+            text = f"the change of {model} is complete: see nestpatch status {model}"
         elif interrupted:
             text = f"the change of {model} is incomplete: nestpatch recover {model} rolls it back"
-        elif after == before:
-            text = f"{model} is as it was: nothing was changed, or it was rolled back"
         else:
-            text = f"the change of {model} is complete: see nestpatch status {model}"
+            text = f"{model} is as it was: nothing was changed, or it was rolled back"
         say(text, err=True)
         raise
 

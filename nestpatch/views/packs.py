@@ -64,6 +64,7 @@ def _grid(facts: Sequence[tuple[str, str]], *, cut: bool = False) -> Table:
     """What -> text, a line each; with `cut`, texts that are longer than the line end in an ellipsis."""
     grid = fact_grid()
     if cut:
+        grid.columns[0].no_wrap, grid.columns[0].min_width = True, min(24, max(len(what) for what, _ in facts))
         grid.add_column(no_wrap=True, overflow="ellipsis")
     for what, text in facts:
         grid.add_row(escape(what), escape(text))
