@@ -197,7 +197,7 @@ def test_a_patched_model_says_so(model: Path, pack: Pack) -> None:
     error = mismatch(without_ledger(patched), pack)
     assert str(error).count("already patched with this pack") == 3
     assert str(error).endswith("\n  and 1 more")
-    assert error.advice == "Nothing to do: the model has this patch."
+    assert error.advice == "Nothing to do: the model has this pack."
 
 
 def test_a_half_patched_model_says_so(model: Path, pack: Pack, tmp_path: Path) -> None:

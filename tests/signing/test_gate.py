@@ -101,7 +101,7 @@ def test_a_pack_in_memory_is_judged_by_its_base_too(place: Path, people: People)
         prove(pack, place / "model", policy=strict)
     assert 'trust="none"' in caught.value.advice
     assert prove(pack, place / "model", policy=strict, trust="none").unchecked.startswith(
-        "the caller answers for no-harm 1.0.0"
+        "the caller asked for it: the signatures of no-harm 1.0.0 were not checked"
     )
     assert prove(pack, place / "model", policy=strict, allow_unsigned=True).warning
 
