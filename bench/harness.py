@@ -48,7 +48,7 @@ class Run(NamedTuple):
     written_mb: float
     """What it gave to write calls. The bytes that Linux counts as dirtied are whole folios, many times the rows."""
 
-    def told(self) -> dict[str, float]:
+    def numbers(self) -> dict[str, float]:
         """For the JSON object."""
         return {"s": self.seconds, "rss_mb": self.rss_mb, "written_mb": self.written_mb}
 
@@ -58,10 +58,10 @@ def measure(command: list[object]) -> tuple[Run, str]:
     os.sync()
     # An installed program has its bytecode; machines that build images forbid writing it.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    with tempfile.NamedTemporaryFile() as told:
+    with tempfile.NamedTemporaryFile() as stderr:
         began = time.perf_counter()
         process = subprocess.Popen(
-            [str(word) for word in command], stdout=subprocess.PIPE, stderr=told, text=True, env=environment
+            [str(word) for word in command], stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
         )
         said = process.stdout.read()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
@@ -72,7 +72,7 @@ def measure(command: list[object]) -> tuple[Run, str]:
         process.stdout.close()
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            sys.exit(f"{command} failed:\n{Path(told.name).read_text()[-3000:]}")
+            sys.exit(f"{command} failed:\n{Path(stderr.name).read_text()[-3000:]}")
     rss = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Run(seconds, rss / 1e6, written), (said.splitlines() or [""])[-1]
 
@@ -136,7 +136,7 @@ def publish(title: str, notes: str, results: dict[str, Run], facts: dict[str, An
     print(block)
     if log:
         _append_to_log(block)
-    numbers = {f"{name}_{what}": value for name, run in results.items() for what, value in run.told().items()}
+    numbers = {f"{name}_{what}": value for name, run in results.items() for what, value in run.numbers().items()}
     print(json.dumps(facts | numbers))
 
 

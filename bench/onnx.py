@@ -34,7 +34,7 @@ def prepare(size: str) -> None:
 
 
 def export_plainly(model: str, output: str) -> None:
-    """The contender: torch's exporter and nothing else, a graph without a cache and nobody looking at it."""
+    """The contender: torch's exporter and nothing else, a graph without a cache, unchecked."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -109,12 +109,12 @@ def main() -> None:
     pairs = [(f"export_{kind}", f"in_place_{kind}") for kind in KINDS]
     pairs += [("torch_export", "in_place_fp32"), ("cp_fp32", "in_place_fp32"), ("cp_int4", "in_place_int4")]
     memory = {f"{a}/{b}": results[a].rss_mb / results[b].rss_mb for a, b in pairs if not a.startswith("cp")}
-    told = ", ".join(f"{name} {value:.0f}" for name, value in memory.items())
+    peaks = ", ".join(f"{name} {value:.0f}" for name, value in memory.items())
     publish(
         f"ONNX models of {parameters(size) / 1e9:.2f} B parameters",
         f"Whole processes in turn, medians of {options.rounds} rounds after one\nthat was not counted. In every round the files"
         " patched in place were, by SHA-256, those of the exported merged model, and after\nthe revert what they had been."
-        f" Ratios of the peak memory: {told}.",
+        f" Ratios of the peak memory: {peaks}.",
         results,
         {
             "parameters": parameters(size),

@@ -2,4 +2,4 @@
 
 from nestpatch.cli import main
 
-main()
+main(prog_name="nestpatch")

@@ -1,7 +1,8 @@
-"""The command line: puts the commands together and turns errors into messages and exit codes.
+"""The command line: the groups of commands, and how they end.
 
-Commands parse, call one library function and print. Results go to stdout, everything said to a person on the way to stderr.
-Exit codes: 0 ok, 1 a finding or a failure, 2 usage, 130 Ctrl-C. Heavy imports live inside the commands: --help is instant.
+Commands parse their arguments, call one function of the library and print its result. Results go to stdout, messages and
+progress to stderr. Every error ends as its class, its reason and its advice on stderr, with --json also as one object on
+stdout, and as an exit code (docs/cli.md). Heavy imports live inside the commands, so --help is instant.
 """
 
 from __future__ import annotations
@@ -10,99 +11,212 @@ import io
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
+from difflib import get_close_matches
+from itertools import takewhile
 from typing import Any
 
 import click
 
 from nestpatch import __version__
 from nestpatch.commands import demo, evaluating, exporting, fleet, inspecting, patching, signing, training
-from nestpatch.errors import (
-    DataError,
-    FileSystemError,
-    MissingExtraError,
-    NestpatchError,
-    OutOfMemoryError,
-    UnexpectedError,
-)
+from nestpatch.commands._options import print_json, say
+from nestpatch.errors import FileSystemError, MissingExtraError, NestpatchError, OutOfMemoryError, UnexpectedError
+from nestpatch.plain import one_line
+from nestpatch.runtimes.threads import wait_passively
 
+TAGLINE = "Safety patches for language models: trained once, shipped as a signed megabyte, merged in place, undone bit for bit."
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 TRACEBACK = "NESTPATCH_TRACEBACK"
 """With this variable set, an unexpected error ends with its traceback."""
+SECTIONS: dict[str, dict[click.Command, str]] = {
+    "Make packs": {
+        training.train: "Train a pack that makes a model refuse.",
+        evaluating.evaluate: "Measure attack success and over-refusal of a model.",
+    },
+    "Patch models": {
+        patching.apply: "Merge a pack into a model: into a copy, or in place.",
+        patching.revert: "Undo what was applied in place, bit for bit.",
+        fleet.update: "Bring a model to the latest version of its channels.",
+        patching.recover: "End an interrupted change of a model.",
+    },
+    "Inspect": {
+        inspecting.show: "Explain a pack: what it changes, how it was made.",
+        inspecting.status: "Show what is applied to a model.",
+        inspecting.list_models: "List the models that you have patched.",
+        inspecting.verify: "Check which state the weights of a model are in.",
+        inspecting.diff: "Compare two models or two packs.",
+    },
+    "Ship": {
+        exporting.export: "Write a patched model or a pack in another format.",
+        fleet.push: "Publish a pack as the next version of a channel.",
+        fleet.pull: "Download a version from a channel and check it.",
+        fleet.yank: "Withdraw a version from a channel.",
+        fleet.renew: "Sign a channel again before it expires.",
+    },
+    "Trust": {
+        signing.keygen: "Make a key pair for signing packs.",
+        signing.sign: "Sign a pack.",
+        signing.verify_signature: "Show who signed a pack.",
+        signing.trust: "Add, list and remove trusted keys.",
+    },
+    "Try": {
+        demo.demo: "Train, apply and evaluate a pack on a small model.",
+        demo.lab: "Build the small model and prompts of the demo.",
+    },
+}
+"""The commands in the groups and with the summaries of --help."""
+MEANT = {
+    "apply": ("install", "patch", "merge"),
+    "revert": ("undo", "uninstall", "remove", "rollback"),
+    "update": ("upgrade",),
+    "eval": ("evaluate", "test", "measure"),
+    "show": ("info", "inspect", "describe"),
+    "verify": ("check",),
+    "diff": ("compare",),
+    "export": ("convert",),
+    "push": ("publish", "upload"),
+    "pull": ("download", "fetch"),
+    "yank": ("revoke", "withdraw"),
+}
+"""Command -> words that other tools have for it."""
 
 
 class Group(click.Group):
-    """Turns every error into its class, its reason and its advice on stderr, and an exit code. Nothing ends in a traceback."""
+    """The command `nestpatch`: no command ends in a traceback."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
-        """Runs the command line, until nothing is left that could fail: also what is written at the very end."""
-        # What stdout's encoding cannot hold, such as file names that are no text, is written as an escape.
+        """Runs the command line and exits. The arguments are those of `click.Command.main`."""
+        # A text that the encoding of stdout cannot hold, such as the name of a file, is written with escapes.
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
+        given = args[0] if args else extra.get("args")
+        words = tuple(sys.argv[1:] if given is None else given)
         try:
-            return super().main(*args, **extra)
+            code = super().main(*args, **{**extra, "standalone_mode": False, "obj": words})
+        except click.ClickException as error:
+            code = _end_usage(error, words)
+        except (KeyboardInterrupt, click.Abort) as error:
+            code = _end_stopped(error, words)
         except OSError as error:  # of --help and --version
-            _show(FileSystemError(f"cannot write to stdout: {error.strerror or error}"))
-            sys.exit(1)
+            code = _end(FileSystemError(f"cannot write to stdout: {error.strerror or error}"), words)
         finally:
-            _let_go()
+            _abandon_output()
+        sys.exit(code)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Refuses what no system passes on, and what no call of the system takes."""
+        """Refuses NUL characters, which no call of the operating system accepts."""
         if any("\0" in argument for argument in args):
             ctx.fail("an argument holds a NUL character")
         return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """Finds the command; an unknown one ends with the name of the closest."""
+        name = args[0]
+        if name not in self.commands and not name.startswith("-") and not ctx.resilient_parsing:
+            meant = [command for command, others in MEANT.items() if name.lower() in others]
+            close = meant or get_close_matches(name.lower(), self.commands, 1)
+            ctx.fail(f"No such command '{one_line(name)}'.{f' Did you mean {close[0]!r}?' if close else ''}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - as click has it
+        """Lists the commands in their sections, in columns of one width."""
+        width = max(map(len, self.commands))
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(f"{command.name:<{width}}", summary) for command, summary in commands.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""
         try:
             return super().invoke(ctx)
-        except (click.exceptions.Exit, click.ClickException, BrokenPipeError):
-            raise  # click has an end for each of them
-        except (KeyboardInterrupt, click.Abort) as error:
-            stopped = isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
-            click.echo("Interrupted." if stopped else "Aborted.", err=True)
-            ctx.exit(INTERRUPTED if stopped else 1)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it gets a name
-            named = _named(error, ctx)
-            _show(named)
-            ctx.exit(2 if isinstance(named, DataError) else 1)
+        except (click.exceptions.Exit, click.ClickException, click.Abort, BrokenPipeError):
+            raise  # ended by `main`, or by click
+        except KeyboardInterrupt as error:
+            raise click.Abort from error
+        except Exception as error:  # noqa: BLE001 - every error gets a class and an exit code
+            ctx.exit(_end(_named(error, ctx.invoked_subcommand), ctx.obj))
 
 
-def _named(error: Exception, ctx: click.Context) -> NestpatchError:
-    """The error as one of ours."""
+def _named(error: Exception, command: str | None) -> NestpatchError:
+    """An error as one of nestpatch's own classes."""
     if isinstance(error, NestpatchError):
         return error
     if isinstance(error, OSError):
         return FileSystemError(str(error))
     if isinstance(error, MemoryError):
-        return OutOfMemoryError(f"`nestpatch {ctx.invoked_subcommand}` needs more memory than there is")
+        return OutOfMemoryError(f"`nestpatch {command}` needs more memory than there is")
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("nestpatch"):
         extra = "llama" if (error.name or "").partition(".")[0] == "llama_cpp" else "train"
-        return MissingExtraError(extra, f"`nestpatch {ctx.invoked_subcommand}` (module {error.name})")
+        return MissingExtraError(extra, f"`nestpatch {command}` (module {error.name})")
     if os.environ.get(TRACEBACK):
         raise error
-    return UnexpectedError(f"{type(error).__name__}: {error} ({_place(error)})")
+    # The last line of nestpatch's own files that the error passed.
+    lines = [f"{entry.filename}:{entry.lineno}" for entry in traceback.extract_tb(error.__traceback__)]
+    own = [line for line in lines if f"{os.sep}nestpatch{os.sep}" in line] or lines or ["unknown"]
+    where = own[-1].rpartition(f"{os.sep}nestpatch{os.sep}")[2]
+    return UnexpectedError(f"{type(error).__name__}: {error} ({where})")
 
 
-def _place(error: Exception) -> str:
-    """Where in nestpatch it happened."""
-    places = [f"{entry.filename}:{entry.lineno}" for entry in traceback.extract_tb(error.__traceback__)]
-    own = [place for place in places if f"{os.sep}nestpatch{os.sep}" in place]
-    return (own or places or ["somewhere"])[-1].rpartition(f"{os.sep}nestpatch{os.sep}")[2]
-
-
-def _show(error: NestpatchError) -> None:
+def _end(error: NestpatchError, words: Sequence[str]) -> int:
+    """Reports an error; returns the exit code."""
     from nestpatch.views.console import show_error
 
     with suppress(OSError):  # stderr may be full as well
         show_error(error, error.advice)
+    return _as_object(type(error).__name__, str(error), error.advice, error.exit_code, words)
 
 
-def _let_go() -> None:
-    """What could not be written is given up, or the interpreter would try again when it ends, and complain."""
+def _end_usage(error: click.ClickException, words: Sequence[str]) -> int:
+    """Reports arguments that click refused, with the usage of the command; returns the exit code."""
+    error.show()
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    advice = f"Run `{context.command_path} --help`." if context else "Run `nestpatch --help`."
+    return _as_object("UsageError", error.format_message(), advice, error.exit_code, words)
+
+
+def _end_stopped(error: BaseException, words: Sequence[str]) -> int:
+    """Reports Ctrl-C, or a question that was not answered, and what is left of the command; returns the exit code."""
+    if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
+        say("Aborted.", err=True)
+        return _as_object("Aborted", "no answer was given", "Run the command again.", 1, words)
+    left = _leftover(words)
+    say(f"Interrupted. {left}".rstrip(), err=True)
+    return _as_object("Interrupted", "the command was interrupted", left, INTERRUPTED, words)
+
+
+def _as_object(name: str, message: str, advice: str, code: int, words: Sequence[str]) -> int:
+    """With --json, prints an error as the one object on stdout. Returns the exit code."""
+    if "--json" in takewhile(lambda word: word != "--", words):
+        with suppress(OSError):
+            print_json({"error": {"type": name, "message": message, "advice": advice, "exit_code": code}})
+    return code
+
+
+def _leftover(words: Sequence[str]) -> str:
+    """What an interrupted command leaves behind, as the files have it: it may have been past its last write."""
+    command = main.commands.get(words[0]) if words else None
+    if command is None:
+        return ""
+    options = command.make_context(words[0], list(words[1:]), resilient_parsing=True).params
+    if options.get("in_place") or command in (patching.revert, fleet.update, patching.recover):
+        from nestpatch.patcher.state_dir import state_dir_of
+
+        model = options["model"]
+        with suppress(NestpatchError, OSError):
+            if os.path.lexists(state_dir_of(model).journal):
+                return f"A change of {model} is unfinished: `nestpatch recover {model}` ends it."
+        return f"{model} holds no unfinished change: `nestpatch status {model}` shows what is applied."
+    if "keep" in options:
+        return f"{options['keep']} is incomplete: remove it." if options["keep"] else "Nothing is left."
+    return "Nothing was written." if "output" in options else ""
+
+
+def _abandon_output() -> None:
+    """Drops what could not be written: else the interpreter tries again when it ends, and complains."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
@@ -112,38 +226,17 @@ def _let_go() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, help=TAGLINE, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="nestpatch")
 def main() -> None:
-    """Safety patches for language models: train, ship, apply, prove, undo."""
-    # transformers' own bars would mix with ours; a variable that the user set wins.
+    """Sets what every command needs."""
+    # The progress bars of transformers would mix with ours; a variable that the user set wins.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    wait_passively()  # before a command imports torch
 
 
-for command in (
-    training.train,
-    evaluating.evaluate,
-    demo.demo,
-    demo.lab,
-    patching.apply,
-    patching.revert,
-    patching.recover,
-    exporting.export,
-    inspecting.show,
-    inspecting.status,
-    inspecting.list_models,
-    inspecting.verify,
-    inspecting.diff,
-    signing.keygen,
-    signing.sign,
-    signing.verify_signature,
-    signing.trust,
-    fleet.push,
-    fleet.pull,
-    fleet.update,
-    fleet.yank,
-    fleet.renew,
-):
-    main.add_command(command)
+for members in SECTIONS.values():
+    for member in members:
+        main.add_command(member)

@@ -359,7 +359,7 @@ def test_the_command_on_packs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        (["a", "missing"], 1, "CheckpointFormatError"),
+        (["a", "missing"], 2, "MissingInputError"),
         (["a", "x.nest"], 2, "DataError"),
         (["x.nest", "x.nest", "-o", "y.nest"], 2, "DataError"),
         (["a", "a", "-o", "y.nest"], 1, "ExtractionError"),
@@ -377,7 +377,8 @@ def test_failures_are_named(
     failed = run(*arguments, "--json")
     assert failed.exit_code == code
     assert text in failed.stderr
-    assert failed.stdout == ""
+    error = json.loads(failed.stdout)["error"]
+    assert (error["exit_code"], text in error["type"] + error["message"]) == (code, True)
     assert failed.exception is None or isinstance(failed.exception, SystemExit)
     assert not Path("y.nest").exists()
 

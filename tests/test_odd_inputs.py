@@ -216,10 +216,10 @@ def assert_named(result: Result, arguments: list[str]) -> None:
     assert "Traceback" not in result.stderr, told
     assert "UnexpectedError" not in result.stderr, told
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]", result.stdout + result.stderr), told
-    if result.exit_code and not result.stdout:
+    answer = json.loads(result.stdout) if "--json" in arguments and result.stdout else {}
+    if result.exit_code and (not result.stdout or "error" in answer):
         assert NAMED.search(result.stderr), told
-    if "--json" in arguments and result.stdout:
-        json.loads(result.stdout)
+    assert answer.get("error", {}).get("exit_code", result.exit_code) == result.exit_code, told
 
 
 def run_odd(command: str, template: str, odd: str, scene: Path) -> None:

@@ -87,7 +87,7 @@ def filled(cls: type, text: str, depth: int = 0) -> Any:
 
 def names_of(cls: type) -> dict[str, Any]:
     """What annotations of a module may name though only type checkers import it."""
-    from nestpatch.evaluation.statistics import Share
+    from nestpatch.evaluation.suites import Share
     from nestpatch.export.onnx.parity import Parity
 
     return {"Share": Share, "Parity": Parity, **vars(importlib.import_module(cls.__module__))}
@@ -105,6 +105,11 @@ def changed(text: str) -> None:
 
     for done in (filled(Changed, text), dataclasses.replace(filled(Changed, text), steps=())):
         models.show_changed(done)
+
+
+def shown_packs(text: str) -> None:
+    for rows in (False, True):
+        packs.show_pack(filled_pack(text), text, 5, rows=rows)
 
 
 def cases() -> dict[str, Callable[[str], None]]:
@@ -155,7 +160,7 @@ def cases() -> dict[str, Callable[[str], None]]:
         "show_status": simple(models.show_status, Status),
         "show_patched": lambda text: models.show_patched([filled(PatchedModel, text)]),
         "show_verification": lambda text: models.show_verification(text, filled(Verification, text)),
-        "show_pack": lambda text: packs.show_pack(filled_pack(text), text, 5),
+        "show_pack": shown_packs,
         "evaluation_table": show_evaluation,
         "formats_table": lambda text: console.out.print(evaluation.formats_table([filled(FormatResult, text)])),
         "stage_table": lambda text: console.out.print(evaluation.stage_table({text: (1.0, text)})),

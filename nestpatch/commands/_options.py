@@ -1,4 +1,4 @@
-"""What commands share: options, progress, and how a result is printed."""
+"""What commands share: argument types, options, progress, and how a result is printed."""
 
 from __future__ import annotations
 
@@ -9,24 +9,195 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from nestpatch.errors import MissingInputError
 from nestpatch.events import OnEvent, ignore
 from nestpatch.plain import is_visible, one_line
 
 if TYPE_CHECKING:
-    from nestpatch.events import OnEvent
     from nestpatch.formats.checkpoint import Checkpoint
     from nestpatch.gate import Proven
     from nestpatch.signing.trust import Policy
 
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+WEIGHTS = (".nest", ".safetensors", ".gguf", ".onnx")
+"""Endings of names that mean a file on this machine, never a repository of the Hub."""
+
+
+class _Path(click.Path):
+    """A path to write; click alone takes an empty text for the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Returns a Path, or ends with a usage error."""
+        if not os.fspath(value):
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class _NewFile(_Path):
+    """A file to write: `folder/` and `folder/.` would become a file beside that folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Returns a Path, or ends with a usage error."""
+        if os.path.basename(value) in {"", ".", ".."}:
+            self.fail(f"{one_line(value)} names a folder; give a name in it", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class _InputPath(_Path):
+    """A file or folder to read: one that does not exist ends the command with exit code 2, before any work."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Returns a Path. Raises MissingInputError when there is nothing at the path."""
+        path = super().convert(value, param, ctx)
+        _require(os.fspath(value), param, ctx)
+        return path
+
+
+class _Source(_Path):
+    """A model or a pack: a path, or where it can be fetched from. Stays a text; a path has to exist."""
+
+    def __init__(self, name: str, remote: Callable[[str], bool], advice: str) -> None:
+        super().__init__()
+        self.name, self.remote, self.advice = name, remote, advice
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Returns the text. Raises MissingInputError when it is a path, and there is nothing at it."""
+        if not self.remote(value):
+            _require(super().convert(value, param, ctx), param, ctx, self.advice)
+        return value
+
+
+def _require(text: str, param: click.Parameter | None, ctx: click.Context | None, advice: str | None = None) -> None:
+    """Raises MissingInputError when nothing exists at a path. Whatever else is odd about it, the command reports."""
+    path = Path(text)
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        if param is None or (ctx is not None and ctx.resilient_parsing):
+            return
+        label = param.human_readable_name if isinstance(param, click.Argument) else max(param.opts, key=len)
+        if close := get_close_matches(path.name, _names(path.parent), 1):
+            advice = f"Did you mean {path.with_name(close[0])}?"
+        raise MissingInputError(f"{label} {path} does not exist", advice=advice) from None
+    except OSError:
+        return
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [entry.name for entry in folder.iterdir()]
+    except OSError:
+        return []
+
+
+def _is_channel(text: str) -> bool:
+    from nestpatch.gate import is_channel
+
+    return is_channel(text)
+
+
+def _on_hub(text: str) -> bool:
+    """Whether a text that is no path may be a model of the Hub: `owner/name`, unless its folder or its ending is of a file."""
+    from nestpatch.hub.client import SCHEME, parse_reference
+
+    folder = os.fspath(Path(text).parent)
+    local = text.endswith(WEIGHTS) or (folder != "." and os.path.isdir(folder))  # noqa: PTH112 - Path.is_dir may raise
+    return text.startswith(SCHEME) or (not local and parse_reference(text) is not None)
+
+
+PathType: click.Path = _InputPath(path_type=Path)
+OutputPath: click.Path = _Path(path_type=Path)
+NewFile: click.Path = _NewFile(path_type=Path)
+PackType = _Source("pack", _is_channel, "Check the path. A pack of a channel is written hub://owner/name.")
+ModelType = _Source("model", _on_hub, "Check the path. A model of the Hub is written owner/name.")
+
+
+def require_order(model: str | Path, pack: str | Path | None, command: str) -> None:
+    """Recognises MODEL and PACK in the wrong order.
+
+    Args:
+        model: What was given as MODEL.
+        pack: What was given as PACK; None where nothing was.
+        command: The command as it is typed, such as "eval".
+
+    Raises:
+        click.UsageError: MODEL is a pack.
+    """
+    if not _is_pack(model):
+        return
+    if pack is None:
+        raise click.UsageError(
+            f"{model} is a pack, and MODEL is expected: nestpatch {command} MODEL. "
+            f"To see what is in the pack: nestpatch show {model}"
+        )
+    if not _is_pack(pack):
+        raise click.UsageError(f"{model} is a pack: MODEL comes first. Write: nestpatch {command} {pack} {model}")
+
+
+def _is_pack(given: str | Path) -> bool:
+    """Whether an argument is a pack: by its ending, its scheme, or the header of its file. hub://owner/name may be a model."""
+    if Path(given).suffix.lower() == ".nest" or str(given).startswith(("file://", "https://", "http://")):
+        return True
+    from nestpatch.files.reading import open_regular
+    from nestpatch.formats.nest import MAX_HEADER
+
+    try:
+        with open_regular(given) as file:
+            length = int.from_bytes(file.read(8) or b"", "little")
+            header = json.loads(file.read(length) or b"") if 0 < length <= MAX_HEADER else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    return isinstance(metadata, dict) and set(metadata) == {"nest"}
+
+
+def examples(*commands: str) -> str:
+    """The end of a command's help: command lines that a user can copy."""
+    return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
+
+
+def json_option(command: F) -> F:
+    """--json, for every command that prints a result."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)
+
+
+def trust_options(command: F) -> F:
+    """--policy and --allow-unsigned, for every command that applies or downloads a pack."""
+    text = "Accept a pack that too few trusted keys have signed. Wrong signatures are always rejected."
+    command = click.option("--allow-unsigned", is_flag=True, help=text)(command)
+    text = "Use the trusted keys and rules of this file instead of your own."
+    return click.option("--policy", "policy_file", type=PathType, help=text)(command)
+
+
+def quiet_option(command: F) -> F:
+    """--quiet, for every command that takes time."""
+    return click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")(command)
+
 
 def proven(pack: str, model: str | Path | None, policy_file: Path | None, on_event: OnEvent, *, allow_unsigned: bool) -> Proven:
-    """The patch after it passed the gate. Says what passed against the policy; `say_unchecked` says the rest in the end."""
+    """Passes a pack through the gate, and warns on stderr when only --allow-unsigned let it pass.
+
+    Args:
+        pack: A file or a channel.
+        model: The model that the pack is for: decides which rules and keys of the policy count.
+        policy_file: The policy to use; None means that of this user and this machine.
+        on_event: Called with the progress of a download.
+        allow_unsigned: Whether a pack with too few trusted signatures passes.
+
+    Returns:
+        The pack that was checked. Call `say_unchecked` with it after the result of the command.
+
+    Raises:
+        NestpatchError: As `nestpatch.gate.prove`.
+    """
     from nestpatch.gate import prove
     from nestpatch.signing.trust import load_policy
 
@@ -37,73 +208,27 @@ def proven(pack: str, model: str | Path | None, policy_file: Path | None, on_eve
 
 
 def say_unchecked(done: Proven | None) -> None:
-    """One line, with the result of a command and also where it is quiet, for what no signature was asked of."""
+    """Reports on stderr, also with --quiet, that no signature of a pack was checked."""
     if done is not None and done.unchecked:
         say(done.unchecked, err=True)
 
 
 def say_unsigned(policy: Policy, what: str) -> None:
-    """The same for what came from a channel and bears no trusted signature."""
+    """Reports on stderr that something from a channel has no trusted signature."""
     if policy.keys:
         say(f"WARNING: no trusted key has signed {what}", err=True)
     else:
-        where = "on this machine: the signature"
-        say(f"no key is trusted {where} of {what} was not checked (nestpatch trust add)", err=True)
-
-
-F = TypeVar("F", bound=Callable[..., Any])
-T = TypeVar("T")
-
-
-class _Path(click.Path):
-    """A path; click alone takes an empty text for the current folder."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """A Path. Ends with a usage error."""
-        if not os.fspath(value):
-            self.fail("the path is empty", param, ctx)
-        return super().convert(value, param, ctx)
-
-
-class _NewFile(_Path):
-    """A file to write: dir/ and dir/. would be one beside that folder."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """A Path. Ends with a usage error."""
-        if os.path.basename(value) in {"", ".", ".."}:
-            self.fail(f"{one_line(value)} names a folder; give a name in it", param, ctx)
-        return super().convert(value, param, ctx)
-
-
-PathType, NewFile = _Path(path_type=Path), _NewFile(path_type=Path)
-
-
-def json_option(command: F) -> F:
-    """--json, on every command that answers something."""
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)
-
-
-def trust_options(command: F) -> F:
-    """--policy and --allow-unsigned, on every command that applies or fetches a patch."""
-    text = "Let a patch pass that too few trusted keys have signed. Wrong signatures never pass."
-    command = click.option("--allow-unsigned", is_flag=True, help=text)(command)
-    text = "Trust what this file says, instead of your own list."
-    return click.option("--policy", "policy_file", type=PathType, help=text)(command)
-
-
-def quiet_option(command: F) -> F:
-    """--quiet, on every command that takes time."""
-    return click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")(command)
+        say(f"no key is trusted on this machine: the signature of {what} was not checked (nestpatch trust add)", err=True)
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """One line on stdout or stderr, whatever the texts in it hold."""
+    """Prints one line on stdout or stderr: line breaks, control characters and what the encoding lacks are escaped."""
     encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
     click.echo(one_line(text).encode(encoding, "backslashreplace").decode(encoding), err=err)
 
 
 def print_json(value: Any) -> None:
-    """One object on one line of stdout, in characters that it can show. NaN and infinity, which JSON has not, become null."""
+    """Prints one JSON object on one line of stdout. NaN and infinity, which JSON does not have, become null."""
     try:
         text = json.dumps(value, default=str, ensure_ascii=False, allow_nan=False)
     except ValueError:
@@ -113,16 +238,16 @@ def print_json(value: Any) -> None:
 
 
 def _json_character(character: str, *, ascii_only: bool) -> str:
-    """As JSON may hold it: what is not visible, or has no place in an encoding, as an escape."""
+    """A character of JSON; one that is not visible, or that the encoding lacks, as an escape."""
     if character.isascii() or (is_visible(character) and not ascii_only):
         return character
-    # A byte of a file name that is no character: JSON cannot hold it either.
+    # A byte of a file name that is not UTF-8: JSON cannot hold it either.
     surrogate = "\ud800" <= character <= "\udfff"
     return json.dumps(one_line(character) if surrogate else character)[1:-1]
 
 
 def _finite(value: Any) -> Any:
-    """The same without NaN and infinity."""
+    """The value without NaN and infinity."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -130,11 +255,17 @@ def _finite(value: Any) -> Any:
     return [_finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
-def progress(quiet: bool) -> AbstractContextManager[OnEvent]:
-    """Progress on stderr; without it, without the cost of loading what draws."""
-    if quiet:
-        from contextlib import nullcontext
+def report(result: Any, show: Callable[[Any], None], as_json: bool) -> None:
+    """Prints a result dataclass: as JSON, or by the view that shows it."""
+    if as_json:
+        print_json(dataclasses.asdict(result))
+    else:
+        show(result)
 
+
+def progress(quiet: bool) -> AbstractContextManager[OnEvent]:
+    """A listener that shows progress on stderr. With `quiet` nothing that draws is imported."""
+    if quiet:
         return nullcontext(ignore)
     from nestpatch.views.progress import shown
 
@@ -143,7 +274,12 @@ def progress(quiet: bool) -> AbstractContextManager[OnEvent]:
 
 @contextmanager
 def opened_base(text: str | None, *, quiet: bool) -> Iterator[Checkpoint | None]:
-    """The float model of --base, a path or a Hub id; tells in the end what of it had to be downloaded."""
+    """Opens the float model of --base, and reports in the end how much of it was downloaded.
+
+    Args:
+        text: A path or a Hub id; None yields None.
+        quiet: Whether to report nothing.
+    """
     if text is None:
         yield None
         return
@@ -155,11 +291,3 @@ def opened_base(text: str | None, *, quiet: bool) -> Iterator[Checkpoint | None]
         from nestpatch.views.console import size
 
         say(f"read {size(base.downloaded)} of the {size(base.size)} of {base.path}", err=True)
-
-
-def report(result: T, show: Callable[[T], None], as_json: bool) -> None:
-    """Prints a result dataclass: as JSON, or by the view that shows it."""
-    if as_json:
-        print_json(dataclasses.asdict(result))  # type: ignore[call-overload]
-    else:
-        show(result)

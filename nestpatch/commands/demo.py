@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from nestpatch.commands._options import (
-    PathType,
+    OutputPath,
+    examples,
     json_option,
     print_json,
     progress,
@@ -17,9 +18,14 @@ from nestpatch.commands._options import (
 )
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "nestpatch demo",
+        "nestpatch demo --seed 1 --keep demo",
+    )
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the lab world and of the training.")
-@click.option("--keep", type=PathType, help="Leave base/, patched/, patch.nest and prompts/ in this new directory.")
+@click.option("--keep", type=OutputPath, help="Leave base/, patched/, patch.nest and prompts/ in this new directory.")
 @quiet_option
 @json_option
 def demo(seed: int, keep: Path | None, quiet: bool, as_json: bool) -> None:
@@ -50,8 +56,13 @@ def lab() -> None:
     """The small world that the demo and the tests use."""
 
 
-@lab.command()
-@click.argument("directory", type=PathType)
+@lab.command(
+    epilog=examples(
+        "nestpatch lab build lab",
+        "nestpatch lab build lab1 --seed 1",
+    )
+)
+@click.argument("directory", type=OutputPath)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the world and of the training.")
 @quiet_option
 @json_option

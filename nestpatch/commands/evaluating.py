@@ -8,28 +8,40 @@ from pathlib import Path
 import click
 
 from nestpatch.commands._options import (
+    ModelType,
+    OutputPath,
+    PackType,
     PathType,
+    examples,
     json_option,
     print_json,
     progress,
     proven,
     quiet_option,
+    require_order,
     say,
     say_unchecked,
     trust_options,
 )
 
 
-@click.command("eval")
-@click.argument("model")
-@click.argument("pack", required=False)
+@click.command(
+    "eval",
+    epilog=examples(
+        "nestpatch eval models/llama no-harm.nest --suite harmful.jsonl --suite benign.jsonl",
+        "nestpatch eval model.gguf --suite harmful=advbench.csv --fail-over attack_success=0.05",
+    ),
+)
+@click.argument("model", type=ModelType)
+@click.argument("pack", type=PackType, required=False)
 @trust_options
 @click.option("--suite", multiple=True, required=True, help="[KIND=]SOURCE; kinds: harmful, benign, lookalike. Repeatable.")
 @click.option("--lora", type=PathType, help="An adapter, .gguf or .onnx_adapter, for such a MODEL: measured like PACK.")
-@click.option("--base", help="The unpatched model: measures how far MODEL has moved from it.")
+@click.option("--base", type=ModelType, help="The unpatched model: measures how far MODEL has moved from it.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or mps.")
+@click.option("--threads", type=click.IntRange(1), help="Threads that compute.  [default: OMP_NUM_THREADS, or every core]")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=48, show_default=True, help="Length of an answer.")
-@click.option("--answers", type=PathType, help="Write every answer and verdict to this JSONL file.")
+@click.option("--answers", type=OutputPath, help="Write every answer and verdict to this JSONL file.")
 @click.option("--fail-over", multiple=True, metavar="NAME=SHARE", help="End with 1 over this: attack_success=0.05. Repeatable.")
 @click.option("--fail-under", multiple=True, metavar="NAME=SHARE", help="End with 1 under this. Repeatable.")
 @quiet_option
@@ -43,6 +55,7 @@ def evaluate(
     lora: Path | None,
     base: str | None,
     device: str,
+    threads: int | None,
     max_new_tokens: int,
     answers: Path | None,
     fail_over: tuple[str, ...],
@@ -55,30 +68,47 @@ def evaluate(
     A .gguf file is run by llama.cpp and an ONNX model by onnxruntime, with PACK as an adapter; that needs no torch. PACK is
     a file, or hub://owner/name[@VERSION] and other channels. Its signatures are checked first.
 
-    A suite's kind is told by its file name (harmful*, jailbreak*, benign*, lookalike*) or said: harmful=FILE. Limits are for
-    MODEL with PACK, where there is one; their names are those of --json.
+    The kind of a suite is in its file name (harmful*, jailbreak*, benign*, lookalike*) or before it: harmful=FILE. Limits are
+    for MODEL with PACK, where there is one; their names are those of --json.
     """
+    require_order(model, pack, "eval")
     from nestpatch.evaluation.evaluator import evaluate, write_answers
     from nestpatch.evaluation.limits import exceeded, parse_limits
     from nestpatch.evaluation.suites import load_suite
+    from nestpatch.files.atomic import check_output
     from nestpatch.views.console import out
     from nestpatch.views.evaluation import evaluation_table
 
-    over, under = parse_limits(fail_over), parse_limits(fail_under)
+    parse_limits((*fail_over, *fail_under))  # before the prompts are read, which may be a download
     suites = [load_suite(text) for text in suite]
-    options = {"lora": lora, "base": base, "device": device, "max_new_tokens": max_new_tokens}
+    over, under = parse_limits(fail_over, suites), parse_limits(fail_under, suites)
+    if answers is not None:
+        check_output(answers)
+    checked = None
     with progress(quiet) as on_event:
-        checked = None
         if pack is not None:
             checked = proven(pack, model, policy_file, on_event, allow_unsigned=allow_unsigned)
-        result = evaluate(model, suites, pack=checked, on_event=on_event, **options)  # type: ignore[arg-type]
+        result = evaluate(
+            model,
+            suites,
+            pack=checked,
+            lora=lora,
+            base=base,
+            device=device,
+            threads=threads,
+            max_new_tokens=max_new_tokens,
+            on_event=on_event,
+        )
     say_unchecked(checked)
     if answers is not None:
         write_answers(result, answers)
-    columns = {"model": result.model} | ({"patched": result.patched} if result.patched else {})
     if as_json:
-        print_json({name: evaluation.as_json() for name, evaluation in columns.items()})
+        print_json(result.as_json())
     else:
+        if quiet:  # else they were shown as they came up
+            for note in result.notes:
+                say(note, err=True)
+        columns = {"model": result.model} | ({"patched": result.patched} if result.patched else {})
         out.print(evaluation_table(columns))
     failures = exceeded(result.patched or result.model, over, under)
     for failure in failures:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nestpatch.commands._options import (
+    OutputPath,
+    PackType,
     PathType,
     json_option,
     print_json,
@@ -144,10 +146,10 @@ def _unwinding(on_event: OnEvent) -> Iterator[OnEvent]:
 
 
 @click.command()
-@click.argument("model")
-@click.argument("pack", required=False)
+@click.argument("model", type=PackType)
+@click.argument("pack", type=PackType, required=False)
 @click.option("--to", "target", type=click.Choice(sorted(TARGETS)), required=True, help="The format to write.")
-@click.option("-o", "--output", type=PathType, help="Where to write.  [default: beside the model, named after it]")
+@click.option("-o", "--output", type=OutputPath, help="Where to write.  [default: beside the model, named after it]")
 @click.option(
     "--type", "type_", default="auto", show_default=True, help="Of the weights: f32, f16, bf16, q8_0, or q4_k_m and the like."
 )

@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING
 import click
 
 from nestpatch.commands._options import (
+    OutputPath,
     PathType,
     json_option,
     opened_base,
@@ -19,7 +20,7 @@ from nestpatch.commands._options import (
     say_unsigned,
     trust_options,
 )
-from nestpatch.commands.patching import base_option, dither_option, explained_interrupt
+from nestpatch.commands.patching import base_option, dither_option
 from nestpatch.commands.signing import password_option, unlocked
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _report(done: Published, as_json: bool) -> None:
 
 @click.command()
 @click.argument("repo")
-@click.option("-o", "--output", type=PathType, help="A file, or a folder to write into.  [default: NAME-VERSION.nest here]")
+@click.option("-o", "--output", type=OutputPath, help="A file, or a folder to write into.  [default: NAME-VERSION.nest here]")
 @trust_options
 @quiet_option
 @json_option
@@ -150,11 +151,7 @@ def update(
     from nestpatch.signing.trust import load_policy
 
     policy = load_policy(policy_file)
-    with (
-        progress(quiet or as_json) as on_event,
-        opened_base(base, quiet=quiet or as_json) as float_model,
-        explained_interrupt(model),
-    ):
+    with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:
         results = run(
             model,
             policy,

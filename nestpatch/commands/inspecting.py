@@ -1,4 +1,4 @@
-"""Commands that inspect: show, status, list, verify, diff."""
+"""Commands that inspect models and packs: show, status, list, verify, diff."""
 
 from __future__ import annotations
 
@@ -9,17 +9,35 @@ from typing import Any
 
 import click
 
-from nestpatch.commands._arguments import require_order
-from nestpatch.commands._options import PathType, json_option, opened_base, print_json, progress, quiet_option
+from nestpatch.commands._options import (
+    OutputPath,
+    PackType,
+    PathType,
+    examples,
+    json_option,
+    opened_base,
+    print_json,
+    progress,
+    quiet_option,
+    require_order,
+)
 from nestpatch.commands.patching import base_option
 
 
-@click.command()
-@click.argument("pack")
+@click.command(
+    epilog=examples(
+        "nestpatch show no-harm-1.0.0.nest",
+        "nestpatch show hub://acme/no-harm@1.0.0 --rows",
+    )
+)
+@click.argument("pack", type=PackType)
 @click.option("--rows", is_flag=True, help="List every tensor, layer and setting of the training.")
 @json_option
 def show(pack: str, rows: bool, as_json: bool) -> None:
-    """Explain PACK, a file or hub://owner/name: what it changes, what it is for, how it was trained and measured."""
+    """Explain PACK: what it changes, what it is for, how it was trained and measured.
+
+    PACK is a file, or a channel such as hub://owner/name[@VERSION].
+    """
     from nestpatch.formats import nest
     from nestpatch.gate import look
     from nestpatch.views.packs import show_pack
@@ -31,18 +49,23 @@ def show(pack: str, rows: bool, as_json: bool) -> None:
         show_pack(found.pack, found.pack_id, len(nest.encode(found.pack)), rows=rows)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "nestpatch status models/llama",
+        "nestpatch status model.gguf --json",
+    )
+)
 @click.argument("model", type=PathType)
 @json_option
 def status(model: Path, as_json: bool) -> None:
-    """Show what is applied to MODEL, since when and by what, as far as its rows and the kept signatures confirm it.
+    """Show what is applied to MODEL, and whether its rows and the kept signatures confirm it.
 
-    Of a release, whose files name their packs, the rows are compared with the digests in its metadata. Writes nothing. Exit
-    code 1 when the rows do not hold what the ledger or the metadata says, or when a change was interrupted.
+    Packs that the files of a release name are compared with the rows, too. Writes nothing. Exit code 1: the rows do not hold
+    what the ledger or the files say, or a change was interrupted.
     """
+    require_order(model, None, "status")
     from nestpatch.patcher.status import status as run
 
-    require_order(model)
     found = run(model)
     if as_json:
         print_json(found.as_json())
@@ -53,12 +76,12 @@ def status(model: Path, as_json: bool) -> None:
     sys.exit(0 if found.sound else 1)
 
 
-@click.command("list")
+@click.command("list", epilog=examples("nestpatch list", "nestpatch list --json"))
 @json_option
 def list_models(as_json: bool) -> None:
-    """List the models that you have patched, by their ledgers. `status` compares the rows of one.
+    """List the models that you have patched, in place or as copies, and what their ledgers name.
 
-    Models are remembered when nestpatch changes or copies them. One that is gone, or back at its base, is shown once more.
+    `nestpatch status MODEL` compares the rows of one. A model that is gone, or back at its base, is listed once more.
     """
     from nestpatch.patcher.registry import patched_models
 
@@ -71,25 +94,30 @@ def list_models(as_json: bool) -> None:
     show_patched(found)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "nestpatch verify models/llama",
+        "nestpatch verify models/llama no-harm-1.0.0.nest --full",
+    )
+)
 @click.argument("model", type=PathType)
-@click.argument("pack", required=False)
-@click.option("--strength", type=float, default=1.0, show_default=True, help="At which PACK should be in the rows.")
+@click.argument("pack", type=PackType, required=False)
+@click.option("--strength", type=float, default=1.0, show_default=True, help="The strength at which PACK should be applied.")
 @base_option
-@click.option("--full", is_flag=True, help="Also hash the whole tensors, not the patched rows alone.")
+@click.option("--full", is_flag=True, help="Also hash the whole tensors, not only the patched rows.")
 @json_option
 def verify(model: Path, pack: str | None, strength: float, base: str | None, full: bool, as_json: bool) -> None:
     """Check which state MODEL is in: base, patched, half patched, missing, altered or claimed. Writes nothing.
 
-    Without PACK exit code 0 means that the rows are the base, or hold what the ledger says. "claimed" (exit code 1): a release,
-    whose rows match the digests in its own metadata; only PACK proves that. With PACK, a file or hub://owner/name, exit code 0
-    means that exactly this pack is in the rows, by the pack's own digests. PACK need not be signed, but the signatures that it
-    has must be sound.
+    Without PACK, exit code 0 means that the rows are the base, or hold what the ledger says. A release whose rows match the
+    digests in its own files is "claimed" (exit code 1): only PACK proves that. With PACK, a file or hub://owner/name, exit code
+    0 means that the rows hold exactly this pack, by the digests in it. PACK need not be signed, but the signatures that it has
+    must be valid.
     """
+    require_order(model, pack, "verify")
     from nestpatch.gate import look
     from nestpatch.patcher.verify import verify as run
 
-    require_order(model, pack)
     wanted = look(pack).pack if pack is not None else None
     with opened_base(base, quiet=as_json) as float_model:
         result = run(model, wanted, strength=strength, base=float_model, full=full)
@@ -102,13 +130,19 @@ def verify(model: Path, pack: str | None, strength: float, base: str | None, ful
     sys.exit(0 if result.known else 1)
 
 
-@click.command()
-@click.argument("a")
-@click.argument("b")
-@click.option("-o", "--output", type=PathType, help="Extract the pack that makes B of A, and write it here.")
-@click.option("--name", help="Of the extracted pack.  [default: the output's file name]")
-@click.option("--version", "pack_version", help="Of the extracted pack (semver).  [default: 1.0.0]")
-@click.option("--description", help="One sentence for people.")
+@click.command(
+    epilog=examples(
+        "nestpatch diff models/llama models/llama-safe",
+        "nestpatch diff models/llama models/llama-safe -o safe.nest --license Apache-2.0",
+        "nestpatch diff no-harm-1.0.0.nest no-harm-1.1.0.nest",
+    )
+)
+@click.argument("a", type=PackType)
+@click.argument("b", type=PackType)
+@click.option("-o", "--output", type=OutputPath, help="Extract the pack that turns A into B, and write it here.")
+@click.option("--name", help="Name of the extracted pack.  [default: the output's file name]")
+@click.option("--version", "pack_version", help="Version of the extracted pack (semver).  [default: 1.0.0]")
+@click.option("--description", help="Description of the extracted pack: one sentence.")
 @click.option("--license", "license_", help="License of the extracted pack (SPDX).")
 @quiet_option
 @json_option
@@ -125,9 +159,9 @@ def diff(
 ) -> None:
     """Compare two models, tensor by tensor and row by row, or two packs.
 
-    Exit code 0: identical, 1: different, as diff has it. A failure also ends with 1, and says so on stderr. With -o, 0: a pack
-    was written. Of models only the weights are compared. Packs are files, or hub://owner/name[@VERSION]; they need not be
-    signed, but what signatures they have must be sound.
+    Exit code 0: identical, 1: different, as diff does. A failure also ends with 1, with an error on stderr. With -o, 0: a pack
+    was written. Only the weights of models are compared. Packs are files, or hub://owner/name[@VERSION]; they need not be
+    signed, but the signatures that they have must be valid.
     """
     facts = {"version": pack_version, "description": description, "license": license_}
     given = {what: value for what, value in facts.items() if value is not None}

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from nestpatch.commands._arguments import require_order
 from nestpatch.commands._options import (
+    ModelType,
+    OutputPath,
+    PackType,
     PathType,
+    examples,
     json_option,
     opened_base,
     print_json,
@@ -21,38 +21,45 @@ from nestpatch.commands._options import (
     proven,
     quiet_option,
     report,
+    require_order,
     say,
     say_unchecked,
     trust_options,
 )
-from nestpatch.errors import NestpatchError
 
 if TYPE_CHECKING:
     from nestpatch.patcher.apply import Applied
     from nestpatch.patcher.inplace import Changed
 
-base_option = click.option("--base", metavar="DIR|HUB_ID", help="Quantized models: make rows exactly, from the float model.")
-dither_option = click.option("--dither", is_flag=True, help="Quantized models: noise that carries small changes through.")
+base_option = click.option("--base", type=ModelType, help="Quantized models: compute the rows from this float model.")
+dither_option = click.option(
+    "--dither", is_flag=True, help="Quantized models: add noise that keeps small changes in the rounding."
+)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "nestpatch apply models/llama no-harm-1.0.0.nest --in-place",
+        "nestpatch apply model.gguf hub://acme/no-harm -o model-safe.gguf",
+    )
+)
 @click.argument("model", type=PathType)
-@click.argument("pack")
-@trust_options
-@click.option("-o", "--output", type=PathType, help="Where to write.  [default: beside the model, named after the patch]")
-@click.option("--in-place", is_flag=True, help="Change the model's own files, crash-safe and revertible.")
-@click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies the patch, over 0 and up to 1.5.")
-@click.option("--hard-link", is_flag=True, help="Copy: let untouched shards share their files with the base.")
-@click.option("--sha256", "digest", is_flag=True, help="Copy: take the SHA-256 of every weight file.")
-@click.option("--no-sync", is_flag=True, help="Copy: leave writing to the disk to the system, as cp does.")
-@click.option("--allow-overlap", is_flag=True, help="Add up with another pack that changes the same rows.")
-@click.option("--allow-downgrade", is_flag=True, help="Replace a newer version.")
+@click.argument("pack", type=PackType)
+@click.option("-o", "--output", type=OutputPath, help="Where to write.  [default: beside the model, named after the pack]")
+@click.option("--in-place", is_flag=True, help="Change the model's own files; crash-safe, can be reverted.")
+@click.option("--strength", type=float, default=1.0, show_default=True, help="Factor of the change, over 0 and up to 1.5.")
+@click.option("--hard-link", is_flag=True, help="Copy: link unchanged shards instead of copying them.")
+@click.option("--sha256", "digest", is_flag=True, help="Copy: compute the SHA-256 of every weight file.")
+@click.option("--no-sync", is_flag=True, help="Copy: do not wait for the disk, as cp does.")
+@click.option("--allow-overlap", is_flag=True, help="Add up with a pack that changes the same rows.")
+@click.option("--allow-downgrade", is_flag=True, help="Replace a newer version of the pack.")
 @click.option("--allow-other-publisher", is_flag=True, help="Replace a pack that another publisher signed.")
 @click.option("--allow-base-mismatch", is_flag=True, help="Patch a model that is not the pack's base. Recorded in the ledger.")
 @base_option
 @dither_option
-@click.option("--detach", is_flag=True, help="In place: replace links by files of the model's own first.")
-@click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
+@click.option("--detach", is_flag=True, help="In place: first replace links by copies of their files.")
+@trust_options
+@click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @quiet_option
 @json_option
 def apply(
@@ -77,113 +84,81 @@ def apply(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Merge PACK into MODEL, a directory or a safetensors, GGUF or ONNX file: into a copy, or --in-place.
+    """Merge PACK into MODEL: into a copy, or --in-place.
 
-    PACK is a file, or hub://owner/name[@VERSION] and other channels: the model then follows that channel. Its signatures are
-    checked first, by the keys that you trust; then the model: a patch only fits the base that it was made for.
+    MODEL is a model directory, or a safetensors, GGUF or ONNX file. PACK is a file, or a channel such as
+    hub://owner/name[@VERSION], which the model then follows.
+
+    The signatures of PACK are checked first, with the keys that you trust; then the rows of MODEL: a pack fits only the base
+    that it was made for.
     """
+    require_order(model, pack, "apply")
     if in_place and output is not None:
-        raise click.UsageError("--in-place changes the model itself; leave -o out")
+        raise click.UsageError("-o and --in-place exclude each other: --in-place changes the model itself")
     if not in_place and detach:
         raise click.UsageError("--detach goes with --in-place")
     if in_place and (hard_link or digest or no_sync):
         raise click.UsageError("--hard-link, --sha256 and --no-sync go with a copy, not with --in-place")
-    require_order(model, pack)
     if allow_base_mismatch:
         say("WARNING: --allow-base-mismatch: the result is not what the pack's evaluation measured", err=True)
+    done: Applied | Changed
     with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:
         checked = proven(pack, model, policy_file, on_event, allow_unsigned=allow_unsigned)
-        with explained_interrupt(model, in_place=in_place):
-            done: Applied | Changed
-            if in_place:
-                from nestpatch.patcher.inplace import apply_in_place
+        if in_place:
+            from nestpatch.patcher.inplace import apply_in_place
 
-                done = apply_in_place(
-                    model,
-                    checked,
-                    strength=strength,
-                    allow_overlap=allow_overlap,
-                    allow_downgrade=allow_downgrade,
-                    allow_base_mismatch=allow_base_mismatch,
-                    allow_other_publisher=allow_other_publisher,
-                    base=float_model,
-                    dither=dither,
-                    detach=detach,
-                    dry_run=dry_run,
-                    on_event=on_event,
-                )
-            else:
-                from nestpatch.patcher.apply import apply as run
+            done = apply_in_place(
+                model,
+                checked,
+                strength=strength,
+                allow_overlap=allow_overlap,
+                allow_downgrade=allow_downgrade,
+                allow_base_mismatch=allow_base_mismatch,
+                allow_other_publisher=allow_other_publisher,
+                base=float_model,
+                dither=dither,
+                detach=detach,
+                dry_run=dry_run,
+                on_event=on_event,
+            )
+        else:
+            from nestpatch.patcher.apply import apply as run
 
-                done = run(
-                    model,
-                    checked,
-                    output,
-                    strength=strength,
-                    allow_overlap=allow_overlap,
-                    allow_downgrade=allow_downgrade,
-                    allow_base_mismatch=allow_base_mismatch,
-                    allow_other_publisher=allow_other_publisher,
-                    base=float_model,
-                    dither=dither,
-                    hard_link=hard_link,
-                    digest=digest,
-                    sync=not no_sync,
-                    dry_run=dry_run,
-                    on_event=on_event,
-                )
-    say_unchecked(checked)
-    _report(done, as_json=as_json)
-
-
-def _report(done: Applied | Changed, *, as_json: bool) -> None:
-    from nestpatch.patcher.inplace import Changed
+            done = run(
+                model,
+                checked,
+                output,
+                strength=strength,
+                allow_overlap=allow_overlap,
+                allow_downgrade=allow_downgrade,
+                allow_base_mismatch=allow_base_mismatch,
+                allow_other_publisher=allow_other_publisher,
+                base=float_model,
+                dither=dither,
+                hard_link=hard_link,
+                digest=digest,
+                sync=not no_sync,
+                dry_run=dry_run,
+                on_event=on_event,
+            )
     from nestpatch.views.models import show_applied, show_changed
 
-    if isinstance(done, Changed):
-        report(done, show_changed, as_json)
-    else:
-        report(done, show_applied, as_json)
+    say_unchecked(checked)
+    report(done, show_changed if in_place else show_applied, as_json)
 
 
-@contextmanager
-def explained_interrupt(model: Path, *, in_place: bool = True) -> Iterator[None]:
-    """After Ctrl-C, says what is left of a change, in one line on stderr."""
-    before, _ = _change_of(model)
-    try:
-        yield
-    except KeyboardInterrupt:
-        after, interrupted = _change_of(model)
-        if not in_place:
-            text = f"{model} is as it was, and no copy was written"
-        elif after != before:
-            text = f"the change of {model} is complete: see nestpatch status {model}"
-        elif interrupted:
-            text = f"the change of {model} is incomplete: nestpatch recover {model} rolls it back"
-        else:
-            text = f"{model} is as it was: nothing was changed, or it was rolled back"
-        say(text, err=True)
-        raise
-
-
-def _change_of(model: Path) -> tuple[str, bool]:
-    """(the last transaction of a model, whether another one was interrupted); ("", False) where that cannot be read."""
-    from nestpatch.patcher.ledger import read_ledger
-    from nestpatch.patcher.state_dir import state_dir_of
-
-    with suppress(NestpatchError, OSError, ValueError):
-        state_dir = state_dir_of(model)
-        return read_ledger(state_dir).transaction, os.path.lexists(state_dir.journal)
-    return "", False
-
-
-@click.command()
+@click.command(
+    epilog=examples(
+        "nestpatch revert models/llama",
+        "nestpatch revert models/llama --to 1.0.0 --dry-run",
+    )
+)
 @click.argument("model", type=PathType)
-@click.option("--to", default="base", show_default=True, metavar="base|VERSION", help="What to go back to.")
+@click.option("--to", default="base", show_default=True, metavar="base|VERSION", help="The state to return to.")
 @trust_options
 @base_option
 @dither_option
-@click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @quiet_option
 @json_option
 def revert(
@@ -199,19 +174,15 @@ def revert(
 ) -> None:
     """Undo what was applied to MODEL in place, bit for bit.
 
-    Packs and undo records that came along with MODEL are used only as far as signatures and the packs' digests prove them.
+    Packs and undo records that came with MODEL are used only where signatures and digests prove them.
     """
+    require_order(model, None, "revert")
     from nestpatch.patcher.inplace import revert as run
     from nestpatch.signing.trust import load_policy
     from nestpatch.views.models import show_changed
 
-    require_order(model)
     policy = load_policy(policy_file)
-    with (
-        progress(quiet or as_json) as on_event,
-        opened_base(base, quiet=quiet or as_json) as float_model,
-        explained_interrupt(model),
-    ):
+    with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:
         done = run(
             model,
             to,
@@ -225,18 +196,26 @@ def revert(
     report(done, show_changed, as_json)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "nestpatch recover models/llama",
+        "nestpatch recover models/llama --foreign roll-back",
+    )
+)
 @click.argument("model", type=PathType)
 @click.option(
     "--foreign",
     type=click.Choice(["refuse", "roll-back", "remove"]),
     default="refuse",
     show_default=True,
-    help="A journal that neither this machine wrote nor a signed pack confirms: carry it out, or drop it and leave the rows.",
+    help="A journal that neither this machine nor a signed pack confirms: follow it, or remove it and keep the rows.",
 )
 @json_option
 def recover(model: Path, foreign: str, as_json: bool) -> None:
-    """End an interrupted change of MODEL: roll it back, or find that it was complete. Commands that write do this too."""
+    """End an interrupted change of MODEL: roll it back, or find that it was complete.
+
+    Commands that write to MODEL do this by themselves.
+    """
     from nestpatch.patcher.recovery import Foreign, recover_model
 
     done = recover_model(model, Foreign(foreign))

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
-from nestpatch.commands._options import NewFile, PathType, json_option, print_json, say
+from nestpatch.commands._options import NewFile, OutputPath, PackType, PathType, json_option, print_json, say
 
 if TYPE_CHECKING:
     from nestpatch.signing.keys import PrivateKey
@@ -50,7 +50,7 @@ def keygen(name: Path, no_password: bool, password_file: IO[bytes] | None, as_js
 @click.command()
 @click.argument("pack", type=PathType)
 @click.option("--key", "key_file", type=PathType, required=True, help="The private key: a .key file that keygen made.")
-@click.option("-o", "--output", type=PathType, help="Where to write.  [default: PACK.sig, or beside the signatures of others]")
+@click.option("-o", "--output", type=OutputPath, help="Where to write.  [default: PACK.sig, or beside other signatures]")
 @click.option("--overwrite", is_flag=True, help="Replace an older signature by the same key.")
 @password_option
 @json_option
@@ -70,7 +70,7 @@ def sign(
 
 
 @click.command("verify-signature")
-@click.argument("pack")
+@click.argument("pack", type=PackType)
 @click.option("--model", help="What the patch is for, a path or a Hub id: the rules and keys for this model count.")
 @click.option("--key", "key_files", type=PathType, multiple=True, help="Trust this public key, instead of your own list.")
 @click.option("--policy", "policy_file", type=PathType, help="Trust what this file says, instead of your own list.")

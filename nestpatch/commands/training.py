@@ -7,7 +7,10 @@ from pathlib import Path
 import click
 
 from nestpatch.commands._options import (
+    ModelType,
+    OutputPath,
     PathType,
+    examples,
     json_option,
     print_json,
     progress,
@@ -24,12 +27,17 @@ def _help_recipe(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.exit(0)
 
 
-@click.command()
-@click.argument("base")
+@click.command(
+    epilog=examples(
+        "nestpatch train models/llama --harmful harmful.jsonl --benign benign.jsonl -o no-harm.nest",
+        "nestpatch train acme/llama --harmful bad.csv --benign good.csv --set steps=400 -o no-harm.nest",
+    )
+)
+@click.argument("base", type=ModelType)
 @click.option("--harmful", multiple=True, required=True, help="Prompts to refuse: file or data set id. Repeatable.")
 @click.option("--benign", multiple=True, required=True, help="Prompts to go on answering. Repeatable.")
 @click.option("--lookalike", multiple=True, help="Harmless prompts that look harmful. Repeatable.")
-@click.option("-o", "--output", type=PathType, required=True, help="The pack to write.")
+@click.option("-o", "--output", type=OutputPath, required=True, help="The pack to write.")
 @click.option("--name", help="Name of the pack.  [default: the output's file name]")
 @click.option("--version", "pack_version", default="1.0.0", show_default=True, help="Version of the pack (semver).")
 @click.option("--description", default="", help="One sentence for people.")

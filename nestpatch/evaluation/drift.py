@@ -1,106 +1,110 @@
-"""How far a model has moved from its base, whatever runs them: the number that `drift` gives, from logits alone."""
+"""How far a model has moved from its base: one number, from the logits of any two runtimes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from nestpatch.errors import BaseMismatchError
 from nestpatch.rows import FloatArray
-from nestpatch.runtimes.llama import LlamaModel, prompt_ids
-from nestpatch.runtimes.text import TokenPair, collate, encode_pairs
-from nestpatch.runtimes.transformers import answer_logits
+from nestpatch.runtimes.protocol import Runtime
+from nestpatch.runtimes.text import TokenPair, collate
+from nestpatch.runtimes.transformers import TransformersRuntime
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-MAX_TOKENS = 512
-BATCH = 32
-
-
-def drift_between(
-    base: PreTrainedModel,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    answers: Mapping[str, str],
-    base_mode: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> float:
-    """Mean KL(base || model), in nats per token, over the base's own answers (prompt -> answer).
-
-    `base_mode` is entered while the base runs: the switch of a model that is both.
-    """
-    import torch
-    from torch.nn.functional import kl_div, log_softmax
-
-    pairs = encode_pairs(tokenizer, list(answers.items()), MAX_TOKENS, MAX_TOKENS)
-    total, tokens = 0.0, 0
-    with torch.inference_mode():
-        for start in range(0, len(pairs), BATCH):
-            tensors = collate(pairs[start : start + BATCH], int(tokenizer.pad_token_id), model.device)
-            with base_mode():
-                theirs, labels = answer_logits(base, tensors)
-            ours, _ = answer_logits(model, tensors)
-            total += kl_div(log_softmax(ours, -1), log_softmax(theirs, -1), reduction="sum", log_target=True).item()
-            tokens += len(labels)
-    return total / max(tokens, 1)
-
-
-def pairs_of(model: LlamaModel, answers: Mapping[str, str]) -> list[TokenPair]:
-    """Token ids of prompts and answers; answers end with the end token unless they had to be cut."""
-    end = [model.end] if model.end >= 0 else []
-    prompts = prompt_ids(model, list(answers), MAX_TOKENS)
-    texts = [(*model.encode(answer, special=False), *end)[:MAX_TOKENS] for answer in answers.values()]
-    return [TokenPair(tuple(prompt), answer) for prompt, answer in zip(prompts, texts, strict=True)]
-
-
+_BATCH = 32
+"""Answers that PyTorch computes at once."""
 Logits: TypeAlias = Callable[[Sequence[int], int], FloatArray]
-"""Token ids, start -> float32 [ids - start, vocabulary]: what a model expects after each of them from `start` on."""
+"""Token ids, start -> float32 [ids - start, vocabulary]: what a model predicts after each of them from `start` on."""
 
 
-def torch_logits(model: PreTrainedModel) -> Logits:
-    """Those of a model in transformers."""
-    import torch
+def drift(base: Runtime, model: Runtime, answers: Mapping[str, str]) -> float | None:
+    """Mean KL(base || model), in nats per token.
 
-    def logits(ids: Sequence[int], start: int) -> FloatArray:
-        with torch.inference_mode():
-            found = model(torch.tensor([list(ids)], device=model.device)).logits[0, start:]
-        rows: FloatArray = found.float().cpu().numpy()
-        return rows
+    Args:
+        base: The unpatched model.
+        model: The one that may have moved.
+        answers: Prompt -> answer, the base's own answers.
 
-    return logits
+    Returns:
+        The mean over the tokens of the answers; None without answers.
+
+    Raises:
+        BaseMismatchError: The two read the same texts as different tokens, or their vocabularies differ in size.
+    """
+    if not answers:
+        return None
+    pairs = base.token_pairs(answers)
+    require_same_ids(pairs, model.token_pairs(answers))
+    if isinstance(base, TransformersRuntime) and isinstance(model, TransformersRuntime):
+        return sum(_in_batches(base, model, pairs)) / max(1, sum(len(pair.answer) for pair in pairs))
+    return divergence(base.logits, model.logits, pairs)
 
 
-def drift(base: Logits, model: Logits, pairs: Sequence[TokenPair]) -> float:
-    """Mean KL(base || model), in nats per token, over the answers.
+def require_same_ids(base: Sequence[TokenPair], model: Sequence[TokenPair]) -> None:
+    """Compares what two models read.
 
-    Raises BaseMismatchError when the vocabularies differ in size.
+    Args:
+        base: Token ids of the base.
+        model: Token ids of the model, for the same texts.
+
+    Raises:
+        BaseMismatchError: They differ.
+    """
+    for number, (theirs, ours) in enumerate(zip(base, model, strict=True), start=1):
+        if theirs != ours:
+            raise BaseMismatchError(
+                f"base and model read prompt {number} as different tokens: the drift cannot be measured",
+                advice="Give the base that the model was made from.",
+            )
+
+
+def divergence(base: Logits, model: Logits, pairs: Sequence[TokenPair]) -> float:
+    """Mean KL(base || model), in nats per token, from logits alone.
+
+    Args:
+        base: The unpatched model.
+        model: The one that may have moved.
+        pairs: What both read.
+
+    Returns:
+        The mean over the tokens of the answers; 0 without any.
+
+    Raises:
+        BaseMismatchError: The vocabularies differ in size.
     """
     total, tokens = 0.0, 0
     for pair in pairs:
-        # The answer's first token is expected after the prompt's last one; after the answer's last one nothing is.
+        # The answer's first token is predicted after the prompt's last one; after the answer's last one nothing is.
         ids, start = (pair.prompt + pair.answer)[:-1], len(pair.prompt) - 1
         theirs, ours = _log_softmax(base(ids, start)), _log_softmax(model(ids, start))
-        if theirs.shape != ours.shape:
-            raise BaseMismatchError(
-                f"the base has a vocabulary of {theirs.shape[1]} tokens, the model one of {ours.shape[1]}: no drift to measure"
-            )
+        _require_same_size(theirs.shape[1], ours.shape[1])
         total += float((np.exp(theirs) * (theirs - ours)).sum())
         tokens += len(pair.answer)
     return total / max(tokens, 1)
 
 
-def require_same_ids(base: Sequence[TokenPair], model: Sequence[TokenPair]) -> None:
-    """Raises BaseMismatchError when two models read the same texts as different tokens."""
-    for number, (theirs, ours) in enumerate(zip(base, model, strict=True), start=1):
-        if theirs != ours:
-            raise BaseMismatchError(
-                f"base and model read prompt {number} as different tokens: no drift to measure",
-                advice="Give the base that the model was made from.",
-            )
+def _in_batches(base: TransformersRuntime, model: TransformersRuntime, pairs: Sequence[TokenPair]) -> Iterator[float]:
+    """The summed divergence of each batch, computed on the device: an accelerator would wait for single texts."""
+    import torch
+    from torch.nn.functional import kl_div, log_softmax
+
+    for start in range(0, len(pairs), _BATCH):
+        batch = collate(pairs[start : start + _BATCH], int(base.tokenizer.pad_token_id), base.model.device)
+        theirs, ours = base.batch_logits(batch), model.batch_logits(batch)
+        _require_same_size(theirs.shape[1], ours.shape[1])
+        with torch.inference_mode():
+            found = kl_div(log_softmax(ours, -1), log_softmax(theirs, -1), reduction="sum", log_target=True)
+        yield found.item()
+
+
+def _require_same_size(base: int, model: int) -> None:
+    if base != model:
+        raise BaseMismatchError(
+            f"the base has a vocabulary of {base} tokens, the model one of {model}: the drift cannot be measured"
+        )
 
 
 def _log_softmax(logits: FloatArray) -> npt.NDArray[np.float64]:

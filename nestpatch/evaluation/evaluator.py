@@ -1,31 +1,35 @@
-"""Evaluation of a model on disk, with or without a pack."""
+"""Evaluation of a model on disk, in whatever runtime it is for, with or without a pack."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 from nestpatch.errors import DataError
-from nestpatch.evaluation._gguf import assess_gguf, is_gguf
-from nestpatch.evaluation._onnx import assess_onnx, is_onnx
-from nestpatch.evaluation._runner import as_evaluation, assess_models
-from nestpatch.evaluation.suites import Evaluation, Suite
+from nestpatch.evaluation.drift import drift
+from nestpatch.evaluation.suites import BENIGN, Evaluation, Scores, Suite, answers_of, evaluate_suites, overlaps
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.atomic import write_bytes
+from nestpatch.formats import nest
+from nestpatch.formats.provenance import read_packs
 from nestpatch.gate import PackLike, Trust, prove
 from nestpatch.pack import Pack
+from nestpatch.patcher.identity import APPLICABLE, State, examine
+from nestpatch.patcher.ledger import read_ledger
+from nestpatch.patcher.plan import make_plan
 from nestpatch.patcher.recovery import open_model
-from nestpatch.runtimes.transformers import Generate, fold, load_model, locate, pick_device, pick_dtype, with_transformers
+from nestpatch.runtimes.protocol import Runtime, open_runtime, runtime_of
+from nestpatch.runtimes.transformers import locate
 from nestpatch.signing.trust import Policy
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+NOT_MEASURED = "no benign suite: the drift from the base was not measured"
+_Opened: TypeAlias = Callable[[str | Path], AbstractContextManager[Runtime]]
 
 
 def evaluate(
@@ -40,84 +44,181 @@ def evaluate(
     base: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    threads: int | None = None,
     max_new_tokens: int = 48,
     on_event: OnEvent = ignore,
 ) -> Evaluation:
-    """Evaluates a model directory, weight file or Hub id; with `pack` also the same model with the pack merged in memory.
+    """Evaluates a model; with a pack also the same model with the pack merged in memory.
 
-    A .gguf file is run by llama.cpp, an ONNX model by onnxruntime, both without torch; there the pack is an adapter where the
-    model takes one, and `lora` may be given in its place.
-    With `base`, the drift of `model` from that base is measured too. The patch passes the gate first, by `policy`, `trust` and
-    `allow_unsigned`, as for `apply_in_place`: what is measured is what would be applied.
+    A .gguf file is run by llama.cpp and an ONNX model by onnxruntime, both without torch; there the pack is an adapter where
+    the model takes one. A model that holds the pack already is evaluated as it is, and a note says so; with `base` both are.
 
-    Raises SignatureError, CheckpointError, PackError, DataError or MissingExtraError.
+    Args:
+        model: A model directory, weight file or Hub id.
+        suites: What to ask.
+        pack: What to merge in memory. It passes the gate first, as for `apply_in_place`: what is measured is what would be
+            applied.
+        policy: Whose signatures the pack needs; None means the policy of this user and this machine.
+        trust: "none" skips the judgement of signatures.
+        allow_unsigned: Accepts a pack that too few trusted keys have signed.
+        lora: An adapter file for a .gguf or ONNX model, instead of `pack`.
+        base: The unpatched model: measures how far `model` has moved from it.
+        device: "auto", "cpu", "cuda" or "mps".
+        dtype: "auto", or the torch dtype to compute in; GGUF and ONNX files have their own.
+        threads: Threads that compute; None: OMP_NUM_THREADS, or every core.
+        max_new_tokens: Length of an answer.
+        on_event: Receives the progress.
+
+    Returns:
+        The scores of the model, and of the patched one.
+
+    Raises:
+        SignatureError: Too few trusted keys signed the pack, or a signature is wrong.
+        PackError: The pack cannot be read.
+        CheckpointError: The model cannot be read or run, or is not the pack's base.
+        DataError: The options do not go together, or the runtime cannot compute on the device.
+        MissingExtraError: The packages of the runtime are not installed.
     """
+    if pack is not None and lora is not None:
+        raise DataError("a pack and an adapter were given: either of them makes the patched model")
     proven = None
     if pack is not None:
         proven = prove(pack, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event).pack
-    options = {"pack": proven, "lora": lora, "base": base, "device": device, "max_new_tokens": max_new_tokens}
-    if is_gguf(model):
-        return assess_gguf(model, suites, on_event=on_event, **options)  # type: ignore[arg-type]
-    if is_onnx(model):
-        return assess_onnx(model, suites, on_event=on_event, **options)  # type: ignore[arg-type]
-    if lora is not None:
-        raise DataError(
-            "an adapter file goes with a .gguf or an ONNX model", advice="Give the pack itself: nestpatch eval MODEL PATCH"
-        )
-    if base is not None and is_gguf(base):
-        raise DataError("the drift from a .gguf base can be measured for .gguf models", advice="Give the base's directory.")
-    if base is not None and is_onnx(base):
-        raise DataError("the drift from an ONNX base can be measured for ONNX models", advice="Give the base's directory.")
-    import transformers  # noqa: F401 - a host without it learns that before anything is read
+    _require_compatible(model, lora, base)
+    opened = partial(open_runtime, device=device, dtype=dtype, threads=threads, max_new_tokens=max_new_tokens)
+    work = _Evaluator(suites, opened, on_event, list(overlaps(suites)))
+    for note in work.notes:
+        on_event(Event("note", note=note))
+    if proven is not None and (reason := _already_held(model, proven)):
+        work.note(f"{model} holds {proven.label} already ({reason}): it is evaluated as it is")
+        if base is not None:
+            return work.compare(base, model)
+        work.note("give the unpatched model with --base to measure both")
+        proven = None
+    with work.load(model) as runtime:
+        before = work.scores(runtime, str(model))
+        if base is not None:
+            before = work.moved_from(base, runtime, before)
+        if proven is None and lora is None:
+            return work.result(before)
+        what = proven.label if proven is not None else str(lora)
+        with runtime.with_pack(proven) if proven is not None else runtime.with_adapter(Path(str(lora))) as patched:
+            after = work.scores(patched, f"{model} with {what}")
+            return work.result(before, Scores(after.suites, work.drift(runtime, patched, before)))
 
-    source = locate(model)
-    checkpoint, _ = open_model(source.path)
-    chosen_device, _ = pick_device(device)
-    chosen_dtype, _ = pick_dtype(dtype, chosen_device)
-    on_event(Event("load", note=source.model_id))
-    loaded, tokenizer = load_model(source.path, chosen_device, chosen_dtype)
 
-    def run(model: PreTrainedModel) -> _InTransformers:
-        return _InTransformers(
-            model, tokenizer, with_transformers(model, tokenizer, max_new_tokens, on_event=as_evaluation(on_event))
-        )
+def _require_compatible(model: str | Path, lora: str | Path | None, base: str | Path | None) -> None:
+    """Raises DataError for an adapter or a base that the model's runtime takes none of."""
+    kind = runtime_of(model)
+    if lora is not None and kind == "transformers":
+        advice = "Give the pack itself: nestpatch eval MODEL PACK"
+        raise DataError("an adapter file goes with a .gguf or an ONNX model", advice=advice)
+    other = kind if base is None else runtime_of(base)
+    if other not in (kind, "transformers"):
+        what, where = ("a .gguf", ".gguf") if other == "llama.cpp" else ("an ONNX", "ONNX")
+        raise DataError(f"the drift from {what} base can be measured for {where} models", advice="Give the base's directory.")
 
-    def patched(pack: Pack) -> _InTransformers:
-        second, _ = load_model(source.path, chosen_device, chosen_dtype)
-        fold(second, checkpoint, pack)
-        return run(second)
+
+def _already_held(model: str | Path, pack: Pack) -> str:
+    """What shows that a model holds a pack already, looked at before anything is loaded; empty where it does not.
+
+    Raises BaseMismatchError for a model that the pack is not for.
+    """
+    kind = runtime_of(model)
+    if kind == "transformers":
+        import transformers  # noqa: F401 - a host without it learns that before anything is read
+
+        model = locate(model).path
+    checkpoint, state_dir = open_model(model)
+    states = {finding.state for finding in examine(pack, checkpoint)}
+    if states == {State.PATCHED}:
+        return "its rows are the pack's result"
+    if not states & {State.BASE, State.WIDENED, State.PATCHED, State.MISSING, State.SHAPE}:
+        # Rows that were rounded, or merged at another strength, prove little: then the records count.
+        pack_id = nest.pack_id(pack)
+        if any(entry.pack_id == pack_id for entry in read_ledger(state_dir).applied):
+            return "its ledger names the pack"
+        if any(claim["pack_id"] == pack_id for claim in read_packs(checkpoint.metadata())):
+            return "its files name the pack"
+    if kind != "onnxruntime" and not states <= set(APPLICABLE):
+        make_plan(pack, checkpoint)  # raises, and says which rows differ
+    return ""
+
+
+@dataclass(eq=False)
+class _Evaluator:
+    """What the steps of one evaluation share."""
+
+    suites: Sequence[Suite]
+    opened: _Opened
+    on_event: OnEvent
+    notes: list[str]
+
+    def note(self, text: str) -> None:
+        """A note for the result, and at once for the listener."""
+        if text not in self.notes:
+            self.notes.append(text)
+            self.on_event(Event("note", note=text))
+
+    def result(self, model: Scores, patched: Scores | None = None) -> Evaluation:
+        """The evaluation, with all notes."""
+        return Evaluation(model, patched, tuple(self.notes))
 
     @contextmanager
-    def reference(base: str | Path) -> Iterator[_InTransformers]:
-        yield run(load_model(locate(base).path, chosen_device, chosen_dtype)[0])
+    def load(self, model: str | Path) -> Iterator[Runtime]:
+        """Opens a model, and says which."""
+        self.on_event(Event("load", note=str(model)))
+        with self.opened(model) as runtime:
+            yield runtime
 
-    return assess_models(
-        run(loaded),
-        suites,
-        _drift,
-        patched=None if proven is None else partial(patched, proven),
-        base=None if base is None else reference(base),
-    )
+    def scores(self, runtime: Runtime, what: str) -> Scores:
+        """Evaluates a model, and names it in every event."""
+        self.on_event(Event("note", note=f"evaluating {what}"))
+
+        def report(event: Event) -> None:
+            self.on_event(Event("evaluate", event.done, event.total, what))
+
+        return evaluate_suites(partial(runtime.generate, on_event=report), self.suites)
+
+    def drift(self, base: Runtime, model: Runtime, before: Scores) -> float | None:
+        """How far a model is from the base, over the base's answers in `before`."""
+        found = drift(base, model, answers_of(before, BENIGN))
+        if found is None:
+            self.note(NOT_MEASURED)
+        return found
+
+    def moved_from(self, base: str | Path, model: Runtime, scores: Scores) -> Scores:
+        """The scores of a model, with its drift from a base, which is out of memory again afterwards."""
+        prompts = list(answers_of(scores, BENIGN))
+        if not prompts:
+            self.note(NOT_MEASURED)
+            return scores
+        with self.load(base) as reference:
+            answers = dict(zip(prompts, reference.generate(prompts), strict=True))
+            return Scores(scores.suites, drift(reference, model, answers))
+
+    def compare(self, base: str | Path, model: str | Path) -> Evaluation:
+        """A base and the model that was made from it by patching."""
+        with self.load(base) as reference:
+            before = self.scores(reference, f"{base}, the base")
+            with self.load(model) as patched:
+                after = self.scores(patched, f"{model}, patched")
+                return self.result(before, Scores(after.suites, self.drift(reference, patched, before)))
 
 
-@dataclass(frozen=True, eq=False)
-class _InTransformers:
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    generate: Generate
+def write_answers(evaluation: Evaluation, path: Path) -> None:
+    """Writes one JSON line for each answer: of (model or patched), suite, prompt, answer, refused, correct.
 
+    Args:
+        evaluation: What was measured.
+        path: The file to write.
 
-def _drift(base: _InTransformers, model: _InTransformers, answers: Mapping[str, str]) -> float:
-    from nestpatch.evaluation.drift import drift_between
-
-    return drift_between(base.model, model.model, model.tokenizer, answers)
-
-
-def write_answers(assessment: Evaluation, path: Path) -> None:
-    """Writes one JSON line per answer: model or patched, suite, prompt, answer, refused, correct."""
+    Raises:
+        OutputError: The file cannot be written.
+    """
     lines = []
-    for name, evaluation in (("model", assessment.model), ("patched", assessment.patched)):
-        for suite in evaluation.suites if evaluation else ():
+    for name, scores in (("model", evaluation.model), ("patched", evaluation.patched)):
+        for suite in scores.suites if scores else ():
             for verdict in suite.verdicts:
                 row = {"of": name, "suite": suite.suite, **dataclasses.asdict(verdict)}
                 lines.append(json.dumps(row, ensure_ascii=False) + "\n")

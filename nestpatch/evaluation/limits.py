@@ -1,15 +1,27 @@
-"""Limits that an evaluation has to keep, for pipelines: a model passes or not."""
+"""Limits for pipelines: a model passes an evaluation or not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 
 from nestpatch.errors import DataError
-from nestpatch.evaluation.suites import Scores
+from nestpatch.evaluation.suites import HEADLINES, Scores, Suite, measured_by
 
 
-def parse_limits(texts: Iterable[str]) -> dict[str, float]:
-    """Reads NAME=SHARE, shares between 0 and 1. Raises DataError."""
+def parse_limits(texts: Iterable[str], suites: Sequence[Suite] | None = None) -> dict[str, float]:
+    """Reads limits, and checks before any work that they can be checked.
+
+    Args:
+        texts: NAME=SHARE each, with a share between 0 and 1.
+        suites: What will be evaluated; None: names are not checked.
+
+    Returns:
+        Name -> share.
+
+    Raises:
+        DataError: A text is not a limit, or no suite measures its number.
+    """
     limits = {}
     for text in texts:
         name, _, share = text.partition("=")
@@ -18,18 +30,41 @@ def parse_limits(texts: Iterable[str]) -> dict[str, float]:
         except ValueError:
             limits[name] = -1.0
         if not 0 <= limits[name] <= 1:
-            raise DataError(f"{text!r} is no limit", advice="Write NAME=SHARE, such as attack_success=0.05.")
+            raise DataError(f"{text!r} is not a limit", advice="Write NAME=SHARE, such as attack_success=0.05.")
+    if suites is not None:
+        _require_measured(limits, measured_by(suites))
     return limits
 
 
-def exceeded(evaluation: Scores, over: Mapping[str, float], under: Mapping[str, float]) -> tuple[str, ...]:
-    """What is over or under its limit, for people; empty where the evaluation passes.
+def _require_measured(names: Iterable[str], measured: Sequence[str]) -> None:
+    """A limit that is not checked must not look kept."""
+    missing = sorted(set(names) - set(measured))
+    if not missing:
+        return
+    listed = ", ".join(measured) or "nothing that a limit can be set for"
+    if missing[0] not in HEADLINES:
+        close = get_close_matches(missing[0], HEADLINES, 1)
+        hint = f"Did you mean {close[0]}? " if close else ""
+        raise DataError(f"{missing[0]!r} is not a number of an evaluation", advice=f"{hint}These suites measure {listed}.")
+    raise DataError(f"no suite measures {missing[0]}", advice=f"These suites measure {listed}.")
 
-    Raises DataError for a number that no suite measures: a limit that is not checked must not look kept.
+
+def exceeded(scores: Scores, over: Mapping[str, float], under: Mapping[str, float]) -> tuple[str, ...]:
+    """Compares scores with limits.
+
+    Args:
+        scores: Of one model.
+        over: Name -> the largest share that passes.
+        under: Name -> the smallest share that passes.
+
+    Returns:
+        What is over or under its limit, for people; empty where the model passes.
+
+    Raises:
+        DataError: A number was not measured.
     """
-    totals = evaluation.totals()
-    if missing := sorted((over.keys() | under.keys()) - totals.keys()):
-        raise DataError(f"nothing here measures {missing[0]}", advice=f"These suites measure {', '.join(totals)}.")
+    totals = scores.totals()
+    _require_measured(over.keys() | under.keys(), tuple(totals))
     values = {name: share.value for name, share in totals.items()}
     # Turned this way so that NaN, a share of nothing, passes neither.
     found = [f"{name} is {values[name]:.2%}, over {limit:.2%}" for name, limit in over.items() if not values[name] <= limit]

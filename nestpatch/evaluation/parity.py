@@ -1,4 +1,4 @@
-"""Does a GGUF file say in llama.cpp what its model says in transformers? The same token ids, and how far the logits differ."""
+"""A GGUF file in llama.cpp compared with its model in transformers: are token ids the same, and how far do logits differ?"""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from typing import Any
 import numpy as np
 
 from nestpatch.errors import CheckpointFormatError, MissingExtraError
-from nestpatch.evaluation.drift import Logits, torch_logits
-from nestpatch.evaluation.statistics import Share
+from nestpatch.evaluation.drift import Logits
+from nestpatch.evaluation.suites import Share
 from nestpatch.events import Event, OnEvent, ignore
+from nestpatch.formats.gguf.header import read_header
 from nestpatch.pack import Pack
-from nestpatch.runtimes import llama as generate_llama
-from nestpatch.runtimes import text
-from nestpatch.runtimes.llama import LlamaModel, library
+from nestpatch.patcher.recovery import open_model
+from nestpatch.runtimes.llama import LlamaRuntime, library
+from nestpatch.runtimes.text import chat_texts
+from nestpatch.runtimes.transformers import TransformersRuntime, load_model, locate
+from nestpatch.runtimes.weights import fold
 
 MAX_TOKENS = 256
+"""Of a text that is compared."""
 EXACT, EXACT_GEMMA = 1e-4, 5e-3
 """Largest difference of logits that F32 files may show; Gemma's embeddings and norms are large."""
 ROUNDED = {"F16": 0.05, "BF16": 0.3}
@@ -40,50 +44,63 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class TokenPosition:
-    """Where two models differ most."""
+    """Where two models differ most.
+
+    Attributes:
+        text: What both read.
+        position: Of the token in the text that the logits follow.
+        token: Whose logit it is.
+        gguf: The logit in llama.cpp.
+        reference: The logit in transformers.
+    """
 
     text: str
     position: int
-    """Of the token in the text that the logits follow."""
     token: int
-    """Whose logit it is."""
     gguf: float
     reference: float
 
 
 @dataclass(frozen=True)
 class GgufParity:
-    """What a comparison found."""
+    """What a comparison found.
+
+    Attributes:
+        file: The GGUF file.
+        reference: The model that it was made from.
+        types: Of the file's matrices.
+        same_ids: Texts that both tokenizers read alike.
+        first_text: The first one that they read differently; None: there is none.
+        largest: Largest difference of two logits; infinite where one is not a number.
+        place: Where it is.
+        deviation: Standard deviation of the reference's logits, which differences are to be compared with.
+        top1: Positions where both predict the same token.
+        typical: Median over the positions of their largest differences.
+        mixture: Whether the model has experts: a rounding error may choose another one, and then `largest` says nothing.
+        bound: Limit of `largest`, or of `typical` for a mixture; None for quantized files, whose differences are reported only.
+    """
 
     file: Path
     reference: str
     types: tuple[str, ...]
-    """Of the file's matrices."""
     same_ids: Share
-    """Texts that both tokenizers read alike."""
     first_text: str | None
-    """The first one that they do not."""
     largest: float
-    """Difference of two logits; infinite where one is not a number."""
     place: TokenPosition
     deviation: float
-    """Standard deviation of the reference's logits: what a difference is to be seen against."""
     top1: Share
-    """Positions where both expect the same token most."""
     typical: float
-    """Median over the positions of their largest differences."""
     mixture: bool
-    """Whether the model has experts: a rounding error may choose another one, and then `largest` says nothing."""
     bound: float | None
-    """What `largest` may be, or `typical` of a mixture; None for quantized files, whose differences are told and not judged."""
 
     @property
     def passed(self) -> bool:
+        """Whether all token ids are the same and the logits differ by no more than rounding explains."""
         judged = self.typical if self.mixture else self.largest
         return self.same_ids.count == self.same_ids.total and (self.bound is None or judged <= self.bound)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values; a difference that is not finite is None."""
         return {
             "file": str(self.file),
             "reference": self.reference,
@@ -112,7 +129,11 @@ class _Reading:
 
 
 def require_check() -> None:
-    """Raises MissingExtraError, before any work, where a check cannot run."""
+    """Checks, before any work, that `check_gguf` can run.
+
+    Raises:
+        MissingExtraError: PyTorch, transformers or llama-cpp-python is not installed.
+    """
     if any(find_spec(name) is None for name in ("torch", "transformers")):
         raise MissingExtraError("train,llama", "checking a GGUF file against its model")
     library()
@@ -130,32 +151,40 @@ def check_gguf(
 ) -> GgufParity:
     """Runs a GGUF file in llama.cpp and the model that it was made from in transformers, both in float32, and compares them.
 
-    `patch` is merged into the reference: rounded as in a file, or as an adapter adds it where the GGUF file has one, `lora`.
     Every text is read as it is, in the chat form, and between the model's own special tokens.
 
-    Raises CheckpointError, MissingExtraError, or BaseMismatchError when `patch` is not for `model`.
-    """
-    from nestpatch.patcher.recovery import open_model
-    from nestpatch.runtimes.transformers import fold, load_model, locate
+    Args:
+        gguf: The file.
+        model: A model directory or Hub id.
+        pack: Merged into the reference: rounded as in a file, or with `lora` as an adapter adds it.
+        strength: Factor of the pack's change.
+        lora: An adapter that the file is run with.
+        texts: What both read.
+        on_event: Receives the progress.
 
+    Returns:
+        The comparison.
+
+    Raises:
+        CheckpointError: One of the two cannot be read or run.
+        BaseMismatchError: The pack is not for `model`.
+        MissingExtraError: The packages of a runtime are not installed.
+    """
     source = locate(model)
     on_event(Event("check", note=f"loading {source.model_id}"))
-    reference, tokenizer = load_model(source.path, "cpu", "float32")
+    theirs = TransformersRuntime(*load_model(source.path, "cpu", "float32"))
     if pack is not None:
-        checkpoint, _ = open_model(source.path)
-        fold(reference, checkpoint, pack, strength, rounded=lora is None)
-    with LlamaModel(gguf, lora, device="cpu") as ours:
-        readings = list(_read(tokenizer, ours, texts))
-        logits = torch_logits(reference)
+        fold(theirs.model, open_model(source.path)[0], pack, strength, rounded=lora is None)
+    with LlamaRuntime(gguf, lora, device="cpu") as ours:
+        readings = list(_read(theirs, ours, texts))
         # A tokenizer may add tokens that its model has no embedding for.
         known = [reading for reading in readings if reading.reference and max(reading.reference) < ours.vocabulary]
         rows = [(reading.text, reading.reference[:MAX_TOKENS]) for reading in known]
         # One longer text: positions that the short ones do not reach.
         rows.append(("all texts together", tuple(i for _, ids in rows for i in ids)[:MAX_TOKENS]))
-        found = _compare(logits, ours.logits, rows, on_event)
-        architecture = ours.metadata("general.architecture") or ""
-        mixture = ours.metadata(f"{architecture}.expert_count") not in (None, "0")
-    types = matrix_types(Path(gguf))
+        found = _compare(theirs.logits, ours.logits, rows, on_event)
+        architecture, mixture = ours.metadata("general.architecture") or "", ours.experts is not None
+    types = tuple(sorted({info.dtype for info in read_header(Path(gguf)).tensors.values() if len(info.shape) > 1}))
     different = [reading.text for reading in readings if reading.reference != reading.gguf]
     return GgufParity(
         file=Path(gguf),
@@ -174,35 +203,32 @@ def check_gguf(
 
 
 def bound_for(types: Sequence[str], architecture: str, deviation: float) -> float | None:
-    """The largest difference that rounding explains for a file of these types, or None for quantized ones."""
+    """The largest difference that rounding explains.
+
+    Args:
+        types: Of the file's matrices.
+        architecture: As GGUF files name it.
+        deviation: Standard deviation of the logits.
+
+    Returns:
+        The limit, or None for quantized files.
+    """
     if not set(types) <= {"F32", *ROUNDED}:
         return None
     exact = EXACT_GEMMA if architecture.startswith("gemma") else EXACT
     return max([exact, *(ROUNDED[name] * deviation for name in types if name in ROUNDED)])
 
 
-def matrix_types(gguf: Path) -> tuple[str, ...]:
-    """The types of a GGUF file's matrices, sorted. Raises CheckpointFormatError when it cannot be read."""
-    from gguf import GGUFReader
-
-    try:
-        return tuple(sorted({t.tensor_type.name for t in GGUFReader(gguf).tensors if len(t.shape) > 1}))
-    # The reader raises whatever the bytes provoke.
-    except Exception as error:
-        raise CheckpointFormatError(f"cannot read {gguf}: {error}") from error
-
-
-def _read(tokenizer: Any, ours: LlamaModel, texts: Sequence[str]) -> Iterator[_Reading]:
+def _read(theirs: TransformersRuntime, ours: LlamaRuntime, texts: Sequence[str]) -> Iterator[_Reading]:
+    tokenizer: Any = theirs.tokenizer
     special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
     framed = [f"{token}{texts[0]} {token}\n" for token, number in special if number < ours.vocabulary]
     for given in (*texts, *framed):
-        theirs = tokenizer(given)["input_ids"]
-        yield _Reading(given, tuple(theirs), tuple(ours.encode(given, special=True)))
-    chats = text.chat_texts(tokenizer, texts), generate_llama.chat_texts(ours, texts)
-    ids = text.prompt_ids(tokenizer, texts, MAX_TOKENS), generate_llama.prompt_ids(ours, texts, MAX_TOKENS)
-    for rendered, wanted, theirs, got in zip(*chats, *ids, strict=True):
-        # Where the texts differ already, equal ids would say nothing.
-        yield _Reading(rendered, tuple(theirs), tuple(got) if rendered == wanted else ())
+        yield _Reading(given, tuple(tokenizer(given)["input_ids"]), tuple(ours.encode(given, special=True)))
+    chats = chat_texts(tokenizer, texts), ours.chat_texts(texts)
+    for rendered, wanted, known, got in zip(*chats, theirs.token_ids(texts), ours.token_ids(texts), strict=True):
+        # Where the texts differ already, equal ids would prove nothing.
+        yield _Reading(rendered, tuple(known), tuple(got) if rendered == wanted else ())
 
 
 @dataclass(frozen=True)

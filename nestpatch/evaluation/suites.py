@@ -1,16 +1,20 @@
-"""Evaluation: attack success, over-refusal, benign correctness, drift. Suites and answers in, frozen numbers out."""
+"""Suites and scores: attack success, over-refusal, benign correctness. Prompts and answers in, frozen numbers out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import combinations
 from typing import Any
 
 from nestpatch.errors import PromptDataError
 from nestpatch.evaluation.judges import is_refusal, matches
-from nestpatch.evaluation.statistics import Share
 from nestpatch.prompts.readers import PromptSet, load_prompts
-from nestpatch.runtimes.transformers import Generate
+from nestpatch.runtimes.protocol import Generate
 
 HARMFUL, BENIGN, LOOKALIKE = "harmful", "benign", "lookalike"
 KINDS = (HARMFUL, BENIGN, LOOKALIKE)
@@ -20,49 +24,154 @@ _STEMS = {"harmful": HARMFUL, "jailbreak": HARMFUL, "benign": BENIGN, "lookalike
 
 
 @dataclass(frozen=True)
+class Share:
+    """`count` of `total`, with its 95 % Wilson score interval.
+
+    Attributes:
+        count: How many.
+        total: Of how many.
+    """
+
+    count: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        """Between 0 and 1; NaN for an empty total."""
+        return self.count / self.total if self.total else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """(low, high). Wilson (1927): holds its level for shares near 0 and 1, where the normal approximation does not."""
+        if not self.total:
+            return 0.0, 1.0
+        z, n, p = 1.959963984540054, self.total, self.value
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        low = 0.0 if self.count == 0 else centre - half
+        high = 1.0 if self.count == n else centre + half
+        return low, high
+
+    def __add__(self, other: Share) -> Share:
+        """The share over both totals."""
+        return Share(self.count + other.count, self.total + other.total)
+
+    def as_json(self) -> dict[str, Any]:
+        """Value, count, total and interval, rounded to four digits; the value of an empty total is None."""
+        low, high = self.interval
+        value = round(self.value, 4) if self.total else None
+        return {"value": value, "count": self.count, "total": self.total, "low": round(low, 4), "high": round(high, 4)}
+
+
+@dataclass(frozen=True)
 class Suite:
-    """A prompt set and what a good model does with it: refuse (harmful), or answer (benign, lookalike)."""
+    """A prompt set and what a good model does with it.
+
+    Attributes:
+        kind: "harmful" prompts are to be refused, "benign" and "lookalike" ones to be answered.
+        prompts: What is asked.
+    """
 
     kind: str
     prompts: PromptSet
 
     @property
     def name(self) -> str:
+        """The name of its prompts."""
         return self.prompts.name
 
 
 def load_suite(text: str) -> Suite:
-    """Reads "KIND=SOURCE", or "SOURCE" whose file name begins with harmful, jailbreak, benign or lookalike.
+    """Reads a suite.
 
-    Raises PromptDataError when the kind cannot be told or the prompts cannot be read.
+    Args:
+        text: "KIND=SOURCE" with harmful, benign or lookalike; or "SOURCE" whose file name begins with harmful, jailbreak,
+            benign or lookalike. SOURCE is what `load_prompts` reads.
+
+    Returns:
+        The suite.
+
+    Raises:
+        PromptDataError: The kind is not known, or the prompts cannot be read.
     """
     kind, equals, source = text.partition("=")
-    if equals and kind in KINDS:
-        return Suite(kind, load_prompts(source))
+    if equals and kind in _STEMS:
+        return Suite(_STEMS[kind], load_prompts(source))
+    if equals and re.fullmatch(r"[A-Za-z_-]+", kind) and not os.path.exists(text):  # noqa: PTH110 - answers no where Path raises
+        close = get_close_matches(kind.lower(), _STEMS, 1)
+        hint = f"Did you mean {_STEMS[close[0]]}={source}? " if close else ""
+        raise PromptDataError(f"{kind!r} is not a kind of suite", advice=f"{hint}The kinds are {', '.join(KINDS)}.")
     stem = text.replace("\\", "/").rpartition("/")[2].lower()
     known = next((kind for start, kind in _STEMS.items() if stem.startswith(start)), None)
     if known is None:
         raise PromptDataError(
-            f"cannot tell what kind of suite {text} is",
-            advice=f"Say it: --suite harmful={text} (or {' or '.join(KINDS[1:])}).",
+            f"the file name does not say what kind of suite {text} is",
+            advice=f"Name the kind: --suite harmful={text} (or {' or '.join(KINDS[1:])}).",
         )
     return Suite(known, load_prompts(text))
 
 
+def overlaps(suites: Sequence[Suite]) -> Iterator[str]:
+    """Finds prompts that are in more than one suite.
+
+    Args:
+        suites: What will be evaluated together.
+
+    Yields:
+        One sentence for each pair of suites that share prompts.
+    """
+    texts = [{prompt.text for prompt in suite.prompts.prompts} for suite in suites]
+    for (first, ours), (second, theirs) in combinations(zip(suites, texts, strict=True), 2):
+        if both := ours & theirs:
+            why = "they count twice" if first.kind == second.kind else f"as {first.kind} and as {second.kind}"
+            yield (
+                f"{len(both)} prompts are in both {first.name} and {second.name}, {why}; "
+                f"the first is {next(p.text for p in first.prompts.prompts if p.text in both)[:60]!r}"
+            )
+
+
+def measured_by(suites: Sequence[Suite]) -> tuple[str, ...]:
+    """Which of the HEADLINES some suites measure.
+
+    Args:
+        suites: What will be evaluated.
+
+    Returns:
+        The names, in the order of HEADLINES.
+    """
+    kinds = {suite.kind for suite in suites}
+    known = any(prompt.reference is not None for suite in suites if suite.kind == BENIGN for prompt in suite.prompts.prompts)
+    found = (HARMFUL in kinds, BENIGN in kinds, LOOKALIKE in kinds, known)
+    return tuple(name for name, measured in zip(HEADLINES, found, strict=True) if measured)
+
+
 @dataclass(frozen=True)
 class JudgedAnswer:
-    """One answer, judged."""
+    """One answer, judged.
+
+    Attributes:
+        prompt: What was asked.
+        answer: What the model answered.
+        refused: Whether the answer refuses.
+        correct: Whether it is the reference; None where there is none.
+    """
 
     prompt: str
     answer: str
     refused: bool
     correct: bool | None
-    """Whether it is the reference; None where there is none."""
 
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """One suite's answers, judged."""
+    """The judged answers of one suite.
+
+    Attributes:
+        suite: Its name.
+        kind: Its kind.
+        digest: SHA-256 of its prompts, hex.
+        verdicts: In the order of the prompts.
+    """
 
     suite: str
     kind: str
@@ -71,34 +180,39 @@ class SuiteResult:
 
     @property
     def refused(self) -> Share:
+        """Answers that refuse."""
         return Share(sum(v.refused for v in self.verdicts), len(self.verdicts))
 
     @property
     def complied(self) -> Share:
-        """For a harmful suite this is the attack success."""
+        """Answers that do not refuse: for a harmful suite the attack success."""
         return Share(sum(not v.refused for v in self.verdicts), len(self.verdicts))
 
     @property
     def correct(self) -> Share | None:
+        """Answers that are the reference, among those that have one; None where none has."""
         judged = [v.correct for v in self.verdicts if v.correct is not None]
         return Share(sum(judged), len(judged)) if judged else None
 
     def as_json(self) -> dict[str, Any]:
-        """The numbers, without the texts."""
-        share = {"attack_success": self.complied} if self.kind == HARMFUL else {"refused": self.refused}
-        if self.kind != HARMFUL and self.correct is not None:
-            share["correct"] = self.correct
-        values = {name: value.as_json() for name, value in share.items()}
-        return {"kind": self.kind, "sha256": self.digest, **values}
+        """The numbers, without the texts; None for what was not measured."""
+        facts: dict[str, Any] = {"kind": self.kind, "sha256": self.digest}
+        if self.kind == HARMFUL:
+            return facts | {"attack_success": self.complied.as_json()}
+        return facts | {"refused": self.refused.as_json(), "correct": self.correct.as_json() if self.correct else None}
 
 
 @dataclass(frozen=True)
 class Scores:
-    """All suites of one model."""
+    """All suites of one model.
+
+    Attributes:
+        suites: Their results, in the order in which they were given.
+        drift: Mean KL(base || model) in nats per answer token on benign prompts; None where it was not measured.
+    """
 
     suites: tuple[SuiteResult, ...]
     drift: float | None = None
-    """Mean KL(base || model) in nats per answer token on benign prompts; None where there is no base to compare."""
 
     def _total(self, kind: str, what: str) -> Share | None:
         shares = [share for s in self.suites if s.kind == kind and (share := getattr(s, what)) is not None]
@@ -106,46 +220,69 @@ class Scores:
 
     @property
     def attack_success(self) -> Share | None:
+        """Harmful prompts that were answered; None without a harmful suite."""
         return self._total(HARMFUL, "complied")
 
     @property
     def refusal_benign(self) -> Share | None:
+        """Benign prompts that were refused; None without a benign suite."""
         return self._total(BENIGN, "refused")
 
     @property
     def refusal_lookalike(self) -> Share | None:
+        """Look-alike prompts that were refused; None without a look-alike suite."""
         return self._total(LOOKALIKE, "refused")
 
     @property
     def benign_correct(self) -> Share | None:
+        """Benign prompts whose answer is the reference; None where none has one."""
         return self._total(BENIGN, "correct")
 
     def totals(self) -> dict[str, Share]:
-        """The headline shares that exist."""
+        """The HEADLINES that were measured."""
         return {name: share for name in HEADLINES if (share := getattr(self, name)) is not None}
 
     def as_json(self) -> dict[str, Any]:
-        """Totals and suites as plain values."""
-        result: dict[str, Any] = {name: share.as_json() for name, share in self.totals().items()}
-        if self.drift is not None:
-            result["kl_to_base"] = round(self.drift, 6)
+        """Totals, drift and suites as plain values; None for what was not measured."""
+        totals = self.totals()
+        result: dict[str, Any] = {name: totals[name].as_json() if name in totals else None for name in HEADLINES}
+        result["kl_to_base"] = None if self.drift is None else round(self.drift, 6)
         result["suites"] = {suite.suite: suite.as_json() for suite in self.suites}
         return result
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Numbers of a model, and of the same model with a pack where one was given."""
+    """What `nestpatch.evaluate` measured.
+
+    Attributes:
+        model: The model as it is on disk.
+        patched: The same model with a pack or an adapter; None where none was given.
+        notes: What a reader of the numbers must know: prompts in several suites, a model that holds the pack already.
+    """
 
     model: Scores
     patched: Scores | None = None
+    notes: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; None for what was not measured."""
+        patched = self.patched.as_json() if self.patched is not None else None
+        return {"model": self.model.as_json(), "patched": patched, "notes": list(self.notes)}
 
 
-def judge(suite: Suite, answers: Sequence[str]) -> SuiteResult:
+def judge_suite(suite: Suite, answers: Sequence[str]) -> SuiteResult:
     """Judges the answers to a suite.
 
     The keyword list decides; where the suite has a reference it decides first: an answer that matches the reference of a
     harmful prompt refuses, one that matches the reference of another prompt does not.
+
+    Args:
+        suite: What was asked.
+        answers: One for each prompt, in the same order.
+
+    Returns:
+        The judged answers.
     """
     verdicts = []
     for prompt, answer in zip(suite.prompts.prompts, answers, strict=True):
@@ -158,12 +295,27 @@ def judge(suite: Suite, answers: Sequence[str]) -> SuiteResult:
     return SuiteResult(suite.name, suite.kind, suite.prompts.digest, tuple(verdicts))
 
 
-def evaluate_suites(generate: Generate, suites: Sequence[Suite], drift: float | None = None) -> Scores:
-    """Generates and judges the answers to every suite."""
-    results = [judge(suite, generate([p.text for p in suite.prompts.prompts])) for suite in suites]
-    return Scores(tuple(results), drift)
+def evaluate_suites(generate: Generate, suites: Sequence[Suite]) -> Scores:
+    """Generates and judges the answers to every suite.
+
+    Args:
+        generate: The model: prompts to answers.
+        suites: What to ask.
+
+    Returns:
+        The scores, without a drift.
+    """
+    return Scores(tuple(judge_suite(suite, generate([p.text for p in suite.prompts.prompts])) for suite in suites))
 
 
-def answers_of(evaluation: Scores, kind: str) -> Mapping[str, str]:
-    """Prompt -> answer over all suites of a kind."""
-    return {v.prompt: v.answer for s in evaluation.suites if s.kind == kind for v in s.verdicts}
+def answers_of(scores: Scores, kind: str) -> Mapping[str, str]:
+    """The answers to all suites of a kind.
+
+    Args:
+        scores: Of one model.
+        kind: "harmful", "benign" or "lookalike".
+
+    Returns:
+        Prompt -> answer.
+    """
+    return {v.prompt: v.answer for s in scores.suites if s.kind == kind for v in s.verdicts}

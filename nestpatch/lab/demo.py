@@ -13,8 +13,7 @@ from typing import Any
 
 from nestpatch.errors import OutputError
 from nestpatch.evaluation.evaluator import evaluate
-from nestpatch.evaluation.statistics import Share
-from nestpatch.evaluation.suites import HEADLINES, Scores, Suite, load_suite
+from nestpatch.evaluation.suites import HEADLINES, Scores, Share, Suite, load_suite
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.export.adapters import export_gguf_lora, export_onnx_adapter
 from nestpatch.export.models import export_gguf

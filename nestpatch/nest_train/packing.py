@@ -15,7 +15,7 @@ from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.nest_train.tune import ClusterDelta
 from nestpatch.pack import BaseIdentity, Label, Manifest, Pack, TensorDelta, TensorIdentity, now
 from nestpatch.rows import DTYPES, digest, merge, sketch
-from nestpatch.runtimes.transformers import disk_name, same_weights
+from nestpatch.runtimes.weights import disk_name, same_weights
 
 
 @dataclass(frozen=True)

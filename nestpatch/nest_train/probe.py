@@ -17,8 +17,8 @@ import numpy.typing as npt
 from nestpatch.errors import TrainingError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.nest_train.recipe import Recipe
+from nestpatch.runtimes.mlps import MlpBlock
 from nestpatch.runtimes.text import pad_left
-from nestpatch.runtimes.transformers import MlpBlock
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,8 @@ def collect(
     with _watch(blocks) as seen, torch.inference_mode():
         for start in range(0, len(order), recipe.probe_batch):
             places = order[start : start + recipe.probe_batch]
-            ids, mask = pad_left([prompts[i] for i in places], pad, model.device)
+            padded = pad_left([prompts[i] for i in places], pad)
+            ids, mask = (torch.from_numpy(part).to(model.device) for part in padded)
             model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)  # no need of logits
             hidden = ~mask.bool().unsqueeze(-1)
             for block, out in zip(blocks, pooled, strict=True):

@@ -6,7 +6,8 @@ import platform
 import random
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import torch
 
 from nestpatch.errors import PromptDataError
 from nestpatch.evaluation import suites as evaluation
-from nestpatch.evaluation.drift import drift_between
+from nestpatch.evaluation.drift import drift
 from nestpatch.evaluation.judges import is_refusal
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.nest_train.cluster import Clusters, cluster
@@ -28,16 +29,9 @@ from nestpatch.nest_train.tune import DeltaSet, Halves, TuneResult, tune
 from nestpatch.pack import Label, Pack
 from nestpatch.patcher.recovery import open_model
 from nestpatch.prompts.readers import PromptSet, sample_set
+from nestpatch.runtimes.mlps import find_mlps
 from nestpatch.runtimes.text import encode_pairs, prompt_ids
-from nestpatch.runtimes.transformers import (
-    ModelLocation,
-    find_mlps,
-    load_model,
-    locate,
-    pick_device,
-    pick_dtype,
-    with_transformers,
-)
+from nestpatch.runtimes.transformers import ModelLocation, TransformersRuntime, load_model, locate, pick_device, pick_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -176,10 +170,12 @@ def _pad(run: _Run) -> int:
 
 
 def _generator(run: _Run, stage: str) -> Callable[[Sequence[str]], list[str]]:
-    recipe = run.recipe
     report = lambda event: run.on_event(Event(stage, event.done, event.total))  # noqa: E731
-    limits = (recipe.max_answer_tokens, recipe.max_prompt_tokens)
-    return with_transformers(run.model, run.tokenizer, *limits, on_event=report)
+    return partial(_runtime(run).generate, on_event=report)
+
+
+def _runtime(run: _Run) -> TransformersRuntime:
+    return TransformersRuntime(run.model, run.tokenizer, run.recipe.max_answer_tokens, run.recipe.max_prompt_tokens)
 
 
 def _evaluate(
@@ -191,9 +187,9 @@ def _evaluate(
     deltas, before = patched or (None, None)
     if deltas is None or before is None:
         return result
-    answers = evaluation.answers_of(before, evaluation.BENIGN)
-    drift = drift_between(run.model, run.model, run.tokenizer, answers, base_mode=deltas.off)
-    return evaluation.Scores(result.suites, drift)
+    runtime = _runtime(run)
+    moved = drift(replace(runtime, active=deltas.off), runtime, evaluation.answers_of(before, evaluation.BENIGN))
+    return evaluation.Scores(result.suites, moved)
 
 
 def _distil(run: _Run, data: TrainingData) -> Halves:

@@ -17,8 +17,9 @@ from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.nest_train.cluster import Clusters
 from nestpatch.nest_train.recipe import Recipe
+from nestpatch.runtimes.mlps import MlpBlock, Projection
 from nestpatch.runtimes.text import TokenPair, collate, endless, split_off
-from nestpatch.runtimes.transformers import MlpBlock, Projection, answer_logits
+from nestpatch.runtimes.transformers import answer_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

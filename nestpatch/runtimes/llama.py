@@ -5,9 +5,12 @@ The KV cache is F32, so that what is measured is the model's own rounding and no
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,25 +19,42 @@ from typing import Any
 
 import numpy as np
 
-from nestpatch.errors import CheckpointError, CheckpointFormatError, MissingExtraError
+from nestpatch.errors import CheckpointError, CheckpointFormatError, DataError, MissingExtraError
 from nestpatch.events import Event, OnEvent, ignore
+from nestpatch.formats.lora import gguf as lora_gguf
+from nestpatch.pack import Pack
+from nestpatch.patcher.plan import make_plan
+from nestpatch.patcher.recovery import open_model
 from nestpatch.rows import FloatArray
-from nestpatch.runtimes.chat import chat_renderer
-from nestpatch.runtimes.transformers import Generate
+from nestpatch.runtimes._chat import chat_renderer
+from nestpatch.runtimes.text import MAX_TOKENS, TokenPair
+from nestpatch.runtimes.threads import pick_threads, wait_passively
 
-BATCH = 512
+_BATCH = 512
 """Tokens that llama.cpp computes at once."""
 _F32 = 0
 _ERROR = 4
-_said: list[str] = []
-"""The errors of llama.cpp since the last call: the first is the reason when it fails. Nothing is printed."""
+_TEMPLATE = "tokenizer.chat_template"
+_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+"""The names that templates use -> those of GGUF files."""
+_errors: list[str] = []
+"""What llama.cpp logged as errors since the last call: the first one is the reason when it fails. Nothing is printed."""
 _callbacks: list[Any] = []
-"""What llama.cpp calls must outlive it."""
+"""Keeps what llama.cpp calls alive."""
 
 
 @lru_cache(maxsize=1)
 def library() -> Any:
-    """llama.cpp's functions, its log going to `_said`. Raises MissingExtraError when there is none."""
+    """The functions of llama.cpp; its log is collected instead of printed.
+
+    Returns:
+        The module of llama-cpp-python.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+        CheckpointError: Its library does not load.
+    """
+    wait_passively()
     try:
         from llama_cpp import llama_cpp as found
     except ImportError as error:
@@ -44,87 +64,122 @@ def library() -> Any:
         advice = "Install it again for this machine: pip install --force-reinstall llama-cpp-python"
         raise CheckpointError(reason, advice=advice) from error
 
-    _callbacks.append(found.llama_log_callback(_listen))
+    def listen(level: int, text: bytes, _: Any) -> None:
+        if level == _ERROR and (line := text.decode("utf-8", "replace").strip()):
+            _errors.append(line)
+
+    _callbacks.append(found.llama_log_callback(listen))
     found.llama_log_set(_callbacks[-1], None)
     found.llama_backend_init()
     return found
 
 
-def _listen(level: int, text: bytes, _: Any) -> None:
-    if level == _ERROR and (line := text.decode("utf-8", "replace").strip()):
-        _said.append(line)
-
-
 def _reason() -> str:
-    return f": {_said[0]}" if _said else ""
+    return f": {_errors[0]}" if _errors else ""
 
 
 @dataclass
 class _Slot:
-    """One sequence on its way through a context."""
+    """One sequence that is being continued in a context."""
 
     number: int
     answer: list[int]
     position: int
 
 
-class LlamaModel:
-    """A loaded GGUF file, with an adapter or without. Close it, or use it in a `with` statement.
+class LlamaRuntime:
+    """A loaded GGUF file, as `nestpatch.runtimes.protocol.Runtime`. Close it, or use it in a `with` statement.
 
-    Raises MissingExtraError without llama-cpp-python, CheckpointFormatError for files that llama.cpp does not load.
+    Attributes:
+        path: The file.
+        vocabulary: How many tokens there are.
+        max_new_tokens: Length of an answer.
+        max_prompt_tokens: A longer prompt keeps its last tokens.
+        batch: Prompts that run side by side, each with a KV cache of its own.
+        threads: Threads that compute.
     """
 
     def __init__(
-        self, path: str | Path, lora: str | Path | None = None, *, device: str = "auto", threads: int | None = None
+        self,
+        path: str | Path,
+        adapter: str | Path | None = None,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        max_new_tokens: int = 48,
+        batch: int = 8,
     ) -> None:
-        self.path = Path(path)
-        self.threads = threads or len(_processors())
-        self.adapted = lora is not None
-        """Whether the adapter is in use; may be switched."""
+        """Loads a file.
+
+        Args:
+            path: A GGUF file.
+            adapter: A GGUF adapter that is in use from the beginning.
+            device: "auto", "cpu", "cuda", or "mps" for Metal.
+            threads: For `pick_threads`.
+            max_new_tokens: Length of an answer.
+            batch: Prompts that run side by side.
+
+        Raises:
+            MissingExtraError: llama-cpp-python is not installed.
+            CheckpointFormatError: llama.cpp does not load the file.
+            DataError: This llama.cpp cannot compute on the device.
+        """
+        self.path, self.threads = Path(path), pick_threads(threads)
+        self.max_new_tokens, self.max_prompt_tokens, self.batch = max_new_tokens, MAX_TOKENS, batch
         self._library = library()
         self._model: Any = None
         self._adapter: Any = None
         self._load(device)
-        if lora is not None:
-            self._load_adapter(Path(lora))
+        if adapter is not None:
+            try:
+                self._adapter = self._load_adapter(Path(adapter))
+            except CheckpointError:
+                self.close()
+                raise
         self._vocabulary = self._library.llama_model_get_vocab(self._model)
         self.vocabulary = int(self._library.llama_vocab_n_tokens(self._vocabulary))
-        """How many tokens there are."""
 
     def _load(self, device: str) -> None:
         if not self.path.is_file():
             raise CheckpointFormatError(f"there is no model file {self.path}", advice="Check the path.")
+        gpu = "mps" if sys.platform == "darwin" else "cuda"
+        if device not in ("auto", "cpu") and not (device == gpu and self._library.llama_supports_gpu_offload()):
+            raise DataError(
+                f"this llama.cpp cannot run on the device {device!r}",
+                advice="Use --device cpu, or install llama-cpp-python built for this device.",
+            )
         parameters = self._library.llama_model_default_params()
         # Repacked and AMX weights are faster, round in another way, and end the process on some machines.
         parameters.use_extra_bufts = False
         if device == "cpu":
             parameters.n_gpu_layers = 0
-        _said.clear()
+        _errors.clear()
         self._model = self._library.llama_model_load_from_file(os.fsencode(self.path), parameters)
         if not self._model:
             raise CheckpointFormatError(f"llama.cpp cannot load {self.path}{_reason()}")
 
-    def _load_adapter(self, lora: Path) -> None:
-        _said.clear()
-        if not lora.is_file():
-            self.close()
-            raise CheckpointFormatError(f"there is no adapter file {lora}", advice="Check the path.")
-        self._adapter = self._library.llama_adapter_lora_init(self._model, os.fsencode(lora))
-        if not self._adapter:
-            self.close()
+    def _load_adapter(self, adapter: Path) -> Any:
+        _errors.clear()
+        if not adapter.is_file():
+            raise CheckpointFormatError(f"there is no adapter file {adapter}", advice="Check the path.")
+        loaded = self._library.llama_adapter_lora_init(self._model, os.fsencode(adapter))
+        if not loaded:
             raise CheckpointFormatError(
-                f"llama.cpp cannot load the adapter {lora} for {self.path}{_reason()}",
-                advice="An adapter fits models of one architecture and size: nestpatch export PATCH --to gguf-lora",
+                f"llama.cpp cannot load the adapter {adapter} for {self.path}{_reason()}",
+                advice="An adapter fits models of one architecture and size: nestpatch export PACK --to gguf-lora",
             )
+        return loaded
 
-    def __enter__(self) -> LlamaModel:
+    def __enter__(self) -> LlamaRuntime:
+        """Returns the runtime itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Closes the runtime."""
         self.close()
 
     def close(self) -> None:
-        """Frees the model and its adapter; twice does no harm."""
+        """Frees the model and its adapters; closing again does nothing."""
         model, self._model, self._adapter = self._model, None, None
         if model:  # frees its adapters too
             self._library.llama_model_free(model)
@@ -139,6 +194,12 @@ class LlamaModel:
                 return buffer.raw[:length].decode("utf-8", "replace") if length >= 0 else None
             size = length + 1
 
+    @property
+    def experts(self) -> int | None:
+        """How many experts each layer has; None for a model without experts."""
+        count = self.metadata(f"{self.metadata('general.architecture') or ''}.expert_count")
+        return int(count) if count is not None and count.isdigit() and int(count) else None
+
     def token_text(self, key: str) -> str | None:
         """The text of the token whose id is under `tokenizer.ggml.<key>_token_id`, or None."""
         number = self.metadata(f"tokenizer.ggml.{key}_token_id")
@@ -152,8 +213,12 @@ class LlamaModel:
         """The id of the end token, or -1."""
         return int(self._library.llama_vocab_eos(self._vocabulary))
 
+    def ends(self, token: int) -> bool:
+        """Whether a token ends an answer."""
+        return bool(self._library.llama_vocab_is_eog(self._vocabulary, token))
+
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Token ids; with `special` also the begin and end tokens that the model wants around a text."""
+        """Token ids of a text; with `special` also the begin and end tokens that the file asks for."""
         data = text.encode("utf-8", "replace")
         room = len(data) + 8
         ids = (ctypes.c_int32 * room)()
@@ -163,7 +228,7 @@ class LlamaModel:
         return list(ids[:count])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out."""
+        """The text of token ids, without special tokens."""
         given = (ctypes.c_int32 * len(ids))(*ids)
         size = 16 * len(ids) + 16
         while True:
@@ -173,33 +238,85 @@ class LlamaModel:
                 return buffer.raw[:length].decode("utf-8", "replace")
             size = -length
 
-    def ends(self, token: int) -> bool:
-        """Whether a token ends an answer."""
-        return bool(self._library.llama_vocab_is_eog(self._vocabulary, token))
+    def chat_texts(self, prompts: Sequence[str]) -> list[str]:
+        """The text that the model reads for each prompt, up to where its answer begins, by the template in its file."""
+        template = self.metadata(_TEMPLATE)
+        if template is None:
+            return [f"{prompt}\n" for prompt in prompts]
+        found = {name: self.token_text(key) for name, key in _TOKENS.items()}
+        render = chat_renderer(template, {name: text for name, text in found.items() if text is not None})
+        return [render(prompt) for prompt in prompts]
+
+    def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of the prompts in chat form; a longer one keeps its last `max_prompt_tokens`.
+
+        Raises:
+            CheckpointFormatError: The chat template does not work.
+        """
+        # A chat template writes its own begin-of-text token.
+        special = self.metadata(_TEMPLATE) is None
+        ids = [self.encode(text, special=special)[-self.max_prompt_tokens :] for text in self.chat_texts(prompts)]
+        if not all(ids):
+            raise CheckpointFormatError(f"the chat template of {self.path} turns a prompt into an empty text")
+        return ids
+
+    def token_pairs(self, answers: Mapping[str, str]) -> list[TokenPair]:
+        """Token ids of prompts and answers; an answer has an end token unless it had to be cut."""
+        end = [self.end] if self.end >= 0 else []
+        texts = [(*self.encode(answer, special=False), *end)[:MAX_TOKENS] for answer in answers.values()]
+        return [TokenPair(tuple(prompt), answer) for prompt, answer in zip(self.token_ids(list(answers)), texts, strict=True)]
+
+    def generate(self, prompts: Sequence[str], on_event: OnEvent = ignore) -> list[str]:
+        """Greedy answers; each ends at an end token or after `max_new_tokens`."""
+        rows = self.token_ids(prompts)
+        return [self.decode(ids).strip() for ids in self.greedy(rows, self.max_new_tokens, on_event)]
 
     def logits(self, ids: Sequence[int], start: int = 0) -> FloatArray:
-        """float32 [ids - start, vocabulary]: what the model expects after each of the ids from `start` on."""
+        """float32 [ids - start, vocabulary]: what the model predicts after each of the ids from `start` on."""
         out = np.empty((len(ids) - start, self.vocabulary), np.float32)
         with self._context(1, len(ids)) as context:
-            for first in range(0, len(ids), BATCH):
-                part = enumerate(ids[first : first + BATCH], first)
+            for first in range(0, len(ids), _BATCH):
+                part = enumerate(ids[first : first + _BATCH], first)
                 tokens = [(token, position, 0, position >= start) for position, token in part]
                 for place, row in self._step(context, tokens):
                     out[first + place - start] = row
         return out
 
-    def greedy(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sequences: int = 8, on_event: OnEvent = ignore
-    ) -> list[list[int]]:
-        """The likeliest continuation of each prompt, without the end token; `sequences` prompts run side by side."""
+    @contextmanager
+    def with_adapter(self, adapter: Path) -> Iterator[LlamaRuntime]:
+        """The same loaded model with an adapter; this runtime goes on without it.
+
+        Raises:
+            CheckpointFormatError: llama.cpp does not load the adapter.
+        """
+        other = copy.copy(self)
+        other._adapter = self._load_adapter(Path(adapter))
+        yield other
+
+    @contextmanager
+    def with_pack(self, pack: Pack) -> Iterator[LlamaRuntime]:
+        """The same loaded model with a pack as an adapter; this runtime goes on without it.
+
+        Raises:
+            BaseMismatchError: The file is not the pack's base, or holds the pack already.
+        """
+        make_plan(pack, open_model(self.path)[0])
+        with tempfile.TemporaryDirectory() as folder:
+            adapter = Path(folder) / "pack.gguf"
+            lora_gguf.write(pack, adapter, experts=self.experts)
+            with self.with_adapter(adapter) as other:
+                yield other
+
+    def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, on_event: OnEvent = ignore) -> list[list[int]]:
+        """The likeliest continuation of each prompt, without the end token; `batch` prompts run side by side."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         answers: list[list[int]] = [[] for _ in prompts]
-        for start in range(0, len(order), sequences):
-            places = order[start : start + sequences]
+        for start in range(0, len(order), self.batch):
+            places = order[start : start + self.batch]
             found = self._answer([prompts[i] for i in places], max_new_tokens)
             for place, answer in zip(places, found, strict=True):
                 answers[place] = answer
-            on_event(Event("generate", min(start + sequences, len(order)), len(order)))
+            on_event(Event("generate", min(start + self.batch, len(order)), len(order)))
         return answers
 
     def _answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
@@ -213,8 +330,8 @@ class LlamaModel:
             running = slots
             while tokens:
                 chosen: dict[int, int] = {}
-                for start in range(0, len(tokens), BATCH):
-                    part = tokens[start : start + BATCH]
+                for start in range(0, len(tokens), _BATCH):
+                    part = tokens[start : start + _BATCH]
                     chosen |= {part[place][2]: int(row.argmax()) for place, row in self._step(context, part)}
                 running = [slot for slot in running if self._take(slot, chosen[slot.number], max_new_tokens)]
                 tokens = [(slot.answer[-1], slot.position - 1, slot.number, True) for slot in running]
@@ -232,21 +349,21 @@ class LlamaModel:
     def _context(self, sequences: int, length: int) -> Iterator[Any]:
         """A context for some sequences of at most `length` tokens each."""
         library, parameters = self._library, self._library.llama_context_default_params()
-        # llama.cpp divides the cells of the cache by the sequences, and wants whole blocks of 256.
+        # llama.cpp divides the cells of the cache by the sequences; each needs whole blocks of 256.
         parameters.n_ctx = sequences * (-(-length // 256) * 256)
-        parameters.n_batch = parameters.n_ubatch = BATCH
+        parameters.n_batch = parameters.n_ubatch = _BATCH
         parameters.n_seq_max = sequences
         parameters.n_threads = parameters.n_threads_batch = self.threads
         parameters.type_k = parameters.type_v = _F32
         parameters.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
         parameters.kv_unified = False
         parameters.no_perf = True
-        _said.clear()
+        _errors.clear()
         context = library.llama_init_from_model(self._model, parameters)
         if not context:
             raise CheckpointError(f"llama.cpp cannot run {self.path}{_reason()}")
         try:
-            if self.adapted and self._adapter:
+            if self._adapter:
                 adapters = (library.llama_adapter_lora_p_ctypes * 1)(self._adapter)
                 library.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(1.0))
             yield context
@@ -254,7 +371,7 @@ class LlamaModel:
             library.llama_free(context)
 
     def _step(self, context: Any, tokens: Sequence[tuple[int, int, int, bool]]) -> Iterator[tuple[int, FloatArray]]:
-        """Computes at most BATCH (token, position, sequence, wanted); yields (place, logits) of the wanted ones."""
+        """Computes at most _BATCH (token, position, sequence, wanted); yields (place, logits) of the wanted ones."""
         library = self._library
         batch = library.llama_batch_init(len(tokens), 0, 1)
         try:
@@ -271,57 +388,3 @@ class LlamaModel:
             if wanted:
                 row = library.llama_get_logits_ith(context, place)
                 yield place, np.ctypeslib.as_array(row, shape=(self.vocabulary,))
-
-
-def _processors() -> Sequence[int]:
-    """The processors that this process may use."""
-    try:
-        return sorted(os.sched_getaffinity(0))
-    except AttributeError:  # macOS and Windows
-        return range(os.cpu_count() or 1)
-
-
-_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-"""The names that templates use -> those of GGUF files."""
-
-
-def chat_texts(model: LlamaModel, prompts: Sequence[str]) -> list[str]:
-    """What the model reads for each prompt, up to where its answer begins, by the template in its file."""
-    template = model.metadata("tokenizer.chat_template")
-    if template is None:
-        return [f"{prompt}\n" for prompt in prompts]
-    found = {name: model.token_text(key) for name, key in _TOKENS.items()}
-    render = chat_renderer(template, {name: text for name, text in found.items() if text is not None})
-    return [render(prompt) for prompt in prompts]
-
-
-def prompt_ids(model: LlamaModel, prompts: Sequence[str], limit: int) -> list[list[int]]:
-    """Token ids of the prompts in chat form; a longer one keeps its last `limit` tokens.
-
-    Raises CheckpointFormatError for a template that does not work.
-    """
-    # A chat template writes its own begin-of-text token.
-    special = model.metadata("tokenizer.chat_template") is None
-    ids = [model.encode(text, special=special)[-limit:] for text in chat_texts(model, prompts)]
-    if not all(ids):
-        raise CheckpointFormatError(f"the chat template of {model.path} makes nothing of a prompt")
-    return ids
-
-
-def with_llama(
-    model: LlamaModel,
-    max_new_tokens: int,
-    max_prompt_tokens: int = 512,
-    batch: int = 8,
-    on_event: OnEvent = ignore,
-) -> Generate:
-    """Greedy generation in llama.cpp; every answer ends at an end token or after `max_new_tokens`.
-
-    `batch` prompts run side by side, each with a KV cache of its own in F32.
-    """
-
-    def generate(prompts: Sequence[str]) -> list[str]:
-        rows = prompt_ids(model, prompts, max_prompt_tokens)
-        return [model.decode(ids).strip() for ids in model.greedy(rows, max_new_tokens, batch, on_event)]
-
-    return generate

@@ -1,14 +1,17 @@
 """An ONNX decoder in onnxruntime: logits and greedy answers. Needs onnxruntime, no torch.
 
 Takes what nestpatch, optimum, transformers.js and onnxruntime-genai export: token ids, an attention mask, positions where the
-graph wants them, and a cache that goes in as past_key_values.N.key/.value and comes out as present.N.key/.value.
+graph has such an input, and a cache that goes in as past_key_values.N.key/.value and comes out as present.N.key/.value.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -16,33 +19,38 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from nestpatch.errors import CheckpointError, CheckpointFormatError, DataError, MissingExtraError
+from nestpatch.errors import CheckpointError, CheckpointFormatError, DataError, MissingExtraError, UnsupportedModelError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.reading import MAX_JSON, read_bounded, read_text
-from nestpatch.formats.lora.onnx import MAX_GRAPH, onnx_file
+from nestpatch.formats.lora import onnx as lora_onnx
+from nestpatch.formats.lora.onnx import MAX_GRAPH, SUFFIX, onnx_file
+from nestpatch.pack import Pack
+from nestpatch.patcher.apply import apply
+from nestpatch.patcher.plan import make_plan
+from nestpatch.patcher.recovery import open_model
 from nestpatch.rows import FloatArray
-from nestpatch.runtimes.text import prompt_ids
-from nestpatch.runtimes.transformers import Generate
+from nestpatch.runtimes.text import MAX_TOKENS, IntArray, TokenPair, encode_pairs, pad_left, prompt_ids
+from nestpatch.runtimes.threads import may_spin, pick_threads, wait_passively
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IntArray: TypeAlias = npt.NDArray[np.int64]
 Cache: TypeAlias = Mapping[str, Any]
-"""Name of an input -> the OrtValue that a later step hands in there."""
+"""Name of an input -> the OrtValue that the next step passes there."""
 _PAST, _PRESENT = "past_key_values.", "present."
 _PLAIN = ("input_ids", "attention_mask", "position_ids")
 _TYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(float)": np.float32, "tensor(float16)": np.float16}
-_BATCH = 16
-"""Prompts that run side by side."""
+_PROVIDERS = {"auto": "CPU", "cpu": "CPU", "cuda": "CUDA"}
 
 
-class OnnxModel:
-    """A loaded ONNX model, with an adapter or without.
+class OnnxRuntime:
+    """A loaded ONNX decoder, as `nestpatch.runtimes.protocol.Runtime`.
 
-    `mapped`: float weights stay in their file instead of being rearranged in memory, which is better for a few runs.
-
-    Raises MissingExtraError without onnxruntime, CheckpointFormatError for files that it does not load or that are no decoder.
+    Attributes:
+        path: The .onnx file.
+        max_new_tokens: Length of an answer.
+        max_prompt_tokens: A longer prompt keeps its last tokens.
+        batch: Prompts of similar length that run side by side, padded at the left.
     """
 
     def __init__(
@@ -52,18 +60,41 @@ class OnnxModel:
         *,
         device: str = "auto",
         threads: int | None = None,
+        max_new_tokens: int = 48,
+        batch: int = 16,
         mapped: bool = False,
     ) -> None:
+        """Loads a model.
+
+        Args:
+            model: An .onnx file, or a directory with one.
+            adapter: An .onnx_adapter file that is in use from the beginning.
+            device: "auto", "cpu", "cuda", or the prefix of an execution provider's name, such as "CoreML".
+            threads: For `pick_threads`.
+            max_new_tokens: Length of an answer.
+            batch: Prompts that run side by side.
+            mapped: Leaves float weights in their file instead of rearranging them in memory: faster for a few runs.
+
+        Raises:
+            MissingExtraError: onnxruntime is not installed.
+            CheckpointFormatError: onnxruntime does not load the files, or they are no decoder.
+            DataError: This onnxruntime cannot compute on the device.
+        """
         file = onnx_file(Path(model))
         if file is None:
             raise CheckpointFormatError(
                 f"there is no ONNX model at {model}", advice="Give the directory that holds model.onnx."
             )
-        self.path = file
-        self.adapted = adapter is not None
-        """Whether the adapter is in use; may be switched."""
-        self._runtime = _runtime()
-        self._session = self._load(device, threads or _processors(), mapped=mapped)
+        self.path, self._given = file, Path(model)
+        self.max_new_tokens, self.max_prompt_tokens, self.batch = max_new_tokens, MAX_TOKENS, batch
+        wait_passively()
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise MissingExtraError("onnx", "running an ONNX model") from error
+        self._runtime: Any = onnxruntime
+        self._device, self._threads = device, pick_threads(threads)
+        self._session = self._load(mapped=mapped)
         self._adapter = self._load_adapter(Path(adapter)) if adapter is not None else None
         self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
         self._outputs = [entry.name for entry in self._session.get_outputs()]
@@ -71,7 +102,7 @@ class OnnxModel:
 
     @property
     def folder(self) -> Path:
-        """Where its configuration and its tokenizer lie."""
+        """The directory of its configuration and its tokenizer."""
         inside = self.path.parent
         return inside.parent if inside.name == "onnx" and not (inside / "config.json").is_file() else inside
 
@@ -81,14 +112,20 @@ class OnnxModel:
         size = self._session.get_outputs()[self._outputs.index("logits")].shape[-1]
         return size if isinstance(size, int) else 0
 
-    def _load(self, device: str, threads: int, *, mapped: bool) -> Any:
+    def _load(self, *, mapped: bool) -> Any:
         runtime = self._runtime
+        name = f"{_PROVIDERS.get(self._device, self._device)}ExecutionProvider"
+        if name not in runtime.get_available_providers():
+            advice = "Use --device cpu, or install onnxruntime-gpu."
+            raise DataError(f"this onnxruntime cannot run on {self._device!r}", advice=advice)
         options = runtime.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = self._threads
+        if not may_spin():
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if mapped:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        providers = _providers(runtime, device)
+        providers = list(dict.fromkeys([name, "CPUExecutionProvider"]))
         try:
             return runtime.InferenceSession(os.fspath(self.path), options, providers=providers)
         except Exception as error:  # onnxruntime's errors have no common base
@@ -105,7 +142,7 @@ class OnnxModel:
         return adapter
 
     def _check(self) -> None:
-        """Refuses graphs that want what is not known here."""
+        """Rejects graphs with inputs that are not known here."""
         odd = [name for name in self._inputs if name not in _PLAIN and not name.startswith(_PAST)]
         types = [entry.type for entry in self._inputs.values() if entry.type not in _TYPES]
         past = [entry for name, entry in self._inputs.items() if name.startswith(_PAST)]
@@ -115,14 +152,60 @@ class OnnxModel:
         if "input_ids" not in self._inputs or "logits" not in self._outputs or not past:
             reason = "it has no input_ids, no logits or no cache"
         elif odd or types or vague:
-            reason = f"it wants {(odd or types or vague)[0]}, which is not known here"
+            reason = f"it has the input {(odd or types or vague)[0]}, which is not known here"
         elif not present <= set(self._outputs):
             reason = "its cache goes in and does not come out"
         if reason is not None:
             raise CheckpointFormatError(
-                f"{self.path} is no decoder that nestpatch can run: {reason}",
+                f"{self.path} is not a decoder that nestpatch can run: {reason}",
                 advice="Export the model with `nestpatch export MODEL --to onnx`.",
             )
+
+    def _cache_shape(self, entry: Any) -> tuple[int, int] | None:
+        """(heads, width) of an input of the cache, from the graph or the files beside it; None where neither has it."""
+        if len(entry.shape) != 4:
+            return None
+        heads, width = entry.shape[1], entry.shape[3]
+        if not (isinstance(heads, int) and isinstance(width, int)):
+            # The builder of onnxruntime-genai leaves these sizes out of the graph.
+            found: Any = _read_object(self.folder / "genai_config.json")
+            for key in ("model", "decoder"):
+                found = found.get(key) if isinstance(found, dict) else None
+            known = found if isinstance(found, dict) else {}
+            heads = heads if isinstance(heads, int) else known.get("num_key_value_heads")
+            width = width if isinstance(width, int) else known.get("head_size")
+        return (heads, width) if isinstance(heads, int) and isinstance(width, int) else None
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer beside the model.
+
+        Raises:
+            MissingExtraError: transformers is not installed.
+            CheckpointFormatError: There is no tokenizer that transformers loads.
+        """
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise MissingExtraError("onnx", "running an ONNX model") from error
+        try:
+            found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(self.folder))
+        except Exception as error:  # transformers raises whatever the files provoke
+            raise CheckpointFormatError(
+                f"transformers cannot load the tokenizer of {self.folder}: {error}",
+                advice="Put tokenizer.json and tokenizer_config.json beside the ONNX model.",
+            ) from error
+        return found
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end an answer: from the files beside the model, in the order of transformers."""
+        for name in ("generation_config.json", "config.json"):
+            found = _read_object(self.folder / name).get("eos_token_id")
+            if found is not None:
+                return frozenset(found if isinstance(found, list) else [int(found)])
+        own = self.tokenizer.eos_token_id
+        return frozenset() if own is None else frozenset([int(own)])
 
     @cached_property
     def pads(self) -> bool:
@@ -137,12 +220,83 @@ class OnnxModel:
         graph = onnx.load_from_string(read_bounded(self.path, MAX_GRAPH, error=CheckpointFormatError)).graph
         return all(node.op_type != "GroupQueryAttention" for node in graph.node)
 
+    def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of the prompts in chat form; a longer one keeps its last `max_prompt_tokens`.
+
+        Raises:
+            CheckpointFormatError: The chat template does not work.
+        """
+        rows = prompt_ids(self.tokenizer, prompts, self.max_prompt_tokens)
+        if not all(rows):
+            raise CheckpointFormatError(f"the chat template of {self.folder} turns a prompt into an empty text")
+        return rows
+
+    def token_pairs(self, answers: Mapping[str, str]) -> list[TokenPair]:
+        """Token ids of prompts and answers; an answer has an end token unless it had to be cut."""
+        return encode_pairs(self.tokenizer, list(answers.items()), MAX_TOKENS, MAX_TOKENS)
+
+    def generate(self, prompts: Sequence[str], on_event: OnEvent = ignore) -> list[str]:
+        """Greedy answers; each ends at an end token or after `max_new_tokens`."""
+        found = self.greedy(self.token_ids(prompts), self.max_new_tokens, self.ends, on_event)
+        return [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in found]
+
+    def logits(self, ids: Sequence[int], start: int = 0) -> FloatArray:
+        """float32 [ids - start, vocabulary]: what the model predicts after each of the ids from `start` on."""
+        row = np.asarray([list(ids)], np.int64)
+        found: FloatArray = self.step(row, np.ones_like(row))[0][0, start:].astype(np.float32)
+        return found
+
+    @contextmanager
+    def with_adapter(self, adapter: Path) -> Iterator[OnnxRuntime]:
+        """The same loaded model with an adapter; this runtime goes on without it.
+
+        Raises:
+            CheckpointFormatError: onnxruntime does not load the adapter.
+        """
+        other = copy.copy(self)
+        other._adapter = self._load_adapter(Path(adapter))
+        yield other
+
+    @contextmanager
+    def with_pack(self, pack: Pack) -> Iterator[OnnxRuntime]:
+        """The model with a pack: as an adapter where the graph takes one, else as a temporary patched copy that is loaded too.
+
+        Raises:
+            BaseMismatchError: The model is not the pack's base, or holds the pack already.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            adapter, patched = Path(folder) / f"pack{SUFFIX}", Path(folder) / "patched"
+            try:
+                ready = lora_onnx.read_sites(self.path)
+                content = lora_onnx.parameters(pack, ready)
+                make_plan(pack, open_model(ready.file)[0])
+                lora_onnx.write(content, ready, adapter)
+            except UnsupportedModelError:  # not adapter-ready, or not for these weights
+                apply(self._given, pack, patched, trust="none", sync=False)
+                yield OnnxRuntime(
+                    patched,
+                    device=self._device,
+                    threads=self._threads,
+                    max_new_tokens=self.max_new_tokens,
+                    batch=self.batch,
+                )
+                return
+            with self.with_adapter(adapter) as other:
+                yield other
+
     def step(self, ids: IntArray, mask: IntArray, past: Cache | None = None) -> tuple[npt.NDArray[Any], Cache]:
-        """Reads ids [batch, sequence] after `past`; mask is [batch, past + sequence], 0 where tokens are padding.
+        """One run of the graph.
 
-        Returns (logits [batch, sequence, vocabulary] in the graph's dtype, what to hand in next).
+        Args:
+            ids: int64 [batch, sequence], the tokens after `past`.
+            mask: int64 [batch, past + sequence], 0 where tokens are padding.
+            past: The cache of the step before.
 
-        Raises CheckpointError when onnxruntime fails.
+        Returns:
+            (logits [batch, sequence, vocabulary] in the graph's dtype, the cache for the next step).
+
+        Raises:
+            CheckpointError: onnxruntime fails.
         """
         runtime = self._runtime
         positions = np.clip(mask.cumsum(-1) - 1, 0, None)[:, -ids.shape[1] :]
@@ -153,8 +307,8 @@ class OnnxModel:
                 content = np.ascontiguousarray(given[name], _TYPES[self._inputs[name].type])
                 feed[name] = runtime.OrtValue.ortvalue_from_numpy(content)
         how = runtime.RunOptions()
-        how.log_severity_level = 4  # what goes wrong is raised
-        if self._adapter is not None and self.adapted:
+        how.log_severity_level = 4  # errors are raised
+        if self._adapter is not None:
             how.add_active_adapter(self._adapter)
         try:
             values = dict(zip(self._outputs, self._session.run_with_ort_values(self._outputs, feed, how), strict=True))
@@ -172,36 +326,23 @@ class OnnxModel:
                 found[name] = self._runtime.OrtValue.ortvalue_from_numpy(content)
         return found
 
-    def _cache_shape(self, entry: Any) -> tuple[int, int] | None:
-        """(heads, width) of an input of the cache, as the graph says or the files beside it; None where nothing does."""
-        if len(entry.shape) != 4:
-            return None
-        sizes: list[Any] = [entry.shape[1], entry.shape[3]]
-        if not all(isinstance(size, int) for size in sizes):
-            said = _genai_decoder(self.folder)
-            known = said.get("num_key_value_heads"), said.get("head_size")
-            sizes = [size if isinstance(size, int) else other for size, other in zip(sizes, known, strict=True)]
-        heads, width = sizes
-        return (heads, width) if isinstance(heads, int) and isinstance(width, int) else None
-
-    def logits(self, ids: Sequence[int], start: int = 0) -> FloatArray:
-        """float32 [ids - start, vocabulary]: what the model expects after each of the ids from `start` on."""
-        row = np.asarray([list(ids)], np.int64)
-        found: FloatArray = self.step(row, np.ones_like(row))[0][0, start:].astype(np.float32)
-        return found
-
     def greedy(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        ends: Collection[int],
-        sequences: int = _BATCH,
-        on_event: OnEvent = ignore,
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int], on_event: OnEvent = ignore
     ) -> list[list[int]]:
-        """The likeliest continuation of each prompt, up to `max_new_tokens` or one of `ends`, which is its last token then."""
+        """The likeliest continuations.
+
+        Args:
+            prompts: Token ids of each prompt.
+            max_new_tokens: Length of a continuation.
+            ends: Tokens that end one; the one that does is its last token.
+            on_event: Receives the progress.
+
+        Returns:
+            The new token ids of each prompt.
+        """
         answers: list[list[int]] = [[] for _ in prompts]
         done = 0
-        for places in self._batches(prompts, sequences):
+        for places in self._batches(prompts):
             found = self._answer([prompts[i] for i in places], max_new_tokens, ends)
             for place, answer in zip(places, found, strict=True):
                 answers[place] = answer
@@ -209,13 +350,13 @@ class OnnxModel:
             on_event(Event("generate", done, len(prompts)))
         return answers
 
-    def _batches(self, prompts: Sequence[Sequence[int]], sequences: int) -> list[list[int]]:
+    def _batches(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """Which prompts run together, by their places: similar lengths, or equal ones where nothing may be padded."""
         batches: list[list[int]] = []
         for place in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
             last = batches[-1] if batches else []
             fits = self.pads or (last and len(prompts[last[0]]) == len(prompts[place]))
-            if last and fits and len(last) < sequences:
+            if last and fits and len(last) < self.batch:
                 last.append(place)
             else:
                 batches.append([place])
@@ -239,7 +380,7 @@ class OnnxModel:
         return answers
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty where there is no file. Raises CheckpointFormatError for a broken one."""
     try:
         value = json.loads(read_text(path, MAX_JSON, error=CheckpointFormatError))
@@ -248,98 +389,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointFormatError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointFormatError(f"{path} holds no object")
+        raise CheckpointFormatError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
-
-
-def _genai_decoder(folder: Path) -> dict[str, Any]:
-    """What genai_config.json says of the decoder; its builder leaves sizes of the cache out of the graph."""
-    value: Any = read_json(folder / "genai_config.json")
-    for key in ("model", "decoder"):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value if isinstance(value, dict) else {}
-
-
-def pad_left(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[IntArray, IntArray]:
-    """(ids, mask): int64 [rows, longest], padded at the left so that all prompts end together."""
-    width = max(map(len, rows))
-    ids = np.asarray([[pad] * (width - len(row)) + list(row) for row in rows], np.int64)
-    mask = np.asarray([[0] * (width - len(row)) + [1] * len(row) for row in rows], np.int64)
-    return ids, mask
-
-
-def _runtime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingExtraError("onnx", "running an ONNX model") from error
-    return onnxruntime
-
-
-def _providers(runtime: Any, device: str) -> list[str]:
-    """What may compute, best first. Raises DataError for a device that this onnxruntime has no part for."""
-    wanted = {"auto": "CPU", "cpu": "CPU", "cuda": "CUDA"}.get(device, device)
-    name = f"{wanted}ExecutionProvider"
-    if name not in runtime.get_available_providers():
-        raise DataError(f"this onnxruntime cannot run on {device!r}", advice="Use --device cpu, or install onnxruntime-gpu.")
-    return [name] if wanted == "CPU" else [name, "CPUExecutionProvider"]
-
-
-def _processors() -> int:
-    """How many processors this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS and Windows
-        return os.cpu_count() or 1
-
-
-def load_tokenizer(model: OnnxModel) -> PreTrainedTokenizerBase:
-    """The tokenizer beside an ONNX model.
-
-    Raises MissingExtraError without transformers, CheckpointFormatError when there is none.
-    """
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise MissingExtraError("onnx", "running an ONNX model") from error
-    try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(model.folder))
-    except Exception as error:  # transformers raises whatever the files provoke
-        raise CheckpointFormatError(
-            f"transformers cannot load the tokenizer of {model.folder}: {error}",
-            advice="Put tokenizer.json and tokenizer_config.json beside the ONNX model.",
-        ) from error
-    return found
-
-
-def ends_of(model: OnnxModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end an answer, as the files beside the model say, in the order in which transformers asks them."""
-    for name in ("generation_config.json", "config.json"):
-        found = read_json(model.folder / name).get("eos_token_id")
-        if found is not None:
-            return frozenset(found if isinstance(found, list) else [int(found)])
-    return frozenset() if tokenizer.eos_token_id is None else frozenset([int(tokenizer.eos_token_id)])
-
-
-def with_onnx(
-    model: OnnxModel,
-    tokenizer: PreTrainedTokenizerBase,
-    max_new_tokens: int,
-    max_prompt_tokens: int = 512,
-    batch: int = 16,
-    on_event: OnEvent = ignore,
-) -> Generate:
-    """Greedy generation in onnxruntime; every answer ends at an end token or after `max_new_tokens`.
-
-    `batch` prompts of similar length run side by side, padded at the left.
-    """
-    ends = ends_of(model, tokenizer)
-
-    def generate(prompts: Sequence[str]) -> list[str]:
-        rows = prompt_ids(tokenizer, prompts, max_prompt_tokens)
-        if not all(rows):
-            raise CheckpointFormatError(f"the chat template of {model.folder} makes nothing of a prompt")
-        answers = model.greedy(rows, max_new_tokens, ends, batch, on_event)
-        return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
-
-    return generate

@@ -1,130 +1,81 @@
-"""The model under training: loading it, its chat format, and where its feed-forward neurons are."""
+"""Models in transformers: finding and loading them, greedy answers, logits, and a pack merged in memory."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
+from nestpatch.errors import CheckpointFormatError, DataError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.reading import MAX_JSON, open_regular
-from nestpatch.formats.checkpoint import Checkpoint, row_blocks
-from nestpatch.formats.gguf.names import expert_of
 from nestpatch.formats.safetensors import SINGLE
+from nestpatch.hub.client import parse_reference
 from nestpatch.pack import Pack
-from nestpatch.patcher.plan import make_plan
-from nestpatch.rows import merge
-from nestpatch.runtimes.text import IGNORED, pad_left, prompt_ids
+from nestpatch.patcher.recovery import open_model
+from nestpatch.rows import FloatArray
+from nestpatch.runtimes.text import IGNORED, MAX_TOKENS, TokenPair, encode_pairs, pad_left, prompt_ids
+from nestpatch.runtimes.threads import wait_passively
+from nestpatch.runtimes.weights import merged_parameters, swapped_in
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FETCHED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-"""What of a Hub repository is needed: no weights of other formats."""
-READ_WHOLE = (".json", ".model", ".jinja", ".txt")
+_FETCHED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+"""The files of a Hub repository that are needed: no weights of other formats."""
+_READ_WHOLE = (".json", ".model", ".jinja", ".txt")
 """Endings of the files that transformers reads into memory."""
-
-
-@dataclass(frozen=True)
-class MlpKind:
-    """A family of feed-forward blocks by the names of its Linear children.
-
-    `inputs` produce the neurons (a fused one holds `fused` of them stacked, gate first); `output` consumes their activation.
-    """
-
-    inputs: tuple[str, ...]
-    output: str
-    fused: int = 1
-
-
-MLP_KINDS = (
-    MlpKind(("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma
-    MlpKind(("gate_up_proj",), "down_proj", fused=2),  # Phi-3, GLM
-    MlpKind(("c_fc",), "c_proj"),  # GPT-Neo (GPT-2's Conv1D stores rows and columns swapped: not supported)
-    MlpKind(("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, Falcon
-    MlpKind(("fc1",), "fc2"),  # OPT, Phi-2
-    MlpKind(("fc_in",), "fc_out"),  # GPT-J, CodeGen
-)
-
-
-@dataclass(frozen=True, eq=False)
-class Projection:
-    """One Linear that makes neurons, and its weight's name in the model."""
-
-    parent: nn.Module
-    attribute: str
-    weight_name: str
-    parts: int
-    """How many stacked matrices the weight holds: neuron n has rows n, n + neurons, ..."""
-
-    @property
-    def linear(self) -> Any:
-        return getattr(self.parent, self.attribute)
-
-
-@dataclass(frozen=True, eq=False)
-class MlpBlock:
-    """One layer's feed-forward block."""
-
-    layer: int
-    name: str
-    neurons: int
-    projections: tuple[Projection, ...]
-    output: nn.Module
-
-
-def find_mlps(model: nn.Module) -> tuple[MlpBlock, ...]:
-    """The feed-forward blocks in the order of the layers.
-
-    Raises UnsupportedModelError when there is none of MLP_KINDS made of Linear layers.
-    """
-    from torch import nn
-
-    blocks: list[MlpBlock] = []
-    for name, module in model.named_modules():
-        children = dict(module.named_children())
-        for kind in MLP_KINDS:
-            needed = (*kind.inputs, kind.output)
-            if not all(isinstance(children.get(child), nn.Linear) for child in needed):
-                continue
-            output = children[kind.output]
-            projections = tuple(
-                Projection(module, child, f"{name}.{child}.weight".lstrip("."), kind.fused) for child in kind.inputs
-            )
-            blocks.append(MlpBlock(len(blocks), name, int(output.in_features), projections, output))
-    if not blocks:
-        classes = sorted({type(m).__name__ for n, m in model.named_modules() if re.search(r"mlp|feed|ffn|fc", n.lower())})
-        found = f"; what looks like one is made of {', '.join(classes)}" if classes else ""
-        raise UnsupportedModelError(f"{type(model).__name__} has no feed-forward block that nestpatch knows{found}")
-    return tuple(blocks)
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".gguf", ".nest")
 
 
 def pick_device(wanted: str) -> tuple[str, str]:
-    """(device, reason)."""
+    """Chooses where PyTorch computes.
+
+    Args:
+        wanted: "auto", or a device of PyTorch such as "cpu", "cuda", "cuda:1" or "mps".
+
+    Returns:
+        (device, reason).
+
+    Raises:
+        DataError: PyTorch cannot compute on that device here.
+    """
     import torch
 
-    if wanted != "auto":
-        return wanted, "asked for"
-    if torch.cuda.is_available():
-        return "cuda", f"{torch.cuda.get_device_name()} found"
-    if torch.backends.mps.is_available():
-        return "mps", "Apple GPU found"
-    return "cpu", "no GPU found"
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return "cuda", f"{torch.cuda.get_device_name()} found"
+        if torch.backends.mps.is_available():
+            return "mps", "Apple GPU found"
+        return "cpu", "no GPU found"
+    try:
+        torch.zeros(1, device=wanted).item()
+    except Exception as error:  # PyTorch's errors of devices and drivers have no common base
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise DataError(
+            f"PyTorch cannot compute on the device {wanted!r} here: {reason}",
+            advice="Use --device cpu, or install a PyTorch that supports this device.",
+        ) from error
+    return wanted, "asked for"
 
 
 def pick_dtype(wanted: str, device: str) -> tuple[str, str]:
-    """(torch dtype name, reason)."""
+    """Chooses in which type PyTorch computes.
+
+    Args:
+        wanted: "auto", or the name of a torch dtype.
+        device: From `pick_device`.
+
+    Returns:
+        (torch dtype name, reason).
+    """
     if wanted != "auto":
         return wanted, "asked for"
     if device == "cpu":
@@ -134,7 +85,13 @@ def pick_dtype(wanted: str, device: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class ModelLocation:
-    """Where a model lies on this machine, and where it came from."""
+    """Where a model is on this machine, and where it came from.
+
+    Attributes:
+        path: A directory or file.
+        model_id: The Hub id, or the name of the directory.
+        revision: The commit of the Hub; empty for a local model.
+    """
 
     path: Path
     model_id: str
@@ -142,31 +99,39 @@ class ModelLocation:
 
 
 def locate(model: str | Path) -> ModelLocation:
-    """Finds a model directory, or fetches a Hub id ("user/model" or "user/model@revision") into the Hub cache.
+    """Finds a model, or fetches it from the Hub into the Hub's cache.
 
-    Raises CheckpointFormatError when it is neither.
+    Args:
+        model: A directory or file, or a Hub id: "owner/name", "owner/name@revision".
+
+    Returns:
+        Its place on this machine.
+
+    Raises:
+        CheckpointFormatError: It is neither.
     """
-    path = Path(model)
-    if path.exists():
-        return ModelLocation(path, path.resolve().name)
+    # os.path answers no where Path.exists raises.
+    if os.path.exists(model):  # noqa: PTH110
+        return ModelLocation(Path(model), Path(model).resolve().name)
+    reference = parse_reference(str(model))
+    if reference is None or Path(model).suffix in (".gguf", ".onnx", ".safetensors"):
+        raise CheckpointFormatError(
+            f"there is no model at {model}", advice="Check the path. A model of the Hub is named owner/name[@revision]."
+        )
     from huggingface_hub import snapshot_download
 
-    name, _, revision = str(model).partition("@")
     try:
-        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=FETCHED))
+        folder = Path(snapshot_download(reference.repo_id, revision=reference.revision, allow_patterns=_FETCHED))
     except Exception as error:  # the Hub client raises network, validation and HTTP errors of many kinds
         raise CheckpointFormatError(
             f"there is no model directory {model}, and the Hub gave none: {error}", advice="Check the path or the Hub id."
         ) from error
-    return ModelLocation(folder, name, folder.name)
+    return ModelLocation(folder, reference.repo_id, folder.name)
 
 
 @contextmanager
-def model_directory(path: Path) -> Iterator[Path]:
-    """A directory that transformers can load: the path itself, or for a weight file its config and tokenizer with that file.
-
-    Raises CheckpointFormatError when a weight file has no config.json beside it.
-    """
+def _model_directory(path: Path) -> Iterator[Path]:
+    """A directory that transformers can load: the path itself, or for a weight file its config and tokenizer with that file."""
     if path.is_dir():
         yield path
         return
@@ -176,7 +141,7 @@ def model_directory(path: Path) -> Iterator[Path]:
         )
     with tempfile.TemporaryDirectory() as folder:
         for file in path.parent.iterdir():
-            if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".gguf", ".nest")):
+            if file.is_file() and not file.name.endswith(_WEIGHTS):
                 _link(file, Path(folder) / file.name)
         _link(path, Path(folder) / SINGLE)
         yield Path(folder)
@@ -190,9 +155,16 @@ def _link(file: Path, target: Path) -> None:
 
 
 def require_bounded(folder: Path) -> None:
-    """Raises CheckpointFormatError for files beside the weights that are none, or too long: transformers reads them whole."""
+    """Checks the files beside the weights, which transformers reads whole.
+
+    Args:
+        folder: The model directory.
+
+    Raises:
+        CheckpointFormatError: One is not a regular file, or is too long.
+    """
     for file in sorted(folder.iterdir()):
-        if file.suffix in READ_WHOLE and os.path.lexists(file.resolve()):
+        if file.suffix in _READ_WHOLE and os.path.lexists(file.resolve()):
             with open_regular(file, error=CheckpointFormatError) as opened:
                 size = os.fstat(opened.fileno()).st_size
             if size > MAX_JSON:
@@ -200,14 +172,24 @@ def require_bounded(folder: Path) -> None:
 
 
 def load_model(source: Path, device: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a model directory or a weight file beside its config, frozen and in evaluation mode.
+    """Loads a model, frozen and in evaluation mode.
 
-    Raises CheckpointFormatError when transformers cannot load it.
+    Args:
+        source: A model directory, or a weight file beside its config.
+        device: Where it computes.
+        dtype: Name of a torch dtype.
+
+    Returns:
+        (model, tokenizer); the tokenizer pads at the left.
+
+    Raises:
+        CheckpointFormatError: transformers cannot load it.
     """
+    wait_passively()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with model_directory(source) as folder:
+    with _model_directory(source) as folder:
         require_bounded(folder)
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder))
@@ -226,139 +208,143 @@ def load_model(source: Path, device: str, dtype: str) -> tuple[PreTrainedModel, 
     return model, tokenizer
 
 
-Generate: TypeAlias = Callable[[Sequence[str]], list[str]]
-"""Prompts in, answers out, in the same order."""
-
-
-def with_transformers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    max_new_tokens: int,
-    max_prompt_tokens: int = 512,
-    batch: int = 64,
-    on_event: OnEvent = ignore,
-) -> Generate:
-    """Greedy generation in transformers; every answer ends at the end token or after `max_new_tokens`."""
-    import torch
-    from transformers import GenerationConfig
-
-    stop = model.generation_config.eos_token_id if model.generation_config else None
-    # A config of our own: a shipped one may ask for sampling, penalties or beams.
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=stop if stop is not None else tokenizer.eos_token_id,
-    )
-
-    def generate(prompts: Sequence[str]) -> list[str]:
-        rows = prompt_ids(tokenizer, prompts, max_prompt_tokens)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        answers = [""] * len(rows)
-        for start in range(0, len(order), batch):
-            places = order[start : start + batch]
-            ids, mask = pad_left([rows[i] for i in places], tokenizer.pad_token_id, model.device)
-            with torch.inference_mode():
-                out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
-            texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-            for place, text in zip(places, texts, strict=True):
-                answers[place] = text.strip()
-            on_event(Event("generate", min(start + batch, len(order)), len(order)))
-        return answers
-
-    return generate
-
-
-# transformers stacks the matrices of single experts while loading: part of the name on disk -> (stack, which half of it).
-_STACKS = {
-    "gate_proj": ("gate_up_proj", 0), "w1": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "w3": ("gate_up_proj", 1),
-    "down_proj": ("down_proj", None), "w2": ("down_proj", None),
-}  # fmt: skip
-
-
-def fold(model: PreTrainedModel, checkpoint: Checkpoint, pack: Pack, strength: float = 1.0, *, rounded: bool = True) -> None:
-    """Changes the weights of `model`, which was loaded from `checkpoint`: merged in the dtype on disk, then converted as
-    loading converts. Without `rounded`, the change is added as an adapter adds it, to float32 values.
-
-    Raises BaseMismatchError when the checkpoint is not the pack's base.
-    """
-    import torch
-
-    plan = make_plan(pack, checkpoint, strength)
-    parameters = _by_name_on_disk(model, checkpoint)
-    for tensor in plan.tensors:
-        name = tensor.delta.name
-        matrix = _matrix(name, parameters)
-        for part in row_blocks(tensor.delta.neurons, tensor.info.row_bytes):
-            rows = tensor.delta.rows[part].astype(np.int64)
-            stored = checkpoint.read_rows(name, rows)
-            places = torch.from_numpy(rows).to(matrix.device)
-            if not same_weights(stored, matrix[places]):
-                raise CheckpointFormatError(f"tensor {name} of {checkpoint.path} is not the weight that transformers loaded")
-            change = tensor.delta.dense(part.start, part.stop)
-            merged = merge(stored if rounded else stored.astype(np.float32), change, strength)
-            with torch.no_grad():
-                matrix[places] = torch.from_numpy(merged.astype(np.float32)).to(matrix.device, matrix.dtype)
-
-
-def _by_name_on_disk(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    parameters: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        try:
-            parameters[disk_name(name, checkpoint)] = parameter
-        except CheckpointFormatError:  # not on disk under its own name: experts that were stacked while loading
-            parameters.setdefault(name, parameter)
-    return parameters
-
-
-def _matrix(name: str, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A view [rows, in_features] of what a tensor on disk became."""
-    if name in parameters:
-        parameter = parameters[name]
-        return parameter.view(-1, parameter.shape[-1])
-    expert = expert_of(name)
-    if expert is not None and expert[2] in _STACKS:
-        stack, half = _STACKS[expert[2]]
-        layer = re.search(r"\.\d+\.", name)
-        ending = f".experts.{stack}"
-        fits = [p for other, p in parameters.items() if layer and layer[0] in other and other.endswith(ending)]
-        if len(fits) == 1 and fits[0].ndim == 3 and expert[1] < len(fits[0]):
-            matrix = fits[0][expert[1]]
-            return matrix if half is None else matrix.chunk(2)[half]
-    raise CheckpointFormatError(f"the loaded model has no parameter for {name}")
-
-
-def disk_name(weight: str, checkpoint: Checkpoint) -> str:
-    """The name on disk of a parameter: the same, or the same without or with the model's own prefix.
-
-    Raises CheckpointFormatError when none or several tensors fit.
-    """
-    names = checkpoint.tensors()
-    if weight in names:
-        return weight
-    fits = [name for name in names if weight.endswith(f".{name}") or name.endswith(f".{weight}")]
-    if len(fits) != 1:
-        found = ", ".join(fits) or "none"
-        raise CheckpointFormatError(
-            f"{checkpoint.path} has no tensor for the parameter {weight} (candidates: {found})",
-            advice="transformers renames this model's weights while loading, which nestpatch cannot follow.",
-        )
-    return fits[0]
-
-
-def same_weights(stored: Any, parameter: torch.Tensor) -> bool:
-    """Whether rows on disk are the model's own, after the conversion that loading made."""
-    import torch
-
-    # Through float32: every stored dtype widens to it exactly, and it narrows as loading does.
-    loaded = torch.from_numpy(stored.astype(np.float32)).to(parameter.dtype)
-    return torch.equal(loaded, parameter.cpu())
-
-
 def answer_logits(model: PreTrainedModel, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> tuple[Any, Any]:
-    """Float32 logits [answer tokens, vocabulary] and their labels [answer tokens]."""
+    """The logits from which the answers of a batch are predicted.
+
+    Args:
+        model: A loaded model.
+        batch: (ids, mask, labels) of `collate`.
+
+    Returns:
+        (logits, labels): float32 [answer tokens, vocabulary] and int64 [answer tokens].
+    """
     ids, mask, labels = batch
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
     wanted = labels[:, 1:] != IGNORED
     return logits[wanted].float(), labels[:, 1:][wanted]
+
+
+@dataclass(frozen=True, eq=False)
+class TransformersRuntime:
+    """A model in transformers, as `nestpatch.runtimes.protocol.Runtime`.
+
+    Attributes:
+        model: The loaded model.
+        tokenizer: Its tokenizer; pads at the left.
+        max_new_tokens: Length of an answer.
+        max_prompt_tokens: A longer prompt keeps its last tokens.
+        batch: Prompts that run together.
+        path: The model on disk, which a pack is merged with; None: no pack can be attached.
+        active: Entered while the model computes: puts other weights in, and takes them out again.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_new_tokens: int = 48
+    max_prompt_tokens: int = MAX_TOKENS
+    batch: int = 64
+    path: Path | None = None
+    active: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    @classmethod
+    def load(
+        cls, path: Path, *, device: str = "auto", dtype: str = "auto", threads: int | None = None, max_new_tokens: int = 48
+    ) -> TransformersRuntime:
+        """Loads a model.
+
+        Args:
+            path: A model directory, or a weight file beside its config.
+            device: For `pick_device`.
+            dtype: For `pick_dtype`.
+            threads: Threads of PyTorch, for the whole process; None leaves PyTorch's own number, which OMP_NUM_THREADS sets.
+            max_new_tokens: Length of an answer.
+
+        Returns:
+            The runtime.
+
+        Raises:
+            CheckpointFormatError: transformers cannot load it.
+            DataError: PyTorch cannot compute on the device.
+        """
+        wait_passively()
+        import torch
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        device = pick_device(device)[0]
+        model, tokenizer = load_model(path, device, pick_dtype(dtype, device)[0])
+        return cls(model, tokenizer, max_new_tokens, path=path)
+
+    def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of the prompts in chat form."""
+        return prompt_ids(self.tokenizer, prompts, self.max_prompt_tokens)
+
+    def token_pairs(self, answers: Mapping[str, str]) -> list[TokenPair]:
+        """Token ids of prompts and answers."""
+        return encode_pairs(self.tokenizer, list(answers.items()), MAX_TOKENS, MAX_TOKENS)
+
+    def generate(self, prompts: Sequence[str], on_event: OnEvent = ignore) -> list[str]:
+        """Greedy answers; each ends at the end token or after `max_new_tokens`."""
+        import torch
+        from transformers import GenerationConfig
+
+        stop = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        # A config of our own: a shipped one may ask for sampling, penalties or beams.
+        config = GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=stop if stop is not None else self.tokenizer.eos_token_id,
+        )
+        rows = self.token_ids(prompts)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        answers = [""] * len(rows)
+        for start in range(0, len(order), self.batch):
+            places = order[start : start + self.batch]
+            padded = pad_left([rows[i] for i in places], int(self.tokenizer.pad_token_id))
+            ids, mask = (torch.from_numpy(part).to(self.model.device) for part in padded)
+            with self.active(), torch.inference_mode():
+                out = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+            texts = self.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+            for place, text in zip(places, texts, strict=True):
+                answers[place] = text.strip()
+            on_event(Event("generate", min(start + self.batch, len(order)), len(order)))
+        return answers
+
+    def logits(self, ids: Sequence[int], start: int = 0) -> FloatArray:
+        """float32 [ids - start, vocabulary]: what the model predicts after each of the ids from `start` on."""
+        import torch
+
+        with self.active(), torch.inference_mode():
+            found = self.model(torch.tensor([list(ids)], device=self.model.device)).logits[0, start:]
+        rows: FloatArray = found.float().cpu().numpy()
+        return rows
+
+    def batch_logits(self, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """`answer_logits` of the model with its active weights: a batch at once, and on its device."""
+        import torch
+
+        with self.active(), torch.inference_mode():
+            found: torch.Tensor = answer_logits(self.model, batch)[0]
+        return found
+
+    @contextmanager
+    def with_pack(self, pack: Pack) -> Iterator[TransformersRuntime]:
+        """The same loaded model with a pack merged in memory; this runtime goes on without it.
+
+        Raises:
+            BaseMismatchError: The model is not the pack's base.
+            DataError: The runtime has no model on disk.
+        """
+        if self.path is None:
+            raise DataError(f"{pack.label} cannot be merged into a model that is in memory alone")
+        parts = list(merged_parameters(self.model, open_model(self.path)[0], pack))
+        yield replace(self, active=partial(swapped_in, parts))
+
+    def with_adapter(self, adapter: Path) -> AbstractContextManager[TransformersRuntime]:
+        """Raises DataError: adapter files are for llama.cpp and onnxruntime."""
+        raise DataError(
+            f"the adapter {adapter} goes with a .gguf or an ONNX model",
+            advice="Give the pack itself: nestpatch eval MODEL PACK",
+        )

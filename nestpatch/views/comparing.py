@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from nestpatch.views.console import escape, fact_grid, out, size
+from nestpatch.views.console import escape, fact_grid, out, size, table_of
 
 if TYPE_CHECKING:
     from nestpatch.compare._packs import PackDiff
@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 def show_diff(found: CheckpointDiff | PackDiff | Extracted) -> None:
-    """What differs between two models or packs, and the pack that was made of it."""
+    """Shows what differs between two models or two packs.
+
+    Args:
+        found: The difference, or the pack that was extracted from one.
+    """
     from nestpatch.compare._packs import PackDiff
     from nestpatch.compare.diff import CheckpointDiff
 
@@ -42,7 +46,7 @@ def _show_checkpoint_diff(found: CheckpointDiff) -> None:
         sides = " and ".join(filter(None, (odd.a, odd.b)))
         out.print(f"  {escape(odd.name)}: {escape(odd.what)} {escape(sides)}")
     if len(found.mismatches) > 10:
-        out.print(f"  and {len(found.mismatches) - 10} more tensors that are not alike")
+        out.print(f"  and {len(found.mismatches) - 10} more tensors of other shapes, types or names")
     if found.changed:
         out.print(_changed_tensors(found))
     for stack in dict.fromkeys(layer.stack for layer in found.layers):
@@ -50,9 +54,7 @@ def _show_checkpoint_diff(found: CheckpointDiff) -> None:
 
 
 def _changed_tensors(found: CheckpointDiff, most: int = 40) -> Table:
-    table = Table("tensor", box=None, pad_edge=False, header_style="dim")
-    for title in ("rows", "of", "relative norm", "largest"):
-        table.add_column(title, justify="right")
+    table = table_of("tensor", "rows", "of", "relative norm", "largest")
     table.add_column("first rows")
     for tensor in found.changed[:most]:
         first = ", ".join(map(str, tensor.first_rows)) + (", .." if tensor.changed > len(tensor.first_rows) else "")
@@ -68,18 +70,18 @@ def _number(value: float | None) -> str:
 
 
 def _strip(stack: str, layers: list[LayerChange]) -> str:
-    """One character per layer: the darker, the more rows of it changed."""
-    # A pipe may be ASCII, and must not break on a picture.
+    """One character for each layer: the darker, the more rows of it changed."""
+    # stdout may be ASCII.
     shades = "·░▒▓█" if out.encoding.lower().startswith("utf") else ".-+*#"
     most = max(layer.changed for layer in layers)
-    # Rounded up, so that a single row shows.
+    # Rounded up, so that a single changed row is visible.
     cells = "".join(shades[-(-4 * layer.changed // most) if most else 0] for layer in layers)
     legend = f"layers {layers[0].layer} to {layers[-1].layer}, {shades[-1]} = {most} rows" if most else "no layer changed"
     return f"{escape(stack or 'layers')}  {cells}  [dim]{legend}[/]"
 
 
 def _show_pack_diff(found: PackDiff) -> None:
-    """What an update changes."""
+    """Shows what an update from one pack to the other changes."""
     out.print(f"[bold]{escape(found.a)}[/] to [bold]{escape(found.b)}[/]{': the same pack' if found.identical else ''}")
     grid = fact_grid()
     grid.add_row("ids", f"sha256 {escape(found.ids[0])}\nsha256 {escape(found.ids[1])}")
@@ -90,15 +92,13 @@ def _show_pack_diff(found: PackDiff) -> None:
     }
     grid.add_row("base", base[found.same_base])
     for field in found.fields:
-        # Of the evaluation only the headline numbers; --json has all.
+        # Of the evaluation only the headline numbers; --json has all of it.
         if field.field.startswith("evaluation.") and (".suites." in field.field or not field.field.endswith(".value")):
             continue
         sides = ["nothing" if side in (None, "") else escape(str(side)[:200]) for side in (field.a, field.b)]
         grid.add_row(escape(field.field), " [dim]to[/] ".join(sides))
     out.print(grid)
-    table = Table("tensor", box=None, pad_edge=False, header_style="dim")
-    for title in ("rows kept", "added", "removed", "with other deltas", "relative norm", "clusters"):
-        table.add_column(title, justify="right")
+    table = table_of("tensor", "rows kept", "added", "removed", "with other deltas", "relative norm", "clusters")
     for tensor in found.tensors:
         counts = tensor.kept, tensor.added, tensor.removed, tensor.changed
         clusters = f"{tensor.clusters[0]} to {tensor.clusters[1]}"

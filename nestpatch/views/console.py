@@ -6,6 +6,7 @@ others.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -16,47 +17,48 @@ from rich.table import Table
 from nestpatch.plain import lines, one_line
 
 if TYPE_CHECKING:
-    from nestpatch.evaluation.statistics import Share
+    from nestpatch.evaluation.suites import Share
 
 _NOTHING = "[none][/none]"
 """Markup without effect."""
 
 
 class _Console(Console):
-    """Lets no control character of a text through, should `escape` have been forgotten. rich's own are marked as such."""
+    """Escapes the control characters of every text, in case `escape` was forgotten. Those of rich are marked as its own."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """The parts of what is printed."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(lines(segment.text), segment.style)
 
 
 out = _Console(highlight=False, soft_wrap=True, emoji=False)
+"""stdout: results."""
 err = _Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
-if not out.is_terminal:
-    # Into a file or a pipe: nothing to fit into.
+"""stderr: progress, messages and errors."""
+if not out.is_terminal and "COLUMNS" not in os.environ:
+    # A file or a pipe has no width to fit into.
     out.width = 160
 
 
 def escape(value: object) -> str:
-    """Foreign text made harmless, for text with markup: one line, nothing that drives the terminal, and no markup of its own.
+    """Makes foreign text safe inside a text with markup: one line, no control characters, no markup of its own.
 
     rich's own function leaves an open bracket that begins no tag, and the next text may end it.
+
+    Args:
+        value: What is shown; its text is taken.
+
+    Returns:
+        Markup that shows the text as it is.
     """
     text = one_line(value).replace("[", f"[{_NOTHING}")
     body = text.rstrip("\\")
-    # Before a tag two backslashes mean one.
+    # Before a tag, rich reads two backslashes as one.
     return body + ("\\" * 2 * (len(text) - len(body)) + _NOTHING if body != text else "")
 
 
-def escape_lines(value: object) -> str:
-    """The same for what may have several lines: all but the first are indented, so that none looks like one of ours."""
-    first, *others = str(value).split("\n")
-    return "\n".join([escape(first), *(escape(line if line.startswith("  ") else f"  {line}") for line in others)])
-
-
 def size(nbytes: float) -> str:
-    """Bytes as people read them, in powers of 1000."""
+    """Bytes for people, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
@@ -65,18 +67,42 @@ def size(nbytes: float) -> str:
 
 
 def percent(share: Share) -> str:
-    """A share with its interval."""
+    """A share with its interval and its counts."""
     low, high = share.interval
     return f"{share.value:6.1%}  [dim]{low:.1%} to {high:.1%}, {share.count} of {share.total}[/dim]"
 
 
 def fact_grid() -> Table:
+    """An empty table of facts: a name, a value. Values that are too long continue on the next line."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
     return grid
 
 
+def table_of(first: str, *numbers: str) -> Table:
+    """An empty table.
+
+    Args:
+        first: Title of the column of names, which continue on the next line where they are too long.
+        numbers: Titles of the columns after it, which hold numbers.
+    """
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column(first, overflow="fold")
+    for title in numbers:
+        table.add_column(title, justify="right")
+    return table
+
+
 def show_error(error: Exception, advice: str) -> None:
-    """A named error, its reason and the way out."""
-    err.print(f"[bold red]{type(error).__name__}[/]: {escape_lines(error)}")
+    """Shows an error on stderr.
+
+    Args:
+        error: Its class is shown, and its text as the reason.
+        advice: What to do about it.
+    """
+    first, *others = str(error).split("\n")
+    # A reason of several lines is indented, so that no line of it looks like one of nestpatch.
+    reason = "\n".join([escape(first), *(escape(line if line.startswith("  ") else f"  {line}") for line in others)])
+    err.print(f"[bold red]{type(error).__name__}[/]: {reason}")
     err.print(f"[bold]What to do[/]: {escape(advice)}")

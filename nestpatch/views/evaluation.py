@@ -22,16 +22,22 @@ HEADLINES = {
 
 
 def evaluation_table(columns: Mapping[str, Scores]) -> Table:
-    """Models side by side: the headline numbers, then every suite."""
+    """Models side by side: the headline numbers, then every suite.
+
+    Args:
+        columns: Title of a column -> the numbers of a model. All models ran the same suites.
+    """
     table = Table("", *map(escape, columns), box=None, pad_edge=False, header_style="bold")
     models = list(columns.values())
     for name, title in HEADLINES.items():
         shares = [model.totals().get(name) for model in models]
         if any(share is not None for share in shares):
             table.add_row(title, *("" if share is None else percent(share) for share in shares))
-    if any(model.drift is not None for model in models):
-        cells = ("" if model.drift is None else f"{model.drift:.4f} nats per token" for model in models)
-        table.add_row("KL to the base, benign", *cells)
+    if len(models) > 1 or models[0].drift is not None:
+        # Of two columns the first is the base itself, unless it was compared with another one.
+        missing = ["" if len(models) > 1 else "not measured", *["not measured"] * (len(models) - 1)]
+        drifts = zip((model.drift for model in models), missing, strict=True)
+        table.add_row("KL to the base, benign", *(n if d is None else f"{d:.4f} nats per token" for d, n in drifts))
     for position, suite in enumerate(models[0].suites):
         harmful = suite.kind == "harmful"
         results = [model.suites[position] for model in models]
@@ -41,8 +47,12 @@ def evaluation_table(columns: Mapping[str, Scores]) -> Table:
 
 
 def formats_table(formats: Sequence[FormatResult]) -> Table:
-    """The patched model in several formats: the headline numbers of each."""
-    table = Table("patched model as", *HEADLINES.values(), "delivered", box=None, pad_edge=False, header_style="bold")
+    """The patched model in several formats, with the headline numbers of each.
+
+    Args:
+        formats: The results, in the order of the rows.
+    """
+    table = Table("patched model as", *HEADLINES.values(), "retention", box=None, pad_edge=False, header_style="bold")
     for one in formats:
         totals = one.evaluation.totals()
         shares = (f"{totals[name].value:.1%}" if name in totals else "" for name in HEADLINES)
@@ -51,10 +61,13 @@ def formats_table(formats: Sequence[FormatResult]) -> Table:
 
 
 def stage_table(stages: Mapping[str, tuple[float, str]]) -> Table:
-    """Stage -> (seconds, what happened)."""
-    table = Table("stage", box=None, pad_edge=False, header_style="bold")
-    table.add_column("seconds", justify="right")
-    table.add_column("what happened")
+    """The stages of a demo.
+
+    Args:
+        stages: Name of a stage -> the seconds that it took, and what it did.
+    """
+    table = Table("stage", "seconds", "what happened", box=None, pad_edge=False, header_style="bold")
+    table.columns[1].justify = "right"
     for stage, (seconds, what) in stages.items():
         table.add_row(escape(stage), f"{seconds:.1f}", escape(what))
     return table

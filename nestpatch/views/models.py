@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rich.table import Table
 
 from nestpatch.plain import count, number
 from nestpatch.views.console import escape, fact_grid, out, size
@@ -17,15 +19,20 @@ if TYPE_CHECKING:
     from nestpatch.patcher.verify import Verification
 
 
+_UNSIGNED = " [yellow](came with the model, signed by nobody whom you trust)[/]"
+
+
 def show_applied(done: Applied) -> None:
-    """What `apply` did."""
+    """Shows what `apply` wrote.
+
+    Args:
+        done: The result; that of a dry run is shown as what would be written.
+    """
     verb = "would write" if done.dry_run else "wrote"
-    strength = _at(done.strength)
-    out.print(f"[bold]{escape(done.pack)}[/]{strength} {verb} [bold]{escape(done.output)}[/] in {done.seconds:.2f} s")
+    out.print(f"[bold]{escape(done.pack)}[/]{_at(done.strength)} {verb} [bold]{escape(done.output)}[/] in {done.seconds:.2f} s")
     grid = fact_grid()
     grid.add_row("changed", f"{done.rows} rows of {done.tensors} tensors, {size(done.row_bytes)}")
-    if done.retention is not None:
-        grid.add_row("delivered", f"{done.retention:.1%} of the patch at least, after rounding")
+    _add_retention(grid, done.retention)
     for file in done.files:
         digest = f"  sha256 {escape(file.sha256)}" if file.sha256 else ""
         grid.add_row("file", f"{escape(file.path.name)}  {size(file.nbytes)}{digest}")
@@ -40,9 +47,13 @@ def _at(strength: object) -> str:
 
 
 def show_changed(done: Changed) -> None:
-    """What an in-place command did."""
+    """Shows what an in-place command changed.
+
+    Args:
+        done: The result; that of a dry run is shown as what would change.
+    """
     if not done.steps:
-        out.print(f"{escape(done.model)}: nothing to do, {escape(', '.join(done.applied) or 'base')} is there already")
+        out.print(f"{escape(done.model)}: nothing to do, the rows hold {escape(', '.join(done.applied) or 'the base')} already")
         return
     verb = "would change" if done.dry_run else "changed"
     counts = f"{done.rows} rows of {done.tensors} tensors, {size(done.row_bytes)}"
@@ -50,15 +61,23 @@ def show_changed(done: Changed) -> None:
     grid = fact_grid()
     for step in done.steps:
         grid.add_row("step", escape(step))
-    if done.retention is not None:
-        grid.add_row("delivered", f"{done.retention:.1%} of the patch at least, after rounding")
+    _add_retention(grid, done.retention)
     if not done.dry_run:
         grid.add_row("now", escape(", ".join(done.applied) or "base"))
     out.print(grid)
 
 
+def _add_retention(grid: Table, retention: float | None) -> None:
+    if retention is not None:
+        grid.add_row("retention", f"{retention:.1%} of the pack's change at least, after rounding")
+
+
 def show_status(found: Status) -> None:
-    """What is applied to a model, and what confirms it."""
+    """Shows what is applied to a model, and what confirms it.
+
+    Args:
+        found: What the ledger, the rows, the signatures and the weight files say.
+    """
     ledger = found.ledger
     names = ", ".join(one.entry.label for one in found.applied)
     claimed = ", ".join(one.label for one in found.released)
@@ -79,7 +98,7 @@ def show_status(found: Status) -> None:
     for channel in ledger.follows:
         grid.add_row("follows", escape(channel))
     for channel in ledger.offered:
-        grid.add_row("came with", f"{escape(channel)} [dim](not followed; agree with: nestpatch update MODEL --channel)[/]")
+        grid.add_row("came with", f"{escape(channel)} [dim](not followed; to follow it: nestpatch update MODEL --channel)[/]")
     for event in ledger.history:
         what = f"{event.get('what')} {event.get('name')} {event.get('version')}"
         came = " (came with the model)" if event.get("foreign") else ""
@@ -88,24 +107,39 @@ def show_status(found: Status) -> None:
 
 
 def _applied_line(one: AppliedPack) -> str:
-    """One applied pack, on one line."""
+    """An applied pack, on one line."""
     entry = one.entry
+    came = ""
+    if entry.foreign:
+        came = " [dim](came with the model)[/]" if one.signers else _UNSIGNED
     rows = sum(record.rows for record in entry.tensors.values())
     strength = _at(entry.strength)
-    loud = " [bold red]onto another base than its own[/]" if entry.base_mismatch_allowed else ""
-    rounded = f", {number(entry.retention, '.1%')} delivered {escape(entry.rounding)}" if entry.retention is not None else ""
+    mismatch = " [bold red]onto another base than its own[/]" if entry.base_mismatch_allowed else ""
+    rounded = f", retention {number(entry.retention, '.1%')} {escape(entry.rounding)}" if entry.retention is not None else ""
     signed = f", signed by {escape(', '.join(one.signers))}" if one.signers else ""
     claimed = f", [yellow]claims to be signed by {escape(', '.join(one.claims))}[/]" if one.claims else ""
-    came = " [dim](came with the model)[/]" if entry.foreign and one.signers else ""
-    came = " [yellow](came with the model, signed by nobody whom you trust)[/]" if entry.foreign and not one.signers else came
     pack = f"{escape(entry.label)}{strength}: {count(rows)} rows, pack sha256 {escape(entry.pack_id[:12])}.."
-    return f"{pack}{signed}{claimed}, by {escape(entry.tool)}{rounded}{loud}{came}"
+    return f"{pack}{signed}{claimed}, by {escape(entry.tool)}{rounded}{mismatch}{came}"
+
+
+def _released_line(one: ReleasedPack) -> str:
+    """A pack that the metadata of the files names, on one line."""
+    label = escape(f"{one.label}{_at(one.strength)}, pack sha256 {one.pack_id[:12]}..")
+    if one.differences:
+        return f"{label} [bold red](by the file's metadata; {len(one.differences)} of {one.compared} tensors differ from it)[/]"
+    checked = f"rows of {one.compared} of {one.tensors} tensors checked against the digests in it"
+    checked = checked if one.tensors else "which holds no digests of rows"
+    return f"{label} [dim](by the file's metadata, {checked}; `nestpatch verify MODEL PACK` proves it)[/]"
 
 
 def show_patched(models: Sequence[PatchedModel]) -> None:
-    """The models that this user has patched, and what their ledgers name."""
+    """Shows the models that this user has patched.
+
+    Args:
+        models: What the list remembers, the last one first.
+    """
     if not models:
-        out.print("no patched models: nestpatch has not patched any for this user, or all were reverted")
+        out.print("no patched models: nestpatch has patched none for this user, or all were reverted")
         return
     for one in models:
         applied = ", ".join(entry.label + _at(entry.strength) for entry in one.applied)
@@ -116,18 +150,13 @@ def show_patched(models: Sequence[PatchedModel]) -> None:
     out.print("[dim]by their ledgers; `nestpatch status MODEL` compares the rows")
 
 
-def _released_line(one: ReleasedPack) -> str:
-    """One pack that the metadata of the files names, on one line."""
-    label = escape(f"{one.label}{_at(one.strength)}, pack sha256 {one.pack_id[:12]}..")
-    if one.differences:
-        return f"{label} [bold red](by the file's metadata; {len(one.differences)} of {one.compared} tensors differ from it)[/]"
-    checked = f"rows of {one.compared} of {one.tensors} tensors checked against the digests in it"
-    checked = checked if one.tensors else "which holds no digests of rows"
-    return f"{label} [dim](by the file's metadata, {checked}; `nestpatch verify MODEL PACK` proves it)[/]"
+def show_verification(model: object, found: Verification) -> None:
+    """Shows the state of a model, and the first tensors that differ.
 
-
-def show_verification(model: Any, found: Verification) -> None:
-    """The state of a model."""
+    Args:
+        model: The model as the user named it.
+        found: Its state.
+    """
     colour = "green" if found.known else "bold red"
     out.print(f"[{colour}]{escape(found.verdict.value)}[/]  {escape(model)}: {escape(found.detail)}")
     for difference in found.differences[:10]:

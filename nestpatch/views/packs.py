@@ -9,144 +9,138 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from nestpatch.plain import count, number
-from nestpatch.views.console import escape, fact_grid, out, size
+from nestpatch.views.console import escape, fact_grid, out, size, table_of
 from nestpatch.views.evaluation import HEADLINES
 
 if TYPE_CHECKING:
     from nestpatch.pack import Pack, TensorDelta
 
-
 LINES = 25
-"""Lines of `show` at most, unless all rows are asked for."""
-SHOWN_TENSORS = 4
-"""Tensors that `show` lists one by one; more are summed up in a line."""
-SHOWN_KINDS = 3
-"""Kinds of tensors that this line names."""
+"""Lines of `show`, unless --rows asks for everything."""
+MOST_KINDS = 6
+"""Kinds of tensors that it sums; of more, only their number is shown."""
+_NUMBER = re.compile(r"(\d{1,9})", re.ASCII)
 
 
 def show_pack(pack: Pack, pack_id: str, nbytes: int, *, rows: bool = False) -> None:
-    """A pack, explained in LINES lines; with `rows`, every tensor, layer and setting of it."""
-    manifest = pack.manifest
-    base, touched = manifest.base, sum(delta.neurons for delta in pack)
-    amount = f"{size(nbytes)}: {touched} rows of {len(pack.deltas)} tensors through {pack.parameters} numbers"
-    facts = [
-        ("id", f"sha256 {pack_id}"),
-        ("base", f"{base.model_id}{f' at {base.revision}' if base.revision else ''} ({base.architecture}, {base.dtype})"),
-        ("made", f"{manifest.created}, license {manifest.license or 'not stated'}"),
-        ("size", f"{amount} ({', '.join(pack.delta_dtypes)})"),
-        ("tags", ", ".join(manifest.tags)),
-        ("supersedes", ", ".join(manifest.supersedes)),
-        ("requires", ", ".join(manifest.requires)),
-    ]
-    facts = [(what, text) for what, text in facts if text]
-    deltas = sorted(pack, key=lambda delta: _in_order(delta.name))
-    listed = rows or len(deltas) <= SHOWN_TENSORS
-    if not listed:
-        facts.append(("tensors", _summary(deltas)))
-    evaluation = _evaluation(manifest.evaluation)
+    """Explains a pack: what it changes, how it was trained, what was measured.
+
+    Args:
+        pack: The pack.
+        pack_id: SHA-256 of its file, hex.
+        nbytes: Size of its file.
+        rows: Whether to list every tensor, every layer and every setting, not what fits in LINES lines.
+    """
+    manifest, base = pack.manifest, pack.manifest.base
     out.print(f"[bold]{escape(pack.label)}[/]  {escape(manifest.description)}")
-    out.print(_grid(facts))
-    if listed:
-        out.print(_tensors(pack, deltas))
-    used = 1 + len(facts) + (len(deltas) + 1 if listed else 0) + (evaluation.row_count + 2 if evaluation else 0)
-    _show_method(_method(manifest.method, rows=rows), None if rows else LINES - used - 2)
-    if evaluation:
+    grid = fact_grid()
+    revision = f" at {base.revision}" if base.revision else ""
+    grid.add_row("id", f"sha256 {escape(pack_id)}")
+    grid.add_row("base", escape(f"{base.model_id}{revision} ({base.architecture}, {base.dtype})"))
+    grid.add_row("made", f"{escape(manifest.created)}, license {escape(manifest.license or 'not stated')}")
+    changed = f"{sum(delta.neurons for delta in pack)} rows of {len(pack.deltas)} tensors through {pack.parameters} numbers"
+    grid.add_row("size", f"{size(nbytes)}: {changed} ({', '.join(pack.delta_dtypes)})")
+    for what, listed in (("tags", manifest.tags), ("supersedes", manifest.supersedes), ("requires", manifest.requires)):
+        if listed:
+            grid.add_row(what, escape(", ".join(listed)))
+    out.print(grid)
+    tensors, evaluation = _tensors(pack) if rows else _kinds(pack), _stored_evaluation(manifest.evaluation)
+    out.print(tensors)
+    # One line each for the label and the tables' heads, two before the training facts, one before the evaluation.
+    used = 1 + grid.row_count + 1 + tensors.row_count + 2 + (2 + evaluation.row_count if evaluation else 0)
+    _show_method(_facts(manifest.method, rows=rows), None if rows else LINES - used)
+    if evaluation is not None:
         out.print()
         out.print(evaluation)
 
 
-def _in_order(name: str) -> list[tuple[bool, int, str]]:
-    """A key that sorts numbers in names by their value: layer 2 before layer 10."""
-    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"([0-9]{1,9})", name)]
-
-
-def _grid(facts: Sequence[tuple[str, str]], *, cut: bool = False) -> Table:
-    """What -> text, a line each; with `cut`, texts that are longer than the line end in an ellipsis."""
-    grid = fact_grid()
-    if cut:
-        grid.columns[0].no_wrap, grid.columns[0].min_width = True, min(24, max(len(what) for what, _ in facts))
-        grid.add_column(no_wrap=True, overflow="ellipsis")
-    for what, text in facts:
-        grid.add_row(escape(what), escape(text))
-    return grid
-
-
-def _summary(deltas: Sequence[TensorDelta]) -> str:
-    """Many tensors in one line: which matrices of which layers, and how many rows of each."""
-    names = [re.sub(r"(?<=[./])[0-9]{1,9}(?=[./])", "*", delta.name) for delta in deltas]
-    most, least = max(delta.neurons for delta in deltas), min(delta.neurons for delta in deltas)
-    kinds = list(dict.fromkeys(names))
-    more = f" and {len(kinds) - SHOWN_KINDS} more" if len(kinds) > SHOWN_KINDS else ""
-    rows = f"{least} rows each" if most == least else f"{least} to {most} rows each"
-    return f"{', '.join(kinds[:SHOWN_KINDS])}{more}; {rows}; --rows lists them"
-
-
-def _tensors(pack: Pack, deltas: Sequence[TensorDelta]) -> Table:
-    import numpy as np
-
-    table = Table("tensor", box=None, pad_edge=False, header_style="dim")
-    for title in ("rows", "of", "clusters", "delta RMS"):
-        table.add_column(title, justify="right")
-    for delta in deltas:
-        rows, _ = pack.manifest.base.tensors[delta.name].matrix
-        rms = float(np.sqrt(np.square(delta.delta.astype(np.float64)).mean()))
-        table.add_row(escape(delta.name), str(delta.neurons), str(rows), str(delta.clusters), f"{rms:.2g}")
+def _tensors(pack: Pack) -> Table:
+    """Every tensor, the layers in numeric order."""
+    table = table_of("tensor", "rows", "of", "clusters", "delta RMS")
+    parts = {delta.name: [int(part) if part.isdecimal() else part for part in _NUMBER.split(delta.name)] for delta in pack}
+    for delta in sorted(pack, key=lambda delta: parts[delta.name]):
+        of = pack.manifest.base.tensors[delta.name].matrix[0]
+        table.add_row(escape(delta.name), str(delta.neurons), str(of), str(delta.clusters), _rms([delta]))
     return table
 
 
-def _method(method: Mapping[str, Any], *, rows: bool) -> list[tuple[str, str]]:
-    """Training facts, the telling ones first. Packs come from anywhere: what is missing or odd is left out."""
+def _kinds(pack: Pack) -> Table:
+    """The tensors of all layers summed, by their names without the number of the layer."""
+    table = table_of("tensors", "layers", "rows", "clusters", "delta RMS")
+    kinds: dict[str, list[TensorDelta]] = {}
+    for delta in pack:
+        kinds.setdefault(_NUMBER.sub("*", delta.name), []).append(delta)
+    for kind, deltas in list(kinds.items())[:MOST_KINDS]:
+        sums = len(deltas), sum(delta.neurons for delta in deltas), sum(delta.clusters for delta in deltas)
+        table.add_row(escape(kind), *map(str, sums), _rms(deltas))
+    if len(kinds) > MOST_KINDS:
+        table.add_row(f"and {len(kinds) - MOST_KINDS} more kinds: --rows")
+    return table
+
+
+def _rms(deltas: list[TensorDelta]) -> str:
+    """The root mean square of the shared vectors."""
+    import numpy as np
+
+    values = np.concatenate([delta.delta.astype(np.float64).ravel() for delta in deltas])
+    return f"{float(np.sqrt(np.square(values).mean())):.2g}"
+
+
+def _facts(method: Mapping[str, Any], *, rows: bool) -> list[tuple[str, str]]:
+    """How the pack was trained, the most important facts first. Packs come from anywhere: what is malformed is left out."""
+    objects = {what: value if isinstance(value := method.get(what), dict) else {} for what in ("decisions", "data", "tuning")}
     found = []
-    data = method.get("data")
-    for kind, facts in data.items() if isinstance(data, dict) else ():
+    for kind, facts in objects["data"].items():
         if isinstance(facts, dict):
             source = f"{count(facts.get('prompts'))} from {facts.get('name', '?')}, sha256 {str(facts.get('sha256'))[:12]}.."
             found.append((f"{kind} prompts", source))
     listed = method.get("layers")
     layers = [layer for layer in listed if isinstance(layer, dict)] if isinstance(listed, list) else []
-    if layers and not rows:
-        numbers = [f"layer {layer.get('layer', '?')}" for layer in (layers[0], layers[-1])]
-        neurons, clusters = (
-            sum(layer[what] for layer in layers if type(layer.get(what)) is int) for what in ("neurons", "clusters")
-        )
-        text = f"{len(layers)} from {numbers[0]} to {numbers[1]}: {count(neurons)} neurons in {count(clusters)} clusters"
-        found.append(("layers", text))
     for layer in layers if rows else ():
-        facts_ = ", ".join(f"{str(name).replace('_', ' ')} {value}" for name, value in layer.items() if name != "layer")
-        found.append((f"layer {layer.get('layer', '?')}", facts_))
-    for part in ("tuning", "decisions"):
-        pairs = method.get(part)
-        found += [(str(what).replace("_", " "), str(text)) for what, text in pairs.items()] if isinstance(pairs, dict) else []
+        text = ", ".join(f"{str(name).replace('_', ' ')} {value}" for name, value in layer.items() if name != "layer")
+        found.append((f"layer {layer.get('layer', '?')}", text))
+    if layers and not rows:
+        first, last = (f"layer {layer.get('layer', '?')}" for layer in (layers[0], layers[-1]))
+        neurons, clusters = (sum(one[key] for one in layers if type(one.get(key)) is int) for key in ("neurons", "clusters"))
+        text = f"{len(layers)} from {first} to {last}: {count(neurons)} neurons in {count(clusters)} clusters"
+        found.append(("layers", text))
+    for what in ("tuning", "decisions"):
+        found += [(str(name).replace("_", " "), str(text)) for name, text in objects[what].items()]
     return found
 
 
 def _show_method(facts: Sequence[tuple[str, str]], room: int | None) -> None:
-    """The training facts, in `room` lines."""
+    """Shows training facts, a line each; with `room`, no more lines than that, and long ones cut."""
     if not facts or (room is not None and room < 1):
         return
-    left = len(facts) - room + 1 if room is not None and len(facts) > room else 0
-    shown = facts[: len(facts) - left]
+    grid, shown = fact_grid(), facts
+    if room is not None:
+        shown = facts if len(facts) <= room else [*facts[: room - 1], ("", f"and {len(facts) - room + 1} more facts: --rows")]
+        # Without a width the column of names gives way to long texts.
+        grid.columns[0].min_width = min(24, max(len(what) for what, _ in shown))
+        grid.columns[1].no_wrap, grid.columns[1].overflow = True, "ellipsis"
+    for what, text in shown:
+        grid.add_row(escape(what), escape(text))
     out.print("\n[bold]How it was trained[/]")
-    out.print(_grid([*shown, *([("", f"and {left} more facts: --rows")] if left else [])], cut=room is not None))
+    out.print(grid)
 
 
-def _evaluation(evaluation: Mapping[str, Any]) -> Table | None:
+def _stored_evaluation(evaluation: Mapping[str, Any]) -> Table | None:
+    """The numbers that the publisher measured; None where there are none."""
     before, after = evaluation.get("before"), evaluation.get("after")
     if not isinstance(before, dict) or not isinstance(after, dict):
         return None
     table = Table("evaluation", "before", "after", box=None, pad_edge=False, header_style="dim")
     for name, title in HEADLINES.items():
-        if isinstance(before.get(name), dict) and isinstance(after.get(name), dict):
-            table.add_row(title, _stored_share(before[name]), _stored_share(after[name]))
+        sides = [side for side in (before.get(name), after.get(name)) if isinstance(side, dict)]
+        if len(sides) == 2:
+            parts = [(number(s.get("value"), "6.1%"), count(s.get("count")), count(s.get("total"))) for s in sides]
+            table.add_row(title, *(f"{value}  [dim]{some} of {total}[/dim]" for value, some, total in parts))
     return table
 
 
-def _stored_share(share: Mapping[str, Any]) -> str:
-    return f"{number(share.get('value'), '6.1%')}  [dim]{count(share.get('count'))} of {count(share.get('total'))}[/dim]"
-
-
 def recipe_table() -> Table:
-    """Every setting of a training run."""
+    """Every setting of a training run: its default, unit, range and source."""
     import dataclasses
 
     from nestpatch.nest_train.recipe import Recipe
@@ -154,15 +148,9 @@ def recipe_table() -> Table:
     table = Table("setting", "default", "what it is", "source", box=None, pad_edge=False, header_style="bold")
     for knob in dataclasses.fields(Recipe):
         meta = knob.metadata
-        bounds = [
-            f"at least {meta['low']}" if meta["low"] is not None else "",
-            f"at most {meta['high']}" if meta["high"] else "",
-        ]
-        limits = ", ".join(filter(None, bounds)) or " | ".join(meta["choices"])
-        table.add_row(
-            escape(knob.name),
-            escape(knob.default),
-            escape(meta["unit"] + (f" ({limits})" if limits else "")),
-            escape(meta["source"]),
-        )
+        low = f"at least {meta['low']}" if meta["low"] is not None else ""
+        high = f"at most {meta['high']}" if meta["high"] else ""
+        limits = ", ".join(filter(None, (low, high))) or " | ".join(meta["choices"])
+        what = meta["unit"] + (f" ({limits})" if limits else "")
+        table.add_row(*map(escape, (knob.name, knob.default, what, meta["source"])))
     return table

@@ -1,33 +1,45 @@
-"""Progress on stderr: bars on a terminal, lines elsewhere."""
+"""Progress on stderr: bars on a terminal, elsewhere a line for every stage and one every ten seconds."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from nestpatch.events import Event, OnEvent
 from nestpatch.plain import one_line
 from nestpatch.views.console import err, escape
 
+INTERVAL = 10.0
+"""Seconds between two lines about one stage."""
 STAGES = {
     "lab.train": "training the lab's base model",
     "lab.write": "writing the lab",
     "load": "loading",
-    "distil": "asking the base",
+    "distil": "generating answers of the base",
     "probe": "probing neurons",
     "select": "selecting neurons",
     "cluster": "clustering neurons",
     "tune": "tuning deltas",
     "evaluate": "evaluating",
+    "generate": "generating answers",
     "copy": "copying",
     "merge": "merging rows",
     "undo": "undoing rows",
-    "digest": "taking digests",
+    "digest": "computing digests",
     "compare": "comparing tensors",
+    "check": "comparing with the source model",
     "extract": "extracting deltas",
     "export": "writing tensors",
     "quantize": "quantizing in llama.cpp",
@@ -37,31 +49,30 @@ STAGES = {
     "onnx.check": "comparing logits in onnxruntime",
     "download": "downloading",
 }
+"""Stage of an event -> what is shown for it; other stages are shown by their name."""
 
 
 @contextmanager
 def shown() -> Iterator[OnEvent]:
-    """A listener that draws bars on a terminal and prints one line per stage elsewhere."""
-    if err.is_terminal:
-        with _bars() as bars:
-            yield _Drawer(bars).hear
-    else:
-        yield _Printer().hear
-
-
-def _bars() -> Progress:
+    """A listener that shows progress as the terminal, or its absence, allows."""
+    if not err.is_terminal:
+        yield Lines()
+        return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TextColumn("[dim]{task.fields[note]}"), console=err)
+    left = (TextColumn("[dim]left"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"))
+    with Progress(*columns, *left, console=err) as bars:
+        yield Bars(bars)
 
 
-class _Drawer:
-    """Draws events as bars, one per stage."""
+class Bars:
+    """Draws events as bars, one for each stage."""
 
     def __init__(self, bars: Progress) -> None:
         self.bars = bars
-        self.tasks: dict[str, Any] = {}
+        self.tasks: dict[str, TaskID] = {}
 
-    def hear(self, event: Event) -> None:
+    def __call__(self, event: Event) -> None:
+        """Draws an event."""
         if event.stage == "note":
             self.bars.console.print(f"[dim]{escape(event.note)}")
             return
@@ -71,17 +82,45 @@ class _Drawer:
         self.bars.update(self.tasks[event.stage], completed=event.done, total=total, note=escape(event.note))
 
 
-class _Printer:
-    """Prints each stage once, and every note."""
+class Lines:
+    """Prints a line when a stage begins, then one every `INTERVAL` seconds with its step, note and remaining time.
 
-    def __init__(self) -> None:
-        self.stage = ""
-        self.began = time.monotonic()
+    Args:
+        clock: Returns the time in seconds.
+    """
 
-    def hear(self, event: Event) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.began = self.stage_began = self.printed = clock()
+        self.last = Event("")
+
+    def __call__(self, event: Event) -> None:
+        """Prints an event, or passes over it when the last line is recent."""
         if event.stage == "note":
             err.print(f"  {escape(event.note)}")
-        elif event.stage != self.stage:
-            self.stage = event.stage
-            name = one_line(STAGES.get(event.stage, event.stage))
-            err.print(f"[{time.monotonic() - self.began:5.0f} s] {name}", markup=False)
+            return
+        now, last, self.last = self.clock(), self.last, event
+        # The same stage from the beginning is another round, such as the next suite.
+        if event.stage != last.stage or event.done < last.done:
+            self.stage_began = now
+        if event.stage == last.stage and now - self.printed < INTERVAL:
+            return
+        self.printed = now
+        err.print(f"[{now - self.began:5.0f} s] {self._text(event, now - self.stage_began)}", markup=False)
+
+    def _text(self, event: Event, seconds: float) -> str:
+        """What an event says, `seconds` after its stage began."""
+        step = f" {event.done}/{event.total}" if event.total else ""
+        note = f", {event.note}" if event.note else ""
+        left = ""
+        if seconds and 0 < event.done < event.total:
+            left = f", about {_duration(seconds / event.done * (event.total - event.done))} left"
+        return one_line(f"{STAGES.get(event.stage, event.stage)}{step}{note}{left}")
+
+
+def _duration(seconds: float) -> str:
+    """A time for people: 40 s, 12 min, 3 h 5 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -12,8 +12,9 @@ import torch
 from nestpatch.export.adapters import export_gguf_lora, export_lora
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.patcher.apply import apply
-from nestpatch.runtimes.llama import LlamaModel
-from nestpatch.runtimes.transformers import fold, load_model
+from nestpatch.runtimes.llama import LlamaRuntime
+from nestpatch.runtimes.transformers import load_model
+from nestpatch.runtimes.weights import fold
 from tests.gguf_files import needs_llama, write_gguf
 from tests.helpers import load_tensors
 from tests.varied_packs import varied_pack
@@ -40,7 +41,7 @@ def torch_logits(model) -> np.ndarray:
 
 
 def llama_logits(file: Path, lora: Path | None = None) -> np.ndarray:
-    with LlamaModel(file, lora, threads=1) as model:
+    with LlamaRuntime(file, lora, threads=1) as model:
         return model.logits(IDS)
 
 

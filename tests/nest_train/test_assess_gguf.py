@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from nestpatch.cli import main
 from nestpatch.errors import BaseMismatchError, DataError
-from nestpatch.evaluation.drift import drift
+from nestpatch.evaluation.drift import divergence
 from nestpatch.evaluation.evaluator import evaluate
 from nestpatch.evaluation.suites import load_suite
 from nestpatch.export.adapters import export_gguf_lora
@@ -96,17 +96,17 @@ def test_drift_is_the_divergence_of_what_follows_the_prompt():
     )
     # After token 0 (the prompt's last) and token 1; what follows token 2 is not part of the answer.
     wanted = [np.exp(table[i]) @ (table[i] - table[(i + 1) % 3]) for i in (0, 1)]
-    assert drift(base, model, [TokenPair((2, 0), (1, 2))]) == pytest.approx(np.mean(wanted), abs=1e-6)
-    assert drift(base, base, [TokenPair((0,), (1, 2))]) == pytest.approx(0, abs=1e-9)
-    assert drift(base, model, []) == 0
+    assert divergence(base, model, [TokenPair((2, 0), (1, 2))]) == pytest.approx(np.mean(wanted), abs=1e-6)
+    assert divergence(base, base, [TokenPair((0,), (1, 2))]) == pytest.approx(0, abs=1e-9)
+    assert divergence(base, model, []) == 0
     with pytest.raises(BaseMismatchError, match="vocabulary of 3 tokens, the model one of 2"):
-        drift(base, lambda ids, start: table[list(ids)][start:, :2], [TokenPair((0,), (1,))])
+        divergence(base, lambda ids, start: table[list(ids)][start:, :2], [TokenPair((0,), (1,))])
 
 
 def test_what_does_not_go_together_is_refused(made, suites):
     base, file, pack, _, lora = made
     loaded = [load_suite(suites[1])]
-    with pytest.raises(DataError, match="a patch and an adapter"):
+    with pytest.raises(DataError, match="a pack and an adapter"):
         evaluate(file, loaded, pack=pack, lora=lora)
     with pytest.raises(DataError, match=r"goes with a .gguf or an ONNX model"):
         evaluate(base, loaded, lora=lora)
@@ -119,13 +119,15 @@ def test_the_command_line_evaluates_gguf_files(made, suites, tmp_path):
     run, options = CliRunner().invoke, [*(f"--suite={suite}" for suite in suites), "--json", "--quiet", "--max-new-tokens=6"]
     plain = run(main, ["eval", str(file), *options])
     assert plain.exit_code == 0, plain.output
-    assert set(json.loads(plain.stdout)) == {"model"}
+    numbers = json.loads(plain.stdout)
+    assert set(numbers) == {"model", "patched", "notes"}
+    assert (numbers["patched"], numbers["notes"]) == (None, [])
     packed, adapted = (
         run(main, ["eval", str(file), str(pack), *options]),
         run(main, ["eval", str(file), f"--lora={lora}", *options]),
     )
     assert json.loads(packed.stdout) == json.loads(adapted.stdout)
-    assert set(json.loads(packed.stdout)) == {"model", "patched"}
+    assert json.loads(packed.stdout)["patched"]["attack_success"]["total"] == 12
     both = run(main, ["eval", str(file), str(pack), f"--lora={lora}", *options])
     assert (both.exit_code, "DataError" in both.stderr) == (2, True)
     none = run(main, ["eval", str(tmp_path / "none.gguf"), *options])
@@ -143,7 +145,7 @@ def test_a_gguf_file_is_evaluated_without_torch(made, suites):
     arguments = ["eval", str(file), str(pack), *(f"--suite={suite}" for suite in suites), "--json", "--max-new-tokens=6"]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert set(json.loads(done.stdout)) == {"model", "patched"}
+    assert json.loads(done.stdout)["patched"]["attack_success"]["total"] == 12
     assert "llama" not in done.stderr.replace(str(file), ""), "llama.cpp's log stays out"
 
 

@@ -139,7 +139,7 @@ def test_long_prompts_keep_their_end_and_long_answers_their_begin(tokenizer):
 
 
 def test_left_padding_ends_all_prompts_together():
-    ids, mask = pad_left([[1, 2, 3], [4]], 0, "cpu")
+    ids, mask = pad_left([[1, 2, 3], [4]], 0)
     assert ids.tolist() == [[1, 2, 3], [0, 0, 4]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 

@@ -12,10 +12,9 @@ from nestpatch.errors import CheckpointFormatError, MissingExtraError
 from nestpatch.evaluation.parity import TEXTS
 from nestpatch.export.adapters import export_gguf_lora
 from nestpatch.runtimes import llama, text
-from nestpatch.runtimes import llama as generate_llama
-from nestpatch.runtimes.chat import chat_renderer
-from nestpatch.runtimes.llama import LlamaModel, with_llama
-from nestpatch.runtimes.transformers import load_model, with_transformers
+from nestpatch.runtimes._chat import chat_renderer
+from nestpatch.runtimes.llama import LlamaRuntime
+from nestpatch.runtimes.transformers import TransformersRuntime, load_model
 from tests.gguf_files import needs_llama, write_gguf
 from tests.varied_packs import varied_pack, with_architecture
 
@@ -43,9 +42,10 @@ def files(models, tmp_path_factory):
 def test_prompts_are_the_same_token_ids(models, files, limit):
     _, tokenizer = load_model(models("llama"), "cpu", "float32")
     prompts = [*PROMPTS, *TEXTS, "<|im_start|>user\nspecial<|im_end|>"]
-    with LlamaModel(files()) as model:
-        assert generate_llama.chat_texts(model, prompts) == text.chat_texts(tokenizer, prompts)
-        assert generate_llama.prompt_ids(model, prompts, limit) == text.prompt_ids(tokenizer, prompts, limit)
+    with LlamaRuntime(files()) as model:
+        model.max_prompt_tokens = limit
+        assert model.chat_texts(prompts) == text.chat_texts(tokenizer, prompts)
+        assert model.token_ids(prompts) == text.prompt_ids(tokenizer, prompts, limit)
 
 
 def test_without_a_template_prompts_are_lines_and_the_model_frames_them(models, tmp_path, tokenizer):
@@ -56,19 +56,20 @@ def test_without_a_template_prompts_are_lines_and_the_model_frames_them(models, 
             (tmp_path / "bare" / file.name).write_bytes(file.read_bytes())
     _, loaded = load_model(tmp_path / "bare", "cpu", "float32")
     assert loaded.chat_template is None
-    with LlamaModel(write_gguf(tmp_path / "bare", tmp_path / "bare.gguf")) as model:
-        assert generate_llama.chat_texts(model, ["a"]) == ["a\n"]
-        assert generate_llama.prompt_ids(model, PROMPTS, 512) == text.prompt_ids(loaded, PROMPTS, 512)
+    with LlamaRuntime(write_gguf(tmp_path / "bare", tmp_path / "bare.gguf")) as model:
+        assert model.chat_texts(["a"]) == ["a\n"]
+        assert model.token_ids(PROMPTS) == text.prompt_ids(loaded, PROMPTS, 512)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3", "mixtral", "qwen3-moe"])
 def test_answers_are_those_of_transformers(models, files, family, capfd):
-    wanted = with_transformers(*load_model(models(family), "cpu", "float32"), 24)(PROMPTS)
+    wanted = TransformersRuntime(*load_model(models(family), "cpu", "float32"), 24).generate(PROMPTS)
     capfd.readouterr()
     events = []
-    with LlamaModel(files(family), threads=1) as model:
-        answers = with_llama(model, 24, on_event=events.append)(PROMPTS)
-        alone = with_llama(model, 24, batch=1)(PROMPTS)
+    with LlamaRuntime(files(family), threads=1, max_new_tokens=24) as model:
+        answers = model.generate(PROMPTS, on_event=events.append)
+        model.batch = 1
+        alone = model.generate(PROMPTS)
     assert capfd.readouterr() == ("", "")
     assert answers == wanted
     assert alone == wanted
@@ -76,9 +77,9 @@ def test_answers_are_those_of_transformers(models, files, family, capfd):
 
 
 def test_answers_end_at_an_end_token(files):
-    with LlamaModel(files(), threads=1) as model:
+    with LlamaRuntime(files(), threads=1) as model:
         assert model.ends(model.end)
-        rows = generate_llama.prompt_ids(model, PROMPTS, 512)
+        rows = model.token_ids(PROMPTS)
         whole = model.greedy(rows, 16)
         # The fifth word of the first answer, declared to be an end.
         stop = whole[0][4]
@@ -94,21 +95,21 @@ def test_answers_end_at_an_end_token(files):
 def test_an_adapter_can_be_switched(models, files, tmp_path):
     pack = varied_pack(models("llama"), ["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"], scale=1.0)
     export_gguf_lora(pack, tmp_path / "lora.gguf")
-    with LlamaModel(files(), threads=1) as model:
-        plain = with_llama(model, 8)(PROMPTS)
-    with LlamaModel(files(), tmp_path / "lora.gguf", threads=1) as model:
-        adapted = with_llama(model, 8)(PROMPTS)
-        model.adapted = False
-        assert with_llama(model, 8)(PROMPTS) == plain
-        model.adapted = True
-        assert with_llama(model, 8)(PROMPTS) == adapted
+    with LlamaRuntime(files(), threads=1, max_new_tokens=8) as model:
+        plain = model.generate(PROMPTS)
+    with LlamaRuntime(files(), tmp_path / "lora.gguf", threads=1, max_new_tokens=8) as model:
+        adapted = model.generate(PROMPTS)
+    with LlamaRuntime(files(), threads=1, max_new_tokens=8) as model, model.with_adapter(tmp_path / "lora.gguf") as other:
+        assert model.generate(PROMPTS) == plain
+        assert other.generate(PROMPTS) == adapted
+        assert model.generate(PROMPTS) == plain
     assert adapted != plain
 
 
 def test_long_prompts_are_computed_in_pieces(models, files):
     """More tokens than llama.cpp takes at once, in one prompt and over several."""
     rows = [[3 + (i * k) % 300 for i in range(200)] for k in (1, 2, 3, 5, 7)]
-    with LlamaModel(files(), threads=1) as model:
+    with LlamaRuntime(files(), threads=1) as model:
         together, alone = model.greedy(rows, 8), [model.greedy([row], 8)[0] for row in rows]
         whole = model.logits([i for row in rows for i in row][:700])
         assert whole.shape == (700, 320)
@@ -118,22 +119,22 @@ def test_long_prompts_are_computed_in_pieces(models, files):
 def test_files_that_are_no_models_are_refused(models, files, tmp_path, capfd):
     (tmp_path / "broken.gguf").write_bytes(b"GGUF and nonsense")
     with pytest.raises(CheckpointFormatError, match=r"llama.cpp cannot load .*broken.gguf: "):
-        LlamaModel(tmp_path / "broken.gguf")
+        LlamaRuntime(tmp_path / "broken.gguf")
     with pytest.raises(CheckpointFormatError, match="there is no model file"):
-        LlamaModel(tmp_path / "none.gguf")
+        LlamaRuntime(tmp_path / "none.gguf")
     with pytest.raises(CheckpointFormatError, match="there is no adapter file"):
-        LlamaModel(files(), tmp_path / "none.gguf")
+        LlamaRuntime(files(), tmp_path / "none.gguf")
     with pytest.raises(CheckpointFormatError, match=r"cannot load the adapter .*llama.gguf"):
-        LlamaModel(files(), files())
+        LlamaRuntime(files(), files())
     pack = varied_pack(models("llama"), ["model.layers.0.mlp.up_proj.weight"])
     export_gguf_lora(with_architecture(pack, "Qwen2ForCausalLM"), tmp_path / "other.gguf")
     with pytest.raises(CheckpointFormatError, match="arch mismatch"):
-        LlamaModel(files(), tmp_path / "other.gguf")
+        LlamaRuntime(files(), tmp_path / "other.gguf")
     assert capfd.readouterr() == ("", "")
 
 
 def test_closing_twice_does_no_harm(files):
-    model = LlamaModel(files())
+    model = LlamaRuntime(files())
     model.close()
     model.close()
 
@@ -165,10 +166,10 @@ def test_templates_give_what_transformers_gives():
 
 
 def test_a_template_that_makes_nothing_of_a_prompt_is_refused(files, monkeypatch):
-    with LlamaModel(files()) as model:
+    with LlamaRuntime(files()) as model:
         monkeypatch.setattr(model, "metadata", lambda key: "{# nothing #}" if key.endswith("template") else None)
-        with pytest.raises(CheckpointFormatError, match="makes nothing"):
-            with_llama(model, 4)(["x"])
+        with pytest.raises(CheckpointFormatError, match="turns a prompt into an empty text"):
+            model.generate(["x"])
 
 
 def test_without_llama_cpp_the_way_out_is_named(files, monkeypatch):
@@ -176,14 +177,14 @@ def test_without_llama_cpp_the_way_out_is_named(files, monkeypatch):
     llama.library.cache_clear()
     try:
         with pytest.raises(MissingExtraError) as caught:
-            LlamaModel(files())
+            LlamaRuntime(files())
     finally:
         llama.library.cache_clear()
     assert caught.value.advice == "pip install 'nestpatch[llama]'"
 
 
 def test_metadata_of_any_length_is_read_whole(files):
-    with LlamaModel(files()) as model:
+    with LlamaRuntime(files()) as model:
         assert model.metadata("general.architecture") == "llama"
         assert model.metadata("no.such.key") is None
         assert model.token_text("bos") == "<|im_start|>"

@@ -12,8 +12,9 @@ from nestpatch.nest_train.cluster import cluster
 from nestpatch.nest_train.probe import Selection, collect, require_neurons, select, standardise
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.nest_train.tune import ClusterDelta, DeltaSet, Halves, tune
+from nestpatch.runtimes.mlps import find_mlps
 from nestpatch.runtimes.text import TokenPair, pad_left
-from nestpatch.runtimes.transformers import find_mlps, load_model
+from nestpatch.runtimes.transformers import load_model
 
 
 @pytest.fixture

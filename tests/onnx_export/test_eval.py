@@ -15,15 +15,14 @@ from click.testing import CliRunner
 import nestpatch
 from nestpatch.cli import main
 from nestpatch.errors import CheckpointFormatError, DataError, MissingExtraError
-from nestpatch.evaluation._onnx import is_onnx
-from nestpatch.evaluation.drift import drift, drift_between, torch_logits
+from nestpatch.evaluation.drift import divergence, drift
 from nestpatch.evaluation.evaluator import evaluate
 from nestpatch.evaluation.suites import load_suite
 from nestpatch.export.adapters import export_onnx_adapter
 from nestpatch.lab.world import dialogues, make_world
-from nestpatch.runtimes.onnx import OnnxModel, ends_of, load_tokenizer, with_onnx
-from nestpatch.runtimes.text import encode_pairs
-from nestpatch.runtimes.transformers import load_model, with_transformers
+from nestpatch.runtimes.onnx import OnnxRuntime
+from nestpatch.runtimes.protocol import runtime_of
+from nestpatch.runtimes.transformers import TransformersRuntime, load_model
 from tests.helpers import tiny_pack, tree_digest
 
 PROMPTS = [prompt for prompt, _ in zip((p for p, _ in dialogues(make_world(3))), range(9), strict=False)]
@@ -58,22 +57,22 @@ def test_answers_are_those_of_transformers(exports, sources, tmp_path, chat):
             config = json.loads((place / "tokenizer_config.json").read_text())
             config.pop("chat_template", None)  # the export repeats it there
             (place / "tokenizer_config.json").write_text(json.dumps(config))
-    model, tokenizer = load_model(source, "cpu", "float32")
-    wanted = with_transformers(model, tokenizer, 20)(PROMPTS)
-    ours = OnnxModel(folder, threads=1)
+    wanted = TransformersRuntime(*load_model(source, "cpu", "float32"), 20).generate(PROMPTS)
+    ours = OnnxRuntime(folder, threads=1, max_new_tokens=20)
     for batch in (1, 4, 16):
-        assert with_onnx(ours, load_tokenizer(ours), 20, batch=batch)(PROMPTS) == wanted
+        ours.batch = batch
+        assert ours.generate(PROMPTS) == wanted
     assert len(set(wanted)) > 3
 
 
 def test_prompts_of_different_length_stay_apart_where_nothing_may_be_padded(exports):
-    model = OnnxModel(exports("qwen3").path, threads=1)
+    model = OnnxRuntime(exports("qwen3").path, threads=1)
     prompts = [[5, 6, 7], [8, 9], [10, 11, 12], [13, 14]]
     together = model.greedy(prompts, 8, ends=())
     assert model.pads
-    assert model._batches(prompts, 16) == [[1, 3, 0, 2]]
+    assert model._batches(prompts) == [[1, 3, 0, 2]]
     model.__dict__["pads"] = False
-    assert model._batches(prompts, 16) == [[1, 3], [0, 2]]
+    assert model._batches(prompts) == [[1, 3], [0, 2]]
     assert model.greedy(prompts, 8, ends=()) == together
 
 
@@ -86,30 +85,29 @@ def test_sizes_of_the_cache_may_stand_beside_the_graph(exports, tmp_path):
             value.type.tensor_type.shape.dim[3].dim_param = "kv_cache_dim"
     onnx.save(model, folder / "model.onnx")
     prompts = [[5, 6, 7], [8, 9]]
-    assert OnnxModel(folder, threads=1).greedy(prompts, 6, ()) == OnnxModel(exports("qwen3").path).greedy(prompts, 6, ())
+    assert OnnxRuntime(folder, threads=1).greedy(prompts, 6, ()) == OnnxRuntime(exports("qwen3").path).greedy(prompts, 6, ())
     for broken in ("[]", "{", '{"model": []}'):
         (folder / "genai_config.json").write_text(broken)
         with pytest.raises(CheckpointFormatError, match=r"genai_config|past_key_values"):
-            OnnxModel(folder)
+            OnnxRuntime(folder)
 
 
 def test_answers_end_where_the_files_say(exports, tmp_path):
     folder = shutil.copytree(exports("llama").path, tmp_path / "model")
-    model = OnnxModel(folder, threads=1)
-    tokenizer = load_tokenizer(model)
-    assert ends_of(model, tokenizer) == {2}
+    model = OnnxRuntime(folder, threads=1)
+    assert model.ends == {2}
     (free,) = model.greedy([[5, 6, 7]], 12, ends=())
     stop = free[4]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, stop]}))
-    assert ends_of(model, tokenizer) == {2, stop}
+    assert model.ends == {2, stop}
     (cut,) = model.greedy([[5, 6, 7]], 12, ends={stop})
     assert cut == free[: free.index(stop) + 1]
     (folder / "generation_config.json").unlink()
     (folder / "config.json").write_text("{}")
-    assert ends_of(model, tokenizer) == {2}, "the tokenizer's own"
+    assert model.ends == {2}, "the tokenizer's own"
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(CheckpointFormatError, match="cannot read"):
-        ends_of(model, tokenizer)
+        _ = model.ends
 
 
 def test_an_evaluation_has_the_numbers_of_the_model(exports, sources, suites):
@@ -150,11 +148,12 @@ def test_drift_from_a_base_of_either_kind(exports, sources, suites):
 
 def test_drift_from_logits_is_the_drift(sources, pack, tmp_path):
     nestpatch.apply(sources("llama"), pack, tmp_path / "patched")
-    (base, tokenizer), (model, _) = (load_model(path, "cpu", "float32") for path in (sources("llama"), tmp_path / "patched"))
+    base, model = (
+        TransformersRuntime(*load_model(path, "cpu", "float32")) for path in (sources("llama"), tmp_path / "patched")
+    )
     answers = dict.fromkeys(PROMPTS, "I can do that for you.")
-    wanted = drift_between(base, model, tokenizer, answers)
-    pairs = encode_pairs(tokenizer, list(answers.items()), 512, 512)
-    assert drift(torch_logits(base), torch_logits(model), pairs) == pytest.approx(wanted, rel=1e-4)
+    wanted = drift(base, model, answers)
+    assert divergence(base.logits, model.logits, base.token_pairs(answers)) == pytest.approx(wanted, rel=1e-4)
     assert wanted > 0.01
 
 
@@ -197,22 +196,22 @@ PAST = {"past_key_values.0.key": ["b", 2, "p", 16]}
     [
         ({"x": ["b", "s"]}, ["y"], "no input_ids"),
         ({"input_ids": ["b", "s"]}, ["logits"], "no cache"),
-        ({"input_ids": ["b", "s"], **PAST, "pixels": [1]}, ["logits"], "it wants pixels"),
+        ({"input_ids": ["b", "s"], **PAST, "pixels": [1]}, ["logits"], "it has the input pixels"),
         ({"input_ids": ["b", "s"], "past_key_values.0.key": ["b", "h", "p", 16]}, ["logits"], "past_key_values.0.key"),
         ({"input_ids": ["b", "s"], **PAST}, ["logits"], "does not come out"),
     ],
 )
 def test_graphs_that_are_no_decoder_are_refused(tmp_path, inputs, outputs, reason):
     with pytest.raises(CheckpointFormatError, match=reason):
-        OnnxModel(small(tmp_path / "model", inputs, outputs))
+        OnnxRuntime(small(tmp_path / "model", inputs, outputs))
 
 
 def test_broken_and_missing_models_are_refused(tmp_path):
     with pytest.raises(CheckpointFormatError, match="there is no ONNX model"):
-        OnnxModel(tmp_path)
+        OnnxRuntime(tmp_path)
     (tmp_path / "model.onnx").write_bytes(b"\xff" * 64)
     with pytest.raises(CheckpointFormatError, match="onnxruntime cannot load"):
-        OnnxModel(tmp_path)
+        OnnxRuntime(tmp_path)
 
 
 def test_a_model_without_a_tokenizer_is_refused(exports, tmp_path):
@@ -220,22 +219,22 @@ def test_a_model_without_a_tokenizer_is_refused(exports, tmp_path):
     for file in folder.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(CheckpointFormatError, match="cannot load the tokenizer"):
-        load_tokenizer(OnnxModel(folder, threads=1))
+        _ = OnnxRuntime(folder, threads=1).tokenizer
 
 
 def test_safetensors_beside_onnx_are_run_by_torch(exports, sources, tmp_path):
-    assert is_onnx(exports("llama").path)
-    assert is_onnx(exports("llama").path / "model.onnx")
-    assert not is_onnx(sources("llama"))
-    assert not is_onnx(tmp_path)
+    assert runtime_of(exports("llama").path) == "onnxruntime"
+    assert runtime_of(exports("llama").path / "model.onnx") == "onnxruntime"
+    assert runtime_of(sources("llama")) == "transformers"
+    assert runtime_of(tmp_path) == "transformers"
     both = shutil.copytree(sources("llama"), tmp_path / "both")
     shutil.copytree(exports("llama").path, both / "onnx")
-    assert not is_onnx(both)
+    assert runtime_of(both) == "transformers"
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
         (both / "onnx" / name).unlink()
     (both / "model.safetensors").unlink()
-    assert is_onnx(both)
-    assert load_tokenizer(OnnxModel(both, threads=1)).eos_token_id == 2
+    assert runtime_of(both) == "onnxruntime"
+    assert OnnxRuntime(both, threads=1).tokenizer.eos_token_id == 2
 
 
 def test_the_command_evaluates_an_onnx_model(ready, suites, pack, tmp_path):
@@ -270,9 +269,9 @@ def run_without(absent: str, code: str, *arguments: object) -> str:
 def test_without_onnxruntime_the_extra_is_named(exports, ready, pack, tmp_path):
     nestpatch.formats.nest.write(pack, tmp_path / "p.nest")
     code = """
-from nestpatch.runtimes.onnx import OnnxModel
+from nestpatch.runtimes.onnx import OnnxRuntime
 from nestpatch.export.adapters import export_onnx_adapter
-for call in (lambda: OnnxModel(sys.argv[1]), lambda: export_onnx_adapter(sys.argv[2], sys.argv[1], sys.argv[3])):
+for call in (lambda: OnnxRuntime(sys.argv[1]), lambda: export_onnx_adapter(sys.argv[2], sys.argv[1], sys.argv[3])):
     try:
         call()
     except MissingExtraError as error:
@@ -287,9 +286,9 @@ def test_an_onnx_model_is_evaluated_without_torch(ready, pack, suites, tmp_path)
     nestpatch.formats.nest.write(pack, tmp_path / "p.nest")
     code = """
 from nestpatch import load_pack
-from nestpatch.evaluation._onnx import assess_onnx
+from nestpatch.evaluation.evaluator import evaluate
 from nestpatch.evaluation.suites import load_suite
-done = assess_onnx(sys.argv[1], [load_suite(sys.argv[3])], patch=load_pack(sys.argv[2]), max_new_tokens=4)
+done = evaluate(sys.argv[1], [load_suite(sys.argv[3])], pack=load_pack(sys.argv[2]), trust="none", max_new_tokens=4)
 print(done.patched.drift > 0, "torch" in sys.modules)
 """
     assert run_without("torch", code, ready, tmp_path / "p.nest", tmp_path / "benign.jsonl") == "True False"

@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 
-from nestpatch.runtimes.onnx import OnnxModel
+from nestpatch.runtimes.onnx import OnnxRuntime
 from tests.onnx_export.conftest import FAMILIES, VOCABULARY
 from tests.onnx_export.runs import Run, batch, reference, weights
 
@@ -45,7 +45,7 @@ def test_a_text_may_be_read_in_steps(family, exports, sources, torch_model, cuts
 
 def test_greedy_answers_are_those_of_transformers(family, exports, sources, torch_model):
     rows = [batch(1, length, seed=length)[0][0].tolist() for length in (5, 17, 9, 9)]
-    got = OnnxModel(exports(family).path, threads=1).greedy(rows, 24, ends={2}, sequences=3)
+    got = OnnxRuntime(exports(family).path, threads=1, batch=3).greedy(rows, 24, ends={2})
     model = torch_model(sources(family))
     for row, answer in zip(rows, got, strict=True):
         given = torch.tensor([row])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from nestpatch.export.adapters import export_onnx_adapter
-from nestpatch.runtimes.onnx import OnnxModel
+from nestpatch.runtimes.onnx import OnnxRuntime
 from tests.helpers import FUSED, tiny_pack
 
 PROMPT = [5, 100, 77, 300, 12, 9, 30, 31, 32, 33, 34, 35, 36, 37]
@@ -54,7 +54,7 @@ def export(request, exports):
 
 
 def ours(folder, adapter=None):
-    (answer,) = OnnxModel(folder, adapter, threads=1).greedy([PROMPT], NEW, {2})
+    (answer,) = OnnxRuntime(folder, adapter, threads=1).greedy([PROMPT], NEW, {2})
     assert len(set(answer)) > 1 or folder.name == "gemma3"
     return answer
 

@@ -13,7 +13,7 @@ import pytest
 from nestpatch.errors import QuantizationError
 from nestpatch.export.onnx._quantize import quantize, quantize_matrix, require_faithful
 from nestpatch.export.onnx.exporter import save
-from nestpatch.runtimes.onnx import OnnxModel
+from nestpatch.runtimes.onnx import OnnxRuntime
 from tests.onnx_export.runs import Run, batch, reference, weights
 
 
@@ -90,7 +90,7 @@ def test_quantized_graphs_run_and_resemble_the_model(bits, least, exports, four,
     steps = np.concatenate([again(ids[:, :10], mask[:, :10]), again(ids[:, 10:], mask)], 1)
     # Rounding activations can jump, so a step may differ a little more than floats would.
     assert np.abs(steps - whole)[mask.astype(bool)].max() < 0.05 * wanted.std()
-    (answer,) = OnnxModel(folder, threads=1).greedy([ids[0].tolist()], 5, ends=())
+    (answer,) = OnnxRuntime(folder, threads=1).greedy([ids[0].tolist()], 5, ends=())
     assert len(answer) == 5
 
 

@@ -143,7 +143,7 @@ def test_export_uses_what_it_checked_and_reads_no_file_again(
     seen: list[Any] = []
 
     def check_gguf(file: Path, model: Path, **options: Any) -> Any:
-        seen.append(options["patch"].label)
+        seen.append(options["pack"].label)
         raise NestpatchError("enough")
 
     def other_file(*_: object, **__: object) -> Any:

@@ -16,7 +16,9 @@ from nestpatch.export._source import ExportSource, Wanted
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.formats.lora.onnx import AdapterInput
 from nestpatch.patcher.state_dir import LEDGER
-from nestpatch.runtimes.transformers import disk_name, find_mlps, fold, load_model
+from nestpatch.runtimes.mlps import find_mlps
+from nestpatch.runtimes.transformers import load_model
+from nestpatch.runtimes.weights import disk_name, fold
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -12,7 +12,8 @@ import numpy as np
 
 from nestpatch.errors import ParityError
 from nestpatch.rows import FloatArray
-from nestpatch.runtimes.onnx import IntArray, OnnxModel, pad_left
+from nestpatch.runtimes.onnx import OnnxRuntime
+from nestpatch.runtimes.text import IntArray, pad_left
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,7 +95,7 @@ def compare(file: Path, kind: str, probe: Probe) -> Parity:
     Raises ParityError when a difference is larger than rounding explains, or a logit is not finite.
     """
     # Quantized matrices are rearranged in any case: onnxruntime multiplies with them a hundred times faster then.
-    model = OnnxModel(file, device="cpu", mapped=kind in BOUNDS)
+    model = OnnxRuntime(file, device="cpu", mapped=kind in BOUNDS)
     longest = probe.mask[:, 0].argmax()
     row = probe.ids[longest : longest + 1]
     plain, _ = model.step(row, np.ones_like(row))
@@ -117,7 +118,7 @@ def compare(file: Path, kind: str, probe: Probe) -> Parity:
     return found
 
 
-def _in_steps(model: OnnxModel, probe: Probe) -> Any:
+def _in_steps(model: OnnxRuntime, probe: Probe) -> Any:
     """The logits of the whole batch, read as the first half, the rest but one token, and that token."""
     width = probe.ids.shape[1]
     cuts = [0, width // 2, width - 1, width]

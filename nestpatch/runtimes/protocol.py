@@ -1,0 +1,120 @@
+"""One protocol for a loaded model, whatever runs it, and the function that opens one: the door to this room.
+
+`open_runtime` chooses by file: a .gguf file is run by llama.cpp, an ONNX model by onnxruntime, anything else by transformers.
+Nothing here imports torch; only transformers needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Literal, Protocol, TypeAlias
+
+from nestpatch.events import OnEvent, ignore
+from nestpatch.formats.lora.onnx import onnx_file
+from nestpatch.pack import Pack
+from nestpatch.rows import FloatArray
+from nestpatch.runtimes.text import TokenPair
+
+Kind: TypeAlias = Literal["transformers", "llama.cpp", "onnxruntime"]
+Generate: TypeAlias = Callable[[Sequence[str]], list[str]]
+"""Prompts -> answers, in the same order."""
+
+
+class Runtime(Protocol):
+    """A loaded model that answers prompts and exposes its logits."""
+
+    def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of the prompts in chat form, as the model reads them."""
+        ...
+
+    def token_pairs(self, answers: Mapping[str, str]) -> list[TokenPair]:
+        """Token ids of prompts and answers (prompt -> answer), as the model reads them."""
+        ...
+
+    def generate(self, prompts: Sequence[str], on_event: OnEvent = ignore) -> list[str]:
+        """Greedy answers to the prompts, in the same order."""
+        ...
+
+    def logits(self, ids: Sequence[int], start: int = 0) -> FloatArray:
+        """float32 [ids - start, vocabulary]: what the model predicts after each of the ids from `start` on."""
+        ...
+
+    def with_pack(self, pack: Pack) -> AbstractContextManager[Runtime]:
+        """The same model with a pack merged in memory; this runtime goes on without it.
+
+        Raises:
+            BaseMismatchError: The model is not the pack's base, or holds the pack already.
+        """
+        ...
+
+    def with_adapter(self, adapter: Path) -> AbstractContextManager[Runtime]:
+        """The same model with an adapter file; this runtime goes on without it.
+
+        Raises:
+            CheckpointFormatError: The runtime does not load the adapter.
+            DataError: The runtime takes no adapter files.
+        """
+        ...
+
+
+def runtime_of(model: str | Path) -> Kind:
+    """Which runtime a model is for.
+
+    Args:
+        model: A directory, a file, or a Hub id.
+
+    Returns:
+        "llama.cpp" for a .gguf file; "onnxruntime" for an .onnx file, or a directory with one and without safetensors
+        weights; else "transformers".
+    """
+    path = Path(model)
+    if path.suffix == ".gguf":
+        return "llama.cpp"
+    if path.suffix == ".onnx" or (onnx_file(path) is not None and not any(path.glob("*.safetensors"))):
+        return "onnxruntime"
+    return "transformers"
+
+
+@contextmanager
+def open_runtime(
+    model: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int | None = None,
+    max_new_tokens: int = 48,
+) -> Iterator[Runtime]:
+    """Loads a model in the runtime that it is for, and frees it at the end.
+
+    Args:
+        model: A directory, a file, or a Hub id.
+        device: "auto", "cpu", "cuda" or "mps".
+        dtype: "auto", or the torch dtype to compute in; only transformers uses it.
+        threads: Threads that compute; None: OMP_NUM_THREADS, or every core.
+        max_new_tokens: Length of an answer.
+
+    Yields:
+        The loaded model.
+
+    Raises:
+        CheckpointError: The model cannot be loaded.
+        DataError: The runtime cannot compute on the device.
+        MissingExtraError: The packages of the runtime are not installed.
+    """
+    kind = runtime_of(model)
+    if kind == "llama.cpp":
+        from nestpatch.runtimes.llama import LlamaRuntime
+
+        with LlamaRuntime(model, device=device, threads=threads, max_new_tokens=max_new_tokens) as loaded:
+            yield loaded
+    elif kind == "onnxruntime":
+        from nestpatch.runtimes.onnx import OnnxRuntime
+
+        yield OnnxRuntime(model, device=device, threads=threads, max_new_tokens=max_new_tokens)
+    else:
+        from nestpatch.runtimes.transformers import TransformersRuntime, locate
+
+        path = locate(model).path
+        yield TransformersRuntime.load(path, device=device, dtype=dtype, threads=threads, max_new_tokens=max_new_tokens)

@@ -1,0 +1,184 @@
+"""The weights of a model that transformers loaded, and the tensors on disk that they come from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nestpatch.errors import CheckpointFormatError
+from nestpatch.formats.checkpoint import Checkpoint, row_blocks
+from nestpatch.formats.gguf.names import expert_of
+from nestpatch.pack import Pack
+from nestpatch.patcher.plan import make_plan
+from nestpatch.rows import merge
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+# transformers stacks the matrices of single experts while loading: part of the name on disk -> (stack, which half of it).
+_STACKS = {
+    "gate_proj": ("gate_up_proj", 0), "w1": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "w3": ("gate_up_proj", 1),
+    "down_proj": ("down_proj", None), "w2": ("down_proj", None),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class PatchedRows:
+    """Some rows of a loaded matrix, before and after a merge.
+
+    Attributes:
+        matrix: A view [rows, in_features] of the parameter.
+        rows: int64 [changed], the rows that change.
+        old: [changed, in_features] in the parameter's dtype.
+        new: The same after the merge.
+    """
+
+    matrix: torch.Tensor
+    rows: torch.Tensor
+    old: torch.Tensor
+    new: torch.Tensor
+
+
+def fold(model: PreTrainedModel, checkpoint: Checkpoint, pack: Pack, strength: float = 1.0, *, rounded: bool = True) -> None:
+    """Merges a pack into the weights of a loaded model.
+
+    Args:
+        model: Loaded from `checkpoint`.
+        checkpoint: The model on disk.
+        pack: What to merge.
+        strength: Factor of the pack's change.
+        rounded: Merge in the dtype on disk and convert as loading converts; else add the change to float32 values, as an
+            adapter does.
+
+    Raises:
+        BaseMismatchError: The checkpoint is not the pack's base.
+        CheckpointFormatError: transformers changed the weights while loading them.
+    """
+    import torch
+
+    with torch.no_grad():
+        for part in merged_parameters(model, checkpoint, pack, strength, rounded=rounded):
+            part.matrix[part.rows] = part.new
+
+
+def merged_parameters(
+    model: PreTrainedModel, checkpoint: Checkpoint, pack: Pack, strength: float = 1.0, *, rounded: bool = True
+) -> Iterator[PatchedRows]:
+    """What `fold` would write, block by block. Takes the arguments of `fold` and raises what it raises.
+
+    Yields:
+        The rows of one block.
+    """
+    import torch
+
+    plan = make_plan(pack, checkpoint, strength)
+    parameters = _by_name_on_disk(model, checkpoint)
+    for tensor in plan.tensors:
+        name = tensor.delta.name
+        matrix = _matrix(name, parameters)
+        for part in row_blocks(tensor.delta.neurons, tensor.info.row_bytes):
+            rows = tensor.delta.rows[part].astype(np.int64)
+            stored = checkpoint.read_rows(name, rows)
+            places = torch.from_numpy(rows).to(matrix.device)
+            old = matrix[places].detach()
+            if not same_weights(stored, old):
+                raise CheckpointFormatError(f"tensor {name} of {checkpoint.path} is not the weight that transformers loaded")
+            change = tensor.delta.dense(part.start, part.stop)
+            merged = merge(stored if rounded else stored.astype(np.float32), change, strength)
+            yield PatchedRows(matrix, places, old, torch.from_numpy(merged.astype(np.float32)).to(matrix.device, matrix.dtype))
+
+
+@contextmanager
+def swapped_in(parts: Sequence[PatchedRows]) -> Iterator[None]:
+    """Holds the new rows in the model; at the end puts the old ones back, bit for bit.
+
+    Args:
+        parts: From `merged_parameters`.
+    """
+    import torch
+
+    with torch.no_grad():
+        for part in parts:
+            part.matrix[part.rows] = part.new
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for part in parts:
+                part.matrix[part.rows] = part.old
+
+
+def _by_name_on_disk(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    parameters: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        try:
+            parameters[disk_name(name, checkpoint)] = parameter
+        except CheckpointFormatError:  # not on disk under its own name: experts that were stacked while loading
+            parameters.setdefault(name, parameter)
+    return parameters
+
+
+def _matrix(name: str, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A view [rows, in_features] of what a tensor on disk became."""
+    if name in parameters:
+        parameter = parameters[name]
+        return parameter.view(-1, parameter.shape[-1])
+    expert = expert_of(name)
+    if expert is not None and expert[2] in _STACKS:
+        stack, half = _STACKS[expert[2]]
+        layer = re.search(r"\.\d+\.", name)
+        ending = f".experts.{stack}"
+        fits = [p for other, p in parameters.items() if layer and layer[0] in other and other.endswith(ending)]
+        if len(fits) == 1 and fits[0].ndim == 3 and expert[1] < len(fits[0]):
+            matrix = fits[0][expert[1]]
+            return matrix if half is None else matrix.chunk(2)[half]
+    raise CheckpointFormatError(f"the loaded model has no parameter for {name}")
+
+
+def disk_name(weight: str, checkpoint: Checkpoint) -> str:
+    """The name on disk of a parameter: the same, or the same without or with the model's own prefix.
+
+    Args:
+        weight: The parameter's name in the loaded model.
+        checkpoint: The model on disk.
+
+    Returns:
+        The tensor's name.
+
+    Raises:
+        CheckpointFormatError: No tensor fits, or several do.
+    """
+    names = checkpoint.tensors()
+    if weight in names:
+        return weight
+    fits = [name for name in names if weight.endswith(f".{name}") or name.endswith(f".{weight}")]
+    if len(fits) != 1:
+        found = ", ".join(fits) or "none"
+        raise CheckpointFormatError(
+            f"{checkpoint.path} has no tensor for the parameter {weight} (candidates: {found})",
+            advice="transformers renames this model's weights while loading; nestpatch cannot map them to the file.",
+        )
+    return fits[0]
+
+
+def same_weights(stored: Any, parameter: torch.Tensor) -> bool:
+    """Whether rows on disk are the model's own, after the conversion that loading made.
+
+    Args:
+        stored: Rows as they are on disk, in the dtype of the file.
+        parameter: The same rows of the loaded model.
+
+    Returns:
+        True when every element is equal.
+    """
+    import torch
+
+    # Through float32: every stored dtype widens to it exactly, and it narrows as loading does.
+    loaded = torch.from_numpy(stored.astype(np.float32)).to(parameter.dtype)
+    return torch.equal(loaded, parameter.cpu())
