@@ -117,7 +117,7 @@ def _show_method(facts: Sequence[tuple[str, str]], room: int | None) -> None:
     if room is not None:
         shown = facts if len(facts) <= room else [*facts[: room - 1], ("", f"and {len(facts) - room + 1} more facts: --rows")]
         # Without a width the column of names gives way to long texts.
-        grid.columns[0].min_width = min(24, max(len(what) for what, _ in shown))
+        grid.columns[0].no_wrap, grid.columns[0].min_width = True, min(24, max(len(what) for what, _ in shown))
         grid.columns[1].no_wrap, grid.columns[1].overflow = True, "ellipsis"
     for what, text in shown:
         grid.add_row(escape(what), escape(text))
