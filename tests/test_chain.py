@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nestpatch.errors import ChainError, DowngradeError, OverlapError, RequirementError
-from nestpatch.patcher.chain import Action, Allowed, Link, plan_apply, plan_revert
+from nestpatch.patcher.chain import Action, Allowed, Link, steps_to_apply, steps_to_revert
 from nestpatch.version import Version
 
 
@@ -23,7 +23,7 @@ def always(a, b):
     return True
 
 
-def told(steps):
+def actions(steps):
     return [(step.action.name, step.link.pack_id) for step in steps]
 
 
@@ -39,55 +39,55 @@ def test_the_order_of_versions_is_that_of_semver():
 
 
 def test_the_first_pack_is_checked_and_applied():
-    assert told(plan_apply([], link("a"), never)) == [("CHECK", "a-1.0.0"), ("APPLY", "a-1.0.0")]
+    assert actions(steps_to_apply([], link("a"), never)) == [("CHECK", "a-1.0.0"), ("APPLY", "a-1.0.0")]
 
 
 def test_the_same_pack_at_the_same_strength_is_nothing_to_do():
-    assert plan_apply([link("a")], link("a"), always) == ()
+    assert steps_to_apply([link("a")], link("a"), always) == ()
 
 
 def test_another_strength_replaces():
-    steps = plan_apply([link("a")], link("a", strength=0.5), always)
-    assert told(steps) == [("UNDO", "a-1.0.0"), ("CHECK", "a-1.0.0"), ("APPLY", "a-1.0.0")]
+    steps = steps_to_apply([link("a")], link("a", strength=0.5), always)
+    assert actions(steps) == [("UNDO", "a-1.0.0"), ("CHECK", "a-1.0.0"), ("APPLY", "a-1.0.0")]
     assert steps[0].link.strength == 1.0
     assert steps[-1].link.strength == 0.5
 
 
 def test_an_upgrade_undoes_the_old_version_first():
-    steps = plan_apply([link("a")], link("a", "1.1.0"), always)
-    assert told(steps) == [("UNDO", "a-1.0.0"), ("CHECK", "a-1.1.0"), ("APPLY", "a-1.1.0")]
+    steps = steps_to_apply([link("a")], link("a", "1.1.0"), always)
+    assert actions(steps) == [("UNDO", "a-1.0.0"), ("CHECK", "a-1.1.0"), ("APPLY", "a-1.1.0")]
 
 
 def test_downgrades_have_to_be_allowed():
     with pytest.raises(DowngradeError, match=r"a 1\.0\.0 is older than a 1\.1\.0") as caught:
-        plan_apply([link("a", "1.1.0")], link("a"), never)
+        steps_to_apply([link("a", "1.1.0")], link("a"), never)
     assert "--allow-downgrade" in caught.value.advice
-    assert told(plan_apply([link("a", "1.1.0")], link("a"), never, Allowed(downgrade=True)))[0] == ("UNDO", "a-1.1.0")
+    assert actions(steps_to_apply([link("a", "1.1.0")], link("a"), never, Allowed(downgrade=True)))[0] == ("UNDO", "a-1.1.0")
 
 
 @pytest.mark.parametrize("version", ["1.0.0", "1.0.0+rebuilt"])
 def test_one_version_means_one_content(version):
     other = Link("x", "a", version)
     with pytest.raises(ChainError, match="another pack is applied as a 1"):
-        plan_apply([link("a")], other, never, Allowed(downgrade=True))
+        steps_to_apply([link("a")], other, never, Allowed(downgrade=True))
 
 
 def test_superseded_packs_go_whatever_their_name():
     old, new = link("a"), link("b", supersedes=["a-1.0.0"])
-    assert told(plan_apply([old], new, never)) == [("UNDO", "a-1.0.0"), ("CHECK", "b-1.0.0"), ("APPLY", "b-1.0.0")]
+    assert actions(steps_to_apply([old], new, never)) == [("UNDO", "a-1.0.0"), ("CHECK", "b-1.0.0"), ("APPLY", "b-1.0.0")]
     with pytest.raises(DowngradeError, match="superseded by b"):
-        plan_apply([new], old, never)
-    assert told(plan_apply([new], old, never, Allowed(downgrade=True)))[0] == ("UNDO", "b-1.0.0")
+        steps_to_apply([new], old, never)
+    assert actions(steps_to_apply([new], old, never, Allowed(downgrade=True)))[0] == ("UNDO", "b-1.0.0")
 
 
 def test_disjoint_packs_stack_untouched():
-    assert told(plan_apply([link("a")], link("b"), never)) == [("CHECK", "b-1.0.0"), ("APPLY", "b-1.0.0")]
+    assert actions(steps_to_apply([link("a")], link("b"), never)) == [("CHECK", "b-1.0.0"), ("APPLY", "b-1.0.0")]
 
 
 def test_overlaps_have_to_be_allowed_and_are_checked_on_the_base_below():
     with pytest.raises(OverlapError, match=r"b 1\.0\.0 changes rows that a 1\.0\.0 changed"):
-        plan_apply([link("a")], link("b"), always)
-    steps = told(plan_apply([link("a")], link("b"), always, Allowed(overlap=True)))
+        steps_to_apply([link("a")], link("b"), always)
+    steps = actions(steps_to_apply([link("a")], link("b"), always, Allowed(overlap=True)))
     assert steps == [("UNDO", "a-1.0.0"), ("CHECK", "b-1.0.0"), ("REDO", "a-1.0.0"), ("APPLY", "b-1.0.0")]
 
 
@@ -97,7 +97,7 @@ def test_what_lies_above_and_shares_rows_is_put_back_in_order():
     def overlap(x, y):
         return {x.name, y.name} in ({"a", "b"}, {"b", "d"})
 
-    steps = told(plan_apply(applied, link("a", "2.0.0"), overlap, Allowed(overlap=True)))
+    steps = actions(steps_to_apply(applied, link("a", "2.0.0"), overlap, Allowed(overlap=True)))
     assert steps == [
         ("UNDO", "d-1.0.0"),
         ("UNDO", "b-1.0.0"),
@@ -112,13 +112,13 @@ def test_what_lies_above_and_shares_rows_is_put_back_in_order():
 def test_requirements_hold_on_the_way_in_and_on_the_way_out():
     needy = link("b", requires=["a-1.0.0"])
     with pytest.raises(RequirementError, match="requires the pack a-1"):
-        plan_apply([], needy, never)
-    assert plan_apply([link("a")], needy, never)
+        steps_to_apply([], needy, never)
+    assert steps_to_apply([link("a")], needy, never)
     with pytest.raises(RequirementError):
-        plan_apply([link("a"), needy], link("a", "2.0.0"), never)
+        steps_to_apply([link("a"), needy], link("a", "2.0.0"), never)
     with pytest.raises(RequirementError):
-        plan_revert([link("a"), needy], [link("a")], never)
-    assert told(plan_revert([link("a"), needy], [link("a"), needy], never)) == [("UNDO", "b-1.0.0"), ("UNDO", "a-1.0.0")]
+        steps_to_revert([link("a"), needy], [link("a")], never)
+    assert actions(steps_to_revert([link("a"), needy], [link("a"), needy], never)) == [("UNDO", "b-1.0.0"), ("UNDO", "a-1.0.0")]
 
 
 @given(st.data())
@@ -133,7 +133,7 @@ def test_steps_never_undo_what_is_not_on_top_of_its_rows(data):
     applied = [link(name) for name in names]
     new = link(data.draw(st.sampled_from("abcdef")), "2.0.0")
     stack = list(applied)
-    for step in plan_apply(applied, new, overlap, Allowed(overlap=True)):
+    for step in steps_to_apply(applied, new, overlap, Allowed(overlap=True)):
         if step.action is Action.UNDO:
             above = stack[stack.index(step.link) + 1 :]
             assert not any(overlap(step.link, other) for other in above)

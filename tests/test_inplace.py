@@ -151,7 +151,7 @@ def test_an_allowed_mismatch_is_recorded_and_still_reverts(tmp_path, model):
 
 
 def flip(model: Path, name: str, row: int) -> None:
-    """Changes one bit of one row behind nestpatch's back."""
+    """Changes one bit of one row without nestpatch."""
     info = open_checkpoint(model).info(name)
     with open(info.file, "r+b") as file:
         file.seek(info.offset + row * info.row_bytes + 1)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nestpatch.errors import UndoError
-from nestpatch.patcher._undo import TensorPacker, UndoReader, UndoWriter, checksums, residual, restored
+from nestpatch.patcher._undo import MAGIC, TensorPacker, UndoReader, checksums, residual, restored
 from nestpatch.rows import DTYPES, merge
 
 
@@ -44,7 +44,7 @@ def records(folder, tensors, block=3):
     rng = np.random.default_rng(0)
     content = {}
     with open(folder / "x.undo", "wb") as file:
-        writer = UndoWriter(file)
+        file.write(MAGIC)
         for name, rows in tensors.items():
             lacking = rng.integers(0, 3, size=(rows, 10)).astype(np.uint16)
             before, after = (rng.integers(0, 2**63, size=rows).astype(np.uint64) for _ in range(2))
@@ -52,7 +52,7 @@ def records(folder, tensors, block=3):
             packer = TensorPacker()
             for p in parts:
                 packer.add(lacking[p], before[p], after[p])
-            writer.tensor(packer.finish())
+            packer.write(file)
             content[name] = (lacking, before, after)
     return content
 

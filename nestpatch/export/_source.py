@@ -29,7 +29,7 @@ from nestpatch.patcher.merge import rows_of
 from nestpatch.patcher.plan import check_strength
 from nestpatch.patcher.recovery import open_model
 from nestpatch.patcher.state_dir import StateDir, state_dir_of
-from nestpatch.patcher.steps import Judge, plan_steps
+from nestpatch.patcher.steps import Judge, plan_from_ledger
 from nestpatch.signing.trust import load_policy
 
 
@@ -125,7 +125,7 @@ def source_of(
     checkpoint, state_dir, proven, strength = wanted.checkpoint, wanted.state_dir, wanted.proven, wanted.strength
     judge = Judge(load_policy(), checkpoint.path)
     ledger = _confirmed(checkpoint, state_dir, judge)
-    steps = plan_steps(state_dir, ledger, proven.pack, strength, judge, proven.origin).steps if proven is not None else ()
+    steps = plan_from_ledger(state_dir, ledger, proven.pack, strength, judge, proven.origin).steps if proven is not None else ()
     packs = dict(load_packs(state_dir, ledger.applied))
     if proven is None or not steps:
         yield ExportSource(checkpoint, ledger.applied, packs)

@@ -1,12 +1,13 @@
-"""Crash-safe row writes.
+"""The journal: crash-safe row writes.
 
-Before any row of a model changes, its present content is written here, checksummed, sealed and synced. A journal that is whole
-means: a transaction may have changed rows, and this is what they held. A journal that is not means: nothing was changed yet.
+Before any row of a model changes, its present content is written here, checksummed, sealed and synced. A complete journal means
+that a transaction may have changed rows, and holds their earlier content. An incomplete journal means that nothing was changed.
 
-Rows are read and put back by the checkpoint, so that it does not matter how a format lays them out.
+Rows are read and put back through the checkpoint, so the layout of the format does not matter.
 
-A journal lies beside the model and travels with it, so it is checked in full before the first byte is put back: what it is,
-whose it is, that it fits the model. Whether it may be carried out, its seal says (signing/machine.py) or recovery.py finds out.
+A journal is kept beside the model and travels with it. It is therefore checked in full before the first byte is put back: that
+it is a regular file of this user, and that it fits the model. Whether it may be carried out is decided by its seal
+(signing/machine.py), or in recovery.py.
 
 Layout: MAGIC, header length (u64, little endian), header JSON, then per region its row numbers (int64) and their bytes, then
 the SHA-256 of everything before, then 32 bytes of seal (HMAC-SHA256; zeros where this user has no key).
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -39,9 +41,9 @@ FAMILY = b"nestpatch-journal/"
 MAGIC = FAMILY + b"3\n"
 DIGEST = 32
 MAX_HEADER = 16 << 20
-"""Bytes of header JSON: a line per tensor."""
+"""Bytes of header JSON, which has an object per tensor."""
 WITNESSES = 64
-"""Untouched rows that the model is known by, at most."""
+"""Most untouched rows by which the model is recognized."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,24 +55,20 @@ class Region:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedRegion:
     """Where a journal holds the rows of one tensor."""
 
     tensor: str
     rows: int
+    """Number of rows."""
     row_bytes: int
     offset: int
-    """Of its row numbers; their bytes follow."""
-
-    @property
-    def content(self) -> int:
-        """Where the bytes of the rows begin."""
-        return self.offset + 8 * self.rows
+    """Of the row numbers in the journal; the content of the rows follows them."""
 
 
 @dataclass(frozen=True)
 class Journal:
-    """A whole journal, by its own account."""
+    """A complete journal. What it says is not yet compared with the model."""
 
     path: Path
     transaction: str
@@ -79,39 +77,28 @@ class Journal:
     witness: tuple[tuple[str, int], ...]
     """(tensor, row) that no step touches."""
     witness_sha256: str
-    regions: tuple[Saved, ...]
+    regions: tuple[SavedRegion, ...]
     makes: tuple[str, ...]
     """Undo records that the transaction writes."""
     retires: tuple[str, ...]
-    """Undo records that nothing needs once it is committed."""
+    """Undo records that are not needed once the transaction is committed."""
     ours: bool
-    """Whether this machine's seal is on it."""
+    """Whether the journal has the seal of this machine."""
 
     @property
     def rows(self) -> int:
+        """Number of rows in all regions."""
         return sum(region.rows for region in self.regions)
 
-    def row_numbers(self, file: FileIO, region: Saved) -> IntArray:
+    def row_numbers(self, file: FileIO, region: SavedRegion) -> IntArray:
         """The rows of a region, int64."""
         return np.frombuffer(_read_at(file, region.offset, 8 * region.rows), "<i8")
 
-    def content(self, file: FileIO, region: Saved, part: slice) -> Rows:
+    def content(self, file: FileIO, region: SavedRegion, part: slice) -> Rows:
         """The saved bytes of some rows of a region: uint8 [rows, row_bytes]."""
-        count = part.stop - part.start
-        data = _read_at(file, region.content + part.start * region.row_bytes, count * region.row_bytes)
+        count, start = part.stop - part.start, region.offset + 8 * region.rows
+        data = _read_at(file, start + part.start * region.row_bytes, count * region.row_bytes)
         return np.frombuffer(data, np.uint8).reshape(count, -1)
-
-
-class _Hashed:
-    """A file that digests what it is given."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.state = sha256()
-
-    def write(self, data: Any) -> None:
-        self.file.write(data)
-        self.state.update(data)
 
 
 def write_journal(
@@ -123,28 +110,43 @@ def write_journal(
     makes: Sequence[str] = (),
     retires: Sequence[str] = (),
 ) -> None:
-    """Saves the regions' present content, synced to disk: file and folder.
+    """Saves the present content of the regions, synced to disk: file and folder. Nothing of the model is changed.
 
-    Raises OSError, or InPlaceError where every row would change; then nothing of the model was changed.
+    Args:
+        state_dir: Where the state of the model is.
+        transaction: Its name.
+        checkpoint: The model.
+        regions: The rows that the transaction may change.
+        makes: Undo records that it writes.
+        retires: Undo records that are not needed once it is committed.
+
+    Raises:
+        OSError: The journal cannot be written.
+        InPlaceError: Every row of the model would change.
     """
-    spared = _witnesses(checkpoint, regions)
+    witness = _witnesses(checkpoint, regions)
     facts = {
         "transaction": transaction,
         "sizes": {file.name: file.stat().st_size for file in checkpoint.files},
-        "witness": {"rows": spared, "sha256": _digest(spared, checkpoint)},
+        "witness": {"rows": witness, "sha256": _digest(witness, checkpoint)},
         "regions": [{"tensor": r.info.name, "row_bytes": r.info.row_bytes, "rows": len(r.rows)} for r in regions],
         "makes": list(makes),
         "retires": list(retires),
     }
     header = json.dumps(facts).encode()
-    with open(state_dir.journal, "wb", opener=_create) as file:
-        out = _Hashed(file)
-        out.write(MAGIC + struct.pack("<Q", len(header)) + header)
+    with open(state_dir.journal, "wb", opener=_open_private) as file:
+        state = sha256()
+
+        def put(data: Any) -> None:
+            file.write(data)
+            state.update(data)
+
+        put(MAGIC + struct.pack("<Q", len(header)) + header)
         for region in regions:
-            out.write(np.ascontiguousarray(region.rows, "<i8").data)
+            put(np.ascontiguousarray(region.rows, "<i8").data)
             for part in row_blocks(len(region.rows), region.info.row_bytes, region.info.stretch):
-                out.write(checkpoint.read_rows(region.info.name, region.rows[part]).view(np.uint8).data)
-        digest = out.state.digest()
+                put(checkpoint.read_rows(region.info.name, region.rows[part]).view(np.uint8).data)
+        digest = state.digest()
         file.write(digest + (bytes.fromhex(seal("journal", state_dir.folder, digest)) or bytes(DIGEST)))
         file.flush()
         os.fsync(file.fileno())
@@ -153,30 +155,28 @@ def write_journal(
     sync_folder(state_dir.folder.parent)
 
 
-def _create(name: str, flags: int) -> int:
-    """For its owner alone, and never through a link."""
+def _open_private(name: str, flags: int) -> int:
+    """Opens a new file that only its owner can read, never through a link."""
     return os.open(name, flags | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
 
 
 def _witnesses(checkpoint: Checkpoint, regions: Sequence[Region]) -> list[tuple[str, int]]:
-    """Rows that stay as they are: by them the model is known again."""
-    spared = [found for region in regions if (found := _untouched(region.info, region.rows))]
-    if not spared:
-        touched = {region.info.name for region in regions}
-        files = {(region.info.file, region.info.offset) for region in regions}
-        for name in checkpoint.tensors():
-            info = checkpoint.info(name)
-            if name not in touched and (info.file, info.offset) not in files and _has_rows(checkpoint, info):
-                return [(name, 0)]
-        raise InPlaceError("every row of the model would change: nothing is left to know it by after a crash")
-    return spared[:: max(1, len(spared) // WITNESSES)][:WITNESSES]
-
-
-def _untouched(info: TensorInfo, rows: IntArray) -> tuple[str, int] | None:
-    """(tensor, its first row that stays as it is)."""
-    gaps = np.flatnonzero(rows != np.arange(len(rows)))
-    row = int(gaps[0]) if len(gaps) else len(rows)
-    return (info.name, row) if row < info.rows else None
+    """(tensor, row) of rows that do not change: the first such row of every region, or else a row of another tensor."""
+    spared = []
+    for region in regions:
+        gaps = np.flatnonzero(region.rows != np.arange(len(region.rows)))
+        row = int(gaps[0]) if len(gaps) else len(region.rows)
+        if row < region.info.rows:
+            spared.append((region.info.name, row))
+    if spared:
+        return spared[:: max(1, len(spared) // WITNESSES)][:WITNESSES]
+    touched = {region.info.name for region in regions}
+    places = {(region.info.file, region.info.offset) for region in regions}
+    for name in checkpoint.tensors():
+        info = checkpoint.info(name)
+        if name not in touched and (info.file, info.offset) not in places and _has_rows(checkpoint, info):
+            return [(name, 0)]
+    raise InPlaceError("every row of the model would change: none would be left to recognize it by after a crash")
 
 
 def _has_rows(checkpoint: Checkpoint, info: TensorInfo) -> bool:
@@ -201,11 +201,15 @@ def remove_journal(path: Path) -> None:
 
 @contextmanager
 def open_journal(path: Path) -> Iterator[FileIO]:
-    """Opens a journal for reading. Raises JournalError for what is not a file of this user's or of root's."""
+    """Opens a journal for reading.
+
+    Raises:
+        JournalError: It is missing, not a regular file, or does not belong to this user or to root.
+    """
     try:
         file = open_regular(path, follow=False, error=JournalError)
     except FileNotFoundError as error:
-        raise JournalError(f"the journal {path} is gone", advice="Run the command again.") from error
+        raise JournalError(f"the journal {path} was removed in the meantime", advice="Run the command again.") from error
     except JournalError as error:
         error.advice = f"Run the command as the user who started the change, or remove {path} if you did not put it there."
         raise
@@ -213,24 +217,32 @@ def open_journal(path: Path) -> Iterator[FileIO]:
         owner = os.fstat(file.fileno()).st_uid
         if os.name != "nt" and owner not in {os.geteuid(), 0}:
             raise JournalError(
-                f"the journal {path} belongs to the user with number {owner}, not to this user or to root",
+                f"the journal {path} belongs to user id {owner}, not to this user or to root",
                 advice="Run the command as the user who started the change, or remove the journal.",
             )
         yield file
 
 
 def read_journal(state_dir: StateDir) -> Journal | None:
-    """A journal that is whole; None for one whose writing was interrupted. Nothing is changed.
+    """Reads the journal of a model, and checks that it is complete. Changes nothing.
 
-    Raises JournalError for one of another version (removing it could leave a model half patched), and for one whose header and
-    size contradict each other.
+    Args:
+        state_dir: Where the state of the model is.
+
+    Returns:
+        The journal; None if its writing was interrupted.
+
+    Raises:
+        JournalError: It has another format version (removing it could leave a model half patched), or its header contradicts
+            its size.
     """
     path = state_dir.journal
     with open_journal(path) as file:
         magic = file.read(len(MAGIC)) or b""
         if magic != MAGIC and magic.startswith(FAMILY) and magic.endswith(b"\n"):
             raise JournalError(
-                f"the journal {path} is of another nestpatch", advice="Run the command with the version that wrote it."
+                f"the journal {path} was written by another version of nestpatch",
+                advice="Run the command with the version that wrote it.",
             )
         size = os.fstat(file.fileno()).st_size
         if size < len(MAGIC) + 8 + 2 * DIGEST or magic != MAGIC:
@@ -242,11 +254,11 @@ def read_journal(state_dir: StateDir) -> Journal | None:
         try:
             return _parse(file, path, size - 2 * DIGEST, ours=is_ours("journal", state_dir.folder, digest, mac))
         except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
-            raise JournalError(f"the journal {path} makes no sense: {str(error)[:200]}", advice=_REMOVE) from error
+            raise JournalError(f"the journal {path} is not consistent: {str(error)[:200]}", advice=_REMOVE) from error
 
 
 _REMOVE = (
-    "nestpatch did not write it like that for this model. To remove it and leave the rows as they are: "
+    "nestpatch did not write this journal for this model. To remove it and leave the rows as they are: "
     "nestpatch recover MODEL --foreign remove"
 )
 
@@ -267,21 +279,21 @@ def _parse(file: FileIO, path: Path, end: int, *, ours: bool) -> Journal:
     file.seek(len(MAGIC))
     (length,) = struct.unpack("<Q", file.read(8))
     if length > MAX_HEADER:
-        raise ValueError(f"a header of {length} bytes")
+        raise ValueError(f"its header has {length} bytes, at most {MAX_HEADER} are allowed")
     header = json.loads(_read_at(file, len(MAGIC) + 8, length))
     regions, offset = [], len(MAGIC) + 8 + length
     for region in header["regions"]:
         rows, row_bytes = _count(region["rows"]), _count(region["row_bytes"])
-        regions.append(Saved(_text(region["tensor"]), rows, row_bytes, offset))
+        regions.append(SavedRegion(_text(region["tensor"]), rows, row_bytes, offset))
         offset += rows * (8 + row_bytes)
     if offset != end:
-        raise ValueError(f"its regions take {offset} bytes, it has {end}")
-    if not (TRANSACTION.fullmatch(_text(header["transaction"])) and header["sizes"] and header["witness"]["rows"] and regions):
-        raise ValueError("it names no transaction, no files, no rows, or nothing to know the model by")
-    makes, retires = (tuple(_undo_name(name) for name in header[part]) for part in ("makes", "retires"))
+        raise ValueError(f"its regions end at byte {offset}, its content at byte {end}")
+    if not (header["sizes"] and header["witness"]["rows"] and regions):
+        raise ValueError("it names no files, no rows, or no witness rows")
+    makes, retires = (tuple(_text(name, UNDO) for name in header[part]) for part in ("makes", "retires"))
     return Journal(
         path=path,
-        transaction=header["transaction"],
+        transaction=_text(header["transaction"], TRANSACTION),
         sizes={_text(name): _count(size) for name, size in header["sizes"].items()},
         witness=tuple((_text(name), _count(row, least=0)) for name, row in header["witness"]["rows"]),
         witness_sha256=_text(header["witness"]["sha256"]),
@@ -294,20 +306,14 @@ def _parse(file: FileIO, path: Path, end: int, *, ours: bool) -> Journal:
 
 def _count(value: Any, least: int = 1) -> int:
     if type(value) is not int or not least <= value < 1 << 48:
-        raise ValueError(f"{str(value)[:40]} where a number should be")
+        raise ValueError(f"{str(value)[:40]} where a number is expected")
     return value
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > 4096:
-        raise ValueError(f"{str(value)[:40]} where a name should be")
+def _text(value: Any, pattern: re.Pattern[str] | None = None) -> str:
+    if not isinstance(value, str) or len(value) > 4096 or (pattern is not None and not pattern.fullmatch(value)):
+        raise ValueError(f"{str(value)[:40]} where a name is expected")
     return value
-
-
-def _undo_name(value: Any) -> str:
-    if not UNDO.fullmatch(_text(value)):
-        raise ValueError(f"{value[:40]} is no name of an undo record")
-    return str(value)
 
 
 def _read_at(file: FileIO, offset: int, length: int) -> bytes:
@@ -323,14 +329,18 @@ def _read_at(file: FileIO, offset: int, length: int) -> bytes:
 
 
 def check_fit(journal: Journal, checkpoint: Checkpoint) -> None:
-    """Raises JournalError unless the journal was written for this very model: its files, tensors, rows, untouched content."""
+    """Checks that a journal was written for this model: its files, tensors, rows and untouched content.
+
+    Raises:
+        JournalError: It was written for another model.
+    """
     files = {file.name: file for file in checkpoint.files}
     for name, size in journal.sizes.items():
-        # Only plain names of the model's own weight files: a journal must not reach out of the model.
+        # Only plain names of the model's own weight files: a journal must not write anywhere else.
         if name not in files or files[name].stat().st_size != size:
-            raise _misfit(journal, f"another {name}")
+            raise _misfit(journal, f"another file {name}")
     if set(journal.sizes) != set(files):
-        raise _misfit(journal, "a model of other files")
+        raise _misfit(journal, "a model with other files")
     with open_journal(journal.path) as file:
         for region in journal.regions:
             if not checkpoint.has(region.tensor):
@@ -338,7 +348,7 @@ def check_fit(journal: Journal, checkpoint: Checkpoint) -> None:
             info = checkpoint.info(region.tensor)
             rows = journal.row_numbers(file, region)
             if info.row_bytes != region.row_bytes or rows[0] < 0 or rows[-1] >= info.rows or (np.diff(rows) <= 0).any():
-                raise _misfit(journal, f"a {region.tensor} of another shape than {list(info.shape)}")
+                raise _misfit(journal, f"a tensor {region.tensor} of another shape than {list(info.shape)}")
     _check_witness(journal, checkpoint)
 
 
@@ -359,9 +369,10 @@ def _misfit(journal: Journal, what: str) -> JournalError:
 
 
 def roll_back(journal: Journal, checkpoint: Checkpoint) -> None:
-    """Puts the rows of a journal back and syncs the files that hold them. Doing it twice does no harm.
+    """Puts the rows of a journal back, and syncs the files that hold them. Idempotent. Call `check_fit` first.
 
-    Call `check_fit` first. Raises OSError.
+    Raises:
+        OSError: A file cannot be read or written.
     """
     with open_journal(journal.path) as file:
         for region in journal.regions:
@@ -373,7 +384,7 @@ def roll_back(journal: Journal, checkpoint: Checkpoint) -> None:
 
 
 def files_of(checkpoint: Checkpoint, names: Sequence[str]) -> list[Path]:
-    """The weight files that hold these tensors, sorted."""
+    """The weight files that hold some tensors, sorted."""
     return sorted({file for name in names for file in checkpoint.info(name).files})
 
 

@@ -13,7 +13,7 @@ from nestpatch.patcher.ledger import Ledger
 from nestpatch.patcher.merge import QuantizedMerge, quantized_merge
 from nestpatch.patcher.plan import check_strength
 from nestpatch.patcher.state_dir import StateDir
-from nestpatch.patcher.steps import Judge, PlannedSteps, plan_on_rows
+from nestpatch.patcher.steps import Judge, PlannedSteps, plan_apply
 from nestpatch.signing.trust import Policy
 
 
@@ -28,9 +28,9 @@ class Request:
     quantized: QuantizedMerge
 
     def plan(self, checkpoint: Checkpoint, state_dir: StateDir, ledger: Ledger) -> PlannedSteps:
-        """The steps of the merge on this model, after a look at its rows. Raises as `plan_on_rows` does."""
+        """The steps of the merge on this model, after a look at its rows. Raises as `plan_apply` does."""
         base = self.quantized.base
-        return plan_on_rows(checkpoint, state_dir, ledger, self.proven, self.strength, self.judge, self.allowed, base)
+        return plan_apply(checkpoint, state_dir, ledger, self.proven, self.strength, self.judge, self.allowed, base)
 
 
 def request(

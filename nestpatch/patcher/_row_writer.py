@@ -1,4 +1,4 @@
-"""The rows of one pack, written and put back, with what has to be recorded of them."""
+"""Writing the touched rows of one pack, and putting them back, with the records that this needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nestpatch.files.threads import beside, meanwhile
 from nestpatch.formats.checkpoint import Checkpoint, row_blocks
 from nestpatch.pack import Pack, TensorDelta
 from nestpatch.patcher._journal import sync_files
-from nestpatch.patcher._undo import TensorPacker, UndoReader, UndoWriter, checksums, residual, restored
+from nestpatch.patcher._undo import MAGIC, TensorPacker, UndoReader, checksums, residual, restored
 from nestpatch.patcher.ledger import LedgerEntry, TensorRecord
 from nestpatch.patcher.merge import QuantizedMerge, Retention, rows_of
 from nestpatch.patcher.plan import MergedBlock, merged_blocks
@@ -25,17 +25,18 @@ from nestpatch.patcher.plan import MergedBlock, merged_blocks
 SYNC_STRIDE = 8
 """Tensors between two syncs."""
 Start = Callable[[Callable[[], None]], object]
+"""Starts work in another thread."""
 
 
-class _Record:
-    """What one tensor held before and after, as the ledger and the undo record tell it."""
+class _TensorLog:
+    """What the ledger and the undo record keep of one tensor, collected block by block."""
 
     def __init__(self, delta: TensorDelta, strength: float) -> None:
         self.delta, self.strength = delta, strength
         self.before, self.after, self.packer, self.retention = sha256(), sha256(), TensorPacker(), Retention()
 
-    def add(self, block: MergedBlock) -> _Record | None:
-        """Adds a block; gives the record when it was the last one."""
+    def add(self, block: MergedBlock) -> _TensorLog | None:
+        """Adds a block. Returns the log after the last block, None before."""
         old, new, part = block.old, block.new, block.part
         self.before.update(old.view(np.uint8).data)
         self.after.update(new.view(np.uint8).data)
@@ -44,10 +45,14 @@ class _Record:
         self.packer.add(residual(old, new, change, self.strength), checksums(old), checksums(new))
         return self if part.stop == self.delta.neurons else None
 
-    @property
-    def outcome(self) -> TensorRecord:
-        retention = round(self.retention.share, 4) if self.retention.asked else None
-        return TensorRecord(self.delta.neurons, self.before.hexdigest(), self.after.hexdigest(), retention)
+    def record(self, pack: Pack) -> TensorRecord:
+        """The ledger's record. Raises PackContentError when the rows are not those that the pack names as its result."""
+        name, retention = self.delta.name, round(self.retention.share, 4) if self.retention.asked else None
+        record = TensorRecord(self.delta.neurons, self.before.hexdigest(), self.after.hexdigest(), retention)
+        from_base = record.before == pack.manifest.base.tensors[name].rows_sha256 and self.strength == 1.0
+        if from_base and record.after != pack.manifest.result[name]:
+            raise PackContentError(f"{name}: the merged rows differ from the result that {pack.label} names")
+        return record
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,54 +62,70 @@ class RowWriter:
     checkpoint: Checkpoint
     quantized: QuantizedMerge = field(default_factory=QuantizedMerge)
     syncing: bool = True
-    """Whether the disk is to begin writing on the way."""
+    """Whether the disk starts to write while the next rows are computed."""
     on_event: OnEvent = ignore
     owner: tuple[int, int] | None = None
-    """(user, group) that root gives new files to."""
+    """(user, group) of the new files, if root writes for another user."""
 
     def merge(self, pack: Pack, strength: float, undo: Path) -> dict[str, TensorRecord]:
-        """Merges a pack into the rows and writes their undo record, synced. The rows themselves are not yet.
+        """Merges a pack into the rows, and writes their undo record.
 
-        Raises PackContentError when the rows are not what the pack promises, QuantizationError.
+        Args:
+            pack: The pack.
+            strength: Factor on its deltas.
+            undo: The undo record to write. It is synced; the rows are not.
+
+        Returns:
+            Tensor name -> the ledger's record.
+
+        Raises:
+            PackContentError: The merged rows are not those that the pack names, or leave the range of their dtype.
+            QuantizationError: Rows cannot be quantized here.
         """
         records: dict[str, TensorRecord] = {}
         with meanwhile() as start, open(undo, "xb") as file:
             if self.owner is not None:
                 os.fchown(file.fileno(), *self.owner)
-            writer = UndoWriter(file)
-            for record in beside(lambda pair: pair[0].add(pair[1]), self._written(pack, strength)):
-                if record is not None:
-                    name = record.delta.name
-                    records[name] = record.outcome
-                    _keep_promise(pack, name, records[name], strength)
-                    writer.tensor(record.packer.finish())
-                    self._tell("merge", len(records), pack, start)
+            file.write(MAGIC)
+            for log in beside(lambda pair: pair[0].add(pair[1]), self._merged(pack, strength)):
+                if log is not None:
+                    records[log.delta.name] = log.record(pack)
+                    log.packer.write(file)
+                    self._report("merge", len(records), pack, start)
             file.flush()
             os.fsync(file.fileno())
         return records
 
-    def _written(self, pack: Pack, strength: float) -> Iterator[tuple[_Record, MergedBlock]]:
-        """Writes the merged rows, block by block; gives what there is to record of each."""
+    def _merged(self, pack: Pack, strength: float) -> Iterator[tuple[_TensorLog, MergedBlock]]:
+        """Writes the merged rows block by block, and yields what is to be recorded of each block."""
         for delta in pack:
-            record = _Record(delta, strength)
+            log = _TensorLog(delta, strength)
             for block in merged_blocks(pack, delta, strength, self.checkpoint, self.quantized):
                 self.checkpoint.write_rows(delta.name, rows_of(delta, block.part), block.new)
-                yield record, block
+                yield log, block
 
     def restore(self, pack: Pack, entry: LedgerEntry, undo: Path, gone: frozenset[str] = frozenset()) -> None:
-        """Puts back what the rows held before a pack, bit for bit. `gone`: tensors that hold that already.
+        """Puts back what the rows held before a pack, bit for bit.
 
-        Raises BaseMismatchError when they do not hold what the pack left, UndoError.
+        Args:
+            pack: The pack.
+            entry: Its entry in the ledger.
+            undo: Its undo record.
+            gone: Names of tensors that hold the earlier rows already.
+
+        Raises:
+            BaseMismatchError: Rows do not hold what the pack left.
+            UndoError: The record is damaged, or does not lead to what the rows held before.
         """
         reader = UndoReader(undo, [delta.name for delta in pack])
         with meanwhile() as start:
             for number, delta in enumerate(pack, start=1):
                 if delta.name not in gone:
                     self._restore(delta, entry, reader)
-                self._tell("undo", number, pack, start)
+                self._report("undo", number, pack, start)
 
-    def _tell(self, stage: str, number: int, pack: Pack, start: Start) -> None:
-        """Progress; and from time to time lets the disk begin to write, while the next tensors are worked on."""
+    def _report(self, stage: str, number: int, pack: Pack, start: Start) -> None:
+        """Reports progress, and every few tensors has the disk start to write while the next ones are computed."""
         name = pack.deltas[number - 1].name
         self.on_event(Event(stage, number, len(pack.deltas), name))
         if self.syncing and number % SYNC_STRIDE == 0:
@@ -118,8 +139,8 @@ class RowWriter:
         for part, data in zip(parts, residuals, strict=True):
             rows = rows_of(delta, part)
             merged = self.checkpoint.read_rows(delta.name, rows)
-            lacking = np.frombuffer(data, f"<u{merged.dtype.itemsize}").reshape(merged.shape)
-            original = restored(merged, lacking, delta.dense(part.start, part.stop), entry.strength)
+            difference = np.frombuffer(data, f"<u{merged.dtype.itemsize}").reshape(merged.shape)
+            original = restored(merged, difference, delta.dense(part.start, part.stop), entry.strength)
             self.checkpoint.write_rows(delta.name, rows, original)
             found.update(merged.view(np.uint8).data)
             back.update(original.view(np.uint8).data)
@@ -130,11 +151,4 @@ class RowWriter:
                 advice="Something else changed the model. `nestpatch verify MODEL` names the rows. Nothing was changed now.",
             )
         if back.hexdigest() != record.before:
-            raise UndoError(f"the undo record of {entry.label} does not give back what {delta.name} held")
-
-
-def _keep_promise(pack: Pack, name: str, record: TensorRecord, strength: float) -> None:
-    """Where a pack says what the merge must give, it must have given that."""
-    promised = record.before == pack.manifest.base.tensors[name].rows_sha256 and strength == 1.0
-    if promised and record.after != pack.manifest.result[name]:
-        raise PackContentError(f"{name}: the merged rows are not those that {pack.label} promises")
+            raise UndoError(f"the undo record of {entry.label} does not restore what {delta.name} held before")

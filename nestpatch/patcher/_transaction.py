@@ -1,8 +1,8 @@
-"""One change of a model in place: all of its steps happen, or none.
+"""One change of a model: all of its steps happen, or none.
 
 Order on disk: journal (synced) -> rows and undo records (synced) -> ledger (renamed: this is the commit) -> journal removed.
-A process that dies before the commit leaves a journal that rolls the rows back; one that dies after it leaves a journal of a
-transaction that the ledger already names, which is then just removed.
+A process that dies before the commit leaves a journal by which the rows are rolled back. A process that dies after the commit
+leaves the journal of a transaction that the ledger names already: it is only removed.
 """
 
 from __future__ import annotations
@@ -32,18 +32,26 @@ from nestpatch.patcher.kept import keep
 from nestpatch.patcher.ledger import Ledger, LedgerEntry, read_ledger, write_ledger
 from nestpatch.patcher.merge import QuantizedMerge, require_retention
 from nestpatch.patcher.plan import make_plan, measure
-from nestpatch.patcher.recovery import require_writable, retire, sweep
+from nestpatch.patcher.recovery import remove_temporary_files, remove_undo_records, require_writable
 from nestpatch.patcher.state_dir import StateDir
 from nestpatch.patcher.steps import PlannedSteps
 from nestpatch.signing.subject import Origin
 
 
 def detach(checkpoint: Checkpoint) -> Checkpoint:
-    """Copies each weight file that is a link or has other names; the copy takes the link's place at once.
+    """Copies each weight file that is a link or has other names; the copy replaces the link in one step.
 
-    It keeps mode, owner, times and extended attributes, as far as this user may set them.
+    The copy keeps mode, owner, times and extended attributes where this user may set them.
 
-    Raises BusyError when a file was changed by its other name while it was copied; it is then as it was.
+    Args:
+        checkpoint: The model.
+
+    Returns:
+        The model, opened again.
+
+    Raises:
+        BusyError: A file was changed under its other name while it was copied. The link is then left in place.
+        OutputError: A copy cannot be written.
     """
     for file in checkpoint.files:
         if file.is_symlink() or file.stat().st_nlink > 1:
@@ -52,74 +60,75 @@ def detach(checkpoint: Checkpoint) -> Checkpoint:
                 copy_file(file, sibling)
                 if _state(file) != before:
                     raise BusyError(f"{file.resolve()} was changed while it was copied")
-                _copy_status(file, sibling)
+                _copy_attributes(file, sibling)
                 with open(sibling, "rb") as handle:
                     os.fsync(handle.fileno())
     return checkpoint.reopen(checkpoint.path)
 
 
 def _state(file: Path) -> tuple[int, int, int]:
-    """Changes when something is written to the file."""
+    """A value that changes when something is written to the file."""
     found = file.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _copy_status(source: Path, target: Path) -> None:
+def _copy_attributes(source: Path, target: Path) -> None:
     status = source.stat()
     if hasattr(os, "chown"):
         with suppress(PermissionError):
             os.chown(target, status.st_uid, status.st_gid)
     shutil.copystat(source, target)
-    # The one thing that changes: the model's own file has to be writable for its owner.
+    # The only difference: the model's own file must be writable for its owner.
     target.chmod(status.st_mode & 0o7777 | 0o200)
-
-
-def _keep_heap() -> None:
-    """Makes glibc reuse freed blocks of up to this size instead of unmapping them: a fifth less time (bench/patch.py).
-
-    Its threshold follows the largest block that was freed; this one is never touched, so it costs no memory.
-    """
-    np.empty((32 << 20) - (64 << 10), np.uint8)
 
 
 @dataclass(eq=False)
 class Transaction:
-    """A change under way. The lock must be held, and leftovers recovered."""
+    """A change that is about to be made. The lock must be held, and no journal may be left."""
 
     state_dir: StateDir
     checkpoint: Checkpoint
     planned: PlannedSteps
-    """The steps, their packs, and what is missing in the rows already."""
+    """The steps, their packs, and what the rows lack already."""
     allow_base_mismatch: bool = False
     on_event: OnEvent = ignore
     journaled: bool = True
-    """False where the files are nobody's yet: a copy that is thrown away when anything fails."""
+    """False for a copy, which is thrown away when anything fails."""
     quantized: QuantizedMerge = field(default_factory=QuantizedMerge)
-    """For rows that are stored quantized."""
+    """How quantized rows are computed."""
     detach: bool = False
-    """Whether links are replaced by files of the model's own first."""
+    """Whether links are replaced with copies first."""
     final: StateDir | None = None
     """Where the state will be in the end, for a copy that gets its name when it is complete."""
 
-    @property
-    def _changer(self) -> RowWriter:
-        return RowWriter(self.checkpoint, self.quantized, self.journaled, self.on_event, self.state_dir.owner)
-
     def run(self, ledger: Ledger) -> Ledger:
-        """Carries the steps out and returns the new ledger.
+        """Carries out the steps.
 
-        Raises BaseMismatchError, UndoError or InPlaceError; then everything is as before.
+        Args:
+            ledger: What is applied now.
+
+        Returns:
+            The new ledger, which has been written.
+
+        Raises:
+            BaseMismatchError: Rows are not the base of a pack, or not what an undone pack left. The model is as before.
+            UndoError: An undo record is damaged or missing. The model is as before.
+            InPlaceError: The files cannot be changed where they are. The message says whether the change was committed.
+            JournalError: The change failed and could not be rolled back. The journal is left.
         """
-        _keep_heap()
-        identity, before = secrets.token_hex(8), {entry.pack_id: entry for entry in ledger.applied}
-        names, steps = sorted(self.planned.names), self.planned.steps
+        # glibc then reuses freed blocks of up to this size instead of unmapping them, which saves a fifth of the time
+        # (bench/patch.py): its threshold is the size of the largest freed block. This one is never touched: it costs no memory.
+        np.empty((32 << 20) - (64 << 10), np.uint8)
+        identity, names, steps = secrets.token_hex(8), sorted(self.planned.tensor_names), self.planned.steps
+        before = {entry.pack_id: entry for entry in ledger.applied}
         self._prepare(names)
-        retired = tuple(entry.undo for entry in ledger.applied if entry.pack_id in self.planned.undone)
+        makes = tuple(f"{identity}-{s.link.pack_id[:16]}" for s in steps if s.action in (Action.APPLY, Action.REDO))
+        retires = tuple(entry.undo for entry in ledger.applied if entry.pack_id in self.planned.undone)
         if self.journaled:
-            self._open_journal(identity, retired)
+            self._open_journal(identity, makes, retires)
         try:
             for number, step in enumerate(steps):
-                # A check that comes first has been made, under the same lock. A copy is checked again: it was made since.
+                # The first check was made by `_prepare`, under the same lock. A copy is newer than that: it is checked again.
                 if number == 0 and step.action is Action.CHECK and self.journaled:
                     continue
                 ledger = self._do(step, ledger, identity, before)
@@ -130,65 +139,62 @@ class Transaction:
             write_ledger(self.state_dir, ledger, self.final)
         except BaseException as error:
             if self.journaled:
-                self._close_journal(error, identity)
+                self._close_journal(error, identity, makes)
             raise
         # Committed: what cannot be removed now is removed by the next recovery.
-        retire(self.state_dir, retired)
+        remove_undo_records(self.state_dir, retires)
         if self.journaled:
             with suppress(OSError):
                 remove_journal(self.state_dir.journal)
-        sweep(self.state_dir, self.checkpoint)
+        remove_temporary_files(self.state_dir, self.checkpoint)
         return ledger
 
     def check_first(self) -> None:
-        """The check that a change of this kind begins with, if it does: the common case is a wrong base. Raises as `check`."""
+        """Makes the check that the change begins with, if it begins with one: the most common error is a wrong base.
+
+        Raises:
+            BaseMismatchError: The model is not the base of the pack.
+            QuantizationError: Quantized rows would lose the pack's change.
+        """
         if self.planned.steps and self.planned.steps[0].action is Action.CHECK:
-            self.check(self.planned.steps[0].link)
+            self._check(self.planned.steps[0].link)
 
     def _prepare(self, names: Sequence[str]) -> None:
-        """All that can be refused before anything is written anywhere; then links are replaced, where that was asked for."""
+        """Makes all checks that precede the first write, then replaces links if that was requested."""
         if not self.detach:
             require_writable(self.checkpoint, names)
         self.check_first()
         if self.detach:
-            from nestpatch.patcher._transaction import detach
-
             self.checkpoint = detach(self.checkpoint)
             require_writable(self.checkpoint, names)
-            # No lock of this model kept others from changing the files by their other names since.
+            # The lock of this model did not keep others from changing the files under their other names in the meantime.
             self.check_first()
 
-    def _made(self, identity: str) -> tuple[str, ...]:
-        """The undo records that the steps write."""
-        return tuple(
-            f"{identity}-{step.link.pack_id[:16]}" for step in self.planned.steps if step.action in (Action.APPLY, Action.REDO)
-        )
-
-    def _open_journal(self, identity: str, retired: Sequence[str]) -> None:
-        makes = self._made(identity)
+    def _open_journal(self, identity: str, makes: Sequence[str], retires: Sequence[str]) -> None:
         try:
-            write_journal(self.state_dir, identity, self.checkpoint, self._regions(), makes=makes, retires=retired)
+            write_journal(self.state_dir, identity, self.checkpoint, self._regions(), makes=makes, retires=retires)
         except OSError as error:
             with suppress(OSError):
                 remove_journal(self.state_dir.journal)
             raise InPlaceError(f"cannot write the journal {self.state_dir.journal}: {error.strerror}") from error
 
-    def _close_journal(self, cause: BaseException, identity: str) -> None:
+    def _close_journal(self, cause: BaseException, identity: str, makes: Sequence[str]) -> None:
+        """Rolls the rows back after an error, unless the change was committed."""
         if read_ledger(self.state_dir).transaction == identity:
-            # The commit stands; only what follows it failed, and the next command does that.
+            # Only what follows the commit failed: the next command that writes does it again.
             if isinstance(cause, (OSError, OutputError)):
                 raise InPlaceError(
                     f"the change is made, but the disk did not confirm it: {cause}",
-                    advice="When the disk works again, `nestpatch verify MODEL` tells which state the model is in.",
+                    advice="When the disk works again, `nestpatch verify MODEL` shows which state the model is in.",
                 ) from cause
             return
         try:
             journal = read_journal(self.state_dir)
             if journal is not None:
                 roll_back(journal, self.checkpoint)
-            retire(self.state_dir, self._made(identity))
+            remove_undo_records(self.state_dir, makes)
             remove_journal(self.state_dir.journal)
-            sweep(self.state_dir, self.checkpoint)
+            remove_temporary_files(self.state_dir, self.checkpoint)
         except OSError as error:
             raise JournalError(
                 f"the change failed ({cause}), and could not be rolled back now: {error.strerror}",
@@ -206,37 +212,27 @@ class Transaction:
         unions = {name: np.unique(np.concatenate(rows)) if len(rows) > 1 else rows[0] for name, rows in touched.items()}
         return [Region(self.checkpoint.info(name), rows) for name, rows in sorted(unions.items())]
 
+    @property
+    def _writer(self) -> RowWriter:
+        return RowWriter(self.checkpoint, self.quantized, self.journaled, self.on_event, self.state_dir.owner)
+
     def _do(self, step: Step, ledger: Ledger, identity: str, before: Mapping[str, LedgerEntry]) -> Ledger:
         now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         if step.action is Action.CHECK:
-            self.check(step.link)
+            self._check(step.link)
             return ledger
         if step.action is Action.UNDO:
             entry = next(entry for entry in ledger.applied if entry.link == step.link)
             gone = self.planned.missing.get(entry.pack_id, frozenset())
-            self._changer.restore(self.planned.packs[entry.pack_id], entry, self.state_dir.undo(entry.undo), gone)
+            self._writer.restore(self.planned.packs[entry.pack_id], entry, self.state_dir.undo(entry.undo), gone)
             kept = tuple(other for other in ledger.applied if other is not entry)
             return replace(ledger, applied=kept).with_event("found missing" if gone else "undone", entry, now)
-        if step.action is Action.REDO:
-            self._require_floats(step.link)
-        old = before.get(step.link.pack_id) if step.action is Action.REDO else None
+        old = before[step.link.pack_id] if step.action is Action.REDO else None
         entry = self._apply(step.link, identity, now, old)
         return replace(ledger, applied=(*ledger.applied, entry)).with_event("applied", entry, now)
 
-    def _require_floats(self, link: Link) -> None:
-        """Quantized rows are made of the base and one pack; what another one added to them would be lost."""
-        names = (delta.name for delta in self.planned.packs[link.pack_id])
-        if odd := next((name for name in names if not self.checkpoint.info(name).plain), None):
-            raise OverlapError(
-                f"{odd} is stored quantized: packs that share rows cannot be stacked in it",
-                advice="Revert the other pack first, or apply both to the float model and quantize it anew.",
-            )
-
-    def check(self, link: Link) -> None:
-        """Whether a pack can be applied to the model as it is now.
-
-        Raises BaseMismatchError when that is not the pack's base, QuantizationError when quantized rows would lose the pack.
-        """
+    def _check(self, link: Link) -> None:
+        """Checks that a pack can be applied to the model as it is now."""
         pack = self.planned.packs[link.pack_id]
         make_plan(pack, self.checkpoint, link.strength, allow_mismatch=self.allow_base_mismatch, base=self.quantized.base)
         for codec in {self.checkpoint.info(delta.name).coding for delta in pack}:
@@ -245,7 +241,16 @@ class Transaction:
             require_retention(measure(pack, link.strength, self.checkpoint, self.quantized), pack.label)
 
     def _apply(self, link: Link, identity: str, now: str, old: LedgerEntry | None) -> LedgerEntry:
+        """Writes the rows of a pack. `old`: its entry so far, if it is applied again on top of another pack."""
         pack = self.planned.packs[link.pack_id]
+        if old is not None:
+            # Quantized rows are computed from the base and one pack, so they would lose what another pack added.
+            quantized = [delta.name for delta in pack if not self.checkpoint.info(delta.name).plain]
+            if quantized:
+                raise OverlapError(
+                    f"{quantized[0]} is stored quantized: packs that share rows cannot be stacked in it",
+                    advice="Revert the other pack first, or apply both to the float model and quantize it again.",
+                )
         entry = LedgerEntry(
             pack_id=link.pack_id,
             name=link.name,
@@ -263,5 +268,5 @@ class Transaction:
             foreign=bool(old and old.foreign),
         )
         keep(self.state_dir, pack, link.pack_id, Origin() if old else self.planned.origin)
-        entry = replace(entry, tensors=self._changer.merge(pack, link.strength, self.state_dir.undo(entry.undo)))
+        entry = replace(entry, tensors=self._writer.merge(pack, link.strength, self.state_dir.undo(entry.undo)))
         return replace(entry, rounding=self.quantized.source) if entry.retention is not None else entry

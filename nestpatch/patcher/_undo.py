@@ -1,9 +1,9 @@
 """Bit-exact undo records.
 
-Subtracting a delta does not give the base back: rounding loses bits of a few per cent of the elements. So the record holds, for
-every touched row, `bits(original) XOR bits(naively unpatched)`, which is zero almost everywhere and compresses well, and one
-64-bit checksum of each row before and after, by which `verify` can name a single altered row. Of quantized rows, which nothing
-can be subtracted from, it holds `original XOR patched`.
+Subtracting a delta does not restore the base: rounding loses bits in a few per cent of the elements. For every touched row the
+record therefore holds `bits(original) XOR bits(naively unpatched)`, which is zero almost everywhere and compresses well, and a
+64-bit checksum of the row before and after, by which `verify` can name a single altered row. Nothing can be subtracted from a
+quantized row: there the record holds `original XOR patched`.
 
 Layout: MAGIC, then per tensor: u64 length and zlib stream of its residual, u64 length and its row checksums.
 """
@@ -28,15 +28,8 @@ from nestpatch.rows import FloatArray, Rows
 
 MAGIC = b"nestpatch-undo/1\n"
 LEVEL = 1
-"""zlib: residuals are mostly zeros, and higher levels cost seconds for percents."""
+"""zlib level: residuals are mostly zeros, and higher levels take seconds to save a few per cent."""
 Checksums = npt.NDArray[np.uint64]
-
-
-def unpatched(rows: Rows, delta: FloatArray, strength: float) -> Rows:
-    """The naive inverse of the merge: near the original, exact in all but a few per cent of the elements."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        lowered: Rows = (rows.astype(np.float32) - np.float32(strength) * delta).astype(rows.dtype)
-    return lowered
 
 
 def bits(rows: Rows) -> npt.NDArray[Any]:
@@ -45,25 +38,42 @@ def bits(rows: Rows) -> npt.NDArray[Any]:
     return raw
 
 
+def _unmerged(merged: Rows, delta: FloatArray, strength: float) -> Rows:
+    """The naive inverse of the merge: exact in all but a few per cent of the elements. Quantized blocks (uint8) have none."""
+    if merged.dtype == np.uint8:
+        return merged
+    with np.errstate(over="ignore", invalid="ignore"):
+        lowered: Rows = (merged.astype(np.float32) - np.float32(strength) * delta).astype(merged.dtype)
+    return lowered
+
+
 def residual(original: Rows, merged: Rows, delta: FloatArray, strength: float) -> npt.NDArray[Any]:
-    """What the naive inverse of `merged` lacks to be `original`: unsigned integers, mostly zero.
+    """The difference between the original rows and the naive inverse of the merge.
 
-    Quantized blocks (uint8) have no inverse to start from: theirs is the difference itself.
+    Args:
+        original: [rows, in_features], as stored.
+        merged: The same rows after the merge.
+        delta: float32 [rows, in_features].
+        strength: Factor on the delta.
+
+    Returns:
+        Unsigned integers of the rows' width, mostly zero.
     """
-    near = merged if merged.dtype == np.uint8 else unpatched(merged, delta, strength)
-    lacking: npt.NDArray[Any] = bits(original) ^ bits(near)
-    return lacking
+    difference: npt.NDArray[Any] = bits(original) ^ bits(_unmerged(merged, delta, strength))
+    return difference
 
 
-def restored(merged: Rows, lacking: npt.NDArray[Any], delta: FloatArray, strength: float) -> Rows:
-    """The original rows, bit for bit."""
-    near = merged if merged.dtype == np.uint8 else unpatched(merged, delta, strength)
-    original: Rows = (bits(near) ^ lacking).view(merged.dtype)
+def restored(merged: Rows, difference: npt.NDArray[Any], delta: FloatArray, strength: float) -> Rows:
+    """The original rows, bit for bit: the inverse of `residual`."""
+    original: Rows = (bits(_unmerged(merged, delta, strength)) ^ difference).view(merged.dtype)
     return original
 
 
 def checksums(rows: Rows) -> Checksums:
-    """One 64-bit checksum per row: its 32-bit words times odd constants, summed modulo 2^64. Finds accidents, not forgeries."""
+    """One 64-bit checksum per row: the sum of its 32-bit words times odd constants, modulo 2^64.
+
+    Detects accidents, not forgeries.
+    """
     raw = np.ascontiguousarray(rows).view(np.uint8)
     width = raw.shape[1]
     if width % 4:
@@ -74,61 +84,49 @@ def checksums(rows: Rows) -> Checksums:
     return total
 
 
-@dataclass(frozen=True)
-class UndoTensor:
-    """One tensor's part of a record, packed."""
-
-    residual: bytes
-    """zlib stream."""
-    checksums: bytes
-
-
 class TensorPacker:
-    """Packs one tensor's part of a record, block by block."""
+    """Compresses one tensor's part of a record, block by block."""
 
     def __init__(self) -> None:
-        # Runs of zeros are nearly all there is: run-length matching is faster here and packs tighter.
+        # Nearly everything is a run of zeros: run-length matching is faster here and compresses better.
         self._squeeze = zlib.compressobj(LEVEL, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
         self._packed: list[bytes] = []
         self._sums: tuple[list[Checksums], list[Checksums]] = [], []
 
-    def add(self, lacking: npt.NDArray[Any], before: Checksums, after: Checksums) -> None:
-        """The next rows: their residual, their checksums before and after."""
-        self._packed.append(self._squeeze.compress(lacking.data))
+    def add(self, difference: npt.NDArray[Any], before: Checksums, after: Checksums) -> None:
+        """Adds the next rows: their residual, and their checksums before and after."""
+        self._packed.append(self._squeeze.compress(difference.data))
         self._sums[0].append(before)
         self._sums[1].append(after)
 
-    def finish(self) -> UndoTensor:
-        """All of it."""
-        table = np.stack([np.concatenate(sums) for sums in self._sums]).astype("<u8")
-        return UndoTensor(b"".join([*self._packed, self._squeeze.flush()]), table.tobytes())
-
-
-class UndoWriter:
-    """Writes the record of one transaction, tensor by tensor."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        file.write(MAGIC)
-
-    def tensor(self, packed: UndoTensor) -> None:
-        """Adds the next tensor."""
-        for part in (packed.residual, packed.checksums):
-            self.file.write(struct.pack("<Q", len(part)) + part)
+    def write(self, file: BinaryIO) -> None:
+        """Writes the tensor's part. The file begins with MAGIC, and the parts follow in the order of the pack's tensors."""
+        packed = b"".join([*self._packed, self._squeeze.flush()])
+        table = np.stack([np.concatenate(sums) for sums in self._sums]).astype("<u8").tobytes()
+        file.writelines(struct.pack("<Q", len(part)) + part for part in (packed, table))
 
 
 @dataclass(frozen=True)
 class UndoPart:
-    """Where one tensor's residual and checksums lie in a record."""
+    """Where one tensor's residual and checksums are in a record: (offset, length) each, in bytes."""
 
     residual: tuple[int, int]
     checksums: tuple[int, int]
 
 
 class UndoReader:
-    """Reads a record. Raises UndoError when it is missing, broken or of another number of tensors."""
+    """Reads a record."""
 
     def __init__(self, path: Path, tensors: Sequence[str]) -> None:
+        """Finds the parts of a record.
+
+        Args:
+            path: The record.
+            tensors: The pack's tensors, in the pack's order.
+
+        Raises:
+            UndoError: The record is missing, broken or has another number of tensors.
+        """
         self.path = path
         try:
             with open_regular(path, follow=False) as file:
@@ -139,7 +137,7 @@ class UndoReader:
     def _scan(self, file: FileIO, count: int) -> list[UndoPart]:
         size = os.fstat(file.fileno()).st_size
         if file.read(len(MAGIC)) != MAGIC:
-            raise UndoError(f"{self.path} is no undo record")
+            raise UndoError(f"{self.path} is not an undo record")
         parts = []
         for _ in range(count):
             spans = []
@@ -151,11 +149,19 @@ class UndoReader:
                 file.seek(length, 1)
             parts.append(UndoPart(*spans))
         if file.tell() != size:
-            raise UndoError(f"the undo record {self.path} is longer than its model's tensors need")
+            raise UndoError(f"the undo record {self.path} is longer than its {count} tensors")
         return parts
 
     def residuals(self, tensor: str, sizes: Iterator[int]) -> Iterator[bytes]:
-        """The residual of a tensor in blocks of the given numbers of bytes."""
+        """Yields the residual of a tensor in blocks.
+
+        Args:
+            tensor: Name of the tensor.
+            sizes: Bytes of each block.
+
+        Raises:
+            UndoError: The record is damaged.
+        """
         offset, length = self.parts[tensor].residual
         stream = zlib.decompressobj()
         with open_regular(self.path, follow=False, error=UndoError) as file:
@@ -178,14 +184,25 @@ class UndoReader:
         return b"".join(pieces)
 
     def checksums(self, tensor: str, rows: int) -> tuple[Checksums, Checksums]:
-        """(before, after) of a tensor's rows, of which there are so many."""
+        """The checksums of a tensor's rows.
+
+        Args:
+            tensor: Name of the tensor.
+            rows: Number of rows.
+
+        Returns:
+            Checksums before and after, uint64 [rows] each.
+
+        Raises:
+            UndoError: The record is damaged.
+        """
         offset, length = self.parts[tensor].checksums
         if length != 16 * rows:
-            raise UndoError(f"the undo record {self.path} is damaged: it has no two checksums for each of {rows} rows")
+            raise UndoError(f"the undo record {self.path} is damaged: expected two checksums for each of {rows} rows")
         with open_regular(self.path, follow=False, error=UndoError) as file:
             file.seek(offset)
             table = file.read(length)
         if len(table) != length:
-            raise UndoError(f"the undo record {self.path} is damaged: its checksums are cut")
+            raise UndoError(f"the undo record {self.path} is damaged: its checksums end early")
         both = np.frombuffer(table, "<u8").reshape(2, -1)
         return both[0], both[1]

@@ -194,7 +194,7 @@ def _write_copy(
 ) -> tuple[Ledger, tuple[WrittenFile, ...]]:
     """Copies the model of a change and carries the change out in the copy, which appears when all is done."""
     checkpoint, on_event = change.checkpoint, change.on_event
-    touched = {file for name in change.planned.names for file in checkpoint.info(name).files}
+    touched = {file for name in change.planned.tensor_names for file in checkpoint.info(name).files}
     linked = frozenset(checkpoint.files) - touched if hard_link else frozenset()
     before = _fingerprint(checkpoint, change.state_dir)
     with new_model(target, directory=root_of(checkpoint).is_dir()) as sibling:

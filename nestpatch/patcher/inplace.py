@@ -20,10 +20,10 @@ from nestpatch.patcher.held import look, missing, require_proven
 from nestpatch.patcher.kept import keep, load_packs
 from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
 from nestpatch.patcher.merge import quantized_merge
-from nestpatch.patcher.recovery import recover, require_settled, require_writable
+from nestpatch.patcher.recovery import finish_or_roll_back, require_settled, require_writable
 from nestpatch.patcher.registry import record
 from nestpatch.patcher.state_dir import StateDir, locked, require_own, state_dir_of, tidy
-from nestpatch.patcher.steps import Judge, plan_revert_steps
+from nestpatch.patcher.steps import Judge, plan_revert
 from nestpatch.signing.trust import Policy
 
 
@@ -68,7 +68,7 @@ def _writing(path: str | Path, policy: Policy, *, dry_run: bool = False) -> Iter
         return
     fresh = not state_dir.folder.exists()
     with locked(state_dir):
-        recover(state_dir, checkpoint, policy=policy, model=path)
+        finish_or_roll_back(state_dir, checkpoint, policy=policy, model=path)
         try:
             yield _Opened(checkpoint, state_dir, read_ledger(state_dir))
         except OSError as error:
@@ -219,7 +219,7 @@ def revert(
         require_proven(found)
         gone = missing(found)
         lost = [entry for entry in ledger.applied if entry.pack_id in gone]
-        planned = plan_revert_steps(state_dir, ledger, packs, to, judge, only, lost)
+        planned = plan_revert(state_dir, ledger, packs, to, judge, only, lost)
         left = replace(ledger, follows=(), offered=()) if to == "base" and only is None else ledger
         change = Transaction(
             state_dir, opened.checkpoint, replace(planned, missing=gone), on_event=on_event, quantized=quantized
@@ -252,7 +252,7 @@ def _carry_out(transaction: Transaction, ledger: Ledger, began: float, *, dry_ru
     checkpoint, planned = transaction.checkpoint, transaction.planned
     if dry_run:
         if not transaction.detach:
-            require_writable(checkpoint, sorted(planned.names))
+            require_writable(checkpoint, sorted(planned.tensor_names))
         transaction.check_first()
     elif planned.steps:
         ledger = transaction.run(ledger)
@@ -262,4 +262,6 @@ def _carry_out(transaction: Transaction, ledger: Ledger, began: float, *, dry_ru
     new = [entry.retention for entry in ledger.applied if entry.transaction == ledger.transaction and planned.steps]
     retention = min((retention for retention in new if retention is not None), default=None)
     seconds = time.perf_counter() - began
-    return Changed(checkpoint.path, planned.told, applied, size.tensors, size.rows, size.row_bytes, seconds, retention, dry_run)
+    return Changed(
+        checkpoint.path, planned.labels, applied, size.tensors, size.rows, size.row_bytes, seconds, retention, dry_run
+    )

@@ -1,7 +1,9 @@
 """Packs that are kept beside a model, with their signatures: undoing needs their deltas, and they prove what is applied.
 
-They travel with the model. A kept copy is the pack that its name says only when its bytes have that SHA-256, and a publisher's
-only when the signatures beside it are judged as those of a file are.
+They travel with the model, so they are checked at every use. The name of a kept copy is the SHA-256 of its bytes; a copy with
+other bytes is rejected. The signatures beside it are judged like those of any pack file.
+
+Public: `keep`, `load_pack`, `load_packs`, `judge_kept`, `proven_signers`.
 """
 
 from __future__ import annotations
@@ -22,68 +24,80 @@ from nestpatch.patcher.state_dir import StateDir
 from nestpatch.signing.dsse import MAX_BYTES
 from nestpatch.signing.subject import Origin, subject_of
 from nestpatch.signing.trust import Policy
-from nestpatch.signing.verify import Outcome, Signed, judge_signatures, signature_files
+from nestpatch.signing.verify import Outcome, judge_signatures, signature_files, signers_of
 
-_AGAIN = "Apply the pack's file again: nestpatch apply MODEL PATCH --in-place puts the copy back."
 _SUFFIX = re.compile(r"(?:\.[0-9a-f]{12})?\.sig", re.ASCII)
 
 
 def keep(state_dir: StateDir, pack: Pack, pack_id: str, origin: Origin) -> None:
-    """Keeps a pack and its signatures; what lies there already under the same name is replaced unless it is the same."""
-    _write(state_dir, state_dir.pack(pack_id), nest.encode(pack))
-    for suffix, content in origin.signatures.items():
-        if _SUFFIX.fullmatch(suffix):
-            kept = state_dir.pack(pack_id)
-            _write(state_dir, kept.with_name(f"{kept.name}{suffix}"), content)
+    """Keeps a copy of a pack and its signatures. Files of the same name with other content are replaced.
 
+    Args:
+        state_dir: Where the state of the model is.
+        pack: The pack.
+        pack_id: Its id.
+        origin: Its signatures.
 
-def _write(state_dir: StateDir, file: Path, data: bytes) -> None:
-    if _read(file) != data:
-        if os.path.lexists(file) and not file.is_file() and not file.is_dir():
-            file.unlink()  # a pipe, or a link to nowhere, in the place of a file of nestpatch's own
-        write_bytes(file, data, overwrite=True, owner=state_dir.owner)
-
-
-def _read(file: Path) -> bytes | None:
-    try:
-        return read_bounded(file, nest.MAX_PACK, follow=False)
-    except OSError:
-        return None
+    Raises:
+        OutputError: A file cannot be written.
+    """
+    kept = state_dir.pack(pack_id)
+    signatures = {suffix: content for suffix, content in origin.signatures.items() if _SUFFIX.fullmatch(suffix)}
+    for suffix, data in {"": nest.encode(pack), **signatures}.items():
+        file = kept.with_name(f"{kept.name}{suffix}")
+        if _read(file) != data:
+            if os.path.lexists(file) and not file.is_file() and not file.is_dir():
+                file.unlink()  # a pipe or a dangling link under the name of a kept file
+            write_bytes(file, data, overwrite=True, owner=state_dir.owner)
 
 
 def load_pack(state_dir: StateDir, pack_id: str, label: str) -> Pack:
-    """The kept copy of a pack, whose bytes have that SHA-256 and whose manifest says that name and version.
+    """Reads the kept copy of a pack.
 
-    Raises UndoError when it is missing, altered or another one.
+    Args:
+        state_dir: Where the state of the model is.
+        pack_id: The id, which must be the SHA-256 of the copy.
+        label: Name and version in the ledger, which must be those in the pack.
+
+    Returns:
+        The pack.
+
+    Raises:
+        UndoError: The copy is missing, altered or not a pack.
+        LedgerError: It is a pack with another name or version.
     """
     path = state_dir.pack(pack_id)
-    data = _read(path)
-    if data is None or sha256(data).hexdigest() != pack_id:
-        raise UndoError(
-            f"{path}, the kept copy of {label}, is missing or altered",
-            advice=_AGAIN,
-        )
     try:
-        pack = nest.decode(data)
+        pack = nest.decode(_read_checked(path, pack_id, f"{path}, the kept copy of {label},"))
     except PackError as error:
-        raise UndoError(f"{path}, the kept copy of {label}, is no pack: {error}") from error
+        raise UndoError(f"{path}, the kept copy of {label}, is not a pack: {error}") from error
     if pack.label != label:
-        raise LedgerError(f"{path} is {pack.label}, where the ledger names {label}")
+        raise LedgerError(f"{path} is {pack.label}, but the ledger names {label}")
     return pack
 
 
 def load_packs(state_dir: StateDir, entries: Sequence[LedgerEntry], known: Mapping[str, Pack] | None = None) -> dict[str, Pack]:
-    """The packs of applied entries, by id; those in `known` are at hand already.
+    """Reads the kept copies of applied packs.
 
-    Raises UndoError or LedgerError when one is missing or altered.
+    Args:
+        state_dir: Where the state of the model is.
+        entries: The applied packs.
+        known: Pack id -> pack, for packs that are not read again.
+
+    Returns:
+        Pack id -> pack, in the order of the entries.
+
+    Raises:
+        UndoError: A copy is missing, altered or not a pack.
+        LedgerError: A pack has another name or version, or changes other tensors or rows, than its entry says.
     """
     packs = {}
     for entry in entries:
         pack = (known or {}).get(entry.pack_id) or load_pack(state_dir, entry.pack_id, entry.label)
         if pack.label != entry.label:
-            raise LedgerError(f"the ledger calls {pack.label} {entry.label}")
+            raise LedgerError(f"the pack {entry.pack_id[:12]}.. is {pack.label}, but the ledger names {entry.label}")
         if {delta.name: delta.neurons for delta in pack} != {name: record.rows for name, record in entry.tensors.items()}:
-            raise LedgerError(f"the ledger and the pack {entry.label} disagree about what it changes")
+            raise LedgerError(f"the ledger and the pack {entry.label} name different tensors or numbers of rows")
         packs[entry.pack_id] = pack
     return packs
 
@@ -91,33 +105,67 @@ def load_packs(state_dir: StateDir, entries: Sequence[LedgerEntry], known: Mappi
 def judge_kept(
     state_dir: StateDir, pack_id: str, policy: Policy, model: str | Path | None, *, allow_unsigned: bool = False
 ) -> Outcome:
-    """Judges the signatures that are kept with a pack, as those of a file; links are not followed, and pipes not waited for.
+    """Judges the signatures that are kept with a pack, like those of a pack file.
 
-    Raises SignatureError, UndoError.
+    Args:
+        state_dir: Where the state of the model is.
+        pack_id: The pack.
+        policy: Whose signatures count.
+        model: The model as the user names it; None for no particular one.
+        allow_unsigned: Lets the pack pass with too few signatures, but never with a wrong one.
+
+    Returns:
+        The outcome, with the pack that was checked.
+
+    Raises:
+        SignatureError: Too few trusted keys signed the pack, or a signature is wrong or not a small regular file.
+        UndoError: The kept copy is missing, altered or not a pack.
     """
     path = state_dir.pack(pack_id)
-    data = _read(path)
-    if data is None or sha256(data).hexdigest() != pack_id:
-        raise UndoError(f"the kept copy {path} is missing or altered", advice=_AGAIN)
-    signatures = {file.name: _signature(file) for file in signature_files(path)}
+    data = _read_checked(path, pack_id, f"the kept copy {path}")
+    signatures: dict[str, bytes] = {}
+    for file in signature_files(path):
+        try:
+            signatures[file.name] = read_bounded(file, MAX_BYTES, follow=False, error=SignatureFormatError)
+        except FileNotFoundError as error:
+            raise SignatureFormatError(f"{file} was removed in the meantime", advice="Run the command again.") from error
     try:
         return judge_signatures(data, signatures, policy, subject_of(model), file=path.name, allow_unsigned=allow_unsigned)
     except PackError as error:
         raise UndoError(f"the kept copy {path} cannot be used: {error}") from error
 
 
-def _signature(file: Path) -> bytes:
-    """The content of a kept signature. Raises SignatureFormatError for what is not a small file of its own."""
-    try:
-        return read_bounded(file, MAX_BYTES, follow=False, error=SignatureFormatError)
-    except FileNotFoundError as error:
-        raise SignatureFormatError(f"{file} is gone", advice="Run the command again.") from error
-
-
 def proven_signers(state_dir: StateDir, pack_id: str, policy: Policy, model: str | Path | None) -> dict[str, str]:
-    """Name -> key id of the trusted keys whose kept signatures are sound; none where anything is wrong with them."""
+    """The signers of a kept pack whose signatures are valid here.
+
+    Args:
+        state_dir: Where the state of the model is.
+        pack_id: The pack.
+        policy: The trusted keys.
+        model: The model as the user names it; None for no particular one.
+
+    Returns:
+        Name -> key id of the trusted keys. Empty if the pack or any of its signatures is missing or wrong.
+    """
     try:
-        outcome = judge_kept(state_dir, pack_id, policy, model, allow_unsigned=True)
+        return signers_of(judge_kept(state_dir, pack_id, policy, model, allow_unsigned=True))
     except (SignatureError, StateError):
         return {}
-    return {signer.name: signer.key_id for signer in outcome.signers} if isinstance(outcome, Signed) else {}
+
+
+def _read_checked(path: Path, pack_id: str, what: str) -> bytes:
+    """The bytes of a kept copy. Raises UndoError when their SHA-256 is not the pack id."""
+    data = _read(path)
+    if data is None or sha256(data).hexdigest() != pack_id:
+        raise UndoError(
+            f"{what} is missing or altered",
+            advice="Apply the pack's file again: nestpatch apply MODEL PACK --in-place restores the copy.",
+        )
+    return data
+
+
+def _read(file: Path) -> bytes | None:
+    try:
+        return read_bounded(file, nest.MAX_PACK, follow=False)
+    except OSError:
+        return None

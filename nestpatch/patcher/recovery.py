@@ -1,8 +1,11 @@
-"""Opening a model, and ending what an interrupted process left behind: its change is rolled back, or was committed already.
+"""Opening a model, and ending the change of an interrupted process: it is rolled back, or it was committed already.
 
-Commands that only look open a model with `open_model`, which writes nothing: it says when a change was interrupted. Commands
-that write, and `recover`, end the change first, if it is proven to be one of this model: by this machine's seal on the journal,
-or because the rows that it would put back are, by their digests, the base or the result of packs that trusted keys signed.
+Read-only commands open a model with `open_model`, which writes nothing and reports an interrupted change. Commands that write,
+and `recover`, end the change first, provided that its journal is confirmed: by the seal of this machine, or because the rows
+that it would put back are, by their digests, the base or the result of packs that trusted keys signed.
+
+Public: `open_model`, `require_settled`, `recover_model`, `Foreign`, `Recovery`; for commands that hold the lock also
+`finish_or_roll_back`, `require_writable`, `remove_undo_records`, `remove_temporary_files`.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack
 from nestpatch.patcher._journal import (
     Journal,
-    Saved,
+    SavedRegion,
     check_fit,
     files_of,
     open_journal,
@@ -42,17 +45,17 @@ from nestpatch.patcher._journal import (
     roll_back,
 )
 from nestpatch.patcher.kept import judge_kept
-from nestpatch.patcher.ledger import Ledger, read_ledger
+from nestpatch.patcher.ledger import read_ledger
 from nestpatch.patcher.state_dir import PACK_ID, StateDir, locked, require_idle, state_dir_of
 from nestpatch.signing.trust import Policy, load_policy
 from nestpatch.signing.verify import Signed
 
-MOST_PACKS = 64
-"""Kept packs that are looked at to confirm a journal."""
+_MOST_PACKS = 64
+"""Kept packs that are read to confirm a journal, at most."""
 
 
 class Foreign(str, Enum):
-    """What to do with a journal that nothing confirms."""
+    """What to do with a journal that neither this machine's seal nor a signed pack confirms."""
 
     REFUSE = "refuse"
     ROLL_BACK = "roll-back"
@@ -61,7 +64,7 @@ class Foreign(str, Enum):
 
 @dataclass(frozen=True)
 class Recovery:
-    """What a leftover journal led to."""
+    """How an interrupted change was ended."""
 
     action: str
     """"none", "rolled back", "finished", "nothing was changed" or "removed"."""
@@ -70,10 +73,19 @@ class Recovery:
 
 
 def open_model(path: str | Path) -> tuple[Checkpoint, StateDir]:
-    """Opens a model for a command that only looks. Writes nothing.
+    """Opens a model for a read-only command. Writes nothing.
 
-    Raises InterruptedChangeError when a journal is left, BusyError while another process writes the model, StateError when
-    something else is in the place of what nestpatch keeps there, CheckpointError.
+    Args:
+        path: The model.
+
+    Returns:
+        The model, and where its state is.
+
+    Raises:
+        InterruptedChangeError: A journal of an interrupted change is left.
+        BusyError: Another process is writing the model.
+        StateError: Something else is in the place of the state.
+        CheckpointError: The model cannot be read.
     """
     checkpoint, state_dir = open_checkpoint(path), state_dir_of(path)
     require_settled(state_dir, path)
@@ -81,32 +93,81 @@ def open_model(path: str | Path) -> tuple[Checkpoint, StateDir]:
 
 
 def require_settled(state_dir: StateDir, model: str | Path) -> None:
-    """Raises InterruptedChangeError when a journal is left, BusyError while its process is at work. Writes nothing."""
+    """Checks that no change of a model was interrupted. Writes nothing.
+
+    Args:
+        state_dir: Where the state of the model is.
+        model: The model, for messages.
+
+    Raises:
+        InterruptedChangeError: A journal is left.
+        BusyError: The process that wrote the journal is still at work.
+        StateError: Something else is in the place of the state.
+    """
     state_dir.check_folder()
     if os.path.lexists(state_dir.journal):
         require_idle(state_dir)
         raise InterruptedChangeError(
             f"a change of {model} was interrupted: its journal {state_dir.journal} is still there",
-            advice=f"`nestpatch recover {model}` ends it: it puts the rows back, or finds that the change was complete.",
+            advice=f"`nestpatch recover {model}` ends it: rows are put back, unless the change was complete.",
         )
 
 
-def recover(
+def recover_model(path: str | Path, foreign: Foreign = Foreign.REFUSE, policy: Policy | None = None) -> Recovery:
+    """Ends an interrupted change of a model, if there is one.
+
+    Args:
+        path: The model.
+        foreign: What to do with a journal that neither this machine's seal nor a signed pack confirms.
+        policy: Whose signatures count; None means the policy of this user.
+
+    Returns:
+        How the change was ended.
+
+    Raises:
+        BusyError: Another process is writing the model.
+        JournalError: The journal does not fit the model, or the change cannot be ended now.
+        ForeignJournalError: The journal is not confirmed.
+        InPlaceError: A file that would be written is a link, has other names or is read-only.
+    """
+    checkpoint, state_dir = open_checkpoint(path), state_dir_of(path)
+    state_dir.check_folder()
+    if not state_dir.folder.exists():
+        return Recovery("none")
+    with locked(state_dir):
+        done = finish_or_roll_back(state_dir, checkpoint, foreign, policy, path)
+        remove_temporary_files(state_dir, checkpoint)
+        return done
+
+
+def finish_or_roll_back(
     state_dir: StateDir,
     checkpoint: Checkpoint,
     foreign: Foreign = Foreign.REFUSE,
     policy: Policy | None = None,
     model: str | Path | None = None,
 ) -> Recovery:
-    """Ends an interrupted transaction: rolls it back, or finishes it when it was already committed. The lock must be held.
+    """Ends an interrupted transaction: finishes it if it was committed, otherwise rolls it back. The lock must be held.
 
-    Raises JournalError when the journal does not fit the model, ForeignJournalError when nothing confirms it, InPlaceError when
-    a file that it would write has other names.
+    Args:
+        state_dir: Where the state of the model is.
+        checkpoint: The model.
+        foreign: What to do with a journal that neither this machine's seal nor a signed pack confirms.
+        policy: Whose signatures count; None means the policy of this user.
+        model: The model as the user names it.
+
+    Returns:
+        How the transaction was ended.
+
+    Raises:
+        JournalError: The journal does not fit the model, or the change cannot be ended now.
+        ForeignJournalError: The journal is not confirmed.
+        InPlaceError: A file that would be written is a link, has other names or is read-only.
     """
     if not os.path.lexists(state_dir.journal):
         return Recovery("none")
     try:
-        return _recover(state_dir, checkpoint, foreign, policy, model)
+        return _finish_or_roll_back(state_dir, checkpoint, foreign, policy, model)
     except OSError as error:
         raise JournalError(
             f"an interrupted change of {checkpoint.path} cannot be ended: {error.strerror or error} ({error.filename})",
@@ -114,64 +175,51 @@ def recover(
         ) from error
 
 
-def _recover(
+def _finish_or_roll_back(
     state_dir: StateDir, checkpoint: Checkpoint, foreign: Foreign, policy: Policy | None, model: str | Path | None
 ) -> Recovery:
+    removed = Recovery("removed", "the user asked for it; rows are as they were found")
     try:
         journal = read_journal(state_dir)
         if journal is None:
             remove_journal(state_dir.journal)
             return Recovery("nothing was changed")
-        if _is_committed(journal, read_ledger(state_dir)):
-            return _finish(state_dir, journal)
+        ledger = read_ledger(state_dir)
+        # The journal of this machine was committed only if this machine wrote the ledger too. A foreign journal that the ledger
+        # names is dropped: that writes no row.
+        if journal.transaction == ledger.transaction and (ledger.sealed or not journal.ours):
+            remove_undo_records(state_dir, journal.retires if journal.ours else ())
+            remove_journal(state_dir.journal)
+            return Recovery("finished")
         check_fit(journal, checkpoint)
     except JournalError:
         if foreign is not Foreign.REMOVE:
             raise
-        journal = None
-    if foreign is Foreign.REMOVE and (journal is None or not journal.ours):
         remove_journal(state_dir.journal)
-        return Recovery("removed", "the user asked for it; rows are as they were found")
-    assert journal is not None  # noqa: S101 - raised above otherwise
-    require_writable(checkpoint, [region.tensor for region in journal.regions])
+        return removed
+    if foreign is Foreign.REMOVE and not journal.ours:
+        remove_journal(state_dir.journal)
+        return removed
+    names = [region.tensor for region in journal.regions]
+    require_writable(checkpoint, names)
     proof = "the seal of this machine" if journal.ours else _confirmation(state_dir, journal, policy, model)
     if not proof and foreign is Foreign.REFUSE:
-        raise _refusal(journal, checkpoint)
+        files = ", ".join(file.name for file in files_of(checkpoint, names)[:3])
+        tensors = ", ".join(names[:3]) + (", .." if len(names) > 3 else "")
+        raise ForeignJournalError(
+            f"the journal {journal.path} was not written here, and no pack with a trusted signature confirms it. It would put "
+            f"{journal.rows} rows of {len(names)} tensors in {files} back: {tensors}"
+        )
     roll_back(journal, checkpoint)
-    if journal.ours:
-        # Of another journal rows are confirmed, or wanted; what it says of undo records is not: these may be needed.
-        retire(state_dir, journal.makes)
+    # The undo records that a foreign journal names are not confirmed with its rows: they may be needed.
+    remove_undo_records(state_dir, journal.makes if journal.ours else ())
     remove_journal(state_dir.journal)
-    sweep(state_dir, checkpoint)
+    remove_temporary_files(state_dir, checkpoint)
     return Recovery("rolled back", proof or "the user asked for it")
 
 
-def _is_committed(journal: Journal, ledger: Ledger) -> bool:
-    """Whether the ledger names the journal's change: of a journal that was written here, the ledger has to be from here too.
-
-    A journal that came along with a ledger that names it is dropped, which writes no row.
-    """
-    return journal.transaction == ledger.transaction and (ledger.sealed or not journal.ours)
-
-
-def _finish(state_dir: StateDir, journal: Journal) -> Recovery:
-    if journal.ours:
-        retire(state_dir, journal.retires)
-    remove_journal(state_dir.journal)
-    return Recovery("finished")
-
-
-def _refusal(journal: Journal, checkpoint: Checkpoint) -> ForeignJournalError:
-    names = [region.tensor for region in journal.regions]
-    files = ", ".join(file.name for file in files_of(checkpoint, names)[:3])
-    return ForeignJournalError(
-        f"the journal {journal.path} was not written here, and no pack with a trusted signature confirms it. It would put "
-        f"{journal.rows} rows of {len(names)} tensors in {files} back: {', '.join(names[:3])}{', ..' if len(names) > 3 else ''}"
-    )
-
-
 def _confirmation(state_dir: StateDir, journal: Journal, policy: Policy | None, model: str | Path | None) -> str:
-    """The signed packs that name all rows of a journal as their base or result; empty when they do not."""
+    """Names the signed packs that have all rows of a journal as their base or result. Empty if there are none."""
     packs = _signed_packs(state_dir, policy, model)
     used: set[str] = set()
     with open_journal(journal.path) as file:
@@ -189,13 +237,13 @@ def _confirmation(state_dir: StateDir, journal: Journal, policy: Policy | None, 
 
 
 def _signed_packs(state_dir: StateDir, policy: Policy | None, model: str | Path | None) -> list[Pack]:
-    """The kept packs that enough trusted keys have signed."""
+    """The kept packs that enough trusted keys signed."""
     try:
         rules = load_policy() if policy is None else policy
     except TrustError:
         return []
     packs = []
-    for file in sorted(state_dir.folder.glob("*.nest"))[:MOST_PACKS]:
+    for file in sorted(state_dir.folder.glob("*.nest"))[:_MOST_PACKS]:
         if PACK_ID.fullmatch(file.stem):
             with suppress(SignatureError, StateError):
                 outcome = judge_kept(state_dir, file.stem, rules, model)
@@ -203,8 +251,8 @@ def _signed_packs(state_dir: StateDir, policy: Policy | None, model: str | Path 
     return packs
 
 
-def _covered(pack: Pack, journal: Journal, file: FileIO, region: Saved, rows: IntArray) -> IntArray | None:
-    """Which of a region's rows a pack confirms, as positions; None when it confirms none."""
+def _covered(pack: Pack, journal: Journal, file: FileIO, region: SavedRegion, rows: IntArray) -> IntArray | None:
+    """Positions of the region's rows that a pack confirms; None if it confirms no rows."""
     delta = next((delta for delta in pack if delta.name == region.tensor), None)
     if delta is None or not np.isin(delta.rows, rows).all():
         return None
@@ -216,23 +264,31 @@ def _covered(pack: Pack, journal: Journal, file: FileIO, region: Saved, rows: In
     return places.astype(np.int64) if state.hexdigest() in named else None
 
 
-def retire(state_dir: StateDir, names: Sequence[str]) -> None:
+def remove_undo_records(state_dir: StateDir, names: Sequence[str]) -> None:
     """Removes undo records that a transaction has made unneeded: it was committed without them, or its rows were put back.
 
-    Only while its journal is there: what a crash leaves of this, recovery ends. What cannot be removed, also not at a second
-    attempt, is no harm.
+    Call it while the journal is there, so that recovery repeats it after a crash. A record that cannot be removed, even at a
+    second attempt, does no harm.
+
+    Args:
+        state_dir: Where the state of the model is.
+        names: The records.
     """
     for name in (*names, *names):
         with suppress(OSError):
             state_dir.undo(name).unlink(missing_ok=True)
 
 
-def sweep(state_dir: StateDir, checkpoint: Checkpoint) -> None:
+def remove_temporary_files(state_dir: StateDir, checkpoint: Checkpoint) -> None:
     """Removes temporary files of interrupted writes. The lock must be held.
 
-    Undo records are never swept: only the transaction that makes one unneeded removes it.
+    Undo records are never removed here: only the transaction that makes one unneeded removes it.
+
+    Args:
+        state_dir: Where the state of the model is.
+        checkpoint: The model.
     """
-    # The temporary names of formats/atomic.py, for the files that are replaced as a whole.
+    # The names that files/atomic.py gives to files which replace others as a whole.
     patterns = [(state_dir.folder, ".*.tmp")]
     patterns += [(file.parent, f".{escape(file.name)}.????????.tmp") for file in (state_dir.ledger, *checkpoint.files)]
     with suppress(OSError):
@@ -243,36 +299,25 @@ def sweep(state_dir: StateDir, checkpoint: Checkpoint) -> None:
 
 
 def require_writable(checkpoint: Checkpoint, names: Sequence[str]) -> None:
-    """Raises InPlaceError when a file with these tensors is a link, has other names, or cannot be written."""
+    """Checks that the files with some tensors may be changed where they are.
+
+    Args:
+        checkpoint: The model.
+        names: The tensors.
+
+    Raises:
+        InPlaceError: A file is a link, has other names, or cannot be written by this user.
+    """
     for file in files_of(checkpoint, names):
         if file.is_symlink():
             raise InPlaceError(
                 f"{file} is a link to {file.resolve()}, as in a Hub cache: changing it would change other models too",
-                advice="Write a patched copy with -o OUTPUT, or pass --detach to replace the link by a file of its own first.",
+                advice="Write a patched copy with -o OUTPUT, or pass --detach to replace the link with a copy first.",
             )
         if file.stat().st_nlink > 1:
             raise InPlaceError(
                 f"{file} has another name elsewhere (a hard link): changing it would change that model too",
-                advice="Write a patched copy with -o OUTPUT, or pass --detach to give the model a file of its own first.",
+                advice="Write a patched copy with -o OUTPUT, or pass --detach to give the model its own copy first.",
             )
         if not os.access(file, os.R_OK | os.W_OK):
             raise InPlaceError(f"{file} cannot be written by this user")
-
-
-def recover_model(path: str | Path, foreign: Foreign = Foreign.REFUSE, policy: Policy | None = None) -> Recovery:
-    """Ends an interrupted transaction, if there is one.
-
-    `foreign`: what to do with a journal that neither this machine's seal nor a signed pack confirms. `policy`: whose signatures
-    count; None means that of this user.
-
-    Raises BusyError while another process writes the model, JournalError when the journal does not fit it,
-    ForeignJournalError when nothing confirms it.
-    """
-    checkpoint, state_dir = open_checkpoint(path), state_dir_of(path)
-    state_dir.check_folder()
-    if not state_dir.folder.exists():
-        return Recovery("none")
-    with locked(state_dir):
-        done = recover(state_dir, checkpoint, foreign, policy, path)
-        sweep(state_dir, checkpoint)
-        return done

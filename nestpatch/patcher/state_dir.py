@@ -1,12 +1,13 @@
-"""Where nestpatch keeps what it knows of a model: ledger, journal, lock, undo records, kept packs and their signatures.
+"""Where the state of a model is, and its lock. State means: ledger, journal, undo records, kept packs and their signatures.
 
-One weight file has one state, whatever path names it. A directory with model.safetensors or an index of several files, and
-such a model.safetensors named itself: `nestpatch.json` and `.nestpatch/` inside the directory. Any other weight file
-`m.safetensors`, `m.gguf` or `m.onnx`, also as the only model of its directory: `m.safetensors.nestpatch.json` and
-`.m.safetensors.nestpatch/` beside it.
+A weight file has one state, whatever path names it. For a directory with model.safetensors or with an index of several files,
+and for such a model.safetensors itself, it is `nestpatch.json` and `.nestpatch/` inside the directory. For any other weight
+file `m.safetensors`, `m.gguf` or `m.onnx`, even as the only model of its directory, it is `m.safetensors.nestpatch.json` and
+`.m.safetensors.nestpatch/` beside the file.
 
-All of it travels with the model, so nothing here is believed: names are checked before they become paths, and links are not
-followed.
+State travels with the model, so it is not believed: names are checked before they become paths, and links are not followed.
+
+Public: `StateDir`, `state_dir_of`, `require_own`; the lock: `locked`, `kept_from_writers`, `require_idle`, `tidy`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from nestpatch.formats.onnx.folder import models
 from nestpatch.formats.safetensors import INDEX, SINGLE, indexed_files, only_file
 
 LEDGER = "nestpatch.json"
-FOLDER = ".nestpatch"
+_FOLDER = ".nestpatch"
 TRANSACTION = re.compile(r"[0-9a-f]{16}", re.ASCII)
 PACK_ID = re.compile(r"[0-9a-f]{64}", re.ASCII)
 UNDO = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}", re.ASCII)
@@ -33,72 +34,157 @@ UNDO = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}", re.ASCII)
 
 @dataclass(frozen=True)
 class StateDir:
-    """The files that belong to one model."""
+    """The files that hold the state of one model."""
 
     ledger: Path
     folder: Path
 
+    @classmethod
+    def inside(cls, directory: Path) -> StateDir:
+        """The state of the model that a directory is.
+
+        Args:
+            directory: The model.
+
+        Returns:
+            Its state, whether or not there is any.
+        """
+        return cls(directory / LEDGER, directory / _FOLDER)
+
+    @classmethod
+    def beside(cls, file: Path) -> StateDir:
+        """The state of a single weight file.
+
+        Args:
+            file: The model.
+
+        Returns:
+            Its state, whether or not there is any.
+        """
+        return cls(file.with_name(f"{file.name}.{LEDGER}"), file.with_name(f".{file.name}{_FOLDER}"))
+
     @property
     def journal(self) -> Path:
+        """The journal of a change under way."""
         return self.folder / "journal"
 
     @property
     def lock(self) -> Path:
+        """The lock file."""
         return self.folder / "lock"
 
     def undo(self, name: str) -> Path:
-        """The undo record of an applied pack. Raises StateError for a name that nestpatch never gives."""
+        """The undo record of an applied pack.
+
+        Args:
+            name: <transaction>-<start of the pack id>.
+
+        Returns:
+            Its path.
+
+        Raises:
+            StateError: The name does not have that form.
+        """
         if not UNDO.fullmatch(name):
-            raise StateError(f"{name[:80]!r} is no name of an undo record")
+            raise StateError(f"{name[:80]!r} is not the name of an undo record")
         return self.folder / f"{name}.undo"
 
     def pack(self, pack_id: str) -> Path:
-        """The kept copy of a pack: reverting needs its deltas. Raises StateError for what is no SHA-256."""
+        """The kept copy of a pack, whose deltas are needed to revert it.
+
+        Args:
+            pack_id: SHA-256 of the pack, hex.
+
+        Returns:
+            Its path.
+
+        Raises:
+            StateError: The id is not a SHA-256.
+        """
         if not PACK_ID.fullmatch(pack_id):
-            raise StateError(f"{pack_id[:80]!r} is no id of a pack")
+            raise StateError(f"{pack_id[:80]!r} is not the id of a pack")
         return self.folder / f"{pack_id}.nest"
 
     @property
     def owner(self) -> tuple[int, int] | None:
-        """(user, group) that root gives new files to, because the model's folder is theirs; None: they stay this user's."""
+        """(user, group) of the model's folder, which root gives new files to; None: new files keep the user who writes them."""
         if os.name == "nt" or os.geteuid() != 0:
             return None
         found = self.folder.parent.stat()
         return (found.st_uid, found.st_gid) if (found.st_uid, found.st_gid) != (os.geteuid(), os.getegid()) else None
 
     def check_folder(self) -> None:
-        """Raises StateError where the folder is a link or a file: what is reached through it belongs to something else."""
+        """Checks that the folder is a directory, or missing: what a link leads to belongs to something else.
+
+        Raises:
+            StateError: It is a link or a file.
+        """
         with suppress(FileNotFoundError):
             if not stat.S_ISDIR(os.lstat(self.folder).st_mode):
                 raise StateError(
-                    f"{self.folder} is not a directory of its own: nestpatch follows no links there",
+                    f"{self.folder} is a link or a file, where a directory is expected: nestpatch follows no links there",
                     advice="Remove it, if you did not put it there. Nothing was read or written through it.",
                 )
 
 
 def state_dir_of(model: str | Path) -> StateDir:
-    """Where the state of a model is, whether or not it has any.
+    """Finds the state of a model.
 
-    Where a model had its state by the name or the company that it had before, it is found there: another weight file or an
-    index in the folder loses none.
+    State that a model got before another weight file or an index was added to its folder, or before it was renamed from
+    model.safetensors, is still found.
 
-    Raises CheckpointFormatError for a file that is only one part of a model, StateError where several states could be its own.
+    Args:
+        model: A weight file, or a directory.
+
+    Returns:
+        Where the state is, or where it will be if there is none.
+
+    Raises:
+        CheckpointFormatError: The file is only one part of a model.
+        StateError: The model has several states, or a state that may be another model's.
     """
-    # Dots stay: abspath would drop "link/..", which the system takes for the parent of what the link leads to.
+    # Path.absolute keeps "link/..", unlike abspath: the system takes that for the parent of the link's target.
     path = Path(model).absolute()
-    own = _own(path)
-    found = {_key(state_dir): state_dir for state_dir in (*own, *_behind(path)) if has_state(state_dir)}
+    own = _candidates(path)
+    found = {_key(state_dir): state_dir for state_dir in (*own, *_states_of_targets(path)) if _exists(state_dir)}
     if len(found) > 1:
         first, second = list(found.values())[:2]
         raise StateError(
             f"{path} has two states: {first.ledger} and {second.ledger}",
-            advice="Move away the one that is not of this model, ledger and folder. Nothing was changed.",
+            advice="Move away the ledger and folder that do not belong to this model. Nothing was changed.",
         )
     return next(iter(found.values()), own[0])
 
 
-def has_state(state_dir: StateDir) -> bool:
-    """Whether anything is kept there. A lock and temporary files are no state."""
+def require_own(model: str | Path) -> None:
+    """Checks that a model can be changed under this path.
+
+    Args:
+        model: A weight file, or a directory.
+
+    Raises:
+        InPlaceError: A weight file is a link to a model that nestpatch has patched, and one of the two ledgers would miss the
+            change; or the directory holds two models.
+    """
+    path = Path(model).absolute()
+    own = {_key(state_dir) for state_dir in _candidates(path)}
+    for file in _weight_files(path):
+        for state_dir in _states_of_targets(file):
+            if _key(state_dir) not in own and _exists(state_dir):
+                target = Path(os.path.realpath(file))
+                raise InPlaceError(
+                    f"{file} is a link to {target}, of a model that nestpatch has patched: {state_dir.ledger} names the packs",
+                    advice="Change that model itself, or write a patched copy with -o OUTPUT.",
+                )
+    if path.is_dir() and _is_left_out_of_index(path / SINGLE):
+        raise InPlaceError(
+            f"{path} holds two models: {SINGLE}, and the files that {INDEX} names",
+            advice=f"Some programs load the one, some the other. Move {SINGLE} or the files of the index to another folder.",
+        )
+
+
+def _exists(state_dir: StateDir) -> bool:
+    """Whether there is any state. A lock and temporary files do not count."""
     if os.path.lexists(state_dir.ledger):
         return True
     try:
@@ -109,79 +195,71 @@ def has_state(state_dir: StateDir) -> bool:
         return True
 
 
-def require_own(model: str | Path) -> None:
-    """Raises InPlaceError where a model cannot be changed by this path: its files are links to a model that nestpatch has
-    patched, so that the change would be missing in one of the two ledgers; or its folder holds two models.
-    """
-    path = Path(model).absolute()
-    own = {_key(state_dir) for state_dir in _own(path)}
-    for file in _files(path):
-        for state_dir in _behind(file):
-            if _key(state_dir) not in own and has_state(state_dir):
-                target = Path(os.path.realpath(file))
-                raise InPlaceError(
-                    f"{file} is a link to {target}, of a model that nestpatch has patched: {state_dir.ledger} says with what",
-                    advice="Change that model itself, or write a patched copy with -o OUTPUT.",
-                )
-    if path.is_dir() and _is_beside_an_index(path / SINGLE):
-        raise InPlaceError(
-            f"{path} holds two models: {SINGLE}, and the files that {INDEX} names",
-            advice=f"Some programs load the one, some the other. Move {SINGLE} or the files of the index to another folder.",
-        )
-
-
 def _key(state_dir: StateDir) -> tuple[str, str]:
-    """The same for one place by different names."""
+    """Equal for different names of one place."""
     return os.path.realpath(state_dir.ledger.parent), state_dir.ledger.name
 
 
-def _own(path: Path) -> list[StateDir]:
-    """Where a model may have its state; the first is for a model that has none yet."""
+def _weight_files(path: Path) -> list[Path]:
+    """The weight files of a model. Empty for a directory that holds several models or none."""
     if not path.is_dir():
-        return _of_file(path)
-    if (file := _only_file(path)) is not None:
-        return _of_file(file)
-    inside = StateDir(path / LEDGER, path / FOLDER)
-    if _is_beside_an_index(path / SINGLE) and has_state(inside):
+        return [path]
+    if (path / INDEX).is_file():
+        return [path / name for name in sorted(indexed_files(path))]
+    if (path / SINGLE).is_file():
+        return [path / SINGLE]
+    onnx = models(path)
+    file = only_file(path) or (onnx[0] if len(onnx) == 1 else None)
+    return [file] if file is not None else []
+
+
+def _candidates(path: Path) -> list[StateDir]:
+    """Where the state of a model may be. The first is for a model that has none yet."""
+    files = _weight_files(path)
+    if len(files) == 1:
+        return _candidates_of_file(files[0])
+    inside = StateDir.inside(path)
+    if _is_left_out_of_index(path / SINGLE) and _exists(inside):
         raise _ambiguous(path / SINGLE, inside)
-    for name in sorted(indexed_files(path)):
-        if has_state(alone := _beside(path / name)):
+    for file in files:
+        if _exists(alone := StateDir.beside(file)):
             raise StateError(
-                f"{path / name} was patched by itself, its ledger is {alone.ledger}; now {INDEX} makes it a part of a model",
+                f"{file} was patched by itself, its ledger is {alone.ledger}; now {INDEX} makes it a part of a model",
                 advice=f"Move {INDEX} away and revert the file (nestpatch revert), or move the file's ledger and folder away.",
             )
     return [inside]
 
 
-def _only_file(folder: Path) -> Path | None:
-    """The file that is the model of a directory; None where there are several, or none."""
-    if (folder / INDEX).is_file():
-        parts = indexed_files(folder)
-        return folder / next(iter(parts)) if len(parts) == 1 else None
-    if (folder / SINGLE).is_file():
-        return folder / SINGLE
-    found = models(folder)
-    return only_file(folder) or (found[0] if len(found) == 1 else None)
-
-
-def _of_file(path: Path) -> list[StateDir]:
+def _candidates_of_file(path: Path) -> list[StateDir]:
     parts = indexed_files(path.parent)
     if path.name in parts and len(parts) > 1:
         raise CheckpointFormatError(
             f"{path} is one of the {len(parts)} files of the model in {path.parent}",
             advice=f"Give the directory: {path.parent}",
         )
-    inside, beside = StateDir(path.parent / LEDGER, path.parent / FOLDER), _beside(path)
+    inside, beside = StateDir.inside(path.parent), StateDir.beside(path)
     if path.name in parts or (path.name == SINGLE and not parts):
         return [inside, beside]
-    if _is_beside_an_index(path) and has_state(inside) and not has_state(beside):
+    if _is_left_out_of_index(path) and _exists(inside) and not _exists(beside):
         raise _ambiguous(path, inside)
-    # It may have been called model.safetensors before.
+    # The only file of a directory may have been named model.safetensors before.
     return [beside, inside] if only_file(path.parent) == path else [beside]
 
 
-def _is_beside_an_index(single: Path) -> bool:
-    """Whether a file is a model.safetensors that the index in its folder leaves out."""
+def _states_of_targets(path: Path) -> list[StateDir]:
+    """Where the states may be of the models that the links among a model's files lead to: a link is another name of a file."""
+    found = []
+    for file in _weight_files(path):
+        if file.is_symlink():
+            target = Path(os.path.realpath(file))
+            parts = indexed_files(target.parent)
+            is_part = target.name in parts and len(parts) > 1
+            found += [StateDir.inside(target.parent)] if is_part else _candidates_of_file(target)
+    return found
+
+
+def _is_left_out_of_index(single: Path) -> bool:
+    """Whether a file is a model.safetensors that the index in its folder does not name."""
     parts = indexed_files(single.parent)
     return bool(parts) and single.name == SINGLE and single.name not in parts and os.path.lexists(single)
 
@@ -189,40 +267,21 @@ def _is_beside_an_index(single: Path) -> bool:
 def _ambiguous(single: Path, inside: StateDir) -> StateError:
     return StateError(
         f"{inside.ledger} may be the ledger of {single} or of the model that {INDEX} makes of other files",
-        advice=f"Move {SINGLE} to a folder of its own, or the files of the index: whichever came later.",
+        advice=f"Move {SINGLE} to a folder of its own, or the files of the index: whichever was added later.",
     )
-
-
-def _files(path: Path) -> list[Path]:
-    """The weight files of a model, as far as its state depends on them."""
-    if not path.is_dir():
-        return [path]
-    file = _only_file(path)
-    return [file] if file is not None else [path / name for name in sorted(indexed_files(path))]
-
-
-def _behind(path: Path) -> list[StateDir]:
-    """Where the models have their states whose files a model's links lead to: a link is another name of a file."""
-    places = []
-    for file in _files(path):
-        if file.is_symlink():
-            target = Path(os.path.realpath(file))
-            parts = indexed_files(target.parent)
-            is_part = target.name in parts and len(parts) > 1
-            places += [StateDir(target.parent / LEDGER, target.parent / FOLDER)] if is_part else _of_file(target)
-    return places
-
-
-def _beside(path: Path) -> StateDir:
-    return StateDir(path.with_name(f"{path.name}.{LEDGER}"), path.with_name(f".{path.name}.nestpatch"))
 
 
 @contextmanager
 def locked(state_dir: StateDir) -> Iterator[None]:
-    """Holds the model's writer lock; the system frees it when the process dies.
+    """Holds the writer lock of a model. The system frees it when the process dies.
 
-    Raises BusyError when another process holds it, StateError when something else is in its place, InPlaceError when the place
-    cannot be written.
+    Args:
+        state_dir: The state of the model.
+
+    Raises:
+        BusyError: Another process holds the lock.
+        StateError: Something else is in the place of the lock.
+        InPlaceError: The lock file cannot be written.
     """
     handle = _take_lock(state_dir)
     try:
@@ -234,8 +293,16 @@ def locked(state_dir: StateDir) -> Iterator[None]:
 
 @contextmanager
 def kept_from_writers(state_dir: StateDir) -> Iterator[None]:
-    """Holds off writers while a model is read. Writes nothing: a model that was never patched, or whose lock this user may not
-    open, has none to hold. Raises BusyError while a writer is at work.
+    """Keeps writers out while a model is read. Writes nothing.
+
+    A model that was never patched has no lock to hold, and other users cannot open its lock: then nothing is held.
+
+    Args:
+        state_dir: The state of the model.
+
+    Raises:
+        BusyError: Another process is writing the model.
+        StateError: Something else is in the place of the lock.
     """
     handle = _open_lock(state_dir)
     if handle is None:
@@ -251,7 +318,15 @@ def kept_from_writers(state_dir: StateDir) -> Iterator[None]:
 
 
 def require_idle(state_dir: StateDir) -> None:
-    """Raises BusyError while another process writes the model. Writes nothing."""
+    """Checks that no other process is writing a model. Writes nothing.
+
+    Args:
+        state_dir: The state of the model.
+
+    Raises:
+        BusyError: Another process is writing the model.
+        StateError: Something else is in the place of the lock.
+    """
     with kept_from_writers(state_dir):
         pass
 
@@ -276,8 +351,8 @@ def _take_lock(state_dir: StateDir) -> int:
             handle = os.open(state_dir.lock, os.O_RDWR | os.O_CREAT | _SAFELY, 0o600)
         except FileNotFoundError:
             if state_dir.folder.parent.is_dir():
-                continue  # tidied up in between
-            raise InPlaceError(f"the folder of the model is gone: {state_dir.folder.parent}") from None
+                continue  # another process has just removed the folder
+            raise InPlaceError(f"the folder of the model does not exist any more: {state_dir.folder.parent}") from None
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
                 raise _odd_lock(state_dir, error) from error
@@ -289,7 +364,7 @@ def _take_lock(state_dir: StateDir) -> int:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.lstat(state_dir.lock)):
                 return handle
-        os.close(handle)  # the lock of one who tidied up: locks on a removed file exclude nobody
+        os.close(handle)  # another process has removed this file, and a lock on a removed file excludes no process
 
 
 _SAFELY = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -304,7 +379,7 @@ def _make_folder(state_dir: StateDir) -> None:
 
 def _require_file(handle: int, state_dir: StateDir) -> int:
     found = os.fstat(handle)
-    # A hard link to another file: owner and mode of that would be changed. None: it was tidied up in between.
+    # With two links it is another file too, whose owner and mode would change. With none it has just been removed.
     if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:
         return handle
     os.close(handle)
@@ -313,10 +388,10 @@ def _require_file(handle: int, state_dir: StateDir) -> int:
 
 
 def _own_lock(handle: int, state_dir: StateDir) -> None:
-    """Nobody but the owner of the model's folder may hold the lock: whoever can open it could keep all writers out."""
+    """Makes the lock private to the owner of the model's folder: every user who can open it can keep all writers out."""
     if os.name == "nt":
         return
-    with suppress(PermissionError):  # another user's lock: the folder's owner has to mend it
+    with suppress(PermissionError):  # another user's lock, which only the owner of the folder can repair
         found = os.fstat(handle)
         if found.st_mode & 0o077:
             os.fchmod(handle, 0o600)
@@ -336,9 +411,12 @@ def _odd_lock(state_dir: StateDir, error: OSError) -> StateError:
 
 
 def tidy(state_dir: StateDir) -> None:
-    """Removes the folder of a model that nothing was done to. The lock must be held; it goes last.
+    """Removes the state folder of a model that was not changed. The lock must be held; it is removed last.
 
-    Records stay: without a ledger nobody knows whether they are needed.
+    A folder that holds anything else, such as undo records, is left: without a ledger it is not known whether they are needed.
+
+    Args:
+        state_dir: The state of the model.
     """
     with suppress(OSError):
         if any(file.name != state_dir.lock.name and not file.name.endswith(".tmp") for file in state_dir.folder.iterdir()):

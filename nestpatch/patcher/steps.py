@@ -1,4 +1,10 @@
-"""What there is to do: the steps of a change, the packs that they need, and how much they touch."""
+"""Planning a change: the steps that turn what is applied to a model into what is wanted, with the packs that they need.
+
+`chain.py` has the rules, as values. Here they meet the model: the ledger and the kept packs beside it, the policy that judges
+their signatures, and the rows.
+
+Public: `plan_apply`, `plan_revert`, `plan_from_ledger`, `PlannedSteps`, `Judge`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +19,7 @@ from nestpatch.formats import nest
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.gate import Proven
 from nestpatch.pack import Pack
-from nestpatch.patcher.chain import NOTHING, Action, Allowed, Link, Step, plan_apply, plan_revert
+from nestpatch.patcher.chain import NOTHING, Action, Allowed, Link, Overlap, Step, steps_to_apply, steps_to_revert
 from nestpatch.patcher.held import Missing, look, missing, require_undoable
 from nestpatch.patcher.kept import judge_kept, load_pack, load_packs, proven_signers
 from nestpatch.patcher.ledger import Ledger, LedgerEntry
@@ -24,8 +30,8 @@ from nestpatch.signing.verify import signers_of
 
 
 @dataclass(frozen=True)
-class Size:
-    """How much a change touches."""
+class ChangeSize:
+    """How much a change writes."""
 
     tensors: int
     rows: int
@@ -34,76 +40,133 @@ class Size:
 
 @dataclass(frozen=True, eq=False)
 class PlannedSteps:
-    """Steps in order, and the packs that they name, by id."""
+    """The steps of a change, in order, with everything that is needed to carry them out."""
 
     steps: tuple[Step, ...]
     packs: Mapping[str, Pack]
+    """Pack id -> pack, for every pack that a step names."""
     origin: Origin = field(default_factory=Origin)
-    """Of the pack that is applied; what is only put back keeps its own."""
+    """Origin of the pack that is applied. Packs that are applied again keep the origin in the ledger."""
     missing: Missing = field(default_factory=dict)
-    """What is undone by leaving it: it is not in the rows any more."""
+    """Tensors whose rows no longer hold an applied pack: to undo it, they are left as they are."""
 
     @property
-    def names(self) -> frozenset[str]:
-        """The tensors that change."""
+    def tensor_names(self) -> frozenset[str]:
+        """Names of the tensors that the steps change."""
         return frozenset(delta.name for step in self.steps for delta in self.packs[step.link.pack_id])
 
     @property
     def undone(self) -> frozenset[str]:
-        """The ids of the packs that are undone, for good or for the while."""
+        """Ids of the packs that are undone, including those that are applied again."""
         return frozenset(step.link.pack_id for step in self.steps if step.action is Action.UNDO)
 
     @property
-    def told(self) -> tuple[str, ...]:
-        """The steps, for people."""
+    def labels(self) -> tuple[str, ...]:
+        """One line a step, for people."""
         return tuple(f"{step.action.value} {step.link.label}" for step in self.steps if step.action is not Action.CHECK)
 
-    def size(self, checkpoint: Checkpoint) -> Size:
-        """Rows count as often as a step writes them."""
+    def size(self, checkpoint: Checkpoint) -> ChangeSize:
+        """Measures the change.
+
+        Args:
+            checkpoint: The model that is to change.
+
+        Returns:
+            The size. A row counts once for every step that writes it.
+        """
         deltas = [delta for step in self.steps if step.action is not Action.CHECK for delta in self.packs[step.link.pack_id]]
         nbytes = sum(delta.neurons * checkpoint.info(delta.name).row_bytes for delta in deltas)
-        return Size(len(self.names), sum(delta.neurons for delta in deltas), nbytes)
+        return ChangeSize(len(self.tensor_names), sum(delta.neurons for delta in deltas), nbytes)
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Whose word counts for what lies beside a model: the policy, and what the user calls the model."""
+    """The policy by which the packs kept beside a model are judged."""
 
     policy: Policy
     model: str | Path | None
+    """The model as the user names it: decides which rules of the policy apply."""
     allow_unsigned: bool = False
 
     def publishers(self, state_dir: StateDir, entry: LedgerEntry) -> frozenset[str]:
-        """The key ids in whose name an applied pack speaks.
+        """The publishers of an applied pack.
 
-        What this machine wrote down is believed. Of an entry that came with the model the kept signatures decide, and only
-        where these prove nothing its own claim, which can then hold back others but opens nothing.
+        An entry that this machine wrote is believed. For an entry that came with the model, the kept signatures decide. If they
+        prove nothing, the entry's own claim is used: it can make the rules stricter, but permits nothing.
+
+        Args:
+            state_dir: Where the state of the model is.
+            entry: The applied pack.
+
+        Returns:
+            Key ids.
         """
         if not entry.foreign:
             return entry.publishers
         return frozenset(proven_signers(state_dir, entry.pack_id, self.policy, self.model).values()) or entry.publishers
 
     def require(self, state_dir: StateDir, pack_id: str) -> Origin:
-        """Judges the kept signatures of a pack that is to be used. Raises SignatureError, UndoError."""
+        """Checks the kept signatures of a pack before its deltas are used.
+
+        Args:
+            state_dir: Where the state of the model is.
+            pack_id: The pack.
+
+        Returns:
+            The origin, with the signers that were checked.
+
+        Raises:
+            SignatureError: Too few trusted keys signed the pack, or a signature is wrong.
+            UndoError: The kept copy is missing or altered.
+        """
         outcome = judge_kept(state_dir, pack_id, self.policy, self.model, allow_unsigned=self.allow_unsigned)
         return Origin(signers_of(outcome))
 
 
-def _overlap(packs: Mapping[str, Pack]) -> dict[tuple[str, str], bool]:
-    """Whether two packs change rows in common, for every pair."""
-    rows = {pack_id: {delta.name: delta.rows for delta in pack} for pack_id, pack in packs.items()}
+def plan_apply(
+    checkpoint: Checkpoint,
+    state_dir: StateDir,
+    ledger: Ledger,
+    proven: Proven,
+    strength: float,
+    judge: Judge,
+    allowed: Allowed,
+    base: Checkpoint | None,
+) -> PlannedSteps:
+    """Plans to apply a pack, after a look at the rows.
 
-    def shared(a: str, b: str) -> bool:
-        return any(len(np.intersect1d(rows[a][name], rows[b][name])) > 0 for name in rows[a].keys() & rows[b].keys())
+    Applied packs whose rows are missing are put back or replaced. Undo records that came with the model are proven before a
+    step may use them.
 
-    return {(a, b): shared(a, b) for a in rows for b in rows}
+    Args:
+        checkpoint: The model.
+        state_dir: Where its state is.
+        ledger: What is applied to it.
+        proven: The pack, which has passed the gate.
+        strength: Factor on the deltas.
+        judge: The policy for packs that came with the model.
+        allowed: What the user has permitted.
+        base: The float model, for rows that are stored quantized.
+
+    Returns:
+        The plan. It has no steps if the pack is applied already and no rows are missing.
+
+    Raises:
+        ChainError: The version rules forbid it (and its subclasses).
+        BaseMismatchError: Rows hold neither an applied pack nor what they held before it.
+        UndoError: A kept pack or an undo record is missing, altered or not proven.
+        LedgerError: The ledger contradicts the packs or the model.
+        SignatureError: A pack that came with the model is needed, and too few trusted keys signed it.
+    """
+    packs = load_packs(state_dir, ledger.applied, {proven.pack_id: proven.pack})
+    gone = missing(look(checkpoint, state_dir, ledger.applied, packs, base))
+    lost = [entry for entry in ledger.applied if entry.pack_id in gone]
+    planned = plan_from_ledger(state_dir, ledger, proven.pack, strength, judge, proven.origin, allowed, lost, packs)
+    require_undoable(checkpoint, state_dir, ledger.applied, planned.packs, planned.undone, base)
+    return replace(planned, missing=gone)
 
 
-def _links(state_dir: StateDir, ledger: Ledger, judge: Judge) -> list[Link]:
-    return [replace(entry.link, publishers=judge.publishers(state_dir, entry)) for entry in ledger.applied]
-
-
-def plan_steps(
+def plan_from_ledger(
     state_dir: StateDir,
     ledger: Ledger,
     pack: Pack,
@@ -114,63 +177,38 @@ def plan_steps(
     lost: Sequence[LedgerEntry] = (),
     known: Mapping[str, Pack] | None = None,
 ) -> PlannedSteps:
-    """The work of applying a pack to a model with this ledger.
+    """Plans to apply a pack without looking at the rows: for callers that have compared them with the ledger already.
 
-    `lost`: applied packs whose rows are missing; they are put back, or replaced. `known`: applied packs that were read and
-    checked already, by id.
+    Args:
+        state_dir: Where the state of the model is.
+        ledger: What is applied to it.
+        pack: The pack to apply.
+        strength: Factor on the deltas.
+        judge: The policy for packs that came with the model.
+        origin: Who signed the pack, and the channel that it came from.
+        allowed: What the user has permitted.
+        lost: The applied packs whose rows are missing: they are put back or replaced.
+        known: Pack id -> pack, for applied packs that have been read and checked already.
 
-    Raises ChainError and its kinds, UndoError, LedgerError; SignatureError for an entry that came with the model.
+    Returns:
+        The plan.
+
+    Raises:
+        ChainError: The version rules forbid it (and its subclasses).
+        UndoError: A kept pack is missing or altered.
+        LedgerError: The ledger contradicts a kept pack.
+        SignatureError: A pack that came with the model is needed, and too few trusted keys signed it.
     """
-    manifest = pack.manifest
-    links, absent = _links(state_dir, ledger, judge), [entry.link for entry in lost]
-    link = Link(
-        nest.pack_id(pack), manifest.name, manifest.version, strength, manifest.supersedes, manifest.requires, origin.publishers
-    )
-    packs = load_packs(state_dir, ledger.applied, {**(known or {}), link.pack_id: pack}) | {link.pack_id: pack}
-    shared = _overlap(packs)
-    steps = plan_apply(links, link, lambda a, b: shared[a.pack_id, b.pack_id], allowed, absent)
-    _require_signed(state_dir, ledger, steps, judge, new=link.pack_id)
+    manifest, pack_id = pack.manifest, nest.pack_id(pack)
+    new = Link(pack_id, manifest.name, manifest.version, strength, manifest.supersedes, manifest.requires, origin.publishers)
+    packs = load_packs(state_dir, ledger.applied, {**(known or {}), pack_id: pack}) | {pack_id: pack}
+    absent = [entry.link for entry in lost]
+    steps = steps_to_apply(_links(state_dir, ledger, judge), new, _overlap(packs), allowed, absent)
+    _require_signed(state_dir, ledger, steps, judge, new=pack_id)
     return PlannedSteps(steps, packs, origin)
 
 
-def plan_on_rows(
-    checkpoint: Checkpoint,
-    state_dir: StateDir,
-    ledger: Ledger,
-    proven: Proven,
-    strength: float,
-    judge: Judge,
-    allowed: Allowed,
-    base: Checkpoint | None,
-) -> PlannedSteps:
-    """The same after a look at the rows: what is missing there is put back or replaced, and what is undone is proven first.
-
-    `base`: the float model, for quantized rows. Raises BaseMismatchError where rows hold neither a pack nor what was there
-    before it, and as `plan_work` does.
-    """
-    packs = load_packs(state_dir, ledger.applied, {proven.pack_id: proven.pack})
-    gone = missing(look(checkpoint, state_dir, ledger.applied, packs, base))
-    lost = [entry for entry in ledger.applied if entry.pack_id in gone]
-    planned = plan_steps(state_dir, ledger, proven.pack, strength, judge, proven.origin, allowed, lost, packs)
-    require_undoable(checkpoint, state_dir, ledger.applied, planned.packs, planned.undone, base)
-    return replace(planned, missing=gone)
-
-
-def _require_signed(state_dir: StateDir, ledger: Ledger, steps: Sequence[Step], judge: Judge, new: str = "") -> None:
-    """Packs that came with the model pass the gate before their deltas are used."""
-    foreign = {entry.pack_id: entry for entry in ledger.applied if entry.foreign and entry.pack_id != new}
-    for pack_id in dict.fromkeys(step.link.pack_id for step in steps if step.link.pack_id in foreign):
-        try:
-            judge.require(state_dir, pack_id)
-        except (UnsignedError, UntrustedError) as error:
-            raise type(error)(
-                f"{foreign[pack_id].label} came along with the model, and no key that you trust has signed it: {error}",
-                advice="If you know its publisher: nestpatch trust add KEY.pub --name NAME. To use its records all the same, "
-                "as far as the pack's own digests prove them: --allow-unsigned.",
-            ) from error
-
-
-def plan_revert_steps(
+def plan_revert(
     state_dir: StateDir,
     ledger: Ledger,
     packs: Mapping[str, Pack],
@@ -179,32 +217,76 @@ def plan_revert_steps(
     only: str | None = None,
     lost: Sequence[LedgerEntry] = (),
 ) -> PlannedSteps:
-    """The work of going back to the base, or to an earlier version of an applied pack; or of taking away only the pack
-    with this id. `packs`: the applied ones, read and checked. Raises ChainError, UndoError, LedgerError, SignatureError.
+    """Plans to go back to the base, to an earlier version of an applied pack, or to the model without one of its packs.
+
+    Args:
+        state_dir: Where the state of the model is.
+        ledger: What is applied to it.
+        packs: Pack id -> pack, for all applied packs, read and checked.
+        to: "base", or a version in the model's history.
+        judge: The policy for packs that came with the model, and for the earlier version.
+        only: Id of the one applied pack to remove; `to` is then ignored.
+        lost: The applied packs whose rows are missing.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ChainError: The version was never applied, or the version rules forbid the step (and subclasses).
+        UndoError: A kept pack is missing or altered.
+        LedgerError: The ledger contradicts a kept pack.
+        SignatureError: A pack that came with the model, or the earlier version, is not signed by enough trusted keys.
     """
     if only is None and to != "base":
-        link = _earlier(ledger, to)
+        link = _find_earlier(ledger, to)
         pack, origin = load_pack(state_dir, link.pack_id, link.label), judge.require(state_dir, link.pack_id)
-        # Nobody's pack in the place of a signed one: who allows unsigned packs has asked for that.
+        # A user who allows unsigned packs also allows one to replace a signed pack.
         allowed = Allowed(overlap=True, downgrade=True, other_publisher=judge.allow_unsigned and not origin.publishers)
-        return plan_steps(state_dir, ledger, pack, link.strength, judge, origin, allowed, lost, packs)
+        return plan_from_ledger(state_dir, ledger, pack, link.strength, judge, origin, allowed, lost, packs)
     links = _links(state_dir, ledger, judge)
-    shared = _overlap(packs)
     removed = links if only is None else [link for link in links if link.pack_id == only]
-    steps = plan_revert(links, removed, lambda a, b: shared[a.pack_id, b.pack_id], [entry.link for entry in lost])
+    steps = steps_to_revert(links, removed, _overlap(packs), [entry.link for entry in lost])
     _require_signed(state_dir, ledger, steps, judge)
     return PlannedSteps(steps, packs)
 
 
-def _earlier(ledger: Ledger, version: str) -> Link:
-    """The pack of that version in the model's history."""
+def _links(state_dir: StateDir, ledger: Ledger, judge: Judge) -> list[Link]:
+    return [replace(entry.link, publishers=judge.publishers(state_dir, entry)) for entry in ledger.applied]
+
+
+def _overlap(packs: Mapping[str, Pack]) -> Overlap:
+    rows = {pack_id: {delta.name: delta.rows for delta in pack} for pack_id, pack in packs.items()}
+
+    def share_rows(a: Link, b: Link) -> bool:
+        mine, other = rows[a.pack_id], rows[b.pack_id]
+        return any(len(np.intersect1d(mine[name], other[name])) > 0 for name in mine.keys() & other.keys())
+
+    return share_rows
+
+
+def _require_signed(state_dir: StateDir, ledger: Ledger, steps: Sequence[Step], judge: Judge, new: str = "") -> None:
+    """Packs that came with the model pass the gate before their deltas are used. `new`: id of the pack that has passed it."""
+    foreign = {entry.pack_id: entry for entry in ledger.applied if entry.foreign and entry.pack_id != new}
+    for pack_id in dict.fromkeys(step.link.pack_id for step in steps if step.link.pack_id in foreign):
+        try:
+            judge.require(state_dir, pack_id)
+        except (UnsignedError, UntrustedError) as error:
+            raise type(error)(
+                f"{foreign[pack_id].label} came with the model, and no key that you trust has signed it: {error}",
+                advice="If you know its publisher: nestpatch trust add KEY.pub --name NAME. To use its undo records anyway, "
+                "where the pack's own digests prove them: --allow-unsigned.",
+            ) from error
+
+
+def _find_earlier(ledger: Ledger, version: str) -> Link:
+    """The latest pack of that version in the model's history."""
     names = {entry.name for entry in ledger.applied}
-    found = [e for e in ledger.history if e["version"] == version and e["name"] in names and e["what"] == "applied"]
+    events = [event for event in ledger.history if event["name"] in names]
+    found = [event for event in events if event["version"] == version and event["what"] == "applied"]
     if not found:
-        known = sorted({str(e["version"]) for e in ledger.history if e["name"] in names})
+        known = sorted({str(event["version"]) for event in events})
         raise ChainError(
             f"version {version} was never applied to this model",
             advice=f"Known versions: {', '.join(known) or 'none'}; or --to base.",
         )
-    event = found[-1]
-    return Link(str(event["pack_id"]), str(event["name"]), str(event["version"]))
+    return Link(str(found[-1]["pack_id"]), str(found[-1]["name"]), version)

@@ -1,4 +1,4 @@
-"""Models in known states, the commands that lead from one to the other, and the proof that a model is in one of the two."""
+"""Models in known states, commands that lead from one state to another, and the check that a model is in one of the two."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def digests(model: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class State:
-    """What a model may be found as."""
+    """A state of a model."""
 
     name: str
     weights: dict[str, str]
@@ -67,9 +67,9 @@ class Case:
     before: State
     after: State
     original: dict[str, str]
-    """The weights before anything was ever applied."""
+    """The weights before any pack was applied."""
     pack: Path
-    """A pack for the model, by which `verify` knows a base that has no ledger."""
+    """A pack for the model, by which `verify` recognizes a base without a ledger."""
 
     def model(self, folder: Path) -> Path:
         return folder / self.inside if self.inside else folder
@@ -79,7 +79,7 @@ class Case:
         return self.args(self.model(folder))
 
     def fresh(self, folder: Path) -> Path:
-        """A new copy of the template there, in place of what was there."""
+        """Replaces a folder with a new copy of the template."""
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self.template, folder, symlinks=True)
         return folder
@@ -103,7 +103,7 @@ class Case:
         return state
 
     def prove(self, folder: Path) -> State:
-        """The state of a model that needs no recovery. Raises AssertionError when anything about it is not in order."""
+        """The state of a model that needs no recovery. Raises AssertionError if anything about it is wrong."""
         model = self.model(folder)
         state = self.state_of(folder)
         assert state, f"neither state: found {digests(model)}, before {self.before.weights}, after {self.after.weights}"
@@ -139,7 +139,7 @@ def write_packs(folder: Path, model: Path) -> Packs:
 
 
 def make_case(folder: Path, operation: str, layout: str) -> Case:
-    """Builds the template of a case in an empty folder. The state after the command is found by running it undisturbed."""
+    """Builds the template of a case in an empty folder. The state after the command is recorded by running it uninterrupted."""
     dtype, sharded, inside = LAYOUTS[layout]
     layers = 2 if operation in ("apply", "upgrade", "revert") else 1
     if inside in ("m.columns.onnx", "m.inside.onnx"):

@@ -1,4 +1,4 @@
-"""What all tests under fire start from."""
+"""Fixtures of the tests with kills and failing disks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def case_of(tmp_path_factory: pytest.TempPathFactory) -> CaseOf:
 
 @pytest.fixture(autouse=True)
 def _lazy_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process recovers hundreds of models, and no power cut is to be survived here."""
+    """This process recovers hundreds of models, and needs no protection from power cuts."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 

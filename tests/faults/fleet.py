@@ -18,7 +18,7 @@ from tests.helpers import tiny_checkpoint, tiny_pack
 
 @dataclass(frozen=True)
 class Fleet:
-    """Commands of the publisher and of the one who follows. Seals and memory hold for this folder alone."""
+    """Commands of the publisher and of the user who follows the channel. Seals and memory are valid for this folder only."""
 
     killer: Killer
     folder: Path
@@ -52,19 +52,19 @@ class Fleet:
         return ["yank", self.place, version, "--reason", "refuses too much", *self.key, "--json"]
 
     def run(self, user: str, *words: str) -> End:
-        """A command of a user, undisturbed."""
+        """Runs a command of a user, uninterrupted."""
         end = self.killer.run(words, self.folder, home=self.home(user))
         assert (end.how, end.trouble) == ("ended", ""), end
         return end
 
     def answer(self, user: str, *words: str, code: int = 0) -> Any:
-        """What it prints as JSON."""
+        """The JSON that it prints."""
         end = self.run(user, *words)
         assert end.code == code, end
         return json.loads(end.out) if end.out else None
 
     def keep(self) -> None:
-        """What is there now becomes what `fresh` gives."""
+        """Makes the present content the template that `fresh` copies."""
         shutil.copytree(self.folder, self.template)
 
     def fresh(self) -> Path:
@@ -73,11 +73,11 @@ class Fleet:
         return Path(shutil.copytree(self.template, self.folder))
 
     def litter(self) -> list[str]:
-        """Temporary files, of whatever command."""
+        """Temporary files of any command."""
         return [str(file.relative_to(self.folder)) for file in self.folder.rglob("*.tmp")]
 
     def updating(self, applied: Sequence[str], after: Sequence[str], pack: Path) -> Case:
-        """`update`, as a case: from the state of the template to that after an undisturbed run. `applied`: what is then."""
+        """`update` as a case: from the state of the template to that after an uninterrupted run, with `applied`."""
         original = digests(self.folder / "base")
         before = State("before", digests(self.model), tuple(applied))
         self.answer("user", "update", str(self.model), "--json")
@@ -86,7 +86,7 @@ class Fleet:
 
 
 def new_fleet(killer: Killer, folder: Path) -> Fleet:
-    """With three packs, of which none is published; the user trusts the publisher."""
+    """A fleet with three unpublished packs; the user trusts the publisher."""
     fleet = Fleet(killer, folder)
     model = tiny_checkpoint(folder / "model", layers=1, hidden=32, inter=32)
     shutil.copytree(model, folder / "base")

@@ -40,7 +40,7 @@ def interrupted(killer: Killer, case: Case, folder: Path, number: int) -> Path:
 
 
 def interrupted_template(killer: Killer, case: Case, folder: Path, number: int) -> Path:
-    """The same, moved out of the way: copied back to `folder` it is the very model again, and its journal fits the place."""
+    """The same, moved away: copied back to `folder`, the journal fits the model again."""
     template = folder.with_name("interrupted")
     interrupted(killer, case, folder, number).rename(template)
     return template
@@ -64,7 +64,7 @@ def settle_all(case: Case, what: str, kills: Iterator[tuple[int, Path]]) -> tupl
 
 
 INTERRUPTIONS = {
-    # How the first kill left the model -> (call before which it came, the state that every recovery must end in)
+    # State of the model after the first kill -> (call before which it came, the state that every recovery must end in)
     "half a journal": (lambda calls: number_of(calls, "write", ".nestpatch/journal"), "before"),
     "a journal only": (lambda calls: row_writes(calls)[0], "before"),
     "half the rows": (lambda calls: row_writes(calls)[len(row_writes(calls)) // 2], "before"),

@@ -1,4 +1,4 @@
-"""Starts nestpatch commands that stop, tear a write, or meet an error at a call of choice, and kills them from outside."""
+"""Starts nestpatch commands that stop, write only in part, or get an error at a chosen call, and kills them from outside."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 
 HERE = Path(__file__).parent
 MOST_CALLS = 2000
-"""No command here makes so many: a sweep that gets there runs in circles."""
+"""More calls than any command here makes: a loop that gets there does not end."""
 
 
 def compiler() -> str | None:
@@ -42,7 +42,7 @@ def build_shim(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to a command, and at which of its calls under the watched folder, counted from 1. 0: never."""
+    """What happens to a command, and at which of its calls under the watched folder, counted from 1; 0 means never."""
 
     stop_at: int = 0
     tear: bool = False
@@ -52,7 +52,7 @@ class Fault:
     dead: bool = False
     """All calls from fail_at on fail."""
     powerless: bool = False
-    """Root's right to write read-only files is taken away."""
+    """Root may not write read-only files."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Killer:
         return self.start(args, folder, fault or Fault(), home=home).wait()
 
     def calls(self, args: Sequence[str], folder: Path, log: Path, *, code: int = 0, home: Path | None = None) -> list[Call]:
-        """The calls that a command makes when nothing is done to it. It must end with that exit code."""
+        """The calls that a command makes if it is not interrupted. It must end with that exit code."""
         end = self.start(args, folder, Fault(), log=log, home=home).wait()
         assert (end.how, end.code) == ("ended", code), end
         lines = [line.split("\t") for line in log.read_text(encoding="utf-8").splitlines()]

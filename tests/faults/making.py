@@ -1,4 +1,4 @@
-"""Commands that make something new beside a model, and what a killed one may leave: nothing under the final name, or all."""
+"""Commands that write a new file or folder. A killed command may leave nothing under the final name, or everything."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WHEN = re.compile(rb'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ|(?<=transaction\\":\\")[0-
 
 
 def names(folder: Path) -> list[str]:
-    """All that is in a folder; transactions, which are random, are left out of the names of undo records."""
+    """Everything in a folder; random transactions are left out of the names of undo records."""
     return sorted(_TRANSACTION.sub("*", name) for name in tree_digest(folder))
 
 
@@ -42,13 +42,13 @@ class Making:
     """A command that writes `target`, in a folder that has the model too."""
 
     folder: Path
-    """Where copies of the template have to be: seals hold for one place alone."""
+    """Where copies of the template have to be: a seal is valid for one path only."""
     template: Path
     command: Sequence[str]
     target: Path
     """In `folder`."""
     names: list[str]
-    """All that is in the folder after an undisturbed run."""
+    """Everything in the folder after an uninterrupted run."""
     content: dict[str, str]
     """The target then: relative path -> SHA-256; for copies, of the weight files alone; without times."""
     copy: Path | None
@@ -66,7 +66,7 @@ class Making:
         return weights(self.copy) if self.copy else _exported(self.target)
 
     def check_source(self) -> None:
-        """All that was in the folder before is as it was."""
+        """Checks that everything that was in the folder before is unchanged."""
         before, now = tree_digest(self.template), tree_digest(self.folder)
         assert {name: now.get(name) for name in before} == before, "the source was changed"
 
@@ -106,7 +106,7 @@ class Making:
 
 
 def assert_refused(end: End) -> None:
-    """With the reason that the place is taken."""
+    """Refused because the output exists."""
     assert end.code == 1, end
     assert "exists already" in end.err, end.err
 
@@ -119,7 +119,7 @@ def make(
     copy: Path | None = None,
     base: dict[str, str] | None = None,
 ) -> Making:
-    """The case of a command, in a folder that is ready for it. What it makes is found by running it undisturbed."""
+    """The case of a command, in a folder that is ready for it. Its result is recorded by running it uninterrupted."""
     template = folder.with_name("template")
     shutil.copytree(folder, template, symlinks=True)
     end = killer.run(command, folder)

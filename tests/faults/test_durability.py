@@ -1,4 +1,4 @@
-"""The order that a power cut needs: what is relied upon is on disk before."""
+"""The order of syncs that survives a power cut: everything that a step relies on is on disk before it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_commit_is_durable_before_the_journal_goes(killer: Killer, case_of: 
     calls = calls_of(killer, case_of(operation), folder)
     commit, removal = number_of(calls, "rename", "nestpatch.json"), number_of(calls, "unlink", ".nestpatch/journal")
     assert synced_between(calls, "", commit, removal)
-    # What an undo needs goes after the commit, and while the journal can still say that it was to go.
+    # Undo records are removed after the commit, while the journal still names them.
     gone = [n for n, call in enumerate(calls, start=1) if call.kind == "unlink" and call.path.endswith(".undo")]
     assert all(n < removal and synced_between(calls, "", commit, n) for n in gone)
     assert operation == "apply" or gone
@@ -75,7 +75,7 @@ COPIES = {
 def test_a_new_model_is_durable_before_it_has_its_name(
     killer: Killer, case_of: CaseOf, folder: Path, what: str, layout: str
 ) -> None:
-    """Every file of it, companions and what is kept for a revert included, and every folder that they are in."""
+    """Every file of the copy, including other files and kept state, and every folder that they are in."""
     case = case_of("apply", layout)
     model, name = case.model(case.fresh(folder)), "out" if not case.inside else "out.safetensors"
     watched = folder.with_name("watched")

@@ -1,4 +1,4 @@
-"""In-place changes on full and dying disks, on files that cannot be written and on files that vanish."""
+"""In-place changes on full and failing disks, on read-only files and on files that disappear."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def test_a_failing_call_is_told_and_undone(killer: Killer, case_of: CaseOf, fold
     for number in range(1, len(calls_of(killer, case, folder)) + 1):
         case.fresh(folder)
         end = killer.run(case.command(folder), folder, Fault(fail_at=number, error=error, dead=dead))
-        told = end.err.strip().splitlines()[:3]
+        said = end.err.strip().splitlines()[:3]
         try:
             assert not end.trouble, end.trouble
             assert end.code in (0, 1)
             if not dead:
-                assert case.state_of(folder), f"left as neither state, told {told}"
+                assert case.state_of(folder), f"left as neither state, said {said}"
             state = case.settle(folder)
             assert end.code == 1 or state is case.after, f"ended well, but in the state {state.name}"
             assert state is case.before or "nothing was written" not in end.err, "says that nothing was written"
@@ -98,7 +98,7 @@ def test_full_disk(case_of: CaseOf, small_disk: Path, operation: str) -> None:
 
 
 def run_here(case: Case, folder: Path) -> NestpatchError | None:
-    """Runs an apply, upgrade or revert in this process: what it raised."""
+    """Runs an apply, upgrade or revert in this process; returns what it raised."""
     command = case.command(folder)
     try:
         if command[0] == "revert":
@@ -111,7 +111,7 @@ def run_here(case: Case, folder: Path) -> NestpatchError | None:
 
 
 def read_only(folder: Path, what: str) -> None:
-    """Takes the right to write from all weight files, from the last one, or from the folder."""
+    """Makes all weight files, the last one, or the folder read-only."""
     files = {"all files": digests(folder), "one file": [max(digests(folder))], "the folder": []}[what]
     for name in files:
         (folder / name).chmod(0o444)

@@ -1,4 +1,4 @@
-"""Journals that are damaged or another model's."""
+"""Journals that are damaged or belong to another model."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ pytestmark = needs_shim
 
 @pytest.fixture
 def journaled(killer: Killer, case_of: CaseOf, folder: Path) -> Path:
-    """A model with a whole journal and half of its rows changed."""
+    """A model with a complete journal and half of its rows changed."""
     case = case_of("apply")
     return interrupted(killer, case, folder, INTERRUPTIONS["half the rows"][0](calls_of(killer, case, folder)))
 
 
 def damages(journal: bytes) -> Iterator[tuple[str, bytes]]:
-    """Journals whose writing was interrupted, or that the disk has lost bits of."""
+    """Journals whose writing was interrupted, or in which bits were lost."""
     for length in (0, 1, 19, 20, 27, 28, 60, len(journal) // 2, *(len(journal) - left for left in (65, 64, 33, 32, 1))):
         yield f"cut to {length}", journal[:length]
     for at in (0, 19, 20, 27, 28, 100, len(journal) // 2, len(journal) - 65, len(journal) - 64, len(journal) - 33):
@@ -38,7 +38,7 @@ def damages(journal: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def test_damaged_journal_counts_as_none(case_of: CaseOf, journaled: Path) -> None:
-    """A journal that is not whole means that nothing was changed yet."""
+    """An incomplete journal means that nothing was changed."""
     case, journal = case_of("apply"), state_dir_of(journaled).journal.read_bytes()
     for what, data in damages(journal):
         case.fresh(journaled)
@@ -51,7 +51,7 @@ def test_damaged_journal_counts_as_none(case_of: CaseOf, journaled: Path) -> Non
 
 @pytest.mark.parametrize("at", [1, 32])
 def test_a_journal_whose_seal_is_damaged_is_foreign(case_of: CaseOf, journaled: Path, at: int) -> None:
-    """It is whole, so it may be all that is left of the rows: it is neither carried out nor removed unasked."""
+    """It is complete, so it may be the only copy of the rows: it is neither carried out nor removed without a request."""
     case, state_dir = case_of("apply"), state_dir_of(journaled)
     journal = bytearray(state_dir.journal.read_bytes())
     journal[-at] ^= 0x10
@@ -69,7 +69,7 @@ def test_a_journal_whose_seal_is_damaged_is_foreign(case_of: CaseOf, journaled: 
 
 
 def test_a_copied_folder_has_a_foreign_journal(case_of: CaseOf, journaled: Path, tmp_path: Path) -> None:
-    """The seal is for one place. What the user asks for is done: rolled back, or removed with the rows as they are."""
+    """The seal is for one path. The request of the user is carried out: roll back, or remove and leave the rows as they are."""
     case, results = case_of("apply"), {}
     for what in (Foreign.ROLL_BACK, Foreign.REMOVE):
         copy = Path(shutil.copytree(journaled, tmp_path.resolve() / what.value))

@@ -69,13 +69,13 @@ def test_killed_at_every_call(killer: Killer, case_of: CaseOf, folder: Path, ope
     states, torn = settle_all(case, "in the middle of write" if tear else "before call", kills)
     assert len(states) >= KILLS[operation, layout, tear]
     assert torn > 10, "kills that leave no half-changed file prove nothing"
-    # There is one commit: no kill before it leads to the new state, none after it to the old one.
+    # There is one commit: kills before it lead to the old state, kills after it to the new one.
     assert states == sorted(states, reverse=True)
     assert set(states) == ({"before"} if tear else {"before", "after"})
 
 
 def test_hundreds_of_kills() -> None:
-    """Each test above makes sure of its own number."""
+    """Each test above checks its own number."""
     assert sum(KILLS.values()) >= 500
     assert {operation for operation, *_ in KILLS} >= set(MAIN)
 
@@ -100,7 +100,7 @@ def test_recovery_killed_at_every_call(killer: Killer, case_of: CaseOf, folder: 
 
 @pytest.mark.parametrize("operation", MAIN)
 def test_recovery_killed_again_and_again(killer: Killer, case_of: CaseOf, folder: Path, operation: str) -> None:
-    """On one and the same model: each recovery gets one call further than the one before."""
+    """All on one model: each recovery gets one call further than the one before."""
     case = case_of(operation)
     interrupted(killer, case, folder, INTERRUPTIONS["all rows"][0](calls_of(killer, case, folder)))
     assert case.state_of(folder) is case.after, "all rows are written, the ledger is not"
@@ -145,7 +145,7 @@ def test_any_next_command_that_writes_makes_the_model_whole(
 def test_no_command_that_looks_changes_an_interrupted_model(
     killer: Killer, case_of: CaseOf, folder: Path, tmp_path: Path, following: str
 ) -> None:
-    """It says that a change was interrupted, and how to end it; the folder stays as it is to the byte."""
+    """It reports the interrupted change and how to end it; the folder does not change by a byte."""
     case = case_of("upgrade")
     args = {
         "verify": ["verify", str(folder)],

@@ -1,6 +1,6 @@
 """Commands of channels killed at every system call: pull, push, yank, update.
 
-Readers see the channel as it was or as it will be, packs come with their signatures, nobody's memory is broken, and the same
+Readers see the channel as it was or as it will be, packs come with their signatures, no user's memory is damaged, and the same
 command run again ends in the new state.
 """
 
@@ -27,14 +27,14 @@ pytestmark = needs_shim
 
 @pytest.fixture
 def fleet(killer: Killer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Fleet:
-    """This process sees what the user sees."""
+    """Gives this process the home of the user."""
     made = new_fleet(killer, folder)
     monkeypatch.setenv("NESTPATCH_HOME", str(made.home("user")))
     return made
 
 
 def kills(fleet: Fleet, user: str, words: list[str], every: int = 1) -> Iterator[int]:
-    """The numbers of the calls before which a user's command is killed; all that is in the folder is watched."""
+    """The numbers of the calls before which a user's command is killed; the whole folder is watched."""
     for number, _ in fleet.killer.kill_at_each(lambda _: words, fleet.fresh, home=fleet.home(user), every=every):
         yield number
 
@@ -108,7 +108,7 @@ def test_publishing_killed_at_every_call(fleet: Fleet, what: str) -> None:
         if number % 3 != 1:
             return "new" if seen == new else "old"
         assert wanted(fleet) == new, "what the user remembers of the channel fits the new one"
-        # The publisher goes on, from what it remembers.
+        # The publisher continues from its memory.
         assert fleet.answer("publisher", "renew", fleet.place, *fleet.key, "--json")["serial"] == serial + 2
         assert fleet.answer("publisher", *fleet.push("1.2.0"))["latest"] == "1.2.0"
         return "new" if seen == new else "old"
@@ -120,7 +120,7 @@ def test_publishing_killed_at_every_call(fleet: Fleet, what: str) -> None:
 
 
 def read_by_others(fleet: Fleet) -> str | None:
-    """The latest version of the channel, by a pull of somebody who was never there before; None where there is no channel."""
+    """The latest version of the channel, pulled by a new user; None if there is no channel."""
     (fleet.folder / "reader").mkdir(mode=0o700, exist_ok=True)
     end = fleet.run("reader", "pull", fleet.place, "-o", str(fleet.folder / "reader" / "x.nest"), "--allow-unsigned", "--json")
     for file in (fleet.folder / "reader").glob("x.nest*"):
@@ -138,10 +138,10 @@ def read_by_others(fleet: Fleet) -> str | None:
 
 
 def wanted(fleet: Fleet) -> str:
-    """What `update --check` of one user, who remembers the channel from then on, would apply."""
+    """The version that `update --check` of the user would apply; the user remembers the channel from then on."""
     words = ["update", str(fleet.model), "--check", "--channel", fleet.place, "--json"]
-    (told,) = fleet.answer("user", *words, code=10)["channels"]
-    return str(told["after"])
+    (update,) = fleet.answer("user", *words, code=10)["channels"]
+    return str(update["after"])
 
 
 UPDATES = {
@@ -178,9 +178,9 @@ def test_an_update_killed_at_every_call(fleet: Fleet, what: str) -> None:
     def check(number: int) -> str:
         torn = case.state_of(fleet.model) is None
         state = recovered(fleet, case, what) if number % 4 == 1 else ""
-        (told,) = fleet.answer("user", *words)["channels"]
-        assert told["state"] in ("updated", "current"), told
-        assert told["after"] == after[0].removeprefix("no-harm ")
+        (update,) = fleet.answer("user", *words)["channels"]
+        assert update["state"] in ("updated", "current"), update
+        assert update["after"] == after[0].removeprefix("no-harm ")
         assert case.prove(fleet.model) is case.after
         assert known_serial(fleet) == serial
         assert fleet.litter() == []
@@ -198,12 +198,12 @@ def recovered(fleet: Fleet, case: Case, what: str) -> str:
     """`recover` alone leads to one of the two states, and `update --check` says which."""
     recover_model(fleet.model)
     found = fleet.run("user", "update", str(fleet.model), "--check", "--json")
-    told: dict[str, Any] = json.loads(found.out)["channels"][0]
+    update: dict[str, Any] = json.loads(found.out)["channels"][0]
     state = case.state_of(fleet.model)
     assert state is not None
-    if what != "of rows that were replaced":  # there ledger and rows disagree before, which is what the update mends
+    if what != "of rows that were replaced":  # here ledger and rows disagree before, which the update repairs
         assert case.prove(fleet.model) is state
-    assert (found.code, told["state"]) == ((0, "current") if state is case.after else (10, "available"))
+    assert (found.code, update["state"]) == ((0, "current") if state is case.after else (10, "available"))
     return state.name
 
 

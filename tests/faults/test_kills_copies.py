@@ -30,7 +30,7 @@ pytestmark = needs_shim
 
 
 def copying(killer: Killer, folder: Path, layout: str, *options: str) -> Making:
-    """A model, and the command that copies it. `options`: "patched" for a model that has a pack already, or of the command."""
+    """A model, and the command that copies it. `options`: "patched" for a model that has a pack already, or command options."""
     dtype, sharded, inside = LAYOUTS[layout]
     model = tiny_checkpoint(folder / "base", dtype=dtype, sharded=sharded, layers=1, hidden=32, inter=32)
     packs = write_packs(folder, model)
@@ -76,20 +76,20 @@ def test_a_copy_killed_at_every_call(killer: Killer, folder: Path, layout: str, 
     making = copying(killer, folder, layout, *filter(None, [option]))
     states = settle_all(killer, making, kills_of(killer, making, tear=tear, every=every))
     assert len(states) >= COPIES[layout, option, tear, every]
-    # It has its name at one moment: no kill before it leads to a target, none after it to none.
+    # The copy gets its name at one moment: kills before it leave no target, kills after it leave all of it.
     assert states == sorted(states, reverse=True)
     assert set(states) == {"nothing"} if tear else set(states) <= {"all", "nothing"} and "nothing" in states
     assert every > 1 or tear or "all" in states
 
 
 def test_hundreds_of_kills() -> None:
-    """Each test above makes sure of its own number."""
+    """Each test above checks its own number."""
     assert sum(COPIES.values()) >= 280
 
 
 @pytest.mark.parametrize(("layout", "option"), [("f16-named", ""), ("bf16-sharded", "")])
 def test_the_second_attempt_is_killed_too(killer: Killer, folder: Path, layout: str, option: str) -> None:
-    """It removes what the first one left, and is killed at each call that does that. The third attempt makes the copy."""
+    """The second attempt removes what the first one left, and is killed at each call that does so. The third makes the copy."""
     making = copying(killer, folder, layout, *filter(None, [option]))
     calls = calls_of(killer, making)
     named = [number for number, call in enumerate(calls, start=1) if call.kind == "rename" and is_final(call.path, making)]
@@ -119,13 +119,13 @@ def test_an_export_to_the_place_of_a_killed_copy_gets_none_of_its_state(killer: 
 
 
 def is_final(path: str, making: Making) -> bool:
-    """Whether something gets a name by a call that it keeps."""
+    """Whether a call gives something its final name."""
     return ".tmp" not in path and path.startswith(str(making.target.parent.relative_to(making.folder)).removeprefix("."))
 
 
 @pytest.mark.parametrize("layout", ["f16-named", "bf16-sharded"])
 def test_of_two_processes_that_copy_to_one_place_one_wins(killer: Killer, folder: Path, layout: str) -> None:
-    """One is stopped at each of its calls in turn; the other starts then, runs to its end, and the first goes on."""
+    """One is stopped at each of its calls in turn; then the other starts and runs to its end, and the first continues."""
     making = copying(killer, folder, layout)
     winners = []
     for number in range(1, len(calls_of(killer, making)) + 1):
@@ -141,7 +141,7 @@ def test_of_two_processes_that_copy_to_one_place_one_wins(killer: Killer, folder
         assert names(making.folder) == making.names, f"stopped at {number}"
         making.check_source()
         making.check_target()
-    # Who names the copy first wins, whoever began.
+    # The first to name the copy wins, whichever began first.
     assert winners == sorted(winners, reverse=True)
     assert set(winners) == {0, 1}
 

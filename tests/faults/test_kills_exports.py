@@ -1,4 +1,4 @@
-"""`export` killed at every system call: the file or folder is there whole, byte for byte, or not at all."""
+"""`export` killed at every system call: the file or folder exists completely, byte for byte, or not at all."""
 
 from __future__ import annotations
 

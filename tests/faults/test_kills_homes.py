@@ -1,4 +1,4 @@
-"""The user's own folder under kills: the list of trusted keys and the key of this machine are there whole or not at all."""
+"""Kills while the user's folder is written: the list of trusted keys and the key of this machine are complete or missing."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_trust_add_killed_at_every_call(killer: Killer, folder: Path, first: boo
 def test_the_first_use_of_the_machine_key_killed_at_every_call(
     killer: Killer, folder: Path, monkeypatch: pytest.MonkeyPatch, tear: bool
 ) -> None:
-    """Only calls in the user's folder count; the change of the model that needed the key is rolled back or made anew."""
+    """Only calls in the user's folder count; the change of the model that needed the key is rolled back or repeated."""
     monkeypatch.setenv("NESTPATCH_HOME", str(folder / "new"))
     fleet = new_fleet(killer, folder)
     fleet.keep()
@@ -78,7 +78,7 @@ def require_key(home: Path) -> None:
 def test_two_processes_that_make_the_machine_key_end_with_one(
     killer: Killer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One is stopped at each of its calls in the user's folder, also while it holds the lock; the other starts then."""
+    """One is stopped at each of its calls in the user's folder, even while it holds the lock; then the other starts."""
     home = folder / "home"
     monkeypatch.setenv("NESTPATCH_HOME", str(home))
     models = [tiny_checkpoint(folder / name, layers=1) for name in ("a", "b")]
@@ -102,7 +102,7 @@ def test_two_processes_that_make_the_machine_key_end_with_one(
 
 
 def fresh(models: list[Path], home: Path) -> None:
-    """Models that have nothing beside them, and a folder without a key."""
+    """Models without state, and a home without a key."""
     for model in models:
         kept = model.with_name(f"{model.name}-kept")
         if not kept.exists():

@@ -1,4 +1,4 @@
-"""Two commands that change the same model at a time."""
+"""Two commands that change the same model at the same time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = needs_shim
 
 @pytest.mark.parametrize("moment", ["the lock only", *INTERRUPTIONS])
 def test_the_second_writer_is_told(killer: Killer, case_of: CaseOf, folder: Path, moment: str) -> None:
-    """The first one waits in the middle of its work; the second changes nothing; then the first one ends well."""
+    """The first stops in the middle of its work; the second changes nothing; then the first succeeds."""
     case = case_of("upgrade")
     calls = calls_of(killer, case, folder)
     choose, _ = INTERRUPTIONS.get(moment, (lambda calls: number_of(calls, "create", ".nestpatch/journal"), ""))
@@ -35,7 +35,7 @@ def test_the_second_writer_is_told(killer: Killer, case_of: CaseOf, folder: Path
 
 @pytest.mark.parametrize("winner_at", ["journal", "rows"])
 def test_a_late_loser_leaves_the_winner_alone(killer: Killer, case_of: CaseOf, folder: Path, winner_at: str) -> None:
-    """Both start on a fresh model; the loser is held until the winner has the lock, and only then tries to get it."""
+    """Both start on a new model; the loser is stopped until the winner has the lock, and only then tries to get it."""
     case = case_of("apply")
     calls = calls_of(killer, case, folder)
     stop_at = number_of(calls, "create", ".nestpatch/journal") if winner_at == "journal" else row_writes(calls)[3]
@@ -56,7 +56,7 @@ def test_a_late_loser_leaves_the_winner_alone(killer: Killer, case_of: CaseOf, f
 
 
 def test_a_failing_winner_leaves_the_next_one_alone(killer: Killer, case_of: CaseOf, folder: Path) -> None:
-    """The first one fails and tidies up what it made, when another one already works there."""
+    """The first fails and removes the folder that it made, while the second already works there."""
     case = case_of("apply")
     create = number_of(calls_of(killer, case, folder), "create", ".nestpatch/journal")
     wrong = case_of("apply", "f32-single").command(case.fresh(folder))
@@ -77,7 +77,7 @@ def test_a_failing_winner_leaves_the_next_one_alone(killer: Killer, case_of: Cas
 
 
 def test_a_race(killer: Killer, case_of: CaseOf, folder: Path) -> None:
-    """Nobody is held: one wins, the others are told or come later and find the work done."""
+    """No process is stopped: one wins, and the others are refused or come later and find the work done."""
     case = case_of("apply")
     for attempt in range(12):
         case.fresh(folder)
@@ -85,7 +85,7 @@ def test_a_race(killer: Killer, case_of: CaseOf, folder: Path) -> None:
         ends = [racer.wait() for racer in racers]
         assert not [end.trouble for end in ends if end.crash], f"race {attempt}"
         assert {end.code for end in ends} <= {0, 1}
-        told = ["another nestpatch is writing" in end.err for end in ends if end.code == 1]
-        assert all(told), f"race {attempt}: {[end.err for end in ends]}"
-        assert len(told) < len(ends), f"race {attempt}: nobody won"
+        losers = ["another nestpatch is writing" in end.err for end in ends if end.code == 1]
+        assert all(losers), f"race {attempt}: {[end.err for end in ends]}"
+        assert len(losers) < len(ends), f"race {attempt}: no process won"
         assert case.settle(folder) is case.after, f"race {attempt}"

@@ -1,4 +1,4 @@
-"""Runs under the shim: imports nestpatch once, then forks one process for every command that it is to run, stop or kill.
+"""Runs under the shim: imports nestpatch once, then forks a process for every command that is run, stopped or killed.
 
 Reads requests and writes answers, one JSON object a line. It never looks into a command: the shim stops it from within, and
 this process, which stands outside, kills it or lets it go on.
@@ -44,7 +44,7 @@ def start(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_command(request: dict[str, Any]) -> dict[str, Any]:
-    """In the child: the command line with these arguments, and how it ended."""
+    """In the child: runs the command line with these arguments, and reports how it ended."""
     system = ctypes.CDLL(None)
     system.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if request["powerless"]:
@@ -69,14 +69,14 @@ def run_command(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def give_up_power(system: Any) -> None:
-    """Takes the capabilities away with which root writes read-only files."""
+    """Drops the capabilities by which root writes read-only files."""
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
     if system.capset(header, (ctypes.c_uint32 * 6)()) != 0:
         raise OSError(ctypes.get_errno(), "capset")
 
 
 def wait(request: dict[str, Any]) -> dict[str, Any]:
-    """Until a child has stopped or ended."""
+    """Waits until a child has stopped or ended."""
     child = request["child"]
     _, status = os.waitpid(child, os.WUNTRACED)
     if os.WIFSTOPPED(status):

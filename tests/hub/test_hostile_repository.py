@@ -56,11 +56,11 @@ def made_by_mallory(base: Path, pack: Path, folder: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as mallory:
         mallory.setenv("NESTPATCH_HOME", str(home))
         apply_in_place(model, pack)
-        ledger = read_ledger(scene.place)
+        ledger = read_ledger(scene.state_dir)
         (entry,) = ledger.applied
         claimed = {name: replace(record, after=record.before) for name, record in entry.tensors.items()}
         lying = replace(entry, tensors=claimed, signers={"vendor": "0" * 64})
-        write_ledger(scene.place, replace(ledger, applied=(lying,), follows=(CHANNEL,)))
+        write_ledger(scene.state_dir, replace(ledger, applied=(lying,), follows=(CHANNEL,)))
         shutil.copy(base / "model.safetensors", model / "model.safetensors")
     return scene
 

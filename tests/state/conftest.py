@@ -1,4 +1,4 @@
-"""Models of every format whose state somebody else wrote, and the packs and keys for them."""
+"""Models of every format, with packs and keys, for tests of state that another party wrote."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Scene:
     folder: Path
     """The model's directory."""
     model: Path
-    """What commands are given: the directory, or the file in it."""
+    """The path that commands get: the directory, or the file in it."""
     base: Path
     """The float checkpoint that the packs were made from; never changed."""
     acme: PrivateKey
@@ -50,7 +50,7 @@ class Scene:
         return tiny_pack(self.base, name=name, version=version, seed=seed, **options)  # type: ignore[arg-type]
 
     def write(self, pack: Pack, key: PrivateKey | None = None) -> Path:
-        """The pack as a file of its own, signed if a key is given."""
+        """Writes the pack to a file, signed if a key is given."""
         file = self.base.parent / f"{pack.manifest.name}-{pack.manifest.version}-{nest.pack_id(pack)[:6]}.nest"
         nest.write(pack, file, overwrite=True)
         if key is not None:
@@ -62,7 +62,7 @@ class Scene:
         return {file.name: file.read_bytes() for file in open_checkpoint(self.model).files}
 
     def restore(self, weights: dict[str, bytes]) -> None:
-        """Puts weight files back behind nestpatch's back, as a download does."""
+        """Overwrites weight files without nestpatch, as a download does."""
         for name, data in weights.items():
             (self.folder / name).write_bytes(data)
 
@@ -73,14 +73,14 @@ class Scene:
         return policy
 
     def sent(self, name: str = "sent") -> Scene:
-        """The model as another one receives it: copied with all that lies beside it to another place."""
+        """The model as another user receives it: copied to another folder with everything beside it."""
         folder = Path(shutil.copytree(self.folder, self.folder.with_name(name), symlinks=True))
         return Scene(self.kind, folder, folder / self.model.relative_to(self.folder), self.base, self.acme, self.evil)
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user of this test's own."""
+    """A separate nestpatch home for this test."""
     folder = tmp_path / "home"
     folder.mkdir()
     monkeypatch.setenv("NESTPATCH_HOME", str(folder))
@@ -89,7 +89,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One model of each kind, with the checkpoint that it was made of."""
+    """One model of each kind, with the checkpoint that it was made from."""
     root = tmp_path_factory.mktemp("templates")
     for kind, inside in KINDS.items():
         dtype = "F32" if kind == "onnx" else "BF16"
@@ -109,7 +109,7 @@ def make_scene(templates: Path, tmp_path: Path, kind: str) -> Scene:
 
 @pytest.fixture(params=KINDS)
 def scene(request: pytest.FixtureRequest, templates: Path, tmp_path: Path) -> Scene:
-    """One of every kind."""
+    """A scene of every kind."""
     return make_scene(templates, tmp_path, request.param)
 
 

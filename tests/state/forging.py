@@ -1,4 +1,4 @@
-"""What a hostile model repository writes beside its weights: everything that needs no key of this machine."""
+"""What a hostile model repository can write beside its weights: everything that needs no key of this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack
-from nestpatch.patcher._undo import TensorPacker, UndoWriter, checksums, residual
+from nestpatch.patcher._undo import MAGIC, TensorPacker, checksums, residual
 from nestpatch.patcher.ledger import FORMAT
 from nestpatch.patcher.state_dir import StateDir
 from nestpatch.rows import Rows
@@ -25,23 +25,23 @@ from tests.state.conftest import Scene
 TRANSACTION = "f0" * 8
 WHEN = "2026-11-25T08:00:00Z"
 Lie = Callable[[str, Rows], Rows]
-"""Tensor, the rows that are there -> what they are said to have been before."""
+"""(tensor, its present rows) -> the rows that an undo record claims for before."""
 
 
 def content(state_dir: StateDir) -> dict[str, Any]:
-    """What a ledger says, without its checksum and its seal."""
+    """The content of a ledger, without its checksum and seal."""
     value: dict[str, Any] = json.loads(state_dir.ledger.read_text(encoding="utf-8"))
     return {name: part for name, part in value.items() if name not in {"sha256", "seal"}}
 
 
 def write_ledger(state_dir: StateDir, value: dict[str, Any], seal: str = "00" * 32) -> None:
-    """A ledger with the right checksum, which anybody can make, and with a seal that nobody made."""
+    """Writes a ledger with a correct checksum, which needs no key, and an invalid seal."""
     digest = sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
     state_dir.ledger.write_text(json.dumps({**value, "sha256": digest, "seal": seal}), encoding="utf-8")
 
 
 def edit(state_dir: StateDir, change: Callable[[dict[str, Any]], None]) -> None:
-    """The ledger, changed and with its checksum made right again."""
+    """Changes the ledger and corrects its checksum."""
     value = content(state_dir)
     change(value)
     write_ledger(state_dir, value)
@@ -53,7 +53,7 @@ def ledger(*entries: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def entry(pack: Pack, tensors: dict[str, Any], strength: float = 1.0, **claims: Any) -> dict[str, Any]:
-    """An entry as nestpatch would write it, with other claims where some are given."""
+    """An entry as nestpatch would write it, with some claims replaced."""
     manifest = pack.manifest
     return {
         "pack_id": nest.pack_id(pack),
@@ -76,20 +76,20 @@ def entry(pack: Pack, tensors: dict[str, Any], strength: float = 1.0, **claims: 
 
 
 def event(pack: Pack, what: str = "applied", **claims: str) -> dict[str, str]:
-    """A line of a history."""
+    """An event of a history."""
     manifest = pack.manifest
     line = {"what": what, "when": WHEN, "pack_id": nest.pack_id(pack), "name": manifest.name, "version": manifest.version}
     return {**line, **claims}
 
 
 def honest(name: str, rows: Rows) -> Rows:
-    """They were always like this."""
+    """Claims that the rows were always like this."""
     return rows
 
 
 def plant(scene: Scene, file: Path, strength: float = 1.0, lie: Lie = honest, *, undo: bool = True, **claims: Any) -> Pack:
-    """Claims that a pack is applied: a ledger, the kept pack with what signatures lie beside its file, and an undo record that
-    makes of the present rows what `lie` says.
+    """Claims that a pack is applied: writes a ledger, the kept pack with the signatures of its file, and an undo record that
+    turns the present rows into what `lie` returns.
     """
     pack, state_dir = nest.read(file), scene.state_dir
     keep(state_dir, file)
@@ -101,7 +101,7 @@ def plant(scene: Scene, file: Path, strength: float = 1.0, lie: Lie = honest, *,
 
 
 def keep(state_dir: StateDir, file: Path) -> Path:
-    """A pack's file with its signatures in the place of a kept copy."""
+    """Copies a pack's file and its signatures to where kept packs are."""
     state_dir.folder.mkdir(exist_ok=True)
     kept = state_dir.pack(sha256(file.read_bytes()).hexdigest())
     shutil.copyfile(file, kept)
@@ -111,23 +111,23 @@ def keep(state_dir: StateDir, file: Path) -> Path:
 
 
 def write_undo(scene: Scene, pack: Pack, path: Path, strength: float = 1.0, lie: Lie = honest) -> dict[str, Any]:
-    """An undo record that makes of the present rows what `lie` says; the tensors of the entry that goes with it."""
+    """Writes an undo record that turns the present rows into what `lie` returns; returns the tensors of the matching entry."""
     checkpoint, tensors = open_checkpoint(scene.model), {}
     with open(path, "wb") as file:
-        writer = UndoWriter(file)
+        file.write(MAGIC)
         for delta in pack:
             current = checkpoint.read_rows(delta.name, delta.rows.astype(np.int64))
             original = np.ascontiguousarray(lie(delta.name, current))
             packer = TensorPacker()
             packer.add(residual(original, current, delta.dense(), strength), checksums(original), checksums(current))
-            writer.tensor(packer.finish())
+            packer.write(file)
             before, after = (sha256(rows.tobytes()).hexdigest() for rows in (original, current))
             tensors[delta.name] = {"rows": delta.neurons, "before": before, "after": after, "retention": None}
     return tensors
 
 
 def based(scene: Scene) -> list[object]:
-    """How quantized rows are judged and made exactly."""
+    """The option by which quantized rows are compared and restored exactly."""
     return ["--base", scene.base] if scene.kind == "gguf" else []
 
 
@@ -140,12 +140,12 @@ def nothing(scene: Scene, name: str = "no-harm", version: str = "99.0.0") -> Pac
 
 
 def harmless(scene: Scene, key: str | None = None) -> Path:
-    """The pack that everybody wants, and that the forged ledgers name."""
+    """The honest pack that the forged ledgers name."""
     return scene.write(scene.pack(), scene.acme if key is None else None)
 
 
 def apart(scene: Scene, pack: Pack) -> Pack:
-    """A pack in the same tensors, in rows that the other one leaves alone."""
+    """A pack that changes other rows of the same tensors."""
     for seed in range(100, 4000):
         other = scene.pack("other", seed=seed, neurons=3)
         if not any(np.intersect1d(a.rows, b.rows).size for a, b in zip(pack, other, strict=True)):

@@ -1,4 +1,4 @@
-"""Journals as an attacker writes them: every checksum right, and no seal of this machine."""
+"""Journals as an attacker writes them: with correct checksums, but without the seal of this machine."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ Header = dict[str, Any]
 
 
 def genuine(scene: Scene, rows: Mapping[str, Sequence[int]]) -> bytes:
-    """The journal that nestpatch itself writes for these rows of a model, sealed by this machine; it is taken away again."""
-    checkpoint, place = open_checkpoint(scene.model), scene.place
-    made = not place.folder.exists()
-    place.folder.mkdir(exist_ok=True)
+    """The journal that nestpatch itself writes for these rows of a model, sealed by this machine. The file is removed again."""
+    checkpoint, state_dir = open_checkpoint(scene.model), scene.state_dir
+    made = not state_dir.folder.exists()
+    state_dir.folder.mkdir(exist_ok=True)
     regions = [Region(checkpoint.info(name), np.array(numbers, np.int64)) for name, numbers in sorted(rows.items())]
-    write_journal(place, "ab" * 8, checkpoint, regions)
-    data = place.journal.read_bytes()
-    place.journal.unlink()
+    write_journal(state_dir, "ab" * 8, checkpoint, regions)
+    data = state_dir.journal.read_bytes()
+    state_dir.journal.unlink()
     if made:
-        place.folder.rmdir()
+        state_dir.folder.rmdir()
     return data
 
 
 def forged(journal: bytes, change: Callable[[Header], None] = lambda header: None, *, content: bytes | None = None) -> bytes:
-    """A journal with another header, perhaps other content, a right checksum and no seal."""
+    """A journal with another header, optionally other content, a correct checksum and no seal."""
     (length,) = struct.unpack("<Q", journal[len(MAGIC) : len(MAGIC) + 8])
     start = len(MAGIC) + 8
     header = json.loads(journal[start : start + length])
@@ -50,6 +50,6 @@ def content_of(rows: Sequence[int], data: Sequence[bytes]) -> bytes:
 
 def plant(scene: Scene, journal: bytes) -> Path:
     """Puts a journal where nestpatch looks for one."""
-    scene.place.folder.mkdir(exist_ok=True)
-    scene.place.journal.write_bytes(journal)
-    return scene.place.journal
+    scene.state_dir.folder.mkdir(exist_ok=True)
+    scene.state_dir.journal.write_bytes(journal)
+    return scene.state_dir.journal

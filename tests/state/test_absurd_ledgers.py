@@ -1,4 +1,4 @@
-"""What a ledger may say at all: absurd values are refused by name, in every command."""
+"""Invalid values in a ledger are refused by name, in every command."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def broken(scene: Scene, commands: list[list[object]], value: object) -> None:
         result = run(*words)
         assert result.exit_code == 1, (value, words, result.stdout)
         named = result.stderr.startswith("LedgerError: ") and "What to do: " in result.stderr
-        # A sound ledger that names packs otherwise than they are: `status` still shows it, and says so.
+        # A well-formed ledger that contradicts its packs: `status` still shows it, and says so.
         assert named or (words[0] == "status" and "cannot be compared with the rows" in result.stdout), (
             value,
             words,
@@ -61,7 +61,7 @@ def broken(scene: Scene, commands: list[list[object]], value: object) -> None:
 
 
 def plausible(field: str, value: Any) -> bool:
-    """What a ledger may hold in a field: then rows and packs decide."""
+    """Whether a value is valid in a field, so that only rows and packs can refute it."""
     number = type(value) in (int, float)
     fine = {
         "tool": isinstance(value, str) and len(value) <= 2048,
@@ -82,14 +82,14 @@ def plausible(field: str, value: Any) -> bool:
 @pytest.mark.parametrize("field", FIELDS)
 def test_absurd_values_in_an_entry_are_refused_by_name(patched: tuple[Scene, list[list[object]]], field: str) -> None:
     scene, commands = patched
-    good = forging.content(scene.place)
+    good = forging.content(scene.state_dir)
     for value in ABSURD:
         if not plausible(field, value):
             (entry,) = good["applied"]
-            forging.write_ledger(scene.place, good | {"applied": [entry | {field: value}]})
+            forging.write_ledger(scene.state_dir, good | {"applied": [entry | {field: value}]})
             broken(scene, commands[:1] if value not in ("x", GIANT) else commands, value)
     forging.write_ledger(
-        scene.place, good | {"applied": [{name: v for name, v in good["applied"][0].items() if name != field}]}
+        scene.state_dir, good | {"applied": [{name: v for name, v in good["applied"][0].items() if name != field}]}
     )
     if field not in {"foreign", "roots", "signers", "rounding"}:
         broken(scene, commands, "missing")
@@ -98,33 +98,33 @@ def test_absurd_values_in_an_entry_are_refused_by_name(patched: tuple[Scene, lis
 @pytest.mark.parametrize("field", ["format", "transaction", "applied", "history", "follows", "offered"])
 def test_absurd_values_in_a_ledger_are_refused_by_name(patched: tuple[Scene, list[list[object]]], field: str) -> None:
     scene, commands = patched
-    good = forging.content(scene.place)
+    good = forging.content(scene.state_dir)
     for value in ABSURD:
         if (
             value != []
             and not (field == "transaction" and value == "")
             and not (field in {"follows", "offered"} and value == ["x"])
         ):
-            forging.write_ledger(scene.place, good | {field: value})
+            forging.write_ledger(scene.state_dir, good | {field: value})
             broken(scene, commands[:1] if value != GIANT else commands, value)
 
 
 @pytest.mark.parametrize("field", ["rows", "before", "after", "retention"])
 def test_absurd_values_in_a_tensor_are_refused_by_name(patched: tuple[Scene, list[list[object]]], field: str) -> None:
     scene, commands = patched
-    good = forging.content(scene.place)
+    good = forging.content(scene.state_dir)
     name = next(iter(good["applied"][0]["tensors"]))
     for value in ABSURD:
         if not plausible(field, value):
             changed = json.loads(json.dumps(good))
             changed["applied"][0]["tensors"][name][field] = value
-            forging.write_ledger(scene.place, changed)
+            forging.write_ledger(scene.state_dir, changed)
             broken(scene, commands[:1], value)
 
 
 def test_other_nonsense_is_refused_by_name(patched: tuple[Scene, list[list[object]]]) -> None:
     scene, commands = patched
-    good, place = forging.content(scene.place), scene.place
+    good, state_dir = forging.content(scene.state_dir), scene.state_dir
     (entry,) = good["applied"]
     event = good["history"][0]
     for value in (
@@ -135,18 +135,18 @@ def test_other_nonsense_is_refused_by_name(patched: tuple[Scene, list[list[objec
         good | {"history": [event | {"more": 1}]},
         good | {"history": [event | {"pack_id": "../../../etc/passwd"}]},
     ):  # fmt: skip
-        forging.write_ledger(place, value)
+        forging.write_ledger(state_dir, value)
         broken(scene, commands, value)
 
 
 def test_a_ledger_that_disagrees_with_its_pack_is_refused_by_name(patched: tuple[Scene, list[list[object]]]) -> None:
     scene, commands = patched
-    good = forging.content(scene.place)
+    good = forging.content(scene.state_dir)
     (entry,) = good["applied"]
     some = next(iter(entry["tensors"].values()))
     for lie in ({"tensors": {}}, {"tensors": entry["tensors"] | {"\x1b[2J": some}}, {"name": "other"}, {"version": "2.0.0"}):
-        forging.write_ledger(scene.place, good | {"applied": [entry | lie]})
-        # With a patch, `verify` asks the rows alone.
+        forging.write_ledger(scene.state_dir, good | {"applied": [entry | lie]})
+        # With a pack, `verify` reads only the rows.
         broken(scene, [words for words in commands if len(words) != 3], lie)
 
 
@@ -157,7 +157,7 @@ def test_a_ledger_that_disagrees_with_its_pack_is_refused_by_name(patched: tuple
 )  # fmt: skip
 def test_what_is_no_ledger_is_refused_by_name(patched: tuple[Scene, list[list[object]]], text: str) -> None:
     scene, commands = patched
-    scene.place.ledger.write_text(text, encoding="utf-8")
+    scene.state_dir.ledger.write_text(text, encoding="utf-8")
     broken(scene, commands, text[:20])
 
 
@@ -165,7 +165,7 @@ def test_terminal_codes_of_a_ledger_do_not_reach_the_terminal(plain: Scene) -> N
     plain.trust(acme=plain.acme)
     code = "\x1b[2J\x07[bold]"
     forging.plant(plain, harmless(plain), tool=code, rounding=code, signers={code: "0" * 64})
-    forging.edit(plain.place, lambda value: value.update(follows=[code], offered=[code]))
+    forging.edit(plain.state_dir, lambda value: value.update(follows=[code], offered=[code]))
     for words in (["status"], ["verify"], ["update"], ["revert", "--dry-run"]):
         result = run(words[0], plain.model, *words[1:])
         assert "\x1b" not in result.stdout + result.stderr

@@ -1,4 +1,4 @@
-"""Who signed what is applied, and whether exactly one pack is in the rows: `status` and `verify MODEL PATCH`."""
+"""Who signed the applied packs, and whether exactly one pack is in the rows: `status` and `verify MODEL PACK`."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ def test_status_says_what_was_checked_and_what_is_claimed(scene: Scene) -> None:
     assert "signed by acme" in run("status", scene.model).stdout
     got = scene.sent()
     forging.edit(
-        got.place,
+        got.state_dir,
         lambda value: value["applied"][0].update(signers={"acme": scene.acme.public.key_id, "NIST": scene.evil.public.key_id}),
     )
-    told = run("status", got.model).stdout
-    assert ", signed by acme, claims to be signed by NIST," in told
+    shown = run("status", got.model).stdout
+    assert ", signed by acme, claims to be signed by NIST," in shown
     (entry,) = answer("status", got.model)["applied"]
     assert entry["signers"] == {"acme": scene.acme.public.key_id}
     assert entry["claims"] == ["NIST"]
-    for signature in got.place.folder.glob("*.sig"):
+    for signature in got.state_dir.folder.glob("*.sig"):
         signature.unlink()
-    told = run("status", got.model).stdout
-    assert "claims to be signed by acme, NIST" in told
-    assert ", signed by acme" not in told
-    # Someone else's signature under acme's name proves nothing either.
+    shown = run("status", got.model).stdout
+    assert "claims to be signed by acme, NIST" in shown
+    assert ", signed by acme" not in shown
+    # Another key's signature under acme's name proves nothing either.
     other = scene.write(scene.pack(version="1.1.0"), scene.acme)
-    kept = got.place.pack(nest.pack_id(nest.read(file)))
+    kept = got.state_dir.pack(nest.pack_id(nest.read(file)))
     kept.with_name(f"{kept.name}.sig").write_bytes(other.with_name(f"{other.name}.sig").read_bytes())
     assert "claims to be signed by acme, NIST" in run("status", got.model).stdout
 
 
-# verify MODEL PATCH
+# verify MODEL PACK
 
 
 def test_verify_with_a_patch_asks_for_exactly_this_pack(scene: Scene) -> None:
@@ -55,8 +55,8 @@ def test_verify_with_a_patch_asks_for_exactly_this_pack(scene: Scene) -> None:
     assert answer("verify", scene.model, file, *more)["known"]
     assert not answer("verify", scene.model, file, "--strength", "0.5", *more, code=1)["known"]
     assert not answer("verify", scene.model, scene.write(scene.pack(seed=9)), *more, code=1)["known"]
-    # Without any ledger the rows say it as well.
-    scene.place.ledger.unlink()
+    # Without a ledger the rows are enough.
+    scene.state_dir.ledger.unlink()
     assert answer("verify", scene.model, file, *more)["verdict"] == "patched"
 
 
@@ -81,7 +81,7 @@ def test_verify_with_a_patch_names_a_pack_on_top_of_it(plain: Scene, *, foreign:
 
 
 def test_rows_at_another_strength_are_called_so(scene: Scene) -> None:
-    """A repository that patched at a tenth: that much is true, and it is said."""
+    """A repository that patched at a tenth of the strength: the ledger is true, and the strength is reported."""
     if scene.kind == "gguf":
         pytest.skip("rounding loses a tenth of this pack: applying it is refused")
     scene.trust(acme=scene.acme)
@@ -93,10 +93,10 @@ def test_rows_at_another_strength_are_called_so(scene: Scene) -> None:
 
 
 def test_own_and_foreign_entries_stand_side_by_side(plain: Scene) -> None:
-    """A pack that this machine adds to a model that came patched does not make the other entry its own."""
+    """A pack that this machine adds to a model that came patched does not make the earlier entry trusted."""
     plain.trust(acme=plain.acme)
     apply_in_place(plain.model, harmless(plain))
     got = plain.sent()
     apply_in_place(got.model, plain.write(apart(plain, plain.pack()), plain.acme))
-    assert [entry.foreign for entry in read_ledger(got.place).applied] == [True, False]
+    assert [entry.foreign for entry in read_ledger(got.state_dir).applied] == [True, False]
     assert answer("verify", got.model)["known"]

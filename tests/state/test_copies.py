@@ -1,4 +1,4 @@
-"""`apply -o`: the source is held while it is copied, and no link of a model's leads a copy to the user's other files."""
+"""`apply -o`: the source is locked while it is copied, and no link of a model brings the user's other files into a copy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def name_of(scene: Scene, name: str) -> str:
 
 
 def once(act: Callable[[], object]) -> Callable[[Event], None]:
-    """Listens to events, and acts when the copying has begun."""
+    """A listener that acts when copying has begun."""
     left = [act]
 
     def hear(event: Event) -> None:
@@ -83,7 +83,7 @@ def test_two_copies_are_made_at_a_time(scene: Scene, tmp_path: Path) -> None:
 
 @contextmanager
 def before_the_lock(act: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Something happens to the source after it was opened and before it is held."""
+    """Something happens to the source after it was opened and before it is locked."""
 
     @contextmanager
     def late(state_dir: StateDir) -> Iterator[None]:
@@ -108,7 +108,7 @@ def test_the_ledger_is_read_under_the_lock(plain: Scene, tmp_path: Path, monkeyp
 
 
 def test_a_writer_that_died_before_the_lock_is_noticed(plain: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has left rows that no check of this pack looks at."""
+    """It has changed rows that no check of this pack reads."""
     checkpoint = open_checkpoint(plain.model)
 
     def die() -> None:
@@ -163,14 +163,14 @@ LEAD_OUT: dict[str, Callable[[Path, Path], None]] = {
 def test_a_companion_that_leads_out_of_the_model_is_not_copied(
     templates: Path, tmp_path: Path, secret: Path, kind: str, way: str
 ) -> None:
-    """config.json of a downloaded model that is a link to a file of the user's: a copy that is handed on would hold it."""
+    """config.json of a downloaded model is a link to a private file of the user: a copy that is passed on would contain it."""
     scene = make_scene(templates, tmp_path, kind)
     (scene.folder / "config.json").unlink()
     LEAD_OUT[way](scene.folder / "config.json", secret)
     (scene.folder / "tokenizer.json").symlink_to("vocabulary.json")
     (scene.folder / "vocabulary.json").write_bytes(b"{}")
-    told = answer("apply", scene.model, scene.write(scene.pack()), "-o", tmp_path / "copy")
-    assert "config.json" in told["left_out"]
+    answered = answer("apply", scene.model, scene.write(scene.pack()), "-o", tmp_path / "copy")
+    assert "config.json" in answered["left_out"]
     assert "config.json" in run("apply", scene.model, scene.write(scene.pack()), "-o", tmp_path / "again").stdout
     outputs = [tmp_path / "copy", tmp_path / "again"]
     if kind != "onnx":

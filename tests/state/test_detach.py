@@ -1,4 +1,4 @@
-"""--detach: a file of the model's own in the place of a link, with all that the file was, and only when nothing is refused."""
+"""--detach replaces a link with a copy that keeps all attributes, and only after all checks have passed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LINKS = ("symbolic link", "relative link", "hard link", "Hub cache")
 
 
 def shared(scene: Scene, kind: str) -> tuple[Path, Path]:
-    """(the model, the file that others share with it)."""
+    """(model, file that it shares with other models)."""
     file, blob = scene.folder / "model.safetensors", scene.folder.with_name("blob")
     if kind == "Hub cache":
         cache = scene.folder.with_name("models--acme--tiny")
@@ -78,7 +78,7 @@ def test_a_refused_pack_leaves_the_link(plain: Scene, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["symbolic link", "hard link"])
 def test_a_downgrade_leaves_the_link(plain: Scene, kind: str) -> None:
-    """The model was patched with a file of its own, which became a link since: a tool that saves space."""
+    """The model was patched, and then its file became a link, as a deduplicating tool makes it."""
     apply_in_place(plain.model, plain.pack(version="2.0.0"))
     model, _ = shared(plain, kind)
     before = tree_digest(plain.base.parent)
@@ -139,7 +139,7 @@ def test_the_file_of_another_user_stays_that_users(plain: Scene) -> None:
 
 
 def test_a_file_that_changes_while_it_is_copied_stays_a_link(plain: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever writes to it by its own name holds another lock, or none."""
+    """A process that writes to the file under its other name holds another lock, or none."""
     model, blob = shared(plain, "symbolic link")
     copy = copying.copy_file
 
@@ -173,7 +173,7 @@ def test_rows_that_changed_after_the_check_are_no_base(plain: Scene, monkeypatch
 
 
 def test_a_link_to_a_patched_model_is_not_detached(plain: Scene) -> None:
-    """The copy would hold the patch without the ledger that tells of it."""
+    """The copy would hold the patch without its ledger."""
     apply_in_place(plain.model, plain.pack())
     other = plain.folder.with_name("other")
     other.mkdir()
@@ -181,5 +181,5 @@ def test_a_link_to_a_patched_model_is_not_detached(plain: Scene) -> None:
     newer = plain.write(plain.pack(version="2.0.0", seed=2))
     before = tree_digest(plain.base.parent)
     said = refused("InPlaceError", "apply", other, newer, "--in-place", "--detach")
-    assert f"of a model that nestpatch has patched: {plain.place.ledger}" in said
+    assert f"of a model that nestpatch has patched: {plain.state_dir.ledger}" in said
     assert tree_digest(plain.base.parent) == before

@@ -1,4 +1,4 @@
-"""Ledgers that came with a model and lie. Commands believe rows and signed packs, never the ledger."""
+"""Ledgers that came with a model and are false. Commands trust rows and signed packs, never such a ledger."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SURE = {
 
 
 CLAIMS: dict[str, Callable[[Scene], Path]] = {
-    # What a hostile repository lays beside base weights -> the pack's file that it names
+    # What a hostile repository writes beside base weights -> the pack file that it names
     "the real signed pack": lambda scene: _planted(scene, harmless(scene)),
     "the real pack at no strength": lambda scene: _planted(scene, harmless(scene), strength=1e-30),
     "the real pack without signature": lambda scene: _planted(scene, harmless(scene, "none")),
@@ -72,7 +72,7 @@ def test_base_weights_are_never_called_patched(claimed: Scene) -> None:
 
 
 def test_apply_repairs_or_refuses(claimed: Scene) -> None:
-    """Whatever it says, afterwards the pack is in the rows where it ended well, and nothing was changed where it did not."""
+    """If a command succeeds, the pack is in the rows afterwards; if it fails, nothing was changed."""
     before, file = claimed.weights(), harmless(claimed)
     for more in ((), based(claimed), ("--allow-downgrade", *based(claimed))):
         result = run("apply", claimed.model, file, "--in-place", *more)
@@ -83,7 +83,7 @@ def test_apply_repairs_or_refuses(claimed: Scene) -> None:
             return
         assert claimed.weights() == before
         assert "What to do" in result.stderr
-    # Its own pack stands in the way, and is no publisher's: that it was never there, revert finds out.
+    # The forged entry blocks the pack, and no publisher signed it; `revert` finds that it was never applied.
     assert "99.0.0" in run("status", claimed.model).stdout or "not signed" in result.stderr
 
 
@@ -100,7 +100,7 @@ def test_a_copy_of_base_weights_is_repaired_or_refused(claimed: Scene, tmp_path:
 
 
 def test_update_is_not_current_with_base_weights(scene: Scene, tmp_path: Path) -> None:
-    """The channel's very pack is named, with its signature beside it, at a strength at which it changes nothing."""
+    """The ledger names the channel's own signed pack, at a strength at which it changes nothing."""
     scene.trust(acme=scene.acme)
     file, channel = harmless(scene), tmp_path / "channel"
     push(file, str(channel), scene.acme)
@@ -112,13 +112,13 @@ def test_update_is_not_current_with_base_weights(scene: Scene, tmp_path: Path) -
     assert done["state"] == "updated"
     assert done["reason"]
     assert answer("verify", scene.model, file, *based(scene))["known"]
-    (entry,) = read_ledger(scene.place).applied
+    (entry,) = read_ledger(scene.state_dir).applied
     assert (entry.strength, entry.foreign) == (1.0, False)
     assert answer("update", scene.model, *based(scene))["channels"][0]["state"] == "current"
 
 
 def test_update_does_not_keep_the_strength_of_a_ledger_that_came_along(scene: Scene, tmp_path: Path) -> None:
-    """A repository could else have every later version applied at next to nothing."""
+    """Otherwise a repository could have every later version applied at almost no strength."""
     scene.trust(acme=scene.acme)
     one, two, channel = harmless(scene), scene.write(scene.pack(version="1.1.0", seed=2), scene.acme), tmp_path / "channel"
     push(one, str(channel), scene.acme)
@@ -128,10 +128,10 @@ def test_update_does_not_keep_the_strength_of_a_ledger_that_came_along(scene: Sc
     assert "0.5" in checked["reason"]
     push(two, str(channel), scene.acme)
     assert answer("update", got.model, "--channel", channel.as_uri(), *based(scene))["channels"][0]["after"] == "1.1.0"
-    assert [entry.strength for entry in read_ledger(got.place).applied] == [1.0]
-    # On the machine where a user chose it, it stays.
+    assert [entry.strength for entry in read_ledger(got.state_dir).applied] == [1.0]
+    # On the machine where the user chose the strength, it stays.
     assert answer("update", scene.model, "--channel", channel.as_uri(), *based(scene))["channels"][0]["after"] == "1.1.0"
-    assert [entry.strength for entry in read_ledger(scene.place).applied] == [0.5]
+    assert [entry.strength for entry in read_ledger(scene.state_dir).applied] == [0.5]
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
@@ -144,11 +144,11 @@ def test_no_release_says_that_it_holds_what_the_rows_do_not(plain: Scene, tmp_pa
 
 
 def test_a_release_passes_no_claims_on(plain: Scene, tmp_path: Path) -> None:
-    """The pack is in the rows, and its signature beside it; that evil signed it too, the ledger alone says."""
+    """The pack and its signature are genuine; only the ledger claims that evil signed it too."""
     plain.trust(acme=plain.acme, evil=plain.evil)
     assert run("apply", plain.model, harmless(plain), "--in-place").exit_code == 0
     got = plain.sent()
-    forging.edit(got.place, lambda value: value["applied"][0].update(signers={"evil": plain.evil.public.key_id}))
+    forging.edit(got.state_dir, lambda value: value["applied"][0].update(signers={"evil": plain.evil.public.key_id}))
     assert run("export", got.model, "--to", "safetensors", "-o", tmp_path / "release").exit_code == 0
     record = json.loads(str(open_checkpoint(tmp_path / "release").metadata()["nestpatch.record"]))
     assert record[0]["signers"] == {"acme": plain.acme.public.key_id}
@@ -156,12 +156,12 @@ def test_a_release_passes_no_claims_on(plain: Scene, tmp_path: Path) -> None:
 
 
 def small(scene: Scene) -> Pack:
-    """A pack of the attacker's own that does next to nothing: half a bit in a single row."""
+    """The attacker's own pack, which changes almost nothing: half a bit in a single row."""
     return scene.pack("no-harm", "99.0.0", neurons=1, clusters=1, scale=0.02, tensors=["model.layers.0.mlp.up_proj.weight"])
 
 
 def test_a_pack_of_the_attackers_own_in_the_rows_proves_nothing_where_keys_are_trusted(scene: Scene, tmp_path: Path) -> None:
-    """Rows, ledger and pack agree with each other. Nobody whom this user trusts answers for the pack, whatever its name is."""
+    """Rows, ledger and pack agree, but no key that this user trusts signed the pack, whatever its name is."""
     file = scene.write(small(scene))
     assert run("apply", scene.model, file, "--in-place", *based(scene)).exit_code == 0
     got = scene.sent()
@@ -174,37 +174,37 @@ def test_a_pack_of_the_attackers_own_in_the_rows_proves_nothing_where_keys_are_t
     assert "signed by nobody whom you trust" in " ".join(run("status", got.model).stdout.split())
     if scene.kind in {"safetensors", "sharded"}:
         refused("UnsignedError", "export", got.model, "--to", "safetensors", "-o", tmp_path / "release")
-    # This machine applied it once, with its user's consent: here it stands.
+    # On this machine the user agreed to apply it: it is accepted.
     assert answer("verify", scene.model, *based(scene))["known"]
 
 
 def test_a_history_that_came_along_proves_nothing_where_keys_are_trusted(plain: Scene) -> None:
-    """A made-up pack whose base is what the attacker's rows hold, in the history alone."""
+    """A forged pack, named only in the history, whose base is what the attacker's rows hold."""
     altered = plain.folder / "model.safetensors"
     data = bytearray(altered.read_bytes())
     data[-4000:] = bytes(4000)
     altered.write_bytes(data)
     pack = tiny_pack(plain.folder, name="no-harm")
-    forging.keep(plain.place, plain.write(pack))
-    forging.write_ledger(plain.place, forging.ledger(history=[forging.event(pack)]))
+    forging.keep(plain.state_dir, plain.write(pack))
+    forging.write_ledger(plain.state_dir, forging.ledger(history=[forging.event(pack)]))
     plain.trust(acme=plain.acme)
     assert answer("verify", plain.model, code=1)["verdict"] == "unknown"
-    # Nor after this machine has written the ledger anew.
+    # Nor after this machine has rewritten the ledger.
     other = plain.write(tiny_pack(plain.folder, name="other", seed=5), plain.acme)
     assert run("apply", plain.model, other, "--in-place").exit_code == 0
     assert run("revert", plain.model).exit_code == 0
-    assert read_ledger(plain.place).history[0]["foreign"] is True
-    plain.place.pack(nest.pack_id(nest.read(other))).unlink()
+    assert read_ledger(plain.state_dir).history[0]["foreign"] is True
+    plain.state_dir.pack(nest.pack_id(nest.read(other))).unlink()
     assert answer("verify", plain.model, code=1)["verdict"] == "unknown"
     assert "came with the model" in run("status", plain.model).stdout
 
 
 def test_verify_full_compares_whole_tensors_whatever_a_ledger_says_of_its_base(plain: Scene) -> None:
-    """A ledger that allowed a mismatch would else hide every row that no pack changes."""
+    """Otherwise a ledger that allows a mismatch would hide changes of all rows that no pack changes."""
     plain.trust(acme=plain.acme)
     assert run("apply", plain.model, harmless(plain), "--in-place").exit_code == 0
     got = plain.sent()
-    forging.edit(got.place, lambda value: value["applied"][0].update(base_mismatch_allowed=True))
+    forging.edit(got.state_dir, lambda value: value["applied"][0].update(base_mismatch_allowed=True))
     assert answer("verify", got.model, "--full")["known"]
     spoil(got)
     assert answer("verify", got.model)["known"]
@@ -212,7 +212,7 @@ def test_verify_full_compares_whole_tensors_whatever_a_ledger_says_of_its_base(p
 
 
 def spoil(scene: Scene) -> None:
-    """Another value in a row of a patched tensor that the pack leaves alone."""
+    """Changes a value in a row of a patched tensor that the pack does not touch."""
     checkpoint, (delta, *_) = open_checkpoint(scene.model), scene.pack().deltas
     row = np.setdiff1d(np.arange(32), delta.rows)[:1]
     checkpoint.write_rows(delta.name, row, np.ascontiguousarray(checkpoint.read_rows(delta.name, row)[:, ::-1]))
@@ -225,11 +225,11 @@ def test_a_pack_for_another_model_is_refused_by_name(scene: Scene, tmp_path: Pat
     for name, shape in shapes.items():
         other = tiny_checkpoint(tmp_path / name, dtype="BF16", **shape)
         file = scene.write(tiny_pack(other, seed=3), scene.acme)
-        forging.keep(scene.place, file)
+        forging.keep(scene.state_dir, file)
         pack, foreign = nest.read(file), replace(scene, model=other)
-        record = scene.place.undo(f"{forging.TRANSACTION}-{nest.pack_id(pack)[:16]}")
+        record = scene.state_dir.undo(f"{forging.TRANSACTION}-{nest.pack_id(pack)[:16]}")
         tensors = forging.write_undo(foreign, pack, record)
-        forging.write_ledger(scene.place, forging.ledger(forging.entry(pack, tensors)))
+        forging.write_ledger(scene.state_dir, forging.ledger(forging.entry(pack, tensors)))
         for words in (["verify"], ["revert"], ["apply", wanted, "--in-place"], ["apply", file, "--in-place"]):
             assert "made for another model" in refused("LedgerError", words[0], scene.model, *words[1:])
         assert "made for another model" in answer("status", scene.model, code=1)["problem"]

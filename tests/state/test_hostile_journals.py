@@ -1,4 +1,4 @@
-"""A journal travels with a model: it is checked in full before its first byte is written, and proven, or it is foreign."""
+"""A journal travels with a model: it is checked in full before its first byte is written, and is foreign unless confirmed."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def row_bytes(scene: Scene) -> int:
 
 def assert_refused(scene: Scene, error: type[StateError], says: str = "") -> None:
     """Every command that would carry the journal out refuses it, and nothing changes; `remove` drops it alone."""
-    weights, journal = scene.weights(), scene.place.journal.read_bytes()
+    weights, journal = scene.weights(), scene.state_dir.journal.read_bytes()
     pack = scene.write(scene.pack())
     for act in (lambda: recover_model(scene.model), lambda: apply_in_place(scene.model, pack)):
         with pytest.raises(error, match=says or None) as caught:
             act()
         assert "--foreign remove" in caught.value.advice
         assert scene.weights() == weights
-        assert scene.place.journal.read_bytes() == journal
+        assert scene.state_dir.journal.read_bytes() == journal
     assert recover_model(scene.model, Foreign.REMOVE).action == "removed"
     assert scene.weights() == weights
-    assert not scene.place.journal.exists()
+    assert not scene.state_dir.journal.exists()
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def assert_refused(scene: Scene, error: type[StateError], says: str = "") -> Non
     ],
 )
 def test_row_numbers_outside_of_the_tensor(scene: Scene, rows: list[int]) -> None:
-    """Row -80 overwrote a header, and row 1e9 grew a file of kilobytes to gigabytes."""
+    """Unchecked, row -80 would overwrite a header, and row 1e9 would grow a file from kilobytes to gigabytes."""
     width = row_bytes(scene)
     content = content_of(rows, [bytes(width)] * len(rows))
 
@@ -69,7 +69,7 @@ def test_row_numbers_outside_of_the_tensor(scene: Scene, rows: list[int]) -> Non
         header["regions"] = [{"tensor": GATE, "row_bytes": width, "rows": len(rows)}]
 
     plant(scene, forged(genuine(scene, {GATE: [0, 1]}), change, content=content))
-    assert_refused(scene, JournalError, "was written for a model.layers.0.mlp.gate_proj.weight of another shape")
+    assert_refused(scene, JournalError, "was written for a tensor model.layers.0.mlp.gate_proj.weight of another shape")
 
 
 def change_witness(header: Header) -> None:
@@ -109,7 +109,7 @@ def test_a_header_of_gigabytes_is_not_read(plain: Scene) -> None:
     journal = bytearray(genuine(plain, {GATE: [0, 1]}))
     journal[20:28] = (1 << 40).to_bytes(8, "little")
     plant(plain, forged_checksum(bytes(journal)))
-    assert_refused(plain, JournalError, "a header of 1099511627776 bytes")
+    assert_refused(plain, JournalError, "its header has 1099511627776 bytes")
 
 
 def forged_checksum(journal: bytes) -> bytes:
@@ -119,7 +119,7 @@ def forged_checksum(journal: bytes) -> bytes:
 
 
 def test_a_plausible_journal_of_a_hostile_repository_is_foreign(scene: Scene) -> None:
-    """It fits the model in everything and would write rows of the attacker's choice."""
+    """It fits the model in every respect, and would write rows of the attacker's choice."""
     width = row_bytes(scene)
     content = content_of([0, 1], [b"\x11" * width, b"\x22" * width])
     plant(scene, forged(genuine(scene, {GATE: [0, 1]}), content=content))
@@ -139,7 +139,7 @@ def test_what_a_foreign_journal_would_do_is_done_only_when_asked(scene: Scene) -
 
 
 def test_the_seal_of_this_machine_is_for_one_model(scene: Scene) -> None:
-    """A journal that is genuine for one model is foreign beside a copy of it."""
+    """A genuine journal of one model is foreign beside a copy of that model."""
     journal = genuine(scene, {GATE: [0, 1]})
     other = scene.sent()
     apply_in_place(other.model, scene.pack())
@@ -151,7 +151,7 @@ def test_the_seal_of_this_machine_is_for_one_model(scene: Scene) -> None:
 
 
 def test_a_machine_that_lost_its_key_asks(scene: Scene, home: Path) -> None:
-    """As a container does that is made anew: its own journal is foreign to it then."""
+    """As in a container that is created again: its own earlier journal is foreign to it."""
     before = scene.weights()
     journal = genuine(scene, {GATE: [0, 1]})
     (home / "machine.key").unlink()
@@ -163,7 +163,7 @@ def test_a_machine_that_lost_its_key_asks(scene: Scene, home: Path) -> None:
 
 
 def interrupted_apply(scene: Scene, pack_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves a model as a kill between the rows and the commit does."""
+    """Leaves a model like a kill between writing the rows and the commit."""
     from nestpatch.patcher import _transaction as transaction
 
     def dies(*_: Any) -> None:
@@ -174,7 +174,7 @@ def interrupted_apply(scene: Scene, pack_file: Path, monkeypatch: pytest.MonkeyP
         patch.setattr(transaction.Transaction, "_close_journal", lambda *_: None)
         with pytest.raises(KeyboardInterrupt):
             apply_in_place(scene.model, pack_file)
-    assert scene.place.journal.exists()
+    assert scene.state_dir.journal.exists()
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "sharded"])
@@ -201,7 +201,7 @@ def test_packs_that_nobody_trusted_signed_confirm_nothing(
     plain.trust(acme=plain.acme)
     interrupted_apply(plain, plain.write(plain.pack(), plain.acme), monkeypatch)
     (home / "machine.key").unlink()
-    (kept,) = plain.place.folder.glob("*.nest")
+    (kept,) = plain.state_dir.folder.glob("*.nest")
     signature = kept.with_name(f"{kept.name}.sig")
     signature.unlink()
     if signer == "evil":
@@ -241,7 +241,7 @@ def test_signed_packs_confirm_no_other_rows(plain: Scene) -> None:
         recover_model(plain.model)
     assert plain.weights() == before
     recover_model(plain.model, Foreign.REMOVE)
-    # Without that row every row is one that the publisher named.
+    # Without that row, all rows are named by the publisher.
     plant(plain, journal(delta.rows.tolist()))
     assert recover_model(plain.model).proof == "the signed digests of no-harm 1.0.0"
 
@@ -266,26 +266,26 @@ def test_a_row_that_is_nearly_the_publishers_is_not(plain: Scene) -> None:
 def test_a_forged_ledger_does_not_turn_an_interrupted_change_into_a_finished_one(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """It names the transaction of the journal, which would then be dropped, and half a change would stay."""
+    """If the forged ledger were believed, the journal would be dropped and half a change would stay."""
     before = scene.weights()
     interrupted_apply(scene, scene.write(scene.pack()), monkeypatch)
-    journal = read_journal(scene.place)
+    journal = read_journal(scene.state_dir)
     assert journal is not None
     (tmp_path / "mallory").mkdir()
     with monkeypatch.context() as mallory:
         mallory.setenv("NESTPATCH_HOME", str(tmp_path / "mallory"))
-        write_ledger(scene.place, Ledger(transaction=journal.transaction))
+        write_ledger(scene.state_dir, Ledger(transaction=journal.transaction))
     assert recover_model(scene.model).action == "rolled back"
     assert scene.weights() == before
 
 
 @pytest.mark.parametrize("what", ["a pipe", "a directory", "a link", "a dangling link", "a device"])
 def test_something_else_in_the_place_of_the_journal(scene: Scene, tmp_path: Path, what: str) -> None:
-    """A pipe hung `status` for ever. Nothing waits, nothing is followed, nothing is removed."""
+    """No command waits for it, follows it or removes it."""
     victim = tmp_path / "victim"
     victim.write_bytes(genuine(scene, {GATE: [0, 1]}))
-    scene.place.folder.mkdir()
-    journal = scene.place.journal
+    scene.state_dir.folder.mkdir()
+    journal = scene.state_dir.journal
     {
         "a pipe": lambda: os.mkfifo(journal),
         "a directory": journal.mkdir,
@@ -306,7 +306,7 @@ def test_something_else_in_the_place_of_the_journal(scene: Scene, tmp_path: Path
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root may give files away")
 def test_a_journal_of_another_user(scene: Scene) -> None:
-    """Whoever may write into the folder could leave one."""
+    """Any user who may write into the folder could leave one."""
     before = scene.weights()
     os.chown(plant(scene, genuine(scene, {GATE: [0, 1]})), 12345, -1)
     assert "12345" in refused("JournalError", "recover", scene.model)
@@ -315,7 +315,7 @@ def test_a_journal_of_another_user(scene: Scene) -> None:
 
 @pytest.mark.parametrize("kind", ["symlink", "hard link"])
 def test_a_rollback_does_not_write_through_links(scene: Scene, tmp_path: Path, kind: str) -> None:
-    """Also a journal with the seal of this machine: the file may have been replaced by a link since."""
+    """Even a journal with the seal of this machine: the weight file may have been replaced with a link since."""
     file = next(iter(open_checkpoint(scene.model).info(GATE).files))
     plant(scene, genuine(scene, {GATE: [0, 1]}))
     shared = tmp_path / "shared"
@@ -331,10 +331,10 @@ def test_a_rollback_does_not_write_through_links(scene: Scene, tmp_path: Path, k
 
 
 def test_the_state_folder_is_no_link(scene: Scene, tmp_path: Path) -> None:
-    """Through a link the journal of another model would be found."""
+    """Through a link, the journal of another model would be carried out."""
     plant(scene, genuine(scene, {GATE: [0, 1]}))
-    scene.place.folder.rename(tmp_path / "elsewhere")
-    scene.place.folder.symlink_to(tmp_path / "elsewhere")
+    scene.state_dir.folder.rename(tmp_path / "elsewhere")
+    scene.state_dir.folder.symlink_to(tmp_path / "elsewhere")
     for words in (["recover", scene.model], ["status", scene.model], ["revert", scene.model]):
         assert "follows no links" in refused("StateError", *words)
     assert (tmp_path / "elsewhere" / "journal").exists()

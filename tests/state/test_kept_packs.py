@@ -1,4 +1,4 @@
-"""Kept packs, their signatures, and the names by which records point at them: nothing is believed, nothing leads out."""
+"""Kept packs, their signatures, and the names that refer to them: nothing is used unchecked, and no path leads outside."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.state.conftest import Scene
 from tests.state.forging import based
 
 NAMES = {
-    # No id of a pack, no transaction, no undo record has such a name
+    # Invalid as a pack id, a transaction or the name of an undo record
     "a path that leads out": "../../outside",
     "an absolute path": "/outside",
     "a NUL": "0" * 63 + "\0",
@@ -39,7 +39,7 @@ NAMES = {
 
 @pytest.fixture
 def patched(plain: Scene) -> tuple[Scene, Path]:
-    """A model with acme's pack, and something of the same names outside of it; the pack's file."""
+    """A model with acme's pack, and files of the same names outside of it; returns the pack's file."""
     plain.trust(acme=plain.acme)
     file = plain.write(plain.pack(), plain.acme)
     assert run("apply", plain.model, file, "--in-place").exit_code == 0
@@ -49,12 +49,12 @@ def patched(plain: Scene) -> tuple[Scene, Path]:
 
 
 def outside(scene: Scene) -> dict[str, str]:
-    """The files beside the models, which are none of theirs."""
+    """The files outside the models."""
     return {file.name: sha256(file.read_bytes()).hexdigest() for file in scene.folder.parent.iterdir() if file.is_file()}
 
 
 def commands(file: Path) -> list[list[object]]:
-    """All that would use what the ledger names."""
+    """All commands that would use what the ledger names."""
     return [["verify"], ["status"], ["revert"], ["revert", "--to", "1.0.0"], ["apply", file, "--in-place"],
             ["export", "--to", "safetensors", "-o", file.with_name("release")]]  # fmt: skip
 
@@ -64,7 +64,7 @@ def commands(file: Path) -> list[list[object]]:
 def test_names_in_a_ledger_that_nestpatch_never_gives_lead_nowhere(patched: tuple[Scene, Path], where: str, name: str) -> None:
     scene, file = patched
     text = NAMES[name]
-    good = forging.content(scene.place)
+    good = forging.content(scene.state_dir)
     entry, (event,) = good["applied"][0], good["history"]
     lies = {
         "pack_id": {"applied": [entry | {"pack_id": text}]},
@@ -76,8 +76,8 @@ def test_names_in_a_ledger_that_nestpatch_never_gives_lead_nowhere(patched: tupl
         "last": {"transaction": text},
     }
     if where == "last" and not text:
-        return  # none was finished yet
-    forging.write_ledger(scene.place, good | lies[where])
+        return  # no transaction was committed yet
+    forging.write_ledger(scene.state_dir, good | lies[where])
     before, rest = tree_digest(scene.folder), outside(scene)
     for words in commands(file):
         refused("LedgerError", words[0], scene.model, *words[1:])
@@ -90,12 +90,12 @@ def test_names_in_a_ledger_that_nestpatch_never_gives_lead_nowhere(patched: tupl
 def test_names_in_a_journal_that_nestpatch_never_gives_lead_nowhere(
     patched: tuple[Scene, Path], part: str, name: str, *, sealed: bool
 ) -> None:
-    """Not even where the seal of this machine is on it."""
+    """Not even with the seal of this machine."""
     scene, _ = patched
     checkpoint = open_checkpoint(scene.model)
     regions = [Region(checkpoint.info(delta.name), delta.rows.astype("int64")) for delta in scene.pack()]
-    write_journal(scene.place, "a" * 16, checkpoint, regions)
-    data = scene.place.journal.read_bytes()[:-64]
+    write_journal(scene.state_dir, "a" * 16, checkpoint, regions)
+    data = scene.state_dir.journal.read_bytes()[:-64]
     (length,) = struct.unpack("<Q", data[len(MAGIC) : len(MAGIC) + 8])
     start = len(MAGIC) + 8
     header = json.loads(data[start : start + length])
@@ -103,8 +103,8 @@ def test_names_in_a_journal_that_nestpatch_never_gives_lead_nowhere(
     text = json.dumps(header).encode()
     body = MAGIC + struct.pack("<Q", len(text)) + text + data[start + length :]
     digest = sha256(body).digest()
-    mark = bytes.fromhex(seal("journal", scene.place.folder, digest)) if sealed else bytes(32)
-    scene.place.journal.write_bytes(body + digest + mark)
+    mark = bytes.fromhex(seal("journal", scene.state_dir.folder, digest)) if sealed else bytes(32)
+    scene.state_dir.journal.write_bytes(body + digest + mark)
     before, rest = tree_digest(scene.folder), outside(scene)
     for words in (["recover"], ["recover", "--foreign", "roll-back"], ["revert"]):
         refused("JournalError", words[0], scene.model, *words[1:])
@@ -159,12 +159,12 @@ def test_a_damaged_copy_is_refused_by_name_and_written_anew_by_apply(scene: Scen
     original, file = scene.weights(), scene.write(scene.pack(), scene.acme)
     assert run("apply", scene.model, file, "--in-place", *based(scene)).exit_code == 0
     got = scene.sent() if foreign else scene
-    kept = got.place.pack(nest.pack_id(scene.pack()))
+    kept = got.state_dir.pack(nest.pack_id(scene.pack()))
     DAMAGE[damage](kept, got)
     before, rest = got.weights(), outside(got)
-    told = refused("UndoError", "revert", got.model, *based(scene))
-    assert kept.name in told
-    assert "nestpatch apply MODEL PATCH --in-place puts the copy back" in told
+    said = refused("UndoError", "revert", got.model, *based(scene))
+    assert kept.name in said
+    assert "nestpatch apply MODEL PACK --in-place restores the copy" in said
     for words in (["verify"], ["apply", scene.write(scene.pack(version="1.1.0"), scene.acme), "--in-place", *based(scene)]):
         assert kept.name in refused("UndoError", words[0], got.model, *words[1:])
     assert not answer("status", got.model, code=1)["sound"]
@@ -181,7 +181,7 @@ def test_a_damaged_copy_is_refused_by_name_and_written_anew_by_apply(scene: Scen
 @pytest.mark.parametrize("full", [False, True])
 def test_a_folder_in_place_of_the_copy_is_refused_by_name(patched: tuple[Scene, Path], *, full: bool) -> None:
     scene, file = patched
-    kept = scene.place.pack(nest.pack_id(scene.pack()))
+    kept = scene.state_dir.pack(nest.pack_id(scene.pack()))
     kept.unlink()
     kept.mkdir()
     if full:
@@ -202,7 +202,7 @@ def test_a_copy_that_is_called_otherwise_is_refused(scene: Scene) -> None:
     before = scene.weights()
     for lie in ({"name": "no-spam"}, {"version": "99.0.0"}):
         got = scene.sent(f"sent-{min(lie)}")
-        forging.edit(got.place, lambda value, lie=lie: value["applied"][0].update(lie))  # type: ignore[misc]
+        forging.edit(got.state_dir, lambda value, lie=lie: value["applied"][0].update(lie))  # type: ignore[misc]
         for words in (["revert"], ["verify"], ["apply", file, "--in-place", *based(scene)]):
             refused("LedgerError", words[0], got.model, *words[1:])
         assert got.weights() == before
@@ -212,7 +212,7 @@ def test_a_copy_that_is_called_otherwise_is_refused(scene: Scene) -> None:
 
 
 def _signature(scene: Scene) -> Path:
-    kept = scene.place.pack(nest.pack_id(scene.pack()))
+    kept = scene.state_dir.pack(nest.pack_id(scene.pack()))
     return kept.with_name(f"{kept.name}.sig")
 
 
@@ -243,7 +243,7 @@ SIGNATURES: dict[str, Callable[[Path, Scene], object]] = {
 
 @pytest.mark.parametrize("case", SIGNATURES)
 def test_a_signature_that_is_none_proves_nothing(patched: tuple[Scene, Path], case: str) -> None:
-    """The pack of a model that came along is then nobody's here: it is neither undone nor named as signed."""
+    """The pack of a model that came from elsewhere then counts as unsigned: it is neither undone nor reported as signed."""
     scene, _ = patched
     got = scene.sent()
     SIGNATURES[case](_signature(got), got)
@@ -258,7 +258,7 @@ def test_a_signature_that_is_none_proves_nothing(patched: tuple[Scene, Path], ca
     result = run("apply", got.model, scene.write(scene.pack(version="1.1.0"), scene.acme), "--in-place")
     assert result.exit_code == 1
     assert got.weights() == before
-    # On the machine that checked it, it was checked.
+    # On the machine that checked it when it was applied, it still counts.
     SIGNATURES[case](_signature(scene), scene)
     assert answer("verify", scene.model)["known"]
     assert run("revert", scene.model).exit_code == 0
@@ -278,27 +278,27 @@ def test_going_back_to_an_earlier_version_asks_for_its_signature(patched: tuple[
     forgiven = run("revert", scene.model, "--to", "1.0.0", "--allow-unsigned")
     if case in {"missing", "by a key that nobody trusts"}:
         assert forgiven.exit_code == 0, forgiven.stderr
-        assert [entry.version for entry in read_ledger(scene.place).applied] == ["1.0.0"]
+        assert [entry.version for entry in read_ledger(scene.state_dir).applied] == ["1.0.0"]
     else:
-        assert forgiven.exit_code == 1  # a wrong signature is never forgiven
+        assert forgiven.exit_code == 1  # a wrong signature is never allowed
         assert scene.weights() == before
 
 
 @pytest.mark.parametrize("key", ["evil", "none"])
 def test_a_forged_history_does_not_bring_another_publishers_pack(patched: tuple[Scene, Path], key: str) -> None:
-    """`revert --to` looks for the version in the history: that one came along, and points at the attacker's pack."""
+    """`revert --to` searches the history for the version: this history came with the model, and names the attacker's pack."""
     scene, _ = patched
     scene.trust(acme=scene.acme, evil=scene.evil)
     got = scene.sent()
     bad = got.write(got.pack(version="0.9.0", seed=66), got.evil if key == "evil" else None)
-    forging.keep(got.place, bad)
-    forging.edit(got.place, lambda value: value["history"].append(forging.event(nest.read(bad))))
+    forging.keep(got.state_dir, bad)
+    forging.edit(got.state_dir, lambda value: value["history"].append(forging.event(nest.read(bad))))
     before = got.weights()
     refused("PublisherError" if key == "evil" else "UnsignedError", "revert", got.model, "--to", "0.9.0")
     assert got.weights() == before
-    # One whose id and name do not go together leads nowhere at all.
-    forging.edit(got.place, lambda value: value["history"][-1].update(version="0.8.0"))
+    # An event whose id and name do not match is refused.
+    forging.edit(got.state_dir, lambda value: value["history"][-1].update(version="0.8.0"))
     refused("LedgerError", "revert", got.model, "--to", "0.8.0")
-    forging.edit(got.place, lambda value: value["history"][-1].update(pack_id="0" * 64))
+    forging.edit(got.state_dir, lambda value: value["history"][-1].update(pack_id="0" * 64))
     refused("UndoError", "revert", got.model, "--to", "0.8.0")
     assert got.weights() == before

@@ -1,4 +1,4 @@
-"""Commands that only look change nothing in a model's folder: they make no lock and no key, roll back and sweep nothing."""
+"""Read-only commands change nothing in a model's folder: no lock or key is created, nothing is rolled back or removed."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def photograph(folder: Path) -> dict[str, tuple[object, ...]]:
 
 
 def journal_of(scene: Scene) -> bytes:
-    """A whole journal that was written for this model at another place."""
+    """A complete journal that was written for this model in another folder."""
     other = scene.sent("other")
-    checkpoint, place = open_checkpoint(other.model), other.place
+    checkpoint, place = open_checkpoint(other.model), other.state_dir
     place.folder.mkdir(exist_ok=True)
     name = other.pack().deltas[0].name
     write_journal(place, "ab" * 8, checkpoint, [Region(checkpoint.info(name), np.arange(4))])
@@ -47,13 +47,13 @@ def journal_of(scene: Scene) -> bytes:
 
 
 def litter(scene: Scene) -> None:
-    """What killed commands leave, and an undo record that no ledger names."""
-    scene.place.folder.mkdir(exist_ok=True)
+    """Leftovers of killed commands, and an undo record that no ledger names."""
+    scene.state_dir.folder.mkdir(exist_ok=True)
     weights = open_checkpoint(scene.model).files[0]
-    for name in (f".{weights.name}.0a1b2c3d.tmp", f".{scene.place.ledger.name}.0a1b2c3d.tmp"):
+    for name in (f".{weights.name}.0a1b2c3d.tmp", f".{scene.state_dir.ledger.name}.0a1b2c3d.tmp"):
         (weights.parent / name).write_bytes(b"half")
-    (scene.place.folder / ".x.0a1b2c3d.tmp").write_bytes(b"half")
-    (scene.place.folder / KEPT).write_bytes(b"needed, or not")
+    (scene.state_dir.folder / ".x.0a1b2c3d.tmp").write_bytes(b"half")
+    (scene.state_dir.folder / KEPT).write_bytes(b"needed, or not")
 
 
 def patched(scene: Scene) -> None:
@@ -62,14 +62,14 @@ def patched(scene: Scene) -> None:
 
 def half_a_journal(scene: Scene) -> None:
     data = journal_of(scene)
-    scene.place.folder.mkdir(exist_ok=True)
-    scene.place.journal.write_bytes(data[: len(data) // 2])
+    scene.state_dir.folder.mkdir(exist_ok=True)
+    scene.state_dir.journal.write_bytes(data[: len(data) // 2])
 
 
 def foreign_journal(scene: Scene) -> None:
     data = journal_of(scene)
-    scene.place.folder.mkdir(exist_ok=True)
-    scene.place.journal.write_bytes(data)
+    scene.state_dir.folder.mkdir(exist_ok=True)
+    scene.state_dir.journal.write_bytes(data)
 
 
 def foreign_journal_on_top(scene: Scene) -> None:
@@ -91,7 +91,7 @@ def _base(scene: Scene) -> Path | None:
 
 
 def looks(scene: Scene, out: Path) -> dict[str, tuple[list[object], set[int]]]:
-    """Name of a command that only looks at the model -> its words, and the codes that it may end with where all is well."""
+    """Name of a read-only command -> its arguments, and the exit codes that are allowed if nothing is wrong."""
     model, pack = scene.model, scene.write(scene.pack(), scene.acme)
     newer = scene.write(scene.pack(version="1.1.0", seed=2), scene.acme)
     base: list[object] = ["--base", scene.base] if scene.kind == "gguf" else []
@@ -145,7 +145,7 @@ def test_looking_changes_nothing(scene: Scene, state: str, tmp_path: Path) -> No
         assert result.exit_code in (codes | {1} if unknown else codes), (name, result.output)
         assert "InterruptedChangeError" not in result.stderr, name
     pack_id = nest.pack_id(scene.pack())
-    shown = run("show", scene.place.pack(pack_id) if state == "patched" else scene.write(scene.pack()))
+    shown = run("show", scene.state_dir.pack(pack_id) if state == "patched" else scene.write(scene.pack()))
     assert shown.exit_code == 0, shown.output
     assert photograph(scene.folder) == before
     assert key.exists() is (state == "patched"), "a key is made to seal something, and nothing was sealed"
@@ -169,7 +169,7 @@ def test_looking_at_an_interrupted_change_says_so_and_changes_nothing(scene: Sce
 
 @pytest.fixture(params=KINDS)
 def stored(request: pytest.FixtureRequest, templates: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
-    """A scene in a store that this user may only read; for root, who may write everywhere, another user looks at it."""
+    """A scene in a folder that this user may only read. Root may write everywhere, so it runs the command as another user."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder).resolve()
         root.chmod(0o755)

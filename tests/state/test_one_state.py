@@ -1,4 +1,4 @@
-"""One weight file has one state, whatever path names it and whatever else comes into its folder."""
+"""One weight file has one state, whatever path names it and whatever is added to its folder."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def write_index(folder: Path, *files: Path) -> None:
 
 
 def names(scene: Scene, file: Path) -> dict[str, Path]:
-    """What else the model in a folder can be called, by the folder and by its only file."""
+    """Other paths of the model in a folder, of the folder and of its only file."""
     root = scene.folder.parent
     (root / "far").mkdir()
     (root / "far" / "link").symlink_to(scene.folder, target_is_directory=True)
     (root / "far" / f"a{file.suffix}").symlink_to(file)
     (root / "far" / f"b{file.suffix}").symlink_to(Path("..", scene.folder.name, file.name))
-    # "deep/.." is the parent of what the link leads to, not the folder that the link is in.
+    # "deep/.." is the parent of the target of the link, not the folder of the link.
     (root / "far" / "deep").symlink_to(scene.folder, target_is_directory=True)
     shutil.copytree(scene.base, root / "far" / scene.folder.name)
     found = {
@@ -85,7 +85,7 @@ def test_every_path_to_a_model_finds_its_state(
     pack, newer = scene.pack(), scene.pack(version="1.1.0", seed=2)
     apply_in_place(scene.model, pack, base=scene.base)
     paths = names(scene, file)
-    if kind == "onnx":  # its data lie beside the link, as the graph has it
+    if kind == "onnx":  # the graph expects its data beside the link
         paths = {name: path for name, path in paths.items() if "link to the file" not in name}
     monkeypatch.chdir(scene.folder.parent)
     for name, path in paths.items():
@@ -95,7 +95,7 @@ def test_every_path_to_a_model_finds_its_state(
             assert verify(text).packs == ("no-harm 1.0.0",), name
             error = "InPlaceError" if "link to the file" in name else "DowngradeError"
             refused(error, "apply", text, scene.write(scene.pack(version="0.9.0", seed=3)), "--in-place", "--base", scene.base)
-    # A change by one name shows by all others.
+    # A change under one name is visible under all others.
     for name, path in paths.items():
         if "link to the file" not in name:
             apply_in_place(path, newer, base=scene.base)
@@ -176,7 +176,7 @@ def test_what_comes_into_the_folder_does_not_hide_the_state(plain: Scene, name: 
     ("old", "new"), [("model.safetensors", "weights.safetensors"), ("weights.safetensors", "model.safetensors")]
 )
 def test_a_model_safetensors_that_gets_or_had_that_name(plain: Scene, old: str, new: str) -> None:
-    """Found where a directory had one model before and has one now; a file's own ledger goes by the file's name."""
+    """It is found if the directory has only one model before and after; a ledger beside a file is named after the file."""
     file = called(plain, old)
     apply_in_place(plain.folder, plain.pack())
     ledger = state_dir_of(file).ledger
@@ -202,7 +202,7 @@ def test_an_index_that_makes_a_patched_file_a_part_is_refused(plain: Scene) -> N
 
 
 def test_an_unpatched_model_beside_a_patched_one_is_not_taken_for_it(templates: Path, tmp_path: Path) -> None:
-    """Programs that load model.safetensors where both are would run the model without the patch."""
+    """Programs that prefer model.safetensors would run the model without the patch."""
     scene = make_scene(templates, tmp_path, "sharded")
     apply_in_place(scene.model, scene.pack())
     single = scene.folder / "model.safetensors"
@@ -229,7 +229,7 @@ def test_a_directory_with_two_models_is_not_patched_in_place(templates: Path, tm
 
 
 def test_two_states_for_one_file_are_refused_not_chosen_from(plain: Scene) -> None:
-    """Somebody lays a second ledger beside the file; or a folder was put together of two."""
+    """A second ledger was put beside the file, or two folders were merged."""
     apply_in_place(plain.model, plain.pack())
     other = plain.sent("other")
     revert(other.model)
@@ -244,7 +244,7 @@ def test_two_states_for_one_file_are_refused_not_chosen_from(plain: Scene) -> No
 def test_a_folder_of_links_to_a_patched_model_has_its_state_and_is_not_changed(
     templates: Path, tmp_path: Path, kind: str
 ) -> None:
-    """--detach would part the rows from the ledger that tells of them."""
+    """--detach would separate the rows from their ledger."""
     scene = make_scene(templates, tmp_path, kind)
     apply_in_place(scene.model, scene.pack(), base=scene.base)
     farm = scene.folder.with_name("farm")
@@ -272,7 +272,7 @@ def test_a_folder_of_links_to_a_patched_model_has_its_state_and_is_not_changed(
 
 
 def test_a_shard_that_is_a_link_into_a_patched_model_is_not_written(templates: Path, tmp_path: Path) -> None:
-    """One shard of a model of its own, the other one shared with a model that is patched since."""
+    """One shard belongs to the model alone, the other is shared with a model that was patched since."""
     scene = make_scene(templates, tmp_path, "sharded")
     own = Path(shutil.copytree(scene.folder, scene.folder.with_name("own")))
     shard = own / "model-00002-of-00002.safetensors"

@@ -1,4 +1,4 @@
-"""The lock and the state belong to the owner of the model's folder, and nobody else can hold writers up."""
+"""The lock and the state belong to the owner of the model's folder, and no other user can keep writers out."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.state.users import NOBODY, as_nobody, by_nobody, needs_root
 
 @pytest.fixture(params=KINDS)
 def theirs(request: pytest.FixtureRequest, templates: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
-    """A model in another user's folder; this process is root's."""
+    """A model in another user's folder, while this process runs as root."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder).resolve()
         scene = make_scene(templates, root, request.param)
@@ -42,7 +42,7 @@ def theirs(request: pytest.FixtureRequest, templates: Path, monkeypatch: pytest.
 
 
 def as_owner(scene: Scene, act: Callable[[], object]) -> str:
-    """What the owner of the folder gets."""
+    """The result that the owner of the folder gets."""
 
     def call() -> object:
         os.environ["NESTPATCH_HOME"] = str(scene.base.parent.parent / "nobody")
@@ -75,7 +75,7 @@ def test_after_root_applied_once_the_owner_can_do_everything(theirs: Scene) -> N
 @needs_root
 @pytest.mark.parametrize("mode", [0o644, 0o666, 0o640])
 def test_a_lock_that_an_older_version_left_open_is_closed(plain: Scene, mode: int) -> None:
-    """Whoever can open it can hold it."""
+    """Every user who can open the lock can hold it."""
     plain.state_dir.folder.mkdir()
     plain.state_dir.lock.touch()
     plain.state_dir.lock.chmod(mode)
@@ -138,7 +138,7 @@ def test_untouched_shards_do_not_hold_up_a_recovery(templates: Path, spared: str
 
 
 def test_a_file_system_without_locks_is_named(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No one else is writing there: that nobody can find out."""
+    """Without locks, other writers cannot be detected."""
     pack = scene.write(scene.pack())
     newer = scene.pack(version="1.1.0", seed=2)
     apply_in_place(scene.model, pack, base=scene.base)
@@ -156,7 +156,7 @@ def test_a_file_system_without_locks_is_named(scene: Scene, tmp_path: Path, monk
     with pytest.raises(InPlaceError):
         apply_in_place(scene.model, newer, base=scene.base)
     assert scene.weights() == before
-    # Reading needs none: a copy is watched by the states of its files.
+    # Reading needs no lock: changes of the source are detected by the states of its files.
     assert verify(scene.model).verdict is Verdict.PATCHED
     name = "copy" if scene.kind == "onnx" else f"copy{scene.model.suffix}"
     copy = apply(scene.model, newer, tmp_path / name, base=scene.base)

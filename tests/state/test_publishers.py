@@ -1,4 +1,4 @@
-"""A publisher speaks only for itself: two trusted ones, of whom one wants the other's patches gone."""
+"""A publisher acts only on its own packs: two trusted publishers, of which one tries to remove the other's packs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nestpatch.errors import ChainError, PublisherError
 from nestpatch.formats import nest
 from nestpatch.gate import Trust
 from nestpatch.pack import Pack
-from nestpatch.patcher.chain import Action, Allowed, Link, Step, plan_apply, plan_revert
+from nestpatch.patcher.chain import Action, Allowed, Link, Step, steps_to_apply, steps_to_revert
 from nestpatch.patcher.inplace import apply_in_place
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.signing.keys import generate
@@ -28,7 +28,7 @@ from tests.state.forging import apart
 
 
 def labels(scene: Scene) -> list[str]:
-    return [entry.label for entry in read_ledger(scene.place).applied]
+    return [entry.label for entry in read_ledger(scene.state_dir).applied]
 
 
 def with_facts(pack: Pack, **facts: object) -> Pack:
@@ -46,23 +46,23 @@ def acmes(scene: Scene) -> Scene:
 
 @pytest.fixture
 def two(plain: Scene) -> Scene:
-    """The same, where the format does not matter."""
+    """The same for safetensors alone, where the format does not matter."""
     plain.trust(acme=plain.acme, evil=plain.evil)
     apply_in_place(plain.model, plain.write(plain.pack(), plain.acme))
     return plain
 
 
 def held_off(scene: Scene, file: Path, *options: object) -> None:
-    """A pack is refused in the name of acme, with the way out; that works."""
+    """Applying the pack is refused to protect acme's; the way out that the message names works."""
     before = scene.weights()
     more = ["--base", scene.base, *options] if scene.kind == "gguf" else list(options)
     for words in (["--in-place"], ["--in-place", "--dry-run"], ["-o", scene.folder.with_name("copy")]):
         result = run("apply", scene.model, file, *words, *more)
-        told = result.stderr
+        said = result.stderr
         assert result.exit_code == 1
-        assert "PublisherError: " in told
-        assert "--allow-other-publisher" in told
-        assert "nestpatch revert MODEL" in told
+        assert "PublisherError: " in said
+        assert "--allow-other-publisher" in said
+        assert "nestpatch revert MODEL" in said
         assert scene.weights() == before
         assert labels(scene) == ["no-harm 1.0.0"]
     assert run("apply", scene.model, file, "--in-place", "--allow-other-publisher", *more).exit_code == 0
@@ -107,7 +107,7 @@ def test_a_caller_who_asks_for_no_signature_speaks_for_nobody(two: Scene, trust:
 
 
 def test_what_another_publishers_pack_requires_freezes_nothing(two: Scene) -> None:
-    """Neither an upgrade of the required pack, nor its way out."""
+    """It blocks neither an upgrade of the required pack nor its removal."""
     needy = with_facts(apart(two, two.pack()), requires=(nest.pack_id(two.pack()),))
     assert run("apply", two.model, two.write(needy, two.evil), "--in-place").exit_code == 0
     later = two.write(two.pack(version="1.1.0"), two.acme)
@@ -146,7 +146,7 @@ def test_a_pack_that_nobody_signed_is_anybodys(plain: Scene) -> None:
 
 
 def test_a_pack_that_both_signed_answers_to_both(plain: Scene) -> None:
-    """And a pack that one of them signed alone does not."""
+    """A pack that only one of them signed does not."""
     plain.trust(acme=plain.acme, evil=plain.evil)
     both = plain.write(plain.pack(), plain.acme)
     sign_pack(both, plain.evil)
@@ -156,16 +156,16 @@ def test_a_pack_that_both_signed_answers_to_both(plain: Scene) -> None:
     refused("PublisherError", "apply", plain.model, file, "--in-place")
 
 
-# Ledgers that came along
+# Ledgers that came with a model
 
 
 def test_a_ledger_that_gives_a_pack_to_another_publisher_is_not_believed(two: Scene) -> None:
     got, evil = two.sent(), {"evil": two.evil.public.key_id}
-    forging.edit(got.place, lambda value: value["applied"][0].update(signers=evil, roots=list(evil.values())))
+    forging.edit(got.state_dir, lambda value: value["applied"][0].update(signers=evil, roots=list(evil.values())))
     before, file = got.weights(), two.write(two.pack(version="99.0.0", seed=7), two.evil)
     refused("PublisherError", "apply", got.model, file, "--in-place")
-    # Nor where the signature that contradicts it was taken away: then nobody answers for the pack.
-    for signature in got.place.folder.glob("*.sig"):
+    # Nor if the signature that contradicts the claim was removed: the pack then counts as unsigned.
+    for signature in got.state_dir.folder.glob("*.sig"):
         signature.unlink()
     refused("UnsignedError", "apply", got.model, file, "--in-place")
     assert got.weights() == before
@@ -173,7 +173,7 @@ def test_a_ledger_that_gives_a_pack_to_another_publisher_is_not_believed(two: Sc
 
 def test_a_ledger_that_gives_a_pack_to_nobody_is_not_believed(two: Scene) -> None:
     got = two.sent()
-    forging.edit(got.place, lambda value: value["applied"][0].update(signers={}, roots=[]))
+    forging.edit(got.state_dir, lambda value: value["applied"][0].update(signers={}, roots=[]))
     before = got.weights()
     for pack in (two.pack(version="99.0.0", seed=7), two.pack(version="1.1.0", seed=2)):
         refused("PublisherError", "apply", got.model, two.write(pack, two.evil), "--in-place")
@@ -185,12 +185,12 @@ def test_a_ledger_that_gives_a_pack_to_nobody_is_not_believed(two: Scene) -> Non
 
 
 def failed(scene: Scene, channel: Path) -> None:
-    """`update` from that channel is refused in acme's name; nothing changes."""
+    """`update` from that channel is refused to protect acme's pack; nothing changes."""
     before = scene.weights()
     for options in (["--check"], []):
-        told = answer("update", scene.model, "--channel", channel.as_uri(), *options, code=1)["channels"][0]
-        assert (told["state"], told["error"]) == ("failed", "PublisherError")
-        assert told["advice"]
+        said = answer("update", scene.model, "--channel", channel.as_uri(), *options, code=1)["channels"][0]
+        assert (said["state"], said["error"]) == ("failed", "PublisherError")
+        assert said["advice"]
     assert scene.weights() == before
     assert labels(scene) == ["no-harm 1.0.0"]
 
@@ -203,7 +203,7 @@ def test_a_channel_under_another_publishers_name_is_refused(two: Scene, tmp_path
 
 
 def test_a_channel_that_lists_another_publishers_pack_cannot_withdraw_it(two: Scene, tmp_path: Path) -> None:
-    """The very pack, with its signature: anybody can copy both."""
+    """The same pack with its signature: both can be copied without a key."""
     channel = tmp_path / "evil"
     push(two.write(two.pack(), two.acme), str(channel), two.evil)
     failed(two, channel)
@@ -230,7 +230,7 @@ def test_the_publishers_own_channel_withdraws_and_upgrades(two: Scene, tmp_path:
 
 
 def test_a_key_to_which_a_channel_was_handed_speaks_for_its_publisher(two: Scene, tmp_path: Path) -> None:
-    """And a key that only says so does not."""
+    """A key that only claims to be the successor does not."""
     channel, heir = tmp_path / "acme", generate()
     push(two.write(two.pack(), two.acme), str(channel), two.acme)
     renew(str(channel), two.acme, heir)
@@ -241,7 +241,7 @@ def test_a_key_to_which_a_channel_was_handed_speaks_for_its_publisher(two: Scene
     refused("PublisherError", "apply", two.model, two.write(two.pack(version="9.0.0"), two.evil), "--in-place")
 
 
-# As values
+# The rules as values
 
 KEYS = ("acme", "evil", "third")
 
@@ -285,10 +285,10 @@ def after(applied: Sequence[Link], steps: Sequence[Step]) -> list[Link]:
 def test_no_plan_ends_without_another_publishers_pack(
     chain: tuple[list[Link], set[frozenset[str]]], downgrade: bool, overlap: bool
 ) -> None:
-    """Whatever a pack is called and claims: what is undone of other publishers is put back, or it was allowed."""
+    """Whatever a pack is called and claims, the undone packs of other publishers are put back, unless the user allowed it."""
     (*applied, new), pairs = chain
     try:
-        steps = plan_apply(applied, new, Shared(pairs), Allowed(overlap, downgrade))
+        steps = steps_to_apply(applied, new, Shared(pairs), Allowed(overlap, downgrade))
     except ChainError:
         return
     left = {link.pack_id for link in after(applied, steps)}
@@ -300,7 +300,7 @@ def test_no_plan_ends_without_another_publishers_pack(
 
 def outcome(applied: Sequence[Link], new: Link, shared: Shared, allowed: Allowed) -> object:
     try:
-        return [(step.action, step.link.pack_id) for step in plan_apply(applied, new, shared, allowed)]
+        return [(step.action, step.link.pack_id) for step in steps_to_apply(applied, new, shared, allowed)]
     except ChainError as error:
         return type(error)
 
@@ -310,7 +310,7 @@ def outcome(applied: Sequence[Link], new: Link, shared: Shared, allowed: Allowed
 def test_what_another_publisher_requires_blocks_no_upgrade(
     chain: tuple[list[Link], set[frozenset[str]]], allow: bool, key: str
 ) -> None:
-    """Packs that are signed go the same way, whether or not strangers on the model require them."""
+    """The steps for signed packs are the same, whether or not packs of other publishers require them."""
     (*applied, new), pairs = chain
     applied = [replace(link, publishers=link.publishers or frozenset({"acme"})) for link in applied]
     stranger = [replace(link, publishers=frozenset({key})) if link.requires else link for link in applied]
@@ -332,7 +332,7 @@ def test_a_revert_takes_away_what_was_asked_for_and_nothing_else(
         for link in applied if link not in removed for one in removed
     )  # fmt: skip
     try:
-        steps = plan_revert(applied, removed, Shared(pairs))
+        steps = steps_to_revert(applied, removed, Shared(pairs))
     except ChainError:
         assert held
         return

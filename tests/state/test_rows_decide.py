@@ -1,4 +1,4 @@
-"""Whether a pack is applied is an answer about rows: weights that were replaced meanwhile are noticed and mended."""
+"""Whether a pack is applied is decided by the rows: weights that were replaced since are detected and repaired."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.state.conftest import Scene
 
 @pytest.fixture(params=["written here", "came along"])
 def restored(scene: Scene, request: pytest.FixtureRequest) -> tuple[Scene, dict[str, bytes], dict[str, bytes], Path]:
-    """A patched model whose weights were put back, as by a download, while its ledger stayed: (it, base, patched, pack)."""
+    """A patched model whose weights were overwritten with the base, as by a download: (model, base, patched, pack)."""
     base, pack = scene.weights(), scene.write(scene.pack())
     apply_in_place(scene.model, pack)
     patched = scene.weights()
@@ -32,7 +32,7 @@ def restored(scene: Scene, request: pytest.FixtureRequest) -> tuple[Scene, dict[
 
 
 def test_applying_again_puts_the_pack_back(restored: tuple[Scene, dict[str, bytes], dict[str, bytes], Path]) -> None:
-    """It said "nothing to do", on unpatched weights."""
+    """Otherwise `apply` would report "nothing to do" on unpatched weights."""
     scene, base, patched, pack = restored
     done = answer("apply", scene.model, pack, "--in-place")
     assert done["steps"] == ["undo no-harm 1.0.0", "apply no-harm 1.0.0"]
@@ -86,7 +86,7 @@ def test_a_copy_of_unpatched_weights_gets_the_pack(
 
 
 def test_a_copy_made_here_has_a_ledger_of_this_machine(scene: Scene, tmp_path: Path) -> None:
-    """The seal is for the place that the copy has in the end, not for the temporary one."""
+    """The seal is for the final place of the copy, not for the temporary one."""
     target = tmp_path / (f"copy{scene.model.suffix}" if scene.kind == "gguf" else "copy")
     done = apply(scene.model, scene.pack(), target)
     (entry,) = read_ledger(state_dir_of(done.output)).applied
@@ -115,7 +115,7 @@ def test_one_shard_that_was_downloaded_again(templates: Path, tmp_path: Path) ->
 
 
 def test_a_pack_below_another_one_is_put_back_too(plain: Scene) -> None:
-    """Both went with the weights; applying the one repairs the other."""
+    """Both packs were lost with the weights; applying one of them repairs the other."""
     base = plain.weights()
     one, two = plain.pack(), plain.pack("no-spam", seed=2)
     apply_in_place(plain.model, one)
@@ -130,7 +130,7 @@ def test_a_pack_below_another_one_is_put_back_too(plain: Scene) -> None:
 
 
 def test_rows_that_are_neither_are_not_mended(scene: Scene) -> None:
-    """Putting the pack back would hide what somebody did to them."""
+    """Putting the pack back would hide the change."""
     pack = scene.write(scene.pack())
     apply_in_place(scene.model, pack)
     info = open_checkpoint(scene.model).info(scene.pack().deltas[0].name)
@@ -153,7 +153,7 @@ def test_rows_that_are_neither_are_not_mended(scene: Scene) -> None:
 
 
 def test_an_export_does_not_pass_a_claim_on(plain: Scene, tmp_path: Path) -> None:
-    """The release would say in its metadata that it holds the pack."""
+    """Otherwise the metadata of the release would claim the pack."""
     base, pack = plain.weights(), plain.pack()
     apply_in_place(plain.model, pack)
     plain.restore(base)
@@ -174,7 +174,7 @@ def test_a_missing_undo_record_is_named(scene: Scene) -> None:
 
 
 def test_a_model_that_was_sent_on_is_proven_by_its_pack(scene: Scene) -> None:
-    """Another machine has no seal on the ledger: the pack's own digests, and the way down the undo record, decide."""
+    """On another machine the seal is not valid: the pack's own digests and its undo record decide."""
     base, pack = scene.weights(), scene.write(scene.pack())
     apply_in_place(scene.model, pack)
     sent = scene.sent()
@@ -213,5 +213,5 @@ def test_another_base_that_came_along_cannot_be_undone(plain: Scene, tmp_path: P
 
 
 def test_the_outcomes_are_types() -> None:
-    """What rows can hold of a pack: it, what was there before, or something else. There is no fourth."""
+    """Rows hold the pack, what was there before, or something else. There is no fourth case."""
     assert {one.name for one in Holds} == {"PACK", "BEFORE", "OTHER"}

@@ -1,5 +1,5 @@
-"""What lies beside a model may be anything: links to other people's files, pipes, folders, devices. Nothing is written through
-it, nothing waits for it, and every refusal has a name.
+"""Anything may be in the place of a state file: links to other users' files, pipes, folders, devices. No command writes
+through it or waits for it, and every refusal has a name.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def folder(path: Path, victim: Path) -> None:
 
 
 def device(path: Path, victim: Path) -> None:
-    os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 5))  # /dev/zero: there is no end to it
+    os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 5))  # /dev/zero: reading it never ends
 
 
 def socket(path: Path, victim: Path) -> None:
@@ -57,27 +57,27 @@ ODD: list[object] = [link, dangling, hard_link, pipe, folder, socket, pytest.par
 
 
 def the_lock(scene: Scene) -> Path:
-    return scene.place.lock
+    return scene.state_dir.lock
 
 
 def the_journal(scene: Scene) -> Path:
-    return scene.place.journal
+    return scene.state_dir.journal
 
 
 def the_ledger(scene: Scene) -> Path:
-    return scene.place.ledger
+    return scene.state_dir.ledger
 
 
 def the_undo_record(scene: Scene) -> Path:
-    return next(scene.place.folder.glob("*.undo"))
+    return next(scene.state_dir.folder.glob("*.undo"))
 
 
 def the_kept_pack(scene: Scene) -> Path:
-    return next(scene.place.folder.glob("*.nest"))
+    return next(scene.state_dir.folder.glob("*.nest"))
 
 
 def the_kept_signature(scene: Scene) -> Path:
-    return next(scene.place.folder.glob("*.nest.sig"))
+    return next(scene.state_dir.folder.glob("*.nest.sig"))
 
 
 FILES = [the_lock, the_journal, the_ledger, the_undo_record, the_kept_pack, the_kept_signature]
@@ -92,7 +92,7 @@ def victim(tmp_path: Path) -> Path:
 
 
 def commands(scene: Scene, out: Path) -> Iterator[list[object]]:
-    """Every command that has to do with what lies beside a model."""
+    """Every command that uses the state of a model."""
     newer = scene.write(scene.pack(version="1.1.0", seed=2), scene.acme)
     yield ["status", scene.model]
     yield ["verify", scene.model]
@@ -121,7 +121,7 @@ def test_something_else_in_place_of_a_state_file_harms_nobody(
     (tmp_path / "out").mkdir()
     for words in commands(plain, tmp_path / "out"):
         with at_most(20):
-            result = run(*words)  # what is not turned into a message is raised
+            result = run(*words)  # an error that does not become a message is raised
         assert result.exit_code in (0, 1), (words, result.output)
         if result.exit_code and words[0] not in ("verify", "status"):
             error = getattr(errors, result.stderr.split(":")[0].split()[-1])
@@ -134,12 +134,12 @@ def test_something_else_in_place_of_a_state_file_harms_nobody(
 
 
 def test_a_state_folder_that_is_a_link_is_not_entered(scene: Scene, tmp_path: Path) -> None:
-    """Also where another model's whole state is behind it."""
+    """Even if the link leads to the complete state of another model."""
     elsewhere = tmp_path / "elsewhere"
     apply_in_place(scene.model, scene.pack(), base=scene.base)
-    shutil.move(scene.place.folder, elsewhere)
+    shutil.move(scene.state_dir.folder, elsewhere)
     (elsewhere / "journal").write_bytes(b"x")
-    place = scene.place
+    place = scene.state_dir
     place.folder.symlink_to(elsewhere, target_is_directory=True)
     before = tree_digest(scene.folder), tree_digest(elsewhere)
     out = tmp_path / "out"
@@ -157,7 +157,7 @@ def test_a_state_folder_that_is_a_link_is_not_entered(scene: Scene, tmp_path: Pa
 
 @pytest.mark.parametrize("odd", [pipe, hard_link, pytest.param(device, marks=needs_root)])
 def test_a_state_folder_that_is_no_folder_is_named(plain: Scene, victim: Path, odd: Callable[[Path, Path], None]) -> None:
-    odd(plain.place.folder, victim)
+    odd(plain.state_dir.folder, victim)
     for words in (
         ["apply", plain.model, plain.write(plain.pack()), "--in-place"],
         ["recover", plain.model],
@@ -174,7 +174,7 @@ def test_the_key_of_seals_and_its_lock_are_not_read_through_links(plain: Scene, 
     (home / "machine.key").symlink_to(victim)
     result = run("apply", plain.model, plain.write(plain.pack()), "--in-place")
     assert victim.read_bytes() == SECRET
-    assert (result.exit_code, read_ledger(plain.place).applied == ()) in ((0, False), (1, True)), result.stderr
+    assert (result.exit_code, read_ledger(plain.state_dir).applied == ()) in ((0, False), (1, True)), result.stderr
     (home / "machine.key").unlink()
     os.mkfifo(home / "machine.lock")
     with at_most(20):

@@ -1,4 +1,4 @@
-"""Undo records: the honest ones are never lost, the hostile ones never used."""
+"""Undo records: honest ones are never lost, hostile ones are never used."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from tests.state.forging import apart, based
 
 def records(scene: Scene) -> dict[str, bytes]:
     """Undo record -> its bytes."""
-    return {file.name: file.read_bytes() for file in sorted(scene.place.folder.glob("*.undo"))}
+    return {file.name: file.read_bytes() for file in sorted(scene.state_dir.folder.glob("*.undo"))}
 
 
 def lying(scene: Scene) -> Path:
-    """A signed pack whose merge does not give what it promises: it fails when rows are written already."""
+    """A signed pack with a wrong result: it fails after rows have been written."""
     pack = scene.pack("liar", seed=3)
     result = dict.fromkeys(pack.manifest.result, "0" * 64)
     file = scene.write(Pack(replace(pack.manifest, result=result), pack.deltas), scene.acme)
@@ -43,11 +43,11 @@ def lying(scene: Scene) -> Path:
 
 
 def lose(scene: Scene, how: str) -> None:
-    """Takes a model's ledger away, or its sense."""
-    file = scene.place.ledger
+    """Removes or damages the ledger of a model."""
+    file = scene.state_dir.ledger
     data = file.read_bytes()
     if how == "another model's":
-        forging.write_ledger(scene.place, forging.ledger())
+        forging.write_ledger(scene.state_dir, forging.ledger())
         return
     file.unlink()
     if how == "moved":
@@ -70,7 +70,7 @@ def test_no_command_removes_a_record_without_a_ledger_that_proves_it_unneeded(sc
     one, two = scene.write(scene.pack(), scene.acme), scene.write(apart(scene, scene.pack()), scene.acme)
     for file in (one, two):
         assert run("apply", scene.model, file, "--in-place", *based(scene)).exit_code == 0
-    kept, patched, ledger = records(scene), scene.weights(), scene.place.ledger.read_bytes()
+    kept, patched, ledger = records(scene), scene.weights(), scene.state_dir.ledger.read_bytes()
     assert len(kept) == 2
     lose(scene, loss)
     unsigned, third = scene.write(scene.pack("unsigned", seed=4)), scene.write(scene.pack("third", seed=5), scene.acme)
@@ -85,7 +85,7 @@ def test_no_command_removes_a_record_without_a_ledger_that_proves_it_unneeded(sc
     for words in commands:
         run(words[0], scene.model, *words[1:])
         assert {name: data for name, data in records(scene).items() if name in kept} == kept, words
-    # Also a change that succeeds, after somebody has put the base's weights back.
+    # Not even a change that succeeds, after the weights of the base were put back.
     scene.restore(original)
     done = run("apply", scene.model, one, "--in-place", *more)
     if loss in {"deleted", "moved", "another model's"}:
@@ -95,8 +95,8 @@ def test_no_command_removes_a_record_without_a_ledger_that_proves_it_unneeded(sc
         )
         assert run("revert", scene.model).exit_code == 0
     assert {name: data for name, data in records(scene).items() if name in kept} == kept
-    scene.place.ledger.unlink(missing_ok=True)
-    scene.place.ledger.write_bytes(ledger)
+    scene.state_dir.ledger.unlink(missing_ok=True)
+    scene.state_dir.ledger.write_bytes(ledger)
     scene.restore(patched)
     assert run("revert", scene.model).exit_code == 0
     assert scene.weights() == original
@@ -107,11 +107,11 @@ def test_an_upgrade_removes_exactly_the_records_that_it_makes_unneeded(scene: Sc
     other = apart(scene, one)
     apply_in_place(scene.model, one, base=scene.base)
     apply_in_place(scene.model, other, base=scene.base)
-    stray = scene.place.folder / f"{'0' * 16}-{'0' * 16}.undo"
+    stray = scene.state_dir.folder / f"{'0' * 16}-{'0' * 16}.undo"
     stray.write_bytes(b"another transaction's")
-    first, second = (entry.undo for entry in read_ledger(scene.place).applied)
+    first, second = (entry.undo for entry in read_ledger(scene.state_dir).applied)
     apply_in_place(scene.model, scene.pack(version="1.1.0"), base=scene.base)
-    applied = {entry.label: entry.undo for entry in read_ledger(scene.place).applied}
+    applied = {entry.label: entry.undo for entry in read_ledger(scene.state_dir).applied}
     assert applied["other 1.0.0"] == second
     assert set(records(scene)) == {f"{applied['other 1.0.0']}.undo", f"{applied['no-harm 1.1.0']}.undo", stray.name}
     assert f"{first}.undo" not in records(scene)
@@ -123,7 +123,7 @@ def test_an_upgrade_removes_exactly_the_records_that_it_makes_unneeded(scene: Sc
 def test_a_journal_of_others_takes_no_record_along(
     plain: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, confirmed: bool
 ) -> None:
-    """Its rows are the base of a signed pack, or the user wants them; what it says of undo records nothing confirms."""
+    """Its rows are confirmed by a signed pack or by the user, but its list of undo records is not."""
     plain.trust(acme=plain.acme)
     pack, checkpoint = plain.pack(), open_checkpoint(plain.model)
     regions = [Region(checkpoint.info(delta.name), delta.rows.astype("int64")) for delta in pack]
@@ -133,10 +133,10 @@ def test_a_journal_of_others_takes_no_record_along(
     plain.restore({name: (plain.base / name).read_bytes() for name in weights})
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("NESTPATCH_HOME", str(tmp_path / "attacker"))
-        write_journal(plain.place, "a" * 16, open_checkpoint(plain.model), regions, makes=[record.removesuffix(".undo")])
+        write_journal(plain.state_dir, "a" * 16, open_checkpoint(plain.model), regions, makes=[record.removesuffix(".undo")])
     plain.restore(weights)
     if not confirmed:
-        for signature in plain.place.folder.glob("*.sig"):
+        for signature in plain.state_dir.folder.glob("*.sig"):
             signature.unlink()
         refused("ForeignJournalError", "recover", plain.model)
     words = [] if confirmed else ["--foreign", "roll-back"]
@@ -148,17 +148,17 @@ def test_a_journal_of_others_takes_no_record_along(
 
 
 def zeros(name: str, rows: Rows) -> Rows:
-    """Rows of nothing."""
+    """Rows of zeros."""
     return np.zeros_like(rows)
 
 
 def nan(name: str, rows: Rows) -> Rows:
-    """Rows that are no numbers."""
+    """Rows of NaN."""
     return np.full(rows.shape, np.nan).astype(rows.dtype) if rows.dtype != np.uint8 else np.full_like(rows, 0xFF)
 
 
 def nudged(name: str, rows: Rows) -> Rows:
-    """Rows that differ from the base by a little, which no sketch of a few numbers shows."""
+    """Rows that differ from the base so little that no sketch of a few numbers shows it."""
     changed = np.array(rows)
     raw = changed.view(np.uint8)
     raw[0, -1 if rows.dtype == np.uint8 else 0] ^= 1
@@ -169,16 +169,16 @@ LIES = {"zeros": zeros, "NaN": nan, "a little else than the base": nudged}
 
 
 def base_rows(scene: Scene, pack: Pack) -> dict[str, Rows]:
-    """What the pack's rows hold in the model as it is."""
+    """The present content of the pack's rows."""
     checkpoint = open_checkpoint(scene.model)
     return {delta.name: np.array(checkpoint.read_rows(delta.name, delta.rows.astype(np.int64))) for delta in pack}
 
 
 def spoil_record(scene: Scene, pack: Pack, lie: Callable[[str, Rows], Rows], true: dict[str, Rows]) -> None:
-    """The record of an applied pack that leads to what `lie` makes of the base; the ledger agrees with it."""
-    (entry,) = (entry for entry in read_ledger(scene.place).applied if entry.pack_id == nest.pack_id(pack))
+    """Replaces the undo record of an applied pack by one that leads to `lie` of the base, and adapts the ledger."""
+    (entry,) = (entry for entry in read_ledger(scene.state_dir).applied if entry.pack_id == nest.pack_id(pack))
     tensors = forging.write_undo(
-        scene, pack, scene.place.undo(entry.undo), entry.strength, lambda name, rows: lie(name, true[name])
+        scene, pack, scene.state_dir.undo(entry.undo), entry.strength, lambda name, rows: lie(name, true[name])
     )
 
     def change(value: dict[str, object]) -> None:
@@ -186,12 +186,12 @@ def spoil_record(scene: Scene, pack: Pack, lie: Callable[[str, Rows], Rows], tru
             if found["pack_id"] == nest.pack_id(pack):
                 found["tensors"] = tensors
 
-    forging.edit(scene.place, change)
+    forging.edit(scene.state_dir, change)
 
 
 @pytest.fixture(params=[1.0, 0.5])
 def received(request: pytest.FixtureRequest, scene: Scene) -> tuple[Scene, Pack, dict[str, Rows]]:
-    """A model that came with acme's pack in it, at some strength; the pack's rows before."""
+    """A model that came with acme's pack at some strength, and the pack's rows before it."""
     pack = scene.pack()
     true = base_rows(scene, pack)
     scene.trust(acme=scene.acme)
@@ -208,8 +208,8 @@ def test_a_record_that_leads_elsewhere_than_to_the_base_is_refused(
     spoil_record(scene, pack, LIES[lie], true)
     before = scene.weights()
     for more in ([], based(scene)):
-        told = refused("UndoError", "revert", scene.model, *more)
-        assert "nothing proves that it leads back to the base" in told
+        said = refused("UndoError", "revert", scene.model, *more)
+        assert "nothing proves that it leads back to the base" in said
         assert scene.weights() == before
 
 
@@ -217,7 +217,7 @@ def test_a_record_that_leads_elsewhere_than_to_the_base_is_refused(
 def test_a_record_that_leads_elsewhere_is_not_used_by_other_verbs_either(
     received: tuple[Scene, Pack, dict[str, Rows]], tmp_path: Path, lie: str
 ) -> None:
-    """An upgrade undoes the old version by its record: rows that the new one leaves alone would stay the attacker's."""
+    """An upgrade undoes the old version by its record: rows that only that one touched could keep the attacker's content."""
     scene, pack, true = received
     spoil_record(scene, pack, LIES[lie], true)
     before = scene.weights()
@@ -232,13 +232,13 @@ def test_a_record_that_leads_elsewhere_is_not_used_by_other_verbs_either(
 
 
 def test_a_record_is_read_no_further_than_its_rows_need(received: tuple[Scene, Pack, dict[str, Rows]]) -> None:
-    """A stream of a megabyte that would fill a gigabyte."""
+    """A stream of one megabyte that decompresses to a gigabyte."""
     scene, pack, _ = received
-    (entry,) = read_ledger(scene.place).applied
+    (entry,) = read_ledger(scene.state_dir).applied
     squeeze, blank = zlib.compressobj(9), bytes(1 << 24)
     bomb = b"".join([*(squeeze.compress(blank) for _ in range(64)), squeeze.flush()])
     part = struct.pack("<Q", len(bomb)) + bomb
-    scene.place.undo(entry.undo).write_bytes(b"nestpatch-undo/1\n" + (part + struct.pack("<Q", 0)) * len(pack.deltas))
+    scene.state_dir.undo(entry.undo).write_bytes(b"nestpatch-undo/1\n" + (part + struct.pack("<Q", 0)) * len(pack.deltas))
     before = scene.weights()
     tracemalloc.start()
     try:
@@ -251,13 +251,13 @@ def test_a_record_is_read_no_further_than_its_rows_need(received: tuple[Scene, P
 
 @pytest.mark.parametrize("huge", [False, True])
 def test_checksums_of_another_length_are_refused_by_name(plain: Scene, *, huge: bool) -> None:
-    """Also where they claim the half of a file that takes no room on the disk."""
+    """Even if they are half of a sparse file, which takes no room on the disk."""
     pack = plain.pack()
     apply_in_place(plain.model, pack)
     checkpoint, (delta, *_) = open_checkpoint(plain.model), pack.deltas
     rows = delta.rows[:1].astype(np.int64)
     checkpoint.write_rows(delta.name, rows, np.ascontiguousarray(checkpoint.read_rows(delta.name, rows)[:, ::-1]))
-    (file,) = plain.place.folder.glob("*.undo")
+    (file,) = plain.state_dir.folder.glob("*.undo")
     length = 1 << 39 if huge else 8
     file.write_bytes(b"nestpatch-undo/1\n" + (struct.pack("<Q", 1) + b"x" + struct.pack("<Q", length) + bytes(8)))
     if huge:
@@ -277,7 +277,7 @@ def test_a_record_that_is_none_is_refused_by_name(
     received: tuple[Scene, Pack, dict[str, Rows]], tmp_path: Path, what: str
 ) -> None:
     scene, _, _ = received
-    (file,) = scene.place.folder.glob("*.undo")
+    (file,) = scene.state_dir.folder.glob("*.undo")
     data = file.read_bytes()
     file.unlink()
     if what == "a pipe":
@@ -290,8 +290,8 @@ def test_a_record_that_is_none_is_refused_by_name(
     elif what != "missing":
         file.write_bytes(data[: len(data) // 2] if what == "cut" else b"")
     before = scene.weights()
-    told = refused("UndoError", "revert", scene.model)
-    assert file.name in told
+    said = refused("UndoError", "revert", scene.model)
+    assert file.name in said
     assert scene.weights() == before
 
 
@@ -307,7 +307,7 @@ def test_a_model_that_was_sent_on_still_reverts_to_the_byte(scene: Scene, *, key
     file = scene.write(scene.pack(), scene.acme if keys else None)
     assert run("apply", scene.model, file, "--in-place", "--strength", strength, *based(scene)).exit_code == 0
     got = scene.sent()
-    assert all(entry.foreign for entry in read_ledger(got.place).applied)
+    assert all(entry.foreign for entry in read_ledger(got.state_dir).applied)
     assert run("revert", got.model, *based(scene)).exit_code == 0
     assert got.weights() == original
     assert answer("verify", got.model)["verdict"] == "base"
@@ -337,7 +337,7 @@ def test_a_stack_that_was_sent_on_still_reverts_to_the_byte(scene: Scene, *, key
     assert run("verify", got.model, *based(scene)).exit_code == 0
     assert run("revert", got.model, *based(scene)).exit_code == 0
     assert got.weights() == original
-    # Upgraded here, and sent on once more.
+    # Upgraded here, then sent on again.
     got = scene.sent("second")
     later = scene.write(scene.pack(version="1.1.0"), key)
     assert run("apply", got.model, later, "--in-place", "--allow-overlap", *based(scene)).exit_code == 0
@@ -349,14 +349,14 @@ def test_a_stack_that_was_sent_on_still_reverts_to_the_byte(scene: Scene, *, key
 
 
 def test_what_was_sent_on_names_its_rows_by_digest(scene: Scene) -> None:
-    """The digests in a ledger that came along are compared too when its record is used."""
+    """The digests in a ledger that came with the model are also compared when its record is used."""
     assert run("apply", scene.model, scene.write(scene.pack()), "--in-place", *based(scene)).exit_code == 0
     got = scene.sent()
     before = got.weights()
-    name = next(iter(read_ledger(got.place).applied[0].tensors))
-    forging.edit(got.place, lambda value: value["applied"][0]["tensors"][name].update(before=sha256(b"x").hexdigest()))
+    name = next(iter(read_ledger(got.state_dir).applied[0].tensors))
+    forging.edit(got.state_dir, lambda value: value["applied"][0]["tensors"][name].update(before=sha256(b"x").hexdigest()))
     refused("UndoError", "revert", got.model, *based(scene))
     assert got.weights() == before
-    forging.edit(got.place, lambda value: value["applied"][0]["tensors"][name].update(after=sha256(b"x").hexdigest()))
+    forging.edit(got.state_dir, lambda value: value["applied"][0]["tensors"][name].update(after=sha256(b"x").hexdigest()))
     refused("BaseMismatchError", "revert", got.model, *based(scene))
     assert got.weights() == before

@@ -15,7 +15,7 @@ needs_root = pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="on
 
 @contextmanager
 def as_nobody() -> Iterator[None]:
-    """A user to whom file modes apply, where this one is root."""
+    """Runs as a user to whom file modes apply, if this process is root."""
     if os.name == "nt" or os.geteuid() != 0:
         yield
         return
@@ -27,7 +27,7 @@ def as_nobody() -> Iterator[None]:
 
 
 def by_nobody(act: Callable[[], object]) -> str:
-    """What `act` gives, as text, in a process of another user; what it raises, as "ErrorClass: reason"."""
+    """Runs `act` in a process of another user: its result as text, or its error as "ErrorClass: reason"."""
     reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
@@ -37,24 +37,24 @@ def by_nobody(act: Callable[[], object]) -> str:
             os.setuid(NOBODY)
             signal.alarm(60)
             said = str(act())
-        except BaseException as error:  # noqa: BLE001 - all of it is told
+        except BaseException as error:  # noqa: BLE001 - every error is reported
             said = f"{type(error).__name__}: {error}"
         os.write(writing, said.encode()[:60000])
         os._exit(0)
     os.close(writing)
     with open(reading, "rb") as pipe:
-        told = pipe.read().decode()
+        reported = pipe.read().decode()
     os.waitpid(process, 0)
-    return told
+    return reported
 
 
 class Waited(BaseException):
-    """Nothing that catches errors catches this."""
+    """Raised when a block waits too long. No handler of errors catches it."""
 
 
 @contextmanager
 def at_most(seconds: int) -> Iterator[None]:
-    """Raises Waited in a block that waits longer: for a pipe that nobody writes to, say."""
+    """Raises Waited in a block that takes longer, for example because it waits for a pipe without a writer."""
 
     def stop(*_: object) -> None:
         raise Waited(f"for {seconds} seconds")
