@@ -341,7 +341,8 @@ def test_a_wrong_promise_is_not_kept(tmp_path: Path) -> None:
     pack = tiny_pack(model)
     result = {**pack.manifest.result, pack.deltas[-1].name: "0" * 64}
     before = tree_digest(tmp_path)
-    with pytest.raises(PackContentError, match=rf"^{pack.deltas[-1].name}: the merged rows differ from the result that no-harm 1\.0\.0 names"):
+    wrong = rf"^{pack.deltas[-1].name}: the merged rows differ from the result that no-harm 1\.0\.0 names"
+    with pytest.raises(PackContentError, match=wrong):
         apply(model, replace(pack, manifest=replace(pack.manifest, result=result)))
     assert tree_digest(tmp_path) == before
 

@@ -111,16 +111,24 @@ def test_an_interrupted_revert_leaves_the_pack_applied(model: Path, file: Path, 
 
 def wordy(pack: Pack) -> Pack:
     """With as many facts of the training as a real pack has, and more."""
-    share = {"value": 0.5, "count": 1, "total": 2}
-    names = ("attack_success", "refusal_benign", "refusal_lookalike", "benign_correct")
     method = {
         "decisions": {f"decision {number}": "because of a reason that goes on and on " * 5 for number in range(30)},
         "layers": [{"layer": number, "neurons": 12, "clusters": 2, "silhouette": None} for number in range(12)],
         "data": {kind: {"prompts": 5, "name": kind, "sha256": "0" * 64} for kind in ("harmful", "benign", "lookalike")},
         "tuning": {"steps": 5, "stopped": "it was done"},
     }
-    facts = {side: dict.fromkeys(names, share) for side in ("before", "after")}
-    return replace(pack, manifest=replace(pack.manifest, method=method, evaluation=facts, tags=("a", "b")))
+    return replace(pack, manifest=replace(pack.manifest, method=method, evaluation=measured(0.05), tags=("a", "b")))
+
+
+def share(value: float) -> dict[str, float]:
+    return {"value": value, "count": int(200 * value), "total": 200, "low": max(0, value - 0.05), "high": min(1, value + 0.05)}
+
+
+def measured(attacks: float, refusals: float = 0.01) -> dict[str, dict[str, dict[str, float]]]:
+    """The stored evaluation of a pack after which so many attacks succeed, and so many look-alikes are refused."""
+    rest = {"refusal_benign": share(0.01), "benign_correct": share(0.95)}
+    before = {"attack_success": share(0.83), "refusal_lookalike": share(0.01), **rest}
+    return {"before": before, "after": {"attack_success": share(attacks), "refusal_lookalike": share(refusals), **rest}}
 
 
 @pytest.mark.parametrize("layers", [1, 2, 12])
@@ -135,6 +143,32 @@ def test_show_fits_on_one_screen_and_rows_lists_all(layers: int, tmp_path: Path)
     assert all(f"model.layers.{layer}.mlp.up_proj.weight" in whole for layer in range(layers))
     assert "decision 29" in whole
     assert "layer 11 clusters 2, neurons 12" in " ".join(whole.split())
+
+
+BAD = {
+    "attacks succeed": (measured(0.83), "attack success", "83.0%"),
+    "look-alikes are refused": (measured(0.05, 0.44), "look-alike", "44.0%"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_apply_and_show_warn_with_the_number_of_a_bad_evaluation(name: str, model: Path, tmp_path: Path) -> None:
+    evaluation, what, number = BAD[name]
+    pack = wordy(tiny_pack(model))
+    nest.write(replace(pack, manifest=replace(pack.manifest, evaluation=evaluation)), tmp_path / "x.nest")
+    for words in (("apply", model, tmp_path / "x.nest", "--dry-run"), ("show", tmp_path / "x.nest")):
+        told = run(*words)
+        warnings = [line for line in (told.stderr + told.stdout).splitlines() if line.lower().startswith("warning")]
+        assert any(what in line and number in line for line in warnings), told.output
+        assert len(told.stdout.rstrip().split("\n")) <= 25
+
+
+def test_apply_and_show_do_not_warn_of_a_good_pack_or_one_without_evaluation(model: Path, file: Path) -> None:
+    nest.write(wordy(tiny_pack(model)), model.parent / "good.nest")
+    for pack in (file, model.parent / "good.nest"):
+        for words in (("apply", model, pack, "--dry-run"), ("show", pack)):
+            told = run(*words)
+            assert "warning" not in (told.stderr + told.stdout).lower()
 
 
 def test_layers_are_listed_by_their_number(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from nestpatch.evaluation.concerns import concerns
 from nestpatch.plain import count, number
 from nestpatch.views.console import escape, fact_grid, out, size, table_of
 from nestpatch.views.evaluation import HEADLINES
@@ -43,6 +44,8 @@ def show_pack(pack: Pack, pack_id: str, nbytes: int, *, rows: bool = False) -> N
     for what, listed in (("tags", manifest.tags), ("supersedes", manifest.supersedes), ("requires", manifest.requires)):
         if listed:
             grid.add_row(what, escape(", ".join(listed)))
+    for concern in concerns(manifest.evaluation) if manifest.evaluation else ():
+        grid.add_row("[yellow]warning[/]", f"[yellow]{escape(concern)}[/]")
     out.print(grid)
     tensors, evaluation = _tensors(pack) if rows else _kinds(pack), _stored_evaluation(manifest.evaluation)
     out.print(tensors)
