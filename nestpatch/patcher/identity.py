@@ -38,7 +38,7 @@ class State(Enum):
 
     BASE = "base"
     WIDENED = "the base, stored in another dtype"
-    ROUNDED = "the base, as far as rounded rows show"
+    ROUNDED = "the base, by its rounded rows"
     PATCHED = "already patched with this pack"
     CHANGED = "near the base, but changed: fine-tuned, patched otherwise, or damaged"
     FOREIGN = "another model"
@@ -95,7 +95,7 @@ class Finding:
     state: State
     detail: str = ""
     rows: tuple[int, ...] = ()
-    """The rows that differ from the base, as far as sketches show."""
+    """The rows whose sketches differ from those of the base."""
     evidence: Evidence | None = None
     """Whether the pack is in rounded rows; None for other rows."""
 

@@ -1,4 +1,4 @@
-"""The verb `status`: what is applied to a model, as far as rows and signatures confirm what its ledger says. Writes nothing."""
+"""The verb `status`: what is applied to a model, and what rows and signatures confirm of it. Writes nothing."""
 
 from __future__ import annotations
 

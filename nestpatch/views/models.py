@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nestpatch.patcher.verify import Verification
 
 
-_UNSIGNED = " [yellow](came with the model, signed by nobody whom you trust)[/]"
+_UNSIGNED = " [yellow](came with the model, no key that you trust has signed it)[/]"
 
 
 def show_applied(done: Applied) -> None:
