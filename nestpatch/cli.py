@@ -45,6 +45,7 @@ SECTIONS: dict[str, dict[click.Command, str]] = {
     "Inspect": {
         inspecting.show: "Explain a pack: what it changes, how it was made.",
         inspecting.status: "Show what is applied to a model.",
+        inspecting.list_models: "List the models that you have patched.",
         inspecting.verify: "Check which state the weights of a model are in.",
         inspecting.diff: "Compare two models or two packs.",
     },

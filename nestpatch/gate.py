@@ -1,7 +1,7 @@
-"""The gate that every pack passes before it is used: who signed it, and is that enough for this model?
+"""The gate that every pack passes before it is used: who signed it, and whether that is enough for this model.
 
-`(file, channel or Pack, policy, model) -> Proven`, or a SignatureError, ChannelError, HubError or PackError with the reason.
-Commands and Python callers use the same function. What skips it is named: `trust="none"`.
+`prove` takes a file, a channel or a Pack and returns a Proven, or raises a SignatureError, ChannelError, HubError or PackError
+with the reason. Commands and Python callers use the same function. The only way around it has a name: `trust="none"`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from nestpatch.channels.follow import Downloaded
 
 CHANNELS = ("hub://", "file://", "https://", "http://")
-"""How a patch is named by its channel instead of by a file."""
+"""Beginnings of texts that name a pack by its channel instead of by a file."""
 Trust: TypeAlias = Literal["policy", "none"]
-"""Whether the trusted keys decide, or nobody: "none" takes any well-formed pack."""
+"""Whether the trusted keys decide; "none" accepts any well-formed pack."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +40,11 @@ class Proven:
     warning: str = ""
     """Why it would not have passed without the caller's permission; empty when the policy is met."""
     unchecked: str = ""
-    """Why no signature was asked for; empty when the policy asked for one."""
+    """Why no signature was required; empty when the policy required one."""
 
 
 PackLike: TypeAlias = "str | Path | Pack | Proven"
-"""What verbs take as a patch: a file, a channel as text, a pack in memory, or what passed the gate already."""
+"""What verbs take as a pack: a file, a channel as text, a pack in memory, or one that passed the gate already."""
 
 
 def prove(
@@ -56,24 +56,27 @@ def prove(
     allow_unsigned: bool = False,
     on_event: OnEvent = ignore,
 ) -> Proven:
-    """Opens a patch and judges its signatures.
+    """Opens a pack and judges its signatures.
 
     Args:
         pack: A file, a channel (hub://owner/name[@VERSION], https://..., file://...), a Pack, or a Proven, which passes as
-            it is. A Pack in memory has no signature, so a policy that asks for one refuses it.
-        model: What the patch is for, as the user names it: decides which rules and keys of the policy count, together with
-            what the pack says of its base.
-        policy: None means that of this user and this machine; a value is taken as it is.
+            it is. A Pack in memory has no signature, so a policy that requires one refuses it.
+        model: What the pack is for, as the user names it. Together with the base in the pack's manifest it decides which rules
+            and keys of the policy count.
+        policy: Whose signatures count; None means the policy of this user and this machine.
         trust: "none" skips the judgement of signatures; a channel is still followed by its rules.
-        allow_unsigned: Lets a patch pass that too few trusted keys have signed. A wrong signature never passes, nor does what
+        allow_unsigned: Accepts a pack that too few trusted keys have signed. A wrong signature is never accepted, nor is what
             the administrator's rules refuse.
-        on_event: Hears of the download.
+        on_event: Receives the progress of a download.
+
+    Returns:
+        The pack that was checked, with its origin.
 
     Raises:
         SignatureError: Too few trusted keys signed it, or a signature is wrong.
-        PackError: The file is no pack.
+        PackError: The file is not a pack.
         ChannelError: The channel breaks a rule.
-        HubError: A server did not give what was asked for.
+        HubError: A server did not return what was requested.
     """
     if isinstance(pack, Proven):
         return pack
@@ -91,9 +94,21 @@ def prove(
 
 
 def look(pack: PackLike, *, policy: Policy | None = None, on_event: OnEvent = ignore) -> Proven:
-    """Opens a patch that is only read: shown, compared, looked for in a model. It need not be signed.
+    """Opens a pack that is only read: shown, compared, or searched for in a model. It need not be signed.
 
-    What signatures it has must be sound, by the keys of the policy, and a channel holds to its rules. Raises as `prove` does.
+    Args:
+        pack: As for `prove`.
+        policy: Whose keys its signatures are checked with; None means the policy of this user and this machine.
+        on_event: Receives the progress of a download.
+
+    Returns:
+        The pack, with its origin.
+
+    Raises:
+        SignatureError: A signature that it has is wrong.
+        PackError: The file is not a pack.
+        ChannelError: The channel breaks a rule.
+        HubError: A server did not return what was requested.
     """
     known = load_for_looking() if policy is None else policy
     anybody = Policy(known.keys, (Rule(EVERYTHING, 0),))
@@ -101,17 +116,42 @@ def look(pack: PackLike, *, policy: Policy | None = None, on_event: OnEvent = ig
 
 
 def is_channel(pack: object) -> bool:
-    """Whether a patch is named by its channel."""
+    """Whether a pack is named by its channel.
+
+    Args:
+        pack: What a verb takes as a pack.
+
+    Returns:
+        True for a text that begins like one of CHANNELS.
+    """
     return isinstance(pack, str) and pack.startswith(CHANNELS)
 
 
 def policy_of(policy: Policy | None, trust: Trust = "policy") -> Policy:
-    """The policy that counts: none of all for trust="none", this user's where none is given. Raises TrustError."""
+    """The policy that counts.
+
+    Args:
+        policy: As a verb takes it; None means the policy of this user and this machine.
+        trust: "none" means an empty policy.
+
+    Returns:
+        The policy.
+
+    Raises:
+        TrustError: The policy of this user cannot be read.
+    """
     return Policy() if trust == "none" else load_policy() if policy is None else policy
 
 
 def passed(done: Downloaded) -> Proven:
-    """A version that was fetched from a channel, and judged on the way."""
+    """The Proven of a version that was downloaded from a channel and judged on the way.
+
+    Args:
+        done: The download.
+
+    Returns:
+        The pack, with its origin.
+    """
     return _passed(done.result, done.origin)
 
 
@@ -125,10 +165,10 @@ def _passed(outcome: SignatureResult, origin: Origin) -> Proven:
 def _why_unchecked(done: Proven, policy: Policy, trust: Trust) -> str:
     label = done.pack.label
     if trust == "none":
-        return f"the caller answers for {label}: nothing was asked of its signatures"
+        return f"the caller asked for it: the signatures of {label} were not checked"
     if not policy.keys:
         return f"no key is trusted on this machine: the signature of {label} was not checked (nestpatch trust add)"
-    return f"{done.unchecked}, and no rule asks for a signature: nobody answers for {label}"
+    return f"{done.unchecked}, and no rule requires a signature of {label}"
 
 
 def _in_memory(pack: Pack, policy: Policy, model: str | Path | None, *, allow_unsigned: bool) -> Proven:
@@ -138,7 +178,7 @@ def _in_memory(pack: Pack, policy: Policy, model: str | Path | None, *, allow_un
             pack, nest.pack_id(pack), ValidSignatures({}), policy, subject_of(model), file=file, allow_unsigned=allow_unsigned
         )
     except UnsignedError as error:
-        advice = 'Give the pack\'s file with its .sig beside it, or answer for it: trust="none".'
+        advice = 'Give the pack\'s file with its .sig beside it, or accept the pack without a signature: trust="none".'
         raise UnsignedError(str(error), advice=advice) from error
     return _passed(outcome, Origin())
 
@@ -146,7 +186,7 @@ def _in_memory(pack: Pack, policy: Policy, model: str | Path | None, *, allow_un
 def _judge_file(
     pack: str | Path, policy: Policy, model: str | Path | None, *, allow_unsigned: bool
 ) -> tuple[SignatureResult, dict[str, bytes]]:
-    """The judgement, and what follows the pack's file name -> content of each signature that was judged."""
+    """(the judgement, suffix after the pack's file name -> content of each signature that was judged)."""
     name = Path(pack).name
     try:
         outcome, signatures = verify_file(pack, policy, model, allow_unsigned=allow_unsigned)

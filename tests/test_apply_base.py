@@ -197,7 +197,7 @@ def test_a_patched_model_says_so(model: Path, pack: Pack) -> None:
     error = mismatch(without_ledger(patched), pack)
     assert str(error).count("already patched with this pack") == 3
     assert str(error).endswith("\n  and 1 more")
-    assert error.advice == "Nothing to do: the model has this patch."
+    assert error.advice == "Nothing to do: the model has this pack."
 
 
 def test_a_half_patched_model_says_so(model: Path, pack: Pack, tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_a_quantized_tensor_is_named(stored: str, dtype: np.dtype, model: Path, 
 
 def test_the_base_changes_while_it_is_copied(model: Path, pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checked and copied at two moments: the copy is checked again."""
-    from nestpatch.patcher import apply as module
+    from nestpatch.patcher import copies as module
 
     real = module.copy_file
 

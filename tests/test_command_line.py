@@ -147,7 +147,7 @@ MISSING = {
     "keygen": "--password-file {password} new",
 }
 """Command -> its arguments; each input in braces is missing in turn."""
-NO_INPUT = {"pull", "demo", "lab build", "trust list", "trust remove"}
+NO_INPUT = {"pull", "demo", "list", "lab build", "trust list", "trust remove"}
 """Commands that read no file of the user, but for a policy."""
 
 

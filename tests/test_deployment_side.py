@@ -218,6 +218,15 @@ def test_imports_point_down(name: str) -> None:
     assert not upward, f"{name} imports {', '.join(upward)} from a higher layer"
 
 
+@pytest.mark.parametrize("name", list(FILES))
+def test_private_modules_stay_in_their_room(name: str) -> None:
+    """A module with an underscore is imported by its neighbours and by the rooms inside its own alone."""
+    for other in imports_of(name, lazy=True):
+        room, _, module = other.rpartition(".")
+        if module.startswith("_") and not module.startswith("__"):
+            assert name == room or name.startswith(f"{room}."), f"{name} imports {other}, which is private to {room}"
+
+
 def test_the_root_imports_nothing_when_it_is_imported() -> None:
     assert imports_of("nestpatch", lazy=False) == frozenset()
 

@@ -126,6 +126,7 @@ def cases() -> dict[str, Callable[[str], None]]:
     from nestpatch.nest_train.plan import TrainingPlan
     from nestpatch.nest_train.train import Trained
     from nestpatch.patcher.apply import Applied
+    from nestpatch.patcher.registry import PatchedModel
     from nestpatch.patcher.status import Status
     from nestpatch.patcher.update import Updated
     from nestpatch.patcher.verify import Verification
@@ -139,9 +140,6 @@ def cases() -> dict[str, Callable[[str], None]]:
                 function(filled(cls, text))
 
         return draw
-
-    def claims(text: str) -> list[dict[str, Any]]:
-        return [dict.fromkeys(("name", "version", "pack_id", "strength"), text)]
 
     def updated(text: str) -> None:
         for state in ("current", "available", "failed", text):
@@ -159,7 +157,8 @@ def cases() -> dict[str, Callable[[str], None]]:
         "show_applied": simple(models.show_applied, Applied),
         "show_exported": simple(exporting.show_exported, ExportedGguf, ExportedSafetensors),
         "show_changed": changed,
-        "show_status": lambda text: models.show_status(dataclasses.replace(filled(Status, text), files_say=claims(text))),
+        "show_status": simple(models.show_status, Status),
+        "show_patched": lambda text: models.show_patched([filled(PatchedModel, text)]),
         "show_verification": lambda text: models.show_verification(text, filled(Verification, text)),
         "show_pack": shown_packs,
         "evaluation_table": show_evaluation,

@@ -130,14 +130,29 @@ def require_order(model: str | Path, pack: str | Path | None, command: str) -> N
     if not _is_pack(model):
         return
     if pack is None:
-        raise click.UsageError(f"{model} is a pack, and MODEL is missing. Write: nestpatch {command} MODEL {model}")
+        raise click.UsageError(
+            f"{model} is a pack, and MODEL is expected: nestpatch {command} MODEL. "
+            f"To see what is in the pack: nestpatch show {model}"
+        )
     if not _is_pack(pack):
         raise click.UsageError(f"{model} is a pack: MODEL comes first. Write: nestpatch {command} {pack} {model}")
 
 
 def _is_pack(given: str | Path) -> bool:
-    """Whether an argument names a pack by its ending or its scheme; hub://owner/name may also name a model."""
-    return Path(given).suffix.lower() == ".nest" or str(given).startswith(("file://", "https://", "http://"))
+    """Whether an argument is a pack: by its ending, its scheme, or the header of its file. hub://owner/name may be a model."""
+    if Path(given).suffix.lower() == ".nest" or str(given).startswith(("file://", "https://", "http://")):
+        return True
+    from nestpatch.files.reading import open_regular
+    from nestpatch.formats.nest import MAX_HEADER
+
+    try:
+        with open_regular(given) as file:
+            length = int.from_bytes(file.read(8) or b"", "little")
+            header = json.loads(file.read(length) or b"") if 0 < length <= MAX_HEADER else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    return isinstance(metadata, dict) and set(metadata) == {"nest"}
 
 
 def examples(*commands: str) -> str:

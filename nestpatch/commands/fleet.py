@@ -187,9 +187,9 @@ def update(
             channels,
             check=check,
             allow_unsigned=allow_unsigned,
+            allow_overlap=allow_overlap,
             base=float_model,
             dither=dither,
-            allow_overlap=allow_overlap,
             on_event=on_event,
         )
     states = {result.state for result in results}

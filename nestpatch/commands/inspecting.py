@@ -1,4 +1,4 @@
-"""Commands that only read: show, status, verify, diff."""
+"""Commands that inspect models and packs: show, status, list, verify, diff."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from nestpatch.commands.patching import base_option
     )
 )
 @click.argument("pack", type=PackType)
-@click.option("--rows", is_flag=True, help="List every tensor and layer, not their sums.")
+@click.option("--rows", is_flag=True, help="List every tensor, layer and setting of the training.")
 @json_option
 def show(pack: str, rows: bool, as_json: bool) -> None:
     """Explain PACK: what it changes, what it is for, how it was trained and measured.
@@ -60,8 +60,10 @@ def show(pack: str, rows: bool, as_json: bool) -> None:
 def status(model: Path, as_json: bool) -> None:
     """Show what is applied to MODEL, and whether its rows and the kept signatures confirm it.
 
-    Writes nothing. Exit code 1: the rows do not hold what the ledger says, or a change was interrupted.
+    Packs that the files of a release name are compared with the rows, too. Writes nothing. Exit code 1: the rows do not hold
+    what the ledger or the files say, or a change was interrupted.
     """
+    require_order(model, None, "status")
     from nestpatch.patcher.status import status as run
 
     found = run(model)
@@ -72,6 +74,24 @@ def status(model: Path, as_json: bool) -> None:
 
         show_status(found)
     sys.exit(0 if found.sound else 1)
+
+
+@click.command("list", epilog=examples("nestpatch list", "nestpatch list --json"))
+@json_option
+def list_models(as_json: bool) -> None:
+    """List the models that you have patched, in place or as copies, and what their ledgers name.
+
+    `nestpatch status MODEL` compares the rows of one. A model that is gone, or back at its base, is listed once more.
+    """
+    from nestpatch.patcher.registry import patched_models
+
+    found = patched_models()
+    if as_json:
+        print_json({"models": [dataclasses.asdict(one) for one in found]})
+        return
+    from nestpatch.views.models import show_patched
+
+    show_patched(found)
 
 
 @click.command(
@@ -87,11 +107,12 @@ def status(model: Path, as_json: bool) -> None:
 @click.option("--full", is_flag=True, help="Also hash the whole tensors, not only the patched rows.")
 @json_option
 def verify(model: Path, pack: str | None, strength: float, base: str | None, full: bool, as_json: bool) -> None:
-    """Check which state MODEL is in: base, patched, half patched, missing or altered. Writes nothing.
+    """Check which state MODEL is in: base, patched, half patched, missing, altered or claimed. Writes nothing.
 
-    Without PACK, exit code 0 means that the rows are the base, or hold what the ledger says. With PACK, a file or
-    hub://owner/name, it means that the rows hold exactly this pack, by the digests in it; a model without it ends with 1.
-    PACK need not be signed, but the signatures that it has must be valid.
+    Without PACK, exit code 0 means that the rows are the base, or hold what the ledger says. A release whose rows match the
+    digests in its own files is "claimed" (exit code 1): only PACK proves that. With PACK, a file or hub://owner/name, exit code
+    0 means that the rows hold exactly this pack, by the digests in it. PACK need not be signed, but the signatures that it has
+    must be valid.
     """
     require_order(model, pack, "verify")
     from nestpatch.gate import look

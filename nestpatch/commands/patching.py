@@ -141,9 +141,13 @@ def apply(
                 dry_run=dry_run,
                 on_event=on_event,
             )
+    from nestpatch.evaluation.concerns import concerns
     from nestpatch.views.models import show_applied, show_changed
 
     say_unchecked(checked)
+    evaluation = checked.pack.manifest.evaluation
+    for concern in concerns(evaluation) if evaluation else ():
+        say(f"WARNING: {checked.pack.label}: {concern}", err=True)
     report(done, show_changed if in_place else show_applied, as_json)
 
 
@@ -176,6 +180,7 @@ def revert(
 
     Packs and undo records that came with MODEL are used only where signatures and digests prove them.
     """
+    require_order(model, None, "revert")
     from nestpatch.patcher.inplace import revert as run
     from nestpatch.signing.trust import load_policy
     from nestpatch.views.models import show_changed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -18,11 +18,12 @@ from nestpatch.files.atomic import check_output
 from nestpatch.files.scratch import PATCHED, claimed, scratch
 from nestpatch.formats import nest
 from nestpatch.formats.checkpoint import Checkpoint
-from nestpatch.formats.provenance import PACKS, VERSION, packs_json
+from nestpatch.formats.provenance import PACKS, RECORD, VERSION, packs_json, row_ranges
 from nestpatch.gate import Proven
 from nestpatch.pack import Pack, TensorDelta, creation_time
-from nestpatch.patcher.apply import apply, sweep_unfinished
+from nestpatch.patcher.apply import apply
 from nestpatch.patcher.chain import Action
+from nestpatch.patcher.copies import sweep_unfinished
 from nestpatch.patcher.held import look, missing
 from nestpatch.patcher.kept import load_packs
 from nestpatch.patcher.ledger import Ledger, LedgerEntry, TensorRecord, read_ledger
@@ -31,9 +32,6 @@ from nestpatch.patcher.recovery import open_model
 from nestpatch.patcher.state_dir import StateDir, state_dir_of
 from nestpatch.patcher.steps import Judge, plan_from_ledger
 from nestpatch.signing.trust import load_policy
-
-RECORD = "nestpatch.record"
-"""Metadata key of exported safetensors files: JSON, the ledger's entries with the digests of rows before and after."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +99,8 @@ class ExportSource:
     checkpoint: Checkpoint
     entries: tuple[LedgerEntry, ...]
     """The packs in it, bottom first."""
+    packs: Mapping[str, Pack]
+    """The same by id."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -115,6 +115,9 @@ class ExportSource:
     def record(self) -> dict[str, str]:
         """The same with all fields of the ledger, for formats that have room for them."""
         entries = [asdict(entry) for entry in self.entries]
+        for entry in entries:
+            for delta in self.packs[entry["pack_id"]] if entry["tensors"] else ():
+                entry["tensors"][delta.name]["row_numbers"] = row_ranges(delta.rows)
         return {VERSION: __version__, **self.keys(), **({RECORD: nest.canonical_json(entries)} if entries else {})}
 
 
@@ -131,13 +134,15 @@ def source_of(
     checkpoint, proven, strength = request.checkpoint, request.proven, request.strength
     judge = Judge(load_policy(), checkpoint.path)
     ledger = _confirmed(checkpoint, request.state_dir, judge)
+    packs = dict(load_packs(request.state_dir, ledger.applied))
     if proven is None:
-        yield ExportSource(checkpoint, ledger.applied)
+        yield ExportSource(checkpoint, ledger.applied, packs)
         return
     steps = plan_from_ledger(request.state_dir, ledger, proven.pack, strength, judge, proven.origin).steps
     if not steps:  # the pack is applied already
-        yield ExportSource(checkpoint, ledger.applied)
+        yield ExportSource(checkpoint, ledger.applied, packs)
         return
+    packs[proven.pack_id] = proven.pack
     gone = {step.link for step in steps if step.action is Action.UNDO} - {
         step.link for step in steps if step.action is Action.REDO
     }
@@ -145,16 +150,17 @@ def source_of(
     if not whole and {step.action for step in steps} <= {Action.CHECK, Action.APPLY}:
         view = merged_view(proven.pack, checkpoint, strength)
         tensors = {delta.name: _record(delta, checkpoint, view) for delta in proven.pack} if not dry_run else {}
-        yield ExportSource(view, (*kept, _entry(proven, strength, tensors)))
+        yield ExportSource(view, (*kept, _entry(proven, strength, tensors)), packs)
         return
     with scratch(target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp"), PATCHED) as copy:
         if dry_run:
             apply(checkpoint.path, proven, copy, strength=strength, dry_run=True)
-            yield ExportSource(checkpoint, (*kept, _entry(proven, strength, {})))
+            yield ExportSource(checkpoint, (*kept, _entry(proven, strength, {})), packs)
             return
         with claimed(copy, directory=True):
-            done = apply(checkpoint.path, proven, copy / checkpoint.path.name, strength=strength, on_event=on_event)
-            yield ExportSource(checkpoint.reopen(done.output), read_ledger(state_dir_of(done.output)).applied)
+            place = copy / checkpoint.path.name
+            done = apply(checkpoint.path, proven, place, strength=strength, listed=False, on_event=on_event)
+            yield ExportSource(checkpoint.reopen(done.output), read_ledger(state_dir_of(done.output)).applied, packs)
 
 
 def _confirmed(checkpoint: Checkpoint, state_dir: StateDir, judge: Judge) -> Ledger:

@@ -19,7 +19,7 @@ from nestpatch.files.scratch import new_output
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.formats.safetensors import read_header
 from nestpatch.gate import PackLike, Trust, prove
-from nestpatch.patcher.apply import companions_of
+from nestpatch.patcher.copies import companions_of
 from nestpatch.patcher.plan import check_strength
 from nestpatch.signing.trust import Policy
 

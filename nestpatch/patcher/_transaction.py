@@ -269,4 +269,4 @@ class Transaction:
         )
         keep(self.state_dir, pack, link.pack_id, Origin() if old else self.planned.origin)
         entry = replace(entry, tensors=self._writer.merge(pack, link.strength, self.state_dir.undo(entry.undo)))
-        return replace(entry, rounding=self.quantized.told) if entry.retention is not None else entry
+        return replace(entry, rounding=self.quantized.source) if entry.retention is not None else entry

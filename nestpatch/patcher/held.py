@@ -1,9 +1,9 @@
-"""Is what a ledger says in the rows? Answered from the rows, tensor by tensor.
+"""Whether the rows of a model hold what its ledger says, tensor by tensor.
 
-Of an entry that this machine wrote, the digests in the ledger are compared with the rows. Of an entry that came along with the
-model, nothing is believed: the pack's own digests decide. Where the rows are not simply the pack's result (another strength, a
-stack, another dtype), the undo record is followed down to the base in memory; that counts only when merging leads up again to
-the very same rows, and when the base is by its digest the one that the pack names.
+For an entry that this machine wrote, the digests in the ledger are compared with the rows. An entry that came with the model is
+not believed: the pack's own digests decide. Where the rows are not simply the pack's result (another strength, a stack, another
+dtype), the undo record is followed down to the base in memory; that counts only when merging leads to the same rows again, and
+when the base has the digest that the pack names.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from nestpatch.pack import Pack, TensorDelta
 from nestpatch.patcher._undo import UndoReader, bits, checksums, restored
 from nestpatch.patcher.identity import Finding, State, evidence_of, examine, is_base
 from nestpatch.patcher.ledger import LedgerEntry
-from nestpatch.patcher.merge import FROM_ROWS, LEAST_GAIN, QuantizedMerge, Retention, fitted, merged_rows
+from nestpatch.patcher.merge import FROM_ROWS, LEAST_RETENTION, QuantizedMerge, Retention, fitted, merged_rows
 from nestpatch.patcher.state_dir import StateDir
 from nestpatch.rows import Rows
 
 SHOWN_ROWS = 5
+"""Row numbers that a difference names."""
 Missing: TypeAlias = Mapping[str, frozenset[str]]
 """Pack id -> the tensors in which the pack is missing, for packs that are missing in some."""
 
 
 class Holds(Enum):
-    """What the rows of one tensor turned out to hold, of an applied pack."""
+    """What the rows of one tensor hold where a pack was applied."""
 
     PACK = "the pack"
     BEFORE = "what was there before the pack"
@@ -61,7 +62,7 @@ class HeldTensor:
     difference: Difference | None = None
     """None where the rows hold the pack."""
     old: int = 0
-    """Of the rows that differ, those that hold what they held before."""
+    """How many of the rows that differ hold what they held before."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,19 @@ class Layer:
 
 
 def layers_of(state_dir: StateDir, applied: Sequence[LedgerEntry], packs: Mapping[str, Pack]) -> dict[str, list[Layer]]:
-    """Tensor -> the packs over it, bottom first. Raises UndoError when an undo record is missing or broken."""
+    """The packs over every tensor, with their undo records.
+
+    Args:
+        state_dir: The state of the model.
+        applied: The ledger's entries, bottom first.
+        packs: Pack id -> pack, for all of them.
+
+    Returns:
+        Tensor name -> the packs over it, bottom first.
+
+    Raises:
+        UndoError: An undo record is missing or broken.
+    """
     layers: dict[str, list[Layer]] = {}
     for entry in applied:
         pack = packs[entry.pack_id]
@@ -96,10 +109,22 @@ def look(
 ) -> list[HeldTensor]:
     """What the rows of every applied pack hold.
 
-    `base`: the float model, for rows that were rounded. With `down_to_base` the undo records of entries that came with the
-    model are followed even where the rows are plainly the pack's result: they are about to be used.
+    Args:
+        checkpoint: The model.
+        state_dir: Its state.
+        applied: The ledger's entries, bottom first.
+        packs: Pack id -> pack, for all of them.
+        base: The float model, for rows that were rounded.
+        down_to_base: Follows the undo records of entries that came with the model even where the rows are plainly the pack's
+            result, because they are about to be used.
 
-    Raises UndoError, CheckpointError; LedgerError when a pack changes tensors that the model does not have.
+    Returns:
+        One value per tensor of every pack; the pack on top first.
+
+    Raises:
+        UndoError: An undo record is missing or broken.
+        CheckpointError: Rows cannot be read.
+        LedgerError: A pack changes tensors that the model does not have.
     """
     for entry in applied:
         _require_fit(checkpoint, entry, packs[entry.pack_id])
@@ -126,13 +151,12 @@ def look(
 
 def _require_fit(checkpoint: Checkpoint, entry: LedgerEntry, pack: Pack) -> None:
     for delta in pack:
-        wanted = pack.manifest.base.tensors[delta.name].shape
+        expected = pack.manifest.base.tensors[delta.name].shape
         found = checkpoint.info(delta.name).shape if checkpoint.has(delta.name) else None
-        if found != wanted:
-            there = f"{list(found)}" if found is not None else "nothing"
+        if found != expected:
             raise LedgerError(
-                f"the ledger names {entry.label}, which was made for another model: {delta.name} has the shape {list(wanted)} "
-                f"there, and this model has {there}"
+                f"the ledger names {entry.label}, which was made for another model: expected {delta.name} of shape "
+                f"{list(expected)}, found {list(found) if found is not None else 'no such tensor'}"
             )
 
 
@@ -150,9 +174,16 @@ def _examined(pack: Pack, checkpoint: Checkpoint, base: Checkpoint | None) -> li
 
 
 def missing(found: Sequence[HeldTensor]) -> Missing:
-    """The packs that are missing, and where.
+    """The packs that are missing in the rows.
 
-    Raises BaseMismatchError where rows hold neither the pack nor what was there before: putting the pack back would hide that.
+    Args:
+        found: What `look` returned.
+
+    Returns:
+        Pack id -> the tensors in which it is missing.
+
+    Raises:
+        BaseMismatchError: Rows hold neither the pack nor what was there before: putting the pack back would hide that.
     """
     for one in found:
         if one.holds is Holds.OTHER and one.difference is not None:
@@ -168,7 +199,14 @@ def missing(found: Sequence[HeldTensor]) -> Missing:
 
 
 def require_proven(found: Sequence[HeldTensor]) -> None:
-    """Raises UndoError when the undo record of an entry that came with the model is not proven to lead to the pack's base."""
+    """Checks the undo records of entries that came with the model.
+
+    Args:
+        found: What `look` returned, with `down_to_base`.
+
+    Raises:
+        UndoError: A record is not proven to lead to the pack's base.
+    """
     for one in found:
         if one.entry.foreign and one.holds is Holds.OTHER and one.difference is not None:
             raise UndoError(
@@ -186,8 +224,18 @@ def require_undoable(
     undone: Collection[str],
     base: Checkpoint | None = None,
 ) -> None:
-    """Raises UndoError where a step would undo a pack (`undone`: pack ids) by a record that came with the model, and nothing
-    proves that the record leads to the pack's base.
+    """Checks the undo records of packs that are about to be undone.
+
+    Args:
+        checkpoint: The model.
+        state_dir: Its state.
+        applied: The ledger's entries, bottom first.
+        packs: Pack id -> pack, for all of them.
+        undone: The ids of the packs that will be undone.
+        base: The float model, for rows that were rounded.
+
+    Raises:
+        UndoError: A record came with the model, and nothing proves that it leads to the pack's base.
     """
     if any(entry.foreign and entry.pack_id in undone for entry in applied):
         found = look(checkpoint, state_dir, applied, packs, base, down_to_base=True)
@@ -195,7 +243,7 @@ def require_undoable(
 
 
 def _by_ledger(checkpoint: Checkpoint, stack: Sequence[Layer]) -> list[HeldTensor]:
-    """Digests that this machine wrote down, top first. Rows that a pack above changed again are that pack's business."""
+    """Compares with the digests that this machine recorded, top first. Rows that a pack above changed again are skipped."""
     found, above = [], np.empty(0, np.int64)
     for layer in reversed(stack):
         found.append(_compare(checkpoint, layer, above))
@@ -228,7 +276,7 @@ def _compare(checkpoint: Checkpoint, layer: Layer, above: IntArray) -> HeldTenso
     before, after = layer.record.checksums(delta.name, delta.neurons)
     wrong = visible & (sums != after)
     if not wrong.any() and not visible.all():
-        return HeldTensor(entry, delta.name, Holds.PACK)  # only rows that a pack above changed differ, as they must
+        return HeldTensor(entry, delta.name, Holds.PACK)  # only rows that a pack above changed differ
     old = int((wrong & (sums == before)).sum())
     holds = Holds.BEFORE if digest == expected.before else Holds.OTHER
     return HeldTensor(entry, delta.name, holds, _difference(layer, wrong, old, digest), old)
@@ -257,18 +305,18 @@ def _touched(checkpoint: Checkpoint, delta: TensorDelta) -> Iterator[Rows]:
 
 
 @dataclass(frozen=True)
-class Proof:
+class _Proof:
     """What following the undo record of one layer showed."""
 
     remade: bool
-    """Whether merging leads from what was restored to the rows that are there."""
+    """Whether merging leads from the restored rows to the rows in the file."""
     covered: bool
     """Whether a pack above changed some of its rows again."""
     leads_to_base: bool
-    """Whether what was restored is the base that the pack names."""
+    """Whether the restored rows are the base that the pack names."""
 
 
-def _prove(checkpoint: Checkpoint, name: str, stack: Sequence[Layer], base: Checkpoint | None) -> list[Proof]:
+def _prove(checkpoint: Checkpoint, name: str, stack: Sequence[Layer], base: Checkpoint | None) -> list[_Proof]:
     """Follows the undo records of a tensor's packs down to the base, in memory. One proof a layer, bottom first."""
     rows = np.unique(np.concatenate([layer.delta.rows.astype(np.int64) for layer in stack]))
     values = checkpoint.read_rows(name, rows)
@@ -288,7 +336,7 @@ def _prove(checkpoint: Checkpoint, name: str, stack: Sequence[Layer], base: Chec
     for layer, again, over in zip(stack, reversed(remade), reversed(covered), strict=True):
         identity = layer.pack.manifest.base.tensors[name]
         bottom = is_base(layer.delta, identity, checkpoint, values[np.searchsorted(rows, layer.delta.rows)], base)
-        proofs.append(Proof(again, over, bottom))
+        proofs.append(_Proof(again, over, bottom))
     return proofs
 
 
@@ -305,20 +353,20 @@ def _is_remade(checkpoint: Checkpoint, layer: Layer, original: Rows, current: Ro
                 return False
     except (PackContentError, QuantizationError):
         return False
-    # Rounding can swallow a change, and some packs change nothing: the same rows again prove nothing then.
-    return info.plain or quantized.base is not None or (total.asked > 0 and total.share >= LEAST_GAIN)
+    # Rounding can lose a change, and some packs change nothing: the same rows prove nothing then.
+    return info.plain or quantized.base is not None or (total.asked > 0 and total.share >= LEAST_RETENTION)
 
 
 def _is_plainly_there(layer: Layer, finding: Finding | None) -> bool:
     return finding is not None and finding.state is State.PATCHED and layer.entry.strength == 1.0
 
 
-def _judged(layer: Layer, finding: Finding | None, proof: Proof, *, strict: bool) -> HeldTensor:
-    """What examining the rows and following the undo record say together, of an entry that came with the model."""
+def _judged(layer: Layer, finding: Finding | None, proof: _Proof, *, strict: bool) -> HeldTensor:
+    """The result for an entry that came with the model, from the examined rows and the followed undo record."""
     entry, name = layer.entry, layer.delta.name
     before = HeldTensor(entry, name, Holds.BEFORE, Difference(name, (), 0, "still holds the base"))
     if finding is not None and finding.state in (State.BASE, State.WIDENED):
-        # Also where a pack changes nothing, and its result would be the same.
+        # Also where a pack changes nothing, so that its result is the base.
         return before
     plainly = _is_plainly_there(layer, finding) and not proof.covered
     if (proof.leads_to_base and proof.remade) or (plainly and not strict):

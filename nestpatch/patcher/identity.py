@@ -1,7 +1,7 @@
-"""Is this the base that a pack was made for? Told tensor by tensor from the touched rows, a few megabytes at a time.
+"""Whether a model is the base that a pack was made for, tensor by tensor, from the touched rows alone.
 
 Digests decide where rows can be the base's own. Rows that were rounded on the way into a file are compared with the float base
-where that is at hand, else by sketches.
+where that is available, else by sketches. A few megabytes are read at a time.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from nestpatch.pack import Pack, TensorDelta, TensorIdentity
 from nestpatch.patcher.merge import fitted, rows_of, working_bytes
 from nestpatch.rows import DTYPES, SKETCH_MATCH, FloatArray, Rows, merge, sketch, sketch_correlation
 
-ROW_TOLERANCE = 0.05
-"""How far a row's sketch may lie from the pack's before the message calls the row changed."""
-COARSE_MATCH = 0.85
-"""The same for types of under four bits, whose rounding is louder."""
-SURE = 3.0
-"""Standard deviations from which rounded rows count as patched. In doubt they are the base: a patch that cannot be seen is
-refused anyway when it is made from such rows, and made from the float base it gives the same rows again."""
-WITNESSES = 16
+_ROW_TOLERANCE = 0.05
+"""Largest distance of a row's sketch from that of the pack before a message calls the row changed."""
+_COARSE_MATCH = 0.85
+"""SKETCH_MATCH for types of under four bits, which round more coarsely."""
+_SURE = 3.0
+"""Standard deviations from which rounded rows count as patched. In doubt they are the base: a pack whose effect is invisible is
+refused when it is made from such rows, and made from the float base it gives the same rows again."""
+_WITNESSES = 16
 """Untouched rows that show how a tensor was rounded."""
-ROUNDING = 1.5
-"""How much farther from the float base than plain quantization rows may be: other quantizers weigh errors otherwise."""
+_ROUNDING = 1.5
+"""How much farther from the float base than plain quantization rows may be: other quantizers weigh errors differently."""
 
 
 class State(Enum):
-    """What the touched rows of one tensor turned out to be."""
+    """What the touched rows of one tensor are."""
 
     BASE = "base"
     WIDENED = "the base, stored in another dtype"
-    ROUNDED = "the base, as far as rounded rows tell"
+    ROUNDED = "the base, by its rounded rows"
     PATCHED = "already patched with this pack"
     CHANGED = "near the base, but changed: fine-tuned, patched otherwise, or damaged"
     FOREIGN = "another model"
@@ -51,16 +51,26 @@ APPLICABLE = (State.BASE, State.WIDENED, State.ROUNDED)
 
 @dataclass(frozen=True)
 class Evidence:
-    """How much nearer rounded rows are to the base than to what the pack makes of it. Tensors add up."""
+    """How much nearer rounded rows are to the base than to the patched base. The evidence of tensors adds up."""
 
     difference: float
-    """Of squared distances: positive for the base, negative for the patched base."""
+    """Of the squared distances: positive for the base, negative for the patched base."""
     variance: float
-    """Of that difference, by the noise of the rounding."""
+    """Of that difference, from the noise of the rounding."""
 
     @classmethod
     def of(cls, near: float, far: float, pack: float, count: int) -> Evidence:
-        """From the squared distances to the base and to the patched base, that between the two, and the numbers compared."""
+        """The evidence of the rows of one tensor.
+
+        Args:
+            near: Squared distance to the base.
+            far: Squared distance to the patched base.
+            pack: Squared distance between the base and the patched base.
+            count: Numbers that were compared.
+
+        Returns:
+            The evidence.
+        """
         return cls(far - near, 4 * min(near, far) / max(1, count) * pack)
 
     def __add__(self, other: Evidence) -> Evidence:
@@ -69,15 +79,12 @@ class Evidence:
     @property
     def patched(self) -> bool:
         """Whether the pack is in the rows, beyond doubt."""
-        return self.difference < -SURE * math.sqrt(self.variance)
+        return self.difference < -_SURE * math.sqrt(self.variance)
 
     @property
     def unpatched(self) -> bool:
         """Whether the pack is not in the rows, beyond doubt."""
-        return self.difference > SURE * math.sqrt(self.variance)
-
-
-NO_EVIDENCE = Evidence(0, 0)
+        return self.difference > _SURE * math.sqrt(self.variance)
 
 
 @dataclass(frozen=True)
@@ -88,18 +95,25 @@ class Finding:
     state: State
     detail: str = ""
     rows: tuple[int, ...] = ()
-    """The rows that differ from the base, as far as sketches tell."""
+    """The rows whose sketches differ from those of the base."""
     evidence: Evidence | None = None
-    """Of rounded rows: whether the pack is in them."""
+    """Whether the pack is in rounded rows; None for other rows."""
 
 
 def examine(pack: Pack, checkpoint: Checkpoint, base: Checkpoint | None = None) -> list[Finding]:
-    """Finds out, tensor by tensor, what a checkpoint holds where the pack would change it.
+    """Determines what a checkpoint holds where a pack would change it.
 
-    `base`: the float model, for rows that were rounded.
+    Args:
+        pack: The pack.
+        checkpoint: The model.
+        base: The float model, for rows that were rounded.
 
-    Raises BaseMismatchError when `base` is not the base of the pack, QuantizationError when rows were quantized in a way that
-    cannot be repeated.
+    Returns:
+        One finding per tensor of the pack, in its order.
+
+    Raises:
+        BaseMismatchError: `base` is not the base of the pack.
+        QuantizationError: Rows were quantized in a way that cannot be repeated.
     """
 
     def look(delta: TensorDelta) -> Finding:
@@ -118,8 +132,15 @@ def examine(pack: Pack, checkpoint: Checkpoint, base: Checkpoint | None = None) 
 
 
 def evidence_of(findings: Sequence[Finding]) -> Evidence:
-    """Of all rounded tensors together: a single one's noise may be louder than a small patch."""
-    return sum((f.evidence for f in findings if f.state is State.ROUNDED and f.evidence is not None), NO_EVIDENCE)
+    """The evidence of all rounded tensors together: the noise of a single one may exceed a small change.
+
+    Args:
+        findings: What was found in the tensors of a pack.
+
+    Returns:
+        The sum over those that were rounded.
+    """
+    return sum((f.evidence for f in findings if f.state is State.ROUNDED and f.evidence is not None), Evidence(0, 0))
 
 
 def _examine_rows(
@@ -143,10 +164,10 @@ def _blocks(delta: TensorDelta, checkpoint: Checkpoint) -> Iterator[tuple[slice,
 
 
 def _by_digest(delta: TensorDelta, identity: TensorIdentity, result: str, checkpoint: Checkpoint) -> tuple[State | None, str]:
-    """(what the digests tell, the digest of the stored rows)."""
+    """(the state by the digests, None where they match nothing; the digest of the stored rows)."""
     info = checkpoint.info(delta.name)
     stored, narrowed = sha256(), sha256()
-    # A narrower safetensors copy is none: a small delta would be rounded away in it.
+    # A narrower safetensors copy is not the base: a small delta would be rounded away in it.
     narrower = DTYPES[info.dtype].itemsize < DTYPES[identity.dtype].itemsize
     other = info.dtype != identity.dtype and (checkpoint.converted or not narrower)
     for _, rows in _blocks(delta, checkpoint):
@@ -173,11 +194,17 @@ def _narrow(rows: Rows, dtype: str) -> Rows | None:
 def is_base(
     delta: TensorDelta, identity: TensorIdentity, checkpoint: Checkpoint, rows: Rows, base: Checkpoint | None = None
 ) -> bool:
-    """Whether rows in memory, in the form in which a file holds them, are the base of a pack.
+    """Whether rows in memory are the base of a pack: by digest, or for rounded rows by the float model or a sketch.
 
-    By digest; where they were rounded by `base`, the float model, or without it by their sketch.
+    Args:
+        delta: The pack's change of the tensor.
+        identity: The tensor in the pack's base.
+        checkpoint: The model that the rows belong to.
+        rows: [neurons, in_features] in the stored dtype, or uint8 [neurons, row_bytes].
+        base: The float model; None: sketches decide.
 
-    rows: [neurons, in_features] in the stored dtype, or uint8 [neurons, row_bytes].
+    Returns:
+        Whether they are.
     """
     info = checkpoint.info(delta.name)
     if info.plain:
@@ -186,7 +213,7 @@ def is_base(
             return sha256(np.ascontiguousarray(narrow).view(np.uint8).data).hexdigest() == identity.rows_sha256
     if base is not None:
         return _is_rounded_base(delta, identity, checkpoint, np.ascontiguousarray(rows), base)
-    match = COARSE_MATCH if info.coding.bits < 4 else SKETCH_MATCH
+    match = _COARSE_MATCH if info.coding.bits < 4 else SKETCH_MATCH
     return sketch_correlation(delta.sketch, sketch(info.coding.decode(np.ascontiguousarray(rows).view(np.uint8)))) >= match
 
 
@@ -210,7 +237,7 @@ def _is_rounded_base(
 
 def _rounds_plainly(delta: TensorDelta, info: TensorInfo, checkpoint: Checkpoint, base: Checkpoint) -> bool:
     """Whether rows that the pack leaves alone are, bit for bit, the base's own rows after plain rounding."""
-    spared = np.setdiff1d(np.arange(info.rows), delta.rows)[:WITNESSES]
+    spared = np.setdiff1d(np.arange(info.rows), delta.rows)[:_WITNESSES]
     origin = base.read_rows(delta.name, spared).astype(np.float32)
     stored = checkpoint.read_rows(delta.name, spared).view(np.uint8)
     return len(spared) > 0 and np.array_equal(info.coding.encode(origin), stored)
@@ -220,7 +247,7 @@ def _describe_stranger(delta: TensorDelta, identity: TensorIdentity, digest: str
     # Only now: sketches take longer than digests.
     found = np.concatenate([sketch(rows) for _, rows in _blocks(delta, checkpoint)])
     likeness = sketch_correlation(delta.sketch, found)
-    off = np.flatnonzero(np.abs(delta.sketch.astype(np.float32) - found.astype(np.float32)).max(axis=1) > ROW_TOLERANCE)
+    off = np.flatnonzero(np.abs(delta.sketch.astype(np.float32) - found.astype(np.float32)).max(axis=1) > _ROW_TOLERANCE)
     where = f", first at row {int(delta.rows[off[0]])}, {len(off)} of {delta.neurons} rows differ" if len(off) else ""
     detail = f"rows sha256 {digest[:12]}.. instead of {identity.rows_sha256[:12]}.., likeness {likeness:.2f}{where}"
     rows = tuple(int(row) for row in delta.rows[off])
@@ -228,7 +255,7 @@ def _describe_stranger(delta: TensorDelta, identity: TensorIdentity, digest: str
 
 
 def _by_sketch(delta: TensorDelta, checkpoint: Checkpoint) -> Finding:
-    """Rounded rows without their base: the sketches of the rows, and of the rows with the patch taken away."""
+    """Rounded rows without their base: the sketches of the rows, and of the rows with the delta subtracted."""
     info = checkpoint.info(delta.name)
     as_is, without = [], []
     for part, rows in _blocks(delta, checkpoint):
@@ -238,18 +265,18 @@ def _by_sketch(delta: TensorDelta, checkpoint: Checkpoint) -> Finding:
     found, reverted = np.concatenate(as_is), np.concatenate(without)
     likenesses = sketch_correlation(delta.sketch, found), sketch_correlation(delta.sketch, reverted)
     detail = f"{info.dtype}, likeness {likenesses[0]:.2f}"
-    match = COARSE_MATCH if info.coding.bits < 4 else SKETCH_MATCH
+    match = _COARSE_MATCH if info.coding.bits < 4 else SKETCH_MATCH
     if max(likenesses) < match:
         return Finding(delta.name, State.FOREIGN, detail)
     if likenesses[0] < match:
-        return Finding(delta.name, State.PATCHED, f"{info.dtype}, likeness {likenesses[1]:.2f} without the patch")
+        return Finding(delta.name, State.PATCHED, f"{info.dtype}, likeness {likenesses[1]:.2f} without the pack")
     origin, near, far = (part.astype(np.float64) for part in (delta.sketch, found, reverted))
-    to_base, to_patched, patch = (float(np.square(gap).sum()) for gap in (near - origin, far - origin, near - far))
-    return Finding(delta.name, State.ROUNDED, detail, evidence=Evidence.of(to_base, to_patched, patch, origin.size))
+    to_base, to_patched, between = (float(np.square(gap).sum()) for gap in (near - origin, far - origin, near - far))
+    return Finding(delta.name, State.ROUNDED, detail, evidence=Evidence.of(to_base, to_patched, between, origin.size))
 
 
 def _against_base(delta: TensorDelta, identity: TensorIdentity, checkpoint: Checkpoint, base: Checkpoint) -> Finding:
-    """Rounded rows beside the float rows that they were made of."""
+    """Rounded rows, compared with the float rows that they were made from."""
     # In the same parts as below: a base on the Hub keeps what it has fetched.
     _require_base(delta, identity, checkpoint.info(delta.name), base)
     info, facts = fitted(checkpoint, delta, base), _Distances()
@@ -261,13 +288,13 @@ def _against_base(delta: TensorDelta, identity: TensorIdentity, checkpoint: Chec
 
 
 def _require_base(delta: TensorDelta, identity: TensorIdentity, info: TensorInfo, base: Checkpoint) -> None:
-    """Raises BaseMismatchError when a tensor is not that of the pack's base. `info` is that of the rounded one."""
+    """Raises BaseMismatchError when a tensor is not that of the pack's base. `info`: of the rounded tensor."""
     name = delta.name
     if not base.has(name) or (base.info(name).dtype, base.info(name).shape) != (identity.dtype, identity.shape):
-        found = f"{base.info(name).dtype} {list(base.info(name).shape)}" if base.has(name) else "nothing"
+        found = f"{base.info(name).dtype} {list(base.info(name).shape)}" if base.has(name) else "missing"
         raise BaseMismatchError(
-            f"{base.path} is not the float base that the pack was made for: it has {found} as {name}, "
-            f"the base {identity.dtype} {list(identity.shape)}"
+            f"{base.path} is not the float base that the pack was made for: {name} is {found}, "
+            f"expected {identity.dtype} {list(identity.shape)}"
         )
     state = sha256()
     for part in info.blocks(delta.neurons, working_bytes(info)):
@@ -275,20 +302,20 @@ def _require_base(delta: TensorDelta, identity: TensorIdentity, info: TensorInfo
     if (found := state.hexdigest()) != identity.rows_sha256:
         raise BaseMismatchError(
             f"{base.path} is not the float base that the pack was made for: the rows of {name} have sha256 "
-            f"{found[:12]}.. instead of {identity.rows_sha256[:12]}.."
+            f"{found[:12]}.., expected {identity.rows_sha256[:12]}.."
         )
 
 
 class _Distances:
-    """Sums over the rows of a tensor: how far from the base, from the patched base, and what rounding costs anyway."""
+    """Sums over the rows of a tensor: distances to the base and to the patched base, and the error of plain rounding."""
 
     def __init__(self) -> None:
         self.plain = self.merged = True
-        self.base = self.goal = self.cost = self.patch = 0.0
+        self.base = self.goal = self.cost = self.between = 0.0
         self.count = 0
 
     def add(self, blocks: Rows, info: TensorInfo, origin: FloatArray, goal: FloatArray) -> None:
-        """blocks: uint8 [rows, row_bytes] as stored; origin, goal: float32 [rows, in_features]."""
+        """Adds rows. blocks: uint8 [rows, row_bytes] as stored; origin, goal: float32 [rows, in_features]."""
         codec = info.coding
         ours = codec.encode(origin)
         self.plain = self.plain and np.array_equal(ours, blocks)
@@ -297,23 +324,23 @@ class _Distances:
         self.cost += _square(codec.decode(ours) - origin)
         self.base += _square(found - origin)
         self.goal += _square(found - goal)
-        self.patch += _square(goal - origin)
+        self.between += _square(goal - origin)
         self.count += origin.size
 
     def finding(self, name: str, info: TensorInfo) -> Finding:
-        """What the sums tell."""
+        """What the sums show."""
         if self.plain:
             return Finding(name, State.BASE, info.dtype)
         if self.merged:
             return Finding(name, State.PATCHED, info.dtype)
-        allowed = ROUNDING**2 * self.cost
+        allowed = _ROUNDING**2 * self.cost
         detail = f"{info.dtype}, {np.sqrt(self.base / self.cost) if self.cost else np.inf:.1f} times the error of rounding"
-        if not min(self.base, self.goal) <= allowed:  # or no number
+        if not min(self.base, self.goal) <= allowed:  # also for NaN
             return Finding(name, State.CHANGED, detail)
         if self.base > allowed:
             return Finding(name, State.PATCHED, detail)
-        evidence = Evidence.of(self.base, self.goal, self.patch, self.count)
-        return Finding(name, State.ROUNDED, f"{detail}: quantized in another way than plainly", evidence=evidence)
+        evidence = Evidence.of(self.base, self.goal, self.between, self.count)
+        return Finding(name, State.ROUNDED, f"{detail}: not quantized plainly", evidence=evidence)
 
 
 def _square(values: FloatArray) -> float:

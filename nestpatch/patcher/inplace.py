@@ -1,4 +1,4 @@
-"""The verbs that change a model where it is: apply, revert, recover. Each is one transaction under the model's lock."""
+"""The verbs that change a model where it is: apply and revert. Each is one transaction under the model's lock."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from nestpatch.errors import ChainError, InPlaceError
 from nestpatch.events import OnEvent, ignore
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.gate import PackLike, Trust, policy_of, prove
+from nestpatch.gate import PackLike, Trust, policy_of
+from nestpatch.patcher._request import request
 from nestpatch.patcher._transaction import Transaction
 from nestpatch.patcher.chain import Allowed
 from nestpatch.patcher.held import look, missing, require_proven
 from nestpatch.patcher.kept import keep, load_packs
 from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
 from nestpatch.patcher.merge import quantized_merge
-from nestpatch.patcher.plan import check_strength
 from nestpatch.patcher.recovery import finish_or_roll_back, require_settled, require_writable
+from nestpatch.patcher.registry import record
 from nestpatch.patcher.state_dir import StateDir, locked, require_own, state_dir_of, tidy
-from nestpatch.patcher.steps import Judge, plan_apply, plan_revert
+from nestpatch.patcher.steps import Judge, plan_revert
 from nestpatch.signing.trust import Policy
 
 
@@ -34,20 +35,22 @@ class Changed:
     steps: tuple[str, ...]
     """In order, for people; empty when there was nothing to do."""
     applied: tuple[str, ...]
-    """What is applied now, bottom first: the rows were looked at."""
+    """What is applied now, bottom first; the rows were compared."""
     tensors: int
     rows: int
     row_bytes: int
-    """Of the model, written once or more."""
+    """Bytes of the model that were written, each as often as a step wrote it."""
     seconds: float
     retention: float | None = None
-    """The smallest share of the pack's change that arrived in a tensor; None where no rows are quantized."""
+    """Smallest share of the pack's change that is left after rounding in any tensor; None where no rows are quantized."""
     dry_run: bool = False
+    strength: float = 1.0
+    """Of the pack that was applied."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Opened:
-    """A model that is about to change, or with a dry run only looked at."""
+    """A model that is about to change, or with a dry run is only read."""
 
     checkpoint: Checkpoint
     state_dir: StateDir
@@ -56,7 +59,7 @@ class _Opened:
 
 @contextmanager
 def _writing(path: str | Path, policy: Policy, *, dry_run: bool = False) -> Iterator[_Opened]:
-    """Opens a model under its lock, after what was interrupted has been ended. A dry run takes no lock and ends nothing."""
+    """Opens a model under its lock and ends an interrupted change first. A dry run takes no lock and writes nothing."""
     checkpoint, state_dir = open_checkpoint(path), state_dir_of(path)
     require_own(path)
     if dry_run:
@@ -72,8 +75,9 @@ def _writing(path: str | Path, policy: Policy, *, dry_run: bool = False) -> Iter
             raise InPlaceError(f"cannot change the model: {error.strerror or error} ({error.filename})") from error
         finally:
             if fresh and not state_dir.ledger.exists() and not state_dir.journal.exists():
-                # Nothing came of it: leave the model's folder as it was.
+                # Nothing was changed: leave the model's folder as it was.
                 tidy(state_dir)
+    record(checkpoint.path)
 
 
 def apply_in_place(
@@ -96,34 +100,68 @@ def apply_in_place(
 ) -> Changed:
     """Merges a pack into a model's own files. Memory does not grow with the model.
 
-    An older version of the same pack is replaced in the same transaction; packs of other names stack. A killed process leaves a
-    model that the next command makes whole: either as before or as after. A pack that is applied already, but whose rows were
-    replaced by the base's since, is put back. `base` and `dither` are for quantized rows: the float model to make them from
-    exactly, or noise that carries small changes through the rounding.
+    The pack passes the gate first (nestpatch/gate.py). An older version of the same pack is replaced in the same transaction;
+    packs of other names stack. A killed process leaves a model that the next command makes whole: either as before or as after.
+    A pack that is applied already, but whose rows were replaced by those of the base since, is put back.
 
-    The patch passes the gate first (nestpatch/gate.py), by `policy`, `trust` and `allow_unsigned`: whoever trusts a key takes
-    no pack that too few trusted keys signed. A pack replaces those of its own publisher alone, unless `allow_other_publisher`.
+    Args:
+        model: A safetensors file, a directory (sharded or not), a GGUF file or an ONNX model.
+        pack: A file, a channel (hub://owner/name[@VERSION]), a Pack, or a Proven that passed the gate. A channel is followed
+            from then on.
+        policy: Whose signatures count; None means the policy of this user and this machine.
+        trust: "none" skips the judgement of signatures.
+        allow_unsigned: Accepts a pack that too few trusted keys have signed. Wrong signatures are never accepted.
+        strength: Multiplies the pack's deltas, over 0 and at most 1.5.
+        allow_overlap: Adds the pack to others that change the same rows.
+        allow_downgrade: Replaces a newer version of the pack.
+        allow_base_mismatch: Accepts a model that is not the pack's base. The ledger records it.
+        allow_other_publisher: Replaces a pack that another publisher signed.
+        base: The float model, to make quantized rows from exactly.
+        dither: Adds noise before quantized rows are rounded, so that small changes survive on average.
+        detach: Replaces links by files of the model's own first.
+        dry_run: Checks everything and writes nothing.
+        on_event: Receives progress.
 
-    Raises SignatureError, ChainError, BaseMismatchError, InPlaceError, BusyError, PackError, StateError; the model is then as
-    it was.
+    Returns:
+        What was changed, or would be.
+
+    Raises:
+        SignatureError: Too few trusted keys signed the pack, or a signature is wrong.
+        PackError: The pack is broken, or its merge is not what it promises.
+        CheckpointError: The model cannot be read, or is not the pack's base.
+        ChainError: The pack does not go together with what is applied.
+        StateError: Something is wrong with what is kept beside the model.
+        InPlaceError: The model's files cannot be written.
+        BusyError: Another process is writing the model.
+        After any of them the model is as it was.
     """
     began = time.perf_counter()
-    check_strength(strength)
-    rules = policy_of(policy, trust)
-    proven = prove(pack, model, policy=rules, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event)
-    quantized = quantized_merge(base, dither=dither)
-    judge = Judge(rules, model, allow_unsigned)
-    allowed = Allowed(allow_overlap, allow_downgrade, allow_other_publisher)
-    with _writing(model, rules, dry_run=dry_run) as opened:
-        planned = plan_apply(
-            opened.checkpoint, opened.state_dir, opened.ledger, proven, strength, judge, allowed, quantized.base
-        )
+    asked = request(
+        model,
+        pack,
+        strength,
+        Allowed(allow_overlap, allow_downgrade, allow_other_publisher),
+        policy=policy,
+        trust=trust,
+        allow_unsigned=allow_unsigned,
+        base=base,
+        dither=dither,
+        on_event=on_event,
+    )
+    with _writing(model, asked.judge.policy, dry_run=dry_run) as opened:
+        planned = asked.plan(opened.checkpoint, opened.state_dir, opened.ledger)
         change = Transaction(
-            opened.state_dir, opened.checkpoint, planned, allow_base_mismatch, on_event, quantized=quantized, detach=detach
+            opened.state_dir,
+            opened.checkpoint,
+            planned,
+            allow_base_mismatch,
+            on_event,
+            quantized=asked.quantized,
+            detach=detach,
         )
         if not planned.steps and not dry_run:
-            keep(opened.state_dir, proven.pack, proven.pack_id, proven.origin)
-        return _carry_out(change, opened.ledger, began, dry_run=dry_run)
+            keep(opened.state_dir, asked.proven.pack, asked.proven.pack_id, asked.proven.origin)
+        return replace(_carry_out(change, opened.ledger, began, dry_run=dry_run), strength=strength)
 
 
 def revert(
@@ -139,15 +177,35 @@ def revert(
     dry_run: bool = False,
     on_event: OnEvent = ignore,
 ) -> Changed:
-    """Undoes what was applied, bit for bit: everything (`to="base"`), or back to an earlier version of the applied pack.
+    """Undoes what was applied, bit for bit: everything, or back to an earlier version of the applied pack.
 
-    `base` and `dither` are as for `apply_in_place`: an earlier version is applied again, after its kept signatures were judged
-    like those of a file. Undo records that came along with the model are used only where the packs' own digests prove that they
-    lead to the base. A model that is taken back to its base follows no channel any more. With `only`, the id of an applied
-    pack, just that one is taken away, and the model goes on following its channels.
+    An earlier version is applied again after its kept signatures were judged like those of a file. Undo records that came with
+    the model are used only where the packs' own digests prove that they lead to the base. A model that is taken back to its
+    base follows no channel any more.
 
-    Raises ChainError when there is nothing to go back to, UndoError, SignatureError, InPlaceError, BusyError; the model is then
-    as it was.
+    Args:
+        model: The patched model.
+        to: "base", or the version to go back to.
+        policy: Whose signatures count; None means the policy of this user and this machine.
+        trust: "none" skips the judgement of signatures.
+        allow_unsigned: Uses kept packs that too few trusted keys have signed.
+        base: The float model, to make quantized rows from exactly.
+        dither: Adds noise before quantized rows are rounded.
+        only: The id of one applied pack to take away; the model keeps following its channels.
+        dry_run: Checks everything and writes nothing.
+        on_event: Receives progress.
+
+    Returns:
+        What was changed, or would be.
+
+    Raises:
+        ChainError: There is nothing to go back to.
+        UndoError: An undo record is missing, broken, or not proven to lead to the base.
+        SignatureError: A kept pack is not signed as the policy asks.
+        BaseMismatchError: Something else changed the rows since.
+        InPlaceError: The model's files cannot be written.
+        BusyError: Another process is writing the model.
+        After any of them the model is as it was.
     """
     began = time.perf_counter()
     rules = policy_of(policy, trust)
@@ -155,7 +213,7 @@ def revert(
     with _writing(model, rules, dry_run=dry_run) as opened:
         ledger, state_dir = opened.ledger, opened.state_dir
         if not ledger.applied and not ledger.follows:
-            raise ChainError(f"nothing is applied to {model}: it is at its base, as far as its ledger knows")
+            raise ChainError(f"nothing is applied to {model}: its ledger names no pack")
         packs = load_packs(state_dir, ledger.applied)
         found = look(opened.checkpoint, state_dir, ledger.applied, packs, quantized.base, down_to_base=True)
         require_proven(found)
@@ -172,7 +230,18 @@ def revert(
 
 
 def follow_channel(model: str | Path, channel: str, policy: Policy) -> None:
-    """Writes into the ledger of a model that its updates come from a channel. Raises InPlaceError, BusyError, LedgerError."""
+    """Writes into the ledger of a model that its updates come from a channel.
+
+    Args:
+        model: The model.
+        channel: The place of the channel.
+        policy: Whose signatures confirm the journal of an interrupted change.
+
+    Raises:
+        InPlaceError: The ledger cannot be written.
+        BusyError: Another process is writing the model.
+        LedgerError: The ledger is broken.
+    """
     if channel in read_ledger(state_dir_of(model)).follows:
         return
     with _writing(model, policy) as opened:

@@ -1,8 +1,9 @@
 """What rows must hold after a merge, in whatever type a file stores them.
 
-Rows of plain numbers follow the merge rule (docs/nest-format.md). A quantized row cannot: adding a small delta to what its
-blocks say and rounding again mostly gives the same blocks. So it is made from the float base where that is at hand ("exact":
-the bytes are those of merging first and quantizing then), else from the blocks, and how much of the delta arrives is measured.
+Rows of plain numbers follow the merge rule (docs/nest-format.md). A quantized row cannot: adding a small delta to the values of
+its blocks and rounding again mostly gives the same blocks. So it is made from the float base where that is available ("exact":
+the bytes are those of merging first and quantizing the whole model then), else from the blocks, and the share of the delta that
+survives rounding is measured.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import TensorDelta
 from nestpatch.rows import FloatArray, Rows, merge
 
-FROM_BASE, FROM_ROWS = "from the float base", "from the quantized rows"
-"""What quantized rows are made of, as ledgers have it."""
-LEAST_GAIN = 0.9
-"""Share of a delta that has to arrive in the rows of every tensor."""
+FROM_ROWS = "from the quantized rows"
+"""Source of quantized rows as ledgers name it, where there was no float base."""
+_FROM_BASE = "from the float base"
+LEAST_RETENTION = 0.9
+"""Share of a delta that must survive rounding in every tensor."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,25 +32,36 @@ class QuantizedMerge:
     """What a merge into rounded rows may use."""
 
     base: Checkpoint | None = None
-    """The float model that the file was made of: the rows are then exact."""
+    """The float model that the file was made from: the rows are then exact."""
     dither: bool = False
-    """Noise of one step before rounding: small deltas arrive on average, for noisier rows."""
+    """Noise of one step before rounding: small deltas survive on average, for noisier rows."""
 
     @property
-    def told(self) -> str:
-        """For people: what quantized rows are made of."""
-        source = FROM_BASE if self.base is not None else FROM_ROWS
+    def source(self) -> str:
+        """What quantized rows are made from, as ledgers name it."""
+        source = _FROM_BASE if self.base is not None else FROM_ROWS
         return f"{source}, dithered" if self.dither else source
 
 
 def quantized_merge(base: str | Path | Checkpoint | None, *, dither: bool = False) -> QuantizedMerge:
-    """Opens the float base where it is a path. Raises CheckpointFormatError."""
+    """Opens the float base where it is a path.
+
+    Args:
+        base: The float model, or its path; None for none.
+        dither: Whether noise is added before rounding.
+
+    Returns:
+        The value that merges take.
+
+    Raises:
+        CheckpointError: The base cannot be opened.
+    """
     return QuantizedMerge(open_checkpoint(base) if isinstance(base, (str, Path)) else base, dither)
 
 
 @dataclass(frozen=True)
 class Retention:
-    """How much of a delta arrived: a sum of products over elements, so that parts add up."""
+    """How much of a delta survived rounding: sums of products over elements, so that parts add up."""
 
     delivered: float = 0.0
     asked: float = 0.0
@@ -62,15 +75,21 @@ class Retention:
         return self.delivered / self.asked if self.asked else 1.0
 
 
-def is_rounded(info: TensorInfo, dtype: str, quantized: QuantizedMerge) -> bool:
-    """Whether rows are made anew instead of by the merge rule: quantized ones, and with a base those of another dtype."""
-    return not info.plain or (quantized.base is not None and info.dtype != dtype)
-
-
 def fitted(checkpoint: Checkpoint, delta: TensorDelta, base: Checkpoint | None) -> TensorInfo:
-    """The tensor, stored as its own quantizer stored it: told, where that matters, from rows that the pack leaves alone.
+    """The facts of a tensor, with the codec of the quantizer that made its rows.
 
-    Raises QuantizationError when no known quantizer makes them of the base's rows.
+    Where quantizers differ, rows that the pack leaves alone show which one was used.
+
+    Args:
+        checkpoint: The model.
+        delta: The pack's change of the tensor.
+        base: The float model; without it the codec stays as it is.
+
+    Returns:
+        The tensor's info.
+
+    Raises:
+        QuantizationError: No known quantizer makes these rows from the base.
     """
     info = checkpoint.info(delta.name)
     if base is None or info.codec is None or not info.codec.witnesses:
@@ -86,37 +105,46 @@ def fitted(checkpoint: Checkpoint, delta: TensorDelta, base: Checkpoint | None) 
 def merged_rows(
     info: TensorInfo, delta: TensorDelta, dtype: str, part: slice, stored: Rows, strength: float, quantized: QuantizedMerge
 ) -> tuple[Rows, Retention]:
-    """What some touched rows must hold, from what they hold: (rows in the form of `stored`, the retention).
+    """What some touched rows must hold after a merge, from what they hold now.
 
-    `dtype` is that of the pack's base, `part` the slice of the delta's rows that `stored` holds.
+    Args:
+        info: The tensor, as `fitted` gives it.
+        delta: The pack's change of it.
+        dtype: The dtype of the tensor in the pack's base.
+        part: Which of the delta's rows `stored` holds.
+        stored: [rows, in_features] in the stored dtype, or uint8 [rows, row_bytes].
+        strength: Multiplies the delta.
+        quantized: What may be used for rounded rows.
 
-    Raises PackContentError when a sum leaves the range of the dtype, QuantizationError when rows cannot be quantized here.
+    Returns:
+        (rows in the form of `stored`, how much of the delta they hold).
+
+    Raises:
+        PackContentError: A sum leaves the range of the dtype.
+        QuantizationError: Rows of this type cannot be quantized here.
     """
     change = delta.dense(part.start, part.stop)
-    if not is_rounded(info, dtype, quantized):
+    # Quantized rows, and with a base also those of another dtype, are made anew; all others follow the merge rule.
+    if info.plain and (quantized.base is None or info.dtype == dtype):
         return merge(stored, change, strength), Retention()
     asked = np.float32(strength) * change
     if quantized.base is not None:
-        exact = quantized.base.read_rows(delta.name, delta.rows[part].astype(np.int64))
+        exact = quantized.base.read_rows(delta.name, rows_of(delta, part))
         start, wanted = exact.astype(np.float32), merge(exact, change, strength).astype(np.float32)
     else:
         start = info.coding.decode(stored.view(np.uint8))
         wanted = start + asked
-    noisy = wanted + noise(info, delta, part, wanted) if quantized.dither else wanted
+    noisy = wanted + _noise(info, delta, part, wanted) if quantized.dither else wanted
     blocks = info.coding.encode(noisy)
     arrived = info.coding.decode(blocks)
     if not np.isfinite(arrived).all():
         raise PackContentError(f"the merged weights of {delta.name} leave the range of {info.dtype}")
-    return blocks.view(stored.dtype), retention_of(arrived - start, asked)
-
-
-def retention_of(arrived: FloatArray, asked: FloatArray) -> Retention:
-    """How much of `asked` is in `arrived`, both float32 [rows, in_features]."""
     wide = asked.astype(np.float64)
-    return Retention(float(np.vdot(arrived.astype(np.float64), wide)), float(np.vdot(wide, wide)))
+    retention = Retention(float(np.vdot((arrived - start).astype(np.float64), wide)), float(np.vdot(wide, wide)))
+    return blocks.view(stored.dtype), retention
 
 
-def noise(info: TensorInfo, delta: TensorDelta, part: slice, rows: FloatArray) -> FloatArray:
+def _noise(info: TensorInfo, delta: TensorDelta, part: slice, rows: FloatArray) -> FloatArray:
     """Uniform over one quantization step of each element's neighbours, float32 like `rows`; the same at every run."""
     seed = sha256(f"{delta.name} {part.start}".encode() + delta.rows[part].tobytes()).digest()
     random = np.random.default_rng(np.frombuffer(seed, np.uint64))
@@ -128,23 +156,34 @@ def noise(info: TensorInfo, delta: TensorDelta, part: slice, rows: FloatArray) -
 
 
 def require_retention(retentions: dict[str, Retention], label: str) -> None:
-    """Raises QuantizationError, with the three ways out, when a tensor would not get what its pack adds."""
-    weak = {name: retention.share for name, retention in retentions.items() if retention.asked and retention.share < LEAST_GAIN}
+    """Checks that enough of a pack survives rounding in every tensor.
+
+    Args:
+        retentions: Tensor name -> how much of its delta survives.
+        label: Name and version of the pack.
+
+    Raises:
+        QuantizationError: Less than LEAST_RETENTION in some tensor. The message names the three ways out.
+    """
+    weak = {
+        name: retention.share for name, retention in retentions.items() if retention.asked and retention.share < LEAST_RETENTION
+    }
     if not weak:
         return
     worst = sorted(weak, key=lambda name: weak[name])
-    lines = [f"  {name}: {weak[name]:.0%} of the patch would arrive" for name in worst[:3]]
+    lines = [f"  {name}: {weak[name]:.0%} of the change would be left" for name in worst[:3]]
     lines += [f"  and {len(weak) - 3} more"] if len(weak) > 3 else []
     raise QuantizationError(
-        f"rounding to quantized rows would lose {label} in {len(weak)} of {len(retentions)} tensors:\n" + "\n".join(lines),
+        f"rounding to quantized rows would lose {label} in {len(weak)} of {len(retentions)} tensors "
+        f"(limit {LEAST_RETENTION:.0%}):\n" + "\n".join(lines),
         advice="Give the float model, so that rows are made exactly: --base DIR or a Hub id. "
-        "Or load the patch beside the model: nestpatch export PATCH --to gguf-lora, or onnx-adapter. "
+        "Or load the pack beside the model: nestpatch export PACK --to gguf-lora, or onnx-adapter. "
         "Or accept noisier rows: --dither.",
     )
 
 
 def rows_of(delta: TensorDelta, part: slice) -> IntArray:
-    """The row numbers of a slice, int64."""
+    """The row numbers of a slice of a delta, int64."""
     return delta.rows[part].astype(np.int64)
 
 

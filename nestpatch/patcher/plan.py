@@ -1,4 +1,4 @@
-"""Pack x Checkpoint -> Plan: is this the base, which rows change, and what they must hold before and after.
+"""The plan of a merge, from a pack and a checkpoint: whether this is the base, which rows change, and what they will hold.
 
 Only the touched rows are read, a few megabytes at a time.
 """
@@ -20,7 +20,7 @@ from nestpatch.rows import Rows
 
 MAX_STRENGTH = 1.5
 SHOWN = 3
-"""Differing tensors that a message names."""
+"""Tensors that a message about another base names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +39,10 @@ class TensorPlan:
 
 @dataclass(frozen=True, eq=False)
 class MergedBlock:
-    """Some touched rows of a tensor, as they are stored: before and after."""
+    """Some touched rows of a tensor, as they are stored, before and after a merge."""
 
     part: slice
-    """Of the delta's rows."""
+    """Which of the delta's rows these are."""
     old: Rows
     new: Rows
     retention: Retention
@@ -66,7 +66,14 @@ class Plan:
 
 
 def check_strength(strength: float) -> None:
-    """Raises DataError for a strength that makes no sense."""
+    """Checks the strength of a merge.
+
+    Args:
+        strength: Multiplies the deltas of a pack.
+
+    Raises:
+        DataError: It is not a number over 0 and at most MAX_STRENGTH.
+    """
     # As the merge rule sees it: some positive numbers are zero in float32.
     if not (math.isfinite(strength) and np.float32(0) < np.float32(strength) and strength <= MAX_STRENGTH):
         raise DataError(f"strength must be over 0 and at most {MAX_STRENGTH}, got {strength}")
@@ -75,11 +82,21 @@ def check_strength(strength: float) -> None:
 def make_plan(
     pack: Pack, checkpoint: Checkpoint, strength: float = 1.0, *, allow_mismatch: bool = False, base: Checkpoint | None = None
 ) -> Plan:
-    """Checks that the checkpoint is the pack's base and plans the merge.
+    """Checks that a checkpoint is the base of a pack, and plans the merge.
 
-    `allow_mismatch` accepts other content of the right shape; `base` is the float model, for rows that were rounded.
+    Args:
+        pack: The pack to merge.
+        checkpoint: The model.
+        strength: Multiplies the deltas.
+        allow_mismatch: Accepts other content of the right shape.
+        base: The float model, for rows that were rounded.
 
-    Raises BaseMismatchError, naming tensors and rows, when it is not.
+    Returns:
+        The plan, with the state of every tensor.
+
+    Raises:
+        BaseMismatchError: The checkpoint is not the base. The message names tensors and rows.
+        QuantizationError: Rows were quantized in a way that cannot be repeated.
     """
     findings = examine(pack, checkpoint, base)
     accepted = (*APPLICABLE, State.CHANGED, State.FOREIGN) if allow_mismatch else APPLICABLE
@@ -102,9 +119,7 @@ def _mismatch(pack: Pack, checkpoint: Checkpoint, findings: list[Finding]) -> Ba
     )
     if states == {State.PATCHED}:
         whole = len(odd) == len(findings)
-        advice = (
-            "Nothing to do: the model has this patch." if whole else "The model is half patched: start again from the base."
-        )
+        advice = "Nothing to do: the model has this pack." if whole else "The model is half patched: start again from the base."
         return BaseMismatchError(reason, advice=advice)
     base = pack.manifest.base
     named = base.model_id + (f" at {base.revision}" if base.revision else "")
@@ -116,9 +131,21 @@ def _mismatch(pack: Pack, checkpoint: Checkpoint, findings: list[Finding]) -> Ba
 def merged_blocks(
     pack: Pack, delta: TensorDelta, strength: float, checkpoint: Checkpoint, quantized: QuantizedMerge
 ) -> Iterator[MergedBlock]:
-    """The new content of a tensor's touched rows, block by block, from what the checkpoint holds now.
+    """The new content of a tensor's touched rows, from what the checkpoint holds now.
 
-    Raises PackContentError or QuantizationError.
+    Args:
+        pack: The pack that is merged.
+        delta: Its change of the tensor.
+        strength: Multiplies the delta.
+        checkpoint: The model.
+        quantized: What may be used for rounded rows.
+
+    Yields:
+        Blocks of rows, in order.
+
+    Raises:
+        PackContentError: A sum leaves the range of the dtype.
+        QuantizationError: Rows of this type cannot be quantized here.
     """
     info, dtype = fitted(checkpoint, delta, quantized.base), pack.manifest.base.tensors[delta.name].dtype
     for part, old in checkpoint.iter_rows(delta.name, delta.rows, row_bytes=working_bytes(info)):
@@ -126,7 +153,21 @@ def merged_blocks(
 
 
 def measure(pack: Pack, strength: float, checkpoint: Checkpoint, quantized: QuantizedMerge) -> dict[str, Retention]:
-    """How much of the pack would arrive in the rows of every tensor that is stored quantized. Writes nothing."""
+    """How much of a pack would survive rounding, for every tensor that is stored quantized. Writes nothing.
+
+    Args:
+        pack: The pack.
+        strength: Multiplies the deltas.
+        checkpoint: The model.
+        quantized: What may be used for rounded rows.
+
+    Returns:
+        Tensor name -> how much of its delta would survive.
+
+    Raises:
+        PackContentError: A sum leaves the range of the dtype.
+        QuantizationError: Rows of this type cannot be quantized here.
+    """
     retentions = {}
     for delta in pack:
         if not checkpoint.info(delta.name).plain:

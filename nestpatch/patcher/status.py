@@ -1,18 +1,18 @@
-"""What is applied to a model, as far as rows and signatures confirm what its ledger says. Writes nothing."""
+"""The verb `status`: what is applied to a model, and what rows and signatures confirm of it. Writes nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from nestpatch.errors import StateError
-from nestpatch.formats.provenance import read_packs
 from nestpatch.patcher.held import Difference, HeldTensor, Holds, look
 from nestpatch.patcher.kept import load_packs, proven_signers
 from nestpatch.patcher.ledger import Ledger, LedgerEntry, read_ledger
 from nestpatch.patcher.recovery import open_model
+from nestpatch.patcher.release import ReleasedPack, released_packs
 from nestpatch.signing.trust import Policy, load_for_looking
 
 
@@ -40,18 +40,19 @@ class Status:
     ledger: Ledger
     applied: tuple[AppliedPack, ...]
     """Bottom first."""
-    files_say: Sequence[Mapping[str, Any]]
-    """What the weight files claim in their metadata to have been written with."""
+    released: tuple[ReleasedPack, ...]
+    """The packs that the metadata of its files names, bottom first: claims, compared with the rows."""
     problem: str = ""
     """Why the rows could not be compared; empty when they were."""
 
     @property
     def sound(self) -> bool:
-        """Whether the rows hold all that the ledger names."""
-        return not self.problem and not any(one.missing_in for one in self.applied)
+        """Whether the rows hold all that the ledger names, and are those that the metadata of the files records."""
+        held = not any(one.missing_in for one in self.applied) and not any(one.differences for one in self.released)
+        return held and not self.problem
 
     def as_json(self) -> dict[str, Any]:
-        """For scripts: the ledger's content, each entry with what confirms it."""
+        """The ledger's content, each entry with what confirms it, for `--json`."""
         value = self.ledger.as_json()
         entries = zip(value["applied"], self.applied, strict=True)
         applied = [
@@ -59,29 +60,42 @@ class Status:
             | {"in_rows": not self.problem and not one.missing_in, "signers": dict(one.signers), "claims": list(one.claims)}
             for entry, one in entries
         ]
-        known = {"model": str(self.model), **value, "applied": applied, "files_say": list(self.files_say)}
+        released = [asdict(one) | {"consistent": one.consistent} for one in self.released]
+        known = {"model": str(self.model), **value, "applied": applied, "released": released}
         return {**known, "sound": self.sound, "problem": self.problem}
 
 
 def status(model: str | Path, policy: Policy | None = None) -> Status:
-    """Reads the ledger, the touched rows and the kept signatures.
+    """Reads the ledger, the touched rows and the kept signatures of a model.
 
-    Raises CheckpointError, InterruptedChangeError, BusyError; LedgerError when the ledger is broken.
+    Args:
+        model: A checkpoint of any format.
+        policy: Whose signatures count; None means the policy of this user and this machine.
+
+    Returns:
+        What is applied, and what confirms it.
+
+    Raises:
+        CheckpointError: The model cannot be read.
+        InterruptedChangeError: A change was interrupted.
+        BusyError: Another process is writing the model.
+        LedgerError: The ledger is broken.
     """
-    checkpoint, place = open_model(model)
-    ledger, rules = read_ledger(place), load_for_looking() if policy is None else policy
+    checkpoint, state_dir = open_model(model)
+    ledger, rules = read_ledger(state_dir), load_for_looking() if policy is None else policy
     found: list[HeldTensor] = []
     problem = ""
     try:
         if ledger.applied:
-            found = look(checkpoint, place, ledger.applied, load_packs(place, ledger.applied))
+            found = look(checkpoint, state_dir, ledger.applied, load_packs(state_dir, ledger.applied))
     except StateError as error:
         problem = str(error)
     applied = tuple(
-        AppliedPack(entry, _lacking(entry, found), proven_signers(place, entry.pack_id, rules, model))
+        AppliedPack(entry, _lacking(entry, found), proven_signers(state_dir, entry.pack_id, rules, model))
         for entry in ledger.applied
     )
-    return Status(checkpoint.path, ledger, applied, read_packs(checkpoint.metadata()), problem)
+    changed = {name for entry in ledger.applied for name in entry.tensors}
+    return Status(checkpoint.path, ledger, applied, released_packs(checkpoint, changed), problem)
 
 
 def _lacking(entry: LedgerEntry, found: Sequence[HeldTensor]) -> tuple[Difference, ...]:

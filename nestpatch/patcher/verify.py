@@ -1,7 +1,7 @@
-"""Which state is this model in? Answered from the touched rows; `full` hashes whole tensors.
+"""The verb `verify`: which state a model is in, from its touched rows; `full` hashes whole tensors too. Writes nothing.
 
-Without a patch: is what the ledger says in the rows? With one: is exactly this pack in the rows? Then the pack's own digests
-decide, and nothing beside the model does.
+Without a pack: do the rows hold what the ledger says? With a pack: is exactly this pack in the rows? Then the pack's own
+digests decide, and nothing that is stored beside or inside the model does.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from nestpatch.formats.checkpoint import Checkpoint, IntArray
 from nestpatch.pack import Pack
 from nestpatch.patcher._undo import restored
 from nestpatch.patcher.held import SHOWN_ROWS, Difference, HeldTensor, Holds, Layer, layers_of, look
-from nestpatch.patcher.identity import APPLICABLE, Finding, State, examine
+from nestpatch.patcher.identity import APPLICABLE, State, examine
 from nestpatch.patcher.kept import load_pack, load_packs
 from nestpatch.patcher.ledger import Ledger, LedgerEntry, read_ledger
 from nestpatch.patcher.recovery import open_model
+from nestpatch.patcher.release import ReleasedPack, released_packs
 from nestpatch.patcher.state_dir import StateDir
 from nestpatch.patcher.steps import Judge
 from nestpatch.rows import Rows
@@ -41,6 +42,8 @@ class Verdict(Enum):
     ALTERED = "altered"
     MISSING = "missing"
     """The ledger names packs, and the rows hold what was there before."""
+    CLAIMED = "claimed"
+    """The rows are those that the metadata of the model's own files records for a pack. Only the pack can prove it."""
     UNKNOWN = "unknown"
 
 
@@ -52,6 +55,7 @@ class Verification:
     packs: tuple[str, ...]
     """What is applied, bottom first."""
     tensors: int
+    """Tensors whose rows were compared."""
     differences: tuple[Difference, ...]
     detail: str
     full: bool
@@ -61,7 +65,7 @@ class Verification:
 
     @property
     def known(self) -> bool:
-        """Whether all is as it should be: the pack that was asked about is in the rows; else base or patched."""
+        """Whether all is as it should be: the pack that was asked about is in the rows; without one, base or patched."""
         return self.verdict is Verdict.PATCHED or (self.verdict is Verdict.BASE and not self.asked)
 
 
@@ -74,7 +78,7 @@ def verify(
     full: bool = False,
     policy: Policy | None = None,
 ) -> Verification:
-    """Looks at the rows that packs touch. Writes nothing.
+    """Compares the rows that packs touch. Writes nothing.
 
     Args:
         model: A checkpoint of any format.
@@ -83,6 +87,9 @@ def verify(
         base: The float model, for quantized rows.
         full: Hashes whole tensors too.
         policy: Only without a pack: who has to have signed packs that came with the model; None means that of this user.
+
+    Returns:
+        The verdict, with the rows that differ.
 
     Raises:
         CheckpointError: The model cannot be read.
@@ -93,77 +100,168 @@ def verify(
     checkpoint, state_dir = open_model(model)
     pack = nest.read(pack) if isinstance(pack, (str, Path)) else pack
     ledger = read_ledger(state_dir)
+    found = _Verifier(checkpoint, state_dir, ledger, base, full)
     judge = Judge(load_for_looking() if policy is None else policy, model)
-    if pack is not None:
-        result = _is_in_rows(checkpoint, state_dir, ledger, pack, strength, base, full=full)
-    elif ledger.applied:
-        result = _against_ledger(checkpoint, state_dir, ledger.applied, base, full=full)
-        if result[0] is Verdict.PATCHED and (doubt := _unproven(state_dir, ledger.applied, judge)):
-            result = (Verdict.UNKNOWN, *result[1:4], doubt)
-    else:
-        result = _against_packs(checkpoint, _kept_packs(state_dir, ledger, judge), full=full)
-    verdict, packs, tensors, differences, detail = result
-    asked, seconds = pack.label if pack is not None else "", time.perf_counter() - began
-    return Verification(verdict, packs, tensors, tuple(differences), detail, full, seconds, asked)
+    result = found.holds(pack, strength) if pack is not None else found.as_recorded(judge)
+    return Verification(
+        verdict=result.verdict,
+        packs=result.packs,
+        tensors=result.tensors,
+        differences=tuple(result.differences),
+        detail=result.detail,
+        full=full,
+        seconds=time.perf_counter() - began,
+        asked=pack.label if pack is not None else "",
+    )
 
 
-_Result = tuple[Verdict, tuple[str, ...], int, list[Difference], str]
+@dataclass(frozen=True)
+class _Result:
+    verdict: Verdict
+    tensors: int
+    detail: str
+    packs: tuple[str, ...] = ()
+    differences: Sequence[Difference] = ()
 
 
-def _is_in_rows(
-    checkpoint: Checkpoint,
-    state_dir: StateDir,
-    ledger: Ledger,
-    pack: Pack,
-    strength: float,
-    base: Checkpoint | None,
-    *,
-    full: bool,
-) -> _Result:
-    """The pack's own digests against the rows; what the ledger says is only a hint where to look for an undo record."""
-    pack_id = nest.pack_id(pack)
-    also = tuple(entry.label for entry in ledger.applied if entry.pack_id != pack_id)
-    more = f"; the ledger also names {', '.join(also)}" if also else ""
-    verdict, packs, tensors, differences, detail = _against_pack(checkpoint, pack, base, full=full)
-    if verdict is Verdict.PATCHED and strength == 1.0:
-        return verdict, packs, tensors, differences, detail + more
-    hint = next((entry for entry in ledger.applied if entry.pack_id == pack_id), None)
-    if hint is not None and verdict is not Verdict.BASE:
-        found = _followed(checkpoint, state_dir, ledger, pack, hint, base)
-        if all(one.holds is Holds.PACK for one in found) and hint.strength == strength and found:
-            dose = f" at strength {strength:g}" if strength != 1.0 else ""
-            return Verdict.PATCHED, (pack.label,), tensors, [], f"holds {pack.label}{dose}{more}"
+@dataclass(frozen=True, eq=False)
+class _Verifier:
+    """A model, opened, with what its ledger says."""
+
+    checkpoint: Checkpoint
+    state_dir: StateDir
+    ledger: Ledger
+    base: Checkpoint | None
+    full: bool
+
+    def holds(self, pack: Pack, strength: float) -> _Result:
+        """The pack's own digests against the rows. The ledger is only a hint where to look for an undo record."""
+        pack_id, applied = nest.pack_id(pack), self.ledger.applied
+        also = tuple(entry.label for entry in applied if entry.pack_id != pack_id)
+        result = self._against_pack(pack, self.base)
+        hint = next((entry for entry in applied if entry.pack_id == pack_id), None)
+        if not (result.verdict is Verdict.PATCHED and strength == 1.0):
+            if hint is not None and result.verdict is not Verdict.BASE:
+                result = self._by_undo_record(pack, strength, hint, result)
+            elif result.verdict is Verdict.PATCHED:
+                detail = f"holds {pack.label} at strength 1, not at {strength:g}"
+                result = _Result(Verdict.ALTERED, result.tensors, detail)
+        claims = [one for one in released_packs(self.checkpoint) if one.pack_id == pack_id and hint is None]
+        if claims and result.verdict is not Verdict.PATCHED:
+            also_claimed = f"the file's metadata claims it{_at(claims[0].strength)}"
+            result = replace(result, detail=f"{result.detail}; {also_claimed}, which only the base could confirm")
+        return replace(result, detail=f"{result.detail}; the ledger also names {', '.join(also)}") if also else result
+
+    def _by_undo_record(self, pack: Pack, strength: float, hint: LedgerEntry, plain: _Result) -> _Result:
+        """What the rows show when the undo record of the pack is followed down to the base."""
+        found = self._followed(pack, hint)
+        if found and all(one.holds is Holds.PACK for one in found) and hint.strength == strength:
+            return _Result(Verdict.PATCHED, plain.tensors, f"holds {pack.label}{_at(strength)}", (pack.label,))
         lacking = [one.difference for one in found if one.difference is not None]
-        dose = (
-            f"it may be there at strength {hint.strength:g}"
-            if hint.strength != strength
-            else "not as the pack would leave them"
-        )
-        return (
-            Verdict.ALTERED,
-            (),
-            tensors,
-            lacking or differences,
-            f"the rows do not hold {pack.label} at strength {strength:g}: {dose}{more}",
-        )
-    if verdict is Verdict.PATCHED:
-        return Verdict.ALTERED, (), tensors, [], f"holds {pack.label} at strength 1, not at {strength:g}{more}"
-    return verdict, packs, tensors, differences, detail + more
+        other = f"it may be there at strength {hint.strength:g}" if hint.strength != strength else "not as the pack leaves them"
+        detail = f"the rows do not hold {pack.label} at strength {strength:g}: {other}"
+        return _Result(Verdict.ALTERED, plain.tensors, detail, differences=lacking or plain.differences)
+
+    def _followed(self, pack: Pack, hint: LedgerEntry) -> list[HeldTensor]:
+        """What the rows of one pack prove, its undo record followed down to the base. Packs above must leave its rows alone."""
+        claimed = [replace(entry, foreign=True) for entry in self.ledger.applied]
+        try:
+            packs = load_packs(self.state_dir, claimed, {hint.pack_id: pack})
+            found = look(self.checkpoint, self.state_dir, claimed, packs, self.base, down_to_base=True)
+            stacks = layers_of(self.state_dir, claimed, packs)
+        except (StateError, LedgerError):
+            return []
+        own = [one for one in found if one.entry.pack_id == hint.pack_id]
+        return [_uncovered(one, stacks[one.tensor]) for one in own]
+
+    def as_recorded(self, judge: Judge) -> _Result:
+        """Whether the rows hold what the ledger says; without a ledger, what kept packs and the files' metadata say."""
+        if self.ledger.applied:
+            result = self._against_ledger()
+            if result.verdict is Verdict.PATCHED and (doubt := _unproven(self.state_dir, self.ledger.applied, judge)):
+                result = replace(result, verdict=Verdict.UNKNOWN, detail=doubt)
+            return result
+        results = [self._against_pack(pack) for pack in _kept_packs(self.state_dir, self.ledger, judge)]
+        known = [result for result in results if result.verdict in (Verdict.BASE, Verdict.PATCHED)]
+        if not known and (released := released_packs(self.checkpoint)):
+            return _against_metadata(released)
+        unknown = _Result(Verdict.UNKNOWN, 0, "nestpatch knows nothing about this model; give the pack to compare with")
+        return (known[-1:] or results[:1] or [unknown])[0]
+
+    def _against_pack(self, pack: Pack, base: Checkpoint | None = None) -> _Result:
+        findings = examine(pack, self.checkpoint, base)
+        states, count = {finding.state for finding in findings}, len(findings)
+        differences = [
+            Difference(f.name, f.rows[:SHOWN_ROWS], len(f.rows), f"{f.state.value}: {f.detail}")
+            for f in findings
+            if f.state not in (*APPLICABLE, State.PATCHED)
+        ]
+        if differences:
+            detail = f"neither the base nor the result of {pack.label}"
+            return _Result(Verdict.ALTERED, count, detail, differences=differences)
+        if states == {State.PATCHED}:
+            return _Result(Verdict.PATCHED, count, f"holds the result of {pack.label}", (pack.label,))
+        if State.PATCHED in states:
+            lacking = [Difference(f.name, (), 0, "still holds the base") for f in findings if f.state is not State.PATCHED]
+            return _Result(Verdict.HALF, count, f"holds {pack.label} in some tensors only", (pack.label,), lacking)
+        if self.full and (altered := self._whole_tensors(pack)):
+            detail = f"the rows are the base of {pack.label}, but tensors differ elsewhere"
+            return _Result(Verdict.ALTERED, count, detail, differences=altered)
+        return _Result(Verdict.BASE, count, f"the base of {pack.label}")
+
+    def _against_ledger(self) -> _Result:
+        applied = self.ledger.applied
+        packs, labels = load_packs(self.state_dir, applied), tuple(entry.label for entry in applied)
+        found = look(self.checkpoint, self.state_dir, applied, packs, self.base)
+        lost = [(one, one.difference) for one in found if one.difference is not None]
+        if lost:
+            differences = [difference for _, difference in lost]
+            if all(one.holds is Holds.BEFORE for one in found):
+                detail = f"the ledger names {', '.join(labels)}, and the rows hold what was there before"
+                return _Result(Verdict.MISSING, len(found), detail, labels, differences)
+            half = all(one.holds is Holds.BEFORE or one.old == difference.count for one, difference in lost)
+            detail = f"not what {', '.join(labels)} left" + (": some rows hold what they held before" if half else "")
+            return _Result(Verdict.HALF if half else Verdict.ALTERED, len(found), detail, labels, differences)
+        if self.full and (altered := self._whole_below(layers_of(self.state_dir, applied, packs))):
+            detail = "the patched rows are right, but tensors differ elsewhere"
+            return _Result(Verdict.ALTERED, len(found), detail, labels, altered)
+        came = "; the ledger came with the model, the packs confirm it" if any(entry.foreign for entry in applied) else ""
+        held = ", ".join(entry.label + _at(entry.strength) for entry in applied)
+        return _Result(Verdict.PATCHED, len(found), f"holds {held}{came}", labels)
+
+    def _whole_tensors(self, pack: Pack) -> list[Difference]:
+        """The tensors of a pack that differ from its base outside of its rows."""
+        altered = []
+        for delta in pack:
+            identity = pack.manifest.base.tensors[delta.name]
+            if self.checkpoint.info(delta.name).dtype != identity.dtype:
+                continue  # widened: its bytes have no digest in the pack
+            altered += _compare_whole(delta.name, identity.sha256, _digest_whole(self.checkpoint, delta.name, None, None))
+        return altered
+
+    def _whole_below(self, stacks: Mapping[str, Sequence[Layer]]) -> list[Difference]:
+        """Whole tensors with all packs taken away again in memory, compared with the base digests in the packs."""
+        altered = []
+        for name, layers in sorted(stacks.items()):
+            info = self.checkpoint.info(name)
+            identity = layers[0].pack.manifest.base.tensors[name]
+            entry = layers[0].entry
+            if info.dtype != identity.dtype or (entry.base_mismatch_allowed and not entry.foreign):
+                continue  # no digest to compare with
+            rows = np.unique(np.concatenate([layer.delta.rows.astype(np.int64) for layer in layers]))
+            values = self.checkpoint.read_rows(name, rows)
+            for layer in reversed(layers):
+                where = np.searchsorted(rows, layer.delta.rows)
+                (data,) = layer.record.residuals(name, iter([layer.delta.neurons * info.row_bytes]))
+                lacking = np.frombuffer(data, f"<u{values.dtype.itemsize}").reshape(layer.delta.neurons, -1)
+                values[where] = restored(values[where], lacking, layer.delta.dense(), layer.entry.strength)
+            altered += _compare_whole(name, identity.sha256, _digest_whole(self.checkpoint, name, rows, values))
+        return altered
 
 
-def _followed(
-    checkpoint: Checkpoint, state_dir: StateDir, ledger: Ledger, pack: Pack, hint: LedgerEntry, base: Checkpoint | None
-) -> list[HeldTensor]:
-    """What the rows of one pack prove, its undo record followed down to the base. Packs on top must leave its rows alone."""
-    claimed = [replace(entry, foreign=True) for entry in ledger.applied]
-    try:
-        packs = load_packs(state_dir, claimed, {hint.pack_id: pack})
-        found = look(checkpoint, state_dir, claimed, packs, base, down_to_base=True)
-        stacks = layers_of(state_dir, claimed, packs)
-    except (StateError, LedgerError):
-        return []
-    own = [one for one in found if one.entry.pack_id == hint.pack_id]
-    return [_uncovered(one, stacks[one.tensor]) for one in own]
+def _at(strength: object) -> str:
+    """The strength for a message; empty for 1."""
+    return "" if strength == 1 else f" at strength {strength:g}" if isinstance(strength, (int, float)) else ""
 
 
 def _uncovered(one: HeldTensor, stack: Sequence[Layer]) -> HeldTensor:
@@ -178,7 +276,7 @@ def _uncovered(one: HeldTensor, stack: Sequence[Layer]) -> HeldTensor:
 
 
 def _kept_packs(state_dir: StateDir, ledger: Ledger, judge: Judge) -> list[Pack]:
-    """The packs of the history, as far as they are at hand; what came with the model only as the policy lets it pass."""
+    """The packs of the history that are still kept; those that came with the model only where the policy accepts them."""
     packs = []
     lines = [(event["pack_id"], f"{event['name']} {event['version']}", "foreign" in event) for event in ledger.history]
     for pack_id, label, foreign in dict.fromkeys(lines):
@@ -190,57 +288,30 @@ def _kept_packs(state_dir: StateDir, ledger: Ledger, judge: Judge) -> list[Pack]
 
 
 def _unproven(state_dir: StateDir, applied: Sequence[LedgerEntry], judge: Judge) -> str:
-    """Why a pack that came with the model, and is in the rows, proves nothing; empty when the policy lets all of them pass."""
+    """Why a pack that came with the model, and is in the rows, proves nothing; empty when the policy accepts all of them."""
     for entry in applied:
         try:
             if entry.foreign:
                 judge.require(state_dir, entry.pack_id)
         except (SignatureError, StateError) as error:
-            return f"holds {entry.label} by a pack that came with the model, and nobody answers for that pack: {error}"
+            return f"holds {entry.label} by a pack that came with the model, and no trusted signature confirms it: {error}"
     return ""
 
 
-def _against_packs(checkpoint: Checkpoint, packs: Sequence[Pack], *, full: bool) -> _Result:
-    if not packs:
-        return Verdict.UNKNOWN, (), 0, [], "nestpatch knows nothing of this model; give the patch to compare with"
-    best: _Result | None = None
-    for pack in packs:
-        result = _against_pack(checkpoint, pack, full=full)
-        if best is None or result[0] in (Verdict.BASE, Verdict.PATCHED):
-            best = result
-    assert best is not None  # noqa: S101 - packs is not empty
-    return best
-
-
-def _against_pack(checkpoint: Checkpoint, pack: Pack, base: Checkpoint | None = None, *, full: bool) -> _Result:
-    findings = examine(pack, checkpoint, base)
-    states = {finding.state for finding in findings}
-    differences = [_difference(finding) for finding in findings if finding.state not in (*APPLICABLE, State.PATCHED)]
-    count = len(findings)
+def _against_metadata(released: Sequence[ReleasedPack]) -> _Result:
+    """What the metadata of the model's own files claims, compared with the rows."""
+    names = ", ".join(one.label + _at(one.strength) for one in released)
+    differences = [difference for one in released for difference in one.differences]
+    compared = sum(one.compared for one in released)
+    proof = "nestpatch verify MODEL PACK proves it"
     if differences:
-        return Verdict.ALTERED, (), count, differences, f"neither the base nor the result of {pack.label}"
-    if states == {State.PATCHED}:
-        return Verdict.PATCHED, (pack.label,), count, [], f"holds the result of {pack.label}"
-    if State.PATCHED in states:
-        lacking = [Difference(f.name, (), 0, "still holds the base") for f in findings if f.state is not State.PATCHED]
-        return Verdict.HALF, (pack.label,), count, lacking, f"holds {pack.label} in some tensors only"
-    if full and (altered := _whole_tensors(checkpoint, pack)):
-        return Verdict.ALTERED, (), count, altered, f"the rows are the base of {pack.label}, but tensors differ elsewhere"
-    return Verdict.BASE, (), count, [], f"the base of {pack.label}"
-
-
-def _difference(finding: Finding) -> Difference:
-    return Difference(finding.name, finding.rows[:SHOWN_ROWS], len(finding.rows), f"{finding.state.value}: {finding.detail}")
-
-
-def _whole_tensors(checkpoint: Checkpoint, pack: Pack) -> list[Difference]:
-    altered = []
-    for delta in pack:
-        identity = pack.manifest.base.tensors[delta.name]
-        if checkpoint.info(delta.name).dtype != identity.dtype:
-            continue  # widened: its bytes have no digest in the pack
-        altered += _compare_whole(delta.name, identity.sha256, _digest_whole(checkpoint, delta.name, None, None))
-    return altered
+        detail = f"the file's metadata names {names}, and the rows are not those that it records"
+        return _Result(Verdict.ALTERED, compared, detail, differences=differences)
+    if not all(one.consistent for one in released):
+        return _Result(Verdict.UNKNOWN, compared, f"the file's metadata names {names} without digests of rows; {proof}")
+    labels = tuple(one.label for one in released)
+    detail = f"the rows are those that the file's own metadata records for {names}; this is a claim of the file, {proof}"
+    return _Result(Verdict.CLAIMED, compared, detail, labels)
 
 
 def _compare_whole(name: str, expected: str, found: str) -> list[Difference]:
@@ -258,46 +329,3 @@ def _digest_whole(checkpoint: Checkpoint, name: str, rows: IntArray | None, valu
             block[rows[inside] - part.start] = values[inside]
         state.update(block.view(np.uint8).data)
     return state.hexdigest()
-
-
-def _against_ledger(
-    checkpoint: Checkpoint, state_dir: StateDir, applied: Sequence[LedgerEntry], base: Checkpoint | None, *, full: bool
-) -> _Result:
-    packs = load_packs(state_dir, applied)
-    labels = tuple(entry.label for entry in applied)
-    found = look(checkpoint, state_dir, applied, packs, base)
-    differences = [one.difference for one in found if one.difference is not None]
-    if differences:
-        lost = [one for one in found if one.difference is not None]
-        if all(one.holds is Holds.BEFORE for one in found):
-            detail = f"the ledger names {', '.join(labels)}, and the rows hold what was there before"
-            return Verdict.MISSING, labels, len(found), differences, detail
-        half = all(one.holds is Holds.BEFORE or one.old == one.difference.count for one in lost if one.difference)
-        detail = f"not what {', '.join(labels)} left" + (": some rows hold what they held before" if half else "")
-        return Verdict.HALF if half else Verdict.ALTERED, labels, len(found), differences, detail
-    if full and (altered := _whole_below(checkpoint, layers_of(state_dir, applied, packs))):
-        return Verdict.ALTERED, labels, len(found), altered, "the patched rows are right, but tensors differ elsewhere"
-    came = "; the ledger came with the model, the packs confirm it" if any(entry.foreign for entry in applied) else ""
-    doses = (f" at strength {entry.strength:g}" if entry.strength != 1 else "" for entry in applied)
-    held = ", ".join(label + dose for label, dose in zip(labels, doses, strict=True))
-    return Verdict.PATCHED, labels, len(found), [], f"holds {held}{came}"
-
-
-def _whole_below(checkpoint: Checkpoint, stacks: Mapping[str, Sequence[Layer]]) -> list[Difference]:
-    """Whole tensors with all packs taken away again in memory, compared with the base digests in the packs."""
-    altered = []
-    for name, layers in sorted(stacks.items()):
-        info = checkpoint.info(name)
-        identity = layers[0].pack.manifest.base.tensors[name]
-        entry = layers[0].entry
-        if info.dtype != identity.dtype or (entry.base_mismatch_allowed and not entry.foreign):
-            continue  # no digest to compare with
-        rows = np.unique(np.concatenate([layer.delta.rows.astype(np.int64) for layer in layers]))
-        values = checkpoint.read_rows(name, rows)
-        for layer in reversed(layers):
-            where = np.searchsorted(rows, layer.delta.rows)
-            (data,) = layer.record.residuals(name, iter([layer.delta.neurons * info.row_bytes]))
-            lacking = np.frombuffer(data, f"<u{values.dtype.itemsize}").reshape(layer.delta.neurons, -1)
-            values[where] = restored(values[where], lacking, layer.delta.dense(), layer.entry.strength)
-        altered += _compare_whole(name, identity.sha256, _digest_whole(checkpoint, name, rows, values))
-    return altered

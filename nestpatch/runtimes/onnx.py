@@ -266,7 +266,7 @@ class OnnxRuntime:
                 make_plan(pack, open_model(ready.file)[0])
                 lora_onnx.write(content, ready, adapter)
             except UnsupportedModelError:  # not adapter-ready, or not for these weights
-                apply(self._given, pack, patched, trust="none", sync=False)
+                apply(self._given, pack, patched, trust="none", sync=False, listed=False)
                 yield OnnxRuntime(
                     patched,
                     device=self._device,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from nestpatch.evaluation.concerns import concerns
 from nestpatch.plain import count, number
 from nestpatch.views.console import escape, fact_grid, out, size, table_of
 from nestpatch.views.evaluation import HEADLINES
@@ -15,8 +16,10 @@ from nestpatch.views.evaluation import HEADLINES
 if TYPE_CHECKING:
     from nestpatch.pack import Pack, TensorDelta
 
-MOST_LAYERS = 4
-"""Layers whose training is shown; --rows shows all."""
+LINES = 25
+"""Lines of `show`, unless --rows asks for everything."""
+MOST_KINDS = 6
+"""Kinds of tensors that it sums; of more, only their number is shown."""
 _NUMBER = re.compile(r"(\d{1,9})", re.ASCII)
 
 
@@ -27,7 +30,7 @@ def show_pack(pack: Pack, pack_id: str, nbytes: int, *, rows: bool = False) -> N
         pack: The pack.
         pack_id: SHA-256 of its file, hex.
         nbytes: Size of its file.
-        rows: Whether to list every tensor and every layer, not their sums.
+        rows: Whether to list every tensor, every layer and every setting, not what fits in LINES lines.
     """
     manifest, base = pack.manifest, pack.manifest.base
     out.print(f"[bold]{escape(pack.label)}[/]  {escape(manifest.description)}")
@@ -41,10 +44,17 @@ def show_pack(pack: Pack, pack_id: str, nbytes: int, *, rows: bool = False) -> N
     for what, listed in (("tags", manifest.tags), ("supersedes", manifest.supersedes), ("requires", manifest.requires)):
         if listed:
             grid.add_row(what, escape(", ".join(listed)))
+    for concern in concerns(manifest.evaluation) if manifest.evaluation else ():
+        grid.add_row("[yellow]warning[/]", f"[yellow]{escape(concern)}[/]")
     out.print(grid)
-    out.print(_tensors(pack) if rows else _kinds(pack))
-    _show_method(manifest.method, None if rows else MOST_LAYERS)
-    _show_stored_evaluation(manifest.evaluation)
+    tensors, evaluation = _tensors(pack) if rows else _kinds(pack), _stored_evaluation(manifest.evaluation)
+    out.print(tensors)
+    # One line each for the label and the tables' heads, two before the training facts, one before the evaluation.
+    used = 1 + grid.row_count + 1 + tensors.row_count + 2 + (2 + evaluation.row_count if evaluation else 0)
+    _show_method(_facts(manifest.method, rows=rows), None if rows else LINES - used)
+    if evaluation is not None:
+        out.print()
+        out.print(evaluation)
 
 
 def _tensors(pack: Pack) -> Table:
@@ -63,9 +73,11 @@ def _kinds(pack: Pack) -> Table:
     kinds: dict[str, list[TensorDelta]] = {}
     for delta in pack:
         kinds.setdefault(_NUMBER.sub("*", delta.name), []).append(delta)
-    for kind, deltas in kinds.items():
+    for kind, deltas in list(kinds.items())[:MOST_KINDS]:
         sums = len(deltas), sum(delta.neurons for delta in deltas), sum(delta.clusters for delta in deltas)
         table.add_row(escape(kind), *map(str, sums), _rms(deltas))
+    if len(kinds) > MOST_KINDS:
+        table.add_row(f"and {len(kinds) - MOST_KINDS} more kinds: --rows")
     return table
 
 
@@ -77,43 +89,57 @@ def _rms(deltas: list[TensorDelta]) -> str:
     return f"{float(np.sqrt(np.square(values).mean())):.2g}"
 
 
-def _show_method(method: Mapping[str, Any], most: int | None) -> None:
-    """How the pack was trained. Packs come from anywhere: what is missing or malformed is left out."""
+def _facts(method: Mapping[str, Any], *, rows: bool) -> list[tuple[str, str]]:
+    """How the pack was trained, the most important facts first. Packs come from anywhere: what is malformed is left out."""
     objects = {what: value if isinstance(value := method.get(what), dict) else {} for what in ("decisions", "data", "tuning")}
-    grid = fact_grid()
-    for what, text in objects["decisions"].items():
-        grid.add_row(escape(what), escape(text))
-    found = method.get("layers")
-    layers = [layer for layer in found if isinstance(layer, dict)] if isinstance(found, list) else []
-    for layer in layers[:most]:
-        facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in layer.items() if name != "layer")
-        grid.add_row(f"layer {escape(layer.get('layer', '?'))}", escape(facts))
-    if most is not None and len(layers) > most:
-        grid.add_row("", f"and {len(layers) - most} more layers (--rows shows all)")
+    found = []
     for kind, facts in objects["data"].items():
         if isinstance(facts, dict):
             source = f"{count(facts.get('prompts'))} from {facts.get('name', '?')}, sha256 {str(facts.get('sha256'))[:12]}.."
-            grid.add_row(f"{escape(kind)} prompts", escape(source))
-    for what, text in objects["tuning"].items():
-        grid.add_row(escape(what.replace("_", " ")), escape(text))
-    if grid.row_count:
-        out.print("\n[bold]How it was trained[/]")
-        out.print(grid)
+            found.append((f"{kind} prompts", source))
+    listed = method.get("layers")
+    layers = [layer for layer in listed if isinstance(layer, dict)] if isinstance(listed, list) else []
+    for layer in layers if rows else ():
+        text = ", ".join(f"{str(name).replace('_', ' ')} {value}" for name, value in layer.items() if name != "layer")
+        found.append((f"layer {layer.get('layer', '?')}", text))
+    if layers and not rows:
+        first, last = (f"layer {layer.get('layer', '?')}" for layer in (layers[0], layers[-1]))
+        neurons, clusters = (sum(one[key] for one in layers if type(one.get(key)) is int) for key in ("neurons", "clusters"))
+        text = f"{len(layers)} from {first} to {last}: {count(neurons)} neurons in {count(clusters)} clusters"
+        found.append(("layers", text))
+    for what in ("tuning", "decisions"):
+        found += [(str(name).replace("_", " "), str(text)) for name, text in objects[what].items()]
+    return found
 
 
-def _show_stored_evaluation(evaluation: Mapping[str, Any]) -> None:
-    """The numbers that the publisher measured."""
+def _show_method(facts: Sequence[tuple[str, str]], room: int | None) -> None:
+    """Shows training facts, a line each; with `room`, no more lines than that, and long ones cut."""
+    if not facts or (room is not None and room < 1):
+        return
+    grid, shown = fact_grid(), facts
+    if room is not None:
+        shown = facts if len(facts) <= room else [*facts[: room - 1], ("", f"and {len(facts) - room + 1} more facts: --rows")]
+        # Without a width the column of names gives way to long texts.
+        grid.columns[0].no_wrap, grid.columns[0].min_width = True, min(24, max(len(what) for what, _ in shown))
+        grid.columns[1].no_wrap, grid.columns[1].overflow = True, "ellipsis"
+    for what, text in shown:
+        grid.add_row(escape(what), escape(text))
+    out.print("\n[bold]How it was trained[/]")
+    out.print(grid)
+
+
+def _stored_evaluation(evaluation: Mapping[str, Any]) -> Table | None:
+    """The numbers that the publisher measured; None where there are none."""
     before, after = evaluation.get("before"), evaluation.get("after")
     if not isinstance(before, dict) or not isinstance(after, dict):
-        return
+        return None
     table = Table("evaluation", "before", "after", box=None, pad_edge=False, header_style="dim")
     for name, title in HEADLINES.items():
         sides = [side for side in (before.get(name), after.get(name)) if isinstance(side, dict)]
         if len(sides) == 2:
             parts = [(number(s.get("value"), "6.1%"), count(s.get("count")), count(s.get("total"))) for s in sides]
             table.add_row(title, *(f"{value}  [dim]{some} of {total}[/dim]" for value, some, total in parts))
-    out.print()
-    out.print(table)
+    return table
 
 
 def recipe_table() -> Table:

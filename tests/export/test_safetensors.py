@@ -96,8 +96,8 @@ def test_the_commands(tmp_path: Path) -> None:
     assert "would write" in run("export", model, patch, "--to", "safetensors", "--dry-run")
     run("export", model, patch, "--to", "safetensors")
     release = tmp_path / "base-no-harm-1.0.0-release"
-    assert "written with" in run("status", release)
-    assert json.loads(run("status", release, "--json"))["files_say"][0]["name"] == "no-harm"
+    assert "released with" in run("status", release)
+    assert json.loads(run("status", release, "--json"))["released"][0]["name"] == "no-harm"
     assert "nothing applied" in run("status", model)
     assert "only with --to gguf" in run("export", model, "--to", "safetensors", "--type", "f16", code=2)
 

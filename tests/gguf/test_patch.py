@@ -29,7 +29,7 @@ from nestpatch.patcher.apply import apply
 from nestpatch.patcher.identity import State, examine
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.ledger import read_ledger
-from nestpatch.patcher.merge import LEAST_GAIN, QuantizedMerge
+from nestpatch.patcher.merge import LEAST_RETENTION, QuantizedMerge
 from nestpatch.patcher.plan import measure
 from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.patcher.verify import Verdict, verify
@@ -117,7 +117,7 @@ def test_large_deltas_arrive_without_the_base(kind: str, base: Path, file_of) ->
         share = float((moved * delta.dense()).sum() / np.square(delta.dense()).sum())
         assert share == pytest.approx(1, abs=0.1), f"{delta.name}: {share:.3f} of the delta arrived"
         assert np.array_equal(np.delete(after[name], delta.rows, 0), np.delete(before[name], delta.rows, 0))
-    assert done.retention is None or done.retention > LEAST_GAIN
+    assert done.retention is None or done.retention > LEAST_RETENTION
     revert(path)
     assert digest(path) == original
 
@@ -141,13 +141,13 @@ def test_small_deltas_are_refused_with_the_ways_out(kind: str, base: Path, file_
     original = digest(path)
     with pytest.raises(QuantizationError) as caught:
         apply_in_place(path, pack)
-    assert "of the patch would arrive" in str(caught.value)
+    assert "of the change would be left" in str(caught.value)
     assert all(way in caught.value.advice for way in ("--base", "gguf-lora", "--dither"))
     assert digest(path) == original
     assert not state_dir_of(path).folder.exists()
     done = apply_in_place(path, pack, dither=True)
     assert done.retention is not None
-    assert done.retention > LEAST_GAIN
+    assert done.retention > LEAST_RETENTION
     entry = read_ledger(state_dir_of(path)).applied[0]
     assert entry.rounding == "from the quantized rows, dithered"
     revert(path)
@@ -166,7 +166,7 @@ def test_dither_brings_more_than_rounding(base: Path, file_of) -> None:
         [retention.share for retention in measure(pack, 1.0, checkpoint, QuantizedMerge(dither=d)).values()]
         for d in (False, True)
     ]
-    assert max(shares[0]) < 0.7 < LEAST_GAIN < min(shares[1])
+    assert max(shares[0]) < 0.7 < LEAST_RETENTION < min(shares[1])
 
 
 def test_copy_upgrade_and_strength(base: Path, file_of, tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_the_commands(base: Path, file_of, tmp_path: Path) -> None:
         assert result.exit_code == code, result.output
         return result.output
 
-    assert "would arrive" in run("apply", path, patch, "--in-place", code=1)
+    assert "would be left" in run("apply", path, patch, "--in-place", code=1)
     assert "retention" in run("apply", path, patch, "--in-place", "--base", base)
     assert "from the float base" in run("status", path)
     told = json.loads(run("status", path, "--json"))

@@ -18,7 +18,7 @@ from nestpatch.patcher.apply import apply
 from nestpatch.patcher.identity import State, examine
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.ledger import read_ledger
-from nestpatch.patcher.merge import LEAST_GAIN, QuantizedMerge
+from nestpatch.patcher.merge import LEAST_RETENTION, QuantizedMerge
 from nestpatch.patcher.plan import measure
 from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.patcher.verify import Verdict, verify
@@ -61,7 +61,7 @@ def test_exact_rows_are_those_of_merging_first(
     assert data_of(path) == data_of(goal)
     assert data_of(path) != original
     assert done.retention is not None
-    assert done.retention > LEAST_GAIN
+    assert done.retention > LEAST_RETENTION
     assert verify(path).verdict is Verdict.PATCHED
     revert(path)
     assert data_of(path) == original
@@ -105,7 +105,7 @@ def test_large_deltas_arrive_without_the_base(bits: int, block: int, symmetric: 
     before = numbers(path, pack)
     done = apply_in_place(path, pack)
     assert done.retention is not None
-    assert done.retention > LEAST_GAIN
+    assert done.retention > LEAST_RETENTION
     for delta in pack:
         moved = numbers(path, pack)[delta.name][delta.rows] - before[delta.name][delta.rows]
         share = float((moved * delta.dense()).sum() / np.square(delta.dense()).sum())
@@ -124,14 +124,14 @@ def numbers(path: Path, pack: Pack) -> dict[str, np.ndarray]:
 def test_small_deltas_are_refused_with_the_ways_out(base: Path, tmp_path: Path) -> None:
     path, pack = save(quantized(build(base)), tmp_path / "m"), pack_of(base)
     before = tree_digest(tmp_path)
-    with pytest.raises(QuantizationError, match="of the patch would arrive") as caught:
+    with pytest.raises(QuantizationError, match="of the change would be left") as caught:
         apply_in_place(path, pack)
     assert all(way in caught.value.advice for way in ("--base", "onnx-adapter", "--dither"))
     assert tree_digest(tmp_path) == before
     shares = [
         [g.share for g in measure(pack, 1.0, open_checkpoint(path), QuantizedMerge(dither=d)).values()] for d in (False, True)
     ]
-    assert max(shares[0]) < 0.8 < LEAST_GAIN < min(shares[1])
+    assert max(shares[0]) < 0.8 < LEAST_RETENTION < min(shares[1])
     apply_in_place(path, pack, dither=True)
     assert read_ledger(state_dir_of(path)).applied[0].rounding == "from the quantized rows, dithered"
     revert(path)

@@ -11,8 +11,8 @@ import pytest
 
 import nestpatch
 from nestpatch.errors import BadSignatureError, NestpatchError, UnsignedError, UntrustedError
-from nestpatch.export._source import RECORD
 from nestpatch.formats import nest
+from nestpatch.formats.provenance import RECORD
 from nestpatch.gate import look, prove
 from nestpatch.signing.trust import Policy, Rule, TrustedKey, save_policy
 from nestpatch.signing.verify import sign_pack
@@ -103,7 +103,7 @@ def test_a_pack_in_memory_is_judged_by_its_base_too(place: Path, people: People)
         prove(pack, place / "model", policy=strict)
     assert 'trust="none"' in caught.value.advice
     assert prove(pack, place / "model", policy=strict, trust="none").unchecked.startswith(
-        "the caller answers for no-harm 1.0.0"
+        "the caller asked for it: the signatures of no-harm 1.0.0 were not checked"
     )
     assert prove(pack, place / "model", policy=strict, allow_unsigned=True).warning
 

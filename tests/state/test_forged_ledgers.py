@@ -170,8 +170,8 @@ def test_a_pack_of_the_attackers_own_in_the_rows_proves_nothing_where_keys_are_t
     got.trust(acme=scene.acme)
     found = answer("verify", got.model, *based(scene), code=1)
     assert found["verdict"] == "unknown"
-    assert "nobody answers for that pack" in found["detail"]
-    assert "not signed by a key that you trust" in " ".join(run("status", got.model).stdout.split())
+    assert "no trusted signature confirms it" in found["detail"]
+    assert "no key that you trust has signed it" in " ".join(run("status", got.model).stdout.split())
     if scene.kind in {"safetensors", "sharded"}:
         refused("UnsignedError", "export", got.model, "--to", "safetensors", "-o", tmp_path / "release")
     # On this machine the user agreed to apply it: it is accepted.

@@ -13,7 +13,7 @@ from nestpatch.errors import CheckpointFormatError
 from nestpatch.export._model_config import read_json
 from nestpatch.export.onnx._graph import CacheShape
 from nestpatch.files.reading import MAX_JSON, read_text
-from nestpatch.patcher.apply import leads_out
+from nestpatch.patcher.copies import leads_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
