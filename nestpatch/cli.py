@@ -21,7 +21,7 @@ import click
 
 from nestpatch import __version__
 from nestpatch.commands import demo, evaluating, exporting, fleet, inspecting, patching, signing, training
-from nestpatch.commands._options import print_json, say
+from nestpatch.commands.options import print_json, say
 from nestpatch.errors import FileSystemError, MissingExtraError, NestpatchError, OutOfMemoryError, UnexpectedError
 from nestpatch.plain import lines
 from nestpatch.runtimes.threads import wait_passively

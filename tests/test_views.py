@@ -24,7 +24,7 @@ from click.testing import CliRunner
 from nestpatch import views
 from nestpatch.channels._card import MARK, model_card
 from nestpatch.channels.listing import Channel, ListedFile, ListedPack, ListedStatus
-from nestpatch.commands._options import print_json, say
+from nestpatch.commands.options import print_json, say
 from nestpatch.events import Event
 from nestpatch.formats import nest
 from nestpatch.pack import Pack

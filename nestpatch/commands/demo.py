@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from nestpatch.commands._options import (
+from nestpatch.commands.options import (
     OutputPath,
     examples,
     json_option,

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from nestpatch.commands._options import (
+from nestpatch.commands.options import (
     OutputPath,
     PackType,
     PathType,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nestpatch.commands._options import (
+from nestpatch.commands.options import (
     ModelType,
     OutputPath,
     PackType,

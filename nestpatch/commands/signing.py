@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
-from nestpatch.commands._options import (
+from nestpatch.commands.options import (
     NewFile,
     OutputPath,
     PackType,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def patched_models() -> tuple[PatchedModel, ...]:
     found = tuple(_describe(path) for path in _read())
     dropped = {str(one.model) for one in found if one.state in ("gone", "base")}
     if dropped:
-        with suppress(NestpatchError, OSError), changing(_file()):
+        with suppress(NestpatchError, OSError), _changing():
             _write([path for path in _read() if path not in dropped])
     return found
 
@@ -75,13 +75,20 @@ def record(model: str | Path) -> None:
         wanted = bool(ledger.applied or ledger.follows)
         if not wanted and not _file().exists():
             return
-        _file().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with exclusive(_file().with_suffix(".lock")):
-            sweep_writes(_file())
+        with _changing():
             known = _read()
             models = [*([path] if wanted else []), *(other for other in known if other != path)][:MOST_MODELS]
             if models != known:
                 _write(models)
+
+
+@contextmanager
+def _changing() -> Iterator[None]:
+    """Locks the list against other processes."""
+    _file().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with exclusive(_file().with_suffix(".lock")):
+        sweep_writes(_file())
+        yield
 
 
 def _file() -> Path:
