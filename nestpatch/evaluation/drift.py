@@ -12,7 +12,7 @@ from nestpatch.errors import BaseMismatchError
 from nestpatch.rows import FloatArray
 from nestpatch.runtimes.protocol import Runtime
 from nestpatch.runtimes.text import TokenPair, collate
-from nestpatch.runtimes.transformers import TransformersRuntime
+from nestpatch.runtimes.transformers import TransformersRuntime, answer_logits
 
 _BATCH = 32
 """Answers that PyTorch computes at once."""
@@ -93,7 +93,10 @@ def _in_batches(base: TransformersRuntime, model: TransformersRuntime, pairs: Se
 
     for start in range(0, len(pairs), _BATCH):
         batch = collate(pairs[start : start + _BATCH], int(base.tokenizer.pad_token_id), base.model.device)
-        theirs, ours = base.batch_logits(batch), model.batch_logits(batch)
+        with base.active(), torch.inference_mode():
+            theirs, _ = answer_logits(base.model, batch)
+        with model.active(), torch.inference_mode():
+            ours, _ = answer_logits(model.model, batch)
         _require_same_size(theirs.shape[1], ours.shape[1])
         with torch.inference_mode():
             found = kl_div(log_softmax(ours, -1), log_softmax(theirs, -1), reduction="sum", log_target=True)

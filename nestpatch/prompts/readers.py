@@ -21,6 +21,7 @@ MAX_FILE = 256 << 20
 """Bytes of a prompt file: some million prompts."""
 MAX_TABLE = 1 << 30
 """Bytes of the content of a Parquet file, unpacked."""
+_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 _PROMPT_COLUMNS = ("prompt", "instruction", "question", "goal", "text")
 _ANSWER_COLUMNS = ("reference", "answer", "response", "output", "target")
 _DATA_SET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[^/]+)?", re.ASCII)
@@ -85,17 +86,16 @@ def load_prompts(source: str | Path) -> PromptSet:
     place = slicing[1] if slicing else str(source)
     start, stop = (int(slicing[part]) if slicing and slicing[part] else None for part in (2, 3))
     path = Path(place)
-    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _txt}
-    if path.suffix in readers:
+    if path.suffix in _ENDINGS:
         try:
-            rows: list[Any] = list(readers[path.suffix](path))
+            rows = list(_rows(path))
         except FileNotFoundError as error:
             raise PromptDataError(f"there is no prompt file {path}") from error
         except (OSError, ValueError, RecursionError, csv.Error) as error:
             reason = getattr(error, "strerror", None) or error
             raise PromptDataError(f"cannot read {path}: {reason}") from error
     elif os.path.exists(path):  # noqa: PTH110 - answers no where Path.exists raises
-        raise PromptDataError(f"{path} is not a prompt file: expected a name that ends in {', '.join(readers)}")
+        raise PromptDataError(f"{path} is not a prompt file: expected a name that ends in {', '.join(_ENDINGS)}")
     elif _DATA_SET.fullmatch(place) is None:
         raise PromptDataError(f"there is no prompt file {path}")
     else:
@@ -103,7 +103,7 @@ def load_prompts(source: str | Path) -> PromptSet:
     prompts = tuple(dict.fromkeys(_prompt(row, source, number) for number, row in enumerate(rows[start:stop], start=1)))
     if not prompts:
         raise PromptDataError(f"{source} contains no prompts")
-    name = path.stem if path.suffix in readers else place
+    name = path.stem if path.suffix in _ENDINGS else place
     return PromptSet(name + (f"[{slicing[2]}:{slicing[3]}]" if slicing else ""), prompts)
 
 
@@ -139,17 +139,22 @@ def sample_set(prompts: PromptSet, limit: int, seed: int) -> PromptSet:
     return PromptSet(prompts.name, tuple(prompts.prompts[i] for i in kept))
 
 
-def _txt(path: Path) -> Iterator[Any]:
-    yield from (line for line in read_text(path, MAX_FILE).splitlines() if line.strip())
-
-
-def _jsonl(path: Path) -> Iterator[Any]:
-    for number, line in enumerate(read_text(path, MAX_FILE).splitlines(), start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise PromptDataError(f"{path}, line {number}: {error}") from None
+def _rows(path: Path) -> Iterator[Any]:
+    """The rows of a file, by its ending."""
+    if path.suffix == ".json":
+        yield from _json(path)
+    elif path.suffix == ".parquet":
+        yield from _parquet(path)
+    elif path.suffix == ".csv":
+        text = read_bounded(path, MAX_FILE).decode("utf-8")
+        yield from csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    else:
+        for number, line in enumerate(read_text(path, MAX_FILE).splitlines(), start=1):
+            if line.strip():
+                try:
+                    yield json.loads(line) if path.suffix == ".jsonl" else line
+                except (ValueError, RecursionError) as error:
+                    raise PromptDataError(f"{path}, line {number}: {error}") from None
 
 
 def _json(path: Path) -> Iterator[Any]:
@@ -162,11 +167,6 @@ def _json(path: Path) -> Iterator[Any]:
     if not isinstance(data, list):
         raise PromptDataError(f"{path} must hold a list of prompts")
     yield from data
-
-
-def _csv(path: Path) -> Iterator[Any]:
-    text = read_bounded(path, MAX_FILE).decode("utf-8")
-    yield from csv.DictReader(io.StringIO(text, newline=""), strict=True)
 
 
 def _parquet(path: Path) -> Iterator[Any]:

@@ -317,14 +317,6 @@ class TransformersRuntime:
         rows: FloatArray = found.float().cpu().numpy()
         return rows
 
-    def batch_logits(self, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """`answer_logits` of the model with its active weights: a batch at once, and on its device."""
-        import torch
-
-        with self.active(), torch.inference_mode():
-            found: torch.Tensor = answer_logits(self.model, batch)[0]
-        return found
-
     @contextmanager
     def with_pack(self, pack: Pack) -> Iterator[TransformersRuntime]:
         """The same loaded model with a pack merged in memory; this runtime goes on without it.

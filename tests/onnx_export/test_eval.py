@@ -21,7 +21,7 @@ from nestpatch.evaluation.suites import load_suite
 from nestpatch.export.adapters import export_onnx_adapter
 from nestpatch.lab._world import dialogues, make_world
 from nestpatch.runtimes.onnx import OnnxRuntime
-from nestpatch.runtimes.protocol import runtime_of
+from nestpatch.runtimes.protocol import open_runtime, runtime_of
 from nestpatch.runtimes.transformers import TransformersRuntime, load_model
 from tests.helpers import tiny_pack, tree_digest
 
@@ -136,6 +136,24 @@ def test_a_pack_is_merged_into_a_copy_where_no_adapter_fits(exports, sources, su
     assert ours.patched.suites == theirs.patched.suites
     assert ours.patched.drift == pytest.approx(theirs.patched.drift, rel=1e-3)
     assert tree_digest(folder) == before
+
+
+def test_a_model_that_holds_the_pack_is_evaluated_as_it_is(exports, suites, pack, tmp_path):
+    nestpatch.apply(exports("llama").path, pack, tmp_path / "patched")
+    alone = evaluate(tmp_path / "patched", suites, pack=pack, max_new_tokens=4)
+    assert alone.patched is None
+    assert "holds" in alone.notes[1]
+    both = evaluate(tmp_path / "patched", suites, pack=pack, base=exports("llama").path, max_new_tokens=4)
+    assert both.patched.suites == alone.model.suites
+    assert both.patched.drift > 0
+
+
+def test_onnxruntime_takes_the_threads_that_were_asked_for(exports, monkeypatch):
+    folder = exports("llama").path
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    for asked, found in ((1, 1), (None, 2)):
+        with open_runtime(folder, threads=asked) as runtime:
+            assert runtime._session.get_session_options().intra_op_num_threads == found
 
 
 def test_drift_from_a_base_of_either_kind(exports, sources, suites):
