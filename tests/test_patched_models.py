@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from nestpatch.export.models import export_gguf, export_safetensors
 
 from nestpatch.errors import StateError
+from nestpatch.export.gguf import export_gguf
+from nestpatch.export.safetensors import export_safetensors
 from nestpatch.patcher import registry
 from nestpatch.patcher.apply import apply
 from nestpatch.patcher.inplace import apply_in_place, revert
@@ -93,8 +94,8 @@ def test_exports_leave_no_temporary_models_in_the_list(tmp_path: Path) -> None:
     byte_level(model, "gpt2")
     older, newer = tiny_pack(model), tiny_pack(model, version="1.1.0", seed=3)
     apply_in_place(model, older)
-    export_safetensors(model, tmp_path / "release", newer)
-    export_gguf(model, tmp_path / "x.gguf", newer)
+    export_safetensors(model, newer, tmp_path / "release")
+    export_gguf(model, newer, tmp_path / "x.gguf")
     assert [name for name, _, _ in listed()] == ["model"]
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nestpatch.export.models import export_safetensors
 
 from nestpatch.errors import BaseMismatchError
+from nestpatch.export.safetensors import export_safetensors
 from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.formats.provenance import read_record, row_ranges
@@ -39,7 +39,7 @@ def pack(model: Path) -> Pack:
 
 @pytest.fixture
 def release(model: Path, pack: Pack, tmp_path: Path) -> Path:
-    return export_safetensors(model, tmp_path / "release", pack).path
+    return export_safetensors(model, pack, tmp_path / "release").output
 
 
 def rewrite(release: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -96,7 +96,7 @@ def test_verify_calls_the_metadata_of_a_release_a_claim_until_a_pack_proves_it(r
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_release_at_another_strength_is_a_claim_that_the_pack_alone_cannot_prove(tmp_path: Path, sharded: bool) -> None:
     model = tiny_checkpoint(tmp_path / "base", sharded=sharded)
-    release = export_safetensors(model, tmp_path / "release", tiny_pack(model), strength=0.5).path
+    release = export_safetensors(model, tiny_pack(model), tmp_path / "release", strength=0.5).output
     assert "no-harm 1.0.0 at strength 0.5" in verify(release).detail
     found = verify(release, tiny_pack(model), strength=0.5)
     assert found.verdict is Verdict.ALTERED
@@ -131,7 +131,7 @@ def test_metadata_that_was_copied_to_a_base_is_not_believed(release: Path, model
 def test_two_packs_of_a_release_are_compared_where_no_later_one_changed_the_tensor(model: Path, tmp_path: Path) -> None:
     apply_in_place(model, tiny_pack(model, name="below"))
     above = tiny_pack(model, name="above", seed=3, neurons=2, tensors=[GATE])
-    release = export_safetensors(model, tmp_path / "release", above).path
+    release = export_safetensors(model, above, tmp_path / "release").output
     below, top = status(release).released
     assert [(one.label, one.compared, one.tensors) for one in (below, top)] == [("below 1.0.0", 3, 4), ("above 1.0.0", 1, 1)]
     assert verify(release).packs == ("below 1.0.0", "above 1.0.0")

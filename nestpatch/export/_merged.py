@@ -11,7 +11,7 @@ import numpy as np
 from nestpatch.errors import OutputError, PackContentError
 from nestpatch.formats.checkpoint import Checkpoint, Extents, IntArray, TensorInfo
 from nestpatch.pack import Pack
-from nestpatch.patcher._identity import State
+from nestpatch.patcher.identity import State
 from nestpatch.patcher.merge import QuantizedMerge
 from nestpatch.patcher.plan import Plan, make_plan, merged_blocks
 from nestpatch.rows import Rows, digest, merge

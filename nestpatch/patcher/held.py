@@ -20,8 +20,8 @@ import numpy.typing as npt
 from nestpatch.errors import BaseMismatchError, LedgerError, PackContentError, QuantizationError, UndoError
 from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo
 from nestpatch.pack import Pack, TensorDelta
-from nestpatch.patcher._identity import Finding, State, evidence_of, examine, is_base
 from nestpatch.patcher._undo import UndoReader, bits, checksums, restored
+from nestpatch.patcher.identity import Finding, State, evidence_of, examine, is_base
 from nestpatch.patcher.ledger import LedgerEntry
 from nestpatch.patcher.merge import FROM_ROWS, LEAST_RETENTION, QuantizedMerge, Retention, fitted, merged_rows
 from nestpatch.patcher.state_dir import StateDir

@@ -20,9 +20,9 @@ from nestpatch.errors import LedgerError, PackError, SignatureError, StateError
 from nestpatch.formats import nest
 from nestpatch.formats.checkpoint import Checkpoint, IntArray
 from nestpatch.pack import Pack
-from nestpatch.patcher._identity import APPLICABLE, State, examine
 from nestpatch.patcher._undo import restored
 from nestpatch.patcher.held import SHOWN_ROWS, Difference, HeldTensor, Holds, Layer, layers_of, look
+from nestpatch.patcher.identity import APPLICABLE, State, examine
 from nestpatch.patcher.kept import load_pack, load_packs
 from nestpatch.patcher.ledger import Ledger, LedgerEntry, read_ledger
 from nestpatch.patcher.recovery import open_model
