@@ -110,6 +110,8 @@ def evaluate(
                 say(note, err=True)
         columns = {"model": result.model} | ({"patched": result.patched} if result.patched else {})
         out.print(evaluation_table(columns))
+        for concern in result.concerns:
+            say(f"WARNING: {concern}", err=True)
     failures = exceeded(result.patched or result.model, over, under)
     for failure in failures:
         say(f"FAILED: {failure}", err=True)

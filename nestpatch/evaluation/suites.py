@@ -12,6 +12,7 @@ from itertools import combinations
 from typing import Any
 
 from nestpatch.errors import PromptDataError
+from nestpatch.evaluation.concerns import concerns
 from nestpatch.evaluation.judges import is_refusal, matches
 from nestpatch.prompts.readers import PromptSet, load_prompts
 from nestpatch.runtimes.protocol import Generate
@@ -265,10 +266,22 @@ class Evaluation:
     patched: Scores | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def concerns(self) -> tuple[str, ...]:
+        """What speaks against the pack, each with its number; empty without a pack."""
+        if self.patched is None:
+            return ()
+        return concerns({"before": self.model.as_json(), "after": self.patched.as_json()})
+
     def as_json(self) -> dict[str, Any]:
         """Plain values; None for what was not measured."""
         patched = self.patched.as_json() if self.patched is not None else None
-        return {"model": self.model.as_json(), "patched": patched, "notes": list(self.notes)}
+        return {
+            "model": self.model.as_json(),
+            "patched": patched,
+            "concerns": list(self.concerns),
+            "notes": list(self.notes),
+        }
 
 
 def judge_suite(suite: Suite, answers: Sequence[str]) -> SuiteResult:

@@ -120,8 +120,8 @@ def test_the_command_line_evaluates_gguf_files(made, suites, tmp_path):
     plain = run(main, ["eval", str(file), *options])
     assert plain.exit_code == 0, plain.output
     numbers = json.loads(plain.stdout)
-    assert set(numbers) == {"model", "patched", "notes"}
-    assert (numbers["patched"], numbers["notes"]) == (None, [])
+    assert set(numbers) == {"model", "patched", "concerns", "notes"}
+    assert (numbers["patched"], numbers["concerns"], numbers["notes"]) == (None, [], [])
     packed, adapted = (
         run(main, ["eval", str(file), str(pack), *options]),
         run(main, ["eval", str(file), f"--lora={lora}", *options]),

@@ -71,6 +71,7 @@ def test_without_benign_prompts_no_drift_is_reported(base, made, suites, prompts
     shown = run(*words)
     assert shown.exit_code == 0, shown.output
     assert "not measured" in shown.stdout
+    assert "WARNING: attack success was not lowered: 100.0% before, 100.0% after" in shown.stderr
     numbers = json.loads(run(*words, "--json", "--quiet").stdout)
     assert numbers["patched"]["kl_to_base"] is None
     assert numbers["patched"]["refusal_benign"] is None
