@@ -9,9 +9,8 @@ import pytest
 
 from nestpatch.errors import OutputError
 from nestpatch.lab import _words as words
-from nestpatch.lab._model import LabConfig
 from nestpatch.lab._world import dialogues, make_world, prompt_sets
-from nestpatch.lab.build import build_lab, cached_lab
+from nestpatch.lab.build import LabConfig, build_lab, cached_lab
 
 SMALL = LabConfig(vocab_size=320, hidden_size=32, intermediate_size=64, layers=1, steps=2, batch=4, corpus=60)
 

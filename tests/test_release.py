@@ -18,8 +18,7 @@ from nestpatch.formats.opening import open_checkpoint
 from nestpatch.formats.provenance import read_record, row_ranges
 from nestpatch.pack import Pack
 from nestpatch.patcher.inplace import apply_in_place
-from nestpatch.patcher.release import released_packs
-from nestpatch.patcher.status import status
+from nestpatch.patcher.status import released_packs, status
 from nestpatch.patcher.verify import Verdict, verify
 from tests.calls import answer, run
 from tests.helpers import places, tiny_checkpoint, tiny_pack

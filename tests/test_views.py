@@ -22,7 +22,7 @@ import pytest
 from click.testing import CliRunner
 
 from nestpatch import views
-from nestpatch.channels._card import MARK, model_card
+from nestpatch.channels._release import MARK, model_card
 from nestpatch.channels.listing import Channel, ListedFile, ListedPack, ListedStatus
 from nestpatch.commands.options import print_json, say
 from nestpatch.events import Event
@@ -30,8 +30,7 @@ from nestpatch.formats import nest
 from nestpatch.pack import Pack
 from nestpatch.plain import count, lines, markdown, number, one_line
 from nestpatch.signing import keys
-from nestpatch.views import channels, comparing, console, evaluation, exporting, models, packs, progress, training
-from nestpatch.views import signing as signatures
+from nestpatch.views import comparing, console, evaluation, exporting, models, packs, progress, publishing
 from tests.helpers import tiny_checkpoint, tiny_pack
 
 HOSTILE = (
@@ -40,7 +39,7 @@ HOSTILE = (
     "\u200b", "\u2028", "\x00", "\x07", "[link=http://evil", "x]", "\\", "\\\\\\", ":boom:", "\udcff", "\u3164", "[bold",
 )  # fmt: skip
 RAW = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\u3164]")
-MODULES = (channels, comparing, console, evaluation, exporting, models, packs, progress, signatures, training)
+MODULES = (comparing, console, evaluation, exporting, models, packs, progress, publishing)
 
 
 def value_of(kind: Any, text: str, depth: int = 0) -> Any:
@@ -143,7 +142,7 @@ def cases() -> dict[str, Callable[[str], None]]:
 
     def updated(text: str) -> None:
         for state in ("current", "available", "failed", text):
-            channels.show_updated(Path(text), [dataclasses.replace(filled(Updated, text), state=state)])
+            publishing.show_updated(Path(text), [dataclasses.replace(filled(Updated, text), state=state)])
 
     def adapters(text: str) -> None:
         for kind in ("gguf-lora", "onnx-adapter", text):
@@ -168,26 +167,26 @@ def cases() -> dict[str, Callable[[str], None]]:
         "show_adapter": adapters,
         "show_check": simple(exporting.show_check, GgufParity),
         "show_diff": simple(comparing.show_diff, CheckpointDiff, PackDiff, Extracted),
-        "show_published": simple(channels.show_published, Published),
-        "show_pulled": simple(channels.show_pulled, Pulled),
+        "show_published": simple(publishing.show_published, Published),
+        "show_pulled": simple(publishing.show_pulled, Pulled),
         "show_updated": updated,
-        "show_failed": simple(channels.show_failed, Updated),
+        "show_failed": simple(publishing.show_failed, Updated),
         "show_exported_onnx": simple(exporting.show_exported_onnx, ExportedOnnx),
-        "show_pair": simple(signatures.show_pair, KeyPair),
-        "show_signature": simple(signatures.show_signature, SignatureFile),
+        "show_pair": simple(publishing.show_pair, KeyPair),
+        "show_signature": simple(publishing.show_signature, SignatureFile),
         "show_result": lambda text: (
             [
-                signatures.show_result(text, found)
+                publishing.show_result(text, found)
                 for found in (signed(VerifiedPack, text), filled_unproven(UnverifiedPack, text))
             ]
             and None
         ),
-        "show_system_policy": lambda text: signatures.show_system_policy(filled(Policy, text), text),
-        "show_trained": lambda text: training.show_trained(
+        "show_system_policy": lambda text: publishing.show_system_policy(filled(Policy, text), text),
+        "show_trained": lambda text: evaluation.show_trained(
             Trained(filled_pack(text), text, 5, filled(Scores, text), filled(Scores, text), 3, 4, Path(text), text), text
         ),
-        "show_plan": lambda text: training.show_plan(filled(TrainingPlan, text), text),
-        "show_policy": lambda text: signatures.show_policy(filled(Policy, text), text),
+        "show_plan": lambda text: evaluation.show_plan(filled(TrainingPlan, text), text),
+        "show_policy": lambda text: publishing.show_policy(filled(Policy, text), text),
     }
 
 

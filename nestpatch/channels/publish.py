@@ -8,15 +8,17 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TypeAlias
 
-from nestpatch.channels._card import MARK, THIS_FOLDER, model_card
 from nestpatch.channels._memory import Memory, accepted, held, recall, recall_channel, remember
 from nestpatch.channels._release import (
     DAYS,
+    MARK,
+    THIS_FOLDER,
     add,
     hand_over,
     is_published,
     issue,
     listed,
+    model_card,
     new_channel,
     require_next_number,
     revoke,

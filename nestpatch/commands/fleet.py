@@ -110,7 +110,7 @@ def _report(done: Published, as_json: bool) -> None:
     if as_json:
         print_json(dataclasses.asdict(done))
         return
-    from nestpatch.views.channels import show_published
+    from nestpatch.views.publishing import show_published
 
     show_published(done)
 
@@ -139,7 +139,7 @@ def pull(address: str, output: Path | None, policy_file: Path | None, allow_unsi
     if as_json:
         print_json(dataclasses.asdict(done))
         return
-    from nestpatch.views.channels import show_pulled
+    from nestpatch.views.publishing import show_pulled
 
     show_pulled(done)
 
@@ -198,7 +198,7 @@ def update(
     if as_json:
         print_json({"model": model, "channels": [dataclasses.asdict(result) for result in results]})
     if not as_json or "failed" in states:
-        from nestpatch.views.channels import show_updated
+        from nestpatch.views.publishing import show_updated
 
         show_updated(model, [result for result in results if not as_json or result.state == "failed"])
     sys.exit(1 if "failed" in states else AVAILABLE if "available" in states else 0)

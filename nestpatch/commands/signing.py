@@ -51,7 +51,7 @@ def keygen(name: Path, no_password: bool, password_file: IO[bytes] | None, as_js
     if as_json:
         print_json(dataclasses.asdict(pair))
         return
-    from nestpatch.views.signing import show_pair
+    from nestpatch.views.publishing import show_pair
 
     show_pair(pair)
 
@@ -78,7 +78,7 @@ def sign(
     if as_json:
         print_json(dataclasses.asdict(done))
         return
-    from nestpatch.views.signing import show_signature
+    from nestpatch.views.publishing import show_signature
 
     show_signature(done)
 
@@ -119,7 +119,7 @@ def verify_signature(
     if as_json:
         print_json(found.as_json())
     else:
-        from nestpatch.views.signing import show_result
+        from nestpatch.views.publishing import show_result
 
         show_result(pack, found)
     sys.exit(0 if isinstance(found, verify.VerifiedPack) else 1)
@@ -176,7 +176,7 @@ def trust_list(as_json: bool) -> None:
     if as_json:
         print_json({"file": file, **own.as_json(), "system": {"file": system_file, **system.as_json()}})
         return
-    from nestpatch.views.signing import show_policy, show_system_policy
+    from nestpatch.views.publishing import show_policy, show_system_policy
 
     show_policy(own, str(file))
     show_system_policy(system, str(system_file))

@@ -90,7 +90,7 @@ def train(
     from nestpatch.nest_train.train import train as run
     from nestpatch.pack import Label
     from nestpatch.prompts.readers import join_sets, load_prompts
-    from nestpatch.views import training as views
+    from nestpatch.views import evaluation as views
 
     # Everything that can be wrong is reported before prompts are downloaded and the model is loaded.
     require_packages()

@@ -14,8 +14,8 @@ from typing import Any
 
 from nestpatch.errors import HubAnswerError
 from nestpatch.hub._deadline import Deadline
-from nestpatch.hub._requests import AgainError, retried, streamed
 from nestpatch.hub.client import Snapshot, client
+from nestpatch.hub.fetch import AgainError, retried, streamed
 
 _BLOCK = 4 << 20
 """Bytes of one request when a whole file is read."""

@@ -18,8 +18,8 @@ import numpy.typing as npt
 from nestpatch.errors import TrainingError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.nest_train.recipe import Recipe
-from nestpatch.runtimes.mlps import MlpBlock
 from nestpatch.runtimes.text import pad_left
+from nestpatch.runtimes.weights import MlpBlock
 
 if TYPE_CHECKING:
     import torch

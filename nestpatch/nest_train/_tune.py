@@ -18,9 +18,9 @@ from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.nest_train._neurons import Clusters
 from nestpatch.nest_train._targets import Halves
 from nestpatch.nest_train.recipe import Recipe
-from nestpatch.runtimes.mlps import MlpBlock, Projection
 from nestpatch.runtimes.text import collate, endless, split_off
 from nestpatch.runtimes.transformers import answer_logits
+from nestpatch.runtimes.weights import MlpBlock, Projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

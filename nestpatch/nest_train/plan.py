@@ -23,8 +23,8 @@ from nestpatch.nest_train._targets import BUILT_IN, REFUSAL_SAMPLE, Halves
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.nest_train.train import require_packages
-from nestpatch.runtimes.mlps import MlpBlock, find_mlps
 from nestpatch.runtimes.text import encode_pairs
+from nestpatch.runtimes.weights import MlpBlock, find_mlps
 
 STEPS = 3
 """Optimizer steps that are timed."""

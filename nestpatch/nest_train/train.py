@@ -32,8 +32,7 @@ from nestpatch.nest_train.recipe import Recipe
 from nestpatch.pack import Label, Pack
 from nestpatch.packing import PackedTensor, build_pack, pack_tensor
 from nestpatch.rows import DTYPES
-from nestpatch.runtimes.mlps import MlpBlock, find_mlps
-from nestpatch.runtimes.weights import disk_name, same_weights
+from nestpatch.runtimes.weights import MlpBlock, disk_name, find_mlps, same_weights
 
 if TYPE_CHECKING:
     from nestpatch.nest_train._tune import DeltaSet, TuneResult

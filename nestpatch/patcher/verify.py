@@ -26,8 +26,8 @@ from nestpatch.patcher.identity import APPLICABLE, State, examine
 from nestpatch.patcher.kept import load_pack, load_packs
 from nestpatch.patcher.ledger import Ledger, LedgerEntry, read_ledger
 from nestpatch.patcher.recovery import open_model
-from nestpatch.patcher.release import ReleasedPack, released_packs
 from nestpatch.patcher.state_dir import StateDir
+from nestpatch.patcher.status import ReleasedPack, released_packs
 from nestpatch.patcher.steps import Judge
 from nestpatch.rows import Rows
 from nestpatch.signing.trust import Policy, load_for_looking

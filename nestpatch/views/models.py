@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from nestpatch.patcher.apply import Applied
     from nestpatch.patcher.inplace import Changed
     from nestpatch.patcher.registry import PatchedModel
-    from nestpatch.patcher.release import ReleasedPack
-    from nestpatch.patcher.status import AppliedPack, Status
+    from nestpatch.patcher.status import AppliedPack, ReleasedPack, Status
     from nestpatch.patcher.verify import Verification
 
 

@@ -21,8 +21,7 @@ import nestpatch
 from nestpatch.cli import main
 from nestpatch.errors import BaseMismatchError, BusyError, DataError, DowngradeError, OutputError, PackContentError
 from nestpatch.events import Event
-from nestpatch.export._merged import merged_view
-from nestpatch.export._source import open_request
+from nestpatch.export._source import merged_view, open_request
 from nestpatch.export.gguf import export_gguf
 from nestpatch.files.scratch import claimed, sweep
 from nestpatch.formats import _rowio as rowio

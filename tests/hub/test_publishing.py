@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nestpatch.channels._card import MARK, model_card
-from nestpatch.channels._release import add, listed, new_channel
+from nestpatch.channels._release import MARK, add, listed, model_card, new_channel
 from nestpatch.channels.listing import CHANNEL_FILE, parse
 from nestpatch.errors import ChannelKeyError, UntrustedError
 from nestpatch.formats import nest

@@ -20,7 +20,8 @@ from nestpatch.errors import (
     InPlaceError,
 )
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.hub import _requests, remote
+from nestpatch.hub import fetch as _requests
+from nestpatch.hub import remote
 from nestpatch.hub.client import look_up
 from nestpatch.hub.remote import _GAP, RemoteCheckpoint, _byte_ranges
 from tests.helpers import FLOATS, PROPERTY, assert_same_bytes, tiny_checkpoint

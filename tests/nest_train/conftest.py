@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
-from nestpatch.lab._model import train_tokenizer
 from nestpatch.lab._world import dialogues, make_world
+from nestpatch.lab.build import train_tokenizer
 
 VOCABULARY = 320
 # Larger than usual, so that a feed-forward block of 64 neurons has something to say.

@@ -12,9 +12,9 @@ from nestpatch.nest_train._neurons import Selection, cluster, collect, require_n
 from nestpatch.nest_train._targets import Halves
 from nestpatch.nest_train._tune import ClusterDelta, DeltaSet, tune
 from nestpatch.nest_train.recipe import Recipe
-from nestpatch.runtimes.mlps import find_mlps
 from nestpatch.runtimes.text import TokenPair, pad_left
 from nestpatch.runtimes.transformers import load_model
+from nestpatch.runtimes.weights import find_mlps
 
 
 @pytest.fixture

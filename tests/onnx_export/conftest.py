@@ -11,8 +11,8 @@ import torch
 import transformers
 
 from nestpatch.export.onnx.exporter import export_onnx
-from nestpatch.lab._model import train_tokenizer
 from nestpatch.lab._world import dialogues, make_world
+from nestpatch.lab.build import train_tokenizer
 
 if any(importlib.util.find_spec(name) is None for name in ("onnxruntime", "onnxscript")):
     collect_ignore_glob = ["test_*.py"]  # the extra `onnx` is not installed

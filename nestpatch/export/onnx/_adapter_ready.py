@@ -19,8 +19,7 @@ from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
 from nestpatch.export.onnx._graph import TRANSPOSED
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.formats.lora.onnx import DELTA, MAP, AdapterInput
-from nestpatch.runtimes.mlps import find_mlps
-from nestpatch.runtimes.weights import disk_name
+from nestpatch.runtimes.weights import disk_name, find_mlps
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 from nestpatch import __version__
 from nestpatch.errors import DataError, MissingExtraError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.export._merged import MergedCheckpoint
 from nestpatch.export._model_config import model_name
-from nestpatch.export._source import ExportSource, Request, free_place, open_request, source_of
+from nestpatch.export._source import ExportSource, MergedCheckpoint, Request, free_place, open_request, source_of
 from nestpatch.export.results import ExportedFile, ExportedOnnx, Parity
 from nestpatch.files.atomic import sync_tree
 from nestpatch.files.hashing import seal
