@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import TokenType
 
 from nestpatch.formats.gguf.names import gguf_architecture, gguf_name, gguf_spans
-from nestpatch.formats.gguf.quants import quantize
+from nestpatch.formats.gguf.quants import codec
 from tests.helpers import load_tensors
 
 needs_llama = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
@@ -32,7 +32,7 @@ def write_gguf(model: Path, file: Path, kind: str = "F32") -> Path:
         if stored is Type.F32:
             writer.add_tensor(name, values)
         else:
-            blocks = quantize(values.reshape(-1, values.shape[-1]), stored.name)
+            blocks = codec(stored.name).encode(values.reshape(-1, values.shape[-1]))
             writer.add_tensor(name, blocks.reshape(*values.shape[:-1], -1), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -215,8 +215,7 @@ def _converted(rows: Rows, target: Target) -> Data:
         wide = rows.astype(np.float32)
         if target.shift:
             wide = wide + np.float32(target.shift)
-        with np.errstate(over="ignore"):
-            rows = quants.quantize(wide, target.dtype)
+        rows = quants.codec(target.dtype).encode(wide)
         if target.dtype in DTYPES and np.isfinite(wide).all():
             stored = rows.view(DTYPES[target.dtype]).astype(np.float32, copy=False)
             if not np.isfinite(stored).all():

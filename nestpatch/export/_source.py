@@ -19,7 +19,7 @@ from nestpatch.files.atomic import check_output
 from nestpatch.files.scratch import PATCHED, claimed, scratch
 from nestpatch.formats import nest
 from nestpatch.formats.checkpoint import Checkpoint, Extents, IntArray, TensorInfo
-from nestpatch.formats.provenance import PACKS, RECORD, VERSION, packs_json, row_ranges
+from nestpatch.formats.provenance import PACKS, RECORD, VERSION, row_ranges
 from nestpatch.gate import Proven
 from nestpatch.pack import Pack, TensorDelta, creation_time
 from nestpatch.patcher.apply import apply
@@ -114,7 +114,7 @@ class ExportSource:
         """The metadata that lists the packs; empty where there are none."""
         fields = ("name", "version", "pack_id", "strength")
         listed = [{field: getattr(entry, field) for field in fields} for entry in self.entries]
-        return {PACKS: packs_json(listed)} if listed else {}
+        return {PACKS: nest.canonical_json(listed)} if listed else {}
 
     def record(self) -> dict[str, str]:
         """The same with all fields of the ledger, for formats that have room for them."""

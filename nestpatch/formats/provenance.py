@@ -1,4 +1,4 @@
-"""What the files that nestpatch writes say about themselves: the packs in their weights, and the digests of the patched rows.
+"""The metadata that nestpatch writes into exported files: the packs in their weights, and the digests of the patched rows.
 
 Anyone can write such metadata. It is a claim: `patcher/release.py` compares it with the rows, and only a pack proves it.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,19 +27,29 @@ _RANGES = re.compile(r"\d{1,10}(?:-\d{1,10})?(?:,\d{1,10}(?:-\d{1,10})?)*", re.A
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
-def pack_entry(pack: Pack, strength: float) -> dict[str, Any]:
-    """One pack of the list under PACKS."""
-    manifest = pack.manifest
-    return {"name": manifest.name, "version": manifest.version, "pack_id": nest.pack_id(pack), "strength": strength}
+def packs_json(pack: Pack, strength: float) -> str:
+    """The list under PACKS for a file that contains a single pack.
 
+    Args:
+        pack: The pack.
+        strength: How much of its deltas the file contains.
 
-def packs_json(entries: Sequence[dict[str, Any]]) -> str:
-    """The list as text; the same entries give the same bytes."""
-    return nest.canonical_json(list(entries))
+    Returns:
+        Canonical JSON: equal packs give equal bytes.
+    """
+    name, version = pack.manifest.name, pack.manifest.version
+    return nest.canonical_json([{"name": name, "version": version, "pack_id": nest.pack_id(pack), "strength": strength}])
 
 
 def read_packs(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The packs that a file claims to hold; empty where it says nothing that can be understood. A claim is not a proof."""
+    """Reads the packs that a file claims to contain. A claim is not a proof.
+
+    Args:
+        metadata: The file's metadata.
+
+    Returns:
+        For each pack its name, version, pack_id and strength, bottom first; empty where the metadata has none or is broken.
+    """
     try:
         found = json.loads(str(metadata.get(PACKS, "[]")))
         return [{field: entry[field] for field in ("name", "version", "pack_id", "strength")} for entry in found]
@@ -48,7 +58,14 @@ def read_packs(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def row_ranges(rows: IntArray) -> str:
-    """Ascending row numbers as text: "0-3,7,12-13"."""
+    """Writes row numbers as ranges.
+
+    Args:
+        rows: Ascending row numbers.
+
+    Returns:
+        Text such as "0-3,7,12-13".
+    """
     runs = np.split(rows, np.flatnonzero(np.diff(rows.astype(np.int64)) != 1) + 1)
     return ",".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
@@ -64,7 +81,14 @@ class RecordedRows:
 
 
 def read_record(metadata: Mapping[str, Any]) -> dict[str, dict[str, RecordedRows]]:
-    """Pack id -> tensor name -> the rows that a file claims that this pack changed; empty where nothing can be understood."""
+    """Reads which rows a file claims that each of its packs changed.
+
+    Args:
+        metadata: The file's metadata.
+
+    Returns:
+        Pack id -> tensor name -> the rows; empty where the metadata has no record or a broken one.
+    """
     try:
         found = json.loads(str(metadata.get(RECORD, "[]")))
         return {str(entry["pack_id"]): {str(name): _recorded(t) for name, t in entry["tensors"].items()} for entry in found}

@@ -294,7 +294,7 @@ def test_without_llama_cpp(base: Path, file_of, monkeypatch: pytest.MonkeyPatch)
     apply_in_place(with_library, pack_of(base), base=base)
     assert with_library.read_bytes() == patched
     with pytest.raises(QuantizationError, match="needs llama") as caught:
-        quants.require_quantizer("Q4_K")
+        quants.GgmlCodec("Q4_K").require()
     assert "nestpatch[llama]" in caught.value.advice
 
 

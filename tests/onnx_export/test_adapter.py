@@ -18,7 +18,7 @@ from nestpatch.export.onnx._quantize import quantize_graph
 from nestpatch.export.onnx.exporter import save
 from nestpatch.formats import nest
 from nestpatch.formats.lora.onnx import onnx_file, read_inputs
-from nestpatch.formats.provenance import PACKS, pack_entry, packs_json
+from nestpatch.formats.provenance import PACKS, packs_json
 from nestpatch.pack import Pack
 from nestpatch.patcher.inplace import apply_in_place, revert
 from tests.helpers import FUSED, tiny_pack, tree_digest
@@ -144,7 +144,7 @@ def test_a_model_that_is_not_the_base_is_refused(pack, ready, tmp_path):
 
 def test_a_model_that_has_the_pack_already_is_refused(pack, ready, tmp_path):
     model = onnx_ir.load(str(ready.output / "model.onnx"))
-    model.metadata_props[PACKS] = packs_json([pack_entry(pack, 1.0)])
+    model.metadata_props[PACKS] = packs_json(pack, 1.0)
     save(model, tmp_path)
     before = tree_digest(tmp_path)
     with pytest.raises(BaseMismatchError, match=r"hold no-harm 1\.0\.0 already"):

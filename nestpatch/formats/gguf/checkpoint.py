@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ class GgufCheckpoint(Checkpoint):
         self.files: tuple[Path, ...] = (path,)
         header = read_header(path)
         self._infos, self._metadata = header.tensors, header.metadata
+        self._architecture = str(self._metadata.get("general.architecture", ""))
         if self._metadata.get("general.type", "model") != "model":
             raise CheckpointFormatError(
                 f"{self.path} is a GGUF file of type {str(self._metadata['general.type'])[:40]!r}, not a model",
@@ -59,11 +59,6 @@ class GgufCheckpoint(Checkpoint):
         if type(value) is not int:
             raise CheckpointFormatError(f"{self.path} has {str(value)[:40]!r} for {key}; expected an integer")
         return value
-
-    @cached_property
-    def architecture(self) -> str:
-        """The model's architecture as GGUF names it: "llama", "qwen3moe"."""
-        return str(self._metadata.get("general.architecture", ""))
 
     def reopen(self, path: Path) -> GgufCheckpoint:
         """Opens another path as the same format, whatever its name.
@@ -107,7 +102,7 @@ class GgufCheckpoint(Checkpoint):
 
     def _find(self, name: str) -> TensorInfo | None:
         """The rows of a tensor that packs name."""
-        home = gguf_home(name, self.architecture, self._number(f"{self.architecture}.block_count"))
+        home = gguf_home(name, self._architecture, self._number(f"{self._architecture}.block_count"))
         if home is None or home.tensors[0] not in self._infos:
             return None
         if len(home.tensors) > 1:

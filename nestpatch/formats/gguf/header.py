@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -41,7 +41,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 Fact: TypeAlias = bool | int | float | str | Sequence[str] | Sequence[int] | Sequence[float]
 """A metadata value. Whole numbers become UINT32 alone and INT32 in arrays, others FLOAT32."""
 Facts: TypeAlias = dict[str, Fact]
-TensorEntry: TypeAlias = tuple[str, tuple[int, ...], str, int]
+_TensorEntry: TypeAlias = tuple[str, tuple[int, ...], str, int]
 """(name, shape with the outermost dimension first, type, bytes) of a tensor."""
 _Described: TypeAlias = tuple[str, tuple[int, ...], int, int]
 """(name, shape with the outermost dimension first, type number, offset) as a header has them."""
@@ -155,7 +155,13 @@ def _parse(cursor: _Cursor, path: Path) -> Header:
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment is {alignment!r}")
     first = cursor.at
-    described = [_tensor(cursor) for _ in range(tensors)]
+    described: list[_Described] = []
+    for _ in range(tensors):
+        name, dimensions = cursor.string(), cursor.number("<I")
+        if not 1 <= dimensions <= MAX_DIMENSIONS:
+            raise ValueError(f"tensor {name[:80]!r} has {dimensions} dimensions")
+        shape = tuple(cursor.number("<Q") for _ in range(dimensions))[::-1]
+        described.append((name, shape, cursor.number("<I"), cursor.number("<Q")))
     end = cursor.at
     data = end + -end % alignment
     return Header(metadata, keys, _locate(described, path, data, cursor.size, alignment), (first, end), data, alignment)
@@ -198,14 +204,6 @@ def _skip_array(cursor: _Cursor, depth: int = 0) -> None:
         cursor.need(count * struct.calcsize(_scalar(kind)))
 
 
-def _tensor(cursor: _Cursor) -> _Described:
-    name, dimensions = cursor.string(), cursor.number("<I")
-    if not 1 <= dimensions <= MAX_DIMENSIONS:
-        raise ValueError(f"tensor {name[:80]!r} has {dimensions} dimensions")
-    shape = tuple(cursor.number("<Q") for _ in range(dimensions))[::-1]
-    return name, shape, cursor.number("<I"), cursor.number("<Q")
-
-
 def _locate(described: list[_Described], path: Path, data: int, size: int, alignment: int) -> dict[str, TensorInfo]:
     """Where the tensors are. They must follow each other without gaps, as llama.cpp demands too."""
     infos: dict[str, TensorInfo] = {}
@@ -216,7 +214,7 @@ def _locate(described: list[_Described], path: Path, data: int, size: int, align
         dtype, nbytes = _size(name, shape, code)
         if offset != end:
             raise ValueError(f"tensor {name[:80]!r} {'overlaps the one before' if offset < end else 'leaves a gap'}")
-        codec = quants.GgmlCodec(dtype) if quants.is_quantized(dtype) else None
+        codec = quants.GgmlCodec(dtype) if quants.block(dtype)[0] > 1 else None
         infos[name] = TensorInfo(name, dtype, shape, path, data + offset, nbytes, codec)
         end = offset + nbytes + -(offset + nbytes) % alignment
         # The last tensor's padding may be missing.
@@ -229,9 +227,12 @@ def _locate(described: list[_Described], path: Path, data: int, size: int, align
 
 def _size(name: str, shape: tuple[int, ...], code: int) -> tuple[str, int]:
     """(type name, bytes) of a tensor."""
-    dtype = quants.type_name(code)
-    if dtype is None:
-        raise ValueError(f"tensor {name[:80]!r} has the unknown type {code}: upgrade gguf, or the file is broken")
+    from gguf import GGMLQuantizationType
+
+    try:
+        dtype: str = GGMLQuantizationType(code).name
+    except ValueError:
+        raise ValueError(f"tensor {name[:80]!r} has the unknown type {code}: upgrade gguf, or the file is broken") from None
     count = math.prod(shape)
     if count == 0 or count > 1 << 62:
         raise ValueError(f"tensor {name[:80]!r} has the impossible shape {list(shape)}")
@@ -253,7 +254,7 @@ def padding(nbytes: int) -> int:
     return -nbytes % ALIGNMENT
 
 
-def encode_header(facts: Mapping[str, Fact], tensors: Sequence[TensorEntry]) -> bytes:
+def encode_header(facts: Mapping[str, Fact], tensors: Sequence[_TensorEntry]) -> bytes:
     """Encodes the header of a GGUF file, version 3.
 
     Args:
@@ -313,14 +314,10 @@ def _value(value: Fact) -> bytes:
         return struct.pack("<If", _FLOAT32, value)
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _string(value)
-    return struct.pack("<I", _ARRAY) + _array(value)
-
-
-def _array(values: Iterable[str | int | float]) -> bytes:
-    """The type of the elements, their count, and the elements."""
-    items = list(values)
-    if all(isinstance(value, str) for value in items):
-        return struct.pack("<IQ", _STRING, len(items)) + b"".join(_string(str(value)) for value in items)
-    whole = all(isinstance(value, int) for value in items)
+    # An array: the type of its elements, their count, and the elements.
+    items: list[str | int | float] = list(value)
+    if all(isinstance(item, str) for item in items):
+        return struct.pack("<IIQ", _ARRAY, _STRING, len(items)) + b"".join(_string(str(item)) for item in items)
+    whole = all(isinstance(item, int) for item in items)
     kind, dtype = (_INT32, "<i4") if whole else (_FLOAT32, "<f4")
-    return struct.pack("<IQ", kind, len(items)) + np.asarray(items, dtype).tobytes()
+    return struct.pack("<IIQ", _ARRAY, kind, len(items)) + np.asarray(items, dtype).tobytes()

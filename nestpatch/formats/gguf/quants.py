@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from nestpatch.errors import DataError, QuantizationError
-from nestpatch.formats._codec import Blocks, Codec
+from nestpatch.formats._codec import Blocks, Codec, FloatCodec
 from nestpatch.rows import DTYPES, FloatArray
 
 _NEEDS_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
@@ -35,35 +35,6 @@ def _type(name: str) -> Any:
         return GGMLQuantizationType[name]
     except KeyError:
         raise QuantizationError(f"{name} is not a tensor type of GGUF files") from None
-
-
-def type_name(code: int) -> str | None:
-    """The name of a tensor type.
-
-    Args:
-        code: Its number in GGUF files.
-
-    Returns:
-        The name; None for an unknown number.
-    """
-    from gguf import GGMLQuantizationType
-
-    try:
-        return str(GGMLQuantizationType(code).name)
-    except ValueError:
-        return None
-
-
-def is_quantized(name: str) -> bool:
-    """Whether a tensor type of GGUF files stores numbers in blocks.
-
-    Args:
-        name: The type; unknown names are not quantized.
-    """
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    code = getattr(GGMLQuantizationType, name, None)
-    return code is not None and GGML_QUANT_SIZES[code][0] > 1
 
 
 @lru_cache(maxsize=64)
@@ -122,87 +93,6 @@ def _ggml() -> Any:
     return library
 
 
-def require_quantizer(name: str) -> None:
-    """Checks that rows can be quantized to a type on this machine.
-
-    Args:
-        name: The tensor type.
-
-    Raises:
-        QuantizationError: They cannot; the advice says what to do.
-    """
-    library, code = _ggml(), _type(name)
-    if name in _NEEDS_IMATRIX or (library is not None and library.ggml_quantize_requires_imatrix(int(code))):
-        raise QuantizationError(
-            f"rows of type {name} can only be quantized with an importance matrix, which is not in the file",
-            advice="Patch the float model and quantize it anew, or load an adapter: nestpatch export PACK --to gguf-lora",
-        )
-    if library is None:
-        import gguf
-
-        try:
-            gguf.quantize(np.zeros((1, block(name)[0]), np.float32), code)
-        except NotImplementedError:
-            reason = f"quantizing rows to {name} needs llama.cpp's library"
-            raise QuantizationError(reason, advice="pip install 'nestpatch[llama]'") from None
-
-
-def quantize(rows: FloatArray, name: str) -> Blocks:
-    """Encodes rows, in blocks or as floats.
-
-    Args:
-        rows: float32 [rows, width].
-        name: The tensor type.
-
-    Returns:
-        uint8 [rows, row_bytes].
-
-    Raises:
-        QuantizationError: Rows cannot be quantized to the type on this machine.
-    """
-    if name in DTYPES:
-        return rows.astype(DTYPES[name]).view(np.uint8)
-    require_quantizer(name)
-    rows = np.ascontiguousarray(rows, np.float32)
-    library = _ggml()
-    if library is None:
-        import gguf
-
-        found: Blocks = gguf.quantize(rows, _type(name)).view(np.uint8).reshape(len(rows), -1)
-        return found
-    out = np.empty((len(rows), row_bytes(name, rows.shape[1])), np.uint8)
-    written = library.ggml_quantize_chunk(int(_type(name)), rows.ctypes.data, out.ctypes.data, 0, *rows.shape, None)
-    if written != out.nbytes:
-        raise QuantizationError(f"ggml wrote {written} bytes of {name} instead of {out.nbytes}")
-    return out
-
-
-def dequantize(blocks: Blocks, name: str) -> FloatArray:
-    """Decodes rows.
-
-    Args:
-        blocks: uint8 [rows, row_bytes].
-        name: The tensor type.
-
-    Returns:
-        float32 [rows, width].
-
-    Raises:
-        QuantizationError: The type cannot be decoded here.
-    """
-    raw = np.ascontiguousarray(blocks)
-    if name in DTYPES:
-        plain: FloatArray = raw.view(DTYPES[name]).astype(np.float32)
-        return plain
-    import gguf
-
-    try:
-        found: FloatArray = gguf.dequantize(raw, _type(name)).astype(np.float32, copy=False)
-    except NotImplementedError:
-        raise QuantizationError(f"rows of type {name} cannot be read here") from None
-    return found
-
-
 @dataclass(frozen=True)
 class GgmlCodec(Codec):
     """The Codec of a quantized type of GGUF files. Files made with an importance matrix can be patched too."""
@@ -228,7 +118,20 @@ class GgmlCodec(Codec):
         Raises:
             QuantizationError: They cannot; the advice says what to do.
         """
-        require_quantizer(self.name)
+        library, code = _ggml(), _type(self.name)
+        if self.name in _NEEDS_IMATRIX or (library is not None and library.ggml_quantize_requires_imatrix(int(code))):
+            raise QuantizationError(
+                f"rows of type {self.name} can only be quantized with an importance matrix, which is not in the file",
+                advice="Patch the float model and quantize it anew, or load an adapter: nestpatch export PACK --to gguf-lora",
+            )
+        if library is None:
+            import gguf
+
+            try:
+                gguf.quantize(np.zeros((1, block(self.name)[0]), np.float32), code)
+            except NotImplementedError:
+                reason = f"quantizing rows to {self.name} needs llama.cpp's library"
+                raise QuantizationError(reason, advice="pip install 'nestpatch[llama]'") from None
 
     def encode(self, rows: FloatArray) -> Blocks:
         """Quantizes rows.
@@ -242,7 +145,19 @@ class GgmlCodec(Codec):
         Raises:
             QuantizationError: Rows cannot be quantized to the type on this machine.
         """
-        return quantize(rows, self.name)
+        self.require()
+        rows = np.ascontiguousarray(rows, np.float32)
+        library = _ggml()
+        if library is None:
+            import gguf
+
+            found: Blocks = gguf.quantize(rows, _type(self.name)).view(np.uint8).reshape(len(rows), -1)
+            return found
+        out = np.empty((len(rows), row_bytes(self.name, rows.shape[1])), np.uint8)
+        written = library.ggml_quantize_chunk(int(_type(self.name)), rows.ctypes.data, out.ctypes.data, 0, *rows.shape, None)
+        if written != out.nbytes:
+            raise QuantizationError(f"ggml wrote {written} bytes of {self.name} instead of {out.nbytes}")
+        return out
 
     def decode(self, blocks: Blocks) -> FloatArray:
         """Dequantizes rows.
@@ -256,7 +171,25 @@ class GgmlCodec(Codec):
         Raises:
             QuantizationError: The type cannot be decoded here.
         """
-        return dequantize(blocks, self.name)
+        import gguf
+
+        try:
+            found: FloatArray = gguf.dequantize(np.ascontiguousarray(blocks), _type(self.name)).astype(np.float32, copy=False)
+        except NotImplementedError:
+            raise QuantizationError(f"rows of type {self.name} cannot be read here") from None
+        return found
+
+
+def codec(name: str) -> Codec:
+    """How a tensor type of GGUF files stores rows.
+
+    Args:
+        name: The tensor type; unknown names are rejected when rows are encoded or decoded.
+
+    Returns:
+        Its codec: plain numbers for the float types that nestpatch patches, blocks for all others.
+    """
+    return FloatCodec(name) if name in DTYPES else GgmlCodec(name)
 
 
 AUTO = "AUTO"
@@ -274,15 +207,12 @@ ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "FP32": "F32", 
 
 @dataclass(frozen=True)
 class FileType:
-    """The type that the weights of an exported GGUF file get."""
+    """The type that the weights of an exported GGUF file get, as `file_type` returns it."""
 
     name: str
     """One of DIRECT or QUANTIZED, or AUTO."""
-
-    @property
-    def direct(self) -> bool:
-        """Whether nestpatch writes it itself; llama.cpp quantizes the others."""
-        return self.name not in QUANTIZED
+    direct: bool
+    """Whether nestpatch writes it itself; llama.cpp quantizes the others."""
 
 
 def file_type(name: str) -> FileType:
@@ -309,9 +239,9 @@ def file_type(name: str) -> FileType:
         close = get_close_matches(upper, (*DIRECT, *QUANTIZED, *ALIASES), 1)
         question = f"Did you mean {close[0].lower()}? " if close else ""
         raise DataError(
-            f"{name!r} is no type of a GGUF file", advice=f"{question}Known types: auto, {', '.join(DIRECT + QUANTIZED)}."
+            f"{name!r} is not a type of GGUF files", advice=f"{question}Known types: auto, {', '.join(DIRECT + QUANTIZED)}."
         )
-    return FileType(known)
+    return FileType(known, direct=known not in QUANTIZED)
 
 
 def code(name: str) -> int:
@@ -319,6 +249,12 @@ def code(name: str) -> int:
 
     Args:
         name: The type, such as "F32" or "Q4_K_M".
+
+    Returns:
+        Its number in llama.cpp's `llama_ftype`.
+
+    Raises:
+        KeyError: There is no such type; `file_type` checks names that users give.
     """
     from gguf import LlamaFileType
 

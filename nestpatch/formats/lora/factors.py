@@ -37,28 +37,13 @@ class Part:
     expert: int = 0
 
     def touched(self) -> slice:
-        """Which rows of the delta are in this part."""
+        """Which rows of the delta are in this part.
+
+        Returns:
+            A slice of `delta.rows`.
+        """
         start, stop = np.searchsorted(self.delta.rows, [self.first, self.first + self.rows])
         return slice(int(start), int(stop))
-
-    def fill(self, a: FloatArray, b: FloatArray, strength: float) -> None:
-        """Writes the factors into arrays of zeros.
-
-        Args:
-            a: float32 [>= rank, in_features].
-            b: float32 [rows, >= rank].
-            strength: Multiplies `a`.
-
-        Raises:
-            PackContentError: A delta times the strength is beyond float32.
-        """
-        touched = self.touched()
-        used, column = np.unique(self.delta.cluster[touched], return_inverse=True)
-        with np.errstate(over="ignore"):
-            a[: len(used)] = np.float32(strength) * self.delta.delta[used].astype(np.float32)
-        if not np.isfinite(a).all():
-            raise PackContentError(f"{self.delta.name}: the deltas leave the range of F32 at strength {strength}")
-        b[self.delta.rows[touched].astype(np.int64) - self.first, column] = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,10 +88,14 @@ class Matrix:
         """
         a, b = (np.zeros(shape, np.float32) for shape in self.shapes(rank))
         for part in self.parts:
-            if self.experts is None:
-                part.fill(a, b, strength)
-            else:
-                part.fill(a[part.expert], b[part.expert], strength)
+            delta, touched = part.delta, part.touched()
+            part_a, part_b = (a, b) if self.experts is None else (a[part.expert], b[part.expert])
+            used, column = np.unique(delta.cluster[touched], return_inverse=True)
+            with np.errstate(over="ignore"):
+                part_a[: len(used)] = np.float32(strength) * delta.delta[used].astype(np.float32)
+            if not np.isfinite(part_a).all():
+                raise PackContentError(f"{delta.name}: the deltas leave the range of F32 at strength {strength}")
+            part_b[delta.rows[touched].astype(np.int64) - part.first, column] = 1
         return a, b
 
 
@@ -197,6 +186,9 @@ def sync_size(file: Path) -> int:
 
     Returns:
         Its size in bytes.
+
+    Raises:
+        OSError: It cannot be opened or synced.
     """
     with open(file, "r+b") as handle:
         os.fsync(handle.fileno())

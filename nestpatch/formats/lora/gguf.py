@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from nestpatch.errors import UnsupportedModelError
 from nestpatch.files.scratch import new_output
 from nestpatch.formats.gguf.names import RowSpan, expert_of, gguf_architecture, gguf_spans
 from nestpatch.formats.lora.factors import Matrix, Part, Written, check_shape, require_experts, size_of, sync_size
-from nestpatch.formats.provenance import PACKS, pack_entry, packs_json
+from nestpatch.formats.provenance import PACKS, packs_json
 from nestpatch.pack import Pack, TensorDelta
 
 MAX_LAYERS = 4096
@@ -51,7 +50,13 @@ def matrices(pack: Pack, experts: int | None = None) -> list[Matrix]:
         spans = gguf_spans(delta.name, shape, architecture, layers)
         for matrix in _pieces(delta, shape, spans, experts):
             found.setdefault(matrix.name, []).append(matrix)
-    return [_join(found[name]) for name in sorted(found)]
+    joined = []
+    for name, pieces in sorted(found.items()):
+        rows, width, count = pieces[0].rows, pieces[0].width, pieces[0].experts
+        if any((piece.rows, piece.width, piece.experts) != (rows, width, count) for piece in pieces):
+            raise UnsupportedModelError(f"the pack's tensors for {name} have different shapes")
+        joined.append(Matrix(name, rows, width, tuple(part for piece in pieces for part in piece.parts), count))
+    return joined
 
 
 def _pieces(delta: TensorDelta, shape: tuple[int, ...], spans: tuple[RowSpan, ...], experts: int | None) -> Iterator[Matrix]:
@@ -66,11 +71,8 @@ def _pieces(delta: TensorDelta, shape: tuple[int, ...], spans: tuple[RowSpan, ..
         count = require_experts(experts, delta, number[1])
         yield Matrix(span.tensor, span.rows, width, (Part(delta, 0, span.rows, number[1]),), count)
         return
-    yield from _stack(delta, shape, list(dict.fromkeys(span.tensor for span in spans)))
-
-
-def _stack(delta: TensorDelta, shape: tuple[int, ...], names: list[str]) -> Iterator[Matrix]:
-    """The matrices of a stacked tensor: itself, or the halves of each expert, gate rows before up rows."""
+    # A stack of experts, or the two stacks that it becomes, gate rows before up rows.
+    names = list(dict.fromkeys(span.tensor for span in spans))
     experts, rows = shape[0], shape[1] // len(names)
     # Blocks of `rows` rows: those of expert 0 for each name, then those of expert 1.
     blocks = np.unique(delta.rows.astype(np.int64) // rows).tolist()
@@ -78,15 +80,7 @@ def _stack(delta: TensorDelta, shape: tuple[int, ...], names: list[str]) -> Iter
         mine = [block for block in blocks if block % len(names) == place]
         parts = tuple(Part(delta, block * rows, rows, block // len(names)) for block in mine)
         if parts:
-            yield Matrix(name, rows, shape[-1], parts, experts)
-
-
-def _join(pieces: list[Matrix]) -> Matrix:
-    """Joins what several tensors of a pack change in one matrix."""
-    first = pieces[0]
-    if any((m.rows, m.width, m.experts) != (first.rows, first.width, first.experts) for m in pieces):
-        raise UnsupportedModelError(f"the pack's tensors for {first.name} have different shapes")
-    return Matrix(first.name, first.rows, first.width, tuple(part for m in pieces for part in m.parts), first.experts)
+            yield Matrix(name, rows, width, parts, experts)
 
 
 def write(pack: Pack, output: Path, strength: float = 1.0, experts: int | None = None, *, dry_run: bool = False) -> Written:
@@ -115,7 +109,14 @@ def write(pack: Pack, output: Path, strength: float = 1.0, experts: int | None =
 
     with new_output(output) as sibling:
         with closing(GGUFWriter(sibling, gguf_architecture(pack.manifest.base.architecture))) as writer:
-            _add_metadata(writer, pack, strength)
+            writer.add_type("adapter")
+            writer.add_string("adapter.type", "lora")
+            writer.add_float32("adapter.lora.alpha", 0.0)
+            writer.add_name(pack.label)
+            writer.add_version(pack.manifest.version)
+            writer.add_description(pack.manifest.description)
+            writer.add_license(pack.manifest.license)
+            writer.add_string(PACKS, packs_json(pack, strength))
             for matrix, rank in found:
                 for suffix, shape in zip("ab", matrix.shapes(rank), strict=True):
                     nbytes = 4 * int(np.prod(shape, dtype=np.int64))
@@ -129,15 +130,3 @@ def write(pack: Pack, output: Path, strength: float = 1.0, experts: int | None =
                     writer.write_tensor_data(factor)
         nbytes = sync_size(sibling)
     return Written(size.matrices, size.rank, nbytes)
-
-
-def _add_metadata(writer: Any, pack: Pack, strength: float) -> None:
-    manifest = pack.manifest
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 0.0)
-    writer.add_name(pack.label)
-    writer.add_version(manifest.version)
-    writer.add_description(manifest.description)
-    writer.add_license(manifest.license)
-    writer.add_string(PACKS, packs_json([pack_entry(pack, strength)]))

@@ -77,22 +77,6 @@ def onnx_file(model: Path) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
-def runtime_errors() -> tuple[type[Exception], ...]:
-    """The exceptions that onnxruntime raises; they have no common base.
-
-    Returns:
-        The classes, for an `except` clause.
-
-    Raises:
-        MissingExtraError: onnxruntime is not installed.
-    """
-    _runtime()
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    found = (value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
-    return (RuntimeError, ValueError, *found)
-
-
 def inputs_json(inputs: Mapping[str, AdapterInput]) -> str:
     """Encodes the record under ADAPTER.
 
@@ -139,15 +123,11 @@ def read_inputs(model: Path) -> AdapterReady:
         for name, entry in record["weights"].items():
             rows, width = entry["shape"]
             inputs[str(name)] = AdapterInput((int(rows), int(width)), str(entry["sha256"]))
-        (dtype,) = {_FLOATS[graph.inputs[_module(name) + DELTA]] for name in inputs}
+        (dtype,) = {_FLOATS[graph.inputs[name.removesuffix(".weight") + DELTA]] for name in inputs}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointFormatError(f"the record of adapters in {file} is broken: {error!r}") from error
     packs = tuple(str(entry["pack_id"]) for entry in read_packs(graph.metadata))
     return AdapterReady(file, inputs, packs, np.dtype(dtype))
-
-
-def _module(weight: str) -> str:
-    return weight.removesuffix(".weight")
 
 
 def parameters(pack: Pack, ready: AdapterReady, strength: float = 1.0) -> dict[str, npt.NDArray[Any]]:
@@ -180,7 +160,7 @@ def parameters(pack: Pack, ready: AdapterReady, strength: float = 1.0) -> dict[s
             )
         columns = np.full(rows, delta.clusters, np.int32)
         columns[delta.rows] = delta.cluster
-        module = _module(delta.name)
+        module = delta.name.removesuffix(".weight")
         found |= {module + DELTA: vectors, module + MAP: columns}
     return found
 
@@ -194,10 +174,8 @@ def _require_base(pack: Pack, ready: AdapterReady) -> None:
         )
     if pack_id(pack) in ready.packs:
         raise BaseMismatchError(f"the weights of {ready.file} hold {pack.label} already", advice="Run it without an adapter.")
-    base = {delta.name: pack.manifest.base.tensors[delta.name] for delta in pack}
-    odd = [
-        name for name, one in base.items() if (one.matrix, one.sha256) != (ready.inputs[name].shape, ready.inputs[name].sha256)
-    ]
+    base, inputs = pack.manifest.base.tensors, ready.inputs
+    odd = [d.name for d in pack if (base[d.name].matrix, base[d.name].sha256) != (inputs[d.name].shape, inputs[d.name].sha256)]
     if odd:
         raise BaseMismatchError(
             f"{ready.file} was not made from the base of {pack.label}: {odd[0]} differs"
@@ -225,7 +203,10 @@ def write(content: Mapping[str, npt.NDArray[Any]], ready: AdapterReady, output: 
     size = Written(len(ranks), max(ranks), sum(values.nbytes for values in content.values()))
     if dry_run:
         return size
-    runtime = _runtime()
+    try:
+        import onnxruntime as runtime
+    except ImportError as error:
+        raise MissingExtraError("onnx", "writing an adapter for onnxruntime") from error
     with new_output(output) as sibling:
         form = runtime.AdapterFormat()
         form.set_adapter_version(_VERSION)
@@ -236,17 +217,11 @@ def write(content: Mapping[str, npt.NDArray[Any]], ready: AdapterReady, output: 
         return replace(size, nbytes=sync_size(sibling))
 
 
-def _runtime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingExtraError("onnx", "writing an adapter for onnxruntime") from error
-    return onnxruntime
-
-
 def _check(content: Mapping[str, npt.NDArray[Any]], ready: AdapterReady, adapter: Path) -> None:
     """Raises OutputError when onnxruntime reads other numbers than were written, or does not run the model with them."""
-    runtime = _runtime()
+    import onnxruntime as runtime
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
     stored = runtime.AdapterFormat.read_adapter(os.fspath(adapter)).get_parameters()
     same = stored.keys() == content.keys() and all(np.array_equal(stored[name].numpy(), content[name]) for name in content)
     if not same:
@@ -256,8 +231,9 @@ def _check(content: Mapping[str, npt.NDArray[Any]], ready: AdapterReady, adapter
     # Weights stay where they are on disk: this loads as fast as the file can be read.
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
-    # The last two: inputs of unknown types or dimensions.
-    failures: tuple[type[Exception], ...] = (*runtime_errors(), LookupError, TypeError)
+    # The exceptions of onnxruntime have no common base. The last two: inputs of unknown types or dimensions.
+    raised = (value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
+    failures: tuple[type[Exception], ...] = (*raised, RuntimeError, ValueError, LookupError, TypeError)
     try:
         loaded = runtime.LoraAdapter()
         loaded.Load(os.fspath(adapter))

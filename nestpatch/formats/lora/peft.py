@@ -32,9 +32,8 @@ from nestpatch.formats.lora.factors import (
     size_of,
     sync_size,
 )
-from nestpatch.formats.provenance import PACKS, pack_entry, packs_json
+from nestpatch.formats.provenance import PACKS, packs_json
 from nestpatch.pack import Pack, TensorDelta
-from nestpatch.rows import FloatArray
 
 CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # transformers loads single experts into stacks, and PEFT does the same for some classes. For others it loads an adapter without
@@ -78,7 +77,7 @@ def write(pack: Pack, output: Path, strength: float = 1.0, experts: int | None =
     with new_output(output, directory=True) as sibling:
         (sibling / CONFIG).write_text(json.dumps(_config(pack, found, rank), indent=2, sort_keys=True) + "\n", encoding="utf-8")
         with open(sibling / _WEIGHTS, "wb") as file:
-            _write_weights(file, found, rank, strength, packs_json([pack_entry(pack, strength)]))
+            _write_weights(file, found, rank, strength, packs_json(pack, strength))
         nbytes = sum(sync_size(sibling / name) for name in (CONFIG, _WEIGHTS))
         sync_folder(sibling)
     return Written(size.matrices, size.rank, nbytes)
@@ -168,16 +167,6 @@ def _config(pack: Pack, found: list[Matrix], rank: int) -> dict[str, Any]:
     }
 
 
-def _keys(matrix: Matrix, names: set[str]) -> tuple[str, str]:
-    """The names of its factors. PEFT wraps the module of stacks once per stack: `gate_up_proj` inside, `down_proj` outside."""
-    module = matrix.name
-    if matrix.experts is not None:
-        module, _, part = matrix.name.rpartition(".")
-        if part == "gate_up_proj" and f"{module}.down_proj" in names:
-            module += ".base_layer"
-    return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
-
-
 def _write_weights(file: IO[bytes], found: list[Matrix], rank: int, strength: float, packs: str) -> None:
     """Writes a safetensors file, one matrix in memory at a time. The safetensors library does not sort metadata."""
     names = {matrix.name for matrix in found}
@@ -185,20 +174,28 @@ def _write_weights(file: IO[bytes], found: list[Matrix], rank: int, strength: fl
     offset = 0
     for matrix in found:
         ranks = (matrix.experts or 1) * rank
-        for key, shape in zip(_keys(matrix, names), ((ranks, matrix.width), (matrix.rows, ranks)), strict=True):
+        module = matrix.name
+        if matrix.experts is not None:
+            module, _, part = module.rpartition(".")
+            # PEFT wraps the module of stacks once per stack: `gate_up_proj` inside, `down_proj` outside.
+            if part == "gate_up_proj" and f"{module}.down_proj" in names:
+                module += ".base_layer"
+        for factor, shape in (("lora_A", (ranks, matrix.width)), ("lora_B", (matrix.rows, ranks))):
             end = offset + 4 * shape[0] * shape[1]
-            header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+            key = f"base_model.model.{module}.{factor}.weight"
+            header[key] = {
+                "dtype": "F32",
+                "shape": list(shape),
+                "data_offsets": [offset, end],
+            }
             offset = end
     text = nest.canonical_json(header).encode("utf-8")
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)) + text)
     for matrix in found:
-        for factor in _layout(*matrix.factors(rank, strength)):
-            file.write(np.ascontiguousarray(factor, "<f4").data)
-
-
-def _layout(a: FloatArray, b: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """The factors as PEFT has them: of stacks, `a` [experts * r, in] expert by expert, `b` [out, r * experts] rank by rank."""
-    if a.ndim == 2:
-        return a, b
-    return a.reshape(-1, a.shape[2]), b.transpose(1, 2, 0).reshape(b.shape[1], -1)
+        a, b = matrix.factors(rank, strength)
+        if matrix.experts is not None:
+            # As PEFT has stacks: `a` [experts * r, in] expert by expert, `b` [out, r * experts] rank by rank.
+            a, b = a.reshape(-1, matrix.width), b.transpose(1, 2, 0).reshape(matrix.rows, -1)
+        for values in (a, b):
+            file.write(np.ascontiguousarray(values, "<f4").data)
