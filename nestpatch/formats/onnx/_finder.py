@@ -8,7 +8,7 @@ format, a match counts only when its rows are those of the base.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nestpatch.errors import UnsupportedModelError
@@ -38,19 +38,12 @@ class Half:
 
 
 @dataclass(frozen=True)
-class Block:
+class _Block:
     """One feed-forward block."""
 
     gate: Half | None
     """None in a plain block."""
     up: Half
-
-
-def find_blocks(graph: Graph, weights: Sequence[Weight]) -> tuple[Block, ...]:
-    """All feed-forward blocks, in the order in which they run."""
-    walk = _Walk(graph, weights)
-    found = (walk.block(weight) for weight in weights)
-    return tuple(block for block in found if block is not None)
 
 
 class _Walk:
@@ -61,7 +54,7 @@ class _Walk:
         self.constants = graph.tensors.keys() | {name for node in graph.nodes if node.op == "Constant" for name in node.outputs}
         self.products = {weight.node.outputs[0]: weight for weight in weights if weight.node.outputs}
 
-    def block(self, last: Weight) -> Block | None:
+    def block(self, last: Weight) -> _Block | None:
         """The block that a weight ends, if it ends one."""
         sources = self._sources(last.node.inputs[0])
         if sources is None:
@@ -72,9 +65,9 @@ class _Walk:
             halves[activated] = Half(weight, rows if part == 2 else 0, rows)
         gate, up = halves.get(True), halves.get(False)
         if len(sources) == 1 and gate is not None and gate.rows == last.width:
-            return Block(None, gate)
+            return _Block(None, gate)
         if len(sources) == 2 and gate is not None and up is not None and gate.rows == up.rows == last.width:
-            return Block(gate, up)
+            return _Block(gate, up)
         return None
 
     def _sources(self, name: str) -> dict[tuple[Weight, int], bool] | None:
@@ -112,62 +105,75 @@ class _Walk:
         return (product, 1 + node.outputs.index(name)) if product in self.products else None
 
 
-GATE, UP, FUSED = "gate_proj", "up_proj", "gate_up_proj"
-PLAIN = ("fc1", "fc_in", "c_fc", "dense_h_to_4h")
+_GATE, _UP, _FUSED = "gate_proj", "up_proj", "gate_up_proj"
+_PLAIN = ("fc1", "fc_in", "c_fc", "dense_h_to_4h")
 # What follows the module's name in the name of a tensor or an operation.
 _TAIL = re.compile(r"(?:(?:Fused)?MatMul|Gemm|q?weight|base_layer)(?:_\w+)?", re.IGNORECASE)
 _LAYER = re.compile(r"[0-9]{1,6}")
-_TEXTS: Mapping[str, Callable[[Weight], Sequence[str]]] = {
-    "the tensor's name": lambda weight: (weight.tensor.name,),
-    "the operation's name": lambda weight: (weight.node.name,),
-    "the exporter's module names": lambda weight: weight.node.scopes,
-}
-Path = tuple[str, ...]
+_SOURCES = 3
+"""Where names are found, the best first: the tensor's name, the operation's name, the exporter's module names."""
+_Path = tuple[str, ...]
 """A module's name in its parts: ("model", "layers", "0", "mlp", "gate_proj")."""
-
-
-@dataclass(frozen=True)
-class FoundMatrix:
-    """Rows of weights that together are a matrix."""
-
-    halves: tuple[Half, ...]
-    how: str
-    """By what they were found, for messages."""
 
 
 class Finder:
     """Looks up the weights of one graph by the names that packs use."""
 
-    def __init__(self, weights: Sequence[Weight], blocks: Sequence[Block]) -> None:
-        self.blocks = blocks
-        self._known: dict[tuple[str, str], list[tuple[Path, Weight]]] = {}
-        for weight in weights:
-            for how, texts in _TEXTS.items():
-                for path in filter(None, map(_untailed, texts(weight))):
-                    self._known.setdefault((how, path[-1]), []).append((path, weight))
+    def __init__(self, graph: Graph, weights: Sequence[Weight]) -> None:
+        """Recognizes the graph's feed-forward blocks and indexes its weights by name.
 
-    def find(self, name: str) -> FoundMatrix | None:
-        """The rows of a pack's tensor, or None. Raises UnsupportedModelError when several weights match equally well."""
+        Args:
+            graph: The graph.
+            weights: What `find_weights` returns for it.
+        """
+        walk = _Walk(graph, weights)
+        self.blocks = tuple(block for weight in weights if (block := walk.block(weight)) is not None)
+        """In the order in which they run."""
+        self._known: dict[tuple[int, str], list[tuple[_Path, Weight]]] = {}
+        for weight in weights:
+            for source, texts in enumerate(((weight.tensor.name,), (weight.node.name,), weight.node.scopes)):
+                for text in texts:
+                    path = _parts(text)
+                    while path and _TAIL.fullmatch(path[-1]):
+                        path = path[:-1]
+                    if path:
+                        self._known.setdefault((source, path[-1]), []).append((path, weight))
+
+    def find(self, name: str) -> tuple[Half, ...]:
+        """Finds the rows of a matrix.
+
+        Args:
+            name: The name that packs use.
+
+        Returns:
+            Rows of one weight or of two, in the order of the matrix's rows; empty where the model has no such matrix.
+
+        Raises:
+            UnsupportedModelError: Several weights match the name equally well.
+        """
         module = _parts(name.removesuffix(".weight"))
         if not module:
-            return None
-        whole = self._by_name(module)
-        if whole is not None:
-            return whole
+            return ()
+        if whole := self._by_name(module):
+            return (Half(whole, 0, whole.rows),)
         parent, part = module[:-1], module[-1]
-        if part in (GATE, UP) and (fused := self._by_name((*parent, FUSED))) is not None:
-            return FoundMatrix((self._half(fused.halves[0].weight, part),), fused.how)
-        if part == FUSED:
-            gate, up = (self._by_name((*parent, other)) for other in (GATE, UP))
+        if part in (_GATE, _UP) and (fused := self._by_name((*parent, _FUSED))):
+            # As the graph uses the packed weight; where it is not recognized, the gate comes first.
+            halves = (block.gate if part == _GATE else block.up for block in self.blocks)
+            rows = fused.rows // 2
+            default = Half(fused, 0 if part == _GATE else rows, rows)
+            return (next((half for half in halves if half is not None and half.weight is fused), default),)
+        if part == _FUSED:
+            gate, up = (self._by_name((*parent, other)) for other in (_GATE, _UP))
             if gate is not None and up is not None:
-                return FoundMatrix((*gate.halves, *up.halves), gate.how)
+                return Half(gate, 0, gate.rows), Half(up, 0, up.rows)
         return self._by_structure(module)
 
-    def _by_name(self, module: Path) -> FoundMatrix | None:
+    def _by_name(self, module: _Path) -> Weight | None:
         """The weight with a name that ends like the module's."""
-        for how in _TEXTS:
+        for source in range(_SOURCES):
             scores: dict[int, dict[str, Weight]] = {}
-            for path, weight in self._known.get((how, module[-1]), ()):
+            for path, weight in self._known.get((source, module[-1]), ()):
                 if score := _likeness(path, module):
                     scores.setdefault(score, {})[weight.tensor.name] = weight
             best = scores[max(scores)] if scores else {}
@@ -176,54 +182,34 @@ class Finder:
                     f"{len(best)} weights of the model could be {'.'.join(module)}: {', '.join(sorted(best)[:3])}",
                     advice="Export the model anew with the names of its weights: nestpatch export MODEL --to onnx",
                 )
-            for weight in best.values():
-                return FoundMatrix((Half(weight, 0, weight.rows),), how)
+            if best:
+                return next(iter(best.values()))
         return None
 
-    def _half(self, weight: Weight, part: str) -> Half:
-        """The gate's or the other rows of a packed weight: as the graph uses them, else the gate first."""
-        for block in self.blocks:
-            half = block.gate if part == GATE else block.up
-            if half is not None and half.weight is weight:
-                return half
-        rows = weight.rows // 2
-        return Half(weight, 0 if part == GATE else rows, rows)
-
-    def _by_structure(self, module: Path) -> FoundMatrix | None:
+    def _by_structure(self, module: _Path) -> tuple[Half, ...]:
         """The weights of the layer's feed-forward block, found by counting the blocks of the graph."""
         numbers = [int(part) for part in module if _LAYER.fullmatch(part)]
         part = module[-1]
-        if len(numbers) != 1 or part not in (GATE, UP, FUSED, *PLAIN):
-            return None
-        alike = [block for block in self.blocks if (block.gate is None) == (part in PLAIN)]
+        if len(numbers) != 1 or part not in (_GATE, _UP, _FUSED, *_PLAIN):
+            return ()
+        alike = [block for block in self.blocks if (block.gate is None) == (part in _PLAIN)]
         if numbers[0] >= len(alike):
-            return None
-        block = alike[numbers[0]]
-        gate, up = block.gate, block.up
-        if gate is None or part == UP:
-            halves: tuple[Half, ...] = (up,)
-        elif part == GATE:
-            halves = (gate,)
-        elif gate.weight is up.weight and gate.start + gate.rows == up.start:  # they follow each other in one weight
-            halves = (Half(gate.weight, gate.start, gate.rows + up.rows),)
-        else:
-            halves = (gate, up)
-        return FoundMatrix(halves, "the shape of the graph")
+            return ()
+        gate, up = alike[numbers[0]].gate, alike[numbers[0]].up
+        if gate is None or part == _UP:
+            return (up,)
+        if part == _GATE:
+            return (gate,)
+        if gate.weight is up.weight and gate.start + gate.rows == up.start:  # they follow each other in one weight
+            return (Half(gate.weight, gate.start, gate.rows + up.rows),)
+        return gate, up
 
 
-def _parts(text: str) -> Path:
+def _parts(text: str) -> _Path:
     return tuple(filter(None, re.split(r"[./]", text)))
 
 
-def _untailed(text: str) -> Path:
-    """The parts of a name without what exporters append to the module's name."""
-    parts = _parts(text)
-    while parts and _TAIL.fullmatch(parts[-1]):
-        parts = parts[:-1]
-    return parts
-
-
-def _likeness(path: Path, module: Path) -> int:
+def _likeness(path: _Path, module: _Path) -> int:
     """How many of a module's last names a path ends in; 0 unless its layer's number is among them."""
     count = 0
     while count < min(len(path), len(module)) and path[-1 - count] == module[-1 - count]:

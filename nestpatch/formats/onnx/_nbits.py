@@ -26,7 +26,7 @@ _MATCHING = 0.5
 
 @dataclass(frozen=True)
 class NBitsCodec:
-    """How one weight is stored."""
+    """How one weight is stored: the Codec of MatMulNBits."""
 
     depth: int
     """Bits of a number."""
@@ -75,12 +75,23 @@ class NBitsCodec:
         return f"INT{self.depth}_{self.span}_{self.scale}{'_ZP' if self.zero_points else ''}"
 
     def require(self) -> None:
-        """Raises QuantizationError for rows that end inside a byte."""
+        """Checks that rows end with a whole byte.
+
+        Raises:
+            QuantizationError: They do not.
+        """
         if self.width * self.depth % 8:
             raise QuantizationError(f"rows of {self.width} numbers of {self.depth} bits end inside a byte")
 
     def encode(self, rows: FloatArray) -> Blocks:
-        """float32 [rows, width] -> uint8 [rows, row_bytes]."""
+        """Quantizes rows to the nearest step.
+
+        Args:
+            rows: float32 [rows, width].
+
+        Returns:
+            uint8 [rows, row_bytes]: numbers, scales, zero points.
+        """
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             kept = rows.astype(DTYPES[self.scale]).astype(np.float32) if self.narrow_first else rows
             values = self._blocked(kept, 0.0)
@@ -133,7 +144,14 @@ class NBitsCodec:
         return numbers.reshape(len(packed), -1).astype(np.float32)
 
     def decode(self, blocks: Blocks) -> FloatArray:
-        """uint8 [rows, row_bytes] -> float32 [rows, width]."""
+        """Dequantizes rows.
+
+        Args:
+            blocks: uint8 [rows, row_bytes], as `encode` returns them.
+
+        Returns:
+            float32 [rows, width].
+        """
         numbers, scales, zeros = np.split(blocks, np.cumsum(self.parts)[:2], axis=1)
         wide = np.ascontiguousarray(scales).view(DTYPES[self.scale]).astype(np.float32)
         middle = self._unpacked(zeros)[:, : self.blocks, None] if self.zero_points else 1 << (self.depth - 1)
@@ -142,7 +160,18 @@ class NBitsCodec:
         return flat
 
     def fitted(self, origin: FloatArray, stored: Blocks) -> NBitsCodec:
-        """The way of narrowing that reproduces most. Raises QuantizationError when it reproduces less than half of them."""
+        """Finds the way of narrowing that a file was quantized with.
+
+        Args:
+            origin: float32 [rows, width], rows of the float model.
+            stored: uint8 [rows, row_bytes], the same rows in the file, unchanged since they were quantized.
+
+        Returns:
+            The codec whose way of narrowing reproduces most of the rows.
+
+        Raises:
+            QuantizationError: Every way reproduces less than half of the rows.
+        """
         ways = [replace(self, narrow_first=first, narrow_last=last) for first, last in _WAYS if self.scale != "F32"] or [self]
         made = {codec: float((codec.encode(origin) == stored).all(axis=1).mean()) for codec in ways}
         best = max(made, key=lambda codec: made[codec])

@@ -36,15 +36,10 @@ class Initializer:
     shape: tuple[int, ...]
     file: Path
     offset: int
-    """Of its first byte; -1 where its numbers are not stored as plain bytes."""
+    """Of its first byte; -1 where its bytes are not in one piece in a file."""
     nbytes: int
     trouble: str = ""
     """Why its bytes must not be changed where they are; empty where they may be."""
-
-    @property
-    def placed(self) -> bool:
-        """Whether its bytes are in one piece in a file."""
-        return self.offset >= 0
 
 
 @dataclass
@@ -74,9 +69,19 @@ class _Facts:
 
 
 def read_tensor(wire: Wire, message: Field, path: Path) -> Initializer:
-    """Reads one tensor of the model at `path`.
+    """Reads one tensor of a model; its bytes are not loaded.
 
-    Raises ValueError or CheckpointFormatError when it contradicts itself or the file that it is in.
+    Args:
+        wire: The model's file.
+        message: The field that holds the TensorProto.
+        path: The model's path.
+
+    Returns:
+        The tensor, and where its bytes are.
+
+    Raises:
+        ValueError: It contradicts itself or the file that its bytes are in.
+        CheckpointFormatError: The file with its bytes is missing.
     """
     facts = _facts(wire, message)
     if facts.code not in DTYPES:
@@ -167,13 +172,21 @@ def _number(facts: _Facts, key: str) -> int | None:
 
 
 def check_overlaps(path: Path, tensors: Mapping[str, Initializer]) -> dict[str, Initializer]:
-    """The same tensors; those that share all of their bytes with another one have that as their trouble.
+    """Checks that tensors do not share bytes.
 
-    Raises CheckpointFormatError when two tensors share a part of their bytes.
+    Args:
+        path: The model's path, for messages.
+        tensors: Its tensors by name.
+
+    Returns:
+        The same tensors; those that share all of their bytes with another one have that as their trouble.
+
+    Raises:
+        CheckpointFormatError: Two tensors share a part of their bytes.
     """
     groups: dict[Path, list[Initializer]] = {}
     for tensor in tensors.values():
-        if tensor.placed and tensor.nbytes:
+        if tensor.offset >= 0 and tensor.nbytes:
             groups.setdefault(tensor.file, []).append(tensor)
     checked = dict(tensors)
     for group in groups.values():

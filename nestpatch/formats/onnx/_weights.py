@@ -71,11 +71,24 @@ class Stored:
 
 
 def find_weights(graph: Graph) -> tuple[Weight, ...]:
-    """All weights of a graph, in the order of the operations that use them."""
+    """Finds the weights of a graph.
+
+    Args:
+        graph: The graph.
+
+    Returns:
+        The weights in the order of the operations that use them, those that must not be patched included.
+    """
     makers = {name: node for node in graph.nodes for name in node.outputs if name and node.op != "Constant"}
     found = [weight for node in graph.nodes if (weight := _weight(node, graph.tensors, makers)) is not None]
     shared = _shared(graph, found)
-    return tuple(weight if weight.trouble else replace(weight, trouble=_sharing(weight, shared)) for weight in found)
+    for place, weight in enumerate(found):
+        names = weight.node.inputs[1:4] if weight.form is Form.BLOCKS else (weight.tensor.name,)
+        read = next((name for name in names if name and len(shared[name]) > 1), None)
+        if read is not None and not weight.trouble:
+            trouble = f"{len(shared[read])} operations read {read[:80]}: a patch would change all of them"
+            found[place] = replace(weight, trouble=trouble)
+    return tuple(found)
 
 
 def _shared(graph: Graph, weights: Iterable[Weight]) -> Mapping[str, set[_Identity]]:
@@ -88,14 +101,6 @@ def _shared(graph: Graph, weights: Iterable[Weight]) -> Mapping[str, set[_Identi
     for weight in weights:
         users.setdefault(weight.tensor.name, set()).add((weight.node.name, weight.node.outputs))
     return {name: max(found, users.get(name, set()), key=len) for name, found in readers.items()}
-
-
-def _sharing(weight: Weight, shared: Mapping[str, set[_Identity]]) -> str:
-    names = weight.node.inputs[1:4] if weight.form is Form.BLOCKS else (weight.tensor.name,)
-    for name in filter(None, names):
-        if len(shared[name]) > 1:
-            return f"{len(shared[name])} operations read {name[:80]}: a patch would change all of them"
-    return ""
 
 
 def _weight(node: Node, tensors: Mapping[str, Initializer], makers: Mapping[str, Node]) -> Weight | None:
@@ -148,7 +153,19 @@ def _block_weight(node: Node, tensors: Mapping[str, Initializer]) -> Weight | No
 
 
 def stored(weight: Weight, tensors: Mapping[str, Initializer]) -> Stored:
-    """Where the rows of a weight are. Raises QuantizationError or UnsupportedModelError when they cannot be patched."""
+    """Finds where the rows of a weight are stored.
+
+    Args:
+        weight: The weight.
+        tensors: The tensors of its graph.
+
+    Returns:
+        How its rows are read and written, and their type.
+
+    Raises:
+        QuantizationError: The rows are quantized in a form that cannot be patched.
+        UnsupportedModelError: The rows must not be changed, or are stored in a type that cannot be patched.
+    """
     if weight.form is Form.BLOCKS:
         return _stored_blocks(weight, tensors)
     tensor = weight.tensor
@@ -195,6 +212,14 @@ def _part(tensor: Initializer, rows: int) -> TensorInfo:
 
 
 def refusal(tensor: Initializer, trouble: str) -> CheckpointError:
-    """The error that says why a tensor cannot be patched."""
+    """The error that says why a tensor cannot be patched.
+
+    Args:
+        tensor: The tensor.
+        trouble: The reason.
+
+    Returns:
+        QuantizationError for types of quantized numbers, UnsupportedModelError for others; not raised.
+    """
     kind = UnsupportedModelError if tensor.dtype in DTYPES else QuantizationError
     return kind(f"the rows of {tensor.name[:120]} cannot be patched: {trouble}", advice=WAY_OUT)

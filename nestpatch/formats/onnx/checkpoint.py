@@ -16,7 +16,7 @@ import numpy as np
 from nestpatch.errors import CheckpointError, CheckpointFormatError, UnsupportedModelError
 from nestpatch.formats._rowio import read_all_at
 from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo
-from nestpatch.formats.onnx._finder import Finder, FoundMatrix, find_blocks
+from nestpatch.formats.onnx._finder import Finder
 from nestpatch.formats.onnx._layout import JoinedLayout, Layout, RowLayout, Segment
 from nestpatch.formats.onnx._tensors import Initializer
 from nestpatch.formats.onnx._weights import WAY_OUT, Form, Stored, find_weights, refusal, stored
@@ -55,7 +55,7 @@ class OnnxCheckpoint(Checkpoint):
         graph = read_graph(self.file)
         self._tensors, self._metadata = graph.tensors, graph.metadata
         self._weights = find_weights(graph)
-        self._finder = Finder(self._weights, find_blocks(graph, self._weights))
+        self._finder = Finder(graph, self._weights)
         data = {tensor.file for tensor in self._tensors.values()} - {self.file}
         self.files: tuple[Path, ...] = (self.file, *sorted(data))
         self._by_tensor = {weight.tensor.name: weight for weight in reversed(self._weights)}
@@ -76,7 +76,7 @@ class OnnxCheckpoint(Checkpoint):
         """The names of all tensors with their own bytes, sorted; scales belong to the weights that they scale."""
         blocks = [weight for weight in self._weights if weight.form is Form.BLOCKS]
         parts = {name for weight in blocks if self._own(weight.tensor).layout for name in weight.node.inputs[2:4]}
-        return sorted(name for name, tensor in self._tensors.items() if tensor.placed and name not in parts)
+        return sorted(name for name, tensor in self._tensors.items() if tensor.offset >= 0 and name not in parts)
 
     def has(self, name: str) -> bool:
         """Whether there is such a tensor.
@@ -110,7 +110,7 @@ class OnnxCheckpoint(Checkpoint):
     def _view(self, name: str) -> _View | None:
         if name not in self._views:
             tensor = self._tensors.get(name)
-            self._views[name] = self._own(tensor) if tensor is not None else self._found(name, self._finder.find(name))
+            self._views[name] = self._own(tensor) if tensor is not None else self._found(name)
         return self._views[name]
 
     def _own(self, tensor: Initializer) -> _View:
@@ -126,14 +126,15 @@ class OnnxCheckpoint(Checkpoint):
         has_rows = problem is None and info.plain and len(info.shape) > 1 and info.nbytes
         return _View(info, RowLayout(info) if has_rows else None, problem)
 
-    def _found(self, name: str, found: FoundMatrix | None) -> _View | None:
-        """A tensor that packs name: rows of one weight, or of two."""
-        if found is None:
+    def _found(self, name: str) -> _View | None:
+        """A tensor by the name that packs use: rows of one weight, or of two."""
+        halves = self._finder.find(name)
+        if not halves:
             return None
-        parts = [(stored(half.weight, self._tensors), half.start, half.rows) for half in found.halves]
-        if len({(part.dtype, half.weight.width) for (part, *_), half in zip(parts, found.halves, strict=True)}) > 1:
+        parts = [(stored(half.weight, self._tensors), half.start, half.rows) for half in halves]
+        if len({(part.dtype, half.weight.width) for (part, *_), half in zip(parts, halves, strict=True)}) > 1:
             raise UnsupportedModelError(f"the halves of {name} are stored in different ways", advice=WAY_OUT)
-        return _view(name, parts, found.halves[0].weight.width)
+        return _view(name, parts, halves[0].weight.width)
 
     def read_rows(self, name: str, rows: IntArray) -> Rows:
         """Reads some rows; consecutive ones are read together.

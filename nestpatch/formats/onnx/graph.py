@@ -156,7 +156,9 @@ class _Reader:
             elif found.number == _ATTRIBUTE:
                 self._attribute(found, attributes, depth)
             elif found.number == _METADATA:
-                scopes = self._scopes(found) or scopes
+                key, value = self._entry(found)
+                if key == _SCOPES:
+                    scopes = tuple(re.findall(r"'([^']*)'", value)) or scopes
         name, op, domain = texts.values()
         inputs, outputs = (tuple(names) for names in values.values())
         self.nodes.append(Node(op, domain, name, inputs, outputs, attributes.numbers, attributes.lists, scopes))
@@ -180,11 +182,6 @@ class _Reader:
             attributes.numbers[name] = numbers[-1]
         if lists:
             attributes.lists[name] = tuple(lists)
-
-    def _scopes(self, message: Field) -> tuple[str, ...]:
-        """The module names in an entry of a node's metadata, if it holds them."""
-        key, value = self._entry(message)
-        return tuple(re.findall(r"'([^']*)'", value)) if key == _SCOPES else ()
 
     def _entry(self, message: Field) -> tuple[str, str]:
         """Key and value. Long values, such as stack traces, are read as empty."""
