@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nestpatch.errors import FileSystemError, LedgerError
-from nestpatch.files.locks import exclusive, try_lock, unlock
+from nestpatch.files.locks import exclusive, lock, unlock
 from nestpatch.files.reading import open_regular, read_bounded
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="pipes and devices of POSIX")
@@ -161,14 +161,14 @@ for _ in range(50):
 def test_shared_locks_keep_out_an_exclusive_one_only(tmp_path: Path) -> None:
     (tmp_path / "lock").touch()
     with open(tmp_path / "lock", "r+b") as one, open(tmp_path / "lock", "r+b") as two, open(tmp_path / "lock", "r+b") as three:
-        assert try_lock(one.fileno(), shared=True)
-        assert try_lock(two.fileno(), shared=True)
-        assert not try_lock(three.fileno())
+        assert lock(one.fileno(), shared=True, wait=False)
+        assert lock(two.fileno(), shared=True, wait=False)
+        assert not lock(three.fileno(), wait=False)
         unlock(one.fileno())
-        assert not try_lock(three.fileno())
+        assert not lock(three.fileno(), wait=False)
         unlock(two.fileno())
-        assert try_lock(three.fileno())
-        assert not try_lock(one.fileno(), shared=True)
+        assert lock(three.fileno(), wait=False)
+        assert not lock(one.fileno(), shared=True, wait=False)
 
 
 def test_a_file_system_without_locks_is_not_a_lock_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,5 +181,5 @@ def test_a_file_system_without_locks_is_not_a_lock_that_is_taken(tmp_path: Path,
     with open(tmp_path / "lock", "r+b") as file:
         monkeypatch.setattr(fcntl, "flock", refuse)
         with pytest.raises(OSError, match="No locks available"):
-            try_lock(file.fileno())
+            lock(file.fileno(), wait=False)
         unlock(file.fileno())

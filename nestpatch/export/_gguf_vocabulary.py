@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
-from nestpatch.export._model_config import OTHER_CONVERTER, read_json
+from nestpatch.export._model_config import OTHER_CONVERTER
 from nestpatch.export._tokenizer_files import BPE, Kind, TokenizerFiles, VocabularyPiece, read_model
-from nestpatch.files.reading import MAX_JSON, read_text
+from nestpatch.files.reading import MAX_JSON, read_json, read_text
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

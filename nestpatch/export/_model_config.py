@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
-from nestpatch.files.reading import MAX_JSON, read_text
+from nestpatch.files.reading import read_json
 
 OTHER_CONVERTER = "Try llama.cpp's own converter: --llama-cpp DIR, where DIR is a checkout of llama.cpp."
 """Advice for models and tokenizers that cannot be exported to GGUF here."""
@@ -88,16 +87,6 @@ class ModelConfig:
         if (original := self.get("original_max_position_embeddings")) is not None:
             found.setdefault("original_max_position_embeddings", original)
         return found
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file, or None where there is no file. Raises CheckpointFormatError when it is broken."""
-    try:
-        return json.loads(read_text(path, MAX_JSON, error=CheckpointFormatError))
-    except FileNotFoundError:
-        return None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointFormatError(f"cannot read {path}: {error}") from error
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
-from nestpatch.export._model_config import OTHER_CONVERTER, read_json
-from nestpatch.files.reading import MAX_JSON, open_regular, read_text
+from nestpatch.export._model_config import OTHER_CONVERTER
+from nestpatch.files.reading import MAX_JSON, open_regular, read_json, read_text
 from nestpatch.formats.protobuf import BYTES, VARINT, Field, Wire
 
 BPE = 2

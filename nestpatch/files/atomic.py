@@ -169,11 +169,10 @@ def write_bytes(
     Raises:
         OutputError: The path exists already, or cannot be written.
     """
-
-    def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_EXCL, mode)
-
-    with new_place(path, overwrite=overwrite) as sibling, open(sibling, "wb", opener=opener) as file:
+    with (
+        new_place(path, overwrite=overwrite) as sibling,
+        open(sibling, "wb", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, mode)) as file,
+    ):
         if owner is not None:
             os.fchown(file.fileno(), *owner)
         file.write(data)

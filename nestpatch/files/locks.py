@@ -1,6 +1,6 @@
 """The one file lock of nestpatch: flock, or msvcrt on Windows. The system frees a lock when its process dies.
 
-`try_lock`, `lock` and `unlock` work on an open file and raise a plain OSError where the file system has no locks (ENOLCK), so
+`lock` and `unlock` work on an open file; `lock` raises a plain OSError where the file system has no locks (ENOLCK), so
 that each caller can say what that means for it. `exclusive` opens a lock file and names the error itself.
 """
 
@@ -19,35 +19,35 @@ WINDOWS = os.name == "nt"
 _TAKEN = (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK, errno.EDEADLK)
 
 
-def try_lock(handle: int, *, shared: bool = False) -> bool:
-    """Locks an open file without waiting.
+def lock(handle: int, *, shared: bool = False, wait: bool = True) -> bool:
+    """Locks an open file.
 
     Args:
         handle: A file descriptor; a directory's only where the system can open one.
-        shared: Whether other shared locks may exist at the same time.
+        shared: Whether other shared locks may exist at the same time; Windows has none.
+        wait: Whether to wait until the lock is free.
 
     Returns:
-        Whether the lock was free.
-
-    Raises:
-        OSError: The file system has no locks.
-    """
-    try:
-        _lock(handle, shared=shared, wait=False)
-    except OSError as error:
-        if error.errno in _TAKEN:
-            return False
-        raise
-    return True
-
-
-def lock(handle: int) -> None:
-    """Locks an open file exclusively, waiting until it is free.
+        Whether the file is locked now; always True with `wait`.
 
     Raises:
         OSError: The file system has no locks; on Windows also after ten seconds of waiting.
     """
-    _lock(handle, shared=False, wait=True)
+    try:
+        if WINDOWS:
+            import msvcrt
+
+            mode = msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK  # type: ignore[attr-defined,unused-ignore]
+            msvcrt.locking(handle, mode, 1)  # type: ignore[attr-defined,unused-ignore]
+        else:
+            import fcntl
+
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if not wait and error.errno in _TAKEN:
+            return False
+        raise
+    return True
 
 
 def unlock(handle: int) -> None:
@@ -55,24 +55,15 @@ def unlock(handle: int) -> None:
 
     Closing the file is not enough where another thread forks at that moment: the child holds the same lock until it runs its
     own program.
+
+    Args:
+        handle: The file descriptor.
     """
     if not WINDOWS:
         import fcntl
 
         with suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_UN)
-
-
-def _lock(handle: int, *, shared: bool, wait: bool) -> None:
-    if WINDOWS:
-        import msvcrt
-
-        mode = msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK  # type: ignore[attr-defined,unused-ignore]
-        msvcrt.locking(handle, mode, 1)  # type: ignore[attr-defined,unused-ignore]
-    else:
-        import fcntl
-
-        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
 
 
 @contextmanager

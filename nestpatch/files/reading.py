@@ -1,9 +1,10 @@
 """Opens and reads files of unknown origin, without trusting what they are.
 
 A path given to nestpatch may name a pipe without a writer, a device without end, a folder, a link, or a file of terabytes.
-`open_regular` opens regular files only; `read_bounded` reads no more than the caller allows. Neither blocks.
+`open_regular` opens regular files only; `read_bounded` reads no more than the caller allows; `read_text` and `read_json` parse
+what it read. None of them blocks.
 
-Both raise OSError, whose `strerror` is a full sentence. With `error` they raise that class instead, with the path and the
+They raise OSError, whose `strerror` is a full sentence. With `error` they raise that class instead, with the path and the
 reason; a missing file stays FileNotFoundError:
 
     try:
@@ -15,15 +16,16 @@ reason; a missing file stays FileNotFoundError:
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from nestpatch.errors import NestpatchError
+from nestpatch.errors import CheckpointFormatError, NestpatchError
 
 BLOCK = 16 << 20
 """Bytes read at a time, so that a limit costs no memory that the file does not fill."""
@@ -61,7 +63,26 @@ def open_regular(
         NestpatchError: Of the class `error`, in place of OSError.
     """
     with _raising(error, "change" if write else "read", path):
-        return _open(path, follow, write)
+        try:
+            status = os.stat(path, follow_symlinks=follow)  # noqa: PTH116 - links as the caller has it
+        except ValueError:  # what no system call takes: a NUL, or characters that file names cannot hold
+            _refuse(errno.EINVAL, "no file can have this name", path)
+        # Before it is opened: opening a device may do something.
+        _require_regular(status, path)
+        flags = (os.O_RDWR if write else os.O_RDONLY) | _SAFELY | (0 if follow else getattr(os, "O_NOFOLLOW", 0))
+        try:
+            handle = os.open(path, flags)
+        except OSError as refused:
+            if refused.errno == errno.ELOOP and not follow:
+                _refuse(errno.ELOOP, "it is a symbolic link, not a file", path)
+            raise
+        try:
+            # And again: another process may have replaced it in between.
+            _require_regular(os.fstat(handle), path)
+            return os.fdopen(handle, "r+b" if write else "rb", buffering=0)
+        except BaseException:  # closed whatever happens, Ctrl-C included
+            os.close(handle)
+            raise
 
 
 def read_bounded(path: str | Path, limit: int, *, follow: bool = True, error: type[NestpatchError] | None = None) -> bytes:
@@ -138,6 +159,27 @@ def read_open(file: FileIO, limit: int, path: str | Path) -> bytes:
     return b"".join(blocks)
 
 
+def read_json(path: Path, *, missing: Any = None) -> Any:
+    """Reads a JSON file in a model's folder.
+
+    Args:
+        path: The file.
+        missing: What to return where there is no file.
+
+    Returns:
+        Its value.
+
+    Raises:
+        CheckpointFormatError: It cannot be read, is longer than MAX_JSON, or is not JSON.
+    """
+    try:
+        return json.loads(read_text(path, MAX_JSON, error=CheckpointFormatError))
+    except FileNotFoundError:
+        return missing
+    except (ValueError, RecursionError) as error:
+        raise CheckpointFormatError(f"cannot read {path}: {error}") from error
+
+
 @contextmanager
 def _raising(error: type[NestpatchError] | None, verb: str, path: str | Path) -> Iterator[None]:
     """Turns an OSError other than FileNotFoundError into a class of the caller's choice."""
@@ -149,29 +191,6 @@ def _raising(error: type[NestpatchError] | None, verb: str, path: str | Path) ->
         if error is None:
             raise
         raise error(f"cannot {verb} {path}: {refused.strerror or refused}") from refused
-
-
-def _open(path: str | Path, follow: bool, write: bool) -> FileIO:
-    try:
-        status = os.stat(path, follow_symlinks=follow)  # noqa: PTH116 - links as the caller has it
-    except ValueError:  # what no system call takes: a NUL, or characters that file names cannot hold
-        _refuse(errno.EINVAL, "no file can have this name", path)
-    # Before it is opened: opening a device may do something.
-    _require_regular(status, path)
-    flags = (os.O_RDWR if write else os.O_RDONLY) | _SAFELY | (0 if follow else getattr(os, "O_NOFOLLOW", 0))
-    try:
-        handle = os.open(path, flags)
-    except OSError as refused:
-        if refused.errno == errno.ELOOP and not follow:
-            _refuse(errno.ELOOP, "it is a symbolic link, not a file", path)
-        raise
-    try:
-        # And again: another process may have replaced it in between.
-        _require_regular(os.fstat(handle), path)
-        return os.fdopen(handle, "r+b" if write else "rb", buffering=0)
-    except BaseException:  # closed whatever happens, Ctrl-C included
-        os.close(handle)
-        raise
 
 
 def _require_regular(found: os.stat_result, path: str | Path) -> None:

@@ -13,7 +13,7 @@ from glob import escape
 from pathlib import Path
 
 from nestpatch.files.atomic import new_place, remove
-from nestpatch.files.locks import WINDOWS, lock, try_lock
+from nestpatch.files.locks import WINDOWS, lock
 
 WHOLE, PATCHED, CONVERTED = ".whole", ".patched", ".converted"
 """Endings of second temporary files: the model before quantization, a patched copy of it, and another converter's output."""
@@ -121,7 +121,7 @@ def _when_free(path: Path, work: Callable[[Path], None]) -> bool:
     with suppress(OSError):
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         try:
-            if try_lock(handle):
+            if lock(handle, wait=False):
                 work(path)
                 return True
         finally:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nestpatch.errors import BusyError, CheckpointFormatError, InPlaceError, StateError
-from nestpatch.files.locks import try_lock, unlock
+from nestpatch.files.locks import lock, unlock
 from nestpatch.formats.onnx.folder import models
 from nestpatch.formats.safetensors import INDEX, SINGLE, indexed_files, only_file
 
@@ -432,7 +432,7 @@ def tidy(state_dir: StateDir) -> None:
 def _try_lock(handle: int, state_dir: StateDir, *, shared: bool = False) -> bool:
     """Whether the lock was free. Raises InPlaceError on a file system without locks."""
     try:
-        return try_lock(handle, shared=shared)
+        return lock(handle, shared=shared, wait=False)
     except OSError as error:
         if shared:
             return True  # no writer can hold a lock there

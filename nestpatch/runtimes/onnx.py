@@ -7,7 +7,6 @@ graph has such an input, and a cache that goes in as past_key_values.N.key/.valu
 from __future__ import annotations
 
 import copy
-import json
 import os
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ import numpy.typing as npt
 
 from nestpatch.errors import CheckpointError, CheckpointFormatError, DataError, MissingExtraError, UnsupportedModelError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.files.reading import MAX_JSON, read_bounded, read_text
+from nestpatch.files.reading import read_bounded, read_json
 from nestpatch.formats.lora import onnx as lora_onnx
 from nestpatch.formats.lora.onnx import MAX_GRAPH, SUFFIX, onnx_file
 from nestpatch.pack import Pack
@@ -371,12 +370,7 @@ class OnnxRuntime:
 
 def _read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty where there is no file. Raises CheckpointFormatError for a broken one."""
-    try:
-        value = json.loads(read_text(path, MAX_JSON, error=CheckpointFormatError))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError) as error:
-        raise CheckpointFormatError(f"cannot read {path}: {error}") from error
+    value = read_json(path, missing={})
     if not isinstance(value, dict):
         raise CheckpointFormatError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value

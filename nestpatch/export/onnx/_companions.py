@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nestpatch.errors import CheckpointFormatError
-from nestpatch.export._model_config import read_json
 from nestpatch.export.onnx._graph import CacheShape
-from nestpatch.files.reading import MAX_JSON, read_text
+from nestpatch.files.reading import MAX_JSON, read_json, read_text
 from nestpatch.patcher.copies import leads_out
 
 if TYPE_CHECKING:
