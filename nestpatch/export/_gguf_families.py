@@ -199,7 +199,9 @@ class Gemma3(Gemma2):
         """Adds the rotary base of layers with a window. llama.cpp has capped attention for Gemma 2 only."""
         if config.get("attn_logit_softcapping") or config.get("use_bidirectional_attention"):
             raise _refused(config, "capped or bidirectional attention")
-        return {**super().facts(config), "rope.freq_base_swa": config.local_theta or 10_000.0}
+        # The rotary base of sliding window layers, where they have their own.
+        local = (config.rope_parameters().get("sliding_attention") or {}).get("rope_theta", config.get("rope_local_base_freq"))
+        return {**super().facts(config), "rope.freq_base_swa": float(local or 10_000.0)}
 
 
 class Phi3(Family):

@@ -66,17 +66,11 @@ class ModelConfig:
     @property
     def rope(self) -> Mapping[str, Any]:
         """The rotary settings of full attention layers: rope_type, rope_theta, and what the type needs."""
-        nested = self._rope_parameters()
+        nested = self.rope_parameters()
         return {"rope_type": "default", "rope_theta": 10000.0} | (nested.get("full_attention") or nested)
 
-    @property
-    def local_theta(self) -> float | None:
-        """The rotary base of sliding window layers, where they have their own."""
-        local = self._rope_parameters().get("sliding_attention") or {}
-        value = local.get("rope_theta", self.get("rope_local_base_freq"))
-        return None if value is None else float(value)
-
-    def _rope_parameters(self) -> dict[str, Any]:
+    def rope_parameters(self) -> dict[str, Any]:
+        """The rotary settings as transformers 5 writes them; by kind of layer where kinds differ."""
         # transformers 5 writes rope_parameters; earlier versions rope_theta and rope_scaling, whose type was once "type".
         found = dict(self.get("rope_parameters", "rope_scaling", default={}))
         if "full_attention" in found:

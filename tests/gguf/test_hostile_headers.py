@@ -98,14 +98,17 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "more tensors than anybody needs": (lambda: file_bytes(counts=(70_000, 1), body=2 << 20), "70000 tensors and 1 entries"),
     "more keys than anybody needs": (lambda: file_bytes(counts=(2, 70_000), body=2 << 20), "2 tensors and 70000 entries"),
-    "parts that are no number": (lambda: file_bytes(entries=[value("split.count", 8, text("abc"))]), "split.count is 'abc'"),
+    "parts that are no number": (
+        lambda: file_bytes(entries=[value("split.count", 8, text("abc"))]),
+        "has 'abc' for split.count",
+    ),
     "parts that are NaN": (
         lambda: file_bytes(entries=[value("split.count", 6, struct.pack("<f", math.nan))]),
-        "split.count is 'nan'",
+        "has 'nan' for split.count",
     ),
     "parts without end": (
         lambda: file_bytes(entries=[value("split.count", 12, struct.pack("<d", math.inf))]),
-        "split.count is 'inf'",
+        "has 'inf' for split.count",
     ),
     "alignment as text": (
         lambda: file_bytes(entries=[value("general.alignment", 8, text("32"))]),
@@ -137,10 +140,10 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
 
 LAYERS: dict[str, tuple[bytes, str]] = {
     "millions": (number("llama.block_count", 5_000_000), "a model of 5000000 layers"),
-    "text": (text("llama.block_count") + struct.pack("<I", 8) + text("abc"), "block_count is 'abc'"),
-    "NaN": (text("llama.block_count") + struct.pack("<If", 6, math.nan), "block_count is 'nan'"),
+    "text": (text("llama.block_count") + struct.pack("<I", 8) + text("abc"), "has 'abc' for llama.block_count"),
+    "NaN": (text("llama.block_count") + struct.pack("<If", 6, math.nan), "has 'nan' for llama.block_count"),
     "fewer than none": (text("llama.block_count") + struct.pack("<Ii", 5, -7), "a model of -7 layers"),
-    "true": (text("llama.block_count") + struct.pack("<IB", 7, 1), "block_count is 'True'"),
+    "true": (text("llama.block_count") + struct.pack("<IB", 7, 1), "has 'True' for llama.block_count"),
 }
 
 
