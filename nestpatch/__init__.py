@@ -1,11 +1,8 @@
-"""nestpatch: safety patches for language models.
-
-A fix is trained once, shipped as a signed pack of kilobytes, merged into deployed weights in place, and undone bit for bit.
+"""Safety patches for language models: trained once, shipped as a signed megabyte, merged in place, undone bit for bit.
 
 >>> import nestpatch
->>> pack = nestpatch.load_pack("no-harm-1.0.0.nest")
 >>> nestpatch.apply_in_place("path/to/model", "no-harm-1.0.0.nest")
->>> nestpatch.verify("path/to/model", pack).verdict
+>>> nestpatch.verify("path/to/model", "no-harm-1.0.0.nest").verdict
 >>> nestpatch.revert("path/to/model")
 
 Everything public is listed in `__all__`: verbs, and the values that they take and return. Exceptions other than
@@ -43,17 +40,24 @@ if TYPE_CHECKING:
     from nestpatch.gate import Proven as Proven
     from nestpatch.gate import prove as prove
     from nestpatch.nest_train.data import TrainingData as TrainingData
+    from nestpatch.nest_train.plan import TrainingPlan as TrainingPlan
+    from nestpatch.nest_train.plan import plan as plan_training
     from nestpatch.nest_train.recipe import Recipe as Recipe
     from nestpatch.nest_train.train import Trained as Trained
     from nestpatch.nest_train.train import train as train
     from nestpatch.pack import Label as Label
     from nestpatch.pack import Pack as Pack
+    from nestpatch.patcher.apply import Applied as Applied
     from nestpatch.patcher.apply import apply as apply
+    from nestpatch.patcher.inplace import Changed as Changed
     from nestpatch.patcher.inplace import apply_in_place as apply_in_place
     from nestpatch.patcher.inplace import revert as revert
     from nestpatch.patcher.recovery import recover_model as recover
+    from nestpatch.patcher.registry import PatchedModel as PatchedModel
+    from nestpatch.patcher.registry import patched_models as patched_models
     from nestpatch.patcher.status import Status as Status
     from nestpatch.patcher.status import status as status
+    from nestpatch.patcher.update import Updated as Updated
     from nestpatch.patcher.update import update as update
     from nestpatch.patcher.verify import Verdict as Verdict
     from nestpatch.patcher.verify import Verification as Verification
@@ -64,7 +68,9 @@ if TYPE_CHECKING:
     from nestpatch.signing.keys import keygen as keygen
     from nestpatch.signing.keys import read_private as load_key
     from nestpatch.signing.trust import Policy as Policy
+    from nestpatch.signing.trust import TrustedKey as TrustedKey
     from nestpatch.signing.trust import load_policy as load_policy
+    from nestpatch.signing.trust import trust_key as trust_key
     from nestpatch.signing.verify import sign_pack as sign
     from nestpatch.signing.verify import verify_signature as verify_signature
 
@@ -89,6 +95,8 @@ _HOMES = {
     "load_policy": "signing.trust",
     "load_prompts": "prompts.readers",
     "load_suite": "evaluation.suites",
+    "patched_models": "patcher.registry",
+    "plan_training": "nest_train.plan:plan",
     "prove": "gate",
     "pull": "channels.follow",
     "push": "channels.publish",
@@ -99,16 +107,20 @@ _HOMES = {
     "sign": "signing.verify:sign_pack",
     "status": "patcher.status",
     "train": "nest_train.train",
+    "trust_key": "signing.trust",
     "update": "patcher.update",
     "verify": "patcher.verify",
     "verify_signature": "signing.verify",
     "yank": "channels.publish",
     "Evaluation": "evaluation.suites",
+    "Applied": "patcher.apply",
+    "Changed": "patcher.inplace",
     "Event": "events",
     "Label": "pack",
     "NestpatchError": "errors",
     "Pack": "pack",
     "Policy": "signing.trust",
+    "PatchedModel": "patcher.registry",
     "PrivateKey": "signing.keys",
     "PromptSet": "prompts.readers",
     "Proven": "gate",
@@ -118,6 +130,9 @@ _HOMES = {
     "Suite": "evaluation.suites",
     "Trained": "nest_train.train",
     "TrainingData": "nest_train.data",
+    "TrainingPlan": "nest_train.plan",
+    "TrustedKey": "signing.trust",
+    "Updated": "patcher.update",
     "Verdict": "patcher.verify",
     "Verification": "patcher.verify",
 }

@@ -89,7 +89,7 @@ class KeyPair:
     key_id: str
 
 
-def keygen(path: Path, password: bytes | None) -> KeyPair:
+def keygen(path: str | Path, password: bytes | None = None) -> KeyPair:
     """Writes a new key pair: `path`.key, readable by its owner only (0600), and `path`.pub.
 
     Args:
@@ -102,6 +102,7 @@ def keygen(path: Path, password: bytes | None) -> KeyPair:
     Raises:
         OutputError: One of the files exists or cannot be written. Neither is left behind.
     """
+    path = Path(path)
     if path.name in {"", ".."}:
         raise OutputError(f"{path} is a folder", advice="Give a name for the key files: nestpatch keygen NAME")
     private, public = path.with_name(f"{path.name}.key"), path.with_name(f"{path.name}.pub")
@@ -135,7 +136,7 @@ def needs_password(path: Path) -> bool:
     return any(mark in data for mark in _ENCRYPTED)
 
 
-def read_private(path: Path, password: bytes | None = None) -> PrivateKey:
+def read_private(path: str | Path, password: bytes | None = None) -> PrivateKey:
     """Reads a private key file, PKCS #8 or SEC 1.
 
     Args:
@@ -153,7 +154,7 @@ def read_private(path: Path, password: bytes | None = None) -> PrivateKey:
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    data = _read(path)
+    data = _read(Path(path))
     encrypted = any(mark in data for mark in _ENCRYPTED)
     if encrypted and not password:
         raise KeyFileError(f"{path} is encrypted", advice="Give its password: at the prompt, or with --password-file.")
