@@ -28,7 +28,17 @@ _TAIL = 12
 
 
 def require_converter(llama_cpp: Path) -> Path:
-    """The converter in a checkout of llama.cpp. Raises DataError when there is none."""
+    """Finds the converter in a checkout of llama.cpp.
+
+    Args:
+        llama_cpp: The checkout.
+
+    Returns:
+        convert_hf_to_gguf.py.
+
+    Raises:
+        DataError: There is none.
+    """
     script = llama_cpp / SCRIPT
     if not script.is_file():
         raise DataError(
@@ -50,12 +60,28 @@ def convert_gguf(
     on_event: OnEvent = ignore,
     confirm: Callable[[], None] = lambda: None,
 ) -> ExportedGguf:
-    """Converts a model directory with llama.cpp's converter, and adds `keys` to the metadata of the result.
+    """Converts a model directory with llama.cpp's converter.
 
-    `confirm` is called before the file gets its name; when it raises, no file is left.
+    Args:
+        checkpoint: The model.
+        target: The new .gguf file.
+        llama_cpp: A checkout of llama.cpp.
+        kind: The file type, for `file_type`.
+        name: The model's name in the metadata; that of its directory when None.
+        keys: Metadata to add to the file.
+        dry_run: Whether to check only.
+        on_event: Receives the steps.
+        confirm: Called before the file gets its name; when it raises, no file is left.
 
-    Raises DataError without the converter, UnsupportedModelError with the end of its output when it fails,
-    QuantizationError, OutputError, MissingExtraError without llama-cpp-python where the result must be quantized.
+    Returns:
+        What was written, or would be.
+
+    Raises:
+        DataError: There is no converter, or no such file type.
+        UnsupportedModelError: The converter failed; the message has the end of its output.
+        QuantizationError: llama.cpp cannot quantize the result.
+        OutputError: The path exists already, or cannot be written.
+        MissingExtraError: The result must be quantized, and llama-cpp-python is not installed.
     """
     began = time.perf_counter()
     script, wanted = require_converter(llama_cpp), file_type(kind)

@@ -39,9 +39,16 @@ class Family:
     """Whether llama.cpp implements the sliding window of this family."""
 
     def facts(self, config: ModelConfig) -> Facts:
-        """Metadata, by keys without the architecture's prefix.
+        """The model's metadata.
 
-        Raises UnsupportedModelError for settings that llama.cpp does not implement for this family.
+        Args:
+            config: The configuration, with the family's defaults.
+
+        Returns:
+            Values by keys without the architecture's prefix.
+
+        Raises:
+            UnsupportedModelError: llama.cpp does not implement a setting for this family.
         """
         activation = config.get("hidden_activation", "hidden_act", default=self.activations[0])
         if activation not in self.activations:
@@ -69,11 +76,25 @@ class Family:
         return facts
 
     def tensors(self, config: ModelConfig) -> dict[str, FloatArray]:  # noqa: ARG002
-        """Tensors that are computed from config.json, by their GGUF names."""
+        """The tensors that are computed from config.json.
+
+        Args:
+            config: The configuration, with the family's defaults.
+
+        Returns:
+            float32 arrays by their GGUF names.
+        """
         return {}
 
     def notes(self, config: ModelConfig) -> tuple[str, ...]:
-        """How this model behaves differently in llama.cpp."""
+        """How this model behaves differently in llama.cpp.
+
+        Args:
+            config: The configuration, with the family's defaults.
+
+        Returns:
+            Sentences for the user; usually none.
+        """
         window = config.get("sliding_window")
         if window and not self.has_window and config.get("use_sliding_window", default=True):
             return (f"llama.cpp ignores this family's sliding window: texts over {window} tokens give other results",)
@@ -271,7 +292,17 @@ FAMILIES: tuple[Family, ...] = (Llama(), Qwen2(), Qwen3(), Qwen3Moe(), Gemma2(),
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The family of a model. Raises UnsupportedModelError, which lists the known classes."""
+    """Finds the family of a model.
+
+    Args:
+        config: The model's configuration.
+
+    Returns:
+        The family.
+
+    Raises:
+        UnsupportedModelError: The class is not known; the advice lists those that are.
+    """
     families = {family.gguf: family for family in FAMILIES}
     family = families.get(GGUF_ARCHITECTURES.get(config.architecture, ""))
     if family is not None:

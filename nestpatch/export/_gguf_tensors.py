@@ -60,10 +60,20 @@ class Target:
 
 
 def plan_tensors(checkpoint: Checkpoint, config: ModelConfig, family: Family, kind: FileType) -> list[Target]:
-    """All tensors of the file, in order.
+    """Plans the tensors of a GGUF file.
 
-    Raises UnsupportedModelError for tensors without a counterpart in the architecture, CheckpointFormatError for missing ones
-    and for dtypes that are not plain numbers.
+    Args:
+        checkpoint: The model.
+        config: Its configuration, with the family's defaults.
+        family: Its family.
+        kind: The file type.
+
+    Returns:
+        All tensors of the file, in its order.
+
+    Raises:
+        UnsupportedModelError: The architecture has no counterpart of a tensor.
+        CheckpointFormatError: A tensor is missing, or is not stored as plain numbers.
     """
     targets = [Target(name, "F32", values.shape, values=values) for name, values in family.tensors(config).items()]
     stacks: dict[str, list[tuple[int, TensorPiece]]] = {}
@@ -172,7 +182,16 @@ def _check_layers(targets: list[Target], config: ModelConfig) -> None:
 
 
 def write_tensor(target: Target, checkpoint: Checkpoint, sink: Sink) -> None:
-    """Appends the bytes of a tensor. Raises QuantizationError where values leave the range of its type."""
+    """Appends the bytes of a tensor.
+
+    Args:
+        target: The tensor of the file.
+        checkpoint: The model that it is made from.
+        sink: The file.
+
+    Raises:
+        QuantizationError: Values leave the range of its type.
+    """
     if target.values is not None:
         sink.write(target.values.tobytes())
     for piece in target.pieces:

@@ -44,9 +44,19 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, rows: int, name: str) -> Vocabulary:
-    """The vocabulary of a model with `rows` rows of embeddings, whose file is named `name`.
+    """Reads the vocabulary of a model.
 
-    Raises UnsupportedModelError where llama.cpp would tokenize differently, CheckpointFormatError for missing or broken files.
+    Args:
+        folder: The model's directory.
+        rows: Rows of the embeddings: the size of the vocabulary in the file.
+        name: The model's name, from which llama.cpp reads rules.
+
+    Returns:
+        The vocabulary.
+
+    Raises:
+        UnsupportedModelError: llama.cpp would tokenize differently.
+        CheckpointFormatError: A file is missing or broken.
     """
     files = read_tokenizer_files(folder)
     byte_level = is_byte_level(files)

@@ -43,7 +43,11 @@ _BY_CLASS: dict[str, tuple[str, ...]] = {"Qwen2Tokenizer": (QWEN2,), "GPT2Tokeni
 
 
 def is_byte_level(files: TokenizerFiles) -> bool:
-    """Whether this is a byte-level BPE, by the pre-tokenizer of tokenizer.json or by its files."""
+    """Whether this is a byte-level BPE, by the pre-tokenizer of tokenizer.json or by its files.
+
+    Args:
+        files: The tokenizer's files.
+    """
     if files.tokenizer is None:
         return (files.folder / "vocab.json").is_file() and (files.folder / "merges.txt").is_file()
     return any(step.get("type") == "ByteLevel" for step in _steps(files.tokenizer, "pre_tokenizer"))
@@ -57,7 +61,17 @@ def _steps(tokenizer: Mapping[str, Any] | None, part: str) -> Sequence[Mapping[s
 
 
 def pre_tokenizer(files: TokenizerFiles) -> str:
-    """llama.cpp's name of the rules by which this tokenizer splits text. Raises UnsupportedModelError for unknown rules."""
+    """The rules by which a tokenizer splits text.
+
+    Args:
+        files: The tokenizer's files.
+
+    Returns:
+        llama.cpp's name of the rules.
+
+    Raises:
+        UnsupportedModelError: llama.cpp does not have these rules.
+    """
     if files.tokenizer is None:
         name = str(files.config.get("tokenizer_class", "")).removesuffix("Fast")
         splits, whole = _BY_CLASS.get(name, ()), False
@@ -91,7 +105,17 @@ def _splits(tokenizer: Mapping[str, Any]) -> Iterator[str]:
 
 
 def byte_level_notes(files: TokenizerFiles) -> tuple[str, ...]:
-    """Small differences in llama.cpp. Raises UnsupportedModelError for those that change ordinary text."""
+    """How llama.cpp reads a byte-level tokenizer differently.
+
+    Args:
+        files: The tokenizer's files.
+
+    Returns:
+        Sentences for the user about small differences.
+
+    Raises:
+        UnsupportedModelError: A difference changes ordinary text.
+    """
     model = (files.tokenizer or {}).get("model", {})
     if model.get("type", "BPE") != "BPE":
         raise UnsupportedModelError(
@@ -109,7 +133,17 @@ def byte_level_notes(files: TokenizerFiles) -> tuple[str, ...]:
 
 
 def vocabulary(files: TokenizerFiles) -> tuple[Mapping[str, int], list[str]]:
-    """(token -> id, merges in order as "a b"). Raises CheckpointFormatError when a file is broken."""
+    """Reads the vocabulary of a byte-level BPE.
+
+    Args:
+        files: The tokenizer's files.
+
+    Returns:
+        (token -> id, merges in order as "a b").
+
+    Raises:
+        CheckpointFormatError: A file is broken.
+    """
     try:
         if files.tokenizer is not None:
             model = files.tokenizer["model"]
@@ -122,9 +156,17 @@ def vocabulary(files: TokenizerFiles) -> tuple[Mapping[str, int], list[str]]:
 
 
 def pieces(files: TokenizerFiles) -> tuple[Mapping[int, VocabularyPiece], bool, tuple[str, ...]]:
-    """(pieces by id, whether a space is put before text, notes), from tokenizer.model or rebuilt from tokenizer.json.
+    """Reads a sentencepiece vocabulary, from tokenizer.model or rebuilt from tokenizer.json.
 
-    Raises UnsupportedModelError for vocabularies that llama.cpp would read differently, CheckpointFormatError without any.
+    Args:
+        files: The tokenizer's files.
+
+    Returns:
+        (pieces by id, whether a space is put before text, notes for the user).
+
+    Raises:
+        UnsupportedModelError: llama.cpp would read the vocabulary differently.
+        CheckpointFormatError: There is no vocabulary.
     """
     found: Mapping[int, VocabularyPiece]
     notes: tuple[str, ...] = ()

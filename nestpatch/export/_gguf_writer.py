@@ -70,9 +70,20 @@ class GgufPlan:
 
 
 def plan_gguf(checkpoint: Checkpoint, kind: FileType, name: str, keys: Mapping[str, str]) -> GgufPlan:
-    """Reads the configuration and the tokenizer and plans every tensor. `keys` are added to the metadata unchanged.
+    """Reads the configuration and the tokenizer of a model and plans every tensor of its file.
 
-    Raises UnsupportedModelError, CheckpointFormatError.
+    Args:
+        checkpoint: The model.
+        kind: The file type.
+        name: The model's name in the metadata.
+        keys: Metadata to add, unchanged.
+
+    Returns:
+        The plan.
+
+    Raises:
+        UnsupportedModelError: llama.cpp does not run the model, or reads its tokenizer differently.
+        CheckpointFormatError: A file or a tensor is missing or broken.
     """
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     config = read_config(folder)
@@ -120,12 +131,28 @@ def write_gguf(
     on_event: OnEvent = ignore,
     confirm: Callable[[], None] = lambda: None,
 ) -> ExportedGguf:
-    """Writes a checkpoint as a GGUF file of a type (see `file_type`), named `name` in its metadata.
+    """Writes a checkpoint as a GGUF file.
 
-    `confirm` is called before the file gets its name; when it raises, no file is left.
+    Args:
+        checkpoint: The model.
+        target: The new file.
+        kind: The file type, for `file_type`.
+        name: The model's name in the metadata; that of its directory when None.
+        keys: Metadata to add.
+        dry_run: Whether to plan only.
+        on_event: Receives the steps.
+        confirm: Called before the file gets its name; when it raises, no file is left.
 
-    Raises UnsupportedModelError, CheckpointFormatError, QuantizationError, OutputError, DataError for an unknown type,
-    MissingExtraError without llama-cpp-python.
+    Returns:
+        What was written, or would be.
+
+    Raises:
+        UnsupportedModelError: llama.cpp does not run the model, or reads its tokenizer differently.
+        CheckpointFormatError: A file or a tensor is missing or broken.
+        DataError: There is no such file type.
+        QuantizationError: Values leave the range of a type, or llama.cpp cannot quantize the file.
+        OutputError: The path exists already, or cannot be written.
+        MissingExtraError: The file must be quantized, and llama-cpp-python is not installed.
     """
     began = time.perf_counter()
     wanted = file_type(kind)

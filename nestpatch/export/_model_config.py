@@ -26,18 +26,46 @@ class ModelConfig:
     fields: Mapping[str, Any]
 
     def get(self, *names: str, default: Any = None) -> Any:
-        """The first of these fields that is present and not null."""
+        """Looks up a field that has had several names.
+
+        Args:
+            names: Its names.
+            default: What to return where none is present.
+
+        Returns:
+            The first of these fields that is present and not null.
+        """
         return next((self.fields[name] for name in names if self.fields.get(name) is not None), default)
 
     def number(self, name: str) -> int:
-        """A required integer. Raises CheckpointFormatError."""
+        """Looks up a required integer.
+
+        Args:
+            name: The field.
+
+        Returns:
+            Its value.
+
+        Raises:
+            CheckpointFormatError: It is missing, or is not an integer.
+        """
         value = self.get(name)
         if type(value) is not int:
             raise CheckpointFormatError(f"config.json: {name} is {value!r}; expected an integer")
         return value
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> ModelConfig:
-        """The same with defaults for missing fields. Raises CheckpointFormatError when a required one is still missing."""
+        """Fills in the fields that a family may leave out.
+
+        Args:
+            defaults: Values of missing fields.
+
+        Returns:
+            The configuration with these values.
+
+        Raises:
+            CheckpointFormatError: A required field is still missing, or has an impossible value.
+        """
         given = {name: value for name, value in self.fields.items() if value is not None}
         config = replace(self, fields={**defaults, **given})
         for name in _REQUIRED:
@@ -84,7 +112,18 @@ class ModelConfig:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Reads config.json. Raises CheckpointFormatError without one, UnsupportedModelError for quantized weights."""
+    """Reads config.json.
+
+    Args:
+        folder: The model's directory.
+
+    Returns:
+        The configuration, without the defaults of its family.
+
+    Raises:
+        CheckpointFormatError: The file is missing or broken, or names no architecture.
+        UnsupportedModelError: The weights are quantized already.
+    """
     fields = read_json(folder / "config.json")
     if not isinstance(fields, dict):
         raise CheckpointFormatError(
@@ -104,7 +143,14 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def model_name(path: Path) -> str:
-    """The name of a model: its directory, or its repository in a Hub cache. Kept as it is: llama.cpp reads rules from it."""
+    """The name of a model: its directory, or its repository in a Hub cache.
+
+    Args:
+        path: The model.
+
+    Returns:
+        The name as it is: llama.cpp reads rules from it.
+    """
     place = Path(os.path.abspath(path))
     if place.is_file():
         place = place.parent

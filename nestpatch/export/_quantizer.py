@@ -27,15 +27,27 @@ _WARN, _ERROR = 3, 4
 
 
 def require_quantizer() -> None:
-    """Raises MissingExtraError without llama-cpp-python."""
+    """Checks that llama.cpp can quantize files on this machine.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+    """
     if importlib.util.find_spec("llama_cpp") is None:
         raise MissingExtraError("llama", "quantizing to a type that llama.cpp mixes")
 
 
 def quantize_file(source: Path, target: Path, kind: str, on_event: OnEvent = ignore) -> None:
-    """Quantizes a GGUF file of floats to a file type such as "Q4_K_M".
+    """Quantizes a GGUF file of floats.
 
-    Raises MissingExtraError without llama-cpp-python, QuantizationError with the end of llama.cpp's log when it fails.
+    Args:
+        source: The file.
+        target: The new file.
+        kind: A file type such as "Q4_K_M".
+        on_event: Receives the progress.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+        QuantizationError: llama.cpp failed; the message has the end of its log.
     """
     from nestpatch.formats.gguf.quants import code
 

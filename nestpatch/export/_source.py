@@ -54,14 +54,26 @@ class Request:
         return self.proven.pack if self.proven is not None else None
 
     def beside(self, suffix: str, *parts: str) -> Path:
-        """The default output: beside the model, named after it, the pack and `parts`."""
+        """The default output: beside the model, named after it and the pack.
+
+        Args:
+            suffix: The end of the name.
+            parts: What the name says besides.
+
+        Returns:
+            The path.
+        """
         path = Path(os.path.abspath(self.checkpoint.path))
         stem = path.name if path.is_dir() else path.stem
         pack = [self.pack.manifest.name, self.pack.manifest.version] if self.pack is not None else []
         return path.with_name("-".join([stem, *pack, *parts]) + suffix)
 
     def require_unchanged(self) -> None:
-        """Raises BusyError when something was written to the model since it was opened."""
+        """Checks that nothing was written to the model since it was opened.
+
+        Raises:
+            BusyError: Something was.
+        """
         if _fingerprint(self.checkpoint, self.state_dir) != self.fingerprint:
             raise BusyError(f"{self.checkpoint.path} was changed while it was exported")
 
@@ -69,7 +81,18 @@ class Request:
 def open_request(model: str | Path, pack: Proven | None, strength: float) -> Request:
     """Opens the model for a pack that passed the gate.
 
-    Raises CheckpointError, DataError; UnsupportedModelError for a model that was converted already.
+    Args:
+        model: The model.
+        pack: The pack; None for the model alone.
+        strength: How much of the pack's deltas the export contains.
+
+    Returns:
+        The request.
+
+    Raises:
+        CheckpointError: There is no sound model at the path.
+        DataError: The strength is impossible.
+        UnsupportedModelError: The model was converted already.
     """
     check_strength(strength)
     checkpoint, state_dir = open_model(model)
@@ -82,7 +105,18 @@ def open_request(model: str | Path, pack: Proven | None, strength: float) -> Req
 
 
 def free_place(output: str | Path, *, dry_run: bool) -> Path:
-    """Removes what killed processes left of an output, and checks that it can be written. Raises OutputError."""
+    """Removes what killed processes left of an output, and checks that it can be written.
+
+    Args:
+        output: The output's path.
+        dry_run: Whether to check only.
+
+    Returns:
+        The path.
+
+    Raises:
+        OutputError: It exists already, or cannot be written.
+    """
     target = Path(output)
     if not dry_run:
         sweep_unfinished(target)
@@ -131,9 +165,22 @@ def source_of(
 ) -> Iterator[ExportSource]:
     """The model itself, a view of it with the pack merged, or a temporary patched copy beside the target.
 
-    A copy is needed for a converter that reads files itself (`whole`), and where packs must be undone first.
+    A copy is needed for a converter that reads files itself, and where packs must be undone first.
 
-    Raises BaseMismatchError, ChainError, PackContentError.
+    Args:
+        request: The model and the pack.
+        target: The output.
+        whole: Whether a converter reads the files itself.
+        dry_run: Whether to check only.
+        on_event: Receives the steps.
+
+    Yields:
+        The source; a copy is removed afterwards.
+
+    Raises:
+        BaseMismatchError: The model is not the pack's base.
+        ChainError: The packs in the model cannot be undone, or exclude this one.
+        PackContentError: The merge leaves the range of a dtype, or does not give the result in the pack.
     """
     checkpoint, proven, strength = request.checkpoint, request.proven, request.strength
     judge = Judge(load_policy(), checkpoint.path)
@@ -225,7 +272,14 @@ class MergedCheckpoint(Checkpoint):
         self._deltas = {tensor.info.name: tensor.delta for tensor in plan.tensors}
 
     def reopen(self, path: Path) -> Checkpoint:
-        """Raises OutputError: a view cannot be opened elsewhere."""
+        """A view cannot be opened elsewhere.
+
+        Args:
+            path: Ignored.
+
+        Raises:
+            OutputError: Always.
+        """
         raise OutputError(f"{self.path} is patched in memory only: there is nothing at {path}")
 
     def tensors(self) -> Sequence[str]:
@@ -247,7 +301,18 @@ class MergedCheckpoint(Checkpoint):
         return self._base.extent(name)
 
     def read_rows(self, name: str, rows: IntArray) -> Rows:
-        """Sorted rows, merged where the pack touches them. Raises PackContentError when a sum leaves the dtype's range."""
+        """Reads sorted rows, merged where the pack touches them.
+
+        Args:
+            name: The tensor.
+            rows: Sorted row numbers.
+
+        Returns:
+            [rows, in_features] in the stored dtype.
+
+        Raises:
+            PackContentError: A sum leaves the dtype's range.
+        """
         found = self._base.read_rows(name, rows)
         delta = self._deltas.get(name)
         if delta is None:
@@ -261,7 +326,16 @@ class MergedCheckpoint(Checkpoint):
         return found
 
     def write_rows(self, name: str, rows: IntArray, values: Rows) -> None:
-        """Raises OutputError."""
+        """A view cannot be written to.
+
+        Args:
+            name: Ignored.
+            rows: Ignored.
+            values: Ignored.
+
+        Raises:
+            OutputError: Always.
+        """
         raise OutputError(f"{self.path} is patched in memory only: {len(rows)} rows {values.dtype} of {name} cannot be written")
 
     def read_all(self, name: str) -> Iterator[bytes]:
@@ -278,9 +352,19 @@ class MergedCheckpoint(Checkpoint):
 
 
 def merged_view(pack: Pack, checkpoint: Checkpoint, strength: float = 1.0) -> MergedCheckpoint:
-    """Checks that the checkpoint is the pack's base, and that the merge gives the result in the pack.
+    """Checks that a checkpoint is a pack's base, and that the merge gives the result in the pack.
 
-    Raises BaseMismatchError, PackContentError.
+    Args:
+        pack: The pack.
+        checkpoint: The model.
+        strength: How much of the deltas to add.
+
+    Returns:
+        The model with the pack merged, computed on reading.
+
+    Raises:
+        BaseMismatchError: The checkpoint is not the pack's base.
+        PackContentError: The merge leaves the range of a dtype, or does not give the result in the pack.
     """
     plan = make_plan(pack, checkpoint, strength)
     for tensor in plan.tensors:

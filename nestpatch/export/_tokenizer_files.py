@@ -51,7 +51,17 @@ class SentencePieceModel:
 
 
 def read_model(path: Path) -> SentencePieceModel:
-    """Reads tokenizer.model. Raises CheckpointFormatError when the file is no sentencepiece model, or is too long for one."""
+    """Reads tokenizer.model.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The sentencepiece model.
+
+    Raises:
+        CheckpointFormatError: It is not a sentencepiece model, or is too long for one.
+    """
     try:
         with open_regular(path, error=CheckpointFormatError) as file:
             size = os.fstat(file.fileno()).st_size
@@ -113,7 +123,14 @@ class TokenizerFiles:
     added: Mapping[int, AddedToken]
 
     def special(self, kind: str) -> tuple[str | None, int | None]:
-        """(text, id) of the "bos", "eos", ... token, as the configuration files have it; of several ids the first."""
+        """Looks up a special token as the configuration files have it.
+
+        Args:
+            kind: "bos", "eos", "pad", ...
+
+        Returns:
+            (text, id), of several ids the first; None where the files do not say.
+        """
         text, number = self.config.get(f"{kind}_token"), self.model.get(f"{kind}_token_id")
         text = text.get("content") if isinstance(text, dict) else text
         number = number[0] if isinstance(number, list) and number else number
@@ -121,7 +138,17 @@ class TokenizerFiles:
 
 
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
-    """Reads all files but the sentencepiece model. Raises CheckpointFormatError when one is broken."""
+    """Reads all files of a tokenizer but the sentencepiece model.
+
+    Args:
+        folder: The model's directory.
+
+    Returns:
+        Their content; files that are missing are empty.
+
+    Raises:
+        CheckpointFormatError: A file is broken.
+    """
     tokenizer = read_json(folder / "tokenizer.json")
     config = {**(read_json(folder / "special_tokens_map.json") or {}), **(read_json(folder / "tokenizer_config.json") or {})}
     model = {**(read_json(folder / "generation_config.json") or {}), **(read_json(folder / "config.json") or {})}
@@ -144,7 +171,14 @@ def _added(folder: Path, tokenizer: Any, config: Mapping[str, Any]) -> dict[int,
 
 
 def chat_template(files: TokenizerFiles) -> ChatTemplate | None:
-    """The chat template, or several by name. As in transformers, a .jinja file takes precedence."""
+    """Reads the chat template. As in transformers, a .jinja file takes precedence.
+
+    Args:
+        files: The tokenizer's files.
+
+    Returns:
+        The template, or several by name; None without one.
+    """
     main = files.folder / "chat_template.jinja"
     if not main.is_file():
         found = files.config.get("chat_template")
@@ -156,9 +190,16 @@ def chat_template(files: TokenizerFiles) -> ChatTemplate | None:
 
 
 def frame(files: TokenizerFiles) -> tuple[str | None, str | None]:
-    """(token before every text, token after it), from the post-processor of tokenizer.json.
+    """The tokens that the post-processor of tokenizer.json puts around every text.
 
-    Raises UnsupportedModelError when it adds more than a GGUF file can express.
+    Args:
+        files: The tokenizer's files.
+
+    Returns:
+        (token before the text, token after it); None where there is none.
+
+    Raises:
+        UnsupportedModelError: It adds more than a GGUF file can express.
     """
     processor = (files.tokenizer or {}).get("post_processor") or {}
     parts = processor.get("processors", [processor])

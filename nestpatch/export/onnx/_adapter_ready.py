@@ -27,9 +27,17 @@ if TYPE_CHECKING:
 
 
 def adapter_inputs(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, tuple[str, AdapterInput]]:
-    """The feed-forward weights that can accept a pack: name on disk -> (name in the model, shape and digest on disk).
+    """Finds the feed-forward weights that can accept a pack.
 
-    Raises UnsupportedModelError for a model without feed-forward blocks that are known here.
+    Args:
+        checkpoint: The model on disk.
+        model: The same model, loaded.
+
+    Returns:
+        Name on disk -> (name in the model, shape and digest on disk).
+
+    Raises:
+        UnsupportedModelError: The model has no feed-forward blocks that are known here.
     """
     found = {}
     for block in find_mlps(model):
@@ -46,9 +54,14 @@ def adapter_inputs(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, 
 
 
 def add_inputs(model: ir.Model, weights: Mapping[str, str]) -> None:
-    """Adds the two inputs for each of these weights: name on disk, which names the inputs -> name in transformers.
+    """Adds the two inputs of each weight that accepts a pack.
 
-    Raises UnsupportedModelError when the graph has no product with one of them.
+    Args:
+        model: The graph; changed in place.
+        weights: Name on disk, which names the inputs -> name in transformers.
+
+    Raises:
+        UnsupportedModelError: The graph has no product with one of them.
     """
     products = {}
     for node in model.graph:

@@ -28,7 +28,18 @@ _FOLDERS = ("additional_chat_templates",)
 def write_companions(
     source: Path, folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shapes: Sequence[CacheShape]
 ) -> list[str]:
-    """Writes everything but the graph. Returns notes for the user."""
+    """Writes everything but the graph.
+
+    Args:
+        source: The model's directory.
+        folder: The export's directory.
+        model: The loaded model.
+        tokenizer: Its tokenizer.
+        shapes: What each layer caches.
+
+    Returns:
+        Notes for the user.
+    """
     out = _copy(source, folder)
     config = _read_object(source / "config.json")
     config.pop("_name_or_path", None)  # older versions of transformers store a path of another machine here

@@ -68,7 +68,14 @@ class _Flat(nn.Module):
 
 
 def require_dense(model: PreTrainedModel) -> None:
-    """Raises UnsupportedModelError for a mixture of experts, which torch would trace for minutes before it fails."""
+    """Rejects a mixture of experts, which torch would trace for minutes before it fails.
+
+    Args:
+        model: The model.
+
+    Raises:
+        UnsupportedModelError: It is one.
+    """
     stacks = [name for name, module in model.named_modules() if "expert" in name or "Experts" in type(module).__name__]
     if stacks:
         raise UnsupportedModelError(
@@ -79,9 +86,16 @@ def require_dense(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def cache_shapes(model: PreTrainedModel) -> tuple[CacheShape, ...]:
-    """What each layer caches, measured by running the model on two tokens: configurations differ too much.
+    """Measures what each layer caches by running the model on two tokens: configurations differ too much.
 
-    Raises UnsupportedModelError for a model without a cache of keys and values.
+    Args:
+        model: The model.
+
+    Returns:
+        The shapes, one per layer.
+
+    Raises:
+        UnsupportedModelError: The model has no cache of keys and values.
     """
     ids = torch.zeros(1, 2, dtype=torch.long)
     try:
@@ -102,7 +116,15 @@ def decoder_graph(model: PreTrainedModel, shapes: Sequence[CacheShape]) -> ir.Mo
     past_key_values.N.key and .value: [batch, heads, past, width] -> logits [batch, sequence, vocabulary] and
     present.N.key, .value. Weights have their names in transformers; a transposed one ends in ".MatMul.weight", [in, out].
 
-    Raises UnsupportedModelError with torch's reason when it cannot be traced.
+    Args:
+        model: The model.
+        shapes: What `cache_shapes` returns for it.
+
+    Returns:
+        The graph.
+
+    Raises:
+        UnsupportedModelError: torch cannot trace it; the message has the reason.
     """
     from onnx_ir.passes import common
 

@@ -45,7 +45,16 @@ class Probe:
 
 
 def make_probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] = TEXTS) -> Probe:
-    """Runs the model, in float32, in transformers."""
+    """Runs the model, in float32, in transformers.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        texts: What to run it on.
+
+    Returns:
+        The tokens and the logits.
+    """
     import torch
 
     size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
@@ -64,7 +73,16 @@ def make_probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts
 def compare(file: Path, kind: str, probe: Probe) -> Parity:
     """Runs a graph in onnxruntime and compares its logits with those of the probe.
 
-    Raises ParityError when a difference is larger than rounding explains, or a logit is not finite.
+    Args:
+        file: The .onnx file.
+        kind: How its numbers are stored, which decides what rounding explains.
+        probe: What `make_probe` returned for the model.
+
+    Returns:
+        The differences.
+
+    Raises:
+        ParityError: A difference is larger than rounding explains, or a logit is not finite.
     """
     # onnxruntime rearranges quantized matrices in memory, which makes products a hundred times faster.
     model = OnnxRuntime(file, device="cpu", mapped=kind in BOUNDS)

@@ -31,7 +31,16 @@ DOMAIN = "com.microsoft"
 
 
 def quantize_graph(model: ir.Model, bits: int, on_event: OnEvent = ignore) -> int:
-    """Replaces every product with a constant matrix by MatMulNBits of 4 or 8 bits. Returns their number."""
+    """Replaces every product with a constant matrix by MatMulNBits.
+
+    Args:
+        model: The graph; changed in place.
+        bits: Bits of a number, 4 or 8.
+        on_event: Receives the progress.
+
+    Returns:
+        How many were replaced.
+    """
     graph = model.graph
     _untie_head(model)
     found = [node for node in graph if _matrix(node) is not None]
@@ -68,7 +77,15 @@ def _untie_head(model: ir.Model) -> None:
 
 
 def quantize_matrix(weight: npt.NDArray[Any], bits: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[Any]]:
-    """A matrix [in, out] to (blocks uint8 [out, in / BLOCK, BLOCK * bits / 8], scales [out, in / BLOCK] in its dtype)."""
+    """Quantizes a matrix.
+
+    Args:
+        weight: [in, out].
+        bits: Bits of a number, 4 or 8.
+
+    Returns:
+        (blocks uint8 [out, in / BLOCK, BLOCK * bits / 8], scales [out, in / BLOCK] in the matrix's dtype).
+    """
     from onnxruntime.capi import _pybind_state as runtime
 
     rows, columns = weight.shape
@@ -87,7 +104,18 @@ def quantize_matrix(weight: npt.NDArray[Any], bits: int) -> tuple[npt.NDArray[np
 def require_faithful(
     weight: npt.NDArray[Any], packed: npt.NDArray[np.uint8], scales: npt.NDArray[Any], bits: int, name: str
 ) -> None:
-    """Reads some neurons back. Raises QuantizationError when a weight differs by more than one step of its block."""
+    """Reads some neurons back and compares them with the matrix.
+
+    Args:
+        weight: [in, out].
+        packed: The blocks, as `quantize_matrix` returns them.
+        scales: The scales.
+        bits: Bits of a number.
+        name: The matrix, for messages.
+
+    Raises:
+        QuantizationError: A weight differs by more than one step of its block.
+    """
     chosen = np.linspace(0, weight.shape[1] - 1, num=min(_SAMPLE, weight.shape[1]), dtype=np.int64)
     codes = packed[chosen].astype(np.int16)
     if bits == 4:
