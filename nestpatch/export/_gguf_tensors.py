@@ -12,7 +12,7 @@ from nestpatch.errors import CheckpointFormatError, QuantizationError, Unsupport
 from nestpatch.export._gguf_families import Family
 from nestpatch.export._model_config import OTHER_CONVERTER, ModelConfig
 from nestpatch.files.hashing import Data, Sink
-from nestpatch.formats.checkpoint import Checkpoint, Extents, row_blocks
+from nestpatch.formats.checkpoint import Checkpoint, row_blocks
 from nestpatch.formats.gguf import quants
 from nestpatch.formats.gguf.names import gguf_name, gguf_spans, is_reordered
 from nestpatch.formats.gguf.quants import AUTO, FileType
@@ -201,7 +201,7 @@ def write_tensor(target: Target, checkpoint: Checkpoint, sink: Sink) -> None:
             for rows in _read(piece, target, checkpoint):
                 sink.write(_converted(rows, target))
             continue
-        extent = checkpoint.extent(piece.tensor) if isinstance(checkpoint, Extents) else None
+        extent = checkpoint.extent(piece.tensor)
         if extent is not None:
             sink.copy(extent.file, extent.offset, extent.nbytes)
             continue

@@ -18,7 +18,7 @@ from nestpatch.events import OnEvent
 from nestpatch.files.atomic import check_output
 from nestpatch.files.scratch import PATCHED, claimed, scratch
 from nestpatch.formats import nest
-from nestpatch.formats.checkpoint import Checkpoint, Extents, IntArray, TensorInfo
+from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo
 from nestpatch.formats.provenance import PACKS, RECORD, VERSION, row_ranges
 from nestpatch.gate import Proven
 from nestpatch.pack import Pack, TensorDelta, creation_time
@@ -296,7 +296,7 @@ class MergedCheckpoint(Checkpoint):
 
     def extent(self, name: str) -> TensorInfo | None:
         """Where the bytes of an untouched tensor are stored; None for a patched one."""
-        if name in self._deltas or not isinstance(self._base, Extents):
+        if name in self._deltas:
             return None
         return self._base.extent(name)
 

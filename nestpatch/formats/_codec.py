@@ -17,7 +17,7 @@ _STEPS = {"F32": 1 << 25, "BF16": 1 << 9, "F16": 1 << 12}
 class Codec(Protocol):
     """One way to store rows. Each row is stored by itself: encoding a few rows gives the bytes that the whole tensor gives.
 
-    A codec may inherit the default that there is nothing to fit.
+    A codec may inherit the defaults: rows can always be encoded, and there is nothing to fit.
     """
 
     @property
@@ -43,6 +43,7 @@ class Codec(Protocol):
         Raises:
             QuantizationError: They cannot; the advice says what to do.
         """
+        return
 
     def encode(self, rows: FloatArray) -> Blocks:
         """Encodes rows.
@@ -103,9 +104,6 @@ class FloatCodec(Codec):
     def steps(self) -> int:
         """Steps from -x to x, at the precision of numbers near x."""
         return _STEPS[self.dtype]
-
-    def require(self) -> None:
-        """Always possible."""
 
     def encode(self, rows: FloatArray) -> Blocks:
         """Rounds to nearest, ties to even.

@@ -16,7 +16,19 @@ from nestpatch.rows import Rows
 
 
 def read_rows_at(info: TensorInfo, rows: IntArray, dtype: np.dtype[Any]) -> Rows:
-    """Reads sorted rows as [rows, elements] of a dtype; consecutive rows are read together."""
+    """Reads sorted rows; consecutive ones are read together.
+
+    Args:
+        info: The tensor.
+        rows: Sorted row numbers.
+        dtype: What to read them as.
+
+    Returns:
+        [rows, elements] of the dtype.
+
+    Raises:
+        CheckpointFormatError: The file ends before them.
+    """
     out = np.empty((len(rows), info.row_bytes), np.uint8)
     with open_regular(info.file) as file:
         for target, offset in _runs(info, rows, out):
@@ -25,7 +37,13 @@ def read_rows_at(info: TensorInfo, rows: IntArray, dtype: np.dtype[Any]) -> Rows
 
 
 def write_rows_at(info: TensorInfo, rows: IntArray, values: Rows) -> None:
-    """Writes sorted rows in place; consecutive rows are written together."""
+    """Writes sorted rows in place; consecutive ones are written together.
+
+    Args:
+        info: The tensor.
+        rows: Sorted row numbers.
+        values: [rows, elements], as many bytes a row as the tensor has.
+    """
     data = np.ascontiguousarray(values).view(np.uint8)
     with open_regular(info.file, write=True) as file:
         for source, offset in _runs(info, rows, data):
@@ -34,7 +52,17 @@ def write_rows_at(info: TensorInfo, rows: IntArray, values: Rows) -> None:
 
 
 def read_all_at(info: TensorInfo) -> Iterator[bytes]:
-    """The tensor's bytes, in blocks."""
+    """Reads a tensor whole, in blocks.
+
+    Args:
+        info: The tensor.
+
+    Yields:
+        Its bytes.
+
+    Raises:
+        CheckpointFormatError: The file ends inside it.
+    """
     left = info.nbytes
     with open_regular(info.file) as file:
         file.seek(info.offset)
@@ -60,7 +88,17 @@ def _runs(info: TensorInfo, rows: IntArray, data: Any) -> Iterator[tuple[memoryv
 
 
 def read_into(file: FileIO, out: memoryview, offset: int, info: TensorInfo) -> None:
-    """Fills `out` from an offset of a file. Raises CheckpointFormatError, naming `info`, when the file ends before."""
+    """Fills a buffer from an offset of a file.
+
+    Args:
+        file: The open file.
+        out: The buffer.
+        offset: Where to read.
+        info: The tensor, for messages.
+
+    Raises:
+        CheckpointFormatError: The file ends before the buffer is full.
+    """
     file.seek(offset)
     while out:  # raw reads and writes may be short
         count = file.readinto(out)
@@ -70,6 +108,11 @@ def read_into(file: FileIO, out: memoryview, offset: int, info: TensorInfo) -> N
 
 
 def write_all(file: FileIO, data: memoryview) -> None:
-    """Writes all of `data` at the file's position."""
+    """Writes a buffer at the file's position.
+
+    Args:
+        file: The open file.
+        data: The buffer.
+    """
     while data:
         data = data[file.write(data) :]

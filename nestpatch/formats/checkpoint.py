@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -100,21 +100,6 @@ def row_blocks(count: int, row_bytes: int, chunks: int = 1) -> Iterator[slice]:
     yield from (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-@runtime_checkable
-class Extents(Protocol):
-    """A checkpoint that can name the place of a tensor's bytes, so that they are copied without being read."""
-
-    def extent(self, name: str) -> TensorInfo | None:
-        """Where the bytes of `read_all` are stored.
-
-        Args:
-            name: The tensor.
-
-        Returns:
-            Its place in one file; None where its bytes are computed on reading.
-        """
-
-
 class Checkpoint(Protocol):
     """A model on disk. Nothing is loaded before it is asked for. Formats inherit from this class.
 
@@ -133,6 +118,9 @@ class Checkpoint(Protocol):
 
         Args:
             path: The other model.
+
+        Returns:
+            The other model.
 
         Raises:
             CheckpointFormatError: It is not a model of this format.
@@ -153,6 +141,9 @@ class Checkpoint(Protocol):
 
         Args:
             name: Its name in the file, or the name that packs use.
+
+        Returns:
+            Its type, shape, place and coding, under the name that was asked for.
 
         Raises:
             CheckpointFormatError: There is no such tensor.
@@ -179,14 +170,38 @@ class Checkpoint(Protocol):
             name: The tensor.
             rows: Sorted row numbers.
             values: In the form that `read_rows` returns.
+
+        Raises:
+            CheckpointFormatError: The tensor has no rows that can be patched.
         """
 
     def read_all(self, name: str) -> Iterator[bytes]:
-        """The tensor's bytes, in blocks.
+        """Reads a tensor whole, in blocks.
 
         Args:
             name: The tensor.
+
+        Yields:
+            Its bytes, in the order in which rows are numbered.
+
+        Raises:
+            CheckpointFormatError: There is no such tensor, or the file ends inside it.
         """
+
+    def extent(self, name: str) -> TensorInfo | None:
+        """Where the bytes of `read_all` are stored, so that they are copied without being read.
+
+        Args:
+            name: The tensor.
+
+        Returns:
+            Their place in one file; None where they are computed on reading, as formats do unless they say otherwise.
+
+        Raises:
+            CheckpointFormatError: There is no such tensor.
+        """
+        del name
+        return None
 
     def metadata(self) -> Mapping[str, Any]:
         """The metadata of all files together."""

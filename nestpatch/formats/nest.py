@@ -380,28 +380,23 @@ def parse_manifest(text: str) -> Manifest:
             raise PackFormatError(f"the manifest's {kind} must be a list of strings")
     for name, entry in result["tensors"].items():
         _require_fields(entry, _RESULT_FIELDS, f"result tensor {name!r}")
+    for name, entry in base["tensors"].items():
+        _require_fields(entry, _IDENTITY_FIELDS, f"base tensor {name!r}")
+        if not _whole_numbers(entry["shape"]):
+            raise PackFormatError(f"base tensor {name!r} has an impossible shape")
+    identities = {
+        name: TensorIdentity(tuple(entry["shape"]), entry["dtype"], entry["sha256"], entry["rows_sha256"])
+        for name, entry in base["tensors"].items()
+    }
     plain = {k: value[k] for k in ("name", "version", "description", "license", "created", "method", "evaluation")}
     return Manifest(
         **plain,
         tags=tuple(value["tags"]),
         supersedes=tuple(value["supersedes"]),
         requires=tuple(value["requires"]),
-        base=BaseIdentity(
-            base["model_id"],
-            base["revision"],
-            base["architecture"],
-            base["dtype"],
-            {name: _identity(name, entry) for name, entry in base["tensors"].items()},
-        ),
+        base=BaseIdentity(base["model_id"], base["revision"], base["architecture"], base["dtype"], identities),
         result={name: entry["rows_sha256"] for name, entry in result["tensors"].items()},
     )
-
-
-def _identity(name: str, entry: Any) -> TensorIdentity:
-    _require_fields(entry, _IDENTITY_FIELDS, f"base tensor {name!r}")
-    if not _whole_numbers(entry["shape"]):
-        raise PackFormatError(f"base tensor {name!r} has an impossible shape")
-    return TensorIdentity(tuple(entry["shape"]), entry["dtype"], entry["sha256"], entry["rows_sha256"])
 
 
 def _require_fields(value: Any, fields: Mapping[str, type], what: str) -> None:

@@ -63,6 +63,9 @@ class Wire:
             start: Offset of the message in the file.
             end: Offset of the first byte after it.
 
+        Yields:
+            The fields.
+
         Raises:
             ValueError: The message is not well-formed.
         """
@@ -91,6 +94,9 @@ class Wire:
         Args:
             field: The field.
 
+        Returns:
+            As `fields`.
+
         Raises:
             ValueError: It is a number, or the message is not well-formed.
         """
@@ -103,6 +109,9 @@ class Wire:
 
         Args:
             field: A field that is not a varint.
+
+        Returns:
+            Its bytes.
 
         Raises:
             ValueError: It is a varint, or longer than MAX_TEXT, or all content together is longer than MAX_TEXTS.
@@ -121,18 +130,24 @@ class Wire:
         Args:
             field: The field.
 
+        Returns:
+            The text.
+
         Raises:
-            ValueError: As `content`, or the field is no text, or not UTF-8.
+            ValueError: As `content`, or the field is not text, or not UTF-8.
         """
         if field.kind != BYTES:
             raise ValueError(f"field {field.number} is not a text")
         return self.content(field).decode("utf-8")
 
     def numbers(self, field: Field) -> Iterator[int]:
-        """The values of a field of integers, packed or one of several, as signed 64-bit numbers.
+        """The values of a field of integers, packed or one of several.
 
         Args:
             field: The field.
+
+        Yields:
+            The values, as signed 64-bit numbers.
 
         Raises:
             ValueError: It holds no integers.

@@ -85,6 +85,9 @@ class Headers:
         Args:
             name: Its name.
 
+        Returns:
+            Its type, shape and place.
+
         Raises:
             CheckpointFormatError: There is no such tensor.
         """
@@ -120,6 +123,9 @@ class SafetensorsCheckpoint(Headers, Checkpoint):
         Args:
             path: The other model.
 
+        Returns:
+            The other model.
+
         Raises:
             CheckpointFormatError: It is not a model of this format.
         """
@@ -130,6 +136,9 @@ class SafetensorsCheckpoint(Headers, Checkpoint):
 
         Args:
             name: The tensor.
+
+        Returns:
+            What `info` returns: every tensor of these files is in one piece.
 
         Raises:
             CheckpointFormatError: There is no such tensor.
@@ -167,10 +176,13 @@ class SafetensorsCheckpoint(Headers, Checkpoint):
         write_rows_at(info, rows, np.ascontiguousarray(values, dtype=row_dtype(info)))
 
     def read_all(self, name: str) -> Iterator[bytes]:
-        """The tensor's bytes, in blocks.
+        """Reads a tensor whole, in blocks.
 
         Args:
             name: The tensor.
+
+        Returns:
+            An iterator over its bytes.
 
         Raises:
             CheckpointFormatError: There is no such tensor, or the file ends inside it.

@@ -66,6 +66,9 @@ class GgufCheckpoint(Checkpoint):
         Args:
             path: The other model.
 
+        Returns:
+            The other model.
+
         Raises:
             CheckpointFormatError: It is not a model of this format.
         """
@@ -88,6 +91,9 @@ class GgufCheckpoint(Checkpoint):
 
         Args:
             name: Its GGUF name, or the name that packs use.
+
+        Returns:
+            Its type, shape, place and coding, under the name that was asked for.
 
         Raises:
             CheckpointFormatError: There is no such tensor.
@@ -149,10 +155,13 @@ class GgufCheckpoint(Checkpoint):
         write_rows_at(info, rows, np.ascontiguousarray(values, dtype=_row_dtype(info)))
 
     def read_all(self, name: str) -> Iterator[bytes]:
-        """The tensor's bytes, in blocks.
+        """Reads a tensor whole, in blocks.
 
         Args:
             name: The tensor.
+
+        Returns:
+            An iterator over its bytes.
 
         Raises:
             CheckpointFormatError: There is no such tensor, or the file ends inside it.

@@ -40,10 +40,25 @@ class Layout(Protocol):
     """How many CHUNKs of rows to read at a time."""
 
     def read(self, rows: IntArray) -> Blocks:
-        """Reads sorted rows, uint8 [rows, row_bytes]."""
+        """Reads some rows.
+
+        Args:
+            rows: Sorted row numbers.
+
+        Returns:
+            uint8 [rows, row_bytes].
+
+        Raises:
+            CheckpointFormatError: A file ends before them.
+        """
 
     def write(self, rows: IntArray, values: Blocks) -> None:
-        """Writes sorted rows, in the form that `read` returns."""
+        """Writes some rows in place.
+
+        Args:
+            rows: Sorted row numbers.
+            values: uint8 [rows, row_bytes].
+        """
 
 
 class RowLayout:
@@ -52,7 +67,11 @@ class RowLayout:
     chunks = 1
 
     def __init__(self, *parts: TensorInfo) -> None:
-        """Joins tensors that are matrices with the same number of rows."""
+        """Joins tensors that are matrices with the same number of rows.
+
+        Args:
+            parts: The tensors, in the order in which a row has their bytes.
+        """
         self.parts = parts
         self.rows = parts[0].rows
         self.row_bytes = sum(part.row_bytes for part in parts)
@@ -60,11 +79,23 @@ class RowLayout:
         self.offset = parts[0].offset
 
     def read(self, rows: IntArray) -> Blocks:
-        """Reads sorted rows, uint8 [rows, row_bytes]."""
+        """Reads some rows, part by part.
+
+        Args:
+            rows: Sorted row numbers.
+
+        Returns:
+            uint8 [rows, row_bytes].
+        """
         return np.concatenate([read_rows_at(part, rows, _BYTES) for part in self.parts], axis=1)
 
     def write(self, rows: IntArray, values: Blocks) -> None:
-        """Writes sorted rows, in the form that `read` returns."""
+        """Writes some rows in place, part by part.
+
+        Args:
+            rows: Sorted row numbers.
+            values: uint8 [rows, row_bytes].
+        """
         start = 0
         for part in self.parts:
             write_rows_at(part, rows, values[:, start : start + part.row_bytes])
@@ -77,7 +108,12 @@ class ColumnLayout:
     chunks = _GATHERED
 
     def __init__(self, tensor: TensorInfo, itemsize: int) -> None:
-        """Transposes a tensor [width, rows] of elements of `itemsize` bytes."""
+        """Transposes a tensor.
+
+        Args:
+            tensor: [width, rows].
+            itemsize: Bytes of an element.
+        """
         self.tensor = tensor
         self.rows = tensor.shape[1]
         self.row_bytes = tensor.shape[0] * itemsize
@@ -86,7 +122,14 @@ class ColumnLayout:
         self._element = np.dtype(f"u{itemsize}")
 
     def read(self, rows: IntArray) -> Blocks:
-        """Reads sorted rows, uint8 [rows, row_bytes]."""
+        """Gathers some rows from the columns of the file.
+
+        Args:
+            rows: Sorted row numbers.
+
+        Returns:
+            uint8 [rows, row_bytes].
+        """
         out = np.empty((len(rows), self.tensor.shape[0]), self._element)
         if len(rows):
             with open_regular(self.tensor.file) as file:
@@ -95,9 +138,13 @@ class ColumnLayout:
         return out.view(np.uint8)
 
     def write(self, rows: IntArray, values: Blocks) -> None:
-        """Writes sorted rows, in the form that `read` returns.
+        """Writes some rows in place.
 
         The bytes between their elements are read and written unchanged: one large write instead of many tiny ones.
+
+        Args:
+            rows: Sorted row numbers.
+            values: uint8 [rows, row_bytes].
         """
         if not len(rows):
             return
@@ -137,7 +184,11 @@ class JoinedLayout:
     """Rows of several layouts one after the other, or some rows of one."""
 
     def __init__(self, *segments: Segment) -> None:
-        """Joins segments with rows of the same size."""
+        """Joins segments with rows of the same size.
+
+        Args:
+            segments: The segments, in the order of the matrix's rows.
+        """
         layouts = [segment.layout for segment in segments]
         self.segments = segments
         self.rows = sum(segment.rows for segment in segments)
@@ -147,12 +198,24 @@ class JoinedLayout:
         self.chunks = max(layout.chunks for layout in layouts)
 
     def read(self, rows: IntArray) -> Blocks:
-        """Reads sorted rows, uint8 [rows, row_bytes]."""
+        """Reads some rows, segment by segment.
+
+        Args:
+            rows: Sorted row numbers.
+
+        Returns:
+            uint8 [rows, row_bytes].
+        """
         found = [segment.layout.read(own) for segment, own, _ in self._split(rows)]
         return np.concatenate([np.empty((0, self.row_bytes), np.uint8), *found])
 
     def write(self, rows: IntArray, values: Blocks) -> None:
-        """Writes sorted rows, in the form that `read` returns."""
+        """Writes some rows in place, segment by segment.
+
+        Args:
+            rows: Sorted row numbers.
+            values: uint8 [rows, row_bytes].
+        """
         for segment, own, part in self._split(rows):
             segment.layout.write(own, values[part])
 

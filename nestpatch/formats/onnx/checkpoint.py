@@ -67,6 +67,9 @@ class OnnxCheckpoint(Checkpoint):
         Args:
             path: The other model.
 
+        Returns:
+            The other model.
+
         Raises:
             CheckpointFormatError: It is not a model of this format.
         """
@@ -91,6 +94,9 @@ class OnnxCheckpoint(Checkpoint):
 
         Args:
             name: Its name in the model, or the name that packs use.
+
+        Returns:
+            Its type, shape, place and coding, under the name that was asked for.
 
         Raises:
             CheckpointFormatError: There is no such tensor.
@@ -182,10 +188,13 @@ class OnnxCheckpoint(Checkpoint):
         return view.info, view.layout
 
     def read_all(self, name: str) -> Iterator[bytes]:
-        """The tensor's bytes, in blocks.
+        """Reads a tensor whole, in blocks.
 
         Args:
             name: The tensor.
+
+        Yields:
+            Its bytes, in the order in which rows are numbered.
 
         Raises:
             CheckpointFormatError: There is no such tensor, or the file ends inside it.
