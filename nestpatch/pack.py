@@ -128,7 +128,7 @@ class Manifest:
     def __post_init__(self) -> None:
         for problem in (name_problem(self.name), version_problem(self.version)):
             _require(problem is None, problem or "")
-        _require(is_utc_time(self.created), f"created is no UTC time like 2026-11-23T12:00:00Z: {self.created[:80]!r}")
+        _require(is_utc_time(self.created), f"created is not a UTC time like 2026-11-23T12:00:00Z: {self.created[:80]!r}")
         for pack_id in (*self.supersedes, *self.requires):
             _require_digest(pack_id, "an entry of supersedes or requires")
         for name, value in self.result.items():

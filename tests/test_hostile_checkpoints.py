@@ -36,8 +36,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def assert_refused(model: Path, pack: Path, says: str) -> None:
-    """Both the library and the command line name the fault; nothing changes."""
+def assert_refused(model: Path, pack: Path, says: str, kind: str = "CheckpointFormatError", code: int = 1) -> None:
+    """Both the library and the command line name the fault; nothing changes. kind, code: of the command line."""
     before = tree_digest(model.parent)
     with pytest.raises(CheckpointFormatError) as caught:
         open_checkpoint(model)
@@ -46,10 +46,10 @@ def assert_refused(model: Path, pack: Path, says: str) -> None:
     assert caught.value.advice.strip()
     result = CliRunner().invoke(main, ["apply", str(model), str(pack)])
     assert tree_digest(model.parent) == before
-    assert result.exit_code == 1
+    assert result.exit_code == code
     assert isinstance(result.exception, SystemExit)
     assert result.stdout == ""
-    assert result.stderr.startswith("CheckpointFormatError: ")
+    assert result.stderr.startswith(f"{kind}: ")
     assert "Traceback" not in result.stderr
     assert {c for c in result.stderr if ord(c) < 32} <= {"\n"}, "a hostile text reaches the terminal"
 
@@ -209,7 +209,6 @@ def test_a_directory_without_weights(shop: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("nothing", "there is no model at"),
         ("model.bin", "is not a model file in a format that nestpatch reads"),
         ("model.gguf", "the file ends inside its header"),
         ("x" * 300, "there is no model at"),
@@ -219,6 +218,10 @@ def test_a_path_that_is_no_model(name: str, says: str, shop: Path, tmp_path: Pat
     for taken in ("model.gguf", "model.bin"):
         (tmp_path / taken).write_bytes(b"GGUF")
     assert_refused(tmp_path / name, shop / "good.nest", says)
+
+
+def test_a_path_without_a_file_is_a_missing_argument(shop: Path, tmp_path: Path) -> None:
+    assert_refused(tmp_path / "nothing", shop / "good.nest", "there is no model at", "MissingInputError", 2)
 
 
 @pytest.mark.parametrize("kind", ["single", "sharded"])

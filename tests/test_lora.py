@@ -287,10 +287,10 @@ def odd_model(tmp_path: Path, name: str, shape: tuple[int, ...], architecture: s
         ("model.layers.0.mlp.experts.gate_up_proj", (2, 32, HIDDEN), "NewMoeForCausalLM", "stacks its experts"),
         ("model.layers.0.mlp.experts.gate_up_proj", (2, 33, HIDDEN), "Qwen3MoeForCausalLM", "no stack"),
         ("model.layers.0.mlp.experts.1.up_proj.weight", (32, HIDDEN), "Qwen3MoeForCausalLM", "how many"),
-        ("model.layers.0.mlp.experts.1.w9.weight", (32, HIDDEN), "MixtralForCausalLM", "no gate, up or down"),
+        ("model.layers.0.mlp.experts.1.w9.weight", (32, HIDDEN), "MixtralForCausalLM", "not a gate, up or down"),
         ("model.layers.0.mlp.experts.1.up_proj.weight", (32, HIDDEN), "Qwen2MoeForCausalLM", "not known to load"),
-        ("model.layers.0.mlp.shared_experts.up_proj.weight", (32, HIDDEN), "DeepseekV3ForCausalLM", "for an expert"),
-        ("model.layers.0.block_sparse_moe.gate.weight", (8, HIDDEN), "MixtralForCausalLM", "for an expert"),
+        ("model.layers.0.mlp.shared_experts.up_proj.weight", (32, HIDDEN), "DeepseekV3ForCausalLM", "as an expert"),
+        ("model.layers.0.block_sparse_moe.gate.weight", (8, HIDDEN), "MixtralForCausalLM", "as an expert"),
     ],
 )
 def test_what_peft_cannot_load_is_refused(tmp_path: Path, name, shape, architecture, reason) -> None:
@@ -345,7 +345,7 @@ def test_a_stack_of_billions_is_refused(stacked: Path, tmp_path: Path, export) -
     pack = varied_pack(stacked, [name])
     identity = dataclasses.replace(pack.manifest.base.tensors[name], shape=(2**31, HIDDEN, INNER))
     huge = dataclasses.replace(pack.manifest.base, tensors={name: identity})
-    with pytest.raises(UnsupportedModelError, match="no stack of experts"):
+    with pytest.raises(UnsupportedModelError, match="not the shape of a stack of experts"):
         export(Pack(dataclasses.replace(pack.manifest, base=huge), pack.deltas), tmp_path / "out")
 
 

@@ -125,7 +125,7 @@ def _whole(name: str, shape: tuple[int, ...], config: ModelConfig, family: Famil
         return replace(target, shift=family.norm_shift if name.endswith("norm.weight") else 0.0)
     size = config.head_dim
     if shape[0] % ((3 if family.fused_by_head else 1) * size):
-        raise CheckpointFormatError(f"tensor {name} has {shape[0]} rows, which are no heads of {size}")
+        raise CheckpointFormatError(f"tensor {name} has {shape[0]} rows: not a whole number of heads of {size}")
     if not family.fused_by_head:
         return replace(target, head=size)
     # Query, key and value of each head -> all queries, all keys, all values.

@@ -69,7 +69,7 @@ def read_model(path: Path) -> SentencePieceModel:
                 raise CheckpointFormatError(f"cannot read {path}: it is too long: at most {MAX_JSON} bytes are allowed")
             return _model(Wire(file, size))
     except (ValueError, LookupError, struct.error) as error:
-        raise CheckpointFormatError(f"{path} is no sentencepiece model: {error}") from error
+        raise CheckpointFormatError(f"{path} is not a sentencepiece model: {error}") from error
 
 
 def _model(wire: Wire) -> SentencePieceModel:

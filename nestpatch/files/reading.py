@@ -59,7 +59,7 @@ def open_regular(
 
     Raises:
         FileNotFoundError: There is no such file.
-        OSError: It is not a regular file, may not be read, or the path is no possible path; `strerror` is the reason.
+        OSError: It is not a regular file, may not be read, or its name is impossible; `strerror` is the reason.
         NestpatchError: Of the class `error`, in place of OSError.
     """
     with _raising(error, "change" if write else "read", path):

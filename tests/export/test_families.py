@@ -166,7 +166,7 @@ BROKEN = [
     ({"num_hidden_layers": 10**9}, "1000000000 layers"),
     ({"num_attention_heads": 0}, "num_attention_heads is 0"),
     ({"num_attention_heads": "four"}, "num_attention_heads is 'four'"),
-    ({"num_attention_heads": 3, "head_dim": None}, "no heads of 21"),
+    ({"num_attention_heads": 3, "head_dim": None}, "not a whole number of heads of 21"),
     ({"num_attention_heads": 8}, "attn_q.weight has 64 rows; .* 128"),
     ({"num_key_value_heads": 1}, "attn_k.weight has 32 rows; .* 16"),
     ({"hidden_size": 32}, "ffn_down.weight has 64 rows; .* 32"),

@@ -106,7 +106,7 @@ def test_a_broken_sentencepiece_model_is_named(damage: Callable[[bytes], bytes],
     sentencepiece(tmp_path, "model")
     file = tmp_path / "tokenizer.model"
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(CheckpointFormatError, match="no sentencepiece model"):
+    with pytest.raises(CheckpointFormatError, match="not a sentencepiece model"):
         read_model(file)
 
 

@@ -144,7 +144,7 @@ def test_a_pack_that_promises_other_rows_is_refused(sources, pack, tmp_path):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"dtype": "bf16"}, "'bf16' is no type"),
+        ({"dtype": "bf16"}, "'bf16' is not a type"),
         ({"bits": 3}, "4 or 8 bits"),
         ({"strength": 2.0}, "strength"),
         ({"adapter_ready": True}, "its packs are added at run time"),

@@ -140,7 +140,7 @@ def _check(kind: _Kind, *, patched: bool) -> None:
     """Raises before any work for options that would fail after minutes of it."""
     if kind.dtype not in DTYPES:
         raise DataError(
-            f"{kind.dtype!r} is no type for an ONNX export; expected {' or '.join(DTYPES)}",
+            f"{kind.dtype!r} is not a type of ONNX exports; expected {' or '.join(DTYPES)}",
             advice="onnxruntime does not compute bf16 on a CPU, and fp32 holds every bf16 weight exactly.",
         )
     if kind.bits is not None and kind.bits not in BITS:

@@ -141,11 +141,11 @@ def check_shape(delta: TensorDelta, shape: Sequence[int]) -> None:
         shape: Its shape in the base.
 
     Raises:
-        UnsupportedModelError: It is not the weight of a module, an embedding, or no stack of experts.
+        UnsupportedModelError: It is an embedding, not the weight of a module, or not a stack of experts.
     """
     if len(shape) == 3:
         if shape[0] > _MAX_EXPERTS or (shape[1] % 2 and delta.name.removesuffix(".weight").endswith("gate_up_proj")):
-            raise UnsupportedModelError(f"{delta.name} has shape {list(shape)}, which no stack of experts has")
+            raise UnsupportedModelError(f"{delta.name} has shape {list(shape)}, which is not the shape of a stack of experts")
         return
     module = delta.name.removesuffix(".weight")
     if module == delta.name:

@@ -33,7 +33,7 @@ _CODED = {
 _STEPS = 5
 """Operations between a weight and its multiplication."""
 _Identity = tuple[str, tuple[str, ...]]
-"""An operation's name and outputs: both branches of an If may hold the same one, which no graph does twice."""
+"""An operation's name and outputs: the same pair may occur once in each branch of an If, and is then one operation."""
 
 
 class Form(Enum):
