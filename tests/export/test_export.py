@@ -263,7 +263,7 @@ def test_the_command_names_what_is_wrong(models: Made, tmp_path: Path) -> None:
     ("words", "says"),
     [
         (("x.nest", "model", "--to", "gguf"), "MODEL comes first. Write: nestpatch export --to gguf model x.nest"),
-        (("x.nest", "--to", "gguf"), "MODEL is missing. Write: nestpatch export --to gguf MODEL x.nest"),
+        (("x.nest", "--to", "gguf"), "x.nest is a pack, and MODEL is expected: nestpatch export --to gguf MODEL"),
         (("model", "x.nest", "--to", "gguf", "--type", "q4_km"), "Did you mean q4_k_m?"),
         (("model", "x.nest", "--to", "gguf", "--type", "q4km"), "Did you mean q4_k_m?"),
         (("model", "x.nest", "--to", "gguf", "-o", "no/where.gguf"), "there is no directory"),
