@@ -37,12 +37,12 @@ def copy_file(source: Path, target: Path, *, flush: bool = False) -> str:
     Raises:
         OSError: Reading or writing failed; a part of the target may then exist.
     """
-
-    def private(name: str, flags: int) -> int:
+    with (
+        open(source, "rb") as read,
         # The source may be readable by its owner only: so is the copy, from the first byte on.
-        return os.open(name, flags, 0o600)
-
-    with open(source, "rb") as read, open(target, "xb", opener=private) as write, _flushing(write.fileno(), flush) as go_on:
+        open(target, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as write,
+        _flushing(write.fileno(), flush) as go_on,
+    ):
         how = _reflink(read.fileno(), write.fileno()) or _whole_in_kernel(read.fileno(), write.fileno(), go_on)
         if how is None:
             read.seek(0)

@@ -153,7 +153,7 @@ class Wire:
             ValueError: It holds no integers.
         """
         if field.kind == VARINT:
-            yield signed(field.value)
+            yield _signed(field.value)
             return
         if field.kind != BYTES:
             raise ValueError(f"field {field.number} holds no integers")
@@ -161,7 +161,7 @@ class Wire:
         while at < field.end:
             value, at = self._varint(at, field.end)
             self._count_field()
-            yield signed(value)
+            yield _signed(value)
 
     def _count_field(self) -> None:
         self._fields += 1
@@ -197,10 +197,6 @@ class Wire:
         return 0
 
 
-def signed(value: int) -> int:
-    """A varint as int64.
-
-    Args:
-        value: As unsigned.
-    """
+def _signed(value: int) -> int:
+    """A varint as int64."""
     return value - (1 << 64) if value >> 63 else value
