@@ -285,7 +285,7 @@ def odd_model(tmp_path: Path, name: str, shape: tuple[int, ...], architecture: s
         ("transformer.h.0.mlp.c_fc.weight", (HIDDEN, 32), "GPT2LMHeadModel", "transposed"),
         ("model.layers.0.mlp.experts.gate_up_proj", (2, HIDDEN, 32), "GptOssForCausalLM", "transposed"),
         ("model.layers.0.mlp.experts.gate_up_proj", (2, 32, HIDDEN), "NewMoeForCausalLM", "stacks its experts"),
-        ("model.layers.0.mlp.experts.gate_up_proj", (2, 33, HIDDEN), "Qwen3MoeForCausalLM", "no stack"),
+        ("model.layers.0.mlp.experts.gate_up_proj", (2, 33, HIDDEN), "Qwen3MoeForCausalLM", "not the shape of a stack"),
         ("model.layers.0.mlp.experts.1.up_proj.weight", (32, HIDDEN), "Qwen3MoeForCausalLM", "how many"),
         ("model.layers.0.mlp.experts.1.w9.weight", (32, HIDDEN), "MixtralForCausalLM", "not a gate, up or down"),
         ("model.layers.0.mlp.experts.1.up_proj.weight", (32, HIDDEN), "Qwen2MoeForCausalLM", "not known to load"),
@@ -309,7 +309,7 @@ def test_what_peft_cannot_load_is_refused(tmp_path: Path, name, shape, architect
         ("model.layers.999999999.mlp.up_proj.weight", (32, HIDDEN), "LlamaForCausalLM", "layer 999999999"),
         ("transformer.h.0.mlp.c_fc.weight", (HIDDEN, 32), "GPT2LMHeadModel", "GPT2LMHeadModel"),
         ("model.layers.0.mlp.up_proj.weight", (32, HIDDEN), "", "architecture of ''"),
-        ("model.layers.0.mlp.experts.gate_up_proj", (2, 33, HIDDEN), "Qwen3MoeForCausalLM", "no stack"),
+        ("model.layers.0.mlp.experts.gate_up_proj", (2, 33, HIDDEN), "Qwen3MoeForCausalLM", "not the shape of a stack"),
         ("model.layers.0.mlp.experts.1.up_proj.weight", (32, HIDDEN), "Qwen3MoeForCausalLM", "how many"),
     ],
 )
