@@ -70,7 +70,7 @@ SIMPLE: dict[Any, Callable[[str], Any]] = {
     Any: lambda text: text,
     object: lambda text: text,
     bytes: lambda text: text.encode("utf-8", "surrogatepass"),
-    keys.PublicKey: lambda _: keys.generate().public,
+    keys.PublicKey: lambda _: keys.PrivateKey.generate().public,
 }
 
 
@@ -372,7 +372,7 @@ def test_a_hostile_pack_makes_no_other_card(text: str) -> None:
     """As many lines as an honest one, its front matter is what it says, and every table keeps its columns."""
     import yaml
 
-    key = keys.generate().public
+    key = keys.PrivateKey.generate().public
     share = {"value": text, "count": text, "total": text}
     good = {"value": 0.5, "count": 1, "total": 2}
     evaluation = {"before": {text: good, "x": share}, "after": {text: good, "x": share}}

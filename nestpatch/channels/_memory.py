@@ -24,8 +24,8 @@ from nestpatch.errors import ChannelFormatError, KeyFileError, SignatureFormatEr
 from nestpatch.files.atomic import sweep_writes, write_bytes
 from nestpatch.files.locks import exclusive
 from nestpatch.signing.envelopes import members
-from nestpatch.signing.keys import parse_public
-from nestpatch.signing.machine import user_folder
+from nestpatch.signing.keys import PublicKey
+from nestpatch.signing.store import user_folder
 
 SEEN_FORMAT = "nestpatch-seen/2"
 ADDRESS_FORMAT = "nestpatch-address/1"
@@ -80,7 +80,7 @@ def _recall_file(file: Path, name: str) -> SeenChannel | None:
         facts = _read(file, kinds, format=SEEN_FORMAT, name=name)
         if facts is None:
             return None
-        roots = tuple(parse_public(str(pem).encode("utf-8"), str(file)) for pem in facts["roots"])
+        roots = tuple(PublicKey.parse(str(pem).encode("utf-8"), str(file)) for pem in facts["roots"])
         if not roots or memory_file(roots[0].key_id, name) != file:
             raise SignatureFormatError(f"{file} belongs to another channel")
         return SeenChannel(name, facts["serial"], facts["digest"], roots)

@@ -29,10 +29,10 @@ from nestpatch.channels.listing import (
 )
 from nestpatch.channels.rules import choose, latest
 from nestpatch.errors import PublishError, VersionError
-from nestpatch.hub.client import parse_reference
+from nestpatch.hub.client import Reference
 from nestpatch.pack import TIME_FORMAT, Manifest
 from nestpatch.plain import count, markdown, number, one_line
-from nestpatch.signing.envelopes import MAX_BYTES, seal
+from nestpatch.signing.envelopes import MAX_BYTES, Envelope
 from nestpatch.signing.keys import PrivateKey, PublicKey
 
 DAYS = 30
@@ -51,7 +51,7 @@ def issue(channel: Channel, key: PrivateKey, now: str, days: int = DAYS) -> tupl
     """
     end = datetime.strptime(now, TIME_FORMAT) + timedelta(days=days)  # noqa: DTZ007 - UTC by its Z
     issued = replace(channel, serial=channel.serial + 1, issued=now, expires=end.strftime(TIME_FORMAT), root=key.public)
-    data = write_envelope(seal(PAYLOAD_TYPE, payload(issued), [key]))
+    data = write_envelope(Envelope.sealed(PAYLOAD_TYPE, payload(issued), [key]))
     if len(data) > MAX_BYTES:
         raise PublishError(
             f"{channel.name} would have {len(data)} bytes; readers take {MAX_BYTES}", advice="Start a new channel."
@@ -130,7 +130,7 @@ def revoke(channel: Channel, version: str, reason: str) -> Channel:
 def hand_over(channel: Channel, old: PrivateKey, new: PrivateKey) -> Channel:
     """Makes a new key the root key, with numbers that start again. Issue the result with the new key."""
     content = succession_payload(channel.name, old.public, new.public)
-    step = Succession(seal(SUCCESSION_TYPE, content, [old]), channel.name, old.public.key_id, new.public)
+    step = Succession(Envelope.sealed(SUCCESSION_TYPE, content, [old]), channel.name, old.public.key_id, new.public)
     return replace(channel, serial=0, successions=(*channel.successions, step), root=new.public)
 
 
@@ -160,7 +160,7 @@ def model_card(channel: Channel, manifest: Manifest | None, address: str) -> str
     lines = ["---", "library_name: nestpatch", f"tags: {json.dumps(list(map(one_line, tags)), ensure_ascii=False)}"]
     if manifest and manifest.license:
         lines.append(f"license: {json.dumps(one_line(manifest.license.lower()), ensure_ascii=False)}")
-    if manifest and parse_reference(manifest.base.model_id) is not None:
+    if manifest and Reference.parse(manifest.base.model_id) is not None:
         lines += [f"base_model: {json.dumps(manifest.base.model_id)}", "base_model_relation: adapter"]
     lines += ["---", MARK, "", f"# {markdown(channel.name)}", ""]
     if manifest is not None:

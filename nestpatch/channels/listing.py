@@ -23,8 +23,8 @@ from nestpatch.errors import (
 )
 from nestpatch.formats.nest import canonical_json
 from nestpatch.pack import Manifest, is_utc_time, name_problem, version_problem
-from nestpatch.signing.envelopes import Envelope, members, parse_envelope, parse_json
-from nestpatch.signing.keys import PublicKey, parse_public
+from nestpatch.signing.envelopes import Envelope, members, parse_json
+from nestpatch.signing.keys import PublicKey
 from nestpatch.version import Version
 
 FORMAT = "nestpatch-channel/1"
@@ -181,7 +181,7 @@ def parse(data: bytes, source: str) -> tuple[Envelope, Channel]:
         ChannelPathError: It lists a file outside of its own folders.
     """
     try:
-        envelope = parse_envelope(parse_json(data, source), source)
+        envelope = Envelope.parse(parse_json(data, source), source)
         if envelope.payload_type != PAYLOAD_TYPE:
             raise ChannelFormatError(f"{source} has the type {envelope.payload_type[:80]!r}, expected a channel")
         channel = _parse_channel(parse_json(envelope.payload, source), source)
@@ -219,7 +219,7 @@ def _parse_channel(value: Any, source: str) -> Channel:
         facts["serial"],
         facts["issued"],
         facts["expires"],
-        parse_public(facts["root"].encode("utf-8"), source),
+        PublicKey.parse(facts["root"].encode("utf-8"), source),
         tuple(_parse_succession(entry, source) for entry in facts["successions"]),
         tuple(sorted(packs, key=lambda pack: pack.order)),
     )
@@ -266,10 +266,10 @@ def _parse_file(value: Any, path: str, source: str, suffix: re.Pattern[str] | No
 
 
 def _parse_succession(value: Any, source: str) -> Succession:
-    envelope = parse_envelope(value, source)
+    envelope = Envelope.parse(value, source)
     _require(envelope.payload_type == SUCCESSION_TYPE, source, "a succession has another type")
     facts = members(parse_json(envelope.payload, source), {"channel": str, "old": str, "new": str}, source)
-    return Succession(envelope, facts["channel"], facts["old"], parse_public(facts["new"].encode("utf-8"), source))
+    return Succession(envelope, facts["channel"], facts["old"], PublicKey.parse(facts["new"].encode("utf-8"), source))
 
 
 def succession_payload(channel: str, old: PublicKey, new: PublicKey) -> bytes:

@@ -31,7 +31,7 @@ from nestpatch.channels.rules import ChannelRules, SeenChannel, latest
 from nestpatch.errors import ChannelKeyError, PublishError, RollbackError, SerialJumpError, VersionError
 from nestpatch.formats import nest
 from nestpatch.pack import Manifest, utc_now
-from nestpatch.signing.envelopes import make_bundle, parse_bundle
+from nestpatch.signing.envelopes import Bundle, make_bundle
 from nestpatch.signing.keys import PrivateKey, PublicKey
 from nestpatch.signing.trust import Policy, TrustedKey
 from nestpatch.signing.verify import SUFFIX, VerifiedPack, check_signatures, read_signatures
@@ -134,7 +134,7 @@ def push(
     others = [
         sha256(content).hexdigest()
         for source, content in signatures.items()
-        if parse_bundle(content, source).key_id != key.public.key_id
+        if Bundle.parse(content, source).key_id != key.public.key_id
     ]
 
     def edit(channel: Channel) -> _Change:

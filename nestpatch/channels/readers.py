@@ -22,7 +22,7 @@ from nestpatch.channels.listing import CHANNEL_FILE, ListedFile
 from nestpatch.errors import DataError, HubAnswerError, HubNotFoundError, HubUnavailableError, SwappedFileError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.reading import open_regular
-from nestpatch.hub.client import SCHEME, Reference, Snapshot, looks_local, parse_reference, scrubbed, shown
+from nestpatch.hub.client import SCHEME, Reference, Snapshot, looks_local, scrubbed, shown
 from nestpatch.hub.fetch import Request, fetch
 from nestpatch.hub.ranges import RemoteFile
 from nestpatch.pack import version_problem
@@ -271,7 +271,7 @@ def open_reader(text: str) -> ChannelReader:
         return FolderReader(_folder_of(text))
     if scheme in {"http", "https"}:
         return _web_reader(text)
-    reference = parse_reference(text)
+    reference = Reference.parse(text)
     if reference is None or reference.revision is not None:
         raise DataError(
             f"{scrubbed(text)!r} is not the address of a channel",

@@ -182,7 +182,7 @@ class ChannelRules:
     def _covers(self, trusted: TrustedKey, channel: Channel) -> bool:
         """Whether a key counts for the model and a base of the channel. Each pack is checked by its own base afterwards."""
         bases = {pack.base_model for pack in channel.packs}
-        subjects = [self.subject.of(base) for base in bases] or [self.subject]
+        subjects = [replace(self.subject, base=base) for base in bases] or [self.subject]
         return any(subject.is_covered(trusted.models) for subject in subjects)
 
     def _require_order(self, channel: Channel, now: SeenChannel, source: str) -> None:

@@ -28,7 +28,7 @@ from nestpatch.errors import (
     RollbackError,
     SerialJumpError,
 )
-from nestpatch.signing.keys import PrivateKey, generate
+from nestpatch.signing.keys import PrivateKey
 from nestpatch.signing.trust import Policy, TrustedKey
 from tests.hub.scene import REPO, Scene, refused, updated
 from tests.hub.web import Web
@@ -52,7 +52,7 @@ def handed(scene: Scene, new: PrivateKey) -> Channel:
 
 def rotated(scene: Scene) -> PrivateKey:
     """The publisher hands the channel over; the new key."""
-    new = generate()
+    new = PrivateKey.generate()
     with scene.as_publisher():
         assert renew(REPO, scene.key, new).serial == 1
     return new

@@ -55,8 +55,8 @@ from nestpatch.errors import (
     VersionError,
 )
 from nestpatch.formats.nest import canonical_json
-from nestpatch.signing.envelopes import seal
-from nestpatch.signing.keys import PrivateKey, generate
+from nestpatch.signing.envelopes import Envelope
+from nestpatch.signing.keys import PrivateKey
 from nestpatch.signing.subject import Subject
 from nestpatch.signing.trust import Policy, Rule, TrustedKey
 from tests.helpers import changed
@@ -67,7 +67,7 @@ MODEL, OTHER = Subject(("/srv/models/llama",)), Subject(("/home/me/model",))
 
 @pytest.fixture(scope="module")
 def keys() -> tuple[PrivateKey, PrivateKey, PrivateKey, PrivateKey]:
-    return generate(), generate(), generate(), generate()
+    return PrivateKey.generate(), PrivateKey.generate(), PrivateKey.generate(), PrivateKey.generate()
 
 
 def patch(version: str, *, supersedes: tuple[str, ...] = (), pack_name: str = "no-harm") -> ListedPack:
@@ -380,7 +380,7 @@ def test_the_document_names_errors_and_fields_that_exist(keys: tuple[PrivateKey,
 
 
 def signed(key: PrivateKey, value: object) -> bytes:
-    return write_envelope(seal(PAYLOAD_TYPE, canonical_json(value).encode("utf-8"), [key]))
+    return write_envelope(Envelope.sealed(PAYLOAD_TYPE, canonical_json(value).encode("utf-8"), [key]))
 
 
 def places_in(value: object, path: tuple[object, ...] = ()) -> Iterator[tuple[object, ...]]:
@@ -435,7 +435,7 @@ def test_only_the_canonical_form_is_read(keys: tuple[PrivateKey, ...], text: Cal
     good = payload(issue(channel_of(keys[0], "1.0.0"), keys[0], NOW)[0])
     assert text(good) != good
     with pytest.raises(ChannelFormatError):
-        parse(write_envelope(seal(PAYLOAD_TYPE, text(good), [keys[0]])), "it")
+        parse(write_envelope(Envelope.sealed(PAYLOAD_TYPE, text(good), [keys[0]])), "it")
 
 
 def test_a_channel_that_nobody_could_read_is_not_issued(keys: tuple[PrivateKey, ...]) -> None:

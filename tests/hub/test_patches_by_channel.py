@@ -15,8 +15,9 @@ from nestpatch.errors import BadSignatureError, ChannelKeyError, SwappedFileErro
 from nestpatch.formats import nest
 from nestpatch.gate import look, prove
 from nestpatch.pack import utc_now
-from nestpatch.signing import _store as store
-from nestpatch.signing.trust import Policy, Rule, TrustedKey, save_policy
+from nestpatch.signing import store
+from nestpatch.signing.store import save_policy
+from nestpatch.signing.trust import Policy, Rule, TrustedKey
 from nestpatch.signing.verify import sign_pack
 from tests.calls import answer, run
 from tests.helpers import tree_digest
