@@ -64,16 +64,12 @@ def recall(address: str) -> Memory | None:
     with _explained(file, f"what is remembered of {address} is broken", lost):
         kinds: dict[str, type] = {"format": str, "address": str, "root": str, "name": str, "revision": str, "channel": str}
         facts = _read(file, kinds, format=ADDRESS_FORMAT, address=address)
-        seen = None if facts is None else recall_channel(facts["root"], facts["name"])
+        seen = None if facts is None else recall_channel(memory_file(facts["root"], facts["name"]), facts["name"])
         return None if facts is None or seen is None else Memory(seen, facts["revision"], facts["channel"].encode("utf-8"))
 
 
-def recall_channel(root: str, name: str) -> SeenChannel | None:
-    """The newest seen state of a channel; None when it was never seen. Raises ChannelFormatError."""
-    return _recall_file(memory_file(root, name), name)
-
-
-def _recall_file(file: Path, name: str) -> SeenChannel | None:
+def recall_channel(file: Path, name: str) -> SeenChannel | None:
+    """The newest seen state of a channel, from its `memory_file`; None when it was never seen. Raises ChannelFormatError."""
     lost = "makes the next contact with this channel the first one: old copies would not be noticed then."
     with _explained(file, f"what is remembered of the channel {name} is broken", lost):
         kinds: dict[str, type] = {"format": str, "name": str, "serial": int, "digest": str, "roots": list}
@@ -116,7 +112,9 @@ def accepted(rules: ChannelRules, address: str, data: bytes, source: str) -> Acc
     envelope, channel = parse(data, source)
     known = recall(address)
     files = sorted((user_folder() / "channels").glob(f"{_short(channel.name)}-*.json"))
-    elsewhere = [seen for seen in (_recall_file(file, channel.name) for file in files) if seen and seen.is_of(channel)]
+    stored = [recall_channel(file, channel.name) for file in files]
+    # States of this channel: one of their root keys is its own, or has handed it over to that.
+    elsewhere = [seen for seen in stored if seen and any(channel.walk(key)[-1] == channel.root for key in seen.roots)]
     # The address first: it must continue the channel that it had.
     seen = dict.fromkeys([*([known.seen] if known else []), *elsewhere])
     found = [replace(rules, seen=one).accept(envelope, channel, source) for one in seen or (None,)]
@@ -133,22 +131,17 @@ def held() -> Iterator[None]:
         yield
 
 
-def remember(address: str, memory: Memory) -> None:
-    """Keeps what was seen, unless another process has seen a newer state meanwhile. Raises OutputError."""
-    with held():
-        keep(address, memory)
-
-
 def keep(address: str, memory: Memory) -> None:
-    """Does the same inside `held`."""
+    """Keeps what was seen, unless another process has seen a newer state. Call it inside `held`. Raises OutputError."""
     seen = memory.seen
     root = seen.roots[0].key_id
-    known = recall_channel(root, seen.name)
+    file = memory_file(root, seen.name)
+    known = recall_channel(file, seen.name)
     if known is not None and known.order > seen.order:
         return
     facts = {"name": seen.name, "serial": seen.serial, "digest": seen.digest, "roots": [key.pem for key in seen.roots]}
     if known != seen:
-        _write(memory_file(root, seen.name), {"format": SEEN_FORMAT, **facts})
+        _write(file, {"format": SEEN_FORMAT, **facts})
     if recall(address) != memory:
         answer = {"revision": memory.revision, "channel": memory.data.decode("utf-8")}
         facts = {"format": ADDRESS_FORMAT, "address": address, "root": root, "name": seen.name}

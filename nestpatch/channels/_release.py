@@ -24,24 +24,19 @@ from nestpatch.channels.listing import (
     base_digest,
     pack_path,
     payload,
-    succession_payload,
     write_envelope,
 )
 from nestpatch.channels.rules import choose, latest
 from nestpatch.errors import PublishError, VersionError
+from nestpatch.formats.nest import canonical_json
 from nestpatch.hub.client import Reference
 from nestpatch.pack import TIME_FORMAT, Manifest
 from nestpatch.plain import count, markdown, number, one_line
 from nestpatch.signing.envelopes import MAX_BYTES, Envelope
-from nestpatch.signing.keys import PrivateKey, PublicKey
+from nestpatch.signing.keys import PrivateKey
 
 DAYS = 30
 """Default validity of a channel. For that long, whoever controls the server can hold back a fix."""
-
-
-def new_channel(name: str, root: PublicKey) -> Channel:
-    """A channel that was never issued."""
-    return Channel(name, 0, "", "", root)
 
 
 def issue(channel: Channel, key: PrivateKey, now: str, days: int = DAYS) -> tuple[Channel, bytes]:
@@ -92,8 +87,13 @@ def add(channel: Channel, pack: ListedPack) -> Channel:
                 f"{channel.name} is the channel of {other.name}, not of {pack.name}",
                 advice="Publish it in a repository of its own: a model can follow several channels.",
             )
-    replaced = [_superseded(other, pack) for other in channel.packs]
-    return replace(channel, packs=tuple(sorted([*replaced, pack], key=lambda entry: entry.order)))
+    packs = [pack]
+    for old in channel.packs:
+        # A prerelease does not replace a finished version.
+        replaces = old.order < pack.order and (not pack.order.prerelease or bool(old.order.prerelease))
+        gone = old.status is ListedStatus.ACTIVE and (replaces or old.file.sha256 in pack.supersedes)
+        packs.append(replace(old, status=ListedStatus.SUPERSEDED) if gone else old)
+    return replace(channel, packs=tuple(sorted(packs, key=lambda entry: entry.order)))
 
 
 def is_published(channel: Channel, pack: ListedPack, signatures: Collection[str]) -> bool:
@@ -102,14 +102,6 @@ def is_published(channel: Channel, pack: ListedPack, signatures: Collection[str]
         if other.order == pack.order and other.file.sha256 == pack.file.sha256 and other.status is not ListedStatus.REVOKED:
             return set(signatures) <= {file.sha256 for file in other.signatures}
     return False
-
-
-def _superseded(old: ListedPack, new: ListedPack) -> ListedPack:
-    # A prerelease does not replace a finished version.
-    replaces = old.order < new.order and (not new.order.prerelease or bool(old.order.prerelease))
-    if old.status is ListedStatus.ACTIVE and (replaces or old.file.sha256 in new.supersedes):
-        return replace(old, status=ListedStatus.SUPERSEDED)
-    return old
 
 
 def revoke(channel: Channel, version: str, reason: str) -> Channel:
@@ -129,8 +121,9 @@ def revoke(channel: Channel, version: str, reason: str) -> Channel:
 
 def hand_over(channel: Channel, old: PrivateKey, new: PrivateKey) -> Channel:
     """Makes a new key the root key, with numbers that start again. Issue the result with the new key."""
-    content = succession_payload(channel.name, old.public, new.public)
-    step = Succession(Envelope.sealed(SUCCESSION_TYPE, content, [old]), channel.name, old.public.key_id, new.public)
+    facts = {"channel": channel.name, "old": old.public.key_id, "new": new.public.pem}
+    envelope = Envelope.sealed(SUCCESSION_TYPE, canonical_json(facts).encode("utf-8"), [old])
+    step = Succession(envelope, channel.name, old.public.key_id, new.public)
     return replace(channel, serial=0, successions=(*channel.successions, step), root=new.public)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Protocol
+from typing import TypeAlias
 
 from nestpatch.channels.listing import CHANNEL_FILE
-from nestpatch.channels.readers import ChannelReader, FolderReader, HubReader, open_reader, read_start
+from nestpatch.channels.readers import FolderReader, HubReader, open_reader, read_start
 from nestpatch.errors import DataError, HubError, HubNotFoundError, PublishError
 from nestpatch.files.atomic import sweep_writes, write_bytes
 from nestpatch.files.locks import exclusive
@@ -36,37 +36,15 @@ class Head:
     card: bytes | None
 
 
-class ChannelWriter(Protocol):
-    """An address to which a channel can be written."""
-
-    @property
-    def reader(self) -> ChannelReader:
-        """How it is read."""
-
-    def create(self, *, private: bool) -> None:
-        """Creates the repository or folder, if there is none."""
-
-    def head(self) -> Head:
-        """What is there now."""
-
-    def write(self, head: Head, files: Mapping[str, bytes], message: str) -> str:
-        """Writes files by their paths, all or none, and returns the new revision.
-
-        Raises StaleError when the address no longer is as `head` says.
-        """
-
-    def tag(self, revision: str, name: str) -> bool:
-        """Tags a revision; returns whether that worked. Tags are for people: nothing relies on them."""
-
-
 @dataclass(frozen=True)
 class HubWriter:
     """A model repository."""
 
     reader: HubReader
+    """How it is read."""
 
     def create(self, *, private: bool) -> None:
-        """See ChannelWriter."""
+        """Creates the repository, if there is none."""
         repo_id, endpoint = self.reader.repo_id, self.reader.endpoint
         try:
             look_up(repo_id, endpoint=endpoint)
@@ -85,7 +63,10 @@ class HubWriter:
         return Head(snapshot.commit, channel, card)
 
     def write(self, head: Head, files: Mapping[str, bytes], message: str) -> str:
-        """One commit, which the Hub accepts only on top of the commit that was read."""
+        """Writes files by their paths, all or none, and returns the new revision. Raises StaleError.
+
+        They are one commit, which the Hub accepts only on top of the commit in `head`.
+        """
         from huggingface_hub import CommitOperationAdd
         from huggingface_hub.errors import HfHubHTTPError
 
@@ -101,7 +82,7 @@ class HubWriter:
         return str(done.oid)
 
     def tag(self, revision: str, name: str) -> bool:
-        """A git tag."""
+        """Tags a revision in git; returns whether that worked. Tags are for people: nothing relies on them."""
         repo_id, endpoint = self.reader.repo_id, self.reader.endpoint
         with suppress(HubError), explained(Reference(repo_id), endpoint):
             client(endpoint).create_tag(repo_id, tag=name, revision=revision, exist_ok=True)
@@ -114,9 +95,10 @@ class FolderWriter:
     """A folder. The channel file is replaced last: until then readers see the old channel, whole."""
 
     reader: FolderReader
+    """How it is read."""
 
     def create(self, *, private: bool) -> None:
-        """See ChannelWriter."""
+        """Creates the folder, if there is none."""
         self.reader.folder.mkdir(mode=0o700 if private else 0o777, parents=True, exist_ok=True)
 
     def head(self) -> Head:
@@ -131,7 +113,7 @@ class FolderWriter:
             return None
 
     def write(self, head: Head, files: Mapping[str, bytes], message: str) -> str:  # noqa: ARG002 - folders have no history
-        """Each file by rename, the channel last, while other publishers wait."""
+        """Writes each file by rename, the channel last, while other publishers wait. Raises StaleError, as in HubWriter."""
         folder = self.reader.folder
         with exclusive(folder / ".channel.lock"):
             if _digest(self._read(CHANNEL_FILE)) != head.revision:
@@ -147,6 +129,10 @@ class FolderWriter:
     def tag(self, revision: str, name: str) -> bool:  # noqa: ARG002 - folders have no tags
         """Folders have no tags."""
         return False
+
+
+ChannelWriter: TypeAlias = HubWriter | FolderWriter
+"""An address to which a channel can be written."""
 
 
 def _digest(data: bytes | None) -> str:

@@ -133,18 +133,25 @@ class Channel:
 
     name: str
     """On the Hub the name of the repository."""
-    serial: int
-    """Incremented by every change; starts at 1 again after a hand-over."""
-    issued: str
-    expires: str
     root: PublicKey
     """The key that signs it."""
+    serial: int = 0
+    """Incremented by every change; starts at 1 again after a hand-over. 0: not issued yet."""
+    issued: str = ""
+    expires: str = ""
     successions: tuple[Succession, ...] = ()
     packs: tuple[ListedPack, ...] = ()
     """In the order of their versions."""
 
     def walk(self, start: PublicKey) -> tuple[PublicKey, ...]:
-        """The keys to which a key has handed this channel over, starting with the key itself."""
+        """Follows the hand-overs of this channel that are signed.
+
+        Args:
+            start: The key to begin with.
+
+        Returns:
+            The key itself, and the keys to which it has handed the channel over, step by step.
+        """
         trail = [start]
         for step in self.successions:
             last = trail[-1]
@@ -194,7 +201,14 @@ def parse(data: bytes, source: str) -> tuple[Envelope, Channel]:
 
 
 def write_envelope(envelope: Envelope) -> bytes:
-    """The content of a channel file."""
+    """Writes a channel file.
+
+    Args:
+        envelope: The signed channel.
+
+    Returns:
+        The content of channel.json.
+    """
     return (json.dumps(envelope.as_json(), indent=1) + "\n").encode("ascii")
 
 
@@ -216,10 +230,10 @@ def _parse_channel(value: Any, source: str) -> Channel:
     _require(len({path.lower() for path in paths}) == len(paths), source, "duplicate path")
     return Channel(
         facts["name"],
+        PublicKey.parse(facts["root"].encode("utf-8"), source),
         facts["serial"],
         facts["issued"],
         facts["expires"],
-        PublicKey.parse(facts["root"].encode("utf-8"), source),
         tuple(_parse_succession(entry, source) for entry in facts["successions"]),
         tuple(sorted(packs, key=lambda pack: pack.order)),
     )
@@ -250,7 +264,15 @@ def _parse_pack(value: Any, source: str) -> ListedPack:
 
 
 def pack_path(name: str, version: str) -> str:
-    """Path of a version's pack inside the channel. Its signatures have this path and a suffix; no other paths are allowed."""
+    """Where a version is stored inside the channel. Its signatures have this path and a suffix; no other paths are allowed.
+
+    Args:
+        name: Name of the pack.
+        version: Its version number.
+
+    Returns:
+        The path, relative to the channel's folder.
+    """
     return f"packs/{version}/{name}.nest"
 
 
@@ -272,13 +294,15 @@ def _parse_succession(value: Any, source: str) -> Succession:
     return Succession(envelope, facts["channel"], facts["old"], PublicKey.parse(facts["new"].encode("utf-8"), source))
 
 
-def succession_payload(channel: str, old: PublicKey, new: PublicKey) -> bytes:
-    """What the old key signs to hand a channel over to the new one."""
-    return canonical_json({"channel": channel, "old": old.key_id, "new": new.pem}).encode("utf-8")
-
-
 def payload(channel: Channel) -> bytes:
-    """What the root key signs: the channel as canonical JSON."""
+    """What the root key signs.
+
+    Args:
+        channel: The channel.
+
+    Returns:
+        The channel as canonical JSON.
+    """
     packs = [
         {
             "name": pack.name,

@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TypeAlias
 
-from nestpatch.channels._memory import Memory, accepted, held, recall, recall_channel, remember
+from nestpatch.channels._memory import Memory, accepted, held, keep, memory_file, recall, recall_channel
 from nestpatch.channels._release import (
     DAYS,
     MARK,
@@ -19,7 +19,6 @@ from nestpatch.channels._release import (
     issue,
     listed,
     model_card,
-    new_channel,
     require_next_number,
     revoke,
     with_signatures,
@@ -233,7 +232,8 @@ def _publish(writer: ChannelWriter, edit: _Edit, key: PrivateKey, days: int, *, 
         # The publisher has seen what it published: an older channel would be a rollback.
         roots = roots if roots[-1] == channel.root else (*roots, channel.root)
         seen = SeenChannel(channel.name, channel.serial, sha256(payload(channel)).hexdigest(), roots)
-        remember(address, Memory(seen, revision, data))
+        with held():
+            keep(address, Memory(seen, revision, data))
         if change.needed and change.tag and writer.tag(revision, change.tag):
             tag = change.tag
         best = latest(channel)
@@ -269,13 +269,13 @@ def _new(reader: ChannelReader, key: PrivateKey, fresh: str | None) -> Channel:
         raise RollbackError(f"{reader.address} had a channel, number {known.seen.serial}, and has none now", advice=_RESTORE)
     if fresh is None:
         raise VersionError(f"there is no channel at {reader.address}", advice="`nestpatch push` starts one.")
-    seen = recall_channel(key.public.key_id, fresh)
+    seen = recall_channel(memory_file(key.public.key_id, fresh), fresh)
     if seen is not None:
         raise PublishError(
             f"this key has the channel {fresh}, number {seen.serial}, at another address than {reader.address}",
             advice="Copy its folder there, or publish where it is. A second channel needs a name or a key of its own.",
         )
-    return new_channel(fresh, key.public)
+    return Channel(fresh, key.public)
 
 
 def _card(reader: ChannelReader, head: Head, channel: Channel, manifest: Manifest | None) -> dict[str, bytes]:

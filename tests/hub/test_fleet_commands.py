@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nestpatch.channels._memory import recall, remember
+from nestpatch.channels._memory import held, keep, recall
 from nestpatch.channels.listing import CHANNEL_FILE
 from nestpatch.formats import nest
 from nestpatch.gate import Proven
@@ -162,7 +162,8 @@ def test_two_updates_at_once_remember_the_newer_channel(scene: Scene) -> None:
     new = recall(place)
     assert old is not None
     assert new is not None
-    remember(place, old)
+    with held():
+        keep(place, old)
     assert recall(place) == new
     assert new.seen.serial == 2 > old.seen.serial
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nestpatch.channels._release import MARK, add, listed, model_card, new_channel
-from nestpatch.channels.listing import CHANNEL_FILE, parse
+from nestpatch.channels._release import MARK, add, listed, model_card
+from nestpatch.channels.listing import CHANNEL_FILE, Channel, parse
 from nestpatch.errors import ChannelKeyError, UntrustedError
 from nestpatch.formats import nest
 from nestpatch.signing.keys import PrivateKey
@@ -208,7 +208,7 @@ def test_the_card_s_evaluation_table(scene: Scene) -> None:
         "after": {"attack_success": share | {"value": 0.017, "count": 2}},
     }
     manifest = replace(pack.manifest, evaluation=evaluation, base=replace(pack.manifest.base, model_id="../local"))
-    channel = add(new_channel("acme/x", scene.key.public), listed(manifest, b"x", {})[0])
+    channel = add(Channel("acme/x", scene.key.public), listed(manifest, b"x", {})[0])
     text = model_card(channel, manifest, "hub://acme/x")
     assert "| attack success | 52.5% (63 of 120) | 1.7% (2 of 120) |" in text
     assert "base_model" not in text, "no id of the Hub"
