@@ -212,11 +212,11 @@ def filled_pack(text: str, **facts: Any) -> Pack:
 
 
 def signed(cls: type, text: str) -> Any:
-    return cls(filled_pack(text), text, value_of(typing.get_type_hints(cls)["signers"], text), 1)
+    return cls(filled_pack(text), text, 1, value_of(typing.get_type_hints(cls)["signers"], text))
 
 
 def filled_unproven(cls: type, text: str) -> Any:
-    return cls(filled_pack(text), text, text, 1)
+    return cls(filled_pack(text), text, 1, reason=text)
 
 
 TINY: list[Pack] = []

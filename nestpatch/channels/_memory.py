@@ -58,7 +58,17 @@ def _short(text: str) -> str:
 
 
 def recall(address: str) -> Memory | None:
-    """What is remembered of an address and its channel; None before the first contact. Raises ChannelFormatError."""
+    """Reads what is remembered of an address and its channel.
+
+    Args:
+        address: As its reader shows it.
+
+    Returns:
+        The memory; None before the first contact.
+
+    Raises:
+        ChannelFormatError: A file is broken, or belongs to another address or channel.
+    """
     file = address_file(address)
     lost = "makes the next contact with this address the first one: another channel there would not be noticed then."
     with _explained(file, f"what is remembered of {address} is broken", lost):
@@ -69,7 +79,18 @@ def recall(address: str) -> Memory | None:
 
 
 def recall_channel(file: Path, name: str) -> SeenChannel | None:
-    """The newest seen state of a channel, from its `memory_file`; None when it was never seen. Raises ChannelFormatError."""
+    """Reads the newest state of a channel that was seen, at whatever address.
+
+    Args:
+        file: Its `memory_file`.
+        name: Name of the channel.
+
+    Returns:
+        The state; None when the channel was never seen.
+
+    Raises:
+        ChannelFormatError: The file is broken, or belongs to another channel.
+    """
     lost = "makes the next contact with this channel the first one: old copies would not be noticed then."
     with _explained(file, f"what is remembered of the channel {name} is broken", lost):
         kinds: dict[str, type] = {"format": str, "name": str, "serial": int, "digest": str, "roots": list}
@@ -107,7 +128,19 @@ def _explained(file: Path, what: str, lost: str) -> Iterator[None]:
 def accepted(rules: ChannelRules, address: str, data: bytes, source: str) -> AcceptedChannel:
     """Applies the rules to the channel at an address, with all that was seen of it there and elsewhere.
 
-    Call it inside `held`, followed by `keep`. Raises a ChannelError that says which rule is violated.
+    Call it inside `held`, followed by `keep`.
+
+    Args:
+        rules: The rules; what was seen is filled in here.
+        address: As its reader shows it.
+        data: The channel file.
+        source: What it is, for messages.
+
+    Returns:
+        The accepted channel.
+
+    Raises:
+        ChannelError: A rule is violated, or the memory is broken.
     """
     envelope, channel = parse(data, source)
     known = recall(address)
@@ -123,7 +156,14 @@ def accepted(rules: ChannelRules, address: str, data: bytes, source: str) -> Acc
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Locks the memory against other processes. Raises OSError."""
+    """Locks the memory against other processes.
+
+    Yields:
+        Nothing; the lock is held inside the block.
+
+    Raises:
+        OSError: The folder cannot be created or locked.
+    """
     folder = user_folder() / "channels"
     for needed in (folder, folder / "addresses"):
         needed.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -132,7 +172,15 @@ def held() -> Iterator[None]:
 
 
 def keep(address: str, memory: Memory) -> None:
-    """Keeps what was seen, unless another process has seen a newer state. Call it inside `held`. Raises OutputError."""
+    """Keeps what was seen, unless another process has seen a newer state. Call it inside `held`.
+
+    Args:
+        address: As its reader shows it.
+        memory: What was seen there.
+
+    Raises:
+        OutputError: A file cannot be written.
+    """
     seen = memory.seen
     root = seen.roots[0].key_id
     file = memory_file(root, seen.name)

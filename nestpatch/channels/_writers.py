@@ -45,7 +45,7 @@ class HubWriter:
 
     def create(self, *, private: bool) -> None:
         """Creates the repository, if there is none."""
-        repo_id, endpoint = self.reader.repo_id, self.reader.endpoint
+        repo_id, endpoint = self.reader.name, self.reader.endpoint
         try:
             look_up(repo_id, endpoint=endpoint)
         except HubNotFoundError:
@@ -55,7 +55,7 @@ class HubWriter:
     def head(self) -> Head:
         """The commit that main names now, and the files of that commit."""
         endpoint = self.reader.endpoint
-        snapshot = look_up(self.reader.repo_id, endpoint=endpoint)
+        snapshot = look_up(self.reader.name, endpoint=endpoint)
         channel, card = (
             RemoteFile(snapshot, name, endpoint=endpoint).read(0, MAX_BYTES) if name in snapshot.files else None
             for name in (CHANNEL_FILE, CARD)
@@ -63,15 +63,25 @@ class HubWriter:
         return Head(snapshot.commit, channel, card)
 
     def write(self, head: Head, files: Mapping[str, bytes], message: str) -> str:
-        """Writes files by their paths, all or none, and returns the new revision. Raises StaleError.
+        """Writes files, all or none: one commit, which the Hub accepts only on top of the commit in `head`.
 
-        They are one commit, which the Hub accepts only on top of the commit in `head`.
+        Args:
+            head: What was there when the change was made.
+            files: Path -> content.
+            message: Of the commit.
+
+        Returns:
+            The new revision.
+
+        Raises:
+            StaleError: The address has changed since.
+            HubError: The Hub cannot be reached, or refuses the change.
         """
         from huggingface_hub import CommitOperationAdd
         from huggingface_hub.errors import HfHubHTTPError
 
         operations = [CommitOperationAdd(path, content) for path, content in files.items()]
-        repo_id, endpoint = self.reader.repo_id, self.reader.endpoint
+        repo_id, endpoint = self.reader.name, self.reader.endpoint
         with explained(Reference(repo_id), endpoint):
             try:
                 done = client(endpoint).create_commit(repo_id, operations, commit_message=message, parent_commit=head.revision)
@@ -83,7 +93,7 @@ class HubWriter:
 
     def tag(self, revision: str, name: str) -> bool:
         """Tags a revision in git; returns whether that worked. Tags are for people: nothing relies on them."""
-        repo_id, endpoint = self.reader.repo_id, self.reader.endpoint
+        repo_id, endpoint = self.reader.name, self.reader.endpoint
         with suppress(HubError), explained(Reference(repo_id), endpoint):
             client(endpoint).create_tag(repo_id, tag=name, revision=revision, exist_ok=True)
             return True
@@ -140,7 +150,18 @@ def _digest(data: bytes | None) -> str:
 
 
 def open_writer(text: str) -> ChannelWriter:
-    """The writer for an address. Raises DataError for what is not one, PublishError for what can only be read."""
+    """The writer for an address.
+
+    Args:
+        text: The address, as the user wrote it.
+
+    Returns:
+        A writer; nothing has been read or written yet.
+
+    Raises:
+        DataError: The text is not the address of a channel.
+        PublishError: The address can only be read.
+    """
     reader = open_reader(text)
     if isinstance(reader, HubReader):
         return HubWriter(reader)

@@ -32,11 +32,6 @@ class Followed:
     """The model that it is for, as the user names it."""
     allow_unsigned: bool
 
-    @property
-    def pack_name(self) -> str | None:
-        """The name of the channel's pack; None before its first version."""
-        return next((pack.name for pack in self.accepted.channel.packs), None)
-
 
 @dataclass(frozen=True)
 class Downloaded:

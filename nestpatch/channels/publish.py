@@ -15,13 +15,11 @@ from nestpatch.channels._release import (
     THIS_FOLDER,
     add,
     hand_over,
-    is_published,
     issue,
     listed,
     model_card,
     require_next_number,
     revoke,
-    with_signatures,
 )
 from nestpatch.channels._writers import CARD, ChannelWriter, Head, StaleError, open_writer
 from nestpatch.channels.listing import CHANNEL_FILE, Channel, ListedStatus, parse, payload
@@ -30,7 +28,7 @@ from nestpatch.channels.rules import ChannelRules, SeenChannel, latest
 from nestpatch.errors import ChannelKeyError, PublishError, RollbackError, SerialJumpError, VersionError
 from nestpatch.formats import nest
 from nestpatch.pack import Manifest, utc_now
-from nestpatch.signing.envelopes import Bundle, make_bundle
+from nestpatch.signing.envelopes import Bundle
 from nestpatch.signing.keys import PrivateKey, PublicKey
 from nestpatch.signing.trust import Policy, TrustedKey
 from nestpatch.signing.verify import SUFFIX, VerifiedPack, check_signatures, read_signatures
@@ -127,7 +125,7 @@ def push(
     manifest = result.pack.manifest
     if not isinstance(result, VerifiedPack):  # not signed by this key
         free = SUFFIX if SUFFIX not in suffixes else f".{key.public.key_id[:12]}{SUFFIX}"
-        suffixes[free] = make_bundle(result.pack_id, f"{manifest.name}.nest", key)
+        suffixes[free] = Bundle.write(result.pack_id, f"{manifest.name}.nest", key)
     entry, files = listed(manifest, data, suffixes)
     # Two signatures of one key differ, and the channel's key has signed every published version.
     others = [
@@ -137,7 +135,9 @@ def push(
     ]
 
     def edit(channel: Channel) -> _Change:
-        if is_published(channel, entry, others):
+        same = [p for p in channel.packs if p.order == entry.order and p.file.sha256 == entry.file.sha256]
+        standing = same and same[0].status is not ListedStatus.REVOKED
+        if standing and set(others) <= {file.sha256 for file in same[0].signatures}:
             return _Change(channel, key, f"{entry.label} is already published", needed=False)
         return _Change(add(channel, entry), key, f"publish {entry.label}", files, f"v{entry.version}", manifest)
 
@@ -201,12 +201,12 @@ def renew(address: str, key: PrivateKey, new_key: PrivateKey | None = None, *, d
             return _Change(channel, key, "renew the channel")
         suffix = f".{new_key.public.key_id[:12]}{SUFFIX}"
         files = {
-            pack.version: {f"{pack.file.path}{suffix}": make_bundle(pack.file.sha256, pack.file.name, new_key)}
+            pack.version: {f"{pack.file.path}{suffix}": Bundle.write(pack.file.sha256, pack.file.name, new_key)}
             for pack in channel.packs
             if pack.status is not ListedStatus.REVOKED
             and f"{pack.file.path}{suffix}" not in {file.path for file in pack.signatures}
         }
-        handed = with_signatures(hand_over(channel, key, new_key), files)
+        handed = hand_over(channel, key, new_key, files)
         flat = {path: content for group in files.values() for path, content in group.items()}
         return _Change(handed, new_key, f"hand the channel over to {new_key.public.key_id[:12]}", flat)
 

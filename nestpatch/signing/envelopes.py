@@ -210,57 +210,51 @@ class Bundle:
             raise SignatureFormatError(f"{source} does not contain a statement with a single signature")
         return cls(source, key_id, _signed_digest(envelope.payload, source), envelope)
 
-    def check_file(self, digest: str, name: str) -> None:
-        """Checks that the bundle is for a file with this SHA-256.
+    @staticmethod
+    def write(digest: str, name: str, key: PrivateKey) -> bytes:
+        """Signs a file.
+
+        Args:
+            digest: SHA-256 of the file, hex.
+            name: File name to write into the statement; readers do not compare it.
+            key: The signer.
+
+        Returns:
+            The content of the .sig file.
+        """
+        serialization = {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": []}
+        statement = {
+            "_type": STATEMENT_TYPE,
+            # The subject's digest is that of the concatenated digests of all resources; there is one.
+            "subject": [{"name": name, "digest": {"sha256": sha256(bytes.fromhex(digest)).hexdigest()}}],
+            "predicateType": PREDICATE_TYPE,
+            "predicate": {
+                "serialization": serialization,
+                "resources": [{"name": ".", "algorithm": "sha256", "digest": digest}],
+            },
+        }
+        payload = json.dumps(statement, sort_keys=True, separators=(",", ":")).encode("ascii")
+        envelope = Envelope.sealed(PAYLOAD_TYPE, payload, [key], name_keys=False)
+        material = {"publicKey": {"hint": key.public.key_id}, "tlogEntries": []}
+        bundle = {"mediaType": MEDIA_TYPE, "verificationMaterial": material, "dsseEnvelope": envelope.as_json()}
+        return json.dumps(bundle, separators=(",", ":")).encode("ascii")
+
+    def check(self, digest: str, name: str, key: PublicKey | None) -> None:
+        """Checks that the bundle is for a file with this SHA-256, and that it was made with a key.
 
         Args:
             digest: SHA-256 of the file, hex.
             name: The file, for messages.
+            key: The key that the bundle should name; None where it is not known: then who made the bundle stays unproven.
 
         Raises:
-            BadSignatureError: It is for other bytes.
+            BadSignatureError: It is for other bytes, names another key, or was not made with this one.
         """
         if self.digest != digest:
             sums = f"expected sha256 {self.digest[:12]}.., got {digest[:12]}.."
             raise BadSignatureError(f"{self.source} was made for other bytes than those of {name}: {sums}")
-
-    def check_key(self, key: PublicKey) -> None:
-        """Checks that the signature was made with a key.
-
-        Args:
-            key: The key that the bundle should name.
-
-        Raises:
-            BadSignatureError: The bundle names another key, or was not made with this one.
-        """
-        if key.key_id != self.key_id or not self.envelope.signed_by(key):
+        if key is not None and (key.key_id != self.key_id or not self.envelope.signed_by(key)):
             raise BadSignatureError(f"{self.source} was not made with the key that it names ({self.key_id[:12]}..)")
-
-
-def make_bundle(digest: str, name: str, key: PrivateKey) -> bytes:
-    """Signs a file.
-
-    Args:
-        digest: SHA-256 of the file, hex.
-        name: File name to write into the statement; readers do not compare it.
-        key: The signer.
-
-    Returns:
-        The content of the .sig file.
-    """
-    serialization = {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": []}
-    statement = {
-        "_type": STATEMENT_TYPE,
-        # The subject's digest is that of the concatenated digests of all resources; there is one.
-        "subject": [{"name": name, "digest": {"sha256": sha256(bytes.fromhex(digest)).hexdigest()}}],
-        "predicateType": PREDICATE_TYPE,
-        "predicate": {"serialization": serialization, "resources": [{"name": ".", "algorithm": "sha256", "digest": digest}]},
-    }
-    payload = json.dumps(statement, sort_keys=True, separators=(",", ":")).encode("ascii")
-    envelope = Envelope.sealed(PAYLOAD_TYPE, payload, [key], name_keys=False)
-    material = {"publicKey": {"hint": key.public.key_id}, "tlogEntries": []}
-    bundle = {"mediaType": MEDIA_TYPE, "verificationMaterial": material, "dsseEnvelope": envelope.as_json()}
-    return json.dumps(bundle, separators=(",", ":")).encode("ascii")
 
 
 def _signed_digest(payload: bytes, source: str) -> str:

@@ -21,7 +21,14 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def is_path(pattern: str) -> bool:
-    """Whether a pattern is for paths: it starts with "/", "~", a drive letter, "./", "../" or "*/". Others are model ids."""
+    """Distinguishes the two kinds of patterns.
+
+    Args:
+        pattern: A path pattern or a pattern of model ids.
+
+    Returns:
+        True for paths: it starts with "/", "~", a drive letter, "./", "../" or "*/". Others are model ids.
+    """
     return _PATH.match(pattern) is not None
 
 

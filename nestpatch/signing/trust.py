@@ -112,7 +112,14 @@ class Policy:
             raise TrustError(reason if source in reason else f"{source}: {reason}", advice=error.advice) from error
 
     def find(self, key_id: str) -> TrustedKey | None:
-        """The trusted key with this id, or None."""
+        """Finds a key by its id.
+
+        Args:
+            key_id: SHA-256 of the key's PEM text, hex.
+
+        Returns:
+            The trusted key, or None.
+        """
         return next((trusted for trusted in self.keys if trusted.key.key_id == key_id), None)
 
     def rules_for(self, subject: Subject) -> tuple[Rule, ...]:
@@ -138,15 +145,17 @@ class Policy:
         Returns:
             Which keys count, and which rules are not met.
         """
-        rules: list[Rule] = []
+        counted: list[tuple[Rule, frozenset[str]]] = []
         for part in self._parts():
-            chosen = _deciding(part, subject, vouched=True)
-            if not any(self._counted(rule, subject, signed) for rule in chosen):
-                chosen = _deciding(part, subject, vouched=False)
-            rules += chosen
-        counted = [self._counted(rule, subject, signed) for rule in rules]
-        unmet = tuple(rule for rule, ids in zip(rules, counted, strict=True) if len(ids) < rule.require)
-        return PolicyResult(frozenset().union(*counted), max((rule.require for rule in rules), default=0), unmet)
+            for vouched in (True, False):
+                rules = _deciding(part, subject, vouched=vouched)
+                ids = [{key.key.key_id for key in self.counting(rule, subject)}.intersection(signed) for rule in rules]
+                if any(ids):
+                    break
+            counted += [(rule, frozenset(found)) for rule, found in zip(rules, ids, strict=True)]
+        unmet = tuple(rule for rule, found in counted if len(found) < rule.require)
+        required = max((rule.require for rule, _ in counted), default=0)
+        return PolicyResult(frozenset().union(*(found for _, found in counted)), required, unmet)
 
     def counting(self, rule: Rule, subject: Subject) -> tuple[TrustedKey, ...]:
         """The keys whose signatures count for a model under a rule.
@@ -160,9 +169,6 @@ class Policy:
         """
         named = self._named_in(rule)
         return tuple(t for t in self.keys if subject.is_covered(t.models) and (not rule.keys or t.key.key_id in named))
-
-    def _counted(self, rule: Rule, subject: Subject, signed: Collection[str]) -> frozenset[str]:
-        return frozenset(t.key.key_id for t in self.counting(rule, subject) if t.key.key_id in signed)
 
     def _parts(self) -> tuple[tuple[Rule, ...], tuple[Rule, ...]]:
         """The administrator's rules; the user's, with the default rule after them."""
@@ -284,7 +290,7 @@ def _default_rule(keys: Sequence[TrustedKey]) -> Rule:
 def _deciding(rules: Sequence[Rule], subject: Subject, *, vouched: bool) -> tuple[Rule, ...]:
     """The rules of one file that decide.
 
-    `vouched`: a trusted key has signed the pack, and so what it states as its base. Otherwise anybody can write any base into
+    `vouched`: a trusted key has signed the pack, and so what it states as its base. Otherwise anyone can write any base into
     the pack, so that statement selects no rule: all rules for model ids apply that stand before the first rule which applies by
     the user's words alone, and that one.
     """

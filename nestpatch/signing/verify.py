@@ -20,7 +20,7 @@ from nestpatch.files.atomic import write_bytes
 from nestpatch.files.reading import read_bounded
 from nestpatch.formats import nest
 from nestpatch.pack import Pack
-from nestpatch.signing.envelopes import MAX_BYTES, Bundle, make_bundle
+from nestpatch.signing.envelopes import MAX_BYTES, Bundle
 from nestpatch.signing.keys import PrivateKey
 from nestpatch.signing.subject import NO_MODEL, Subject, is_path
 from nestpatch.signing.trust import Policy, Rule
@@ -117,13 +117,12 @@ def check_signatures(
     unknown: list[str] = []
     for source, content in signatures.items():
         bundle = Bundle.parse(content, source)
-        bundle.check_file(digest, file)
         known = policy.find(bundle.key_id)
+        bundle.check(digest, file, known.key if known else None)
         if known is None:
             unknown.append(bundle.key_id)
-            continue
-        bundle.check_key(known.key)
-        trusted[bundle.key_id] = Signer(known.name, bundle.key_id, source)
+        else:
+            trusted[bundle.key_id] = Signer(known.name, bundle.key_id, source)
     # Decoded last: a wrong signature is an error also where the bytes are not a pack.
     pack = nest.decode(data)
     signers = tuple(trusted.values())
@@ -325,5 +324,5 @@ def sign_pack(path: str | Path, key: PrivateKey, output: Path | None = None, *, 
         if older is not None and not overwrite:
             raise OutputError(f"{older} exists already, by the same key", advice="Pass --overwrite to sign again.")
         target = older or (own if first in taken else first)
-    write_bytes(target, make_bundle(pack_id, file.name, key), overwrite=overwrite)
+    write_bytes(target, Bundle.write(pack_id, file.name, key), overwrite=overwrite)
     return SignatureFile(target, pack_id, key_id)

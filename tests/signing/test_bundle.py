@@ -22,7 +22,7 @@ Change = Callable[[Any], None]
 
 @pytest.fixture(scope="session")
 def good(people: People, pack_bytes: bytes) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(envelopes.make_bundle(sha256(pack_bytes).hexdigest(), "no-harm.nest", people.acme))
+    value: dict[str, Any] = json.loads(envelopes.Bundle.write(sha256(pack_bytes).hexdigest(), "no-harm.nest", people.acme))
     return value
 
 
@@ -205,19 +205,19 @@ def test_a_signature_for_another_purpose_does_not_pass(people: People, pack_byte
 
 
 def test_the_signature_of_another_pack(people: People, pack_bytes: bytes) -> None:
-    other = envelopes.make_bundle(sha256(b"another pack").hexdigest(), "no-harm.nest", people.acme)
+    other = envelopes.Bundle.write(sha256(b"another pack").hexdigest(), "no-harm.nest", people.acme)
     with pytest.raises(BadSignatureError, match=r"made for other bytes .* expected sha256 .{12}\.\., got "):
         check_signatures(pack_bytes, {"x.sig": other}, people.policy("acme"))
 
 
 def test_somebody_else_signs_in_acmes_name(people: People, pack_bytes: bytes) -> None:
-    forged = json.loads(envelopes.make_bundle(sha256(pack_bytes).hexdigest(), "no-harm.nest", people.evil))
+    forged = json.loads(envelopes.Bundle.write(sha256(pack_bytes).hexdigest(), "no-harm.nest", people.evil))
     forged["verificationMaterial"]["publicKey"]["hint"] = people.acme.public.key_id
     assert verdict(people, pack_bytes, forged) is BadSignatureError
 
 
 def test_payload_and_signature_of_different_bundles(people: People, pack_bytes: bytes, good: dict[str, Any]) -> None:
-    other = json.loads(envelopes.make_bundle(sha256(b"another pack").hexdigest(), "no-harm.nest", people.acme))
+    other = json.loads(envelopes.Bundle.write(sha256(b"another pack").hexdigest(), "no-harm.nest", people.acme))
     mixed = copy.deepcopy(good)
     mixed["dsseEnvelope"]["signatures"] = other["dsseEnvelope"]["signatures"]
     assert verdict(people, pack_bytes, mixed) is BadSignatureError
