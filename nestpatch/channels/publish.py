@@ -240,7 +240,7 @@ def _publish(writer: ChannelWriter, edit: _Edit, key: PrivateKey, days: int, *, 
         newest = best.version if best else ""
         facts = (channel.name, channel.serial, channel.expires, newest, change.needed, change.message, tag)
         return Published(address, revision, *facts)
-    raise PublishError(f"others publish at {address} at the same time: {ATTEMPTS} attempts came too late")
+    raise PublishError(f"other publishers changed {address} at the same time: gave up after {ATTEMPTS} attempts")
 
 
 def _current(reader: ChannelReader, head: Head, key: PrivateKey, fresh: str | None) -> tuple[Channel, tuple[PublicKey, ...]]:
@@ -287,5 +287,5 @@ def _card(reader: ChannelReader, head: Head, channel: Channel, manifest: Manifes
         data = reader.read(head.revision, best.file)
         best.file.check(data, reader.address)
         manifest = nest.decode(data).manifest
-    # A folder has another path on every machine, and the publisher's own is not for others to know.
+    # A folder has another path on every machine, and the publisher's own path is not published.
     return {CARD: model_card(channel, manifest, reader.address if reader.name else THIS_FOLDER).encode("utf-8")}

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class SlowError(Exception):
-    """The time is over."""
+    """The server took too long."""
 
 
 class Deadline:
@@ -30,7 +30,7 @@ class Deadline:
 
     Args:
         size: Bytes to read.
-        share: Number of files that are read at the same time over one line.
+        share: Number of files that are read at the same time over one connection.
     """
 
     def __init__(self, size: int, share: int = 1) -> None:
@@ -42,7 +42,7 @@ class Deadline:
         """Checks the time.
 
         Raises:
-            SlowError: It is over.
+            SlowError: The time is over.
         """
         if time.monotonic() >= self._end:
             raise SlowError(f"it took longer than the allowed {self.seconds:.1f} s")

@@ -100,7 +100,7 @@ class Snapshot:
 def look_up(repo_id: str, revision: str | None = None, *, endpoint: str | None = None) -> Snapshot:
     """Asks the Hub for a commit and the list of its files, in one request.
 
-    Never answers from a cache: an unreachable Hub is an error, not yesterday's commit.
+    Never uses a cache: when the Hub is unreachable, an old commit must not pass for the current one.
 
     Args:
         repo_id: owner/name.

@@ -56,7 +56,7 @@ class RemoteFile:
         name: Its path in the repository.
         meter: Counts what is received.
         endpoint: Address of the Hub; None: that of HF_ENDPOINT.
-        share: Number of parts that are read at the same time, each of which gets its share of the line.
+        share: Number of parts that are read at the same time, each of which gets its share of the bandwidth.
     """
 
     def __init__(

@@ -37,8 +37,8 @@ _PARALLEL = 8
 """Requests at a time."""
 _GAP = 256 << 10
 """Bytes between two wanted rows that are read along rather than skipped. Skipping them costs another request: with a round
-trip of 100 ms to a CDN and _PARALLEL requests at a time an eighth of that, in which a line of 20 MB/s brings 250 kB. On
-such a line, simulated, 1 % and 3 % of 8 kB rows took 4.7 and 8.4 s; with no gap 5.8 and 16.6 s, with 1 MiB 7.4 and 16.3."""
+trip of 100 ms to a CDN and _PARALLEL requests at a time an eighth of that, in which 20 MB/s bring 250 kB. On such a
+connection, simulated, 1 % and 3 % of 8 kB rows took 4.7 and 8.4 s; with no gap 5.8 and 16.6 s, with 1 MiB 7.4 and 16.3."""
 _PART = 8 << 20
 """Bytes of one request at most, unless a single row is larger."""
 _KEPT = 256 << 20

@@ -24,7 +24,7 @@ _ENCRYPTED = (b"BEGIN ENCRYPTED PRIVATE KEY", b"Proc-Type: 4,ENCRYPTED")
 
 @dataclass(frozen=True)
 class PublicKey:
-    """The half of a key pair that may be given to everybody."""
+    """The half of a key pair that may be published."""
 
     pem: str
     """PEM text as `cryptography` writes it, so that equal keys have equal texts."""

@@ -249,7 +249,7 @@ def distrust_key(text: str) -> tuple[TrustedKey, Path]:
         if not before.matching(text) and load_system().matching(text):
             raise TrustError(
                 f"{text!r} is a key of this machine's administrator, in {SYSTEM_FILE}",
-                advice=f"Ask who may write {SYSTEM_FILE} to remove it there. No list of your own takes its trust away.",
+                advice=f"Ask the administrator to remove it from {SYSTEM_FILE}. Your own policy file cannot remove it.",
             )
         after = before.without_key(text)
         file = save_policy(after)

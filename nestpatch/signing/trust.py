@@ -67,7 +67,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class PolicyResult:
-    """What the signatures of a pack are worth under a policy."""
+    """How the signatures of a pack count under a policy."""
 
     counting: frozenset[str]
     """Ids of the keys that signed and count."""
@@ -136,7 +136,7 @@ class Policy:
         return tuple(rule for part in self._parts() for rule in _deciding(part, subject, vouched=True))
 
     def weigh(self, subject: Subject, signed: Collection[str]) -> PolicyResult:
-        """Applies the rules to the signatures of a pack. Pure: `allow_unsigned` is the caller's business.
+        """Applies the rules to the signatures of a pack. The caller applies `allow_unsigned`.
 
         Args:
             subject: The model that the pack is for, with the base that the pack names.
@@ -229,7 +229,7 @@ class Policy:
         return replace(self, keys=tuple(t for t in self.keys if t != fitting[0])).checked()
 
     def under(self, system: Policy, source: str) -> Policy:
-        """This policy below the administrator's: one in which both must be met.
+        """Combines this policy with the administrator's, so that both must be met.
 
         What the administrator requires, only the administrator's keys can give: those that a rule names, else all of them.
         They also count under the user's rules. A key in both counts for the administrator's models only. A user's key with the
@@ -283,7 +283,7 @@ class Policy:
 
 
 def _default_rule(keys: Sequence[TrustedKey]) -> Rule:
-    """What applies where no rule of a file does: who trusts any key needs one signature."""
+    """The rule where no other applies: one signature if any key is trusted, none otherwise."""
     return Rule(EVERYTHING, int(bool(keys)))
 
 

@@ -205,7 +205,7 @@ def _with_rule(
     count = f"{rule.require} signature{'s' if rule.require > 1 else ''} for {rule.model!r}"
     if above is not None:
         lifted = ", which allowing unsigned packs does not lift" if allow_unsigned else ""
-        advice = "Get the pack with its signatures. What the administrator of this machine requires, only that file can change."
+        advice = "Get the pack with its signatures. What the administrator requires can only be changed in that file."
         return type(lack)(f"{lack}; {above.source} requires {count}{lifted}", advice=advice)
     return type(lack)(
         f"{lack}; a rule requires {count}, and without a trusted signature the pack's statement that it is for "

@@ -74,7 +74,7 @@ def test_no_rule_of_a_user_lifts_one_of_the_administrator(people: People, place:
         assert said.startswith("UntrustedError: no-harm.nest is signed by ")
         assert f"{file} requires 1 signature for '*'" in said
         assert ("which allowing unsigned packs does not lift" in said) is ("--allow-unsigned" in more)
-        assert "only that file can change" in said
+        assert "can only be changed in that file" in said
     exported = run("export", place / "model", place / "no-harm.nest", "--to", "lora", "--allow-unsigned")
     assert (exported.exit_code, exported.stderr.startswith("UntrustedError")) == (1, True)
     with pytest.raises(UntrustedError):
@@ -244,7 +244,7 @@ def test_a_system_key_is_not_removed_by_a_user(people: People) -> None:
         said = " ".join(refused.stderr.split())
         assert refused.exit_code == 1
         assert f"TrustError: {text!r} is a key of this machine's administrator, in {file}" in said
-        assert f"Ask who may write {file}" in said
+        assert f"Ask the administrator to remove it from {file}" in said
 
 
 # The combination is a pure function
