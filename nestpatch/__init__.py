@@ -67,10 +67,10 @@ if TYPE_CHECKING:
     from nestpatch.signing.keys import PrivateKey as PrivateKey
     from nestpatch.signing.keys import keygen as keygen
     from nestpatch.signing.keys import read_private as load_key
+    from nestpatch.signing.store import load_policy as load_policy
+    from nestpatch.signing.store import trust_key as trust_key
     from nestpatch.signing.trust import Policy as Policy
     from nestpatch.signing.trust import TrustedKey as TrustedKey
-    from nestpatch.signing.trust import load_policy as load_policy
-    from nestpatch.signing.trust import trust_key as trust_key
     from nestpatch.signing.verify import sign_pack as sign
     from nestpatch.signing.verify import verify_signature as verify_signature
 
@@ -92,7 +92,7 @@ _HOMES = {
     "keygen": "signing.keys",
     "load_key": "signing.keys:read_private",
     "load_pack": "formats.nest:read",
-    "load_policy": "signing.trust",
+    "load_policy": "signing.store",
     "load_prompts": "prompts.readers",
     "load_suite": "evaluation.suites",
     "patched_models": "patcher.registry",
@@ -107,7 +107,7 @@ _HOMES = {
     "sign": "signing.verify:sign_pack",
     "status": "patcher.status",
     "train": "nest_train.train",
-    "trust_key": "signing.trust",
+    "trust_key": "signing.store",
     "update": "patcher.update",
     "verify": "patcher.verify",
     "verify_signature": "signing.verify",

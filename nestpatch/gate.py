@@ -15,9 +15,10 @@ from nestpatch.errors import PackError, UnsignedError
 from nestpatch.events import OnEvent, ignore
 from nestpatch.formats import nest
 from nestpatch.pack import Pack
-from nestpatch.signing.subject import EVERYTHING, Origin, subject_of
-from nestpatch.signing.trust import Policy, Rule, load_for_looking, load_policy
-from nestpatch.signing.verify import SignatureResult, UnverifiedPack, ValidSignatures, apply_policy, signers_of, verify_file
+from nestpatch.signing.store import load_policy
+from nestpatch.signing.subject import EVERYTHING, Origin, Subject
+from nestpatch.signing.trust import Policy, Rule
+from nestpatch.signing.verify import SignatureResult, UnverifiedPack, apply_policy, verify_signature
 
 if TYPE_CHECKING:
     from nestpatch.channels.follow import Downloaded
@@ -88,8 +89,9 @@ def prove(
 
         done = passed(fetch_pack(str(pack), rules, model, allow_unsigned=allow_unsigned or trust == "none", on_event=on_event))
     else:
-        outcome, signatures = _judge_file(pack, rules, model, allow_unsigned=allow_unsigned)
-        done = _passed(outcome, Origin(signers_of(outcome), signatures=signatures))
+        outcome = _judge_file(pack, rules, model, allow_unsigned=allow_unsigned)
+        suffixes = {name.removeprefix(Path(pack).name): content for name, content in outcome.signatures.items()}
+        done = _passed(outcome, Origin(outcome.key_ids, signatures=suffixes))
     return replace(done, unchecked=_why_unchecked(done, rules, trust)) if done.unchecked else done
 
 
@@ -110,7 +112,7 @@ def look(pack: PackLike, *, policy: Policy | None = None, on_event: OnEvent = ig
         ChannelError: The channel breaks a rule.
         HubError: A server did not return what was requested.
     """
-    known = load_for_looking() if policy is None else policy
+    known = load_policy(needs_home=False) if policy is None else policy
     anybody = Policy(known.keys, (Rule(EVERYTHING, 0),))
     return prove(pack, policy=anybody, allow_unsigned=True, on_event=on_event)
 
@@ -174,23 +176,16 @@ def _why_unchecked(done: Proven, policy: Policy, trust: Trust) -> str:
 def _in_memory(pack: Pack, policy: Policy, model: str | Path | None, *, allow_unsigned: bool) -> Proven:
     file = f"{pack.label}, a value in memory,"
     try:
-        outcome = apply_policy(
-            pack, nest.pack_id(pack), ValidSignatures({}), policy, subject_of(model), file=file, allow_unsigned=allow_unsigned
-        )
+        outcome = apply_policy(pack, nest.pack_id(pack), policy, Subject.of(model), file=file, allow_unsigned=allow_unsigned)
     except UnsignedError as error:
         advice = 'Give the pack\'s file with its .sig beside it, or accept the pack without a signature: trust="none".'
         raise UnsignedError(str(error), advice=advice) from error
     return _passed(outcome, Origin())
 
 
-def _judge_file(
-    pack: str | Path, policy: Policy, model: str | Path | None, *, allow_unsigned: bool
-) -> tuple[SignatureResult, dict[str, bytes]]:
-    """(the judgement, suffix after the pack's file name -> content of each signature that was judged)."""
-    name = Path(pack).name
+def _judge_file(pack: str | Path, policy: Policy, model: str | Path | None, *, allow_unsigned: bool) -> SignatureResult:
     try:
-        outcome, signatures = verify_file(pack, policy, model, allow_unsigned=allow_unsigned)
-        return outcome, {file.removeprefix(name): content for file, content in signatures.items()}
+        return verify_signature(pack, policy, model, allow_unsigned=allow_unsigned)
     except PackError as error:
         if not Path(pack).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", str(pack)):
             error.advice = f"Check the path. A channel of the Hub is named with its scheme: hub://{pack}"

@@ -30,8 +30,8 @@ from nestpatch.formats.safetensors import INDEX
 from nestpatch.nest_train.recipe import make_recipe
 from nestpatch.pack import version_problem
 from nestpatch.prompts.readers import load_prompts
-from nestpatch.signing.keys import read_private, read_public
-from nestpatch.signing.trust import load_policy
+from nestpatch.signing.keys import PublicKey, read_private
+from nestpatch.signing.store import load_policy
 from nestpatch.signing.verify import read_signatures
 from tests.attacks.tools import split
 from tests.export.families import model_around
@@ -145,7 +145,7 @@ def test_a_model_that_is_no_file_is_refused_by_its_kind(name: str, what: str, tm
 READERS: dict[str, tuple[Callable[[Path], object], type[NestpatchError]]] = {
     "x.nest": (nest.read, PackError),
     "x.key": (read_private, KeyFileError),
-    "x.pub": (read_public, KeyFileError),
+    "x.pub": (PublicKey.read, KeyFileError),
     "policy.json": (load_policy, TrustError),
     "x.jsonl": (load_prompts, PromptDataError),
     "x.json": (load_prompts, PromptDataError),

@@ -17,7 +17,8 @@ import nestpatch
 from nestpatch.errors import TrustError
 from nestpatch.formats import nest
 from nestpatch.signing import keys
-from nestpatch.signing._store import changing, trust_file
+from nestpatch.signing.store import _changing as changing
+from nestpatch.signing.store import trust_file
 from tests.helpers import tiny_checkpoint, tiny_pack
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/dev/full, and locales of Linux")

@@ -70,7 +70,7 @@ SIMPLE: dict[Any, Callable[[str], Any]] = {
     Any: lambda text: text,
     object: lambda text: text,
     bytes: lambda text: text.encode("utf-8", "surrogatepass"),
-    keys.PublicKey: lambda _: keys.generate().public,
+    keys.PublicKey: lambda _: keys.PrivateKey.generate().public,
 }
 
 
@@ -212,11 +212,11 @@ def filled_pack(text: str, **facts: Any) -> Pack:
 
 
 def signed(cls: type, text: str) -> Any:
-    return cls(filled_pack(text), text, value_of(typing.get_type_hints(cls)["signers"], text), 1)
+    return cls(filled_pack(text), text, 1, value_of(typing.get_type_hints(cls)["signers"], text))
 
 
 def filled_unproven(cls: type, text: str) -> Any:
-    return cls(filled_pack(text), text, text, 1)
+    return cls(filled_pack(text), text, 1, reason=text)
 
 
 TINY: list[Pack] = []
@@ -372,7 +372,7 @@ def test_a_hostile_pack_makes_no_other_card(text: str) -> None:
     """As many lines as an honest one, its front matter is what it says, and every table keeps its columns."""
     import yaml
 
-    key = keys.generate().public
+    key = keys.PrivateKey.generate().public
     share = {"value": text, "count": text, "total": text}
     good = {"value": 0.5, "count": 1, "total": 2}
     evaluation = {"before": {text: good, "x": share}, "after": {text: good, "x": share}}

@@ -24,8 +24,8 @@ from nestpatch.errors import ChannelFormatError, KeyFileError, SignatureFormatEr
 from nestpatch.files.atomic import sweep_writes, write_bytes
 from nestpatch.files.locks import exclusive
 from nestpatch.signing.envelopes import members
-from nestpatch.signing.keys import parse_public
-from nestpatch.signing.machine import user_folder
+from nestpatch.signing.keys import PublicKey
+from nestpatch.signing.store import user_folder
 
 SEEN_FORMAT = "nestpatch-seen/2"
 ADDRESS_FORMAT = "nestpatch-address/1"
@@ -58,29 +58,46 @@ def _short(text: str) -> str:
 
 
 def recall(address: str) -> Memory | None:
-    """What is remembered of an address and its channel; None before the first contact. Raises ChannelFormatError."""
+    """Reads what is remembered of an address and its channel.
+
+    Args:
+        address: As its reader shows it.
+
+    Returns:
+        The memory; None before the first contact.
+
+    Raises:
+        ChannelFormatError: A file is broken, or belongs to another address or channel.
+    """
     file = address_file(address)
     lost = "makes the next contact with this address the first one: another channel there would not be noticed then."
     with _explained(file, f"what is remembered of {address} is broken", lost):
         kinds: dict[str, type] = {"format": str, "address": str, "root": str, "name": str, "revision": str, "channel": str}
         facts = _read(file, kinds, format=ADDRESS_FORMAT, address=address)
-        seen = None if facts is None else recall_channel(facts["root"], facts["name"])
+        seen = None if facts is None else recall_channel(memory_file(facts["root"], facts["name"]), facts["name"])
         return None if facts is None or seen is None else Memory(seen, facts["revision"], facts["channel"].encode("utf-8"))
 
 
-def recall_channel(root: str, name: str) -> SeenChannel | None:
-    """The newest seen state of a channel; None when it was never seen. Raises ChannelFormatError."""
-    return _recall_file(memory_file(root, name), name)
+def recall_channel(file: Path, name: str) -> SeenChannel | None:
+    """Reads the newest state of a channel that was seen, at whatever address.
 
+    Args:
+        file: Its `memory_file`.
+        name: Name of the channel.
 
-def _recall_file(file: Path, name: str) -> SeenChannel | None:
+    Returns:
+        The state; None when the channel was never seen.
+
+    Raises:
+        ChannelFormatError: The file is broken, or belongs to another channel.
+    """
     lost = "makes the next contact with this channel the first one: old copies would not be noticed then."
     with _explained(file, f"what is remembered of the channel {name} is broken", lost):
         kinds: dict[str, type] = {"format": str, "name": str, "serial": int, "digest": str, "roots": list}
         facts = _read(file, kinds, format=SEEN_FORMAT, name=name)
         if facts is None:
             return None
-        roots = tuple(parse_public(str(pem).encode("utf-8"), str(file)) for pem in facts["roots"])
+        roots = tuple(PublicKey.parse(str(pem).encode("utf-8"), str(file)) for pem in facts["roots"])
         if not roots or memory_file(roots[0].key_id, name) != file:
             raise SignatureFormatError(f"{file} belongs to another channel")
         return SeenChannel(name, facts["serial"], facts["digest"], roots)
@@ -111,12 +128,26 @@ def _explained(file: Path, what: str, lost: str) -> Iterator[None]:
 def accepted(rules: ChannelRules, address: str, data: bytes, source: str) -> AcceptedChannel:
     """Applies the rules to the channel at an address, with all that was seen of it there and elsewhere.
 
-    Call it inside `held`, followed by `keep`. Raises a ChannelError that says which rule is violated.
+    Call it inside `held`, followed by `keep`.
+
+    Args:
+        rules: The rules; what was seen is filled in here.
+        address: As its reader shows it.
+        data: The channel file.
+        source: What it is, for messages.
+
+    Returns:
+        The accepted channel.
+
+    Raises:
+        ChannelError: A rule is violated, or the memory is broken.
     """
     envelope, channel = parse(data, source)
     known = recall(address)
     files = sorted((user_folder() / "channels").glob(f"{_short(channel.name)}-*.json"))
-    elsewhere = [seen for seen in (_recall_file(file, channel.name) for file in files) if seen and seen.is_of(channel)]
+    stored = [recall_channel(file, channel.name) for file in files]
+    # States of this channel: one of their root keys is its own, or has handed it over to that.
+    elsewhere = [seen for seen in stored if seen and any(channel.walk(key)[-1] == channel.root for key in seen.roots)]
     # The address first: it must continue the channel that it had.
     seen = dict.fromkeys([*([known.seen] if known else []), *elsewhere])
     found = [replace(rules, seen=one).accept(envelope, channel, source) for one in seen or (None,)]
@@ -125,7 +156,14 @@ def accepted(rules: ChannelRules, address: str, data: bytes, source: str) -> Acc
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Locks the memory against other processes. Raises OSError."""
+    """Locks the memory against other processes.
+
+    Yields:
+        Nothing; the lock is held inside the block.
+
+    Raises:
+        OSError: The folder cannot be created or locked.
+    """
     folder = user_folder() / "channels"
     for needed in (folder, folder / "addresses"):
         needed.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -133,22 +171,25 @@ def held() -> Iterator[None]:
         yield
 
 
-def remember(address: str, memory: Memory) -> None:
-    """Keeps what was seen, unless another process has seen a newer state meanwhile. Raises OutputError."""
-    with held():
-        keep(address, memory)
-
-
 def keep(address: str, memory: Memory) -> None:
-    """Does the same inside `held`."""
+    """Keeps what was seen, unless another process has seen a newer state. Call it inside `held`.
+
+    Args:
+        address: As its reader shows it.
+        memory: What was seen there.
+
+    Raises:
+        OutputError: A file cannot be written.
+    """
     seen = memory.seen
     root = seen.roots[0].key_id
-    known = recall_channel(root, seen.name)
+    file = memory_file(root, seen.name)
+    known = recall_channel(file, seen.name)
     if known is not None and known.order > seen.order:
         return
     facts = {"name": seen.name, "serial": seen.serial, "digest": seen.digest, "roots": [key.pem for key in seen.roots]}
     if known != seen:
-        _write(memory_file(root, seen.name), {"format": SEEN_FORMAT, **facts})
+        _write(file, {"format": SEEN_FORMAT, **facts})
     if recall(address) != memory:
         answer = {"revision": memory.revision, "channel": memory.data.decode("utf-8")}
         facts = {"format": ADDRESS_FORMAT, "address": address, "root": root, "name": seen.name}

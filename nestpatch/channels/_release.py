@@ -6,7 +6,7 @@ Values in, values out: no files, no network.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 from hashlib import sha256
@@ -24,34 +24,39 @@ from nestpatch.channels.listing import (
     base_digest,
     pack_path,
     payload,
-    succession_payload,
     write_envelope,
 )
 from nestpatch.channels.rules import choose, latest
 from nestpatch.errors import PublishError, VersionError
-from nestpatch.hub.client import parse_reference
+from nestpatch.formats.nest import canonical_json
+from nestpatch.hub.client import Reference
 from nestpatch.pack import TIME_FORMAT, Manifest
 from nestpatch.plain import count, markdown, number, one_line
-from nestpatch.signing.envelopes import MAX_BYTES, seal
-from nestpatch.signing.keys import PrivateKey, PublicKey
+from nestpatch.signing.envelopes import MAX_BYTES, Envelope
+from nestpatch.signing.keys import PrivateKey
 
 DAYS = 30
 """Default validity of a channel. For that long, whoever controls the server can hold back a fix."""
 
 
-def new_channel(name: str, root: PublicKey) -> Channel:
-    """A channel that was never issued."""
-    return Channel(name, 0, "", "", root)
-
-
 def issue(channel: Channel, key: PrivateKey, now: str, days: int = DAYS) -> tuple[Channel, bytes]:
-    """Signs a channel under its next number, valid for some days.
+    """Signs a channel under its next number.
 
-    Returns the issued channel and its file. Raises PublishError when the file is too long for readers.
+    Args:
+        channel: The channel with its changes.
+        key: The root key, which signs it.
+        now: UTC, in the form of TIME_FORMAT.
+        days: How long it is valid.
+
+    Returns:
+        The issued channel, and the content of its file.
+
+    Raises:
+        PublishError: The file is too long for readers.
     """
     end = datetime.strptime(now, TIME_FORMAT) + timedelta(days=days)  # noqa: DTZ007 - UTC by its Z
     issued = replace(channel, serial=channel.serial + 1, issued=now, expires=end.strftime(TIME_FORMAT), root=key.public)
-    data = write_envelope(seal(PAYLOAD_TYPE, payload(issued), [key]))
+    data = write_envelope(Envelope.sealed(PAYLOAD_TYPE, payload(issued), [key]))
     if len(data) > MAX_BYTES:
         raise PublishError(
             f"{channel.name} would have {len(data)} bytes; readers take {MAX_BYTES}", advice="Start a new channel."
@@ -60,7 +65,14 @@ def issue(channel: Channel, key: PrivateKey, now: str, days: int = DAYS) -> tupl
 
 
 def require_next_number(channel: Channel) -> None:
-    """Raises PublishError when the next number would be too high for new readers."""
+    """Checks that a change can be issued under the channel's next number.
+
+    Args:
+        channel: The channel with its changes.
+
+    Raises:
+        PublishError: The number would be too high for new readers.
+    """
     if channel.serial >= MAX_FIRST:
         raise PublishError(
             f"{channel.name} has number {channel.serial}; new readers take numbers up to {MAX_FIRST}",
@@ -69,7 +81,16 @@ def require_next_number(channel: Channel) -> None:
 
 
 def listed(manifest: Manifest, data: bytes, signatures: Mapping[str, bytes]) -> tuple[ListedPack, dict[str, bytes]]:
-    """The entry of a pack, and its files by their paths. `signatures`: suffix after .nest -> content."""
+    """Prepares a pack for a channel.
+
+    Args:
+        manifest: The pack's manifest.
+        data: The bytes of the pack.
+        signatures: Suffix after .nest -> content of each signature.
+
+    Returns:
+        The entry for the channel, and path -> content of the files.
+    """
     stem = pack_path(manifest.name, manifest.version)
     files = {stem: data} | {f"{stem}{suffix}": content for suffix, content in signatures.items()}
     entries = _listed_files(files)
@@ -82,7 +103,18 @@ def _listed_files(files: Mapping[str, bytes]) -> tuple[ListedFile, ...]:
 
 
 def add(channel: Channel, pack: ListedPack) -> Channel:
-    """Adds a version. Raises VersionError when it exists already, or belongs to a pack of another name."""
+    """Adds a version. It supersedes the lower ones, and those that it names.
+
+    Args:
+        channel: The channel.
+        pack: The entry to add.
+
+    Returns:
+        The changed channel, to be issued.
+
+    Raises:
+        VersionError: The version exists already, or belongs to a pack of another name.
+    """
     for other in channel.packs:
         if other.order == pack.order:
             same = "the same content" if other.file.sha256 == pack.file.sha256 else "other content"
@@ -92,30 +124,29 @@ def add(channel: Channel, pack: ListedPack) -> Channel:
                 f"{channel.name} is the channel of {other.name}, not of {pack.name}",
                 advice="Publish it in a repository of its own: a model can follow several channels.",
             )
-    replaced = [_superseded(other, pack) for other in channel.packs]
-    return replace(channel, packs=tuple(sorted([*replaced, pack], key=lambda entry: entry.order)))
-
-
-def is_published(channel: Channel, pack: ListedPack, signatures: Collection[str]) -> bool:
-    """Whether these bytes are published already, not revoked, with signatures of these SHA-256 among the listed ones."""
-    for other in channel.packs:
-        if other.order == pack.order and other.file.sha256 == pack.file.sha256 and other.status is not ListedStatus.REVOKED:
-            return set(signatures) <= {file.sha256 for file in other.signatures}
-    return False
-
-
-def _superseded(old: ListedPack, new: ListedPack) -> ListedPack:
-    # A prerelease does not replace a finished version.
-    replaces = old.order < new.order and (not new.order.prerelease or bool(old.order.prerelease))
-    if old.status is ListedStatus.ACTIVE and (replaces or old.file.sha256 in new.supersedes):
-        return replace(old, status=ListedStatus.SUPERSEDED)
-    return old
+    packs = [pack]
+    for old in channel.packs:
+        # A prerelease does not replace a finished version.
+        replaces = old.order < pack.order and (not pack.order.prerelease or bool(old.order.prerelease))
+        gone = old.status is ListedStatus.ACTIVE and (replaces or old.file.sha256 in pack.supersedes)
+        packs.append(replace(old, status=ListedStatus.SUPERSEDED) if gone else old)
+    return replace(channel, packs=tuple(sorted(packs, key=lambda entry: entry.order)))
 
 
 def revoke(channel: Channel, version: str, reason: str) -> Channel:
     """Revokes a version. If it was the last active one, the highest version that is left becomes active again.
 
-    Raises VersionError when there is no such version, RevokedError when it is revoked already.
+    Args:
+        channel: The channel.
+        version: The version number.
+        reason: Why, in one line.
+
+    Returns:
+        The changed channel, to be issued.
+
+    Raises:
+        VersionError: There is no such version.
+        RevokedError: It is revoked already.
     """
     gone = choose(channel, version)
     packs = [replace(p, status=ListedStatus.REVOKED, reason=reason) if p is gone else p for p in channel.packs]
@@ -127,17 +158,27 @@ def revoke(channel: Channel, version: str, reason: str) -> Channel:
     return replace(channel, packs=tuple(packs))
 
 
-def hand_over(channel: Channel, old: PrivateKey, new: PrivateKey) -> Channel:
-    """Makes a new key the root key, with numbers that start again. Issue the result with the new key."""
-    content = succession_payload(channel.name, old.public, new.public)
-    step = Succession(seal(SUCCESSION_TYPE, content, [old]), channel.name, old.public.key_id, new.public)
-    return replace(channel, serial=0, successions=(*channel.successions, step), root=new.public)
+def hand_over(
+    channel: Channel, old: PrivateKey, new: PrivateKey, signatures: Mapping[str, Mapping[str, bytes]] | None = None
+) -> Channel:
+    """Makes a new key the root key, with numbers that start again.
 
+    Args:
+        channel: The channel.
+        old: The current root key, which signs the hand-over.
+        new: The next root key.
+        signatures: Version -> path -> content of signature files to add, those by the new key.
 
-def with_signatures(channel: Channel, more: Mapping[str, Mapping[str, bytes]]) -> Channel:
-    """Adds signature files: version -> path -> content."""
-    packs = [replace(pack, signatures=(*pack.signatures, *_listed_files(more.get(pack.version, {})))) for pack in channel.packs]
-    return replace(channel, packs=tuple(packs))
+    Returns:
+        The changed channel, to be issued with the new key.
+    """
+    facts = {"channel": channel.name, "old": old.public.key_id, "new": new.public.pem}
+    envelope = Envelope.sealed(SUCCESSION_TYPE, canonical_json(facts).encode("utf-8"), [old])
+    step = Succession(envelope, channel.name, old.public.key_id, new.public)
+    more = signatures or {}
+    packs = [replace(p, signatures=(*p.signatures, *_listed_files(more.get(p.version, {})))) for p in channel.packs]
+    successions = (*channel.successions, step)
+    return replace(channel, serial=0, successions=successions, packs=tuple(packs), root=new.public)
 
 
 MARK = "<!-- made by nestpatch: remove this line to keep changes of your own -->"
@@ -151,16 +192,22 @@ _FOLDER_NOTE = (
 
 
 def model_card(channel: Channel, manifest: Manifest | None, address: str) -> str:
-    """README.md: metadata for the Hub, how to apply the pack, its versions, and what was measured.
+    """Writes README.md: metadata for the Hub, how to apply the pack, its versions, and what was measured.
 
-    `manifest`: of the latest version. `address`: by which readers name the channel.
+    Args:
+        channel: The channel.
+        manifest: Of the latest version; None when no version is active.
+        address: By which readers name the channel.
+
+    Returns:
+        The text, in Markdown.
     """
     tags = dict.fromkeys(["nestpatch", "safety-patch", *(manifest.tags if manifest else ())])
     # Every JSON string is also a YAML string.
     lines = ["---", "library_name: nestpatch", f"tags: {json.dumps(list(map(one_line, tags)), ensure_ascii=False)}"]
     if manifest and manifest.license:
         lines.append(f"license: {json.dumps(one_line(manifest.license.lower()), ensure_ascii=False)}")
-    if manifest and parse_reference(manifest.base.model_id) is not None:
+    if manifest and Reference.parse(manifest.base.model_id) is not None:
         lines += [f"base_model: {json.dumps(manifest.base.model_id)}", "base_model_relation: adapter"]
     lines += ["---", MARK, "", f"# {markdown(channel.name)}", ""]
     if manifest is not None:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Protocol
+from typing import TypeAlias
 
 from nestpatch.channels.listing import CHANNEL_FILE
-from nestpatch.channels.readers import ChannelReader, FolderReader, HubReader, open_reader, read_start
+from nestpatch.channels.readers import FolderReader, HubReader, open_reader, read_start
 from nestpatch.errors import DataError, HubError, HubNotFoundError, PublishError
 from nestpatch.files.atomic import sweep_writes, write_bytes
 from nestpatch.files.locks import exclusive
@@ -36,38 +36,16 @@ class Head:
     card: bytes | None
 
 
-class ChannelWriter(Protocol):
-    """An address to which a channel can be written."""
-
-    @property
-    def reader(self) -> ChannelReader:
-        """How it is read."""
-
-    def create(self, *, private: bool) -> None:
-        """Creates the repository or folder, if there is none."""
-
-    def head(self) -> Head:
-        """What is there now."""
-
-    def write(self, head: Head, files: Mapping[str, bytes], message: str) -> str:
-        """Writes files by their paths, all or none, and returns the new revision.
-
-        Raises StaleError when the address no longer is as `head` says.
-        """
-
-    def tag(self, revision: str, name: str) -> bool:
-        """Tags a revision; returns whether that worked. Tags are for people: nothing relies on them."""
-
-
 @dataclass(frozen=True)
 class HubWriter:
     """A model repository."""
 
     reader: HubReader
+    """How it is read."""
 
     def create(self, *, private: bool) -> None:
-        """See ChannelWriter."""
-        repo_id, endpoint = self.reader.repo_id, self.reader.endpoint
+        """Creates the repository, if there is none."""
+        repo_id, endpoint = self.reader.name, self.reader.endpoint
         try:
             look_up(repo_id, endpoint=endpoint)
         except HubNotFoundError:
@@ -77,7 +55,7 @@ class HubWriter:
     def head(self) -> Head:
         """The commit that main names now, and the files of that commit."""
         endpoint = self.reader.endpoint
-        snapshot = look_up(self.reader.repo_id, endpoint=endpoint)
+        snapshot = look_up(self.reader.name, endpoint=endpoint)
         channel, card = (
             RemoteFile(snapshot, name, endpoint=endpoint).read(0, MAX_BYTES) if name in snapshot.files else None
             for name in (CHANNEL_FILE, CARD)
@@ -85,12 +63,25 @@ class HubWriter:
         return Head(snapshot.commit, channel, card)
 
     def write(self, head: Head, files: Mapping[str, bytes], message: str) -> str:
-        """One commit, which the Hub accepts only on top of the commit that was read."""
+        """Writes files, all or none: one commit, which the Hub accepts only on top of the commit in `head`.
+
+        Args:
+            head: What was there when the change was made.
+            files: Path -> content.
+            message: Of the commit.
+
+        Returns:
+            The new revision.
+
+        Raises:
+            StaleError: The address has changed since.
+            HubError: The Hub cannot be reached, or refuses the change.
+        """
         from huggingface_hub import CommitOperationAdd
         from huggingface_hub.errors import HfHubHTTPError
 
         operations = [CommitOperationAdd(path, content) for path, content in files.items()]
-        repo_id, endpoint = self.reader.repo_id, self.reader.endpoint
+        repo_id, endpoint = self.reader.name, self.reader.endpoint
         with explained(Reference(repo_id), endpoint):
             try:
                 done = client(endpoint).create_commit(repo_id, operations, commit_message=message, parent_commit=head.revision)
@@ -101,8 +92,8 @@ class HubWriter:
         return str(done.oid)
 
     def tag(self, revision: str, name: str) -> bool:
-        """A git tag."""
-        repo_id, endpoint = self.reader.repo_id, self.reader.endpoint
+        """Tags a revision in git; returns whether that worked. Tags are for people: nothing relies on them."""
+        repo_id, endpoint = self.reader.name, self.reader.endpoint
         with suppress(HubError), explained(Reference(repo_id), endpoint):
             client(endpoint).create_tag(repo_id, tag=name, revision=revision, exist_ok=True)
             return True
@@ -114,9 +105,10 @@ class FolderWriter:
     """A folder. The channel file is replaced last: until then readers see the old channel, whole."""
 
     reader: FolderReader
+    """How it is read."""
 
     def create(self, *, private: bool) -> None:
-        """See ChannelWriter."""
+        """Creates the folder, if there is none."""
         self.reader.folder.mkdir(mode=0o700 if private else 0o777, parents=True, exist_ok=True)
 
     def head(self) -> Head:
@@ -131,7 +123,7 @@ class FolderWriter:
             return None
 
     def write(self, head: Head, files: Mapping[str, bytes], message: str) -> str:  # noqa: ARG002 - folders have no history
-        """Each file by rename, the channel last, while other publishers wait."""
+        """Writes each file by rename, the channel last, while other publishers wait. Raises StaleError, as in HubWriter."""
         folder = self.reader.folder
         with exclusive(folder / ".channel.lock"):
             if _digest(self._read(CHANNEL_FILE)) != head.revision:
@@ -149,12 +141,27 @@ class FolderWriter:
         return False
 
 
+ChannelWriter: TypeAlias = HubWriter | FolderWriter
+"""An address to which a channel can be written."""
+
+
 def _digest(data: bytes | None) -> str:
     return sha256(data or b"").hexdigest()
 
 
 def open_writer(text: str) -> ChannelWriter:
-    """The writer for an address. Raises DataError for what is not one, PublishError for what can only be read."""
+    """The writer for an address.
+
+    Args:
+        text: The address, as the user wrote it.
+
+    Returns:
+        A writer; nothing has been read or written yet.
+
+    Raises:
+        DataError: The text is not the address of a channel.
+        PublishError: The address can only be read.
+    """
     reader = open_reader(text)
     if isinstance(reader, HubReader):
         return HubWriter(reader)

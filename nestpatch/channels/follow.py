@@ -15,9 +15,9 @@ from nestpatch.errors import HubAnswerError, OutputError
 from nestpatch.events import OnEvent, ignore
 from nestpatch.files.scratch import new_output
 from nestpatch.pack import utc_now
-from nestpatch.signing.subject import Origin, subject_of
+from nestpatch.signing.subject import Origin, Subject
 from nestpatch.signing.trust import Policy
-from nestpatch.signing.verify import SignatureResult, check_signatures, signers_of
+from nestpatch.signing.verify import SignatureResult, check_signatures
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,6 @@ class Followed:
     model: str | None
     """The model that it is for, as the user names it."""
     allow_unsigned: bool
-
-    @property
-    def pack_name(self) -> str | None:
-        """The name of the channel's pack; None before its first version."""
-        return next((pack.name for pack in self.accepted.channel.packs), None)
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ def follow(
     data = found.data if found.data is not None or known is None else known.data
     if data is None:
         raise HubAnswerError(f"{reader.address} answered that nothing is new, but was never read before")
-    rules = ChannelRules(policy, now or utc_now(), subject_of(model), reader.name, allow_unsigned=allow_unsigned)
+    rules = ChannelRules(policy, now or utc_now(), Subject.of(model), reader.name, allow_unsigned=allow_unsigned)
     with held():
         channel = accepted(rules, reader.address, data, f"the channel at {reader.address}")
         keep(reader.address, Memory(channel.seen, found.revision, data))
@@ -113,14 +108,14 @@ def download(followed: Followed, pack: ListedPack, *, on_event: OnEvent = ignore
         data,
         contents,
         followed.accepted.policy,
-        subject_of(followed.model),
+        Subject.of(followed.model),
         file=pack.file.name,
         allow_unsigned=followed.allow_unsigned,
     )
     require_as_listed(pack, result.pack.manifest, address)
     signatures = {name.removeprefix(pack.file.name): content for name, content in contents.items()}
     roots = tuple(key.key_id for key in followed.accepted.line)
-    return Downloaded(pack, result, Origin(signers_of(result), address, roots, signatures), data)
+    return Downloaded(pack, result, Origin(result.key_ids, address, roots, signatures), data)
 
 
 def fetch_pack(

@@ -23,8 +23,8 @@ from nestpatch.errors import (
 )
 from nestpatch.formats.nest import canonical_json
 from nestpatch.pack import Manifest, is_utc_time, name_problem, version_problem
-from nestpatch.signing.envelopes import Envelope, members, parse_envelope, parse_json
-from nestpatch.signing.keys import PublicKey, parse_public
+from nestpatch.signing.envelopes import Envelope, members, parse_json
+from nestpatch.signing.keys import PublicKey
 from nestpatch.version import Version
 
 FORMAT = "nestpatch-channel/1"
@@ -133,18 +133,25 @@ class Channel:
 
     name: str
     """On the Hub the name of the repository."""
-    serial: int
-    """Incremented by every change; starts at 1 again after a hand-over."""
-    issued: str
-    expires: str
     root: PublicKey
     """The key that signs it."""
+    serial: int = 0
+    """Incremented by every change; starts at 1 again after a hand-over. 0: not issued yet."""
+    issued: str = ""
+    expires: str = ""
     successions: tuple[Succession, ...] = ()
     packs: tuple[ListedPack, ...] = ()
     """In the order of their versions."""
 
     def walk(self, start: PublicKey) -> tuple[PublicKey, ...]:
-        """The keys to which a key has handed this channel over, starting with the key itself."""
+        """Follows the hand-overs of this channel that are signed.
+
+        Args:
+            start: The key to begin with.
+
+        Returns:
+            The key itself, and the keys to which it has handed the channel over, step by step.
+        """
         trail = [start]
         for step in self.successions:
             last = trail[-1]
@@ -181,7 +188,7 @@ def parse(data: bytes, source: str) -> tuple[Envelope, Channel]:
         ChannelPathError: It lists a file outside of its own folders.
     """
     try:
-        envelope = parse_envelope(parse_json(data, source), source)
+        envelope = Envelope.parse(parse_json(data, source), source)
         if envelope.payload_type != PAYLOAD_TYPE:
             raise ChannelFormatError(f"{source} has the type {envelope.payload_type[:80]!r}, expected a channel")
         channel = _parse_channel(parse_json(envelope.payload, source), source)
@@ -194,7 +201,14 @@ def parse(data: bytes, source: str) -> tuple[Envelope, Channel]:
 
 
 def write_envelope(envelope: Envelope) -> bytes:
-    """The content of a channel file."""
+    """Writes a channel file.
+
+    Args:
+        envelope: The signed channel.
+
+    Returns:
+        The content of channel.json.
+    """
     return (json.dumps(envelope.as_json(), indent=1) + "\n").encode("ascii")
 
 
@@ -216,10 +230,10 @@ def _parse_channel(value: Any, source: str) -> Channel:
     _require(len({path.lower() for path in paths}) == len(paths), source, "duplicate path")
     return Channel(
         facts["name"],
+        PublicKey.parse(facts["root"].encode("utf-8"), source),
         facts["serial"],
         facts["issued"],
         facts["expires"],
-        parse_public(facts["root"].encode("utf-8"), source),
         tuple(_parse_succession(entry, source) for entry in facts["successions"]),
         tuple(sorted(packs, key=lambda pack: pack.order)),
     )
@@ -250,7 +264,15 @@ def _parse_pack(value: Any, source: str) -> ListedPack:
 
 
 def pack_path(name: str, version: str) -> str:
-    """Path of a version's pack inside the channel. Its signatures have this path and a suffix; no other paths are allowed."""
+    """Where a version is stored inside the channel. Its signatures have this path and a suffix; no other paths are allowed.
+
+    Args:
+        name: Name of the pack.
+        version: Its version number.
+
+    Returns:
+        The path, relative to the channel's folder.
+    """
     return f"packs/{version}/{name}.nest"
 
 
@@ -266,19 +288,21 @@ def _parse_file(value: Any, path: str, source: str, suffix: re.Pattern[str] | No
 
 
 def _parse_succession(value: Any, source: str) -> Succession:
-    envelope = parse_envelope(value, source)
+    envelope = Envelope.parse(value, source)
     _require(envelope.payload_type == SUCCESSION_TYPE, source, "a succession has another type")
     facts = members(parse_json(envelope.payload, source), {"channel": str, "old": str, "new": str}, source)
-    return Succession(envelope, facts["channel"], facts["old"], parse_public(facts["new"].encode("utf-8"), source))
-
-
-def succession_payload(channel: str, old: PublicKey, new: PublicKey) -> bytes:
-    """What the old key signs to hand a channel over to the new one."""
-    return canonical_json({"channel": channel, "old": old.key_id, "new": new.pem}).encode("utf-8")
+    return Succession(envelope, facts["channel"], facts["old"], PublicKey.parse(facts["new"].encode("utf-8"), source))
 
 
 def payload(channel: Channel) -> bytes:
-    """What the root key signs: the channel as canonical JSON."""
+    """What the root key signs.
+
+    Args:
+        channel: The channel.
+
+    Returns:
+        The channel as canonical JSON.
+    """
     packs = [
         {
             "name": pack.name,

@@ -8,21 +8,18 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TypeAlias
 
-from nestpatch.channels._memory import Memory, accepted, held, recall, recall_channel, remember
+from nestpatch.channels._memory import Memory, accepted, held, keep, memory_file, recall, recall_channel
 from nestpatch.channels._release import (
     DAYS,
     MARK,
     THIS_FOLDER,
     add,
     hand_over,
-    is_published,
     issue,
     listed,
     model_card,
-    new_channel,
     require_next_number,
     revoke,
-    with_signatures,
 )
 from nestpatch.channels._writers import CARD, ChannelWriter, Head, StaleError, open_writer
 from nestpatch.channels.listing import CHANNEL_FILE, Channel, ListedStatus, parse, payload
@@ -31,7 +28,7 @@ from nestpatch.channels.rules import ChannelRules, SeenChannel, latest
 from nestpatch.errors import ChannelKeyError, PublishError, RollbackError, SerialJumpError, VersionError
 from nestpatch.formats import nest
 from nestpatch.pack import Manifest, utc_now
-from nestpatch.signing.envelopes import make_bundle, parse_bundle
+from nestpatch.signing.envelopes import Bundle
 from nestpatch.signing.keys import PrivateKey, PublicKey
 from nestpatch.signing.trust import Policy, TrustedKey
 from nestpatch.signing.verify import SUFFIX, VerifiedPack, check_signatures, read_signatures
@@ -128,17 +125,19 @@ def push(
     manifest = result.pack.manifest
     if not isinstance(result, VerifiedPack):  # not signed by this key
         free = SUFFIX if SUFFIX not in suffixes else f".{key.public.key_id[:12]}{SUFFIX}"
-        suffixes[free] = make_bundle(result.pack_id, f"{manifest.name}.nest", key)
+        suffixes[free] = Bundle.write(result.pack_id, f"{manifest.name}.nest", key)
     entry, files = listed(manifest, data, suffixes)
     # Two signatures of one key differ, and the channel's key has signed every published version.
     others = [
         sha256(content).hexdigest()
         for source, content in signatures.items()
-        if parse_bundle(content, source).key_id != key.public.key_id
+        if Bundle.parse(content, source).key_id != key.public.key_id
     ]
 
     def edit(channel: Channel) -> _Change:
-        if is_published(channel, entry, others):
+        same = [p for p in channel.packs if p.order == entry.order and p.file.sha256 == entry.file.sha256]
+        standing = same and same[0].status is not ListedStatus.REVOKED
+        if standing and set(others) <= {file.sha256 for file in same[0].signatures}:
             return _Change(channel, key, f"{entry.label} is already published", needed=False)
         return _Change(add(channel, entry), key, f"publish {entry.label}", files, f"v{entry.version}", manifest)
 
@@ -202,12 +201,12 @@ def renew(address: str, key: PrivateKey, new_key: PrivateKey | None = None, *, d
             return _Change(channel, key, "renew the channel")
         suffix = f".{new_key.public.key_id[:12]}{SUFFIX}"
         files = {
-            pack.version: {f"{pack.file.path}{suffix}": make_bundle(pack.file.sha256, pack.file.name, new_key)}
+            pack.version: {f"{pack.file.path}{suffix}": Bundle.write(pack.file.sha256, pack.file.name, new_key)}
             for pack in channel.packs
             if pack.status is not ListedStatus.REVOKED
             and f"{pack.file.path}{suffix}" not in {file.path for file in pack.signatures}
         }
-        handed = with_signatures(hand_over(channel, key, new_key), files)
+        handed = hand_over(channel, key, new_key, files)
         flat = {path: content for group in files.values() for path, content in group.items()}
         return _Change(handed, new_key, f"hand the channel over to {new_key.public.key_id[:12]}", flat)
 
@@ -233,14 +232,15 @@ def _publish(writer: ChannelWriter, edit: _Edit, key: PrivateKey, days: int, *, 
         # The publisher has seen what it published: an older channel would be a rollback.
         roots = roots if roots[-1] == channel.root else (*roots, channel.root)
         seen = SeenChannel(channel.name, channel.serial, sha256(payload(channel)).hexdigest(), roots)
-        remember(address, Memory(seen, revision, data))
+        with held():
+            keep(address, Memory(seen, revision, data))
         if change.needed and change.tag and writer.tag(revision, change.tag):
             tag = change.tag
         best = latest(channel)
         newest = best.version if best else ""
         facts = (channel.name, channel.serial, channel.expires, newest, change.needed, change.message, tag)
         return Published(address, revision, *facts)
-    raise PublishError(f"others publish at {address} at the same time: {ATTEMPTS} attempts came too late")
+    raise PublishError(f"other publishers changed {address} at the same time: gave up after {ATTEMPTS} attempts")
 
 
 def _current(reader: ChannelReader, head: Head, key: PrivateKey, fresh: str | None) -> tuple[Channel, tuple[PublicKey, ...]]:
@@ -269,13 +269,13 @@ def _new(reader: ChannelReader, key: PrivateKey, fresh: str | None) -> Channel:
         raise RollbackError(f"{reader.address} had a channel, number {known.seen.serial}, and has none now", advice=_RESTORE)
     if fresh is None:
         raise VersionError(f"there is no channel at {reader.address}", advice="`nestpatch push` starts one.")
-    seen = recall_channel(key.public.key_id, fresh)
+    seen = recall_channel(memory_file(key.public.key_id, fresh), fresh)
     if seen is not None:
         raise PublishError(
             f"this key has the channel {fresh}, number {seen.serial}, at another address than {reader.address}",
             advice="Copy its folder there, or publish where it is. A second channel needs a name or a key of its own.",
         )
-    return new_channel(fresh, key.public)
+    return Channel(fresh, key.public)
 
 
 def _card(reader: ChannelReader, head: Head, channel: Channel, manifest: Manifest | None) -> dict[str, bytes]:
@@ -287,5 +287,5 @@ def _card(reader: ChannelReader, head: Head, channel: Channel, manifest: Manifes
         data = reader.read(head.revision, best.file)
         best.file.check(data, reader.address)
         manifest = nest.decode(data).manifest
-    # A folder has another path on every machine, and the publisher's own is not for others to know.
+    # A folder has another path on every machine, and the publisher's own path is not published.
     return {CARD: model_card(channel, manifest, reader.address if reader.name else THIS_FOLDER).encode("utf-8")}

@@ -15,14 +15,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Protocol
+from typing import TypeAlias
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from nestpatch.channels.listing import CHANNEL_FILE, ListedFile
 from nestpatch.errors import DataError, HubAnswerError, HubNotFoundError, HubUnavailableError, SwappedFileError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.reading import open_regular
-from nestpatch.hub.client import SCHEME, Reference, Snapshot, looks_local, parse_reference, scrubbed, shown
+from nestpatch.hub.client import SCHEME, Reference, Snapshot, looks_local, scrubbed, shown
 from nestpatch.hub.fetch import Request, fetch
 from nestpatch.hub.ranges import RemoteFile
 from nestpatch.pack import version_problem
@@ -41,19 +41,27 @@ class ChannelFile:
     """None: nothing is new since the known revision."""
 
 
-class ChannelReader(Protocol):
-    """An address from which a channel can be read."""
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT)
+
+
+@dataclass(frozen=True)
+class HubReader:
+    """A model repository. Its main branch is looked up once; everything else is read from that commit."""
+
+    name: str
+    """owner/name, which is also the name that its channel must have."""
+    endpoint: str = field(default_factory=_endpoint)
 
     @property
     def address(self) -> str:
-        """By which it is remembered and shown."""
-
-    @property
-    def name(self) -> str | None:
-        """The name that its channel must have; None where an address does not require one."""
+        """hub://owner/name: how it is remembered and shown."""
+        return f"{SCHEME}{self.name}"
 
     def channel(self, known: str = "") -> ChannelFile:
-        """Reads the channel file, in one request.
+        """Reads the channel file, in one request: the commit and the file come in one answer.
 
         Args:
             known: The last known revision.
@@ -64,9 +72,22 @@ class ChannelReader(Protocol):
         Raises:
             HubError: The file cannot be read.
         """
+        from huggingface_hub import get_token
+
+        from nestpatch import __version__
+
+        # Not with the headers of huggingface_hub, which can cost a request of their own.
+        token = get_token()
+        headers = {"User-Agent": f"nestpatch/{__version__}"} | ({"Authorization": f"Bearer {token}"} if token else {})
+        url = f"{self.endpoint}/{quote(self.name)}/resolve/main/{CHANNEL_FILE}"
+        answer = fetch(Request(url, Reference(self.name), MAX_BYTES, headers, known))
+        commit = answer.headers.get("x-repo-commit", "")
+        if not re.fullmatch(r"[0-9a-f]{40}", commit):
+            raise HubAnswerError(f"{shown(self.endpoint)} names no commit for {self.name}: {commit[:80]!r}")
+        return ChannelFile(commit, answer.data)
 
     def read(self, revision: str, file: ListedFile, on_event: OnEvent = ignore) -> bytes:
-        """Reads a file that the channel of a revision lists.
+        """Reads a file that the channel of a revision lists, in parts, from the Hub or from its CDN.
 
         Args:
             revision: The revision of the channel.
@@ -80,50 +101,7 @@ class ChannelReader(Protocol):
             HubError: The file cannot be read.
             SwappedFileError: Its size on the Hub is not the listed one.
         """
-
-
-def _endpoint() -> str:
-    from huggingface_hub import constants
-
-    return str(constants.ENDPOINT)
-
-
-@dataclass(frozen=True)
-class HubReader:
-    """A model repository. Its main branch is looked up once; everything else is read from that commit."""
-
-    repo_id: str
-    endpoint: str = field(default_factory=_endpoint)
-
-    @property
-    def address(self) -> str:
-        """hub://owner/name."""
-        return f"{SCHEME}{self.repo_id}"
-
-    @property
-    def name(self) -> str | None:
-        """That of the repository."""
-        return self.repo_id
-
-    def channel(self, known: str = "") -> ChannelFile:
-        """See ChannelReader. The commit and the file come in one answer."""
-        from huggingface_hub import get_token
-
-        from nestpatch import __version__
-
-        # Not with the headers of huggingface_hub, which can cost a request of their own.
-        token = get_token()
-        headers = {"User-Agent": f"nestpatch/{__version__}"} | ({"Authorization": f"Bearer {token}"} if token else {})
-        url = f"{self.endpoint}/{quote(self.repo_id)}/resolve/main/{CHANNEL_FILE}"
-        answer = fetch(Request(url, Reference(self.repo_id), MAX_BYTES, headers, known))
-        commit = answer.headers.get("x-repo-commit", "")
-        if not re.fullmatch(r"[0-9a-f]{40}", commit):
-            raise HubAnswerError(f"{shown(self.endpoint)} names no commit for {self.repo_id}: {commit[:80]!r}")
-        return ChannelFile(commit, answer.data)
-
-    def read(self, revision: str, file: ListedFile, on_event: OnEvent = ignore) -> bytes:
-        """See ChannelReader. In parts, from the Hub or from its CDN."""
-        remote = RemoteFile(Snapshot(self.repo_id, revision, ()), file.path, endpoint=self.endpoint)
+        remote = RemoteFile(Snapshot(self.name, revision, ()), file.path, endpoint=self.endpoint)
         data = remote.read_all(file.size, lambda done: on_event(Event("download", done, file.size, file.name)))
         if data is None:
             raise SwappedFileError(f"{remote} has {remote.size} bytes; the channel lists {file.size}")
@@ -140,14 +118,15 @@ class WebReader:
     query: str = field(default="", repr=False)
     """What followed the question mark there."""
     name = None
+    """Its address does not require a name of the channel."""
 
     def channel(self, known: str = "") -> ChannelFile:
-        """See ChannelReader. Asks with the ETag, where the server had one."""
+        """Reads the channel file, as HubReader does. Asks with the ETag, where the server had one."""
         data, etag = self._fetch(CHANNEL_FILE, MAX_BYTES, {"If-None-Match": known} if known else {})
         return ChannelFile(etag if data is not None else known, data)
 
     def read(self, revision: str, file: ListedFile, on_event: OnEvent = ignore) -> bytes:  # noqa: ARG002 - there is one state
-        """See ChannelReader."""
+        """Reads a listed file, as HubReader does."""
         data, _ = self._fetch(file.path, file.size + 1, {})
         on_event(Event("download", file.size, file.size, file.name))
         return data or b""
@@ -180,6 +159,7 @@ class FolderReader:
 
     folder: Path
     name = None
+    """Its address does not require a name of the channel."""
 
     @property
     def address(self) -> str:
@@ -187,13 +167,13 @@ class FolderReader:
         return self.folder.as_uri()
 
     def channel(self, known: str = "") -> ChannelFile:
-        """See ChannelReader. The file is read each time."""
+        """Reads the channel file, as HubReader does. It is read each time, and compared by its digest."""
         data = self._read(CHANNEL_FILE, MAX_BYTES + 1)
         revision = sha256(data).hexdigest()
         return ChannelFile(revision, None if revision == known else data)
 
     def read(self, revision: str, file: ListedFile, on_event: OnEvent = ignore) -> bytes:  # noqa: ARG002 - there is one state
-        """See ChannelReader."""
+        """Reads a listed file, as HubReader does."""
         data = self._read(file.path, file.size + 1)
         on_event(Event("download", file.size, file.size, file.name))
         return data
@@ -213,6 +193,10 @@ class FolderReader:
         except OSError as error:
             advice = "Check that the folder is mounted and readable."
             raise HubUnavailableError(f"cannot read {file}: {error.strerror}", advice=advice) from error
+
+
+ChannelReader: TypeAlias = HubReader | WebReader | FolderReader
+"""An address from which a channel can be read."""
 
 
 def read_start(file: Path, most: int) -> bytes:
@@ -271,7 +255,7 @@ def open_reader(text: str) -> ChannelReader:
         return FolderReader(_folder_of(text))
     if scheme in {"http", "https"}:
         return _web_reader(text)
-    reference = parse_reference(text)
+    reference = Reference.parse(text)
     if reference is None or reference.revision is not None:
         raise DataError(
             f"{scrubbed(text)!r} is not the address of a channel",

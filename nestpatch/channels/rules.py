@@ -33,7 +33,7 @@ from datetime import datetime
 from hashlib import sha256
 from typing import TypeAlias
 
-from nestpatch.channels.listing import MAX_FIRST, Channel, ListedPack, ListedStatus, base_digest, parse
+from nestpatch.channels.listing import MAX_FIRST, Channel, ListedPack, ListedStatus, base_digest
 from nestpatch.errors import (
     ChannelKeyError,
     ClockError,
@@ -75,10 +75,6 @@ class SeenChannel:
         """(epoch, serial number): newer states are greater."""
         return len(self.roots) - 1, self.serial
 
-    def is_of(self, channel: Channel) -> bool:
-        """Whether this is a state of that channel: one of the root keys is its own, or has handed it over to that."""
-        return channel.name == self.name and any(channel.walk(key)[-1] == channel.root for key in self.roots)
-
 
 @dataclass(frozen=True)
 class AcceptedChannel:
@@ -110,10 +106,6 @@ class ChannelRules:
     """Accepts a channel whose key is not trusted, as long as the key stays the same."""
     allow_expired: bool = False
     """For the publisher, who has to renew it."""
-
-    def accept_bytes(self, data: bytes, source: str) -> AcceptedChannel:
-        """Parses a channel file and applies the rules; see `accept`."""
-        return self.accept(*parse(data, source), source)
 
     def accept(self, envelope: Envelope, channel: Channel, source: str) -> AcceptedChannel:
         """Applies the rules to a channel.
@@ -182,7 +174,7 @@ class ChannelRules:
     def _covers(self, trusted: TrustedKey, channel: Channel) -> bool:
         """Whether a key counts for the model and a base of the channel. Each pack is checked by its own base afterwards."""
         bases = {pack.base_model for pack in channel.packs}
-        subjects = [self.subject.of(base) for base in bases] or [self.subject]
+        subjects = [replace(self.subject, base=base) for base in bases] or [self.subject]
         return any(subject.is_covered(trusted.models) for subject in subjects)
 
     def _require_order(self, channel: Channel, now: SeenChannel, source: str) -> None:
@@ -225,7 +217,14 @@ def inherit(policy: Policy, roots: tuple[PublicKey, ...]) -> Policy:
 
 
 def latest(channel: Channel) -> ListedPack | None:
-    """The version that every model should have; None when no version is active."""
+    """Finds the version that every model should have.
+
+    Args:
+        channel: The channel.
+
+    Returns:
+        The highest active version, a prerelease only where nothing else is active; None when no version is active.
+    """
     active = [pack for pack in channel.packs if pack.status is ListedStatus.ACTIVE]
     finished = [pack for pack in active if not pack.order.prerelease]
     return max(finished or active, key=lambda pack: pack.order, default=None)

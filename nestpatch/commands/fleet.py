@@ -129,7 +129,7 @@ def _report(done: Published, as_json: bool) -> None:
 def pull(address: str, output: Path | None, policy_file: Path | None, allow_unsigned: bool, quiet: bool, as_json: bool) -> None:
     """Download a version of CHANNEL, check it and write it, with its signatures. Without @VERSION: the latest."""
     from nestpatch.channels.follow import pull as run
-    from nestpatch.signing.trust import load_policy
+    from nestpatch.signing.store import load_policy
 
     with progress(quiet or as_json) as on_event:
         policy = load_policy(policy_file)
@@ -177,7 +177,7 @@ def update(
     something to do; 1: a channel was refused or could not be reached, and nothing of it was applied.
     """
     from nestpatch.patcher.update import update as run
-    from nestpatch.signing.trust import load_policy
+    from nestpatch.signing.store import load_policy
 
     policy = load_policy(policy_file)
     with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:

@@ -104,9 +104,9 @@ def _is_channel(text: str) -> bool:
 
 def _on_hub(text: str) -> bool:
     """Whether a text that is not a path here may be a model of the Hub."""
-    from nestpatch.hub.client import SCHEME, looks_local, parse_reference
+    from nestpatch.hub.client import SCHEME, Reference, looks_local
 
-    return text.startswith(SCHEME) or (not looks_local(text) and parse_reference(text) is not None)
+    return text.startswith(SCHEME) or (not looks_local(text) and Reference.parse(text) is not None)
 
 
 PathType: click.Path = _InputPath(path_type=Path)
@@ -195,7 +195,7 @@ def proven(pack: str, model: str | Path | None, policy_file: Path | None, on_eve
         NestpatchError: As `nestpatch.gate.prove`.
     """
     from nestpatch.gate import prove
-    from nestpatch.signing.trust import load_policy
+    from nestpatch.signing.store import load_policy
 
     done = prove(pack, model, policy=load_policy(policy_file), allow_unsigned=allow_unsigned, on_event=on_event)
     if done.warning:
@@ -286,4 +286,4 @@ def opened_base(text: str | None, *, quiet: bool) -> Iterator[Checkpoint | None]
     if isinstance(base, RemoteCheckpoint) and not quiet:
         from nestpatch.views.console import size
 
-        say(f"read {size(base.downloaded)} of the {size(base.size)} of {base.path}", err=True)
+        say(f"read {size(base.meter.bytes)} of the {size(base.size)} of {base.path}", err=True)

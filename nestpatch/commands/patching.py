@@ -182,7 +182,7 @@ def revert(
     """
     require_order(model, None, "revert")
     from nestpatch.patcher.inplace import revert as run
-    from nestpatch.signing.trust import load_policy
+    from nestpatch.signing.store import load_policy
     from nestpatch.views.models import show_changed
 
     policy = load_policy(policy_file)

@@ -103,13 +103,13 @@ def verify_signature(
     Exit code 0: enough trusted keys have signed, 1: too few.
     """
     from nestpatch.gate import is_channel
-    from nestpatch.signing import keys, trust, verify
+    from nestpatch.signing import keys, store, trust, verify
 
     if key_files and policy_file is not None:
         raise click.UsageError("--key and --policy exclude each other")
-    policy = trust.load_policy(policy_file) if not key_files else trust.Policy()
+    policy = store.load_policy(policy_file) if not key_files else trust.Policy()
     for file in key_files:
-        policy = policy.with_key(trust.TrustedKey(str(file), keys.read_public(file)))
+        policy = policy.with_key(trust.TrustedKey(str(file), keys.PublicKey.read(file)))
     if is_channel(pack):
         from nestpatch.channels.follow import fetch_pack
 
@@ -152,11 +152,12 @@ def trust_add(key: Path, name: str | None, models: tuple[str, ...], as_json: boo
     Once any key is trusted, every pack needs a trusted signature, also your own: nestpatch sign.
     """
     from nestpatch.signing import keys
+    from nestpatch.signing.store import trust_key
     from nestpatch.signing.subject import EVERYTHING
-    from nestpatch.signing.trust import TrustedKey, trust_key
+    from nestpatch.signing.trust import TrustedKey
 
     patterns = tuple(_pattern(model) for model in models) or (EVERYTHING,)
-    trusted = TrustedKey.of(name or key.stem, keys.read_public(key), patterns)
+    trusted = TrustedKey.of(name or key.stem, keys.PublicKey.read(key), patterns)
     file = trust_key(trusted)
     if as_json:
         print_json({"name": trusted.name, "key_id": trusted.key.key_id, "models": trusted.models, "file": file})
@@ -169,17 +170,16 @@ def trust_add(key: Path, name: str | None, models: tuple[str, ...], as_json: boo
 @json_option
 def trust_list(as_json: bool) -> None:
     """Show the trusted keys and the rules: your own, and those of this machine's administrator."""
-    from nestpatch.signing.trust import load_own, load_system, policy_files
+    from nestpatch.signing.store import SYSTEM_FILE, load_own, load_system, trust_file
 
-    own, system = load_own(), load_system()
-    file, system_file = policy_files()
+    own, system, file = load_own(), load_system(), trust_file()
     if as_json:
-        print_json({"file": file, **own.as_json(), "system": {"file": system_file, **system.as_json()}})
+        print_json({"file": file, **own.as_json(), "system": {"file": SYSTEM_FILE, **system.as_json()}})
         return
     from nestpatch.views.publishing import show_policy, show_system_policy
 
     show_policy(own, str(file))
-    show_system_policy(system, str(system_file))
+    show_system_policy(system, str(SYSTEM_FILE))
 
 
 @trust.command("remove", epilog=examples("nestpatch trust remove acme", "nestpatch trust remove 3f9a1c07 --json"))
@@ -187,7 +187,7 @@ def trust_list(as_json: bool) -> None:
 @json_option
 def trust_remove(key: str, as_json: bool) -> None:
     """Stop trusting KEY: its name, or at least 8 digits of its id."""
-    from nestpatch.signing.trust import distrust_key
+    from nestpatch.signing.store import distrust_key
 
     gone, file = distrust_key(key)
     if as_json:

@@ -35,7 +35,7 @@ from nestpatch.patcher.recovery import open_model
 from nestpatch.patcher.state_dir import StateDir, state_dir_of
 from nestpatch.patcher.steps import Judge, plan_from_ledger
 from nestpatch.rows import Rows, digest, merge
-from nestpatch.signing.trust import load_policy
+from nestpatch.signing.store import load_policy
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class SlowError(Exception):
-    """The time is over."""
+    """The server took too long."""
 
 
 class Deadline:
@@ -30,7 +30,7 @@ class Deadline:
 
     Args:
         size: Bytes to read.
-        share: Number of files that are read at the same time over one line.
+        share: Number of files that are read at the same time over one connection.
     """
 
     def __init__(self, size: int, share: int = 1) -> None:
@@ -39,9 +39,13 @@ class Deadline:
         self._pauses = MOST_WAITS
 
     def check(self) -> None:
-        """Raises SlowError when the time is over."""
+        """Checks the time.
+
+        Raises:
+            SlowError: The time is over.
+        """
         if time.monotonic() >= self._end:
-            raise self._over()
+            raise SlowError(f"it took longer than the allowed {self.seconds:.1f} s")
 
     def run(self, work: Callable[[], T]) -> T:
         """Runs work in a thread: nothing else ends a wait for headers that come byte by byte.
@@ -64,13 +68,9 @@ class Deadline:
                 done.set_exception(error)
 
         Thread(target=run, daemon=True).start()
-        wait([done], max(0.0, self._end - time.monotonic()))
-        if not done.done():
-            raise self._over()
+        while not wait([done], max(0.0, self._end - time.monotonic())).done:
+            self.check()
         return done.result()
-
-    def _over(self) -> SlowError:
-        return SlowError(f"it took longer than the allowed {self.seconds:.1f} s")
 
     def pause(self, seconds: float) -> None:
         """Waits; pauses do not count as the server's time.

@@ -41,6 +41,21 @@ class Reference:
     revision: str | None = None
     """A branch, a tag or a commit; None: the main branch."""
 
+    @classmethod
+    def parse(cls, text: str) -> Reference | None:
+        """Reads the form that users write.
+
+        Args:
+            text: owner/name[@revision], with or without hub:// before it.
+
+        Returns:
+            The reference; None when the text has another form.
+        """
+        found = _REFERENCE.fullmatch(text.removeprefix(SCHEME))
+        if found is None or any(bad in found[0] for bad in ("..", "--", "//")):
+            return None
+        return cls(found["repo"], found["revision"])
+
     @property
     def commit(self) -> str | None:
         """The revision if it is a full commit id, which cannot move; else None."""
@@ -48,14 +63,6 @@ class Reference:
 
     def __str__(self) -> str:
         return self.repo_id if self.revision is None else f"{self.repo_id}@{self.revision}"
-
-
-def parse_reference(text: str) -> Reference | None:
-    """Reads `owner/name[@revision]`, with or without hub:// before it; None when the text has another form."""
-    found = _REFERENCE.fullmatch(text.removeprefix(SCHEME))
-    if found is None or any(bad in found[0] for bad in ("..", "--", "//")):
-        return None
-    return Reference(found["repo"], found["revision"])
 
 
 def looks_local(text: str) -> bool:
@@ -93,7 +100,7 @@ class Snapshot:
 def look_up(repo_id: str, revision: str | None = None, *, endpoint: str | None = None) -> Snapshot:
     """Asks the Hub for a commit and the list of its files, in one request.
 
-    Never answers from a cache: an unreachable Hub is an error, not yesterday's commit.
+    Never uses a cache: when the Hub is unreachable, an old commit must not pass for the current one.
 
     Args:
         repo_id: owner/name.
@@ -132,7 +139,14 @@ def look_up(repo_id: str, revision: str | None = None, *, endpoint: str | None =
 
 
 def client(endpoint: str | None = None) -> HfApi:
-    """The client of huggingface_hub; None: with the endpoint of HF_ENDPOINT."""
+    """The client of huggingface_hub.
+
+    Args:
+        endpoint: Address of the Hub; None: that of HF_ENDPOINT.
+
+    Returns:
+        A client that names nestpatch to the Hub.
+    """
     from huggingface_hub import HfApi
 
     from nestpatch import __version__
@@ -208,12 +222,26 @@ def first_line(error: Exception) -> str:
 
 
 def shown(url: str) -> str:
-    """An address without what may be secret (user name, password, query, fragment), in printable characters."""
+    """An address for messages.
+
+    Args:
+        url: The address, which may contain secrets.
+
+    Returns:
+        The address without user name, password, query and fragment, in printable characters.
+    """
     # The password first: it may contain the characters that begin a query.
     bare = re.split(r"[?#]", re.sub(r"//[^/]*@", "//", url, count=1), maxsplit=1)[0]
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in bare)
 
 
 def scrubbed(text: str) -> str:
-    """A foreign text in which every address is replaced by what `shown` returns for it."""
+    """A foreign text for messages.
+
+    Args:
+        text: The text, which may contain addresses with secrets.
+
+    Returns:
+        The text with every address as `shown` returns it.
+    """
     return re.sub(r"\b[a-z][a-z0-9+.-]*://[^\s'\"<>]+", lambda found: shown(found[0]), text, flags=re.IGNORECASE)

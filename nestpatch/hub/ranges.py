@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from nestpatch.errors import HubAnswerError
 from nestpatch.hub._deadline import Deadline
+from nestpatch.hub._requests import AgainError, retried, streamed
 from nestpatch.hub.client import Snapshot, client
-from nestpatch.hub.fetch import AgainError, retried, streamed
 
 _BLOCK = 4 << 20
 """Bytes of one request when a whole file is read."""
@@ -28,16 +29,20 @@ class _ExpiredError(Exception):
     """The kept address is no longer valid."""
 
 
+@dataclass
 class Meter:
     """Counts what was received. Safe to share between threads."""
 
-    def __init__(self) -> None:
-        self.bytes = 0
-        self.requests = 0
-        self._lock = threading.Lock()
+    bytes: int = 0
+    requests: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self, received: int) -> None:
-        """Counts one answer of `received` bytes."""
+        """Counts one answer.
+
+        Args:
+            received: Its bytes.
+        """
         with self._lock:
             self.bytes += received
             self.requests += 1
@@ -51,7 +56,7 @@ class RemoteFile:
         name: Its path in the repository.
         meter: Counts what is received.
         endpoint: Address of the Hub; None: that of HF_ENDPOINT.
-        share: Number of parts that are read at the same time, each of which gets its share of the line.
+        share: Number of parts that are read at the same time, each of which gets its share of the bandwidth.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ from nestpatch.formats.safetensors import (
     parse_index,
     row_dtype,
 )
-from nestpatch.hub.client import SCHEME, Reference, Snapshot, look_up, looks_local, parse_reference
+from nestpatch.hub.client import SCHEME, Reference, Snapshot, look_up, looks_local
 from nestpatch.hub.ranges import Meter, RemoteFile
 from nestpatch.rows import Rows
 
@@ -37,8 +37,8 @@ _PARALLEL = 8
 """Requests at a time."""
 _GAP = 256 << 10
 """Bytes between two wanted rows that are read along rather than skipped. Skipping them costs another request: with a round
-trip of 100 ms to a CDN and _PARALLEL requests at a time an eighth of that, in which a line of 20 MB/s brings 250 kB. On
-such a line, simulated, 1 % and 3 % of 8 kB rows took 4.7 and 8.4 s; with no gap 5.8 and 16.6 s, with 1 MiB 7.4 and 16.3."""
+trip of 100 ms to a CDN and _PARALLEL requests at a time an eighth of that, in which 20 MB/s bring 250 kB. On such a
+connection, simulated, 1 % and 3 % of 8 kB rows took 4.7 and 8.4 s; with no gap 5.8 and 16.6 s, with 1 MiB 7.4 and 16.3."""
 _PART = 8 << 20
 """Bytes of one request at most, unless a single row is larger."""
 _KEPT = 256 << 20
@@ -89,6 +89,7 @@ class RemoteCheckpoint(Headers, Checkpoint):
         self.path = Path(str(snapshot))
         """For messages: nothing is stored on this disk."""
         self.meter = Meter()
+        """Counts what was received so far."""
         self._endpoint = endpoint
         self._kept: dict[tuple[str, bytes], Rows] = {}
         self._lock = Lock()
@@ -97,19 +98,11 @@ class RemoteCheckpoint(Headers, Checkpoint):
         self._remote = {self.path / name: self._open(name) for name in names}
         with ThreadPoolExecutor(_PARALLEL) as pool:
             super().__init__(self.path, pool.map(self._read_header, self.files), index)
+        self.size = sum(file.size or 0 for file in self._remote.values())
+        """Bytes of all weight files."""
 
     def _open(self, name: str) -> RemoteFile:
         return RemoteFile(self.snapshot, name, self.meter, endpoint=self._endpoint, share=_PARALLEL)
-
-    @property
-    def downloaded(self) -> int:
-        """Bytes received so far."""
-        return self.meter.bytes
-
-    @property
-    def size(self) -> int:
-        """Bytes of all weight files."""
-        return sum(file.size or 0 for file in self._remote.values())
 
     converted = False
 
@@ -169,7 +162,18 @@ class RemoteCheckpoint(Headers, Checkpoint):
         raise self._read_only()
 
     def read_all(self, name: str) -> Iterator[bytes]:
-        """Yields the tensor's bytes in blocks, one request each. Raises HubError and CheckpointFormatError."""
+        """Reads a whole tensor in blocks, one request each.
+
+        Args:
+            name: The tensor.
+
+        Yields:
+            Its bytes, in the stored dtype.
+
+        Raises:
+            CheckpointFormatError: The tensor is missing.
+            HubError: The Hub does not deliver it.
+        """
         info = self.info(name)
         for start in range(0, info.nbytes, _PART):
             stop = min(start + _PART, info.nbytes)
@@ -229,7 +233,7 @@ def open_base(text: str | Path, *, endpoint: str | None = None) -> Checkpoint:
     # os.path.exists answers no where Path.exists raises.
     if not name.startswith(SCHEME) and os.path.exists(name):  # noqa: PTH110
         return open_checkpoint(name)
-    reference = None if looks_local(name) else parse_reference(name)
+    reference = None if looks_local(name) else Reference.parse(name)
     if reference is None:
         advice = "Check the path. A model on the Hugging Face Hub is written hub://owner/name[@revision]."
         raise CheckpointFormatError(f"there is no model at {name}", advice=advice)

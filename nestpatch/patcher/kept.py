@@ -22,7 +22,7 @@ from nestpatch.pack import Pack
 from nestpatch.patcher.ledger import LedgerEntry
 from nestpatch.patcher.state_dir import StateDir
 from nestpatch.signing.envelopes import MAX_BYTES
-from nestpatch.signing.subject import Origin, subject_of
+from nestpatch.signing.subject import Origin, Subject
 from nestpatch.signing.trust import Policy
 from nestpatch.signing.verify import SignatureResult, VerifiedPack, check_signatures, signature_files
 
@@ -130,7 +130,7 @@ def judge_kept(
         except FileNotFoundError as error:
             raise SignatureFormatError(f"{file} was removed in the meantime", advice="Run the command again.") from error
     try:
-        return check_signatures(data, signatures, policy, subject_of(model), file=path.name, allow_unsigned=allow_unsigned)
+        return check_signatures(data, signatures, policy, Subject.of(model), file=path.name, allow_unsigned=allow_unsigned)
     except PackError as error:
         raise UndoError(f"the kept copy {path} cannot be used: {error}") from error
 

@@ -47,7 +47,8 @@ from nestpatch.patcher._journal import (
 from nestpatch.patcher.kept import judge_kept
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.patcher.state_dir import PACK_ID, StateDir, locked, require_idle, state_dir_of
-from nestpatch.signing.trust import Policy, load_policy
+from nestpatch.signing.store import load_policy
+from nestpatch.signing.trust import Policy
 from nestpatch.signing.verify import VerifiedPack
 
 _MOST_PACKS = 64

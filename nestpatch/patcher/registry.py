@@ -19,7 +19,7 @@ from nestpatch.files.locks import exclusive
 from nestpatch.files.reading import read_bounded
 from nestpatch.patcher.ledger import LedgerEntry, read_ledger
 from nestpatch.patcher.state_dir import state_dir_of
-from nestpatch.signing.machine import user_folder
+from nestpatch.signing.store import user_folder
 
 FORMAT = "nestpatch-models/1"
 MOST_MODELS = 1000

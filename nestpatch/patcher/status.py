@@ -17,7 +17,8 @@ from nestpatch.patcher.held import Difference, HeldTensor, Holds, look
 from nestpatch.patcher.kept import load_packs, proven_signers
 from nestpatch.patcher.ledger import Ledger, LedgerEntry, read_ledger
 from nestpatch.patcher.recovery import open_model
-from nestpatch.signing.trust import Policy, load_for_looking
+from nestpatch.signing.store import load_policy
+from nestpatch.signing.trust import Policy
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def status(model: str | Path, policy: Policy | None = None) -> Status:
         LedgerError: The ledger is broken.
     """
     checkpoint, state_dir = open_model(model)
-    ledger, rules = read_ledger(state_dir), load_for_looking() if policy is None else policy
+    ledger, rules = read_ledger(state_dir), load_policy(needs_home=False) if policy is None else policy
     found: list[HeldTensor] = []
     problem = ""
     try:

@@ -26,7 +26,6 @@ from nestpatch.patcher.ledger import Ledger, LedgerEntry
 from nestpatch.patcher.state_dir import StateDir
 from nestpatch.signing.subject import Origin
 from nestpatch.signing.trust import Policy
-from nestpatch.signing.verify import signers_of
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ class Judge:
             UndoError: The kept copy is missing or altered.
         """
         outcome = judge_kept(state_dir, pack_id, self.policy, self.model, allow_unsigned=self.allow_unsigned)
-        return Origin(signers_of(outcome))
+        return Origin(outcome.key_ids)
 
 
 def plan_apply(

@@ -154,10 +154,11 @@ class _Task:
 
     def _applied(self, followed: Followed) -> LedgerEntry | None:
         """The entry of the channel's pack, which has to be of the channel's own publisher. Raises PublisherError."""
-        entry = next((entry for entry in self.ledger().applied if entry.name == followed.pack_name), None)
+        packs = followed.accepted.channel.packs  # all of one name
+        entry = next((entry for entry in self.ledger().applied if packs and entry.name == packs[0].name), None)
         if entry is None:
             return None
-        listed = entry.pack_id in {pack.file.sha256 for pack in followed.accepted.channel.packs}
+        listed = entry.pack_id in {pack.file.sha256 for pack in packs}
         roots = {key.key_id for key in followed.accepted.line}
         publishers = Judge(self.policy, self.model).publishers(state_dir_of(self.model), entry)
         # A channel can list another publisher's pack, and then withdraw it.

@@ -30,7 +30,8 @@ from nestpatch.patcher.state_dir import StateDir
 from nestpatch.patcher.status import ReleasedPack, released_packs
 from nestpatch.patcher.steps import Judge
 from nestpatch.rows import Rows
-from nestpatch.signing.trust import Policy, load_for_looking
+from nestpatch.signing.store import load_policy
+from nestpatch.signing.trust import Policy
 
 
 class Verdict(Enum):
@@ -101,7 +102,7 @@ def verify(
     pack = nest.read(pack) if isinstance(pack, (str, Path)) else pack
     ledger = read_ledger(state_dir)
     found = _Verifier(checkpoint, state_dir, ledger, base, full)
-    judge = Judge(load_for_looking() if policy is None else policy, model)
+    judge = Judge(load_policy(needs_home=False) if policy is None else policy, model)
     result = found.holds(pack, strength) if pack is not None else found.as_recorded(judge)
     return Verification(
         verdict=result.verdict,

@@ -16,7 +16,7 @@ from nestpatch.errors import CheckpointFormatError, DataError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.reading import MAX_JSON, open_regular
 from nestpatch.formats.safetensors import SINGLE
-from nestpatch.hub.client import parse_reference
+from nestpatch.hub.client import Reference
 from nestpatch.pack import Pack
 from nestpatch.patcher.recovery import open_model
 from nestpatch.rows import FloatArray
@@ -113,7 +113,7 @@ def locate(model: str | Path) -> ModelLocation:
     # os.path answers no where Path.exists raises.
     if os.path.exists(model):  # noqa: PTH110
         return ModelLocation(Path(model), Path(model).resolve().name)
-    reference = parse_reference(str(model))
+    reference = Reference.parse(str(model))
     if reference is None or Path(model).suffix in (".gguf", ".onnx", ".safetensors"):
         raise CheckpointFormatError(
             f"there is no model at {model}", advice="Check the path. A model of the Hub is named owner/name[@revision]."

@@ -36,8 +36,53 @@ class Envelope:
     signatures: tuple[tuple[str, bytes], ...]
     """(key id as stated, signature) of each signer; the key id is only a hint."""
 
+    @classmethod
+    def sealed(cls, payload_type: str, payload: bytes, keys: Sequence[PrivateKey], *, name_keys: bool = True) -> Envelope:
+        """Signs a payload with every key.
+
+        Args:
+            payload_type: Media type of the payload; it is covered by the signatures.
+            payload: The bytes to sign.
+            keys: The signers.
+            name_keys: Whether to write the key ids into the envelope; otherwise they stay empty.
+
+        Returns:
+            The signed envelope.
+        """
+        message = _pae(payload_type, payload)
+        signatures = tuple((key.public.key_id if name_keys else "", key.sign(message)) for key in keys)
+        return cls(payload_type, payload, signatures)
+
+    @classmethod
+    def parse(cls, value: Any, source: str) -> Envelope:
+        """Reads the JSON object of an envelope.
+
+        Args:
+            value: The parsed JSON.
+            source: Name of the file, for messages.
+
+        Returns:
+            The envelope, unproven.
+
+        Raises:
+            SignatureFormatError: A member is missing, unknown or of the wrong type, or the base64 is not canonical.
+        """
+        facts = members(value, {"payload": str, "payloadType": str, "signatures": list}, source)
+        signatures = []
+        for entry in facts["signatures"]:
+            signature = members(entry, {"sig": str, "keyid": str}, source, keyid="")
+            signatures.append((signature["keyid"], _decode(signature["sig"], source)))
+        return cls(facts["payloadType"], _decode(facts["payload"], source), tuple(signatures))
+
     def signed_by(self, key: PublicKey) -> bool:
-        """Whether one of the signatures was made with this key."""
+        """Checks the signatures; the key ids that the envelope states are ignored.
+
+        Args:
+            key: The expected signer.
+
+        Returns:
+            True when one of the signatures was made with this key, over this payload and type.
+        """
         message = _pae(self.payload_type, self.payload)
         return any(key.verifies(signature, message) for _, signature in self.signatures)
 
@@ -51,44 +96,6 @@ def _pae(payload_type: str, payload: bytes) -> bytes:
     """The bytes that are signed: DSSE's pre-authentication encoding. It covers the type, so types cannot be exchanged."""
     kind = payload_type.encode("utf-8")
     return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
-
-
-def seal(payload_type: str, payload: bytes, keys: Sequence[PrivateKey], *, name_keys: bool = True) -> Envelope:
-    """Signs a payload with every key.
-
-    Args:
-        payload_type: Media type of the payload; it is covered by the signatures.
-        payload: The bytes to sign.
-        keys: The signers.
-        name_keys: Whether to write the key ids into the envelope; otherwise they stay empty.
-
-    Returns:
-        The signed envelope.
-    """
-    message = _pae(payload_type, payload)
-    signatures = tuple((key.public.key_id if name_keys else "", key.sign(message)) for key in keys)
-    return Envelope(payload_type, payload, signatures)
-
-
-def parse_envelope(value: Any, source: str) -> Envelope:
-    """Reads the JSON object of an envelope.
-
-    Args:
-        value: The parsed JSON.
-        source: Name of the file, for messages.
-
-    Returns:
-        The envelope, unproven.
-
-    Raises:
-        SignatureFormatError: A member is missing, unknown or of the wrong type, or the base64 is not canonical.
-    """
-    facts = members(value, {"payload": str, "payloadType": str, "signatures": list}, source)
-    signatures = []
-    for entry in facts["signatures"]:
-        signature = members(entry, {"sig": str, "keyid": str}, source, keyid="")
-        signatures.append((signature["keyid"], _decode(signature["sig"], source)))
-    return Envelope(facts["payloadType"], _decode(facts["payload"], source), tuple(signatures))
 
 
 def parse_json(data: bytes, source: str) -> Any:
@@ -171,89 +178,83 @@ class Bundle:
     """SHA-256 (hex) of the file that the bundle names."""
     envelope: Envelope
 
-    def check_file(self, digest: str, name: str) -> None:
-        """Checks that the bundle is for a file with this SHA-256.
+    @classmethod
+    def parse(cls, data: bytes, source: str) -> Bundle:
+        """Reads a detached signature.
+
+        Args:
+            data: The content of the .sig file.
+            source: Name of the file, for messages.
+
+        Returns:
+            The bundle, unproven.
+
+        Raises:
+            SignatureFormatError: It is not a bundle of one signature, made with a key, of one file by SHA-256.
+        """
+        outer = parse_json(data, source)
+        material = outer.get("verificationMaterial") if isinstance(outer, dict) else None
+        if isinstance(material, dict) and {"certificate", "x509CertificateChain"} & set(material):
+            raise SignatureFormatError(
+                f"{source} was made with a certificate, not with a key", advice="Check it with `model_signing verify` instead."
+            )
+        outer = members(outer, {"mediaType": str, "verificationMaterial": dict, "dsseEnvelope": dict}, source)
+        if outer["mediaType"] != MEDIA_TYPE:
+            raise SignatureFormatError(f"{source} has the media type {outer['mediaType']!r}, expected {MEDIA_TYPE!r}")
+        material = members(outer["verificationMaterial"], {"publicKey": dict, "tlogEntries": list}, source, tlogEntries=[])
+        key_id = members(material["publicKey"], {"hint": str}, source)["hint"]
+        if material["tlogEntries"] or not _is_digest(key_id):
+            raise SignatureFormatError(f"{source} does not name a key, or relies on a transparency log")
+        envelope = Envelope.parse(outer["dsseEnvelope"], source)
+        if envelope.payload_type != PAYLOAD_TYPE or [name for name, _ in envelope.signatures] not in ([""], [key_id]):
+            raise SignatureFormatError(f"{source} does not contain a statement with a single signature")
+        return cls(source, key_id, _signed_digest(envelope.payload, source), envelope)
+
+    @staticmethod
+    def write(digest: str, name: str, key: PrivateKey) -> bytes:
+        """Signs a file.
+
+        Args:
+            digest: SHA-256 of the file, hex.
+            name: File name to write into the statement; readers do not compare it.
+            key: The signer.
+
+        Returns:
+            The content of the .sig file.
+        """
+        serialization = {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": []}
+        statement = {
+            "_type": STATEMENT_TYPE,
+            # The subject's digest is that of the concatenated digests of all resources; there is one.
+            "subject": [{"name": name, "digest": {"sha256": sha256(bytes.fromhex(digest)).hexdigest()}}],
+            "predicateType": PREDICATE_TYPE,
+            "predicate": {
+                "serialization": serialization,
+                "resources": [{"name": ".", "algorithm": "sha256", "digest": digest}],
+            },
+        }
+        payload = json.dumps(statement, sort_keys=True, separators=(",", ":")).encode("ascii")
+        envelope = Envelope.sealed(PAYLOAD_TYPE, payload, [key], name_keys=False)
+        material = {"publicKey": {"hint": key.public.key_id}, "tlogEntries": []}
+        bundle = {"mediaType": MEDIA_TYPE, "verificationMaterial": material, "dsseEnvelope": envelope.as_json()}
+        return json.dumps(bundle, separators=(",", ":")).encode("ascii")
+
+    def check(self, digest: str, name: str, key: PublicKey | None) -> None:
+        """Checks that the bundle is for a file with this SHA-256, and that it was made with a key.
 
         Args:
             digest: SHA-256 of the file, hex.
             name: The file, for messages.
+            key: The key that the bundle should name; None where it is not known: then who made the bundle stays unproven.
 
         Raises:
-            BadSignatureError: It is for other bytes.
+            BadSignatureError: It is for other bytes, names another key, or was not made with this one.
         """
         if self.digest != digest:
             sums = f"expected sha256 {self.digest[:12]}.., got {digest[:12]}.."
             raise BadSignatureError(f"{self.source} was made for other bytes than those of {name}: {sums}")
-
-    def check_key(self, key: PublicKey) -> None:
-        """Checks that the signature was made with a key.
-
-        Args:
-            key: The key that the bundle should name.
-
-        Raises:
-            BadSignatureError: The bundle names another key, or was not made with this one.
-        """
-        if key.key_id != self.key_id or not self.envelope.signed_by(key):
+        if key is not None and (key.key_id != self.key_id or not self.envelope.signed_by(key)):
             raise BadSignatureError(f"{self.source} was not made with the key that it names ({self.key_id[:12]}..)")
-
-
-def make_bundle(digest: str, name: str, key: PrivateKey) -> bytes:
-    """Signs a file.
-
-    Args:
-        digest: SHA-256 of the file, hex.
-        name: File name to write into the statement; readers do not compare it.
-        key: The signer.
-
-    Returns:
-        The content of the .sig file.
-    """
-    serialization = {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": []}
-    statement = {
-        "_type": STATEMENT_TYPE,
-        # The subject's digest is that of the concatenated digests of all resources; there is one.
-        "subject": [{"name": name, "digest": {"sha256": _root(digest)}}],
-        "predicateType": PREDICATE_TYPE,
-        "predicate": {"serialization": serialization, "resources": [{"name": ".", "algorithm": "sha256", "digest": digest}]},
-    }
-    payload = json.dumps(statement, sort_keys=True, separators=(",", ":")).encode("ascii")
-    envelope = seal(PAYLOAD_TYPE, payload, [key], name_keys=False)
-    material = {"publicKey": {"hint": key.public.key_id}, "tlogEntries": []}
-    bundle = {"mediaType": MEDIA_TYPE, "verificationMaterial": material, "dsseEnvelope": envelope.as_json()}
-    return json.dumps(bundle, separators=(",", ":")).encode("ascii")
-
-
-def parse_bundle(data: bytes, source: str) -> Bundle:
-    """Reads a detached signature.
-
-    Args:
-        data: The content of the .sig file.
-        source: Name of the file, for messages.
-
-    Returns:
-        The bundle, unproven.
-
-    Raises:
-        SignatureFormatError: It is not a bundle of one signature, made with a key, of one file by SHA-256.
-    """
-    outer = parse_json(data, source)
-    material = outer.get("verificationMaterial") if isinstance(outer, dict) else None
-    if isinstance(material, dict) and {"certificate", "x509CertificateChain"} & set(material):
-        raise SignatureFormatError(
-            f"{source} was made with a certificate, not with a key", advice="Check it with `model_signing verify` instead."
-        )
-    outer = members(outer, {"mediaType": str, "verificationMaterial": dict, "dsseEnvelope": dict}, source)
-    if outer["mediaType"] != MEDIA_TYPE:
-        raise SignatureFormatError(f"{source} has the media type {outer['mediaType']!r}, expected {MEDIA_TYPE!r}")
-    material = members(outer["verificationMaterial"], {"publicKey": dict, "tlogEntries": list}, source, tlogEntries=[])
-    key_id = members(material["publicKey"], {"hint": str}, source)["hint"]
-    if material["tlogEntries"] or not _is_digest(key_id):
-        raise SignatureFormatError(f"{source} does not name a key, or relies on a transparency log")
-    envelope = parse_envelope(outer["dsseEnvelope"], source)
-    if envelope.payload_type != PAYLOAD_TYPE or [name for name, _ in envelope.signatures] not in ([""], [key_id]):
-        raise SignatureFormatError(f"{source} does not contain a statement with a single signature")
-    return Bundle(source, key_id, _signed_digest(envelope.payload, source), envelope)
 
 
 def _signed_digest(payload: bytes, source: str) -> str:
@@ -272,13 +273,9 @@ def _signed_digest(payload: bytes, source: str) -> str:
         raise SignatureFormatError(f"{source} signs a folder or parts of files, not one file")
     if resource["algorithm"] != "sha256" or serialization.get("hash_type") != "sha256" or not _is_digest(resource["digest"]):
         raise SignatureFormatError(f"{source} uses another hash than SHA-256: {resource['algorithm']!r}")
-    if subject["digest"] != {"sha256": _root(resource["digest"])}:
+    if subject["digest"] != {"sha256": sha256(bytes.fromhex(resource["digest"])).hexdigest()}:
         raise SignatureFormatError(f"{source} contradicts itself: its subject is not its file")
     return str(resource["digest"])
-
-
-def _root(digest: str) -> str:
-    return sha256(bytes.fromhex(digest)).hexdigest()
 
 
 def _is_digest(text: str) -> bool:

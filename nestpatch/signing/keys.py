@@ -24,10 +24,49 @@ _ENCRYPTED = (b"BEGIN ENCRYPTED PRIVATE KEY", b"Proc-Type: 4,ENCRYPTED")
 
 @dataclass(frozen=True)
 class PublicKey:
-    """The half of a key pair that may be given to everybody."""
+    """The half of a key pair that may be published."""
 
     pem: str
     """PEM text as `cryptography` writes it, so that equal keys have equal texts."""
+
+    @classmethod
+    def read(cls, path: Path) -> PublicKey:
+        """Reads a public key file.
+
+        Args:
+            path: The .pub file.
+
+        Returns:
+            The key.
+
+        Raises:
+            KeyFileError: The file is missing or broken, or holds a private or another kind of key.
+        """
+        data = _read(path)
+        if b"PRIVATE KEY" in data:
+            raise KeyFileError(f"{path} is a private key", advice="Give the public half, which may be shown: the .pub file.")
+        return cls.parse(data, str(path))
+
+    @classmethod
+    def parse(cls, data: bytes, source: str) -> PublicKey:
+        """Reads the PEM text of a public key.
+
+        Args:
+            data: The PEM text.
+            source: Name of the file, for messages.
+
+        Returns:
+            The key, in canonical PEM.
+
+        Raises:
+            KeyFileError: The text is not an ECDSA P-256 public key.
+        """
+        from cryptography.exceptions import UnsupportedAlgorithm
+
+        try:
+            return _public(_load_public(data))
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+            raise KeyFileError(f"{source} contains no ECDSA P-256 public key: {error}") from error
 
     @property
     def key_id(self) -> str:
@@ -35,7 +74,15 @@ class PublicKey:
         return sha256(self.pem.encode("ascii")).hexdigest()
 
     def verifies(self, signature: bytes, message: bytes) -> bool:
-        """Whether a signature (DER) of a message was made with the private half."""
+        """Checks a signature.
+
+        Args:
+            signature: ECDSA with SHA-256, DER.
+            message: The signed bytes.
+
+        Returns:
+            True when it was made with the private half of this key.
+        """
         from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives import hashes
         from cryptography.hazmat.primitives.asymmetric import ec
@@ -49,9 +96,16 @@ class PublicKey:
 
 @dataclass(frozen=True)
 class PrivateKey:
-    """The half of a key pair that signs. `load_key` reads one from a file, `generate` makes one."""
+    """The half of a key pair that signs. `read_private` reads one from a file."""
 
     _key: EllipticCurvePrivateKey = field(repr=False)
+
+    @classmethod
+    def generate(cls) -> PrivateKey:
+        """A new random key."""
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        return cls(ec.generate_private_key(ec.SECP256R1()))
 
     @property
     def public(self) -> PublicKey:
@@ -59,25 +113,32 @@ class PrivateKey:
         return _public(self._key.public_key())
 
     def sign(self, message: bytes) -> bytes:
-        """The signature of a message, DER."""
+        """Signs a message.
+
+        Args:
+            message: The bytes to sign.
+
+        Returns:
+            The signature: ECDSA with SHA-256, DER.
+        """
         from cryptography.hazmat.primitives import hashes
         from cryptography.hazmat.primitives.asymmetric import ec
 
         return self._key.sign(message, ec.ECDSA(hashes.SHA256()))
 
     def pem(self, password: bytes | None) -> bytes:
-        """The content of a key file: PKCS #8, encrypted when there is a password."""
+        """Writes the key as text.
+
+        Args:
+            password: Encrypts the text; None leaves it unencrypted.
+
+        Returns:
+            The content of a key file: PKCS #8 in PEM.
+        """
         from cryptography.hazmat.primitives import serialization as s
 
         encryption = s.BestAvailableEncryption(password) if password else s.NoEncryption()
         return self._key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, encryption)
-
-
-def generate() -> PrivateKey:
-    """A new random key."""
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    return PrivateKey(ec.generate_private_key(ec.SECP256R1()))
 
 
 @dataclass(frozen=True)
@@ -110,7 +171,7 @@ def keygen(path: str | Path, password: bytes | None = None) -> KeyPair:
     if taken is not None:
         advice = f"Use the key that is there (nestpatch sign PACK --key {private}), or give another name: nestpatch keygen NAME"
         raise OutputError(f"{taken} exists already; keys are never overwritten", advice=advice)
-    key = generate()
+    key = PrivateKey.generate()
     write_bytes(private, key.pem(password), mode=0o600)
     try:
         write_bytes(public, key.public.pem.encode("ascii"))
@@ -166,45 +227,6 @@ def read_private(path: str | Path, password: bytes | None = None) -> PrivateKey:
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise KeyFileError(f"the key in {path} is not ECDSA P-256")
     return PrivateKey(key)
-
-
-def read_public(path: Path) -> PublicKey:
-    """Reads a public key file.
-
-    Args:
-        path: The .pub file.
-
-    Returns:
-        The key.
-
-    Raises:
-        KeyFileError: The file is missing or broken, or holds a private or another kind of key.
-    """
-    data = _read(path)
-    if b"PRIVATE KEY" in data:
-        raise KeyFileError(f"{path} is a private key", advice="Give the public half, which may be shown: the .pub file.")
-    return parse_public(data, str(path))
-
-
-def parse_public(data: bytes, source: str) -> PublicKey:
-    """Reads the PEM text of a public key.
-
-    Args:
-        data: The PEM text.
-        source: Name of the file, for messages.
-
-    Returns:
-        The key, in canonical PEM.
-
-    Raises:
-        KeyFileError: The text is not an ECDSA P-256 public key.
-    """
-    from cryptography.exceptions import UnsupportedAlgorithm
-
-    try:
-        return _public(_load_public(data))
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise KeyFileError(f"{source} contains no ECDSA P-256 public key: {error}") from error
 
 
 def _load_public(data: bytes) -> EllipticCurvePublicKey:

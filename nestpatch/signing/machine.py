@@ -17,22 +17,10 @@ from nestpatch.errors import NestpatchError, TrustError
 from nestpatch.files.atomic import sweep_writes, write_bytes
 from nestpatch.files.locks import exclusive
 from nestpatch.files.reading import open_regular
-from nestpatch.signing._store import require_home, trust_file
+from nestpatch.signing.store import user_folder
 
 KEY_FILE = "machine.key"
 KEY_BYTES = 32
-
-
-def user_folder() -> Path:
-    """The folder for files of this user that belong to no model: keys, trust, and what was seen of channels.
-
-    Returns:
-        An absolute path; the folder need not exist.
-
-    Raises:
-        TrustError: This user has no home folder.
-    """
-    return trust_file().parent
 
 
 def seal(kind: str, folder: Path, digest: bytes) -> str:
@@ -81,8 +69,7 @@ def _seal(key: bytes, kind: str, folder: Path, digest: bytes) -> str:
 def _key(*, create: bool) -> bytes | None:
     """The machine's key; None where there is none and none can be made."""
     try:
-        require_home()
-        file = user_folder() / KEY_FILE
+        file = user_folder(existing=True) / KEY_FILE
     except TrustError:  # this user has no home folder, or names one that does not exist
         return None
     try:

@@ -2,7 +2,7 @@
 
 A pattern is a path pattern or a model id. Path patterns match what the user calls the model, so no pack can influence them.
 Model ids match what the pack states as its base (`manifest.base.model_id`), which its signature covers. Everything here is a
-value; only `subject_of` looks at the disk.
+value; only `Subject.of` looks at the disk.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import glob
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -21,7 +21,14 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def is_path(pattern: str) -> bool:
-    """Whether a pattern is for paths: it starts with "/", "~", a drive letter, "./", "../" or "*/". Others are model ids."""
+    """Distinguishes the two kinds of patterns.
+
+    Args:
+        pattern: A path pattern or a pattern of model ids.
+
+    Returns:
+        True for paths: it starts with "/", "~", a drive letter, "./", "../" or "*/". Others are model ids.
+    """
     return _PATH.match(pattern) is not None
 
 
@@ -36,9 +43,28 @@ class Subject:
     base: str | None = None
     """The base that the pack names; None: no pack is known yet."""
 
-    def of(self, base: str) -> Subject:
-        """The same subject for a pack that names this base."""
-        return replace(self, base=base)
+    @classmethod
+    def of(cls, model: str | Path | None) -> Subject:
+        """What the user says about a model.
+
+        No id is derived from folder names: whoever hands over a folder chooses them.
+
+        Args:
+            model: A path, a Hub id (owner/name, hub://owner/name), or None.
+
+        Returns:
+            The model's paths, with and without links, for a file also its folder; or the Hub id.
+        """
+        if model is None:
+            return cls()
+        text = os.fspath(model)
+        name = text.removeprefix("hub://").partition("@")[0]
+        # os.path.exists answers no where Path.exists raises.
+        if text.startswith("hub://") or (_HUB_ID.fullmatch(name) and not os.path.exists(text)):  # noqa: PTH110
+            return cls((), name)
+        paths = [Path(os.path.abspath(text)), Path(os.path.realpath(text))]
+        paths += [path.parent for path in paths if os.path.isfile(path)]  # noqa: PTH113 - the same
+        return cls(tuple(dict.fromkeys(path.as_posix() for path in paths)))
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -46,7 +72,14 @@ class Subject:
         return (*([self.named] if self.named else []), *([self.base] if self.base is not None else []))
 
     def fits(self, pattern: str) -> bool:
-        """Whether a rule for this pattern applies: it matches a path of the model, or one of the ids."""
+        """Whether a rule for a pattern applies.
+
+        Args:
+            pattern: A path pattern or a pattern of model ids.
+
+        Returns:
+            True when it matches a path of the model, or one of the ids.
+        """
         if pattern == EVERYTHING:
             return True
         if is_path(pattern):
@@ -80,29 +113,6 @@ class Subject:
 
 NO_MODEL = Subject()
 """No particular model, and no pack."""
-
-
-def subject_of(model: str | Path | None) -> Subject:
-    """What the user says about a model.
-
-    No id is derived from folder names: whoever hands over a folder chooses them.
-
-    Args:
-        model: A path, a Hub id (owner/name, hub://owner/name), or None.
-
-    Returns:
-        The model's paths, with and without links, for a file also its folder; or the Hub id.
-    """
-    if model is None:
-        return NO_MODEL
-    text = os.fspath(model)
-    name = text.removeprefix("hub://").partition("@")[0]
-    # os.path.exists answers no where Path.exists raises.
-    if text.startswith("hub://") or (_HUB_ID.fullmatch(name) and not os.path.exists(text)):  # noqa: PTH110
-        return Subject((), name)
-    paths = [Path(os.path.abspath(text)), Path(os.path.realpath(text))]
-    paths += [path.parent for path in paths if os.path.isfile(path)]  # noqa: PTH113 - the same
-    return Subject(tuple(dict.fromkeys(path.as_posix() for path in paths)))
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,17 @@
-"""Whom this machine trusts, and how many trusted keys must have signed: a value, its rules, and the files that hold it.
+"""Whom this machine trusts, and how many trusted keys must have signed: values only; store.py reads and writes the files.
 
-A policy file is one JSON object, `trust.json`: the user's own, by default in the user's configuration folder, and the
-administrator's, which stays in force (signing/_store.py). None is stored beside a model: whoever hands over a model could then
-hand over the trust as well. A policy file given to a command has the same format and replaces the user's own.
-
-Keys and rules name models by patterns of paths and of model ids (signing/subject.py).
+Keys and rules name models by patterns of paths and of model ids (subject.py).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from nestpatch.errors import KeyFileError, SignatureFormatError, TrustError
-from nestpatch.files.atomic import write_bytes
-from nestpatch.signing import _store
-from nestpatch.signing._store import changing, read_policy_file, trust_file
 from nestpatch.signing.envelopes import members, parse_json
-from nestpatch.signing.keys import PublicKey, parse_public
+from nestpatch.signing.keys import PublicKey
 from nestpatch.signing.subject import EVERYTHING, NO_MODEL, Subject, is_path
 
 FORMAT = "nestpatch-trust/1"
@@ -76,7 +67,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class PolicyResult:
-    """What the signatures of a pack are worth under a policy."""
+    """How the signatures of a pack count under a policy."""
 
     counting: frozenset[str]
     """Ids of the keys that signed and count."""
@@ -93,8 +84,42 @@ class Policy:
     keys: tuple[TrustedKey, ...] = ()
     rules: tuple[Rule, ...] = ()
 
+    @classmethod
+    def parse(cls, data: bytes, source: str) -> Policy:
+        """Reads the content of a policy file.
+
+        Args:
+            data: The content.
+            source: The file, for messages.
+
+        Returns:
+            The policy, checked.
+
+        Raises:
+            TrustError: The file is broken, of another format, or contradicts itself.
+        """
+        try:
+            value = parse_json(data, source)
+            facts = members(value, {"format": str, "keys": list, "rules": list}, source, keys=[], rules=[])
+            if facts["format"] != FORMAT:
+                raise TrustError(f"{source} has the format {facts['format']!r}; this nestpatch reads {FORMAT}")
+            keys = tuple(_parse_key(entry, source) for entry in facts["keys"])
+            return cls(keys, tuple(_parse_rule(entry, source) for entry in facts["rules"])).checked()
+        except (SignatureFormatError, KeyFileError) as error:
+            raise TrustError(f"{source} is broken: {error}") from error
+        except TrustError as error:
+            reason = str(error)
+            raise TrustError(reason if source in reason else f"{source}: {reason}", advice=error.advice) from error
+
     def find(self, key_id: str) -> TrustedKey | None:
-        """The trusted key with this id, or None."""
+        """Finds a key by its id.
+
+        Args:
+            key_id: SHA-256 of the key's PEM text, hex.
+
+        Returns:
+            The trusted key, or None.
+        """
         return next((trusted for trusted in self.keys if trusted.key.key_id == key_id), None)
 
     def rules_for(self, subject: Subject) -> tuple[Rule, ...]:
@@ -111,7 +136,7 @@ class Policy:
         return tuple(rule for part in self._parts() for rule in _deciding(part, subject, vouched=True))
 
     def weigh(self, subject: Subject, signed: Collection[str]) -> PolicyResult:
-        """Applies the rules to the signatures of a pack. Pure: `allow_unsigned` is the caller's business.
+        """Applies the rules to the signatures of a pack. The caller applies `allow_unsigned`.
 
         Args:
             subject: The model that the pack is for, with the base that the pack names.
@@ -120,23 +145,30 @@ class Policy:
         Returns:
             Which keys count, and which rules are not met.
         """
-        rules: list[Rule] = []
+        counted: list[tuple[Rule, frozenset[str]]] = []
         for part in self._parts():
-            chosen = _deciding(part, subject, vouched=True)
-            if not any(self._counted(rule, subject, signed) for rule in chosen):
-                chosen = _deciding(part, subject, vouched=False)
-            rules += chosen
-        counted = [self._counted(rule, subject, signed) for rule in rules]
-        unmet = tuple(rule for rule, ids in zip(rules, counted, strict=True) if len(ids) < rule.require)
-        return PolicyResult(frozenset().union(*counted), max((rule.require for rule in rules), default=0), unmet)
+            for vouched in (True, False):
+                rules = _deciding(part, subject, vouched=vouched)
+                ids = [{key.key.key_id for key in self.counting(rule, subject)}.intersection(signed) for rule in rules]
+                if any(ids):
+                    break
+            counted += [(rule, frozenset(found)) for rule, found in zip(rules, ids, strict=True)]
+        unmet = tuple(rule for rule, found in counted if len(found) < rule.require)
+        required = max((rule.require for rule, _ in counted), default=0)
+        return PolicyResult(frozenset().union(*(found for _, found in counted)), required, unmet)
 
     def counting(self, rule: Rule, subject: Subject) -> tuple[TrustedKey, ...]:
-        """The keys whose signatures count for a model under a rule."""
+        """The keys whose signatures count for a model under a rule.
+
+        Args:
+            rule: The rule.
+            subject: The model.
+
+        Returns:
+            The keys that are trusted for the model and, where the rule names keys, named by it.
+        """
         named = self._named_in(rule)
         return tuple(t for t in self.keys if subject.is_covered(t.models) and (not rule.keys or t.key.key_id in named))
-
-    def _counted(self, rule: Rule, subject: Subject, signed: Collection[str]) -> frozenset[str]:
-        return frozenset(t.key.key_id for t in self.counting(rule, subject) if t.key.key_id in signed)
 
     def _parts(self) -> tuple[tuple[Rule, ...], tuple[Rule, ...]]:
         """The administrator's rules; the user's, with the default rule after them."""
@@ -169,7 +201,14 @@ class Policy:
         return replace(self, keys=(*others, trusted)).checked()
 
     def matching(self, text: str) -> tuple[TrustedKey, ...]:
-        """The keys with this name, or with an id that begins with it (at least 8 digits)."""
+        """Finds keys by what a user types.
+
+        Args:
+            text: A name, or at least the first 8 digits of an id.
+
+        Returns:
+            All keys that match.
+        """
         return tuple(t for t in self.keys if t.name == text or (len(text) >= 8 and t.key.key_id.startswith(text)))
 
     def without_key(self, text: str) -> Policy:
@@ -188,6 +227,32 @@ class Policy:
         if len(fitting) != 1:
             raise TrustError(f"{len(fitting)} trusted keys match {text!r}, expected 1")
         return replace(self, keys=tuple(t for t in self.keys if t != fitting[0])).checked()
+
+    def under(self, system: Policy, source: str) -> Policy:
+        """Combines this policy with the administrator's, so that both must be met.
+
+        What the administrator requires, only the administrator's keys can give: those that a rule names, else all of them.
+        They also count under the user's rules. A key in both counts for the administrator's models only. A user's key with the
+        name of one of the administrator's gets digits of its id behind the name.
+
+        Args:
+            system: The administrator's policy.
+            source: The administrator's file, for messages.
+
+        Returns:
+            The combined policy.
+        """
+        if not system.keys and not system.rules:
+            return self
+        every = tuple(trusted.key.key_id for trusted in system.keys)
+        with_defaults = [(*policy.rules, _default_rule(policy.keys)) for policy in (system, self)]
+        above = [replace(rule, keys=system._named_in(rule) or every, source=source) for rule in with_defaults[0]]
+        own = [replace(rule, keys=self._named_in(rule)) for rule in with_defaults[1]]
+        taken = {trusted.name for trusted in system.keys}
+        more = [t for t in self.keys if t.key.key_id not in every]
+        renamed = [replace(t, name=f"{t.name} ({t.key.key_id[:12]})") if t.name in taken else t for t in more]
+        keys = (*(replace(trusted, source=source) for trusted in system.keys), *renamed)
+        return Policy(keys, (*above, *own))
 
     def checked(self) -> Policy:
         """Checks that names and keys are unique and that every rule can be met.
@@ -218,14 +283,14 @@ class Policy:
 
 
 def _default_rule(keys: Sequence[TrustedKey]) -> Rule:
-    """What applies where no rule of a file does: who trusts any key needs one signature."""
+    """The rule where no other applies: one signature if any key is trusted, none otherwise."""
     return Rule(EVERYTHING, int(bool(keys)))
 
 
 def _deciding(rules: Sequence[Rule], subject: Subject, *, vouched: bool) -> tuple[Rule, ...]:
     """The rules of one file that decide.
 
-    `vouched`: a trusted key has signed the pack, and so what it states as its base. Otherwise anybody can write any base into
+    `vouched`: a trusted key has signed the pack, and so what it states as its base. Otherwise anyone can write any base into
     the pack, so that statement selects no rule: all rules for model ids apply that stand before the first rule which applies by
     the user's words alone, and that one.
     """
@@ -239,65 +304,10 @@ def _deciding(rules: Sequence[Rule], subject: Subject, *, vouched: bool) -> tupl
     return tuple(found)
 
 
-def combined(system: Policy, user: Policy, source: str) -> Policy:
-    """Combines the administrator's policy and a user's into one in which both must be met.
-
-    What the administrator requires, only the administrator's keys can give: those that a rule names, else all of them. They
-    also count under the user's rules. A key in both counts for the administrator's models only. A user's key with the name of
-    one of the administrator's gets digits of its id behind the name.
-
-    Args:
-        system: The administrator's policy.
-        user: The user's policy.
-        source: The administrator's file, for messages.
-
-    Returns:
-        The combined policy.
-    """
-    if not system.keys and not system.rules:
-        return user
-    every = tuple(trusted.key.key_id for trusted in system.keys)
-    with_defaults = [(*policy.rules, _default_rule(policy.keys)) for policy in (system, user)]
-    above = [replace(rule, keys=system._named_in(rule) or every, source=source) for rule in with_defaults[0]]
-    own = [replace(rule, keys=user._named_in(rule)) for rule in with_defaults[1]]
-    taken = {trusted.name for trusted in system.keys}
-    more = [t for t in user.keys if t.key.key_id not in every]
-    renamed = [replace(t, name=f"{t.name} ({t.key.key_id[:12]})") if t.name in taken else t for t in more]
-    keys = (*(replace(trusted, source=source) for trusted in system.keys), *renamed)
-    return Policy(keys, (*above, *own))
-
-
-def parse_policy(data: bytes, source: str) -> Policy:
-    """Reads the content of a policy file.
-
-    Args:
-        data: The content.
-        source: The file, for messages.
-
-    Returns:
-        The policy, checked.
-
-    Raises:
-        TrustError: The file is broken, of another format, or contradicts itself.
-    """
-    try:
-        value = parse_json(data, source)
-        facts = members(value, {"format": str, "keys": list, "rules": list}, source, keys=[], rules=[])
-        if facts["format"] != FORMAT:
-            raise TrustError(f"{source} has the format {facts['format']!r}; this nestpatch reads {FORMAT}")
-        keys = tuple(_parse_key(entry, source) for entry in facts["keys"])
-        return Policy(keys, tuple(_parse_rule(entry, source) for entry in facts["rules"])).checked()
-    except (SignatureFormatError, KeyFileError) as error:
-        raise TrustError(f"{source} is broken: {error}") from error
-    except TrustError as error:
-        reason = str(error)
-        raise TrustError(reason if source in reason else f"{source}: {reason}", advice=error.advice) from error
-
-
 def _parse_key(entry: Any, source: str) -> TrustedKey:
     kinds: dict[str, type] = {"name": str, "id": str, "pem": str, "models": list}
     facts = members(entry, kinds, source, id="", models=[EVERYTHING])
-    key = parse_public(facts["pem"].encode("utf-8"), source)
+    key = PublicKey.parse(facts["pem"].encode("utf-8"), source)
     if facts["id"] not in {"", key.key_id}:
         raise TrustError(f"{source}: the id of the key {facts['name']!r} is not that of its PEM text")
     return TrustedKey.of(facts["name"], key, facts["models"])
@@ -320,152 +330,3 @@ def _checked_patterns(patterns: Iterable[Any]) -> tuple[str, ...]:
         if pattern.startswith("."):
             raise TrustError(f"{pattern!r} is a relative path, which would match no model", advice="Write the absolute path.")
     return found
-
-
-def policy_files() -> tuple[Path, Path]:
-    """The user's own policy file and the administrator's, which need not exist.
-
-    Returns:
-        Both paths.
-
-    Raises:
-        TrustError: This user has no home folder.
-    """
-    return trust_file(), _store.SYSTEM_FILE
-
-
-def load_policy(path: Path | None = None) -> Policy:
-    """Loads the policy that is in force: the administrator's, together with a file or the user's own.
-
-    Args:
-        path: A policy file that replaces the user's own; it must exist. None: the user's own, which may be missing.
-
-    Returns:
-        The combined policy; empty when nothing is configured.
-
-    Raises:
-        TrustError: A file is broken, unreadable, or writable by the wrong user.
-    """
-    if path is None:
-        own = load_own()
-    else:
-        data = read_policy_file(path)
-        if data is None:
-            raise TrustError(f"there is no policy file {path}", advice="Check the path.")
-        own = parse_policy(data, str(path))
-    return combined(load_system(), own, str(_store.SYSTEM_FILE))
-
-
-def load_for_looking() -> Policy:
-    """The policy for commands that only read packs: a user without a home, who can have no list, gets the administrator's.
-
-    Returns:
-        The combined policy.
-
-    Raises:
-        TrustError: A file is broken, unreadable, or writable by the wrong user.
-    """
-    try:
-        trust_file()
-    except TrustError:
-        return combined(load_system(), Policy(), str(_store.SYSTEM_FILE))
-    return load_policy()
-
-
-def load_own(*, create: bool = False) -> Policy:
-    """The user's own policy without the administrator's: what `trust add` changes.
-
-    Args:
-        create: The user's folder may be missing, because it is about to be created.
-
-    Returns:
-        The policy; empty when there is no file.
-
-    Raises:
-        TrustError: The file is broken or unreadable.
-    """
-    if not create:
-        _store.require_home()
-    data = read_policy_file(trust_file())
-    return Policy() if data is None else parse_policy(data, str(trust_file()))
-
-
-def load_system() -> Policy:
-    """The administrator's policy alone.
-
-    Returns:
-        The policy; empty when there is no file.
-
-    Raises:
-        TrustError: The file is broken, names "~", or can be changed by another user.
-    """
-    data, source = read_policy_file(_store.SYSTEM_FILE, system=True), str(_store.SYSTEM_FILE)
-    if data is None:
-        return Policy()
-    policy = parse_policy(data, source)
-    patterns = [*(rule.model for rule in policy.rules), *(model for key in policy.keys for model in key.models)]
-    for pattern in patterns:
-        if pattern.startswith("~"):
-            raise TrustError(f"{source} names {pattern!r}: each user decides where a home folder is")
-    return policy
-
-
-def trust_key(trusted: TrustedKey) -> Path:
-    """Adds a key to the user's own file, or changes its name or models there.
-
-    Args:
-        trusted: The key.
-
-    Returns:
-        The file.
-
-    Raises:
-        TrustError: The name is taken, or the file cannot be read or locked.
-        OutputError: The file cannot be written.
-    """
-    with changing(trust_file(), create=True):
-        return save_policy(load_own(create=True).with_key(trusted))
-
-
-def distrust_key(text: str) -> tuple[TrustedKey, Path]:
-    """Removes a key from the user's own file.
-
-    Args:
-        text: The key's name, or at least 8 digits of its id.
-
-    Returns:
-        The removed key, and the file.
-
-    Raises:
-        TrustError: Not exactly one key matches, a rule needs it, or it is the administrator's.
-        OutputError: The file cannot be written.
-    """
-    with changing(trust_file()):
-        before = load_own()
-        if not before.matching(text) and load_system().matching(text):
-            raise TrustError(
-                f"{text!r} is a key of this machine's administrator, in {_store.SYSTEM_FILE}",
-                advice=f"Ask who may write {_store.SYSTEM_FILE} to remove it there. No list of your own takes its trust away.",
-            )
-        after = before.without_key(text)
-        file = save_policy(after)
-    return next(trusted for trusted in before.keys if trusted not in after.keys), file
-
-
-def save_policy(policy: Policy) -> Path:
-    """Writes the user's own file.
-
-    Args:
-        policy: The new content.
-
-    Returns:
-        The file.
-
-    Raises:
-        OutputError: The file cannot be written.
-    """
-    file = trust_file()
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    text = json.dumps(policy.checked().as_json(), indent=1, ensure_ascii=False) + "\n"
-    write_bytes(file, text.encode("utf-8"), overwrite=True, mode=0o600)
-    return file

@@ -10,19 +10,19 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from nestpatch.errors import OutputError, PackError, SignatureFormatError, UnsignedError, UntrustedError
 from nestpatch.files.atomic import write_bytes
 from nestpatch.files.reading import read_bounded
 from nestpatch.formats import nest
 from nestpatch.pack import Pack
-from nestpatch.signing.envelopes import MAX_BYTES, make_bundle, parse_bundle
+from nestpatch.signing.envelopes import MAX_BYTES, Bundle
 from nestpatch.signing.keys import PrivateKey
-from nestpatch.signing.subject import NO_MODEL, Subject, is_path, subject_of
+from nestpatch.signing.subject import NO_MODEL, Subject, is_path
 from nestpatch.signing.trust import Policy, Rule
 
 MAX_SIGNATURES = 64
@@ -40,56 +40,47 @@ class Signer:
 
 
 @dataclass(frozen=True)
-class VerifiedPack:
-    """A pack that is signed by as many trusted keys as the policy requires, and by at least one."""
+class _CheckedPack:
+    """A pack whose signatures were checked; none of them is wrong."""
 
+    verdict: ClassVar[str]
     pack: Pack
-    """What was signed. Use this value: the file may change after it was checked."""
+    """What was checked. Use this value: the file may change afterwards."""
     pack_id: str
-    signers: tuple[Signer, ...]
     required: int
     """Signatures that the policy requires."""
+    signers: tuple[Signer, ...] = ()
+    """The trusted keys whose signatures count."""
+    reason: str = ""
+    """What is missing."""
+    signatures: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    """File name -> content of each signature that was checked."""
+
+    @property
+    def key_ids(self) -> dict[str, str]:
+        """Name -> key id of the signers."""
+        return {signer.name: signer.key_id for signer in self.signers}
 
     def as_json(self) -> dict[str, Any]:
         """The result for scripts."""
         signers = [{"name": s.name, "key_id": s.key_id, "file": s.file} for s in self.signers]
-        facts = {"verdict": "signed", "pack": self.pack.label, "pack_id": self.pack_id}
-        return {**facts, "signers": signers, "required": self.required, "reason": ""}
+        facts = {"verdict": self.verdict, "pack": self.pack.label, "pack_id": self.pack_id}
+        return {**facts, "signers": signers, "required": self.required, "reason": self.reason}
 
 
-@dataclass(frozen=True)
-class UnverifiedPack:
-    """A pack that too few trusted keys have signed, which the policy or the caller allows. No signature of it is wrong."""
+class VerifiedPack(_CheckedPack):
+    """A pack that is signed by as many trusted keys as the policy requires, and by at least one."""
 
-    pack: Pack
-    pack_id: str
-    reason: str
-    """What is missing."""
-    required: int
-    """Signatures that the policy requires."""
+    verdict = "signed"
 
-    def as_json(self) -> dict[str, Any]:
-        """The result for scripts."""
-        facts = {"verdict": "unproven", "pack": self.pack.label, "pack_id": self.pack_id}
-        return {**facts, "signers": [], "required": self.required, "reason": self.reason}
+
+class UnverifiedPack(_CheckedPack):
+    """A pack that too few trusted keys have signed, which the policy or the caller allows. It has no signers that count."""
+
+    verdict = "unproven"
 
 
 SignatureResult: TypeAlias = VerifiedPack | UnverifiedPack
-
-
-def signers_of(result: SignatureResult) -> dict[str, str]:
-    """Name -> key id of the keys whose signatures counted."""
-    return {signer.name: signer.key_id for signer in result.signers} if isinstance(result, VerifiedPack) else {}
-
-
-@dataclass(frozen=True)
-class ValidSignatures:
-    """The signatures of a pack, all of which belong to its bytes."""
-
-    trusted: Mapping[str, Signer]
-    """Key id -> signer, for keys that are trusted for any model."""
-    unknown: tuple[str, ...] = ()
-    """Ids of keys that are not known here; whether they really made these signatures is not known either."""
 
 
 def check_signatures(
@@ -125,25 +116,27 @@ def check_signatures(
     trusted: dict[str, Signer] = {}
     unknown: list[str] = []
     for source, content in signatures.items():
-        bundle = parse_bundle(content, source)
-        bundle.check_file(digest, file)
+        bundle = Bundle.parse(content, source)
         known = policy.find(bundle.key_id)
+        bundle.check(digest, file, known.key if known else None)
         if known is None:
             unknown.append(bundle.key_id)
-            continue
-        bundle.check_key(known.key)
-        trusted[bundle.key_id] = Signer(known.name, bundle.key_id, source)
-    valid = ValidSignatures(trusted, tuple(unknown))
+        else:
+            trusted[bundle.key_id] = Signer(known.name, bundle.key_id, source)
     # Decoded last: a wrong signature is an error also where the bytes are not a pack.
-    return apply_policy(nest.decode(data), digest, valid, policy, subject, file=file, allow_unsigned=allow_unsigned)
+    pack = nest.decode(data)
+    signers = tuple(trusted.values())
+    result = apply_policy(pack, digest, policy, subject, signers, unknown, file=file, allow_unsigned=allow_unsigned)
+    return replace(result, signatures=signatures)
 
 
 def apply_policy(
     pack: Pack,
     pack_id: str,
-    found: ValidSignatures,
     policy: Policy,
     subject: Subject,
+    trusted: Sequence[Signer] = (),
+    unknown: Sequence[str] = (),
     *,
     file: str,
     allow_unsigned: bool = False,
@@ -153,9 +146,10 @@ def apply_policy(
     Args:
         pack: The pack.
         pack_id: SHA-256 of its bytes, hex.
-        found: Its signatures.
         policy: The trusted keys and rules.
         subject: The model that the pack is for; its base is taken from the pack.
+        trusted: The keys with a valid signature that are trusted for any model, each once.
+        unknown: Ids of keys that are not known here; whether they really made their signatures is not known either.
         file: Name of the pack, for messages.
         allow_unsigned: Allows too few signatures, except where the administrator requires them.
 
@@ -166,37 +160,35 @@ def apply_policy(
         UnsignedError: There is no signature, and the policy requires one.
         UntrustedError: Too few trusted keys have signed.
     """
-    subject = subject.of(pack.manifest.base.model_id)
-    weighed = policy.weigh(subject, found.trusted)
-    signers = tuple(signer for key_id, signer in found.trusted.items() if key_id in weighed.counting)
+    subject = replace(subject, base=pack.manifest.base.model_id)
+    weighed = policy.weigh(subject, [signer.key_id for signer in trusted])
+    signers = tuple(signer for signer in trusted if signer.key_id in weighed.counting)
     if signers and not weighed.unmet:
-        return VerifiedPack(pack, pack_id, signers, weighed.required)
+        return VerifiedPack(pack, pack_id, weighed.required, signers)
     if weighed.unmet:
         wanted = {trusted.key.key_id for trusted in policy.counting(weighed.unmet[0], subject)}
         signers = tuple(signer for signer in signers if signer.key_id in wanted)
-    lack = _lack(file, signers, found, weighed.unmet)
+    others = [f"{signer.name}, who is not trusted for this model" for signer in trusted if signer not in signers]
+    others += [f"{key_id[:12]}.., which is not trusted here" for key_id in unknown]
+    lack = _lack(file, signers, others, weighed.unmet)
     lack = _with_rule(lack, weighed.unmet, subject, allow_unsigned=allow_unsigned)
     if weighed.unmet and (not allow_unsigned or any(rule.source for rule in weighed.unmet)):
         raise lack
-    return UnverifiedPack(pack, pack_id, str(lack), weighed.required)
+    return UnverifiedPack(pack, pack_id, weighed.required, reason=str(lack))
 
 
-def _lack(
-    file: str, signers: Sequence[Signer], found: ValidSignatures, unmet: Sequence[Rule]
-) -> UnsignedError | UntrustedError:
-    """What is missing, as the error that says so."""
-    if not found.trusted and not found.unknown:
+def _lack(file: str, signers: Sequence[Signer], others: Sequence[str], unmet: Sequence[Rule]) -> UnsignedError | UntrustedError:
+    """The error that reports what is missing. `others`: the signers that do not count, with the reason."""
+    if not signers and not others:
         return UnsignedError(
             f"{file} is not signed",
             advice=f"If the pack is your own: nestpatch sign {file} --key NAME.key. If not, get its .sig file from the "
             "publisher and put it beside the pack. To use it unsigned all the same: --allow-unsigned.",
         )
-    keys = [f"{signer.name}, who is not trusted for this model" for signer in found.trusted.values() if signer not in signers]
-    keys += [f"{key_id[:12]}.., which is not trusted here" for key_id in found.unknown]
     if not signers:
-        return UntrustedError(f"{file} is signed by {'; '.join(keys)}")
+        return UntrustedError(f"{file} is signed by {'; '.join(others)}")
     who = ", ".join(signer.name for signer in signers)
-    more = f"; further by {'; '.join(keys)}" if keys else ""
+    more = f"; further by {'; '.join(others)}" if others else ""
     required = unmet[0].require if unmet else 0
     return UntrustedError(f"{file} is signed by {len(signers)} of the {required} keys that the policy requires: {who}{more}")
 
@@ -213,7 +205,7 @@ def _with_rule(
     count = f"{rule.require} signature{'s' if rule.require > 1 else ''} for {rule.model!r}"
     if above is not None:
         lifted = ", which allowing unsigned packs does not lift" if allow_unsigned else ""
-        advice = "Get the pack with its signatures. What the administrator of this machine requires, only that file can change."
+        advice = "Get the pack with its signatures. What the administrator requires can only be changed in that file."
         return type(lack)(f"{lack}; {above.source} requires {count}{lifted}", advice=advice)
     return type(lack)(
         f"{lack}; a rule requires {count}, and without a trusted signature the pack's statement that it is for "
@@ -235,28 +227,7 @@ def verify_signature(
         allow_unsigned: Allows missing and unknown signatures; never wrong ones, nor less than the administrator requires.
 
     Returns:
-        A VerifiedPack or an UnverifiedPack.
-
-    Raises:
-        SignatureError: A signature is wrong, or too few trusted keys have signed.
-        PackError: The file cannot be read, or is not a pack.
-    """
-    return verify_file(path, policy, model, allow_unsigned=allow_unsigned)[0]
-
-
-def verify_file(
-    path: str | Path, policy: Policy, model: str | Path | None = None, *, allow_unsigned: bool = False
-) -> tuple[SignatureResult, dict[str, bytes]]:
-    """Does what `verify_signature` does, and also returns the signatures that were checked; the files may change afterwards.
-
-    Args:
-        path: The pack file.
-        policy: The trusted keys and rules.
-        model: What the pack is for, a path or a Hub id.
-        allow_unsigned: Allows missing and unknown signatures.
-
-    Returns:
-        The result, and file name -> content of each signature.
+        A VerifiedPack or an UnverifiedPack, with the signatures that were checked; the files may change afterwards.
 
     Raises:
         SignatureError: A signature is wrong, or too few trusted keys have signed.
@@ -265,10 +236,9 @@ def verify_file(
     file = Path(path)
     signatures, data = read_signatures(file), nest.read_bytes(file)
     try:
-        result = check_signatures(data, signatures, policy, subject_of(model), file=file.name, allow_unsigned=allow_unsigned)
+        return check_signatures(data, signatures, policy, Subject.of(model), file=file.name, allow_unsigned=allow_unsigned)
     except PackError as error:
         raise type(error)(f"{path}: {error}", advice=error.advice) from error
-    return result, signatures
 
 
 def read_signatures(path: Path) -> dict[str, bytes]:
@@ -346,18 +316,13 @@ def sign_pack(path: str | Path, key: PrivateKey, output: Path | None = None, *, 
     """
     file = Path(path)
     pack_id, key_id = nest.pack_id(nest.read(file)), key.public.key_id
-    target = output or _free_name(file, key_id, overwrite=overwrite)
-    write_bytes(target, make_bundle(pack_id, file.name, key), overwrite=overwrite)
+    target = output
+    if target is None:
+        first, own = file.with_name(f"{file.name}{SUFFIX}"), file.with_name(f"{file.name}.{key_id[:12]}{SUFFIX}")
+        taken = [path for path in (first, own) if os.path.lexists(path)]
+        older = next((path for path in taken if Bundle.parse(_read_signature(path), path.name).key_id == key_id), None)
+        if older is not None and not overwrite:
+            raise OutputError(f"{older} exists already, by the same key", advice="Pass --overwrite to sign again.")
+        target = older or (own if first in taken else first)
+    write_bytes(target, Bundle.write(pack_id, file.name, key), overwrite=overwrite)
     return SignatureFile(target, pack_id, key_id)
-
-
-def _free_name(file: Path, key_id: str, *, overwrite: bool) -> Path:
-    """Where this key's signature goes."""
-    first = file.with_name(f"{file.name}{SUFFIX}")
-    own = file.with_name(f"{file.name}.{key_id[:12]}{SUFFIX}")
-    for taken in (path for path in (first, own) if os.path.lexists(path)):
-        if parse_bundle(_read_signature(taken), taken.name).key_id == key_id:
-            if overwrite:
-                return taken
-            raise OutputError(f"{taken} exists already, by the same key", advice="Pass --overwrite to sign again.")
-    return own if os.path.lexists(first) else first

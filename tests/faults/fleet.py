@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nestpatch.formats import nest
-from nestpatch.signing.keys import generate
+from nestpatch.signing.keys import PrivateKey
 from tests.faults.cases import Case, State, digests
 from tests.faults.killer import End, Killer
 from tests.helpers import tiny_checkpoint, tiny_pack
@@ -90,7 +90,7 @@ def new_fleet(killer: Killer, folder: Path) -> Fleet:
     fleet = Fleet(killer, folder)
     model = tiny_checkpoint(folder / "model", layers=1, hidden=32, inter=32)
     shutil.copytree(model, folder / "base")
-    key = generate()
+    key = PrivateKey.generate()
     (folder / "acme.key").write_bytes(key.pem(None))
     (folder / "acme.pub").write_text(key.public.pem, encoding="ascii")
     for user in ("publisher", "user"):

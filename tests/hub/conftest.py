@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nestpatch.hub import fetch as _requests
+from nestpatch.hub import _requests
 from nestpatch.patcher.inplace import revert
 from tests.helpers import tiny_checkpoint
 from tests.hub.scene import REPO, Scene, new_scene

@@ -23,7 +23,7 @@ from nestpatch.pack import utc_now
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.patcher.update import Updated, update
-from nestpatch.signing.keys import PrivateKey, generate
+from nestpatch.signing.keys import PrivateKey
 from nestpatch.signing.trust import Policy, TrustedKey
 from tests.helpers import tiny_pack, tree_digest
 from tests.hubserver.server import Hub
@@ -149,7 +149,7 @@ def new_scene(hub: Hub, folder: Path, model: Path) -> Scene:
     """With fresh keys."""
     base = folder / "base"
     shutil.copytree(model, base)
-    return Scene(hub, folder, model, base, generate(), generate())
+    return Scene(hub, folder, model, base, PrivateKey.generate(), PrivateKey.generate())
 
 
 def refused(scene: Scene, error: type[NestpatchError], match: str, *, remembered: bool = True) -> None:

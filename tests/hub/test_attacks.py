@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nestpatch.channels.follow import pull
-from nestpatch.channels.listing import CHANNEL_FILE, ListedFile, payload, write_envelope
+from nestpatch.channels.listing import CHANNEL_FILE, ListedFile, parse, payload, write_envelope
 from nestpatch.channels.rules import ChannelRules
 from nestpatch.errors import (
     ChannelFormatError,
@@ -39,7 +39,7 @@ def test_a_channel_signed_with_another_key(scene: Scene) -> None:
     scene.put(channel=scene.resign(scene.channel, scene.evil))
     refused(scene, ChannelKeyError, "is not signed by its root key")
     with pytest.raises(ChannelKeyError, match="which is not trusted here"):
-        ChannelRules(scene.policy, utc_now()).accept_bytes(scene.read(CHANNEL_FILE), "the channel")
+        ChannelRules(scene.policy, utc_now()).accept(*parse(scene.read(CHANNEL_FILE), "the channel"), "the channel")
 
 
 def test_another_signature_under_the_root_key_s_name(scene: Scene) -> None:
@@ -59,12 +59,12 @@ def test_a_tampered_channel(scene: Scene) -> None:
 
 def test_no_byte_of_a_channel_can_be_changed(scene: Scene) -> None:
     data, gate = scene.read(CHANNEL_FILE), ChannelRules(scene.policy, utc_now())
-    good = gate.accept_bytes(data, "it").channel
+    good = gate.accept(*parse(data, "it"), "it").channel
     for position in range(0, len(data), 7):
         spoiled = bytearray(data)
         spoiled[position] ^= 1
         try:
-            found = gate.accept_bytes(bytes(spoiled), "it").channel
+            found = gate.accept(*parse(bytes(spoiled), "it"), "it").channel
         except NestpatchError:
             continue
         # White space between the members of the envelope, and the key's name, are not signed and say nothing.

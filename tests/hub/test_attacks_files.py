@@ -54,7 +54,7 @@ def test_a_pack_signed_with_another_key(scene: Scene) -> None:
     """The server cannot do this alone: the channel's key was used without the publisher's second person."""
     scene.publish("1.1.0", 1)
     patch = scene.channel.packs[1]
-    content = envelopes.make_bundle(patch.file.sha256, "no-harm.nest", scene.evil)
+    content = envelopes.Bundle.write(patch.file.sha256, "no-harm.nest", scene.evil)
     file = ListedFile(patch.signatures[0].path, len(content), sha256(content).hexdigest())
     scene.put(channel=scene.resign(scene.listed("1.1.0", signatures=(file,))), **{file.path: content})
     refused(scene, UntrustedError, "which is not trusted here", remembered=False)
@@ -101,7 +101,7 @@ def test_a_swapped_signature(scene: Scene) -> None:
 def test_a_pack_that_is_not_what_the_channel_says_of_it(scene: Scene) -> None:
     """VerifiedPack by everybody, but listed under another version."""
     data = scene.pack("1.0.5", 1).read_bytes()
-    signature = envelopes.make_bundle(sha256(data).hexdigest(), "no-harm.nest", scene.key)
+    signature = envelopes.Bundle.write(sha256(data).hexdigest(), "no-harm.nest", scene.key)
     patch, files = listed(nest.decode(data).manifest, data, {".sig": signature})
     moved = {path.replace("1.0.5", "1.1.0"): content for path, content in files.items()}
     entries = [replace(f, path=f.path.replace("1.0.5", "1.1.0")) for f in (patch.file, *patch.signatures)]
@@ -299,7 +299,7 @@ def test_a_publisher_who_is_always_too_late(scene: Scene, monkeypatch: pytest.Mo
     scene.hub.faults.clear()
     scene.hub.fault("POST .*/commit/main", faster)
     before = scene.read(CHANNEL_FILE)
-    with pytest.raises(PublishError, match="3 attempts came too late"):
+    with pytest.raises(PublishError, match="gave up after 3 attempts"):
         scene.publish("1.2.0", 2)
     assert scene.read(CHANNEL_FILE) == before
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nestpatch.channels._memory import Memory, address_file, memory_file, recall, recall_channel, remember
+from nestpatch.channels._memory import Memory, address_file, held, keep, memory_file, recall, recall_channel
 from nestpatch.channels._release import hand_over
 from nestpatch.channels.follow import follow
 from nestpatch.channels.listing import CHANNEL_FILE, MAX_FIRST, MAX_NUMBER, Channel
@@ -28,7 +28,7 @@ from nestpatch.errors import (
     RollbackError,
     SerialJumpError,
 )
-from nestpatch.signing.keys import PrivateKey, generate
+from nestpatch.signing.keys import PrivateKey
 from nestpatch.signing.trust import Policy, TrustedKey
 from tests.hub.scene import REPO, Scene, refused, updated
 from tests.hub.web import Web
@@ -52,7 +52,7 @@ def handed(scene: Scene, new: PrivateKey) -> Channel:
 
 def rotated(scene: Scene) -> PrivateKey:
     """The publisher hands the channel over; the new key."""
-    new = generate()
+    new = PrivateKey.generate()
     with scene.as_publisher():
         assert renew(REPO, scene.key, new).serial == 1
     return new
@@ -157,7 +157,7 @@ def test_what_another_process_saw_meanwhile_counts(scene: Scene, tmp_path: Path)
 
     with pytest.raises(RollbackError, match="2 was seen before"):
         follow(Slow(old), scene.policy)
-    seen = recall_channel(scene.key.public.key_id, REPO)
+    seen = recall_channel(memory_file(scene.key.public.key_id, REPO), REPO)
     assert seen is not None
     assert seen.serial == 2
 
@@ -183,7 +183,7 @@ def test_many_at_once_remember_the_newest(scene: Scene, tmp_path: Path) -> None:
         thread.join()
     assert outcomes.count(5) == 4
     assert {found for found in outcomes if not isinstance(found, int)} <= {RollbackError}
-    seen = recall_channel(scene.key.public.key_id, REPO)
+    seen = recall_channel(memory_file(scene.key.public.key_id, REPO), REPO)
     assert seen is not None
     assert seen.serial == 5
 
@@ -196,7 +196,8 @@ def test_the_memory_does_not_go_back_behind_a_hand_over(scene: Scene) -> None:
     new = recall(HUB)
     assert new is not None
     assert new.seen.order == (1, 1)
-    remember(HUB, Memory(replace(old.seen, serial=50), "x", old.data))
+    with held():
+        keep(HUB, Memory(replace(old.seen, serial=50), "x", old.data))
     assert recall(HUB) == new
 
 
@@ -300,7 +301,8 @@ def test_a_hand_over_outranks_every_number_of_the_stolen_key(scene: Scene) -> No
     """This machine has seen the highest number that there is, from the thief."""
     known = recall(HUB)
     assert known is not None
-    remember(HUB, Memory(SeenChannel(REPO, MAX_NUMBER - 1, "0" * 64, known.seen.roots), known.revision, known.data))
+    with held():
+        keep(HUB, Memory(SeenChannel(REPO, MAX_NUMBER - 1, "0" * 64, known.seen.roots), known.revision, known.data))
     scene.publish("1.1.0", 1)
     refused(scene, RollbackError, f"{MAX_NUMBER - 1} was seen before")
     rotated(scene)

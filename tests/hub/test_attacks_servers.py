@@ -16,7 +16,7 @@ from nestpatch.errors import DataError, HubAccessError, HubAnswerError, HubError
 from nestpatch.hub import _deadline as deadline
 from nestpatch.hub._deadline import Deadline
 from nestpatch.hub.client import look_up, scrubbed, shown
-from nestpatch.signing.trust import save_policy, trust_file
+from nestpatch.signing.store import save_policy, trust_file
 from tests.calls import answer, run
 from tests.hub.calls import ledger_of
 from tests.hub.scene import PATCH, REPO, Scene, refused, updated

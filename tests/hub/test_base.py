@@ -67,9 +67,9 @@ from nestpatch.hub.remote import open_base
 from nestpatch.patcher.inplace import apply_in_place
 remote._byte_ranges.__kwdefaults__["gap"] = 0
 base = open_base("acme/tiny-llama")
-header = base.downloaded
+header = base.meter.bytes
 apply_in_place(sys.argv[1], sys.argv[2], base=base)
-result = [base.downloaded - header, base.meter.requests]
+result = [base.meter.bytes - header, base.meter.requests]
 """
     rows, _ = machine().run(code, str(model), str(pack))
     assert rows == 4 * 24 * 256 * 2, "each row is looked at twice, and fetched once"

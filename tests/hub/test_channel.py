@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from nestpatch import errors
-from nestpatch.channels._release import add, hand_over, issue, new_channel, require_next_number, revoke
+from nestpatch.channels._release import add, hand_over, issue, require_next_number, revoke
 from nestpatch.channels.listing import (
     MAX_FIRST,
     MAX_NUMBER,
@@ -55,8 +55,8 @@ from nestpatch.errors import (
     VersionError,
 )
 from nestpatch.formats.nest import canonical_json
-from nestpatch.signing.envelopes import seal
-from nestpatch.signing.keys import PrivateKey, generate
+from nestpatch.signing.envelopes import Envelope
+from nestpatch.signing.keys import PrivateKey
 from nestpatch.signing.subject import Subject
 from nestpatch.signing.trust import Policy, Rule, TrustedKey
 from tests.helpers import changed
@@ -67,7 +67,7 @@ MODEL, OTHER = Subject(("/srv/models/llama",)), Subject(("/home/me/model",))
 
 @pytest.fixture(scope="module")
 def keys() -> tuple[PrivateKey, PrivateKey, PrivateKey, PrivateKey]:
-    return generate(), generate(), generate(), generate()
+    return PrivateKey.generate(), PrivateKey.generate(), PrivateKey.generate(), PrivateKey.generate()
 
 
 def patch(version: str, *, supersedes: tuple[str, ...] = (), pack_name: str = "no-harm") -> ListedPack:
@@ -80,7 +80,7 @@ def digest(version: str) -> str:
 
 
 def channel_of(key: PrivateKey, *versions: str) -> Channel:
-    channel = new_channel("acme/no-harm", key.public)
+    channel = Channel("acme/no-harm", key.public)
     for version in versions:
         channel = add(channel, patch(version))
     return channel
@@ -91,7 +91,9 @@ def trusting(*keys: PrivateKey, models: tuple[str, ...] = ("*",)) -> Policy:
 
 
 def admit(data: bytes, policy: Policy, after: AcceptedChannel | None = None, **options: object) -> AcceptedChannel:
-    return ChannelRules(policy, NOW, seen=after.seen if after else None, **options).accept_bytes(data, "the channel")
+    return ChannelRules(policy, NOW, seen=after.seen if after else None, **options).accept(
+        *parse(data, "the channel"), "the channel"
+    )
 
 
 def statuses(channel: Channel) -> dict[str, str]:
@@ -254,10 +256,10 @@ def test_a_clock_may_be_five_minutes_behind(keys: tuple[PrivateKey, ...], now: s
     _, data = issue(channel_of(keys[0], "1.0.0"), keys[0], NOW)
     for gate in (ChannelRules(trusting(keys[0]), now), ChannelRules(trusting(keys[0]), now, allow_expired=True)):
         if not ahead:
-            assert gate.accept_bytes(data, "it").channel.issued == NOW
+            assert gate.accept(*parse(data, "it"), "it").channel.issued == NOW
             continue
         with pytest.raises(ClockError, match=f"was issued at {NOW}; this machine's clock says that it is {now}") as caught:
-            gate.accept_bytes(data, "it")
+            gate.accept(*parse(data, "it"), "it")
         assert "clock" in caught.value.advice
 
 
@@ -287,7 +289,7 @@ def test_an_old_key_is_out_of_office(keys: tuple[PrivateKey, ...]) -> None:
 
 def test_a_succession_counts_for_its_own_channel_and_its_own_key(keys: tuple[PrivateKey, ...]) -> None:
     first, second, _, evil = keys
-    other = hand_over(new_channel("acme/other", first.public), first, second)
+    other = hand_over(Channel("acme/other", first.public), first, second)
     stolen = replace(channel_of(first, "1.0.0"), successions=other.successions)
     with pytest.raises(ChannelKeyError):
         admit(issue(stolen, second, NOW)[1], trusting(first))
@@ -380,7 +382,7 @@ def test_the_document_names_errors_and_fields_that_exist(keys: tuple[PrivateKey,
 
 
 def signed(key: PrivateKey, value: object) -> bytes:
-    return write_envelope(seal(PAYLOAD_TYPE, canonical_json(value).encode("utf-8"), [key]))
+    return write_envelope(Envelope.sealed(PAYLOAD_TYPE, canonical_json(value).encode("utf-8"), [key]))
 
 
 def places_in(value: object, path: tuple[object, ...] = ()) -> Iterator[tuple[object, ...]]:
@@ -435,7 +437,7 @@ def test_only_the_canonical_form_is_read(keys: tuple[PrivateKey, ...], text: Cal
     good = payload(issue(channel_of(keys[0], "1.0.0"), keys[0], NOW)[0])
     assert text(good) != good
     with pytest.raises(ChannelFormatError):
-        parse(write_envelope(seal(PAYLOAD_TYPE, text(good), [keys[0]])), "it")
+        parse(write_envelope(Envelope.sealed(PAYLOAD_TYPE, text(good), [keys[0]])), "it")
 
 
 def test_a_channel_that_nobody_could_read_is_not_issued(keys: tuple[PrivateKey, ...]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nestpatch.errors import HubAccessError, HubAnswerError, HubError, HubNotFoundError, HubUnavailableError
-from nestpatch.hub.client import Reference, Snapshot, look_up, looks_local, parse_reference
+from nestpatch.hub.client import Reference, Snapshot, look_up, looks_local
 from tests.hubserver import faults
 from tests.hubserver.faults import Bend
 from tests.hubserver.messages import Answer, as_json
@@ -34,8 +34,8 @@ def token(online: None, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_references(text: str, expected: Reference) -> None:
-    assert parse_reference(text) == expected
-    assert parse_reference(str(expected)) == expected
+    assert Reference.parse(text) == expected
+    assert Reference.parse(str(expected)) == expected
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_references(text: str, expected: Reference) -> None:
      "é/ü", "a/" + "b" * 99],
 )  # fmt: skip
 def test_what_is_no_reference(text: str) -> None:
-    assert parse_reference(text) is None
+    assert Reference.parse(text) is None
 
 
 @pytest.mark.parametrize(

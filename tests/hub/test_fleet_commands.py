@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
-from nestpatch.channels._memory import recall, remember
+from nestpatch.channels._memory import held, keep, recall
 from nestpatch.channels.listing import CHANNEL_FILE
 from nestpatch.formats import nest
 from nestpatch.gate import Proven
 from nestpatch.patcher.inplace import apply_in_place
 from nestpatch.patcher.state_dir import state_dir_of
+from nestpatch.signing.store import save_policy
 from nestpatch.signing.subject import Origin
-from nestpatch.signing.trust import Policy, save_policy
+from nestpatch.signing.trust import Policy
 from nestpatch.signing.verify import sign_pack
 from tests.calls import answer, run
 from tests.gguf.files import gguf_of
@@ -94,7 +95,7 @@ def test_what_was_checked_is_what_is_applied(scene: Scene, base: Path, pack: Pat
 
     save_policy(scene.policy)
     signature = sign_pack(pack, scene.key).file
-    good, real = nest.read(pack), gate.verify_file
+    good, real = nest.read(pack), gate.verify_signature
 
     def exchanged(*arguments: Any, **options: Any) -> Any:
         found = real(*arguments, **options)
@@ -102,7 +103,7 @@ def test_what_was_checked_is_what_is_applied(scene: Scene, base: Path, pack: Pat
         signature.write_bytes(b"junk")
         return found
 
-    monkeypatch.setattr(gate, "verify_file", exchanged)
+    monkeypatch.setattr(gate, "verify_signature", exchanged)
     assert run("apply", base, pack, "--in-place").exit_code == 0
     assert (nest.read(pack).manifest.version, signature.read_bytes()) == ("9.9.9", b"junk")
     assert ledger_of(base).applied[0].pack_id == nest.pack_id(good)
@@ -161,7 +162,8 @@ def test_two_updates_at_once_remember_the_newer_channel(scene: Scene) -> None:
     new = recall(place)
     assert old is not None
     assert new is not None
-    remember(place, old)
+    with held():
+        keep(place, old)
     assert recall(place) == new
     assert new.seen.serial == 2 > old.seen.serial
 

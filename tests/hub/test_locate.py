@@ -27,7 +27,7 @@ from nestpatch.hub.remote import open_base
 try:
     base = open_base(sys.argv[1])
     rows = base.read_rows("{GATE}", np.array([1, 2, 20]))
-    result = [type(base).__name__, rows.tobytes().hex(), getattr(base, "downloaded", 0)]
+    result = [type(base).__name__, rows.tobytes().hex(), base.meter.bytes if hasattr(base, "meter") else 0]
 except NestpatchError as error:
     result = [type(error).__name__, str(error), error.advice]
 """

@@ -14,7 +14,7 @@ from nestpatch.formats import nest
 from nestpatch.patcher.ledger import read_ledger, write_ledger
 from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.patcher.update import update
-from nestpatch.signing.trust import save_policy
+from nestpatch.signing.store import save_policy
 from tests.calls import answer, run
 from tests.helpers import tiny_pack
 from tests.hub.calls import ledger_of

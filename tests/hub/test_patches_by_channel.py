@@ -15,8 +15,9 @@ from nestpatch.errors import BadSignatureError, ChannelKeyError, SwappedFileErro
 from nestpatch.formats import nest
 from nestpatch.gate import look, prove
 from nestpatch.pack import utc_now
-from nestpatch.signing import _store as store
-from nestpatch.signing.trust import Policy, Rule, TrustedKey, save_policy
+from nestpatch.signing import store
+from nestpatch.signing.store import save_policy
+from nestpatch.signing.trust import Policy, Rule, TrustedKey
 from nestpatch.signing.verify import sign_pack
 from tests.calls import answer, run
 from tests.helpers import tree_digest
@@ -124,7 +125,7 @@ def test_the_same_name_and_another_base_do_not_make_a_channel_key_count(scene: S
         return Policy((TrustedKey("acme", scene.key.public, models),))
 
     for scope in ("tiny/*", str(scene.base), "*"):
-        assert follow(open_reader(REPO), with_scope(scope), scene.base).pack_name == "no-harm"
+        assert follow(open_reader(REPO), with_scope(scope), scene.base).accepted.channel.packs[0].name == "no-harm"
     for scope in ("acme/*", "Tiny/*", str(scene.folder / "elsewhere")):
         with pytest.raises(ChannelKeyError):
             follow(open_reader(REPO), with_scope(scope), scene.base)

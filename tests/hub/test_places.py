@@ -227,7 +227,7 @@ def test_pulled_files_carry_their_signatures(scene: Scene, shared: Path, tmp_pat
 )
 def test_places(text: str, expected: object) -> None:
     found = open_reader(text)
-    assert (HubReader(found.repo_id, "x") if isinstance(found, HubReader) else found) == expected
+    assert (HubReader(found.name, "x") if isinstance(found, HubReader) else found) == expected
     assert open_reader(found.address).address == found.address
 
 

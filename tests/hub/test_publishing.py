@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from nestpatch.channels._release import MARK, add, listed, model_card, new_channel
-from nestpatch.channels.listing import CHANNEL_FILE, parse
+from nestpatch.channels._release import MARK, add, listed, model_card
+from nestpatch.channels.listing import CHANNEL_FILE, Channel, parse
 from nestpatch.errors import ChannelKeyError, UntrustedError
 from nestpatch.formats import nest
-from nestpatch.signing.keys import generate
-from nestpatch.signing.trust import Policy, TrustedKey, load_policy
+from nestpatch.signing.keys import PrivateKey
+from nestpatch.signing.store import load_policy
+from nestpatch.signing.trust import Policy, TrustedKey
 from nestpatch.signing.verify import sign_pack
 from tests.calls import answer, run
 from tests.hub.calls import key_file, ledger_of
@@ -43,7 +44,7 @@ def test_a_private_repository_is_made_private(scene: Scene) -> None:
 
 def test_a_second_signer_goes_along(scene: Scene) -> None:
     """2 of 2: the publisher's tool signs with the channel's key, somebody else signed the file before."""
-    audit, file = generate(), scene.pack("1.1.0", 1)
+    audit, file = PrivateKey.generate(), scene.pack("1.1.0", 1)
     rules = {"rules": [{"model": "*", "require": 2, "keys": ["acme", "audit"]}]}
     policy = Policy((*scene.policy.keys, TrustedKey("audit", audit.public)))
     (scene.folder / "two.json").write_text(json.dumps(policy.as_json() | rules), encoding="utf-8")
@@ -86,7 +87,7 @@ def test_a_pack_that_its_publisher_signs_after_the_push_is_published_already(sce
         sign_pack(file, scene.key)
         again = answer("push", file, REPO, *key)
         assert (again["changed"], again["serial"]) == (False, serial)
-        audit = sign_pack(file, generate()).file
+        audit = sign_pack(file, PrivateKey.generate()).file
         assert "VersionError" in run("push", file, REPO, *key).stderr, "a second signer's would not be published"
         audit.unlink()
 
@@ -96,7 +97,7 @@ def test_the_same_pack_with_another_signature_or_after_its_withdrawal_is_refused
     key = ("--key", key_file(scene, scene.key, "acme"))
     with scene.as_publisher():
         file = scene.pack("1.0.0")
-        sign_pack(file, generate())
+        sign_pack(file, PrivateKey.generate())
         told = run("push", file, REPO, *key)
         assert (told.exit_code, "VersionError: acme/no-harm has no-harm 1.0.0 already" in told.stderr) == (1, True)
         answer("yank", REPO, "1.0.0", "--reason", "bad", *key)
@@ -131,7 +132,7 @@ def test_a_wrong_signature_is_not_published(scene: Scene) -> None:
 
 def test_the_root_key_is_rotated(scene: Scene) -> None:
     """The fleet trusts the old key alone; it follows on its own, and goes back to versions from before."""
-    old, new = key_file(scene, scene.key, "acme"), key_file(scene, generate(), "acme-2")
+    old, new = key_file(scene, scene.key, "acme"), key_file(scene, PrivateKey.generate(), "acme-2")
     scene.publish("1.1.0", 1)
     with scene.as_publisher():
         assert answer("renew", REPO, "--key", old, "--new-key", new)["serial"] == 1
@@ -154,7 +155,7 @@ def test_the_root_key_is_rotated(scene: Scene) -> None:
 def test_passwords_of_two_keys_come_from_one_file(scene: Scene) -> None:
     old, new = key_file(scene, scene.key, "acme"), scene.folder / "new.key"
     old.write_bytes(scene.key.pem(b"one"))
-    new.write_bytes(generate().pem(b"two"))
+    new.write_bytes(PrivateKey.generate().pem(b"two"))
     (scene.folder / "passwords").write_text("one\ntwo\n", encoding="utf-8")
     with scene.as_publisher():
         words = ("renew", REPO, "--key", old, "--new-key", new, "--password-file", scene.folder / "passwords")
@@ -207,7 +208,7 @@ def test_the_card_s_evaluation_table(scene: Scene) -> None:
         "after": {"attack_success": share | {"value": 0.017, "count": 2}},
     }
     manifest = replace(pack.manifest, evaluation=evaluation, base=replace(pack.manifest.base, model_id="../local"))
-    channel = add(new_channel("acme/x", scene.key.public), listed(manifest, b"x", {})[0])
+    channel = add(Channel("acme/x", scene.key.public), listed(manifest, b"x", {})[0])
     text = model_card(channel, manifest, "hub://acme/x")
     assert "| attack success | 52.5% (63 of 120) | 1.7% (2 of 120) |" in text
     assert "base_model" not in text, "no id of the Hub"

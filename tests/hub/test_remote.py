@@ -20,8 +20,7 @@ from nestpatch.errors import (
     InPlaceError,
 )
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.hub import fetch as _requests
-from nestpatch.hub import remote
+from nestpatch.hub import _requests, remote
 from nestpatch.hub.client import look_up
 from nestpatch.hub.remote import _GAP, RemoteCheckpoint, _byte_ranges
 from tests.helpers import FLOATS, PROPERTY, assert_same_bytes, tiny_checkpoint
@@ -71,12 +70,12 @@ def test_only_what_is_needed_is_read(hub: Hub, tmp_path: Path) -> None:
     folder = wide_model(tmp_path / "model")
     put(hub, folder)
     there = opened(hub)
-    header = there.downloaded
+    header = there.meter.bytes
     assert header == remote._FIRST
     values = there.read_rows("a.weight", FEW)
     assert_same_bytes(values.tobytes(), open_checkpoint(folder).read_rows("a.weight", FEW).tobytes())
-    assert there.downloaded - header == 5 * ROW
-    assert there.downloaded < 0.05 * there.size
+    assert there.meter.bytes - header == 5 * ROW
+    assert there.meter.bytes < 0.05 * there.size
     # The facts, the header by way of the Hub; then three stretches straight from the CDN.
     assert len(hub.seen("hub")) == 2
     assert hub.seen("cdn")[0].sent == remote._FIRST
@@ -361,7 +360,7 @@ def test_it_can_only_be_read(hub: Hub, tmp_path: Path) -> None:
 def test_answers_are_counted_even_when_they_are_no_good(hub: Hub, tmp_path: Path) -> None:
     put(hub, wide_model(tmp_path / "model"))
     there = opened(hub)
-    before = there.downloaded
+    before = there.meter.bytes
     hub.fault(CDN, faults.shortened(100), times=1)
     there.read_rows("a.weight", np.array([7]))
-    assert there.downloaded - before == 100 + ROW
+    assert there.meter.bytes - before == 100 + ROW

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from nestpatch.formats import nest
-from nestpatch.signing import _store as store
-from nestpatch.signing import keys
+from nestpatch.signing import keys, store
 from nestpatch.signing.keys import PrivateKey
 from nestpatch.signing.trust import Policy, TrustedKey
 from tests.helpers import tiny_checkpoint, tiny_pack
@@ -38,7 +37,7 @@ def spoil(file: Path) -> None:
 
 @pytest.fixture(scope="session")
 def people() -> People:
-    return People(*(keys.generate() for _ in range(4)))
+    return People(*(keys.PrivateKey.generate() for _ in range(4)))
 
 
 @pytest.fixture(scope="session")

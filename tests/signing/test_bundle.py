@@ -13,7 +13,7 @@ import pytest
 
 from nestpatch.errors import BadSignatureError, SignatureError, SignatureFormatError
 from nestpatch.signing import envelopes
-from nestpatch.signing.envelopes import _pae, seal
+from nestpatch.signing.envelopes import Envelope, _pae
 from nestpatch.signing.verify import VerifiedPack, check_signatures
 from tests.signing.conftest import People
 
@@ -22,7 +22,7 @@ Change = Callable[[Any], None]
 
 @pytest.fixture(scope="session")
 def good(people: People, pack_bytes: bytes) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(envelopes.make_bundle(sha256(pack_bytes).hexdigest(), "no-harm.nest", people.acme))
+    value: dict[str, Any] = json.loads(envelopes.Bundle.write(sha256(pack_bytes).hexdigest(), "no-harm.nest", people.acme))
     return value
 
 
@@ -57,7 +57,7 @@ def statement_of(value: dict[str, Any]) -> dict[str, Any]:
 def resigned(people: People, statement: Any, payload_type: str = envelopes.PAYLOAD_TYPE) -> dict[str, Any]:
     """A bundle that acme really signed, over another statement."""
     payload = statement if isinstance(statement, bytes) else json.dumps(statement).encode()
-    envelope = seal(payload_type, payload, [people.acme], name_keys=False)
+    envelope = Envelope.sealed(payload_type, payload, [people.acme], name_keys=False)
     material = {"publicKey": {"hint": people.acme.public.key_id}, "tlogEntries": []}
     return {"mediaType": envelopes.MEDIA_TYPE, "verificationMaterial": material, "dsseEnvelope": envelope.as_json()}
 
@@ -193,7 +193,7 @@ def test_a_digest_twice_in_a_signed_statement(people: People, pack_bytes: bytes,
     twice = text.replace(b'"algorithm"', b'"digest": "00", "algorithm"', 1)
     assert twice != text
     with pytest.raises(SignatureFormatError, match="duplicate key"):
-        envelopes.parse_bundle(json.dumps(resigned(people, twice)).encode(), "x.sig")
+        envelopes.Bundle.parse(json.dumps(resigned(people, twice)).encode(), "x.sig")
 
 
 def test_a_signature_for_another_purpose_does_not_pass(people: People, pack_bytes: bytes, good: dict[str, Any]) -> None:
@@ -205,19 +205,19 @@ def test_a_signature_for_another_purpose_does_not_pass(people: People, pack_byte
 
 
 def test_the_signature_of_another_pack(people: People, pack_bytes: bytes) -> None:
-    other = envelopes.make_bundle(sha256(b"another pack").hexdigest(), "no-harm.nest", people.acme)
+    other = envelopes.Bundle.write(sha256(b"another pack").hexdigest(), "no-harm.nest", people.acme)
     with pytest.raises(BadSignatureError, match=r"made for other bytes .* expected sha256 .{12}\.\., got "):
         check_signatures(pack_bytes, {"x.sig": other}, people.policy("acme"))
 
 
 def test_somebody_else_signs_in_acmes_name(people: People, pack_bytes: bytes) -> None:
-    forged = json.loads(envelopes.make_bundle(sha256(pack_bytes).hexdigest(), "no-harm.nest", people.evil))
+    forged = json.loads(envelopes.Bundle.write(sha256(pack_bytes).hexdigest(), "no-harm.nest", people.evil))
     forged["verificationMaterial"]["publicKey"]["hint"] = people.acme.public.key_id
     assert verdict(people, pack_bytes, forged) is BadSignatureError
 
 
 def test_payload_and_signature_of_different_bundles(people: People, pack_bytes: bytes, good: dict[str, Any]) -> None:
-    other = json.loads(envelopes.make_bundle(sha256(b"another pack").hexdigest(), "no-harm.nest", people.acme))
+    other = json.loads(envelopes.Bundle.write(sha256(b"another pack").hexdigest(), "no-harm.nest", people.acme))
     mixed = copy.deepcopy(good)
     mixed["dsseEnvelope"]["signatures"] = other["dsseEnvelope"]["signatures"]
     assert verdict(people, pack_bytes, mixed) is BadSignatureError
@@ -233,13 +233,13 @@ def test_payload_and_signature_of_different_bundles(people: People, pack_bytes: 
 )  # fmt: skip
 def test_what_is_no_bundle(data: bytes) -> None:
     with pytest.raises(SignatureFormatError, match=r"x\.sig"):
-        envelopes.parse_bundle(data, "x.sig")
+        envelopes.Bundle.parse(data, "x.sig")
 
 
 def test_a_keyless_bundle_is_named(good: dict[str, Any]) -> None:
     keyless = good | {"verificationMaterial": {"certificate": {"rawBytes": "AA=="}, "tlogEntries": [{}]}}
     with pytest.raises(SignatureFormatError, match="made with a certificate") as caught:
-        envelopes.parse_bundle(json.dumps(keyless).encode(), "x.sig")
+        envelopes.Bundle.parse(json.dumps(keyless).encode(), "x.sig")
     assert "model_signing verify" in caught.value.advice
 
 

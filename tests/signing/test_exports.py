@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 
 from nestpatch.cli import main
 from nestpatch.formats import nest
-from nestpatch.signing.trust import save_policy
+from nestpatch.signing.store import save_policy
 from nestpatch.signing.verify import sign_pack
 from tests.helpers import tiny_checkpoint, tiny_pack, tree_digest
 from tests.signing.conftest import People

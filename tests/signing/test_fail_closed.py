@@ -13,8 +13,8 @@ import nestpatch
 from nestpatch.errors import TrustError
 from nestpatch.formats import nest
 from nestpatch.signing import keys
-from nestpatch.signing._store import trust_file
-from nestpatch.signing.trust import Policy, load_own, load_policy
+from nestpatch.signing.store import load_own, load_policy, trust_file
+from nestpatch.signing.trust import Policy
 from tests.calls import run
 from tests.helpers import tiny_checkpoint, tiny_pack, tree_digest
 
@@ -125,7 +125,7 @@ def test_a_trust_file_that_may_not_be_read_is_an_error(tmp_path: Path) -> None:
     code = """import os
 os.setuid(65534)
 from nestpatch.errors import TrustError
-from nestpatch.signing.trust import load_policy
+from nestpatch.signing.store import load_policy
 try:
     print("trusts nobody", load_policy())
 except TrustError as error:
@@ -180,7 +180,7 @@ def test_without_a_trust_list_export_says_that_nothing_was_checked(place: Path, 
 
 
 def test_apply_on_a_fresh_machine_works(place: Path, tmp_path: Path) -> None:
-    """No variable, and no ~/.config: nothing is there to be read, and nothing is made but the key of this machine's seals."""
+    """No variable, and no ~/.config: nothing to read. It makes the key of this machine's seals and the list of models only."""
     home = tmp_path / "fresh"
     home.mkdir()
     environment = {name: value for name, value in os.environ.items() if name not in {"NESTPATCH_HOME", "XDG_CONFIG_HOME"}}
@@ -190,5 +190,5 @@ def test_apply_on_a_fresh_machine_works(place: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert (done.returncode, done.stderr) == (0, f"{NOTHING_CHECKED}\n")
     made = {path.name: path for path in home.rglob("*") if path.is_file()}
-    assert set(made) == {"machine.key", "machine.lock"}
+    assert set(made) == {"machine.key", "machine.lock", "models.json", "models.lock"}
     assert {path.stat().st_mode & 0o777 for path in made.values()} == {0o600}

@@ -14,7 +14,8 @@ from nestpatch.errors import BadSignatureError, NestpatchError, UnsignedError, U
 from nestpatch.formats import nest
 from nestpatch.formats.provenance import RECORD
 from nestpatch.gate import look, prove
-from nestpatch.signing.trust import Policy, Rule, TrustedKey, save_policy
+from nestpatch.signing.store import save_policy
+from nestpatch.signing.trust import Policy, Rule, TrustedKey
 from nestpatch.signing.verify import sign_pack
 from tests.calls import run
 from tests.helpers import tiny_checkpoint, tiny_pack, tree_digest

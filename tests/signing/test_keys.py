@@ -20,13 +20,13 @@ def test_a_pair_is_written_and_read(tmp_path: Path) -> None:
     assert (pair.private, pair.public) == (tmp_path / "acme.key", tmp_path / "acme.pub")
     assert stat.S_IMODE(pair.private.stat().st_mode) == 0o600
     assert keys.needs_password(pair.private)
-    private, public = keys.read_private(pair.private, PASSWORD), keys.read_public(pair.public)
+    private, public = keys.read_private(pair.private, PASSWORD), keys.PublicKey.read(pair.public)
     assert private.public == public
     assert public.key_id == pair.key_id
     assert public.verifies(private.sign(b"message"), b"message")
     assert not public.verifies(private.sign(b"message"), b"massage")
     assert not public.verifies(b"", b"message")
-    assert not keys.generate().public.verifies(private.sign(b"message"), b"message")
+    assert not keys.PrivateKey.generate().public.verifies(private.sign(b"message"), b"message")
 
 
 def test_a_key_without_password(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_no_password_or_a_wrong_one(tmp_path: Path, password: bytes | None) -> N
 
 
 def test_secrets_are_in_no_repr(tmp_path: Path) -> None:
-    key = keys.generate()
+    key = keys.PrivateKey.generate()
     number = key._key.private_numbers().private_value
     assert str(number) not in repr(key)
     assert f"{number:x}" not in repr(key)
@@ -69,7 +69,7 @@ def other_keys() -> dict[str, bytes]:
     p384 = ec.generate_private_key(ec.SECP384R1()).private_bytes(pem, s.PrivateFormat.PKCS8, plain)
     small = rsa.generate_private_key(65537, 2048).private_bytes(pem, s.PrivateFormat.PKCS8, plain)
     edwards = ed25519.Ed25519PrivateKey.generate().private_bytes(pem, s.PrivateFormat.PKCS8, plain)
-    good = keys.generate().pem(None)
+    good = keys.PrivateKey.generate().pem(None)
     return {"p384": p384, "rsa": small, "ed25519": edwards, "cut": good[:100], "empty": b"", "bytes": bytes(range(256))}
 
 
@@ -80,7 +80,7 @@ def test_other_files_are_refused(tmp_path: Path, kind: str) -> None:
     with pytest.raises(KeyFileError, match=r"x\.key"):
         keys.read_private(file)
     with pytest.raises(KeyFileError, match=r"x\.key"):
-        keys.read_public(file)
+        keys.PublicKey.read(file)
 
 
 @pytest.mark.parametrize("curve", [ec.SECP384R1(), ec.SECP256K1()])
@@ -89,16 +89,16 @@ def test_public_keys_of_other_curves_are_refused(tmp_path: Path, curve: ec.Ellip
     public = ec.generate_private_key(curve).public_key()
     file.write_bytes(public.public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo))
     with pytest.raises(KeyFileError, match="no ECDSA P-256 public key"):
-        keys.read_public(file)
+        keys.PublicKey.read(file)
 
 
 def test_a_private_key_is_not_taken_for_a_public_one(tmp_path: Path) -> None:
     pair = keys.keygen(tmp_path / "acme", None)
     with pytest.raises(KeyFileError, match="is a private key") as caught:
-        keys.read_public(pair.private)
+        keys.PublicKey.read(pair.private)
     assert ".pub" in caught.value.advice
     with pytest.raises(KeyFileError, match="cannot read"):
-        keys.read_public(tmp_path / "none.pub")
+        keys.PublicKey.read(tmp_path / "none.pub")
 
 
 def test_keys_of_openssl_are_read(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_keys_of_openssl_are_read(tmp_path: Path) -> None:
     file.write_bytes(key.private_bytes(s.Encoding.PEM, s.PrivateFormat.TraditionalOpenSSL, s.NoEncryption()))
     private = keys.read_private(file)
     (tmp_path / "dos.pub").write_bytes(private.public.pem.replace("\n", "\r\n").encode())
-    assert keys.read_public(tmp_path / "dos.pub").key_id == private.public.key_id
+    assert keys.PublicKey.read(tmp_path / "dos.pub").key_id == private.public.key_id
     file.write_bytes(key.private_bytes(s.Encoding.PEM, s.PrivateFormat.TraditionalOpenSSL, s.BestAvailableEncryption(b"x")))
     assert keys.needs_password(file)
     assert keys.read_private(file, b"x").public == private.public

@@ -38,13 +38,13 @@ def on_disk(key: PrivateKey, folder: Path) -> tuple[Path, Path]:
 
 def test_a_bundle_that_the_tool_made() -> None:
     """Made once by model_signing 1.1.1; its private key is gone."""
-    found = envelopes.parse_bundle((GOLDEN / "content.sig").read_bytes(), "content.sig")
-    found.check_file(sha256(CONTENT).hexdigest(), "content")
-    found.check_key(keys.read_public(GOLDEN / "tool.pub"))
+    found = envelopes.Bundle.parse((GOLDEN / "content.sig").read_bytes(), "content.sig")
+    digest, key = sha256(CONTENT).hexdigest(), keys.PublicKey.read(GOLDEN / "tool.pub")
+    found.check(digest, "content", key)
     with pytest.raises(BadSignatureError):
-        found.check_file(sha256(CONTENT + b"x").hexdigest(), "content")
+        found.check(sha256(CONTENT + b"x").hexdigest(), "content", None)
     with pytest.raises(BadSignatureError):
-        found.check_key(keys.generate().public)
+        found.check(digest, "content", keys.PrivateKey.generate().public)
 
 
 @needs_tool

@@ -12,8 +12,8 @@ from safetensors.numpy import save
 from nestpatch.errors import BadSignatureError, UnsignedError, UntrustedError
 from nestpatch.formats import nest
 from nestpatch.pack import Pack
-from nestpatch.signing.keys import generate
-from nestpatch.signing.subject import NO_MODEL, Subject, is_path, subject_of
+from nestpatch.signing.keys import PrivateKey
+from nestpatch.signing.subject import NO_MODEL, Subject, is_path
 from nestpatch.signing.trust import Policy, Rule, TrustedKey
 from nestpatch.signing.verify import UnverifiedPack, VerifiedPack, sign_pack, verify_signature
 from tests.helpers import tiny_checkpoint, tiny_pack
@@ -44,7 +44,7 @@ def test_what_is_a_model_id(pattern: str) -> None:
 @pytest.mark.parametrize("pattern", ["./models/*", "../x", ".", ".."])
 def test_a_relative_path_is_refused_instead_of_never_matching(pattern: str) -> None:
     with pytest.raises(Exception, match="relative path"):
-        TrustedKey.of("acme", generate().public, [pattern])
+        TrustedKey.of("acme", PrivateKey.generate().public, [pattern])
 
 
 def test_paths_match_what_the_user_names_and_ids_what_the_pack_says() -> None:
@@ -59,8 +59,8 @@ def test_the_home_folder_in_a_pattern(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HOME", str(tmp_path / "a[b]"))
     (tmp_path / "a[b]" / "m").mkdir(parents=True)
     (tmp_path / "ab" / "m").mkdir(parents=True)
-    assert subject_of(tmp_path / "a[b]" / "m").fits("~/*")
-    assert not subject_of(tmp_path / "ab" / "m").fits("~/*")
+    assert Subject.of(tmp_path / "a[b]" / "m").fits("~/*")
+    assert not Subject.of(tmp_path / "ab" / "m").fits("~/*")
 
 
 def test_a_key_needs_every_id_that_is_known() -> None:
@@ -68,8 +68,8 @@ def test_a_key_needs_every_id_that_is_known() -> None:
     assert not Subject((), "team/z", "other/y").is_covered(["team/*"])
     assert not Subject((), "other/z", "team/y").is_covered(["team/*"])
     assert Subject((), "other/z", "team/y").is_covered(["team/*", "other/*"])
-    assert not HERE.of("").is_covered(["team/*"]), "an empty name is a name, not an unknown one"
-    assert HERE.of("").is_covered(["team/*", "/srv/*"])
+    assert not replace(HERE, base="").is_covered(["team/*"]), "an empty name is a name, not an unknown one"
+    assert replace(HERE, base="").is_covered(["team/*", "/srv/*"])
 
 
 def test_without_a_model_a_key_for_paths_counts_and_without_a_pack_one_for_ids() -> None:
@@ -85,7 +85,7 @@ def test_a_folder_that_is_called_like_another_teams_model_does_not_pick_their_ru
     tmp_path: Path, people: People, inside: str
 ) -> None:
     model = tiny_checkpoint(tmp_path / inside)
-    assert subject_of(model).ids == ()
+    assert Subject.of(model).ids == ()
     policy = Policy(people.policy("acme").keys, (Rule("team/*", 0), Rule("*", 1)))
     file = for_base("other/x", tmp_path)
     with pytest.raises(UnsignedError):

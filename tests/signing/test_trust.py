@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from nestpatch.errors import TrustError
-from nestpatch.signing._store import trust_file
-from nestpatch.signing.subject import NO_MODEL, Subject, subject_of
-from nestpatch.signing.trust import Policy, Rule, TrustedKey, load_policy, parse_policy, save_policy
+from nestpatch.signing.store import load_policy, save_policy, trust_file
+from nestpatch.signing.subject import NO_MODEL, Subject
+from nestpatch.signing.trust import Policy, Rule, TrustedKey
 from tests.helpers import changed, tiny_checkpoint
 from tests.signing.conftest import People
 
@@ -82,13 +82,13 @@ def test_what_the_user_says_of_a_model(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "link").symlink_to(folder)
     monkeypatch.chdir(tmp_path)
     real, link = folder.resolve().as_posix(), (tmp_path / "link").as_posix()
-    assert set(subject_of("link").paths or ()) == {link, real}
-    assert set(subject_of(Path("link/model.safetensors")).paths or ()) == {
+    assert set(Subject.of("link").paths or ()) == {link, real}
+    assert set(Subject.of(Path("link/model.safetensors")).paths or ()) == {
         link, real, f"{link}/model.safetensors", f"{real}/model.safetensors",
     }  # fmt: skip
-    assert subject_of("acme/llama@v1") == subject_of("hub://acme/llama") == Subject((), "acme/llama")
-    assert subject_of(None) == NO_MODEL
-    assert subject_of("/no/such/model").paths == ("/no/such/model",)
+    assert Subject.of("acme/llama@v1") == Subject.of("hub://acme/llama") == Subject((), "acme/llama")
+    assert Subject.of(None) == NO_MODEL
+    assert Subject.of("/no/such/model").paths == ("/no/such/model",)
 
 
 def test_the_file_keeps_the_value(people: People, own_home: Path) -> None:
@@ -174,15 +174,15 @@ def put(place: str, name: str, new: Any) -> Any:
 )
 def test_broken_files_are_refused(people: People, change: Any) -> None:
     good = Policy(people.policy("acme", "audit").keys, (Rule("*", 1, ("acme",)),)).as_json()
-    parse_policy(json.dumps(good).encode(), "policy.json")
+    Policy.parse(json.dumps(good).encode(), "policy.json")
     with pytest.raises(TrustError):
-        parse_policy(json.dumps(changed(good, change)).encode(), "policy.json")
+        Policy.parse(json.dumps(changed(good, change)).encode(), "policy.json")
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{", b'{"format":"nestpatch-trust/1","format":"nestpatch-trust/1"}', b"\xff"])
 def test_what_is_no_policy(data: bytes) -> None:
     with pytest.raises(TrustError, match=r"policy\.json is broken"):
-        parse_policy(data, "policy.json")
+        Policy.parse(data, "policy.json")
 
 
 def test_the_document_shows_a_policy_that_works(people: People) -> None:
@@ -190,6 +190,6 @@ def test_the_document_shows_a_policy_that_works(people: People) -> None:
     example = json.loads(text.split("```json\n")[1].split("```")[0])
     for entry, key in zip(example["keys"], (people.acme, people.audit), strict=True):
         entry["pem"] = key.public.pem
-    policy = parse_policy(json.dumps(example).encode(), "example")
+    policy = Policy.parse(json.dumps(example).encode(), "example")
     assert [rule.require for rule in policy.rules_for(Subject(("/srv/models/production/x",)))] == [2]
     assert [rule.require for rule in policy.rules_for(Subject(("/srv/models/scratch/x",), base="acme/x"))] == [0]

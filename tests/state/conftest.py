@@ -12,8 +12,9 @@ from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack
 from nestpatch.patcher.state_dir import StateDir, state_dir_of
-from nestpatch.signing.keys import PrivateKey, generate
-from nestpatch.signing.trust import Policy, TrustedKey, save_policy
+from nestpatch.signing.keys import PrivateKey
+from nestpatch.signing.store import save_policy
+from nestpatch.signing.trust import Policy, TrustedKey
 from nestpatch.signing.verify import sign_pack
 from tests.faults.cases import convert
 from tests.helpers import tiny_checkpoint, tiny_pack
@@ -104,7 +105,9 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_scene(templates: Path, tmp_path: Path, kind: str) -> Scene:
     """A scene of one kind, in the test's own folder."""
     root = Path(shutil.copytree(templates / kind, tmp_path.resolve() / "place"))
-    return Scene(kind, root / "model", root / "model" / KINDS[kind], root / "base", generate(), generate())
+    return Scene(
+        kind, root / "model", root / "model" / KINDS[kind], root / "base", PrivateKey.generate(), PrivateKey.generate()
+    )
 
 
 @pytest.fixture(params=KINDS)

@@ -222,7 +222,7 @@ def _another(scene: Scene) -> bytes:
 
 
 def _evils(scene: Scene) -> bytes:
-    return envelopes.make_bundle(nest.pack_id(scene.pack()), "no-harm.nest", scene.evil)
+    return envelopes.Bundle.write(nest.pack_id(scene.pack()), "no-harm.nest", scene.evil)
 
 
 SIGNATURES: dict[str, Callable[[Path, Scene], object]] = {

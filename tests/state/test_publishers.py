@@ -18,7 +18,7 @@ from nestpatch.pack import Pack
 from nestpatch.patcher.chain import Action, Allowed, Link, Step, steps_to_apply, steps_to_revert
 from nestpatch.patcher.inplace import apply_in_place
 from nestpatch.patcher.ledger import read_ledger
-from nestpatch.signing.keys import generate
+from nestpatch.signing.keys import PrivateKey
 from nestpatch.signing.verify import sign_pack
 from tests.calls import answer, refused, run
 from tests.helpers import PROPERTY
@@ -231,7 +231,7 @@ def test_the_publishers_own_channel_withdraws_and_upgrades(two: Scene, tmp_path:
 
 def test_a_key_to_which_a_channel_was_handed_speaks_for_its_publisher(two: Scene, tmp_path: Path) -> None:
     """A key that only claims to be the successor does not."""
-    channel, heir = tmp_path / "acme", generate()
+    channel, heir = tmp_path / "acme", PrivateKey.generate()
     push(two.write(two.pack(), two.acme), str(channel), two.acme)
     renew(str(channel), two.acme, heir)
     push(two.write(two.pack(version="1.1.0", seed=2), heir), str(channel), heir)
