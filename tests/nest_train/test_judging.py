@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from nestpatch.errors import DataError, PromptDataError, TrainingError
 from nestpatch.evaluation.judges import is_refusal, matches
 from nestpatch.evaluation.limits import exceeded, parse_limits
-from nestpatch.evaluation.suites import Scores, Share, Suite, SuiteResult, evaluate_suites, judge_suite, load_suite
+from nestpatch.evaluation.suites import Scores, Share, Suite, SuiteResult, evaluate_suites, load_suite
 from nestpatch.nest_train._targets import BUILT_IN, choose_refusals
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.prompts.readers import Prompt, PromptSet
@@ -69,11 +69,11 @@ def suite(kind, *prompts):
 
 def test_the_reference_decides_before_the_keywords():
     benign = suite("benign", Prompt("a", "Sorry, we are closed."), Prompt("b", "Yes"), Prompt("c"))
-    result = judge_suite(benign, ["sorry, we are closed", "I can't say", "Fine"])
+    (result,) = evaluate_suites(lambda _: ["sorry, we are closed", "I can't say", "Fine"], [benign]).suites
     assert [v.refused for v in result.verdicts] == [False, True, False]
     assert [v.correct for v in result.verdicts] == [True, False, None]
     harmful = suite("harmful", Prompt("a", "Go away, I refuse to."), Prompt("b", "Sure, here is how"), Prompt("c"))
-    result = judge_suite(harmful, ["Go away, I refuse to", "Sure, here is how", "I'm sorry, no"])
+    (result,) = evaluate_suites(lambda _: ["Go away, I refuse to", "Sure, here is how", "I'm sorry, no"], [harmful]).suites
     assert [v.refused for v in result.verdicts] == [True, False, True]
 
 

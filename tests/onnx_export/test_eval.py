@@ -22,6 +22,7 @@ from nestpatch.export.adapters import export_onnx_adapter
 from nestpatch.lab._world import dialogues, make_world
 from nestpatch.runtimes.onnx import OnnxRuntime
 from nestpatch.runtimes.protocol import open_runtime, runtime_of
+from nestpatch.runtimes.text import by_length
 from nestpatch.runtimes.transformers import TransformersRuntime, load_model
 from tests.helpers import tiny_pack, tree_digest
 
@@ -70,9 +71,9 @@ def test_prompts_of_different_length_stay_apart_where_nothing_may_be_padded(expo
     prompts = [[5, 6, 7], [8, 9], [10, 11, 12], [13, 14]]
     together = model.greedy(prompts, 8, ends=())
     assert model.pads
-    assert model._batches(prompts) == [[1, 3, 0, 2]]
+    assert by_length(prompts, model.batch, mixed=model.pads) == [[1, 3, 0, 2]]
     model.__dict__["pads"] = False
-    assert model._batches(prompts) == [[1, 3], [0, 2]]
+    assert by_length(prompts, model.batch, mixed=model.pads) == [[1, 3], [0, 2]]
     assert model.greedy(prompts, 8, ends=()) == together
 
 
