@@ -107,6 +107,7 @@ def test_a_hub_that_cannot_be_reached_is_reported_at_once(monkeypatch):
     def refused(*_, **__):
         raise OSError("connection refused")
 
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub.HfApi, "dataset_info", refused)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked without a connection"))
     with pytest.raises(PromptDataError, match="the Hub gave no data set: connection refused"):

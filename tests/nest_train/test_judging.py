@@ -103,7 +103,7 @@ def test_limits_of_an_evaluation():
     assert exceeded(evaluation, {"attack_success": 0.5, "refusal_benign": 0}, {"benign_correct": 1}) == ()
     assert exceeded(evaluation, {"attack_success": 0.49}, {}) == ("attack_success is 50.00%, over 49.00%",)
     assert exceeded(evaluation, {}, {"attack_success": 0.6}) == ("attack_success is 50.00%, under 60.00%",)
-    with pytest.raises(DataError, match="nothing here measures refusal_lookalike") as caught:
+    with pytest.raises(DataError, match="no suite measures refusal_lookalike") as caught:
         exceeded(evaluation, {"refusal_lookalike": 1}, {})
     assert "attack_success, refusal_benign, benign_correct" in caught.value.advice
 
@@ -115,7 +115,7 @@ def test_a_share_of_nothing_keeps_no_limit():
 
 @pytest.mark.parametrize("text", ["attack_success", "attack_success=", "attack_success=5%", "x=1.5", "x=-1", "x=nan"])
 def test_limits_that_are_none(text):
-    with pytest.raises(DataError, match="is no limit"):
+    with pytest.raises(DataError, match="is not a limit"):
         parse_limits([text])
 
 

@@ -140,17 +140,17 @@ def test_a_pack_is_merged_into_a_copy_where_no_adapter_fits(exports, sources, su
 
 
 def test_a_model_that_holds_the_pack_is_evaluated_as_it_is(exports, suites, pack, tmp_path):
-    nestpatch.apply(exports("llama").path, pack, tmp_path / "patched")
+    nestpatch.apply(exports("llama").output, pack, tmp_path / "patched")
     alone = evaluate(tmp_path / "patched", suites, pack=pack, max_new_tokens=4)
     assert alone.patched is None
     assert "holds" in alone.notes[1]
-    both = evaluate(tmp_path / "patched", suites, pack=pack, base=exports("llama").path, max_new_tokens=4)
+    both = evaluate(tmp_path / "patched", suites, pack=pack, base=exports("llama").output, max_new_tokens=4)
     assert both.patched.suites == alone.model.suites
     assert both.patched.drift > 0
 
 
 def test_onnxruntime_takes_the_threads_that_were_asked_for(exports, monkeypatch):
-    folder = exports("llama").path
+    folder = exports("llama").output
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     for asked, found in ((1, 1), (None, 2)):
         with open_runtime(folder, threads=asked) as runtime:
