@@ -236,6 +236,7 @@ def test_the_command_line_trains_shows_applies_and_evaluates(models, prompts, tm
     )
     folded, alone = json.loads(both.stdout)["patched"], json.loads(direct.stdout)["model"]
     del folded["kl_to_base"]
+    assert alone.pop("kl_to_base") is None
     assert folded == alone
     answers = tmp_path / "answers.jsonl"
     table = run(main, ["eval", str(base), *suites, "--quiet", "--max-new-tokens=3", "--answers", str(answers)])
