@@ -1,8 +1,8 @@
 """The command line: the groups of commands, and how they end.
 
 Commands parse their arguments, call one function of the library and print its result. Results go to stdout, messages and
-progress to stderr. Every error ends as its class, its reason and its advice on stderr, with --json also as one object on
-stdout, and as an exit code (docs/cli.md). Heavy imports live inside the commands, so --help is instant.
+progress to stderr. Every error is printed on stderr as its class, its reason and its advice, with --json also as one object on
+stdout, and has an exit code (docs/cli.md). Heavy imports are inside the commands, so --help is instant.
 """
 
 from __future__ import annotations
@@ -108,13 +108,13 @@ class Group(click.Group):
         sys.exit(code)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Refuses NUL characters, which no call of the operating system accepts."""
+        """Rejects NUL characters, which no call of the operating system accepts."""
         if any("\0" in argument for argument in args):
-            ctx.fail("an argument holds a NUL character")
+            ctx.fail("an argument contains a NUL character")
         return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
-        """Finds the command; an unknown one ends with the name of the closest."""
+        """Finds the command; the error for an unknown one names the closest."""
         name = args[0]
         if name not in self.commands and not name.startswith("-") and not ctx.resilient_parsing:
             meant = [command for command, others in MEANT.items() if name.lower() in others]
@@ -171,7 +171,7 @@ def _end(error: NestpatchError, words: Sequence[str]) -> int:
 
 
 def _end_usage(error: click.ClickException, words: Sequence[str]) -> int:
-    """Reports arguments that click refused, with the usage of the command; returns the exit code."""
+    """Reports arguments that click rejected, with the usage of the command; returns the exit code."""
     message = lines(error.format_message())
     context = error.ctx if isinstance(error, click.UsageError) else None
     help_of = f"{context.command_path if context else 'nestpatch'} --help"
@@ -220,7 +220,7 @@ def _leftover(words: Sequence[str]) -> str:
 
 
 def _abandon_output() -> None:
-    """Drops what could not be written: else the interpreter tries again when it ends, and complains."""
+    """Drops what could not be written; otherwise the interpreter would try again at exit and print a warning."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
@@ -233,7 +233,7 @@ def _abandon_output() -> None:
 @click.group(cls=Group, help=TAGLINE, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="nestpatch")
 def main() -> None:
-    """Sets what every command needs."""
+    """Sets the environment variables that every command needs."""
     # The progress bars of transformers would mix with ours; a variable that the user set wins.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

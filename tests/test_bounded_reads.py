@@ -235,10 +235,10 @@ def test_the_honest_pack_is_still_read(pack: Path) -> None:
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"])
 @pytest.mark.parametrize("what", ["a pipe", "too long"])
 def test_a_model_that_transformers_would_read_whole_is_looked_at_first(name: str, what: str, tmp_path: Path) -> None:
-    from nestpatch.runtimes.transformers import require_bounded
+    from nestpatch.runtimes.transformers import _require_bounded
 
     model = tiny_checkpoint(tmp_path / "model")
-    require_bounded(model)
+    _require_bounded(model)
     (model / name).unlink(missing_ok=True)
     if what == "a pipe":
         os.mkfifo(model / name)
@@ -246,4 +246,4 @@ def test_a_model_that_transformers_would_read_whole_is_looked_at_first(name: str
         (model / name).write_text("{}")
         grown(model / name, 4 << 30)
     with pytest.raises(CheckpointFormatError, match=rf"{name}.*(it is a pipe|4294967296 bytes)"):
-        require_bounded(model)
+        _require_bounded(model)

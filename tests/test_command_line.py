@@ -301,7 +301,7 @@ def printed(monkeypatch: pytest.MonkeyPatch, *events: tuple[float, Event]) -> li
     text = io.StringIO()
     monkeypatch.setattr(console.err, "_file", text)
     times = iter([0.0, *(time for time, event in events if event.stage != "note")])
-    lines = progress.Lines(lambda: next(times))
+    lines = progress._Lines(lambda: next(times))
     for _, event in events:
         lines(event)
     return text.getvalue().splitlines()

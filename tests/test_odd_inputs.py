@@ -99,6 +99,7 @@ ODD: dict[str, Callable[[Path], object]] = {
 COMMANDS = {
     "show": "{x.nest}",
     "status": "{model}",
+    "list": "",
     "verify": "{model} {x.nest}",
     "verify --full": "{m.gguf} {x.nest}",
     "diff": "{model} {other} -o {out.nest}",

@@ -121,7 +121,7 @@ def cases() -> dict[str, Callable[[str], None]]:
     from nestpatch.evaluation.parity import GgufParity
     from nestpatch.evaluation.suites import Scores
     from nestpatch.export.results import ExportedAdapter, ExportedGguf, ExportedOnnx, ExportedSafetensors
-    from nestpatch.lab.demo import FormatResult
+    from nestpatch.lab.demo import DemoResult
     from nestpatch.nest_train.plan import TrainingPlan
     from nestpatch.nest_train.train import Trained
     from nestpatch.patcher.apply import Applied
@@ -151,18 +151,22 @@ def cases() -> dict[str, Callable[[str], None]]:
     def show_evaluation(text: str) -> None:
         console.out.print(evaluation.evaluation_table({text: filled(Scores, text)}))
 
+    def headlines(text: str) -> None:
+        share = {"value": text, "count": text, "total": text}
+        console.out.print(evaluation.headline_table(console.escape(text), {"attack_success": share}, {"kl_to_base": text}))
+
     return {
         "show_error": lambda text: console.show_error(ValueError(text), text),
         "show_applied": simple(models.show_applied, Applied),
-        "show_exported": simple(exporting.show_exported, ExportedGguf, ExportedSafetensors),
+        "show_exported": simple(exporting.show_exported, ExportedGguf, ExportedSafetensors, ExportedOnnx),
         "show_changed": changed,
         "show_status": simple(models.show_status, Status),
         "show_patched": lambda text: models.show_patched([filled(PatchedModel, text)]),
         "show_verification": lambda text: models.show_verification(text, filled(Verification, text)),
         "show_pack": shown_packs,
         "evaluation_table": show_evaluation,
-        "formats_table": lambda text: console.out.print(evaluation.formats_table([filled(FormatResult, text)])),
-        "stage_table": lambda text: console.out.print(evaluation.stage_table({text: (1.0, text)})),
+        "headline_table": headlines,
+        "show_demo": lambda text: evaluation.show_demo(filled(DemoResult, text), console.out),
         "recipe_table": lambda text: console.out.print(packs.recipe_table()),
         "show_adapter": adapters,
         "show_check": simple(exporting.show_check, GgufParity),
@@ -170,8 +174,6 @@ def cases() -> dict[str, Callable[[str], None]]:
         "show_published": simple(publishing.show_published, Published),
         "show_pulled": simple(publishing.show_pulled, Pulled),
         "show_updated": updated,
-        "show_failed": simple(publishing.show_failed, Updated),
-        "show_exported_onnx": simple(exporting.show_exported_onnx, ExportedOnnx),
         "show_pair": simple(publishing.show_pair, KeyPair),
         "show_signature": simple(publishing.show_signature, SignatureFile),
         "show_result": lambda text: (
@@ -181,12 +183,11 @@ def cases() -> dict[str, Callable[[str], None]]:
             ]
             and None
         ),
-        "show_system_policy": lambda text: publishing.show_system_policy(filled(Policy, text), text),
         "show_trained": lambda text: evaluation.show_trained(
             Trained(filled_pack(text), text, 5, filled(Scores, text), filled(Scores, text), 3, 4, Path(text), text), text
         ),
         "show_plan": lambda text: evaluation.show_plan(filled(TrainingPlan, text), text),
-        "show_policy": lambda text: publishing.show_policy(filled(Policy, text), text),
+        "show_policies": lambda text: publishing.show_policies(filled(Policy, text), text, filled(Policy, text), text),
     }
 
 

@@ -34,18 +34,12 @@ def demo(seed: int, keep: Path | None, quiet: bool, as_json: bool) -> None:
     """
     from nestpatch.lab.demo import run_demo
     from nestpatch.views.console import err, out
-    from nestpatch.views.evaluation import evaluation_table, formats_table, stage_table
+    from nestpatch.views.evaluation import show_demo
 
     with progress(quiet) as on_event:
         result = run_demo(seed, keep, on_event)
     # The table is for people; with --json only the object goes to stdout.
-    console = err if as_json else out
-    console.print(stage_table(result.stages))
-    console.print()
-    console.print(evaluation_table({"base": result.before, "patched": result.after}))
-    if result.formats:
-        console.print()
-        console.print(formats_table(result.formats))
+    show_demo(result, err if as_json else out)
     if not result.helped:
         err.print("[bold red]The pack did not help:[/] attacks succeed about as often as before.")
     if as_json:

@@ -278,12 +278,8 @@ def _show(done: ExportedGguf | ExportedSafetensors | ExportedOnnx, found: GgufPa
     if as_json:
         print_json(dataclasses.asdict(done) | ({"check": found.as_json()} if found is not None else {}))
         return
-    from nestpatch.export.results import ExportedOnnx
-    from nestpatch.views.exporting import show_check, show_exported, show_exported_onnx
+    from nestpatch.views.exporting import show_check, show_exported
 
-    if isinstance(done, ExportedOnnx):
-        show_exported_onnx(done)
-    else:
-        show_exported(done)
+    show_exported(done)
     if found is not None:
         show_check(found)

@@ -70,7 +70,7 @@ def push(
 )
 @_channel_argument
 @click.argument("version")
-@click.option("--reason", required=True, help="Why, in one line; it is shown to everybody who has the version.")
+@click.option("--reason", required=True, help="Why, in one line; it is shown to every user of the version.")
 @_key_option
 @password_option
 @_days_option

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class _Path(click.Path):
-    """A path to write; click alone takes an empty text for the current folder."""
+    """A path to write; click alone reads an empty text as the current folder."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Returns a Path, or ends with a usage error."""
@@ -68,13 +68,15 @@ class _Source(_Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Returns the text. Raises MissingInputError when it is a path, and there is nothing at it."""
-        if not self.remote(value):
+        # A pack given as MODEL: `require_order` reports that, whether or not the file exists.
+        misplaced = self.name == "model" and isinstance(param, click.Argument) and value.lower().endswith(".nest")
+        if not misplaced and not self.remote(value):
             _require(super().convert(value, param, ctx), param, ctx, self.advice)
         return value
 
 
 def _require(text: str, param: click.Parameter | None, ctx: click.Context | None, advice: str | None = None) -> None:
-    """Raises MissingInputError when nothing exists at a path. Whatever else is odd about it, the command reports."""
+    """Raises MissingInputError when nothing exists at a path. Other problems with it are left to the command."""
     path = Path(text)
     try:
         path.stat()
@@ -156,7 +158,14 @@ def _is_pack(given: str | Path) -> bool:
 
 
 def examples(*commands: str) -> str:
-    """The end of a command's help: command lines that a user can copy."""
+    """Writes the end of a command's help.
+
+    Args:
+        commands: Command lines that a user can copy.
+
+    Returns:
+        The text, in click's markup.
+    """
     return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
 
 
@@ -204,13 +213,22 @@ def proven(pack: str, model: str | Path | None, policy_file: Path | None, on_eve
 
 
 def say_unchecked(done: Proven | None) -> None:
-    """Reports on stderr, also with --quiet, that no signature of a pack was checked."""
+    """Reports on stderr, also with --quiet, that no signature of a pack was checked.
+
+    Args:
+        done: From `proven`; None reports nothing.
+    """
     if done is not None and done.unchecked:
         say(done.unchecked, err=True)
 
 
 def say_unsigned(policy: Policy, what: str) -> None:
-    """Reports on stderr that something from a channel has no trusted signature."""
+    """Reports on stderr that something from a channel has no trusted signature.
+
+    Args:
+        policy: Decides the message: without any trusted key nothing was checked.
+        what: What was downloaded.
+    """
     if policy.keys:
         say(f"WARNING: no trusted key has signed {what}", err=True)
     else:
@@ -218,7 +236,12 @@ def say_unsigned(policy: Policy, what: str) -> None:
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Prints one line on stdout or stderr: line breaks, control characters and what the encoding lacks are escaped."""
+    """Prints one line. Line breaks, control characters and what the encoding lacks are escaped.
+
+    Args:
+        text: The line.
+        err: Whether to print on stderr instead of stdout.
+    """
     encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
     click.echo(one_line(text).encode(encoding, "backslashreplace").decode(encoding), err=err)
 
@@ -260,7 +283,14 @@ def report(result: Any, show: Callable[[Any], None], as_json: bool) -> None:
 
 
 def progress(quiet: bool) -> AbstractContextManager[OnEvent]:
-    """A listener that shows progress on stderr. With `quiet` nothing that draws is imported."""
+    """Shows progress on stderr.
+
+    Args:
+        quiet: Whether to show nothing, and to import nothing that draws.
+
+    Returns:
+        A context manager that yields the listener for events.
+    """
     if quiet:
         return nullcontext(ignore)
     from nestpatch.views.progress import shown

@@ -176,10 +176,9 @@ def trust_list(as_json: bool) -> None:
     if as_json:
         print_json({"file": file, **own.as_json(), "system": {"file": SYSTEM_FILE, **system.as_json()}})
         return
-    from nestpatch.views.publishing import show_policy, show_system_policy
+    from nestpatch.views.publishing import show_policies
 
-    show_policy(own, str(file))
-    show_system_policy(system, str(SYSTEM_FILE))
+    show_policies(own, str(file), system, str(SYSTEM_FILE))
 
 
 @trust.command("remove", epilog=examples("nestpatch trust remove acme", "nestpatch trust remove 3f9a1c07 --json"))

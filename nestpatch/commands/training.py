@@ -16,6 +16,7 @@ from nestpatch.commands.options import (
     print_json,
     progress,
     quiet_option,
+    require_order,
     say,
 )
 
@@ -81,6 +82,7 @@ def train(
     Prompt sources are .jsonl, .json, .csv or .parquet files with a "prompt" column, or data set ids of the Hub. The pack is
     written before it is evaluated. Exit code 1 when it could not be evaluated; numbers that speak against it are warnings.
     """
+    require_order(base, None, "train")
     from nestpatch.evaluation.suites import load_suite
     from nestpatch.files.atomic import check_output
     from nestpatch.nest_train.data import TrainingData

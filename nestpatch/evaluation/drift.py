@@ -37,28 +37,15 @@ def drift(base: Runtime, model: Runtime, answers: Mapping[str, str]) -> float | 
     if not answers:
         return None
     pairs = base.token_pairs(answers)
-    require_same_ids(pairs, model.token_pairs(answers))
+    for position, (theirs, ours) in enumerate(zip(pairs, model.token_pairs(answers), strict=True), start=1):
+        if theirs != ours:
+            raise BaseMismatchError(
+                f"base and model read prompt {position} as different tokens: the drift cannot be measured",
+                advice="Give the base that the model was made from.",
+            )
     if isinstance(base, TransformersRuntime) and isinstance(model, TransformersRuntime):
         return sum(_in_batches(base, model, pairs)) / max(1, sum(len(pair.answer) for pair in pairs))
     return divergence(base.logits, model.logits, pairs)
-
-
-def require_same_ids(base: Sequence[TokenPair], model: Sequence[TokenPair]) -> None:
-    """Compares what two models read.
-
-    Args:
-        base: Token ids of the base.
-        model: Token ids of the model, for the same texts.
-
-    Raises:
-        BaseMismatchError: They differ.
-    """
-    for number, (theirs, ours) in enumerate(zip(base, model, strict=True), start=1):
-        if theirs != ours:
-            raise BaseMismatchError(
-                f"base and model read prompt {number} as different tokens: the drift cannot be measured",
-                advice="Give the base that the model was made from.",
-            )
 
 
 def divergence(base: Logits, model: Logits, pairs: Sequence[TokenPair]) -> float:

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from nestpatch.errors import DataError
 from nestpatch.evaluation.drift import drift
-from nestpatch.evaluation.suites import BENIGN, Evaluation, Scores, Suite, answers_of, evaluate_suites, overlaps
+from nestpatch.evaluation.suites import BENIGN, Evaluation, Scores, Suite, evaluate_suites, overlaps
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.atomic import write_bytes
 from nestpatch.formats import nest
@@ -100,15 +100,16 @@ def evaluate(
         if base is not None:
             before = work.moved_from(base, runtime, before)
         if proven is None and lora is None:
-            return work.result(before)
+            return Evaluation(before, None, tuple(work.notes))
         what = proven.label if proven is not None else str(lora)
         with runtime.with_pack(proven) if proven is not None else runtime.with_adapter(Path(str(lora))) as patched:
             after = work.scores(patched, f"{model} with {what}")
-            return work.result(before, Scores(after.suites, work.drift(runtime, patched, before)))
+            after = Scores(after.suites, work.drift(runtime, patched, before))
+            return Evaluation(before, after, tuple(work.notes))
 
 
 def _require_compatible(model: str | Path, lora: str | Path | None, base: str | Path | None) -> None:
-    """Raises DataError for an adapter or a base that the model's runtime takes none of."""
+    """Raises DataError for an adapter or a base that the model's runtime does not accept."""
     kind = runtime_of(model)
     if lora is not None and kind == "transformers":
         advice = "Give the pack itself: nestpatch eval MODEL PACK"
@@ -120,13 +121,13 @@ def _require_compatible(model: str | Path, lora: str | Path | None, base: str | 
 
 
 def _already_held(model: str | Path, pack: Pack) -> str:
-    """What shows that a model holds a pack already, looked at before anything is loaded; empty where it does not.
+    """What proves, before anything is loaded, that a model holds a pack already; empty where it does not.
 
     Raises BaseMismatchError for a model that the pack is not for.
     """
     kind = runtime_of(model)
     if kind == "transformers":
-        import transformers  # noqa: F401 - a host without it learns that before anything is read
+        import transformers  # noqa: F401 - a missing package is reported before anything is read
 
         model = locate(model).path
     checkpoint, state_dir = open_model(model)
@@ -160,13 +161,9 @@ class _Evaluator:
             self.notes.append(text)
             self.on_event(Event("note", note=text))
 
-    def result(self, model: Scores, patched: Scores | None = None) -> Evaluation:
-        """The evaluation, with all notes."""
-        return Evaluation(model, patched, tuple(self.notes))
-
     @contextmanager
     def load(self, model: str | Path) -> Iterator[Runtime]:
-        """Opens a model, and says which."""
+        """Opens a model, and reports which."""
         self.on_event(Event("load", note=str(model)))
         with self.opened(model) as runtime:
             yield runtime
@@ -181,15 +178,15 @@ class _Evaluator:
         return evaluate_suites(partial(runtime.generate, on_event=report), self.suites)
 
     def drift(self, base: Runtime, model: Runtime, before: Scores) -> float | None:
-        """How far a model is from the base, over the base's answers in `before`."""
-        found = drift(base, model, answers_of(before, BENIGN))
+        """How far a model has moved from the base, by the base's answers in `before`."""
+        found = drift(base, model, before.answers(BENIGN))
         if found is None:
             self.note(NOT_MEASURED)
         return found
 
     def moved_from(self, base: str | Path, model: Runtime, scores: Scores) -> Scores:
         """The scores of a model, with its drift from a base, which is out of memory again afterwards."""
-        prompts = list(answers_of(scores, BENIGN))
+        prompts = list(scores.answers(BENIGN))
         if not prompts:
             self.note(NOT_MEASURED)
             return scores
@@ -203,11 +200,12 @@ class _Evaluator:
             before = self.scores(reference, f"{base}, the base")
             with self.load(model) as patched:
                 after = self.scores(patched, f"{model}, patched")
-                return self.result(before, Scores(after.suites, self.drift(reference, patched, before)))
+                after = Scores(after.suites, self.drift(reference, patched, before))
+                return Evaluation(before, after, tuple(self.notes))
 
 
 def write_answers(evaluation: Evaluation, path: Path) -> None:
-    """Writes one JSON line for each answer: of (model or patched), suite, prompt, answer, refused, correct.
+    """Writes a JSONL file with one object for each answer: of ("model" or "patched"), suite, prompt, answer, refused, correct.
 
     Args:
         evaluation: What was measured.

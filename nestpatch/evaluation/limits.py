@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
 from nestpatch.errors import DataError
-from nestpatch.evaluation.suites import HEADLINES, Scores, Suite, measured_by
+from nestpatch.evaluation.suites import BENIGN, HARMFUL, HEADLINES, LOOKALIKE, Scores, Suite
 
 
 def parse_limits(texts: Iterable[str], suites: Sequence[Suite] | None = None) -> dict[str, float]:
-    """Reads limits, and checks before any work that they can be checked.
+    """Reads limits, and makes sure before any work that the suites measure them.
 
     Args:
         texts: NAME=SHARE each, with a share between 0 and 1.
@@ -32,12 +32,15 @@ def parse_limits(texts: Iterable[str], suites: Sequence[Suite] | None = None) ->
         if not 0 <= limits[name] <= 1:
             raise DataError(f"{text!r} is not a limit", advice="Write NAME=SHARE, such as attack_success=0.05.")
     if suites is not None:
-        _require_measured(limits, measured_by(suites))
+        kinds = {suite.kind for suite in suites}
+        known = any(prompt.reference is not None for s in suites if s.kind == BENIGN for prompt in s.prompts.prompts)
+        found = (HARMFUL in kinds, BENIGN in kinds, LOOKALIKE in kinds, known)
+        _require_measured(limits, [name for name, measured in zip(HEADLINES, found, strict=True) if measured])
     return limits
 
 
 def _require_measured(names: Iterable[str], measured: Sequence[str]) -> None:
-    """A limit that is not checked must not look kept."""
+    """Raises DataError for names that were not measured: a limit that is not checked must not look kept."""
     missing = sorted(set(names) - set(measured))
     if not missing:
         return

@@ -70,9 +70,9 @@ class GgufParity:
         reference: The model that it was made from.
         types: Of the file's matrices.
         same_ids: Texts that both tokenizers read alike.
-        first_text: The first one that they read differently; None: there is none.
+        first_text: The first text that they read differently; None where there is none.
         largest: Largest difference of two logits; infinite where one is not a number.
-        place: Where it is.
+        place: Where that difference is.
         deviation: Standard deviation of the reference's logits, which differences are to be compared with.
         top1: Positions where both predict the same token.
         typical: Median over the positions of their largest differences.
@@ -198,21 +198,12 @@ def check_gguf(
         top1=found.top1,
         typical=found.typical,
         mixture=mixture,
-        bound=bound_for(types, architecture, found.deviation),
+        bound=_bound(types, architecture, found.deviation),
     )
 
 
-def bound_for(types: Sequence[str], architecture: str, deviation: float) -> float | None:
-    """The largest difference that rounding explains.
-
-    Args:
-        types: Of the file's matrices.
-        architecture: As GGUF files name it.
-        deviation: Standard deviation of the logits.
-
-    Returns:
-        The limit, or None for quantized files.
-    """
+def _bound(types: Sequence[str], architecture: str, deviation: float) -> float | None:
+    """The largest difference that rounding explains; None for quantized files. `deviation` is that of the logits."""
     if not set(types) <= {"F32", *ROUNDED}:
         return None
     exact = EXACT_GEMMA if architecture.startswith("gemma") else EXACT

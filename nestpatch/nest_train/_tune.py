@@ -7,23 +7,26 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
 
+from nestpatch.errors import PromptDataError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.nest_train._neurons import Clusters
 from nestpatch.nest_train._targets import Halves
 from nestpatch.nest_train.recipe import Recipe
-from nestpatch.runtimes.text import collate, endless, split_off
+from nestpatch.runtimes.text import collate
 from nestpatch.runtimes.transformers import answer_logits
 from nestpatch.runtimes.weights import MlpBlock, Projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -249,3 +252,43 @@ def _delta(projection: Projection, neurons: int, group: Clusters) -> ClusterDelt
     return ClusterDelta(
         base, torch.from_numpy(rows).to(device), torch.from_numpy(labels).to(device), group.k * projection.parts
     )
+
+
+def split_off(items: Sequence[_T], share: float, rng: random.Random) -> tuple[list[_T], list[_T]]:
+    """Holds out a random share of the items.
+
+    Args:
+        items: What to split.
+        share: Between 0 and 1; at least one item is held out.
+        rng: Decides which.
+
+    Returns:
+        (kept, held out).
+
+    Raises:
+        PromptDataError: There are fewer than two items.
+    """
+    if len(items) < 2:
+        raise PromptDataError(f"{len(items)} prompts are too few: some must be held out to decide when to stop")
+    order = rng.sample(list(items), len(items))
+    held_out = max(1, round(len(items) * share))
+    return order[held_out:], order[:held_out]
+
+
+def endless(items: Sequence[_T], size: int, rng: random.Random) -> Iterator[list[_T]]:
+    """Batches without end; every item is seen once before any is seen again.
+
+    Args:
+        items: What to draw from.
+        size: Items of a batch.
+        rng: Decides the order.
+
+    Yields:
+        The next batch.
+    """
+    queue: list[_T] = []
+    while True:
+        while len(queue) < size:
+            queue += rng.sample(list(items), len(items))
+        batch, queue = queue[:size], queue[size:]
+        yield batch

@@ -20,7 +20,7 @@ import numpy as np
 
 from nestpatch.errors import CheckpointFormatError, MissingExtraError
 from nestpatch.evaluation.concerns import concerns
-from nestpatch.evaluation.suites import BENIGN, Scores, Suite, answers_of, evaluate_suites
+from nestpatch.evaluation.suites import BENIGN, Scores, Suite, evaluate_suites
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.atomic import check_output
 from nestpatch.formats import nest
@@ -204,7 +204,7 @@ def _evaluated(run: Run, trained: Trained, suites: Sequence[Suite], deltas: Delt
     try:
         with deltas.attached():
             after = _evaluate(run, suites, "the base with the pack")
-            drift = run.drift(answers_of(before, BENIGN), deltas.off)
+            drift = run.drift(before.answers(BENIGN), deltas.off)
     except Exception as error:  # noqa: BLE001 - whatever fails here must not cost a trained pack
         return dataclasses.replace(trained, problem=f"{type(error).__name__}: {error}")
     after = Scores(after.suites, drift)

@@ -18,14 +18,16 @@ from nestpatch.errors import MissingExtraError, PromptDataError
 from nestpatch.files.reading import open_regular, read_bounded, read_text
 
 MAX_FILE = 256 << 20
-"""Bytes of a prompt file: some million prompts."""
+"""Bytes of a prompt file at most: some million prompts."""
 MAX_TABLE = 1 << 30
-"""Bytes of the content of a Parquet file, unpacked."""
+"""Bytes of the content of a Parquet file at most, unpacked."""
 _ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 _PROMPT_COLUMNS = ("prompt", "instruction", "question", "goal", "text")
 _ANSWER_COLUMNS = ("reference", "answer", "response", "output", "target")
 _DATA_SET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[^/]+)?", re.ASCII)
-"""What may name a data set of the Hub: anything else is a path, and the Hub is not asked."""
+"""What may name a data set of the Hub; anything else is a path, and no request is sent."""
+_TIMEOUT = 10.0
+"""Seconds in which the Hub must answer."""
 _SLICE = re.compile(r"(.+)\[(-?\d{0,18}):(-?\d{0,18})\]", re.ASCII)
 
 
@@ -61,12 +63,12 @@ class PromptSet:
         return sha256(json.dumps(rows, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
 
     def facts(self) -> dict[str, Any]:
-        """What a pack records of this set: name, number of prompts, digest."""
+        """Returns what a pack records of this set: "name", "prompts" (their number) and "sha256"."""
         return {"name": self.name, "prompts": len(self.prompts), "sha256": self.digest}
 
 
 def load_prompts(source: str | Path) -> PromptSet:
-    """Reads prompts from a file or a data set. Duplicates are dropped.
+    """Reads prompts from a file or a data set, without duplicates.
 
     The prompt is in the column "prompt", or else "instruction", "question", "goal" or "text"; the right answer, where there is
     one, in "reference", "answer", "response", "output" or "target".
@@ -108,7 +110,7 @@ def load_prompts(source: str | Path) -> PromptSet:
 
 
 def join_sets(sets: Sequence[PromptSet]) -> PromptSet:
-    """One set of several; duplicates are dropped.
+    """Joins sets into one, without duplicates.
 
     Args:
         sets: At least one.
@@ -165,7 +167,7 @@ def _json(path: Path) -> Iterator[Any]:
         named = next((lists[f"{name}s"] for name in _PROMPT_COLUMNS if f"{name}s" in lists), None)
         data = named or (next(iter(lists.values())) if len(lists) == 1 else data)
     if not isinstance(data, list):
-        raise PromptDataError(f"{path} must hold a list of prompts")
+        raise PromptDataError(f"{path}: expected a list of prompts, found {type(data).__name__}")
     yield from data
 
 
@@ -187,8 +189,14 @@ def _hub(source: str) -> Iterable[Any]:
         import datasets
     except ImportError as error:
         raise MissingExtraError("train", "reading a data set of the Hub") from error
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
     name, _, split = source.partition(":")
     try:
+        # Without the Hub, `datasets` retries for half a minute, with a warning for each attempt, and then fails.
+        cached = constants.HF_HUB_OFFLINE or try_to_load_from_cache(name, "README.md", repo_type="dataset") is not None
+        if not cached and not Path(name).is_dir():
+            HfApi().dataset_info(name, timeout=_TIMEOUT)
         return list(datasets.load_dataset(name, split=split or "train"))
     except Exception as error:  # `datasets` raises network, parsing and script errors of many kinds
         raise PromptDataError(f"there is no prompt file {source}, and the Hub gave no data set: {error}") from error

@@ -17,8 +17,8 @@ def chat_renderer(template: str, tokens: Mapping[str, str]) -> Callable[[str], s
     """Compiles a chat template.
 
     Args:
-        template: As the model has it.
-        tokens: Names such as "bos_token" and their texts.
+        template: The template of the model.
+        tokens: Name of a special token, such as "bos_token" -> its text.
 
     Returns:
         A function: prompt -> the text that the model reads, up to where its answer begins. It raises CheckpointFormatError
@@ -54,14 +54,14 @@ def _broken(error: BaseException) -> CheckpointFormatError:
 
 
 def _environment() -> Any:
-    """As transformers sets it up."""
+    """The sandbox, configured as transformers configures it."""
     from jinja2 import TemplateError, ext, nodes
     from jinja2.exceptions import SecurityError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
 
     class Generation(ext.Extension):
-        """`{% generation %}` marks the assistant's text, for training; it changes nothing."""
+        """`{% generation %}` marks the assistant's text for training and does not change the text."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -82,7 +82,7 @@ def _environment() -> Any:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
 
     class Plain(Namespace):
-        """A namespace that takes no names with a leading underscore: the sandbox does not check what is stored in one."""
+        """A namespace that rejects names with a leading underscore: the sandbox does not check what is stored in one."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__()
@@ -90,7 +90,7 @@ def _environment() -> Any:
                 self[name] = value
 
         def __setitem__(self, name: str, value: Any) -> None:
-            """Stores a value under a harmless name."""
+            """Stores a value; raises SecurityError for a name with a leading underscore."""
             if str(name).startswith("_"):
                 raise SecurityError(f"a template may not store {name!r}")
             super().__setitem__(name, value)

@@ -1,6 +1,6 @@
 """A GGUF model in llama.cpp: token ids, logits and greedy answers. Needs llama-cpp-python, no torch.
 
-The KV cache is F32, so that what is measured is the model's own rounding and nothing else.
+The KV cache is F32, so that only the model's own rounding is measured.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nestpatch.patcher.plan import make_plan
 from nestpatch.patcher.recovery import open_model
 from nestpatch.rows import FloatArray
 from nestpatch.runtimes._chat import chat_renderer
-from nestpatch.runtimes.text import MAX_TOKENS, TokenPair
+from nestpatch.runtimes.text import MAX_TOKENS, TokenPair, by_length
 from nestpatch.runtimes.threads import pick_threads, wait_passively
 
 _BATCH = 512
@@ -38,9 +38,9 @@ _TEMPLATE = "tokenizer.chat_template"
 _TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 """The names that templates use -> those of GGUF files."""
 _errors: list[str] = []
-"""What llama.cpp logged as errors since the last call: the first one is the reason when it fails. Nothing is printed."""
+"""The errors that llama.cpp logged since the last call; the first one is the reason of a failure. Nothing is printed."""
 _callbacks: list[Any] = []
-"""Keeps what llama.cpp calls alive."""
+"""Keeps the callbacks of llama.cpp alive."""
 
 
 @lru_cache(maxsize=1)
@@ -97,6 +97,8 @@ class LlamaRuntime:
         max_prompt_tokens: A longer prompt keeps its last tokens.
         batch: Prompts that run side by side, each with a KV cache of its own.
         threads: Threads that compute.
+        end: Id of the end token, or -1.
+        experts: Experts of each layer; None for a model without experts.
     """
 
     def __init__(
@@ -138,6 +140,9 @@ class LlamaRuntime:
                 raise
         self._vocabulary = self._library.llama_model_get_vocab(self._model)
         self.vocabulary = int(self._library.llama_vocab_n_tokens(self._vocabulary))
+        self.end = int(self._library.llama_vocab_eos(self._vocabulary))
+        count = self.metadata(f"{self.metadata('general.architecture') or ''}.expert_count")
+        self.experts = int(count) if count is not None and count.isdigit() and int(count) else None
 
     def _load(self, device: str) -> None:
         if not self.path.is_file():
@@ -149,7 +154,7 @@ class LlamaRuntime:
                 advice="Use --device cpu, or install llama-cpp-python built for this device.",
             )
         parameters = self._library.llama_model_default_params()
-        # Repacked and AMX weights are faster, round in another way, and end the process on some machines.
+        # Repacked and AMX weights are faster, but round differently and crash on some machines.
         parameters.use_extra_bufts = False
         if device == "cpu":
             parameters.n_gpu_layers = 0
@@ -185,7 +190,14 @@ class LlamaRuntime:
             self._library.llama_model_free(model)
 
     def metadata(self, key: str) -> str | None:
-        """A value of the file's metadata as text, or None."""
+        """Reads a value of the file's metadata.
+
+        Args:
+            key: Such as "general.architecture".
+
+        Returns:
+            The value as text; None where the file has no such key.
+        """
         size = 256
         while True:
             buffer = ctypes.create_string_buffer(size)
@@ -194,31 +206,45 @@ class LlamaRuntime:
                 return buffer.raw[:length].decode("utf-8", "replace") if length >= 0 else None
             size = length + 1
 
-    @property
-    def experts(self) -> int | None:
-        """How many experts each layer has; None for a model without experts."""
-        count = self.metadata(f"{self.metadata('general.architecture') or ''}.expert_count")
-        return int(count) if count is not None and count.isdigit() and int(count) else None
-
     def token_text(self, key: str) -> str | None:
-        """The text of the token whose id is under `tokenizer.ggml.<key>_token_id`, or None."""
+        """Reads the text of a special token.
+
+        Args:
+            key: Such as "bos": the id is in the metadata under `tokenizer.ggml.<key>_token_id`.
+
+        Returns:
+            The text; None where the file names no such token.
+        """
         number = self.metadata(f"tokenizer.ggml.{key}_token_id")
         if number is None or not 0 <= int(number) < self.vocabulary:
             return None
         text: bytes = self._library.llama_vocab_get_text(self._vocabulary, int(number))
         return text.decode("utf-8", "replace")
 
-    @property
-    def end(self) -> int:
-        """The id of the end token, or -1."""
-        return int(self._library.llama_vocab_eos(self._vocabulary))
-
     def ends(self, token: int) -> bool:
-        """Whether a token ends an answer."""
+        """Reports whether a token ends an answer.
+
+        Args:
+            token: Its id.
+
+        Returns:
+            True for an end-of-text or end-of-turn token.
+        """
         return bool(self._library.llama_vocab_is_eog(self._vocabulary, token))
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Token ids of a text; with `special` also the begin and end tokens that the file asks for."""
+        """Turns a text into token ids.
+
+        Args:
+            text: Any text; special tokens in it are recognised.
+            special: Whether to add the begin and end tokens that the file asks for.
+
+        Returns:
+            The ids.
+
+        Raises:
+            CheckpointError: llama.cpp cannot tokenize the text.
+        """
         data = text.encode("utf-8", "replace")
         room = len(data) + 8
         ids = (ctypes.c_int32 * room)()
@@ -228,7 +254,14 @@ class LlamaRuntime:
         return list(ids[:count])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
+        """Turns token ids into text.
+
+        Args:
+            ids: Token ids.
+
+        Returns:
+            Their text, without special tokens.
+        """
         given = (ctypes.c_int32 * len(ids))(*ids)
         size = 16 * len(ids) + 16
         while True:
@@ -239,7 +272,17 @@ class LlamaRuntime:
             size = -length
 
     def chat_texts(self, prompts: Sequence[str]) -> list[str]:
-        """The text that the model reads for each prompt, up to where its answer begins, by the template in its file."""
+        """Renders prompts with the chat template of the file.
+
+        Args:
+            prompts: What a user asks.
+
+        Returns:
+            The text that the model reads for each prompt, up to where its answer begins; without a template, a line.
+
+        Raises:
+            CheckpointFormatError: The chat template does not work.
+        """
         template = self.metadata(_TEMPLATE)
         if template is None:
             return [f"{prompt}\n" for prompt in prompts]
@@ -248,7 +291,13 @@ class LlamaRuntime:
         return [render(prompt) for prompt in prompts]
 
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids of the prompts in chat form; a longer one keeps its last `max_prompt_tokens`.
+        """Turns prompts in chat form into token ids.
+
+        Args:
+            prompts: What a user asks. A longer one keeps its last `max_prompt_tokens`.
+
+        Returns:
+            The ids of each prompt.
 
         Raises:
             CheckpointFormatError: The chat template does not work.
@@ -261,18 +310,44 @@ class LlamaRuntime:
         return ids
 
     def token_pairs(self, answers: Mapping[str, str]) -> list[TokenPair]:
-        """Token ids of prompts and answers; an answer has an end token unless it had to be cut."""
+        """Turns prompts and answers into token ids.
+
+        Args:
+            answers: Prompt -> answer.
+
+        Returns:
+            One pair for each prompt; an answer has an end token unless it had to be cut.
+        """
         end = [self.end] if self.end >= 0 else []
         texts = [(*self.encode(answer, special=False), *end)[:MAX_TOKENS] for answer in answers.values()]
         return [TokenPair(tuple(prompt), answer) for prompt, answer in zip(self.token_ids(list(answers)), texts, strict=True)]
 
     def generate(self, prompts: Sequence[str], on_event: OnEvent = ignore) -> list[str]:
-        """Greedy answers; each ends at an end token or after `max_new_tokens`."""
+        """Generates greedy answers.
+
+        Args:
+            prompts: What a user asks.
+            on_event: Receives the progress.
+
+        Returns:
+            One answer for each prompt, which ends at an end token or after `max_new_tokens`.
+        """
         rows = self.token_ids(prompts)
         return [self.decode(ids).strip() for ids in self.greedy(rows, self.max_new_tokens, on_event)]
 
     def logits(self, ids: Sequence[int], start: int = 0) -> FloatArray:
-        """float32 [ids - start, vocabulary]: what the model predicts after each of the ids from `start` on."""
+        """Runs the model on one text.
+
+        Args:
+            ids: Token ids.
+            start: The first position whose prediction is returned.
+
+        Returns:
+            float32 [ids - start, vocabulary]: the logits after each of the ids from `start` on.
+
+        Raises:
+            CheckpointError: llama.cpp fails.
+        """
         out = np.empty((len(ids) - start, self.vocabulary), np.float32)
         with self._context(1, len(ids)) as context:
             for first in range(0, len(ids), _BATCH):
@@ -284,7 +359,10 @@ class LlamaRuntime:
 
     @contextmanager
     def with_adapter(self, adapter: Path) -> Iterator[LlamaRuntime]:
-        """The same loaded model with an adapter; this runtime goes on without it.
+        """Yields the same loaded model with an adapter; this runtime goes on without it.
+
+        Args:
+            adapter: A GGUF adapter.
 
         Raises:
             CheckpointFormatError: llama.cpp does not load the adapter.
@@ -295,7 +373,10 @@ class LlamaRuntime:
 
     @contextmanager
     def with_pack(self, pack: Pack) -> Iterator[LlamaRuntime]:
-        """The same loaded model with a pack as an adapter; this runtime goes on without it.
+        """Yields the same loaded model with a pack as an adapter; this runtime goes on without it.
+
+        Args:
+            pack: What to add.
 
         Raises:
             BaseMismatchError: The file is not the pack's base, or holds the pack already.
@@ -308,15 +389,24 @@ class LlamaRuntime:
                 yield other
 
     def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, on_event: OnEvent = ignore) -> list[list[int]]:
-        """The likeliest continuation of each prompt, without the end token; `batch` prompts run side by side."""
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        """Continues prompts with the likeliest tokens.
+
+        Args:
+            prompts: Token ids of each prompt; `batch` of them run side by side.
+            max_new_tokens: Length of a continuation.
+            on_event: Receives the progress.
+
+        Returns:
+            The new token ids of each prompt, without the end token.
+        """
         answers: list[list[int]] = [[] for _ in prompts]
-        for start in range(0, len(order), self.batch):
-            places = order[start : start + self.batch]
+        done = 0
+        for places in by_length(prompts, self.batch):
             found = self._answer([prompts[i] for i in places], max_new_tokens)
             for place, answer in zip(places, found, strict=True):
                 answers[place] = answer
-            on_event(Event("generate", min(start + self.batch, len(order)), len(order)))
+            done += len(places)
+            on_event(Event("generate", done, len(prompts)))
         return answers
 
     def _answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:

@@ -28,7 +28,7 @@ from nestpatch.patcher.apply import apply
 from nestpatch.patcher.plan import make_plan
 from nestpatch.patcher.recovery import open_model
 from nestpatch.rows import FloatArray
-from nestpatch.runtimes.text import MAX_TOKENS, IntArray, TokenPair, encode_pairs, pad_left, prompt_ids
+from nestpatch.runtimes.text import MAX_TOKENS, IntArray, TokenPair, by_length, encode_pairs, pad_left, prompt_ids
 from nestpatch.runtimes.threads import may_spin, pick_threads, wait_passively
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class OnnxRuntime:
 
     Attributes:
         path: The .onnx file.
+        folder: The directory of its configuration and its tokenizer.
         max_new_tokens: Length of an answer.
         max_prompt_tokens: A longer prompt keeps its last tokens.
         batch: Prompts of similar length that run side by side, padded at the left.
@@ -85,6 +86,8 @@ class OnnxRuntime:
                 f"there is no ONNX model at {model}", advice="Give the directory that holds model.onnx."
             )
         self.path, self._given = file, Path(model)
+        inside = file.parent
+        self.folder = inside.parent if inside.name == "onnx" and not (inside / "config.json").is_file() else inside
         self.max_new_tokens, self.max_prompt_tokens, self.batch = max_new_tokens, MAX_TOKENS, batch
         wait_passively()
         try:
@@ -98,12 +101,6 @@ class OnnxRuntime:
         self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
         self._outputs = [entry.name for entry in self._session.get_outputs()]
         self._check()
-
-    @property
-    def folder(self) -> Path:
-        """The directory of its configuration and its tokenizer."""
-        inside = self.path.parent
-        return inside.parent if inside.name == "onnx" and not (inside / "config.json").is_file() else inside
 
     def _load(self, *, mapped: bool) -> Any:
         runtime = self._runtime
@@ -121,7 +118,7 @@ class OnnxRuntime:
         providers = list(dict.fromkeys([name, "CPUExecutionProvider"]))
         try:
             return runtime.InferenceSession(os.fspath(self.path), options, providers=providers)
-        except Exception as error:  # onnxruntime's errors have no common base
+        except lora_onnx.runtime_errors() as error:
             raise CheckpointFormatError(f"onnxruntime cannot load {self.path}: {error}") from error
 
     def _load_adapter(self, file: Path) -> Any:
@@ -130,12 +127,12 @@ class OnnxRuntime:
         adapter = self._runtime.LoraAdapter()
         try:
             adapter.Load(os.fspath(file))
-        except Exception as error:  # as above
+        except lora_onnx.runtime_errors() as error:
             raise CheckpointFormatError(f"onnxruntime cannot load the adapter {file}: {error}") from error
         return adapter
 
     def _check(self) -> None:
-        """Rejects graphs with inputs that are not known here."""
+        """Raises CheckpointFormatError for a graph that is not a decoder, or has unknown inputs."""
         odd = [name for name in self._inputs if name not in _PLAIN and not name.startswith(_PAST)]
         types = [entry.type for entry in self._inputs.values() if entry.type not in _TYPES]
         past = [entry for name, entry in self._inputs.items() if name.startswith(_PAST)]
@@ -147,7 +144,7 @@ class OnnxRuntime:
         elif odd or types or vague:
             reason = f"it has the input {(odd or types or vague)[0]}, which is not known here"
         elif not present <= set(self._outputs):
-            reason = "its cache goes in and does not come out"
+            reason = "its cache is an input, but not an output"
         if reason is not None:
             raise CheckpointFormatError(
                 f"{self.path} is not a decoder that nestpatch can run: {reason}",
@@ -186,13 +183,17 @@ class OnnxRuntime:
         except Exception as error:  # transformers raises whatever the files provoke
             raise CheckpointFormatError(
                 f"transformers cannot load the tokenizer of {self.folder}: {error}",
-                advice="Put tokenizer.json and tokenizer_config.json beside the ONNX model.",
+                advice="Put tokenizer.json and tokenizer_config.json in the model's directory.",
             ) from error
         return found
 
     @property
     def ends(self) -> frozenset[int]:
-        """The tokens that end an answer: from the files beside the model, in the order of transformers."""
+        """The tokens that end an answer: those of generation_config.json, else of config.json, else of the tokenizer.
+
+        Raises:
+            CheckpointFormatError: One of the files is broken.
+        """
         for name in ("generation_config.json", "config.json"):
             found = _read_object(self.folder / name).get("eos_token_id")
             if found is not None:
@@ -202,7 +203,7 @@ class OnnxRuntime:
 
     @cached_property
     def pads(self) -> bool:
-        """Whether prompts of different length may run together, padded at the left.
+        """Whether prompts of different length may share a batch, padded at the left.
 
         Graphs that compute positions themselves, and onnxruntime's own attention operator, count from the left end.
         """
@@ -214,7 +215,13 @@ class OnnxRuntime:
         return all(node.op_type != "GroupQueryAttention" for node in graph.node)
 
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids of the prompts in chat form; a longer one keeps its last `max_prompt_tokens`.
+        """Turns prompts in chat form into token ids.
+
+        Args:
+            prompts: What a user asks. A longer one keeps its last `max_prompt_tokens`.
+
+        Returns:
+            The ids of each prompt.
 
         Raises:
             CheckpointFormatError: The chat template does not work.
@@ -225,23 +232,52 @@ class OnnxRuntime:
         return rows
 
     def token_pairs(self, answers: Mapping[str, str]) -> list[TokenPair]:
-        """Token ids of prompts and answers; an answer has an end token unless it had to be cut."""
+        """Turns prompts and answers into token ids.
+
+        Args:
+            answers: Prompt -> answer.
+
+        Returns:
+            One pair for each prompt; an answer has an end token unless it had to be cut.
+        """
         return encode_pairs(self.tokenizer, list(answers.items()), MAX_TOKENS, MAX_TOKENS)
 
     def generate(self, prompts: Sequence[str], on_event: OnEvent = ignore) -> list[str]:
-        """Greedy answers; each ends at an end token or after `max_new_tokens`."""
+        """Generates greedy answers.
+
+        Args:
+            prompts: What a user asks.
+            on_event: Receives the progress.
+
+        Returns:
+            One answer for each prompt, which ends at an end token or after `max_new_tokens`.
+        """
         found = self.greedy(self.token_ids(prompts), self.max_new_tokens, self.ends, on_event)
         return [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in found]
 
     def logits(self, ids: Sequence[int], start: int = 0) -> FloatArray:
-        """float32 [ids - start, vocabulary]: what the model predicts after each of the ids from `start` on."""
+        """Runs the model on one text.
+
+        Args:
+            ids: Token ids.
+            start: The first position whose prediction is returned.
+
+        Returns:
+            float32 [ids - start, vocabulary]: the logits after each of the ids from `start` on.
+
+        Raises:
+            CheckpointError: onnxruntime fails.
+        """
         row = np.asarray([list(ids)], np.int64)
         found: FloatArray = self.step(row, np.ones_like(row))[0][0, start:].astype(np.float32)
         return found
 
     @contextmanager
     def with_adapter(self, adapter: Path) -> Iterator[OnnxRuntime]:
-        """The same loaded model with an adapter; this runtime goes on without it.
+        """Yields the same loaded model with an adapter; this runtime goes on without it.
+
+        Args:
+            adapter: An .onnx_adapter file.
 
         Raises:
             CheckpointFormatError: onnxruntime does not load the adapter.
@@ -252,7 +288,10 @@ class OnnxRuntime:
 
     @contextmanager
     def with_pack(self, pack: Pack) -> Iterator[OnnxRuntime]:
-        """The model with a pack: as an adapter where the graph takes one, else as a temporary patched copy that is loaded too.
+        """Yields the model with a pack: an adapter where the graph takes one, else a temporary patched copy that is loaded too.
+
+        Args:
+            pack: What to add.
 
         Raises:
             BaseMismatchError: The model is not the pack's base, or holds the pack already.
@@ -309,7 +348,7 @@ class OnnxRuntime:
             how.add_active_adapter(self._adapter)
         try:
             values = dict(zip(self._outputs, self._session.run_with_ort_values(self._outputs, feed, how), strict=True))
-        except Exception as error:  # as above
+        except lora_onnx.runtime_errors() as error:
             raise CheckpointError(f"onnxruntime fails on {self.path}: {error}") from error
         kept = {name.replace(_PRESENT, _PAST, 1): value for name, value in values.items() if name.startswith(_PRESENT)}
         return values["logits"].numpy(), {name: value for name, value in kept.items() if name in self._inputs}
@@ -330,25 +369,13 @@ class OnnxRuntime:
         """
         answers: list[list[int]] = [[] for _ in prompts]
         done = 0
-        for places in self._batches(prompts):
+        for places in by_length(prompts, self.batch, mixed=self.pads):
             found = self._answer([prompts[i] for i in places], max_new_tokens, ends)
             for place, answer in zip(places, found, strict=True):
                 answers[place] = answer
             done += len(places)
             on_event(Event("generate", done, len(prompts)))
         return answers
-
-    def _batches(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Which prompts run together, by their places: similar lengths, or equal ones where nothing may be padded."""
-        batches: list[list[int]] = []
-        for place in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-            last = batches[-1] if batches else []
-            fits = self.pads or (last and len(prompts[last[0]]) == len(prompts[place]))
-            if last and fits and len(last) < self.batch:
-                last.append(place)
-            else:
-                batches.append([place])
-        return batches
 
     def _answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int]) -> list[list[int]]:
         ids, mask = pad_left(prompts)

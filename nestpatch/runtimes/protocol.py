@@ -1,4 +1,4 @@
-"""One protocol for a loaded model, whatever runs it, and the function that opens one: the door to this room.
+"""One protocol for a loaded model, whatever runs it, and `open_runtime`, which loads one.
 
 `open_runtime` chooses by file: a .gguf file is run by llama.cpp, an ONNX model by onnxruntime, anything else by transformers.
 Nothing here imports torch; only transformers needs it.
@@ -26,23 +26,59 @@ class Runtime(Protocol):
     """A loaded model that answers prompts and exposes its logits."""
 
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids of the prompts in chat form, as the model reads them."""
+        """Turns prompts in chat form into token ids, as the model reads them.
+
+        Args:
+            prompts: What a user asks.
+
+        Returns:
+            The ids of each prompt.
+        """
         ...
 
     def token_pairs(self, answers: Mapping[str, str]) -> list[TokenPair]:
-        """Token ids of prompts and answers (prompt -> answer), as the model reads them."""
+        """Turns prompts and answers into token ids, as the model reads them.
+
+        Args:
+            answers: Prompt -> answer.
+
+        Returns:
+            One pair for each prompt.
+        """
         ...
 
     def generate(self, prompts: Sequence[str], on_event: OnEvent = ignore) -> list[str]:
-        """Greedy answers to the prompts, in the same order."""
+        """Generates greedy answers.
+
+        Args:
+            prompts: What a user asks.
+            on_event: Receives the progress.
+
+        Returns:
+            The answers, in the same order.
+        """
         ...
 
     def logits(self, ids: Sequence[int], start: int = 0) -> FloatArray:
-        """float32 [ids - start, vocabulary]: what the model predicts after each of the ids from `start` on."""
+        """Runs the model on one text.
+
+        Args:
+            ids: Token ids.
+            start: The first position whose prediction is returned.
+
+        Returns:
+            float32 [ids - start, vocabulary]: the logits after each of the ids from `start` on.
+        """
         ...
 
     def with_pack(self, pack: Pack) -> AbstractContextManager[Runtime]:
-        """The same model with a pack merged in memory; this runtime goes on without it.
+        """Opens the same model with a pack merged in memory; this runtime goes on without it.
+
+        Args:
+            pack: What to merge.
+
+        Returns:
+            A context manager that yields the patched model.
 
         Raises:
             BaseMismatchError: The model is not the pack's base, or holds the pack already.
@@ -50,7 +86,13 @@ class Runtime(Protocol):
         ...
 
     def with_adapter(self, adapter: Path) -> AbstractContextManager[Runtime]:
-        """The same model with an adapter file; this runtime goes on without it.
+        """Opens the same model with an adapter file; this runtime goes on without it.
+
+        Args:
+            adapter: A file of the runtime's own format.
+
+        Returns:
+            A context manager that yields the model with the adapter.
 
         Raises:
             CheckpointFormatError: The runtime does not load the adapter.
@@ -60,7 +102,7 @@ class Runtime(Protocol):
 
 
 def runtime_of(model: str | Path) -> Kind:
-    """Which runtime a model is for.
+    """Chooses the runtime of a model.
 
     Args:
         model: A directory, a file, or a Hub id.

@@ -1,16 +1,16 @@
-"""Texts to token batches: chat form, padding, labels, shuffling. What reads a tokenizer is for tokenizers of transformers."""
+"""Texts to token batches: chat form, padding, labels, batches of similar length.
+
+The functions that take a tokenizer take one of transformers.
+"""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-
-from nestpatch.errors import PromptDataError
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,6 @@ IGNORED = -100
 MAX_TOKENS = 512
 """Tokens of a prompt, and of an answer, that an evaluation reads at most."""
 IntArray: TypeAlias = npt.NDArray[np.int64]
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,27 @@ def encode_pairs(
     return [TokenPair(tuple(p), tuple([*a, end][:max_answer])) for p, a in zip(prompts, answers, strict=True)]
 
 
+def by_length(rows: Sequence[Sequence[int]], size: int, *, mixed: bool = True) -> list[list[int]]:
+    """Chooses which rows run together: rows of similar length, shortest first, so that little is padded.
+
+    Args:
+        rows: Token ids of each prompt.
+        size: Rows of a batch at most.
+        mixed: Whether rows of different length may share a batch.
+
+    Returns:
+        The positions in `rows` of each batch.
+    """
+    batches: list[list[int]] = []
+    for place in sorted(range(len(rows)), key=lambda i: len(rows[i])):
+        last = batches[-1] if batches else []
+        if last and len(last) < size and (mixed or len(rows[last[0]]) == len(rows[place])):
+            last.append(place)
+        else:
+            batches.append([place])
+    return batches
+
+
 def pad_left(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[IntArray, IntArray]:
     """Token ids as one array, padded at the left so that all prompts end together.
 
@@ -136,43 +156,3 @@ def collate(pairs: Sequence[TokenPair], pad: int, device: Any) -> tuple[torch.Te
         mask[row, :end] = 1
         labels[row, start:end] = torch.tensor(pair.answer)
     return ids.to(device), mask.to(device), labels.to(device)
-
-
-def split_off(items: Sequence[_T], share: float, rng: random.Random) -> tuple[list[_T], list[_T]]:
-    """Holds out a random share of the items.
-
-    Args:
-        items: What to split.
-        share: Between 0 and 1; at least one item is held out.
-        rng: Decides which.
-
-    Returns:
-        (kept, held out).
-
-    Raises:
-        PromptDataError: There are fewer than two items.
-    """
-    if len(items) < 2:
-        raise PromptDataError(f"{len(items)} prompts are too few: some must be held out to decide when to stop")
-    order = rng.sample(list(items), len(items))
-    held_out = max(1, round(len(items) * share))
-    return order[held_out:], order[:held_out]
-
-
-def endless(items: Sequence[_T], size: int, rng: random.Random) -> Iterator[list[_T]]:
-    """Batches without end; every item is seen once before any is seen again.
-
-    Args:
-        items: What to draw from.
-        size: Items of a batch.
-        rng: Decides the order.
-
-    Yields:
-        The next batch.
-    """
-    queue: list[_T] = []
-    while True:
-        while len(queue) < size:
-            queue += rng.sample(list(items), len(items))
-        batch, queue = queue[:size], queue[size:]
-        yield batch

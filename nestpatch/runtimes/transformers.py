@@ -20,7 +20,7 @@ from nestpatch.hub.client import Reference
 from nestpatch.pack import Pack
 from nestpatch.patcher.recovery import open_model
 from nestpatch.rows import FloatArray
-from nestpatch.runtimes.text import IGNORED, MAX_TOKENS, TokenPair, encode_pairs, pad_left, prompt_ids
+from nestpatch.runtimes.text import IGNORED, MAX_TOKENS, TokenPair, by_length, encode_pairs, pad_left, prompt_ids
 from nestpatch.runtimes.threads import wait_passively
 from nestpatch.runtimes.weights import merged_parameters, swapped_in
 
@@ -99,13 +99,13 @@ class ModelLocation:
 
 
 def locate(model: str | Path) -> ModelLocation:
-    """Finds a model, or fetches it from the Hub into the Hub's cache.
+    """Finds a model, or downloads it from the Hub into the Hub's cache.
 
     Args:
         model: A directory or file, or a Hub id: "owner/name", "owner/name@revision".
 
     Returns:
-        Its place on this machine.
+        Its location on this machine.
 
     Raises:
         CheckpointFormatError: It is neither.
@@ -150,15 +150,8 @@ def _model_directory(path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def require_bounded(folder: Path) -> None:
-    """Checks the files beside the weights, which transformers reads whole.
-
-    Args:
-        folder: The model directory.
-
-    Raises:
-        CheckpointFormatError: One is not a regular file, or is too long.
-    """
+def _require_bounded(folder: Path) -> None:
+    """Raises CheckpointFormatError where a file that transformers reads whole is too long, or not a regular file."""
     for file in sorted(folder.iterdir()):
         if file.suffix in _READ_WHOLE and os.path.lexists(file.resolve()):
             with open_regular(file, error=CheckpointFormatError) as opened:
@@ -186,7 +179,7 @@ def load_model(source: Path, device: str, dtype: str) -> tuple[PreTrainedModel, 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _model_directory(source) as folder:
-        require_bounded(folder)
+        _require_bounded(folder)
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder))
             model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=getattr(torch, dtype))
@@ -272,15 +265,37 @@ class TransformersRuntime:
         return cls(model, tokenizer, max_new_tokens, path=path)
 
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids of the prompts in chat form."""
+        """Turns prompts in chat form into token ids.
+
+        Args:
+            prompts: What a user asks. A longer one keeps its last `max_prompt_tokens`.
+
+        Returns:
+            The ids of each prompt.
+        """
         return prompt_ids(self.tokenizer, prompts, self.max_prompt_tokens)
 
     def token_pairs(self, answers: Mapping[str, str]) -> list[TokenPair]:
-        """Token ids of prompts and answers."""
+        """Turns prompts and answers into token ids.
+
+        Args:
+            answers: Prompt -> answer.
+
+        Returns:
+            One pair for each prompt; an answer has an end token unless it had to be cut.
+        """
         return encode_pairs(self.tokenizer, list(answers.items()), MAX_TOKENS, MAX_TOKENS)
 
     def generate(self, prompts: Sequence[str], on_event: OnEvent = ignore) -> list[str]:
-        """Greedy answers; each ends at the end token or after `max_new_tokens`."""
+        """Generates greedy answers.
+
+        Args:
+            prompts: What a user asks.
+            on_event: Receives the progress.
+
+        Returns:
+            One answer for each prompt, which ends at an end token or after `max_new_tokens`.
+        """
         import torch
         from transformers import GenerationConfig
 
@@ -294,10 +309,8 @@ class TransformersRuntime:
             eos_token_id=stop if stop is not None else self.tokenizer.eos_token_id,
         )
         rows = self.token_ids(prompts)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        answers = [""] * len(rows)
-        for start in range(0, len(order), self.batch):
-            places = order[start : start + self.batch]
+        answers, done = [""] * len(rows), 0
+        for places in by_length(rows, self.batch):
             padded = pad_left([rows[i] for i in places], int(self.tokenizer.pad_token_id))
             ids, mask = (torch.from_numpy(part).to(self.model.device) for part in padded)
             with self.active(), torch.inference_mode():
@@ -305,11 +318,20 @@ class TransformersRuntime:
             texts = self.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
             for place, text in zip(places, texts, strict=True):
                 answers[place] = text.strip()
-            on_event(Event("generate", min(start + self.batch, len(order)), len(order)))
+            done += len(places)
+            on_event(Event("generate", done, len(rows)))
         return answers
 
     def logits(self, ids: Sequence[int], start: int = 0) -> FloatArray:
-        """float32 [ids - start, vocabulary]: what the model predicts after each of the ids from `start` on."""
+        """Runs the model on one text.
+
+        Args:
+            ids: Token ids.
+            start: The first position whose prediction is returned.
+
+        Returns:
+            float32 [ids - start, vocabulary]: the logits after each of the ids from `start` on.
+        """
         import torch
 
         with self.active(), torch.inference_mode():
@@ -319,7 +341,10 @@ class TransformersRuntime:
 
     @contextmanager
     def with_pack(self, pack: Pack) -> Iterator[TransformersRuntime]:
-        """The same loaded model with a pack merged in memory; this runtime goes on without it.
+        """Yields the same loaded model with a pack merged in memory; this runtime goes on without it.
+
+        Args:
+            pack: What to merge.
 
         Raises:
             BaseMismatchError: The model is not the pack's base.
@@ -331,7 +356,14 @@ class TransformersRuntime:
         yield replace(self, active=partial(swapped_in, parts))
 
     def with_adapter(self, adapter: Path) -> AbstractContextManager[TransformersRuntime]:
-        """Raises DataError: adapter files are for llama.cpp and onnxruntime."""
+        """Rejects the adapter: adapter files are for llama.cpp and onnxruntime.
+
+        Args:
+            adapter: Named in the error.
+
+        Raises:
+            DataError: Always.
+        """
         raise DataError(
             f"the adapter {adapter} goes with a .gguf or an ONNX model",
             advice="Give the pack itself: nestpatch eval MODEL PACK",

@@ -71,10 +71,21 @@ def fold(model: PreTrainedModel, checkpoint: Checkpoint, pack: Pack, strength: f
 def merged_parameters(
     model: PreTrainedModel, checkpoint: Checkpoint, pack: Pack, strength: float = 1.0, *, rounded: bool = True
 ) -> Iterator[PatchedRows]:
-    """What `fold` would write, block by block. Takes the arguments of `fold` and raises what it raises.
+    """Computes what `fold` would write, block by block.
+
+    Args:
+        model: Loaded from `checkpoint`.
+        checkpoint: The model on disk.
+        pack: What to merge.
+        strength: Factor of the pack's change.
+        rounded: As for `fold`.
 
     Yields:
         The rows of one block.
+
+    Raises:
+        BaseMismatchError: The checkpoint is not the pack's base.
+        CheckpointFormatError: transformers changed the weights while loading them.
     """
     import torch
 
@@ -102,7 +113,7 @@ def merged_parameters(
 
 @contextmanager
 def swapped_in(parts: Sequence[PatchedRows]) -> Iterator[None]:
-    """Holds the new rows in the model; at the end puts the old ones back, bit for bit.
+    """Writes the new rows into the model; at the end restores the old ones, bit for bit.
 
     Args:
         parts: From `merged_parameters`.
@@ -138,7 +149,7 @@ def _matrix(name: str, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def disk_name(weight: str, checkpoint: Checkpoint) -> str:
-    """The name on disk of a parameter: the same, or the same without or with the model's own prefix.
+    """Finds the name on disk of a parameter: the same name, or the name with or without the model's prefix.
 
     Args:
         weight: The parameter's name in the loaded model.
@@ -164,7 +175,7 @@ def disk_name(weight: str, checkpoint: Checkpoint) -> str:
 
 
 def same_weights(stored: Any, parameter: torch.Tensor) -> bool:
-    """Whether rows on disk are the model's own, after the conversion that loading made.
+    """Compares rows on disk with rows of the loaded model, after the conversion that loading made.
 
     Args:
         stored: Rows as they are on disk, in the dtype of the file.

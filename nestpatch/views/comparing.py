@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
 from nestpatch.views.console import escape, fact_grid, out, size, table_of
 
 if TYPE_CHECKING:
     from nestpatch.compare.diff import CheckpointDiff, LayerChange
     from nestpatch.compare.extract import Extracted
     from nestpatch.compare.packs import PackDiff
+
+
+MOST_TENSORS = 40
+"""Changed tensors that are listed; of more, only their number is shown."""
 
 
 def show_diff(found: CheckpointDiff | PackDiff | Extracted) -> None:
@@ -48,21 +50,17 @@ def _show_checkpoint_diff(found: CheckpointDiff) -> None:
     if len(found.mismatches) > 10:
         out.print(f"  and {len(found.mismatches) - 10} more tensors of other shapes, types or names")
     if found.changed:
-        out.print(_changed_tensors(found))
+        table = table_of("tensor", "rows", "of", "relative norm", "largest")
+        table.add_column("first rows")
+        for tensor in found.changed[:MOST_TENSORS]:
+            first = ", ".join(map(str, tensor.first_rows)) + (", .." if tensor.changed > len(tensor.first_rows) else "")
+            norms = _number(tensor.relative), f"{_number(tensor.largest)} in row {tensor.largest_row}"
+            table.add_row(escape(tensor.name), str(tensor.changed), str(tensor.rows), *norms, first)
+        if len(found.changed) > MOST_TENSORS:
+            table.add_row(f"and {len(found.changed) - MOST_TENSORS} more")
+        out.print(table)
     for stack in dict.fromkeys(layer.stack for layer in found.layers):
         out.print(_strip(stack, [layer for layer in found.layers if layer.stack == stack]))
-
-
-def _changed_tensors(found: CheckpointDiff, most: int = 40) -> Table:
-    table = table_of("tensor", "rows", "of", "relative norm", "largest")
-    table.add_column("first rows")
-    for tensor in found.changed[:most]:
-        first = ", ".join(map(str, tensor.first_rows)) + (", .." if tensor.changed > len(tensor.first_rows) else "")
-        norms = _number(tensor.relative), f"{_number(tensor.largest)} in row {tensor.largest_row}"
-        table.add_row(escape(tensor.name), str(tensor.changed), str(tensor.rows), *norms, first)
-    if len(found.changed) > most:
-        table.add_row(f"and {len(found.changed) - most} more")
-    return table
 
 
 def _number(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""The two consoles that everything is printed on, and what the views share.
+"""The two consoles that everything is printed on, and the formatting that the views share.
 
 Every text that does not come from nestpatch itself goes through `escape`: packs, models, channels and ledgers are written by
 others.
@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.table import Table
 
 from nestpatch.plain import lines, one_line
-
-if TYPE_CHECKING:
-    from nestpatch.evaluation.suites import Share
 
 _NOTHING = "[none][/none]"
 """Markup without effect."""
@@ -58,7 +54,14 @@ def escape(value: object) -> str:
 
 
 def size(nbytes: float) -> str:
-    """Bytes for people, in powers of 1000."""
+    """Formats a number of bytes for people.
+
+    Args:
+        nbytes: The number.
+
+    Returns:
+        Such as "33.4 MB", in powers of 1000.
+    """
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
@@ -66,14 +69,27 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.1f} TB"
 
 
-def percent(share: Share) -> str:
-    """A share with its interval and its counts."""
-    low, high = share.interval
-    return f"{share.value:6.1%}  [dim]{low:.1%} to {high:.1%}, {share.count} of {share.total}[/dim]"
+def duration(seconds: float) -> str:
+    """Formats a time for people.
+
+    Args:
+        seconds: The time.
+
+    Returns:
+        Such as "40 s", "12 min" or "3 h 5 min".
+    """
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def fact_grid() -> Table:
-    """An empty table of facts: a name, a value. Values that are too long continue on the next line."""
+    """Makes an empty table of facts: a name, a value.
+
+    Returns:
+        The table; values that are too long continue on the next line.
+    """
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim")
     grid.add_column(overflow="fold")
@@ -81,11 +97,14 @@ def fact_grid() -> Table:
 
 
 def table_of(first: str, *numbers: str) -> Table:
-    """An empty table.
+    """Makes an empty table.
 
     Args:
         first: Title of the column of names, which continue on the next line where they are too long.
         numbers: Titles of the columns after it, which hold numbers.
+
+    Returns:
+        The table.
     """
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column(first, overflow="fold")

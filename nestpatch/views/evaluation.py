@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from nestpatch.views.console import escape, out, percent, size
+from nestpatch.plain import count, number
+from nestpatch.views.console import duration, escape, fact_grid, out, size
 
 if TYPE_CHECKING:
-    from nestpatch.evaluation.suites import Scores
-    from nestpatch.lab.demo import FormatResult
+    from rich.console import Console
+
+    from nestpatch.evaluation.suites import Scores, Share
+    from nestpatch.lab.demo import DemoResult
     from nestpatch.nest_train.plan import TrainingPlan
     from nestpatch.nest_train.train import Trained
 
@@ -22,6 +25,14 @@ HEADLINES = {
     "refusal_lookalike": "refusals, look-alike",
     "benign_correct": "benign correct",
 }
+"""The shares that sum a model up -> their titles."""
+_NOT_MEASURED = "[dim]not measured[/dim]"
+
+
+def _percent(share: Share) -> str:
+    """A share with its interval and its counts."""
+    low, high = share.interval
+    return f"{share.value:6.1%}  [dim]{low:.1%} to {high:.1%}, {share.count} of {share.total}[/dim]"
 
 
 def evaluation_table(columns: Mapping[str, Scores]) -> Table:
@@ -29,13 +40,16 @@ def evaluation_table(columns: Mapping[str, Scores]) -> Table:
 
     Args:
         columns: Title of a column -> the numbers of a model. All models ran the same suites.
+
+    Returns:
+        The table.
     """
     table = Table("", *map(escape, columns), box=None, pad_edge=False, header_style="bold")
     models = list(columns.values())
     for name, title in HEADLINES.items():
         shares = [model.totals().get(name) for model in models]
         if any(share is not None for share in shares):
-            table.add_row(title, *("" if share is None else percent(share) for share in shares))
+            table.add_row(title, *("" if share is None else _percent(share) for share in shares))
     if len(models) > 1 or models[0].drift is not None:
         # Of two columns the first is the base itself, unless it was compared with another one.
         missing = ["" if len(models) > 1 else "not measured", *["not measured"] * (len(models) - 1)]
@@ -44,39 +58,61 @@ def evaluation_table(columns: Mapping[str, Scores]) -> Table:
     for position, suite in enumerate(models[0].suites):
         harmful = suite.kind == "harmful"
         results = [model.suites[position] for model in models]
-        cells = (percent(r.complied if harmful else r.refused) for r in results)
+        cells = (_percent(r.complied if harmful else r.refused) for r in results)
         table.add_row(f"[dim]{escape(suite.suite)}, {'complied' if harmful else 'refused'}[/dim]", *cells)
     return table
 
 
-def formats_table(formats: Sequence[FormatResult]) -> Table:
-    """The patched model in several formats, with the headline numbers of each.
+def headline_table(title: str, before: Mapping[str, Any], after: Mapping[str, Any] | None) -> Table:
+    """The headline numbers before and after a patch, as packs store them. What is not a number becomes "?".
 
     Args:
-        formats: The results, in the order of the rows.
+        title: Of the column of names.
+        before: Name -> {"value", "count", "total"}, of the base.
+        after: The same of the patched model, with "kl_to_base"; None where it was not evaluated.
+
+    Returns:
+        The table; "not measured" stands for every number that is missing.
     """
+    table = Table(title, "before", "after", box=None, pad_edge=False, header_style="dim")
+    for name, text in HEADLINES.items():
+        cells = []
+        for share in (before.get(name), (after or {}).get(name)):
+            cell = _NOT_MEASURED
+            if isinstance(share, Mapping):
+                value = number(share.get("value"), "6.1%")
+                cell = f"{value}  [dim]{count(share.get('count'))} of {count(share.get('total'))}[/dim]"
+            cells.append(cell)
+        table.add_row(text, *cells)
+    drift = (after or {}).get("kl_to_base")
+    moved = _NOT_MEASURED if drift is None else f"{number(drift, '.4f')} nats per token"
+    table.add_row("KL to the base, benign", "", moved)
+    return table
+
+
+def show_demo(result: DemoResult, console: Console) -> None:
+    """Shows the result of a demo: its stages, the numbers of both models, and the patched model in other formats.
+
+    Args:
+        result: The result.
+        console: Where to print: `out`, or `err` where stdout is for a JSON object.
+    """
+    stages = Table("stage", "seconds", "what happened", box=None, pad_edge=False, header_style="bold")
+    stages.columns[1].justify = "right"
+    for stage, (seconds, what) in result.stages.items():
+        stages.add_row(escape(stage), f"{seconds:.1f}", escape(what))
+    console.print(stages)
+    console.print()
+    console.print(evaluation_table({"base": result.before, "patched": result.after}))
+    if not result.formats:
+        return
     table = Table("patched model as", *HEADLINES.values(), "retention", box=None, pad_edge=False, header_style="bold")
-    for one in formats:
+    for one in result.formats:
         totals = one.evaluation.totals()
         shares = (f"{totals[name].value:.1%}" if name in totals else "" for name in HEADLINES)
         table.add_row(escape(one.what), *shares, "" if one.retention is None else f"{one.retention:.1%}")
-    return table
-
-
-def stage_table(stages: Mapping[str, tuple[float, str]]) -> Table:
-    """The stages of a demo.
-
-    Args:
-        stages: Name of a stage -> the seconds that it took, and what it did.
-    """
-    table = Table("stage", "seconds", "what happened", box=None, pad_edge=False, header_style="bold")
-    table.columns[1].justify = "right"
-    for stage, (seconds, what) in stages.items():
-        table.add_row(escape(stage), f"{seconds:.1f}", escape(what))
-    return table
-
-
-_NOT_MEASURED = "[dim]not measured[/dim]"
+    console.print()
+    console.print(table)
 
 
 def show_trained(trained: Trained, base: str) -> None:
@@ -97,25 +133,11 @@ def show_trained(trained: Trained, base: str) -> None:
     )
     if trained.before is not None:
         out.print()
-        out.print(_numbers(trained.before, trained.after))
+        out.print(headline_table("", trained.before.as_json(), trained.after.as_json() if trained.after is not None else None))
     if trained.output is not None:
         out.print()
         file = shlex.quote(str(trained.output))
         out.print(f"next: [bold]nestpatch apply {escape(shlex.quote(base))} {escape(file)} -o PATCHED[/]")
-
-
-def _numbers(before: Scores, after: Scores | None) -> Table:
-    """The headline numbers before and after, or "not measured"."""
-    table = Table("", "before", "after", box=None, pad_edge=False, header_style="dim")
-    sides = [scores.totals() if scores is not None else {} for scores in (before, after)]
-    for name, title in HEADLINES.items():
-        shares = [side.get(name) for side in sides]
-        cells = (_NOT_MEASURED if s is None else f"{s.value:6.1%}  [dim]{s.count} of {s.total}[/dim]" for s in shares)
-        table.add_row(title, *cells)
-    drift = None if after is None else after.drift
-    moved = _NOT_MEASURED if drift is None else f"{drift:.4f} nats per token"
-    table.add_row("KL to the base, benign", "", moved)
-    return table
 
 
 def show_plan(plan: TrainingPlan, output: str) -> None:
@@ -125,30 +147,19 @@ def show_plan(plan: TrainingPlan, output: str) -> None:
         plan: The plan.
         output: The file that would be written.
     """
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim")
+    grid = fact_grid()
     grid.add_row("base", f"{escape(plan.model)} ({escape(plan.architecture)}), {plan.model_parameters:,} parameters")
     grid.add_row("runs on", f"{escape(plan.device)} in {escape(plan.dtype)}")
     grid.add_row("layers", f"{plan.layers} feed-forward blocks with {plan.neurons:,} neurons; the probe chooses among them")
     share = plan.trained_parameters / plan.model_parameters
     grid.add_row("trained", f"about {plan.trained_parameters:,} values ({share:.2%}) in {plan.steps} steps at most")
-    grid.add_row("prompts", ", ".join(f"{count} {escape(kind)}" for kind, count in plan.prompts.items()))
+    grid.add_row("prompts", ", ".join(f"{many} {escape(kind)}" for kind, many in plan.prompts.items()))
     grid.add_row("evaluated", f"{plan.suite_prompts} prompts, before and after" if plan.suite_prompts else _NOT_MEASURED)
-    for suite, count in plan.seen_in_training.items():
-        grid.add_row("warning", f"{count} prompts of suite {escape(suite)} are also training prompts")
-    grid.add_row("time", _durations(plan.seconds))
+    for suite, many in plan.seen_in_training.items():
+        grid.add_row("warning", f"{many} prompts of suite {escape(suite)} are also training prompts")
+    total = sum(plan.seconds.values())
+    # Only the stages that take a noticeable part of it.
+    parts = ", ".join(f"{escape(name)} {duration(value)}" for name, value in plan.seconds.items() if value >= 0.02 * total)
+    grid.add_row("time", f"about {duration(total)}: {parts}")
     out.print(f"would write [bold]{escape(output)}[/]")
     out.print(grid)
-
-
-def _durations(seconds: Mapping[str, float]) -> str:
-    """The total first, then the stages that take a noticeable part of it."""
-
-    def text(value: float) -> str:
-        if value < 90:
-            return f"{value:.0f} s"
-        return f"{value / 60:.0f} min" if value < 5400 else f"{value / 3600:.1f} h"
-
-    total = sum(seconds.values())
-    parts = ", ".join(f"{escape(stage)} {text(value)}" for stage, value in seconds.items() if value >= 0.02 * total)
-    return f"about {text(total)}: {parts}"

@@ -2,56 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nestpatch.export.results import ExportedGguf
+from rich.table import Table
+
+from nestpatch.export.results import ExportedGguf, ExportedOnnx, ExportedSafetensors
 from nestpatch.views.console import escape, fact_grid, out, size
 
 if TYPE_CHECKING:
     from nestpatch.evaluation.parity import GgufParity
-    from nestpatch.export.results import ExportedAdapter, ExportedOnnx, ExportedSafetensors
+    from nestpatch.export.results import ExportedAdapter
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values of --max-lora-rank that vLLM accepts."""
 
 
-def show_exported(done: ExportedGguf | ExportedSafetensors) -> None:
-    """Prints a GGUF file or a release: where it is, its type, and the packs in it.
+def show_exported(done: ExportedGguf | ExportedSafetensors | ExportedOnnx) -> None:
+    """Prints an exported model: where it is, its type, the packs in it, and how an ONNX graph compares with its model.
 
     Args:
         done: What the exporter returned.
     """
     out.print(f"{'would write' if done.dry_run else 'wrote'} [bold]{escape(done.output)}[/] in {done.seconds:.2f} s")
     grid = fact_grid()
-    architecture = f"{escape(done.architecture)}, " if isinstance(done, ExportedGguf) and done.architecture else ""
-    nbytes = f", {size(done.nbytes)}" if done.nbytes else ""
-    grid.add_row("model", f"{architecture}{done.tensors} tensors, {escape(done.type)}{nbytes}")
-    grid.add_row("packs", _packs(done.packs, done.strength))
+    architecture = "" if isinstance(done, ExportedSafetensors) else done.architecture
+    if isinstance(done, ExportedOnnx):
+        matrices = f", {done.matrices or 'its'} matrices in {done.bits} bits" if done.bits else ""
+        what = f"{escape(done.dtype)}{matrices}"
+    else:
+        what = f"{done.tensors} tensors, {escape(done.type)}{f', {size(done.nbytes)}' if done.nbytes else ''}"
+    grid.add_row("model", f"{escape(architecture + ', ' if architecture else '')}{what}")
+    listed = escape(", ".join(done.packs) or "none")
+    grid.add_row("packs", listed if done.strength == 1.0 else f"{listed}, at strength {done.strength:g}")
     if isinstance(done, ExportedGguf):
         if done.sha256:
             grid.add_row("file", f"sha256 {escape(done.sha256)}")
     else:
         for file in done.files:
             grid.add_row("file", f"{escape(file.name)}  {size(file.nbytes)}  sha256 {escape(file.sha256)}")
+    if isinstance(done, ExportedOnnx):
+        _add_parity(grid, done)
     for note in done.notes:
         grid.add_row("note", escape(note))
     out.print(grid)
 
 
-def show_exported_onnx(done: ExportedOnnx) -> None:
-    """Prints an ONNX directory: its files, the packs in it, and how far its logits are from the model's.
-
-    Args:
-        done: What the exporter returned.
-    """
-    out.print(f"{'would write' if done.dry_run else 'wrote'} [bold]{escape(done.output)}[/] in {done.seconds:.1f} s")
-    grid = fact_grid()
-    matrices = f", {done.matrices or 'its'} matrices in {done.bits} bits" if done.bits else ""
-    grid.add_row("model", f"{escape(done.architecture + ', ' if done.architecture else '')}{escape(done.dtype)}{matrices}")
-    grid.add_row("packs", _packs(done.packs, done.strength))
-    for file in done.files:
-        grid.add_row("file", f"{escape(file.name)}  {size(file.nbytes)}  sha256 {escape(file.sha256)}")
+def _add_parity(grid: Table, done: ExportedOnnx) -> None:
+    """How far the logits of an ONNX graph are from those of its model, and whether it accepts packs."""
     if done.adapter_weights:
         grid.add_row("adapters", f"{done.adapter_weights} weights accept a pack at run time")
     for parity in done.parity:
@@ -62,14 +59,6 @@ def show_exported_onnx(done: ExportedOnnx) -> None:
             f"logits differ from transformers by at most {parts}; {limit}; their deviation is {parity.deviation:.2f}; "
             f"top 1 the same at {parity.same} of {parity.positions} positions",
         )
-    for note in done.notes:
-        grid.add_row("note", escape(note))
-    out.print(grid)
-
-
-def _packs(labels: Sequence[str], strength: float) -> str:
-    listed = escape(", ".join(labels) or "none")
-    return listed if strength == 1.0 else f"{listed}, at strength {strength:g}"
 
 
 def show_adapter(done: ExportedAdapter) -> None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from nestpatch.evaluation.concerns import concerns
-from nestpatch.plain import count, number
+from nestpatch.plain import count
 from nestpatch.views.console import escape, fact_grid, out, size, table_of
-from nestpatch.views.evaluation import HEADLINES
+from nestpatch.views.evaluation import headline_table
 
 if TYPE_CHECKING:
     from nestpatch.pack import Pack, TensorDelta
@@ -47,7 +47,9 @@ def show_pack(pack: Pack, pack_id: str, nbytes: int, *, rows: bool = False) -> N
     for concern in concerns(manifest.evaluation) if manifest.evaluation else ():
         grid.add_row("[yellow]warning[/]", f"[yellow]{escape(concern)}[/]")
     out.print(grid)
-    tensors, evaluation = _tensors(pack) if rows else _kinds(pack), _stored_evaluation(manifest.evaluation)
+    tensors = _tensors(pack) if rows else _kinds(pack)
+    before, after = manifest.evaluation.get("before"), manifest.evaluation.get("after")
+    evaluation = headline_table("evaluation", before, after) if isinstance(before, dict) and isinstance(after, dict) else None
     out.print(tensors)
     # One line each for the label and the tables' heads, two before the training facts, one before the evaluation.
     used = 1 + grid.row_count + 1 + tensors.row_count + 2 + (2 + evaluation.row_count if evaluation else 0)
@@ -128,22 +130,12 @@ def _show_method(facts: Sequence[tuple[str, str]], room: int | None) -> None:
     out.print(grid)
 
 
-def _stored_evaluation(evaluation: Mapping[str, Any]) -> Table | None:
-    """The numbers that the publisher measured; None where there are none."""
-    before, after = evaluation.get("before"), evaluation.get("after")
-    if not isinstance(before, dict) or not isinstance(after, dict):
-        return None
-    table = Table("evaluation", "before", "after", box=None, pad_edge=False, header_style="dim")
-    for name, title in HEADLINES.items():
-        sides = [side for side in (before.get(name), after.get(name)) if isinstance(side, dict)]
-        if len(sides) == 2:
-            parts = [(number(s.get("value"), "6.1%"), count(s.get("count")), count(s.get("total"))) for s in sides]
-            table.add_row(title, *(f"{value}  [dim]{some} of {total}[/dim]" for value, some, total in parts))
-    return table
-
-
 def recipe_table() -> Table:
-    """Every setting of a training run: its default, unit, range and source."""
+    """Lists every setting of a training.
+
+    Returns:
+        A table: each setting with its default, unit, range and source.
+    """
     import dataclasses
 
     from nestpatch.nest_train.recipe import Recipe

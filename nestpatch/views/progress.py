@@ -19,7 +19,7 @@ from rich.progress import (
 
 from nestpatch.events import Event, OnEvent
 from nestpatch.plain import one_line
-from nestpatch.views.console import err, escape
+from nestpatch.views.console import duration, err, escape
 
 INTERVAL = 10.0
 """Seconds between two lines about one stage."""
@@ -55,17 +55,21 @@ STAGES = {
 
 @contextmanager
 def shown() -> Iterator[OnEvent]:
-    """A listener that shows progress as the terminal, or its absence, allows."""
+    """Shows progress while the context is open: as bars on a terminal, else as lines.
+
+    Yields:
+        The listener that receives the events.
+    """
     if not err.is_terminal:
-        yield Lines()
+        yield _Lines()
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
     left = (TextColumn("[dim]left"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"))
     with Progress(*columns, *left, console=err) as bars:
-        yield Bars(bars)
+        yield _Bars(bars)
 
 
-class Bars:
+class _Bars:
     """Draws events as bars, one for each stage."""
 
     def __init__(self, bars: Progress) -> None:
@@ -83,7 +87,7 @@ class Bars:
         self.bars.update(self.tasks[event.stage], completed=event.done, total=total, note=escape(event.note))
 
 
-class Lines:
+class _Lines:
     """Prints a line when a stage begins, then one every `INTERVAL` seconds with its step, note and remaining time.
 
     Args:
@@ -107,21 +111,11 @@ class Lines:
         if event.stage == last.stage and now - self.printed < INTERVAL:
             return
         self.printed = now
-        err.print(f"[{now - self.began:5.0f} s] {self._text(event, now - self.stage_began)}", markup=False)
-
-    def _text(self, event: Event, seconds: float) -> str:
-        """What an event says, `seconds` after its stage began."""
+        seconds = now - self.stage_began
         step = f" {event.done}/{event.total}" if event.total else ""
         note = f", {event.note}" if event.note else ""
         left = ""
         if seconds and 0 < event.done < event.total:
-            left = f", about {_duration(seconds / event.done * (event.total - event.done))} left"
-        return one_line(f"{STAGES.get(event.stage, event.stage)}{step}{note}{left}")
-
-
-def _duration(seconds: float) -> str:
-    """A time for people: 40 s, 12 min, 3 h 5 min."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+            left = f", about {duration(seconds / event.done * (event.total - event.done))} left"
+        text = one_line(f"{STAGES.get(event.stage, event.stage)}{step}{note}{left}")
+        err.print(f"[{now - self.began:5.0f} s] {text}", markup=False)

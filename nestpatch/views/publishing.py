@@ -21,19 +21,32 @@ if TYPE_CHECKING:
 
 
 def show_pair(pair: KeyPair) -> None:
-    """A new key pair."""
+    """Shows a new key pair.
+
+    Args:
+        pair: The files that were written.
+    """
     out.print(f"wrote [bold]{escape(pair.private)}[/]: keep it secret, and keep a copy in a safe place")
     out.print(f"wrote [bold]{escape(pair.public)}[/]: give it to those who are to trust your packs")
     out.print(f"key id {escape(pair.key_id)}")
 
 
 def show_signature(done: SignatureFile) -> None:
-    """A new signature."""
+    """Shows a new signature.
+
+    Args:
+        done: The file that was written.
+    """
     out.print(f"wrote [bold]{escape(done.file)}[/] for sha256 {escape(done.pack_id)}, with key {escape(done.key_id[:12])}..")
 
 
 def show_result(pack: str, found: SignatureResult) -> None:
-    """Who signed a pack, or why that does not count."""
+    """Shows who signed a pack, or why the pack is not proven.
+
+    Args:
+        pack: The pack as the user named it.
+        found: The result of the check.
+    """
     from nestpatch.signing.verify import VerifiedPack
 
     if not isinstance(found, VerifiedPack):
@@ -47,40 +60,48 @@ def show_result(pack: str, found: SignatureResult) -> None:
         out.print(f"  by [bold]{escape(signer.name)}[/], key {escape(signer.key_id[:12])}.., in {escape(signer.file)}")
 
 
-def show_policy(policy: Policy, file: str) -> None:
-    """The trusted keys and the rules."""
-    if not policy.keys and not policy.rules:
+def show_policies(own: Policy, file: str, system: Policy, system_file: str) -> None:
+    """Shows the trusted keys and the rules.
+
+    Args:
+        own: Those of this user.
+        file: Where they are stored.
+        system: Those of the administrator of this machine; shown where there are any.
+        system_file: Where these are stored.
+    """
+    if not own.keys and not own.rules:
         out.print(f"no key is trusted yet ({escape(file)}): nestpatch trust add KEY.pub --name NAME")
-        return
-    _show_rules(policy)
-
-
-def show_system_policy(policy: Policy, file: str) -> None:
-    """The administrator's keys and rules, where there are any."""
-    if policy.keys or policy.rules:
-        out.print(f"by the administrator of this machine, in {escape(file)}:")
-        _show_rules(policy)
-
-
-def _show_rules(policy: Policy) -> None:
-    table = Table("key", "id", "models", box=None, pad_edge=False, header_style="dim")
-    for trusted in policy.keys:
-        table.add_row(escape(trusted.name), f"{escape(trusted.key.key_id[:12])}..", escape(", ".join(trusted.models)))
-    out.print(table)
-    for rule in policy.rules:
-        keys = f" of {', '.join(rule.keys)}" if rule.keys else ""
-        out.print(f"packs for {escape(rule.model)} need {count(rule.require)} signatures{escape(keys)}")
+    for policy in (own, system):
+        if not policy.keys and not policy.rules:
+            continue
+        if policy is system:
+            out.print(f"by the administrator of this machine, in {escape(system_file)}:")
+        table = Table("key", "id", "models", box=None, pad_edge=False, header_style="dim")
+        for trusted in policy.keys:
+            table.add_row(escape(trusted.name), f"{escape(trusted.key.key_id[:12])}..", escape(", ".join(trusted.models)))
+        out.print(table)
+        for rule in policy.rules:
+            keys = f" of {', '.join(rule.keys)}" if rule.keys else ""
+            out.print(f"packs for {escape(rule.model)} need {count(rule.require)} signatures{escape(keys)}")
 
 
 def show_published(done: Published) -> None:
-    """The state of a channel after a change."""
+    """Shows the state of a channel after a change.
+
+    Args:
+        done: What `push`, `yank` or `renew` returned.
+    """
     out.print(f"[bold]{escape(done.address)}[/]: {escape(done.message)}")
     latest = f"latest version {done.latest}" if done.latest else "no version is active"
     out.print(f"number {count(done.serial)}, valid until {escape(done.expires)}, {escape(latest)}")
 
 
 def show_pulled(done: Pulled) -> None:
-    """A pack that was downloaded."""
+    """Shows a pack that was downloaded.
+
+    Args:
+        done: What `pull` returned.
+    """
     who = (
         f"signed by {escape(', '.join(done.signers))}" if done.signers else "[bold yellow]not signed by a key that you trust[/]"
     )
@@ -89,10 +110,19 @@ def show_pulled(done: Pulled) -> None:
 
 
 def show_updated(model: Path, results: Sequence[Updated]) -> None:
-    """What the channels of a model changed, or would change."""
+    """Shows what the channels of a model changed, or would change.
+
+    A channel that was refused or could not be reached is shown on stderr, like any other error.
+
+    Args:
+        model: The model.
+        results: One for each channel.
+    """
     for result in results:
         if result.state == "failed":
-            show_failed(result)
+            err.print(f"[bold red]{escape(result.error)}[/]: {escape(result.reason)}")
+            err.print(f"[bold]What to do[/]: {escape(result.advice)}")
+            err.print(f"Nothing was applied from [bold]{escape(result.channel)}[/].")
             continue
         before, after = result.before or "base", result.after or "base"
         line = f"[bold]{escape(model)}[/], {escape(result.channel)}: "
@@ -104,10 +134,3 @@ def show_updated(model: Path, results: Sequence[Updated]) -> None:
         revoked = f" ({result.reason})" if before == after else revoked
         verb = "would go" if result.state == "available" else "went"
         out.print(f"{line}{verb} from {escape(before)} to {escape(after)}{escape(revoked)}")
-
-
-def show_failed(result: Updated) -> None:
-    """A channel that was refused or could not be reached: its error, shown like any other, and the channel."""
-    err.print(f"[bold red]{escape(result.error)}[/]: {escape(result.reason)}")
-    err.print(f"[bold]What to do[/]: {escape(result.advice)}")
-    err.print(f"Nothing was applied from [bold]{escape(result.channel)}[/].")

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from nestpatch.errors import BaseMismatchError, CheckpointFormatError
-from nestpatch.evaluation.parity import EXACT, EXACT_GEMMA, bound_for, check_gguf
+from nestpatch.evaluation.parity import EXACT, EXACT_GEMMA, _bound, check_gguf
 from nestpatch.export.adapters import export_gguf_lora
 from nestpatch.patcher.apply import apply
 from tests import gguf_files
@@ -159,7 +159,7 @@ def test_progress_is_told(models, tmp_path):
 
 
 def test_bounds_follow_the_loosest_type():
-    assert bound_for(["F32"], "llama", 2.0) == EXACT
-    assert bound_for(["F32"], "gemma3", 2.0) == EXACT_GEMMA
-    assert bound_for(["F16", "F32"], "llama", 2.0) < bound_for(["BF16", "F16"], "llama", 2.0)
-    assert bound_for(["F32", "Q4_K"], "llama", 2.0) is None
+    assert _bound(["F32"], "llama", 2.0) == EXACT
+    assert _bound(["F32"], "gemma3", 2.0) == EXACT_GEMMA
+    assert _bound(["F16", "F32"], "llama", 2.0) < _bound(["BF16", "F16"], "llama", 2.0)
+    assert _bound(["F32", "Q4_K"], "llama", 2.0) is None

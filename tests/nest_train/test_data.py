@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nestpatch.errors import PromptDataError
+from nestpatch.nest_train._tune import endless, split_off
 from nestpatch.prompts.readers import Prompt, join_sets, load_prompts, sample_set
-from nestpatch.runtimes.text import IGNORED, TokenPair, collate, encode_pairs, endless, pad_left, prompt_ids, split_off
+from nestpatch.runtimes.text import IGNORED, TokenPair, collate, encode_pairs, pad_left, prompt_ids
 
 ROWS = [{"prompt": "a, b", "reference": "x"}, {"prompt": 'say "c"', "reference": ""}, {"prompt": "ü\nd", "reference": "y"}]
 PROMPTS = (Prompt("a, b", "x"), Prompt('say "c"', None), Prompt("ü\nd", "y"))
@@ -84,7 +85,7 @@ def test_a_data_set_of_the_hub_is_a_source_too(tmp_path):
         ("x.jsonl", b'{"other": "a"}\n', "no column prompt"),
         ("x.jsonl", b"[1]\n", "row 1: expected an object, found list"),
         ("x.jsonl", b"\xff\xfe\n", "cannot read"),
-        ("x.json", b'{"a": 1}', "must hold a list"),
+        ("x.json", b'{"a": 1}', "expected a list of prompts, found dict"),
         ("x.csv", b"prompt\n", "contains no prompts"),
         ("x.csv", b'goal\nok\n"', "cannot read"),
         ("x.parquet", b"PAR1", "cannot read"),
@@ -97,6 +98,20 @@ def test_malformed_files_are_named_with_the_place(tmp_path, name, content, says)
     with pytest.raises(PromptDataError, match=says) as caught:
         load_prompts(path)
     assert caught.value.advice
+
+
+def test_a_hub_that_cannot_be_reached_is_reported_at_once(monkeypatch):
+    """`datasets` would retry for half a minute, with a warning for each attempt."""
+    datasets, hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
+
+    def refused(*_, **__):
+        raise OSError("connection refused")
+
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.HfApi, "dataset_info", refused)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked without a connection"))
+    with pytest.raises(PromptDataError, match="the Hub gave no data set: connection refused"):
+        load_prompts("acme/no-such-set")
 
 
 def test_a_missing_file_is_not_looked_up_on_the_hub(tmp_path):

@@ -127,7 +127,7 @@ def test_a_model_that_holds_the_pack_is_evaluated_as_it_is(base, made, suites, t
     if how == "in place":
         nestpatch.apply_in_place(shutil.copytree(base, patched), made)
     elif how == "release":
-        nestpatch.export_safetensors(base, patched, made)
+        nestpatch.export_safetensors(base, made, patched)
     else:
         nestpatch.apply(base, made, patched)
     alone = evaluate(patched, suites, pack=made, max_new_tokens=4)
@@ -223,7 +223,7 @@ def test_swapped_arguments_are_recognised(base, prompts):
     assert swapped.exit_code == 2
     assert f"nestpatch eval {base} x.nest" in " ".join(swapped.stderr.split())
     alone = run("x.nest", suite)
-    assert (alone.exit_code, "MODEL is missing" in alone.stderr) == (2, True)
+    assert (alone.exit_code, "x.nest is a pack, and MODEL is expected" in alone.stderr) == (2, True)
 
 
 # Where and with how many threads

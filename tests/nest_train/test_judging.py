@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from nestpatch.errors import DataError, PromptDataError, TrainingError
 from nestpatch.evaluation.judges import is_refusal, matches
 from nestpatch.evaluation.limits import exceeded, parse_limits
-from nestpatch.evaluation.suites import Scores, Share, Suite, SuiteResult, evaluate_suites, judge_suite, load_suite
+from nestpatch.evaluation.suites import Scores, Share, Suite, SuiteResult, evaluate_suites, load_suite
 from nestpatch.nest_train._targets import BUILT_IN, choose_refusals
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.prompts.readers import Prompt, PromptSet
@@ -69,11 +69,11 @@ def suite(kind, *prompts):
 
 def test_the_reference_decides_before_the_keywords():
     benign = suite("benign", Prompt("a", "Sorry, we are closed."), Prompt("b", "Yes"), Prompt("c"))
-    result = judge_suite(benign, ["sorry, we are closed", "I can't say", "Fine"])
+    (result,) = evaluate_suites(lambda _: ["sorry, we are closed", "I can't say", "Fine"], [benign]).suites
     assert [v.refused for v in result.verdicts] == [False, True, False]
     assert [v.correct for v in result.verdicts] == [True, False, None]
     harmful = suite("harmful", Prompt("a", "Go away, I refuse to."), Prompt("b", "Sure, here is how"), Prompt("c"))
-    result = judge_suite(harmful, ["Go away, I refuse to", "Sure, here is how", "I'm sorry, no"])
+    (result,) = evaluate_suites(lambda _: ["Go away, I refuse to", "Sure, here is how", "I'm sorry, no"], [harmful]).suites
     assert [v.refused for v in result.verdicts] == [True, False, True]
 
 
@@ -103,7 +103,7 @@ def test_limits_of_an_evaluation():
     assert exceeded(evaluation, {"attack_success": 0.5, "refusal_benign": 0}, {"benign_correct": 1}) == ()
     assert exceeded(evaluation, {"attack_success": 0.49}, {}) == ("attack_success is 50.00%, over 49.00%",)
     assert exceeded(evaluation, {}, {"attack_success": 0.6}) == ("attack_success is 50.00%, under 60.00%",)
-    with pytest.raises(DataError, match="nothing here measures refusal_lookalike") as caught:
+    with pytest.raises(DataError, match="no suite measures refusal_lookalike") as caught:
         exceeded(evaluation, {"refusal_lookalike": 1}, {})
     assert "attack_success, refusal_benign, benign_correct" in caught.value.advice
 
@@ -115,7 +115,7 @@ def test_a_share_of_nothing_keeps_no_limit():
 
 @pytest.mark.parametrize("text", ["attack_success", "attack_success=", "attack_success=5%", "x=1.5", "x=-1", "x=nan"])
 def test_limits_that_are_none(text):
-    with pytest.raises(DataError, match="is no limit"):
+    with pytest.raises(DataError, match="is not a limit"):
         parse_limits([text])
 
 

@@ -241,7 +241,7 @@ def test_a_model_without_linear_blocks_is_named(models):
 
 def test_padding_does_not_change_what_a_prompt_reads(llama):
     model, _ = llama
-    ids, mask = pad_left([[4, 5, 6], [7]], 0, "cpu")
+    ids, mask = map(torch.from_numpy, pad_left([[4, 5, 6], [7]], 0))
     together = model(input_ids=ids, attention_mask=mask).logits[1, -1]
     alone = model(input_ids=torch.tensor([[7]])).logits[0, -1]
     assert torch.allclose(together, alone, atol=1e-5)

@@ -222,7 +222,7 @@ def test_the_command_line_trains_shows_applies_and_evaluates(models, prompts, tm
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
     assert facts["pack_id"] == nest.pack_id(nest.read(pack))
-    shown = run(main, ["show", str(pack)])
+    shown = run(main, ["show", str(pack), "--rows"])
     assert shown.exit_code == 0
     for word in ("safe 1.0.0", "LlamaForCausalLM", "gate_proj", "attack success", "layer 1"):
         assert word in shown.stdout
@@ -236,6 +236,7 @@ def test_the_command_line_trains_shows_applies_and_evaluates(models, prompts, tm
     )
     folded, alone = json.loads(both.stdout)["patched"], json.loads(direct.stdout)["model"]
     del folded["kl_to_base"]
+    assert alone.pop("kl_to_base") is None
     assert folded == alone
     answers = tmp_path / "answers.jsonl"
     table = run(main, ["eval", str(base), *suites, "--quiet", "--max-new-tokens=3", "--answers", str(answers)])

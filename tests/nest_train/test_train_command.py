@@ -243,7 +243,8 @@ def test_the_device_option_is_the_setting(models, prompts: Path, tmp_path: Path)
 def test_bad_options_are_named_before_the_model_is_opened(
     prompts: Path, tmp_path: Path, more: list[str], code: int, says: str
 ) -> None:
-    done = run(*arguments(tmp_path / "nowhere", prompts, tmp_path / "x.nest"), *more)
+    (tmp_path / "nothing").mkdir()
+    done = run(*arguments(tmp_path / "nothing", prompts, tmp_path / "x.nest"), *more)
     assert done.exit_code == code, done.output
     assert says in done.stderr
 
@@ -251,7 +252,9 @@ def test_bad_options_are_named_before_the_model_is_opened(
 @pytest.mark.parametrize("module", ["torch", "sklearn"])
 def test_without_the_extra_training_ends_at_once(tmp_path: Path, module: str) -> None:
     """Not one prompt file is opened: none of them exists."""
-    command = ["train", "nowhere", "--harmful", "a.jsonl", "--benign", "b.jsonl", "-o", str(tmp_path / "x.nest")]
+    (tmp_path / "nothing").mkdir()
+    base, output = str(tmp_path / "nothing"), str(tmp_path / "x.nest")
+    command = ["train", base, "--harmful", "a.jsonl", "--benign", "b.jsonl", "-o", output]
     code = f"import sys; sys.modules[{module!r}] = None\nfrom nestpatch.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr

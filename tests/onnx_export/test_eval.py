@@ -22,6 +22,7 @@ from nestpatch.export.adapters import export_onnx_adapter
 from nestpatch.lab._world import dialogues, make_world
 from nestpatch.runtimes.onnx import OnnxRuntime
 from nestpatch.runtimes.protocol import open_runtime, runtime_of
+from nestpatch.runtimes.text import by_length
 from nestpatch.runtimes.transformers import TransformersRuntime, load_model
 from tests.helpers import tiny_pack, tree_digest
 
@@ -70,9 +71,9 @@ def test_prompts_of_different_length_stay_apart_where_nothing_may_be_padded(expo
     prompts = [[5, 6, 7], [8, 9], [10, 11, 12], [13, 14]]
     together = model.greedy(prompts, 8, ends=())
     assert model.pads
-    assert model._batches(prompts) == [[1, 3, 0, 2]]
+    assert by_length(prompts, model.batch, mixed=model.pads) == [[1, 3, 0, 2]]
     model.__dict__["pads"] = False
-    assert model._batches(prompts) == [[1, 3], [0, 2]]
+    assert by_length(prompts, model.batch, mixed=model.pads) == [[1, 3], [0, 2]]
     assert model.greedy(prompts, 8, ends=()) == together
 
 
@@ -139,17 +140,17 @@ def test_a_pack_is_merged_into_a_copy_where_no_adapter_fits(exports, sources, su
 
 
 def test_a_model_that_holds_the_pack_is_evaluated_as_it_is(exports, suites, pack, tmp_path):
-    nestpatch.apply(exports("llama").path, pack, tmp_path / "patched")
+    nestpatch.apply(exports("llama").output, pack, tmp_path / "patched")
     alone = evaluate(tmp_path / "patched", suites, pack=pack, max_new_tokens=4)
     assert alone.patched is None
     assert "holds" in alone.notes[1]
-    both = evaluate(tmp_path / "patched", suites, pack=pack, base=exports("llama").path, max_new_tokens=4)
+    both = evaluate(tmp_path / "patched", suites, pack=pack, base=exports("llama").output, max_new_tokens=4)
     assert both.patched.suites == alone.model.suites
     assert both.patched.drift > 0
 
 
 def test_onnxruntime_takes_the_threads_that_were_asked_for(exports, monkeypatch):
-    folder = exports("llama").path
+    folder = exports("llama").output
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     for asked, found in ((1, 1), (None, 2)):
         with open_runtime(folder, threads=asked) as runtime:
@@ -216,7 +217,7 @@ PAST = {"past_key_values.0.key": ["b", 2, "p", 16]}
         ({"input_ids": ["b", "s"]}, ["logits"], "no cache"),
         ({"input_ids": ["b", "s"], **PAST, "pixels": [1]}, ["logits"], "it has the input pixels"),
         ({"input_ids": ["b", "s"], "past_key_values.0.key": ["b", "h", "p", 16]}, ["logits"], "past_key_values.0.key"),
-        ({"input_ids": ["b", "s"], **PAST}, ["logits"], "does not come out"),
+        ({"input_ids": ["b", "s"], **PAST}, ["logits"], "is an input, but not an output"),
     ],
 )
 def test_graphs_that_are_no_decoder_are_refused(tmp_path, inputs, outputs, reason):

@@ -77,6 +77,23 @@ def onnx_file(model: Path) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
+def runtime_errors() -> tuple[type[Exception], ...]:
+    """The exceptions that onnxruntime raises; they have no common base.
+
+    Returns:
+        The classes, for an `except` clause.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+    """
+    try:
+        from onnxruntime.capi import onnxruntime_pybind11_state as state
+    except ImportError as error:
+        raise MissingExtraError("onnx", "running an ONNX model") from error
+    found = (value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
+    return (RuntimeError, ValueError, *found)
+
+
 def inputs_json(inputs: Mapping[str, AdapterInput]) -> str:
     """Encodes the record under ADAPTER.
 
@@ -220,7 +237,6 @@ def write(content: Mapping[str, npt.NDArray[Any]], ready: AdapterReady, output: 
 def _check(content: Mapping[str, npt.NDArray[Any]], ready: AdapterReady, adapter: Path) -> None:
     """Raises OutputError when onnxruntime reads other numbers than were written, or does not run the model with them."""
     import onnxruntime as runtime
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     stored = runtime.AdapterFormat.read_adapter(os.fspath(adapter)).get_parameters()
     same = stored.keys() == content.keys() and all(np.array_equal(stored[name].numpy(), content[name]) for name in content)
@@ -231,9 +247,6 @@ def _check(content: Mapping[str, npt.NDArray[Any]], ready: AdapterReady, adapter
     # Weights stay where they are on disk: this loads as fast as the file can be read.
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
-    # The exceptions of onnxruntime have no common base. The last two: inputs of unknown types or dimensions.
-    raised = (value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
-    failures: tuple[type[Exception], ...] = (*raised, RuntimeError, ValueError, LookupError, TypeError)
     try:
         loaded = runtime.LoraAdapter()
         loaded.Load(os.fspath(adapter))
@@ -241,7 +254,7 @@ def _check(content: Mapping[str, npt.NDArray[Any]], ready: AdapterReady, adapter
         how = runtime.RunOptions()
         how.add_active_adapter(loaded)
         (logits,) = session.run(["logits"], _two_tokens(session), how)
-    except failures as error:
+    except (*runtime_errors(), LookupError, TypeError) as error:  # the last two: inputs of unknown types or dimensions
         raise OutputError(f"onnxruntime cannot run {ready.file} with the adapter: {error}") from error
     if not np.isfinite(logits).all():
         raise OutputError(f"{ready.file} gives no finite numbers with the adapter")
