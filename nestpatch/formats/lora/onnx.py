@@ -91,7 +91,8 @@ def runtime_errors() -> tuple[type[Exception], ...]:
     except ImportError as error:
         raise MissingExtraError("onnx", "running an ONNX model") from error
     found = (value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
-    return (RuntimeError, ValueError, *found)
+    # LookupError and TypeError are raised for inputs of unknown types or dimensions.
+    return (RuntimeError, ValueError, LookupError, TypeError, *found)
 
 
 def inputs_json(inputs: Mapping[str, AdapterInput]) -> str:
@@ -254,7 +255,7 @@ def _check(content: Mapping[str, npt.NDArray[Any]], ready: AdapterReady, adapter
         how = runtime.RunOptions()
         how.add_active_adapter(loaded)
         (logits,) = session.run(["logits"], _two_tokens(session), how)
-    except (*runtime_errors(), LookupError, TypeError) as error:  # the last two: inputs of unknown types or dimensions
+    except runtime_errors() as error:
         raise OutputError(f"onnxruntime cannot run {ready.file} with the adapter: {error}") from error
     if not np.isfinite(logits).all():
         raise OutputError(f"{ready.file} gives no finite numbers with the adapter")
