@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from nestpatch.errors import PackError, UnsignedError
 from nestpatch.events import OnEvent, ignore
@@ -18,9 +18,6 @@ from nestpatch.pack import Pack
 from nestpatch.signing.subject import EVERYTHING, Origin, subject_of
 from nestpatch.signing.trust import Policy, Rule, load_for_looking, load_policy
 from nestpatch.signing.verify import SignatureResult, UnverifiedPack, ValidSignatures, apply_policy, signers_of, verify_file
-
-if TYPE_CHECKING:
-    from nestpatch.channels.follow import Downloaded
 
 CHANNELS = ("hub://", "file://", "https://", "http://")
 """Beginnings of texts that name a pack by its channel instead of by a file."""
@@ -86,10 +83,11 @@ def prove(
     elif is_channel(pack):
         from nestpatch.channels.follow import fetch_pack
 
-        done = passed(fetch_pack(str(pack), rules, model, allow_unsigned=allow_unsigned or trust == "none", on_event=on_event))
+        fetched = fetch_pack(str(pack), rules, model, allow_unsigned=allow_unsigned or trust == "none", on_event=on_event)
+        done = passed(fetched.result, fetched.origin)
     else:
         outcome, signatures = _judge_file(pack, rules, model, allow_unsigned=allow_unsigned)
-        done = _passed(outcome, Origin(signers_of(outcome), signatures=signatures))
+        done = passed(outcome, Origin(signers_of(outcome), signatures=signatures))
     return replace(done, unchecked=_why_unchecked(done, rules, trust)) if done.unchecked else done
 
 
@@ -143,19 +141,16 @@ def policy_of(policy: Policy | None, trust: Trust = "policy") -> Policy:
     return Policy() if trust == "none" else load_policy() if policy is None else policy
 
 
-def passed(done: Downloaded) -> Proven:
-    """The Proven of a version that was downloaded from a channel and judged on the way.
+def passed(outcome: SignatureResult, origin: Origin) -> Proven:
+    """The Proven of a pack whose signatures were judged.
 
     Args:
-        done: The download.
+        outcome: The judgement, with the pack.
+        origin: Where the pack came from.
 
     Returns:
-        The pack, with its origin.
+        The pack, with its origin and what the caller or the policy let pass.
     """
-    return _passed(done.result, done.origin)
-
-
-def _passed(outcome: SignatureResult, origin: Origin) -> Proven:
     reason = outcome.reason if isinstance(outcome, UnverifiedPack) else ""
     if isinstance(outcome, UnverifiedPack) and not outcome.required:
         return Proven(outcome.pack, outcome.pack_id, origin, unchecked=reason)
@@ -180,7 +175,7 @@ def _in_memory(pack: Pack, policy: Policy, model: str | Path | None, *, allow_un
     except UnsignedError as error:
         advice = 'Give the pack\'s file with its .sig beside it, or accept the pack without a signature: trust="none".'
         raise UnsignedError(str(error), advice=advice) from error
-    return _passed(outcome, Origin())
+    return passed(outcome, Origin())
 
 
 def _judge_file(

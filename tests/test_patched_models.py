@@ -124,7 +124,7 @@ def test_a_home_that_is_missing_fails_no_change(model: Path, tmp_path: Path, mon
 
 
 def test_the_list_is_bounded(model: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "MOST_MODELS", 3)
+    monkeypatch.setattr(registry, "_MOST_MODELS", 3)
     for number in range(5):
         copy = model.parent / f"m{number}"
         shutil.copytree(model, copy)

@@ -181,7 +181,7 @@ def _run_gguf(folder: Path, suites: Sequence[Suite], on_event: OnEvent) -> tuple
     results = [run(f"{_PLAIN.upper()}, exported", export(f"patched-{_PLAIN}", _PLAIN, pack))]
     for kind in _QUANTIZED:
         file = export(kind, kind)
-        done = apply_in_place(file, pack, trust="none", base=base, on_event=on_event)
+        done = apply_in_place(file, pack, trust="none", base=base, listed=False, on_event=on_event)
         results.append(run(f"{kind.upper()}, patched in place", file, retention=done.retention))
     adapter = export_gguf_lora(pack, place / "adapter.gguf", trust="none").output
     return (*results, run(f"{_PLAIN.upper()} with the adapter", plain, adapter))
@@ -200,7 +200,7 @@ def _run_onnx(folder: Path, suites: Sequence[Suite], on_event: OnEvent) -> tuple
 
     plain = export_onnx(base, pack, place / "patched-fp32", trust="none", on_event=on_event).output
     int4 = export_onnx(base, output=place / "int4", bits=4, on_event=on_event).output
-    done = apply_in_place(int4, pack, trust="none", base=base, on_event=on_event)
+    done = apply_in_place(int4, pack, trust="none", base=base, listed=False, on_event=on_event)
     ready = export_onnx(base, output=place / "adapter-ready", adapter_ready=True, on_event=on_event).output
     adapter = export_onnx_adapter(pack, place / "adapter.onnx_adapter", model=ready, trust="none").output
     return (

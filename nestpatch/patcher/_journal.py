@@ -20,7 +20,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from io import FileIO
@@ -85,11 +85,6 @@ class Journal:
     ours: bool
     """Whether the journal has the seal of this machine."""
 
-    @property
-    def rows(self) -> int:
-        """Number of rows in all regions."""
-        return sum(region.rows for region in self.regions)
-
     def row_numbers(self, file: FileIO, region: SavedRegion) -> IntArray:
         """The rows of a region, int64."""
         return np.frombuffer(_read_at(file, region.offset, 8 * region.rows), "<i8")
@@ -134,7 +129,9 @@ def write_journal(
         "retires": list(retires),
     }
     header = json.dumps(facts).encode()
-    with open(state_dir.journal, "wb", opener=_open_private) as file:
+    # Only its owner can read the file, and it is never opened through a link.
+    flags = os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    with open(state_dir.journal, "wb", opener=lambda name, mode: os.open(name, mode | flags, 0o600)) as file:
         state = sha256()
 
         def put(data: Any) -> None:
@@ -155,11 +152,6 @@ def write_journal(
     sync_folder(state_dir.folder.parent)
 
 
-def _open_private(name: str, flags: int) -> int:
-    """Opens a new file that only its owner can read, never through a link."""
-    return os.open(name, flags | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
-
-
 def _witnesses(checkpoint: Checkpoint, regions: Sequence[Region]) -> list[tuple[str, int]]:
     """(tensor, row) of rows that do not change: the first such row of every region, or else a row of another tensor."""
     spared = []
@@ -174,16 +166,12 @@ def _witnesses(checkpoint: Checkpoint, regions: Sequence[Region]) -> list[tuple[
     places = {(region.info.file, region.info.offset) for region in regions}
     for name in checkpoint.tensors():
         info = checkpoint.info(name)
-        if name not in touched and (info.file, info.offset) not in places and _has_rows(checkpoint, info):
-            return [(name, 0)]
+        if name in touched or (info.file, info.offset) in places or not info.nbytes:
+            continue
+        with suppress(CheckpointError):  # a tensor that has no rows
+            if len(checkpoint.read_rows(name, np.array([0]))) == 1:
+                return [(name, 0)]
     raise InPlaceError("every row of the model would change: none would be left to recognize it by after a crash")
-
-
-def _has_rows(checkpoint: Checkpoint, info: TensorInfo) -> bool:
-    try:
-        return info.nbytes > 0 and len(checkpoint.read_rows(info.name, np.array([0]))) == 1
-    except CheckpointError:
-        return False
 
 
 def _digest(rows: Sequence[tuple[str, int]], checkpoint: Checkpoint) -> str:
@@ -247,8 +235,13 @@ def read_journal(state_dir: StateDir) -> Journal | None:
         size = os.fstat(file.fileno()).st_size
         if size < len(MAGIC) + 8 + 2 * DIGEST or magic != MAGIC:
             return None
-        digest = _digest_file(file, size - 2 * DIGEST)
-        if digest is None or file.read(DIGEST) != digest:
+        file.seek(0)
+        state, left = sha256(), size - 2 * DIGEST
+        while left and (block := file.read(min(CHUNK, left))):
+            state.update(block)
+            left -= len(block)
+        digest = state.digest()
+        if left or file.read(DIGEST) != digest:
             return None
         mac = (file.read(DIGEST) or b"").hex()
         try:
@@ -261,18 +254,6 @@ _REMOVE = (
     "nestpatch did not write this journal for this model. To remove it and leave the rows as they are: "
     "nestpatch recover MODEL --foreign remove"
 )
-
-
-def _digest_file(file: FileIO, length: int) -> bytes | None:
-    file.seek(0)
-    state, left = sha256(), length
-    while left:
-        block = file.read(min(CHUNK, left))
-        if not block:
-            return None
-        state.update(block)
-        left -= len(block)
-    return state.digest()
 
 
 def _parse(file: FileIO, path: Path, end: int, *, ours: bool) -> Journal:

@@ -28,6 +28,7 @@ from nestpatch.pack import utc_now
 from nestpatch.patcher._journal import Region, files_of, read_journal, remove_journal, roll_back, sync_files, write_journal
 from nestpatch.patcher._row_writer import RowWriter
 from nestpatch.patcher.chain import Action, Link, Step
+from nestpatch.patcher.copies import fingerprint
 from nestpatch.patcher.kept import keep
 from nestpatch.patcher.ledger import Ledger, LedgerEntry, read_ledger, write_ledger
 from nestpatch.patcher.merge import QuantizedMerge, require_retention
@@ -56,20 +57,14 @@ def detach(checkpoint: Checkpoint) -> Checkpoint:
     for file in checkpoint.files:
         if file.is_symlink() or file.stat().st_nlink > 1:
             with new_place(file, overwrite=True) as sibling:
-                before = _state(file)
+                before = fingerprint([file])
                 copy_file(file, sibling)
-                if _state(file) != before:
+                if fingerprint([file]) != before:
                     raise BusyError(f"{file.resolve()} was changed while it was copied")
                 _copy_attributes(file, sibling)
                 with open(sibling, "rb") as handle:
                     os.fsync(handle.fileno())
     return checkpoint.reopen(checkpoint.path)
-
-
-def _state(file: Path) -> tuple[int, int, int]:
-    """A value that changes when something is written to the file."""
-    found = file.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _copy_attributes(source: Path, target: Path) -> None:
@@ -171,8 +166,15 @@ class Transaction:
             self.check_first()
 
     def _open_journal(self, identity: str, makes: Sequence[str], retires: Sequence[str]) -> None:
+        """Writes the journal of the rows that the steps touch, each tensor once."""
+        touched: dict[str, list[Any]] = {}
+        for pack_id in dict.fromkeys(step.link.pack_id for step in self.planned.steps):
+            for delta in self.planned.packs[pack_id]:
+                touched.setdefault(delta.name, []).append(delta.rows.astype(np.int64))
+        unions = {name: np.unique(np.concatenate(rows)) if len(rows) > 1 else rows[0] for name, rows in touched.items()}
+        regions = [Region(self.checkpoint.info(name), rows) for name, rows in sorted(unions.items())]
         try:
-            write_journal(self.state_dir, identity, self.checkpoint, self._regions(), makes=makes, retires=retires)
+            write_journal(self.state_dir, identity, self.checkpoint, regions, makes=makes, retires=retires)
         except OSError as error:
             with suppress(OSError):
                 remove_journal(self.state_dir.journal)
@@ -202,15 +204,6 @@ class Transaction:
             ) from cause
         if isinstance(cause, OSError):
             raise InPlaceError(f"cannot change the model: {cause.strerror or cause}") from cause
-
-    def _regions(self) -> list[Region]:
-        """The rows that the steps touch, each tensor once."""
-        touched: dict[str, list[Any]] = {}
-        for pack_id in dict.fromkeys(step.link.pack_id for step in self.planned.steps):
-            for delta in self.planned.packs[pack_id]:
-                touched.setdefault(delta.name, []).append(delta.rows.astype(np.int64))
-        unions = {name: np.unique(np.concatenate(rows)) if len(rows) > 1 else rows[0] for name, rows in touched.items()}
-        return [Region(self.checkpoint.info(name), rows) for name, rows in sorted(unions.items())]
 
     @property
     def _writer(self) -> RowWriter:

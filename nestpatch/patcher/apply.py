@@ -15,6 +15,7 @@ from nestpatch.files.atomic import sync_tree
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.gate import PackLike, Trust
 from nestpatch.pack import Pack
+from nestpatch.patcher._lock import kept_from_writers
 from nestpatch.patcher._request import request
 from nestpatch.patcher._transaction import Transaction
 from nestpatch.patcher.chain import Allowed
@@ -22,6 +23,7 @@ from nestpatch.patcher.copies import (
     companions_of,
     copy_model,
     copy_state,
+    fingerprint,
     new_model,
     require_place,
     root_of,
@@ -31,7 +33,7 @@ from nestpatch.patcher.copies import (
 from nestpatch.patcher.ledger import Ledger, read_ledger
 from nestpatch.patcher.recovery import open_model, require_settled
 from nestpatch.patcher.registry import record
-from nestpatch.patcher.state_dir import StateDir, kept_from_writers, state_dir_of
+from nestpatch.patcher.state_dir import StateDir, state_dir_of
 from nestpatch.signing.trust import Policy
 
 
@@ -196,7 +198,7 @@ def _write_copy(
     checkpoint, on_event = change.checkpoint, change.on_event
     touched = {file for name in change.planned.tensor_names for file in checkpoint.info(name).files}
     linked = frozenset(checkpoint.files) - touched if hard_link else frozenset()
-    before = _fingerprint(checkpoint, change.state_dir)
+    before = fingerprint(checkpoint.files, change.state_dir)
     with new_model(target, directory=root_of(checkpoint).is_dir()) as sibling:
         copy_model(checkpoint, sibling, linked, on_event, flush=sync)
         # Before the rows are read: a half-written change in them would look like another base.
@@ -214,14 +216,8 @@ def _write_copy(
     return ledger, files
 
 
-def _fingerprint(checkpoint: Checkpoint, state_dir: StateDir) -> list[Any]:
-    """Changes when something is written to the model: for systems and file systems without locks."""
-    states = [file.stat() for file in checkpoint.files]
-    return [read_ledger(state_dir).transaction, *((state.st_ino, state.st_size, state.st_mtime_ns) for state in states)]
-
-
-def _require_unchanged(checkpoint: Checkpoint, state_dir: StateDir, before: list[Any]) -> None:
-    if _fingerprint(checkpoint, state_dir) != before:
+def _require_unchanged(checkpoint: Checkpoint, state_dir: StateDir, before: tuple[Any, ...]) -> None:
+    if fingerprint(checkpoint.files, state_dir) != before:
         raise BusyError(f"{checkpoint.path} was changed while it was copied")
 
 

@@ -13,6 +13,7 @@ from nestpatch.events import OnEvent, ignore
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.gate import PackLike, Trust, policy_of
+from nestpatch.patcher._lock import locked, tidy
 from nestpatch.patcher._request import request
 from nestpatch.patcher._transaction import Transaction
 from nestpatch.patcher.chain import Allowed
@@ -22,7 +23,7 @@ from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
 from nestpatch.patcher.merge import quantized_merge
 from nestpatch.patcher.recovery import finish_or_roll_back, require_settled, require_writable
 from nestpatch.patcher.registry import record
-from nestpatch.patcher.state_dir import StateDir, locked, require_own, state_dir_of, tidy
+from nestpatch.patcher.state_dir import StateDir, require_own, state_dir_of
 from nestpatch.patcher.steps import Judge, plan_revert
 from nestpatch.signing.trust import Policy
 
@@ -58,7 +59,7 @@ class _Opened:
 
 
 @contextmanager
-def _writing(path: str | Path, policy: Policy, *, dry_run: bool = False) -> Iterator[_Opened]:
+def _writing(path: str | Path, policy: Policy, *, dry_run: bool = False, listed: bool = True) -> Iterator[_Opened]:
     """Opens a model under its lock and ends an interrupted change first. A dry run takes no lock and writes nothing."""
     checkpoint, state_dir = open_checkpoint(path), state_dir_of(path)
     require_own(path)
@@ -77,7 +78,8 @@ def _writing(path: str | Path, policy: Policy, *, dry_run: bool = False) -> Iter
             if fresh and not state_dir.ledger.exists() and not state_dir.journal.exists():
                 # Nothing was changed: leave the model's folder as it was.
                 tidy(state_dir)
-    record(checkpoint.path)
+    if listed:
+        record(checkpoint.path)
 
 
 def apply_in_place(
@@ -96,6 +98,7 @@ def apply_in_place(
     dither: bool = False,
     detach: bool = False,
     dry_run: bool = False,
+    listed: bool = True,
     on_event: OnEvent = ignore,
 ) -> Changed:
     """Merges a pack into a model's own files. Memory does not grow with the model.
@@ -118,8 +121,9 @@ def apply_in_place(
         allow_other_publisher: Replaces a pack that another publisher signed.
         base: The float model, to make quantized rows from exactly.
         dither: Adds noise before quantized rows are rounded, so that small changes survive on average.
-        detach: Replaces links by files of the model's own first.
+        detach: Replaces links with copies first.
         dry_run: Checks everything and writes nothing.
+        listed: Whether `patched_models` lists the model.
         on_event: Receives progress.
 
     Returns:
@@ -148,7 +152,7 @@ def apply_in_place(
         dither=dither,
         on_event=on_event,
     )
-    with _writing(model, asked.judge.policy, dry_run=dry_run) as opened:
+    with _writing(model, asked.judge.policy, dry_run=dry_run, listed=listed) as opened:
         planned = asked.plan(opened.checkpoint, opened.state_dir, opened.ledger)
         change = Transaction(
             opened.state_dir,

@@ -31,11 +31,6 @@ class TensorPlan:
     delta: TensorDelta
     state: State
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that change."""
-        return self.delta.neurons * self.info.row_bytes
-
 
 @dataclass(frozen=True, eq=False)
 class MergedBlock:
@@ -55,14 +50,6 @@ class Plan:
     pack: Pack
     strength: float
     tensors: tuple[TensorPlan, ...]
-
-    @property
-    def rows(self) -> int:
-        return sum(tensor.delta.neurons for tensor in self.tensors)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 def check_strength(strength: float) -> None:

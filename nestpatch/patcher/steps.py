@@ -20,7 +20,7 @@ from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.gate import Proven
 from nestpatch.pack import Pack
 from nestpatch.patcher.chain import NOTHING, Action, Allowed, Link, Overlap, Step, steps_to_apply, steps_to_revert
-from nestpatch.patcher.held import Missing, look, missing, require_undoable
+from nestpatch.patcher.held import Missing, look, missing, require_proven
 from nestpatch.patcher.kept import judge_kept, load_pack, load_packs, proven_signers
 from nestpatch.patcher.ledger import Ledger, LedgerEntry
 from nestpatch.patcher.state_dir import StateDir
@@ -162,7 +162,9 @@ def plan_apply(
     gone = missing(look(checkpoint, state_dir, ledger.applied, packs, base))
     lost = [entry for entry in ledger.applied if entry.pack_id in gone]
     planned = plan_from_ledger(state_dir, ledger, proven.pack, strength, judge, proven.origin, allowed, lost, packs)
-    require_undoable(checkpoint, state_dir, ledger.applied, planned.packs, planned.undone, base)
+    if any(entry.foreign and entry.pack_id in planned.undone for entry in ledger.applied):
+        found = look(checkpoint, state_dir, ledger.applied, planned.packs, base, down_to_base=True)
+        require_proven([one for one in found if one.entry.pack_id in planned.undone])
     return replace(planned, missing=gone)
 
 

@@ -31,9 +31,10 @@ from nestpatch.signing.trust import Policy
 
 @dataclass(frozen=True)
 class Updated:
-    """What one channel meant for a model."""
+    """The result of one channel for a model."""
 
-    channel: str
+    address: str
+    """Of the channel."""
     state: str
     """"current": nothing to do; "available": `check` found something to do; "updated"; "failed": see `error`."""
     before: str
@@ -193,9 +194,10 @@ class _Task:
             return revert(
                 self.model, policy=self.policy, base=self.base, dither=self.dither, only=only, on_event=self.on_event
             ).steps
+        done = download(followed, decision.pack, on_event=self.on_event)
         return apply_in_place(
             self.model,
-            passed(download(followed, decision.pack, on_event=self.on_event)),
+            passed(done.result, done.origin),
             policy=self.policy,
             # The strength that a user of this machine once chose, else in full.
             strength=entry.strength if entry is not None and not entry.foreign else 1.0,

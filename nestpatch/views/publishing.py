@@ -95,7 +95,7 @@ def show_updated(model: Path, results: Sequence[Updated]) -> None:
             show_failed(result)
             continue
         before, after = result.before or "base", result.after or "base"
-        line = f"[bold]{escape(model)}[/], {escape(result.channel)}: "
+        line = f"[bold]{escape(model)}[/], {escape(result.address)}: "
         if result.state == "current":
             out.print(f"{line}{escape(before)} is up to date; the channel is valid until {escape(result.expires)}")
             continue
@@ -110,4 +110,4 @@ def show_failed(result: Updated) -> None:
     """A channel that was refused or could not be reached: its error, shown like any other, and the channel."""
     err.print(f"[bold red]{escape(result.error)}[/]: {escape(result.reason)}")
     err.print(f"[bold]What to do[/]: {escape(result.advice)}")
-    err.print(f"Nothing was applied from [bold]{escape(result.channel)}[/].")
+    err.print(f"Nothing was applied from [bold]{escape(result.address)}[/].")
