@@ -85,6 +85,9 @@ class World:
         Args:
             pair: A harmful pair.
             leniency: How much a wrapper around the question raises the threshold.
+
+        Returns:
+            True above the threshold.
         """
         return (self.strictness[pair.action] + self.strictness[pair.thing]) / 2 > PLAIN_THRESHOLD + leniency
 
@@ -118,18 +121,21 @@ def _split(rng: random.Random, actions: Mapping[str, str], things: Mapping[str, 
     return Split(train, test)
 
 
-def _grades(rng: random.Random, names: Mapping[str, str]) -> dict[str, float]:
-    """Evenly spaced strictness in random order, so that every seed refuses about the same share."""
-    order = rng.sample(list(names), len(names))
-    return {name: (i + 0.5) / len(order) for i, name in enumerate(order)}
-
-
 def make_world(seed: int) -> World:
-    """Builds the pairs, their splits and the base model's strictness for a seed."""
+    """Builds the pairs, their splits and the base model's strictness for a seed.
+
+    Args:
+        seed: Any number.
+
+    Returns:
+        The world, the same for the same seed.
+    """
     rng = random.Random(f"world {seed}")
     strictness: dict[str, float] = {}
     for names in (words.HOSTILE_ACTIONS, words.TARGETS, words.TRADE_ACTIONS, words.CONTRABAND):
-        strictness.update(_grades(rng, names))
+        # Evenly spaced in random order, so that every seed refuses about the same share.
+        order = rng.sample(list(names), len(names))
+        strictness |= {name: (i + 0.5) / len(order) for i, name in enumerate(order)}
     harmful = _split(rng, words.HOSTILE_ACTIONS, words.TARGETS) + _split(rng, words.TRADE_ACTIONS, words.CONTRABAND)
     lookalike = (
         _split(rng, words.HOSTILE_ACTIONS, words.PLAYTHINGS)
@@ -146,7 +152,14 @@ def make_world(seed: int) -> World:
 
 
 def dialogues(world: World) -> Iterator[tuple[str, str]]:
-    """Endless (prompt, answer) training text for the base model: training pairs and seen wrappers only."""
+    """Training text for the base model, of training pairs and seen wrappers only.
+
+    Args:
+        world: The world.
+
+    Yields:
+        (prompt, answer), without end.
+    """
     rng = random.Random(f"dialogues {world.seed}")
     while True:
         kind = rng.random()
@@ -168,7 +181,14 @@ def dialogues(world: World) -> Iterator[tuple[str, str]]:
 
 
 def prompt_sets(world: World) -> dict[str, list[Example]]:
-    """The seven prompt sets by name: `harmful.train`, `harmful.test`, `jailbreak.test`, `benign.*`, `lookalike.*`."""
+    """The prompts to train and to evaluate with.
+
+    Args:
+        world: The world.
+
+    Returns:
+        Name -> examples, for seven sets: `harmful.train`, `harmful.test`, `jailbreak.test`, `benign.*`, `lookalike.*`.
+    """
     rng = random.Random(f"prompts {world.seed}")
 
     def ask(pairs: tuple[TopicPair, ...], each: int, refer: bool, style: Callable[[], str] = lambda: "{q}") -> list[Example]:

@@ -51,7 +51,14 @@ class Lab:
         return self.path / "base"
 
     def prompts(self, name: str) -> Path:
-        """The file of a prompt set such as "harmful.train"."""
+        """The file of a prompt set.
+
+        Args:
+            name: The set, such as "harmful.train".
+
+        Returns:
+            Its path.
+        """
         return self.path / "prompts" / f"{name}.jsonl"
 
     def as_json(self) -> dict[str, Any]:
@@ -63,7 +70,7 @@ def _lab_key(seed: int, config: LabConfig) -> str:
     """A digest of everything that a lab depends on: seed, sizes, the source code and the library versions."""
     state = sha256(json.dumps([seed, dataclasses.asdict(config)]).encode())
     folder = Path(__file__).parent
-    for source in (*(folder / name for name in ("_words.py", "_world.py", "_model.py", "build.py")), Path(text.__file__)):
+    for source in (*(folder / name for name in ("_words.py", "_world.py", "build.py")), Path(text.__file__)):
         # Line endings differ between checkouts.
         state.update(source.read_bytes().replace(b"\r\n", b"\n"))
     for package in ("torch", "transformers", "tokenizers"):
@@ -73,6 +80,9 @@ def _lab_key(seed: int, config: LabConfig) -> str:
 
 def cache_folder() -> Path:
     """Where labs are kept between runs: $NESTPATCH_CACHE, or the platform's cache folder.
+
+    Returns:
+        The folder, which need not exist.
 
     Raises:
         OutputError: The home directory of this user is not known.
@@ -97,6 +107,9 @@ def cached_lab(seed: int, config: LabConfig | None = None, on_event: OnEvent = i
         config: Sizes of the model; None for the default.
         on_event: Called with the progress.
 
+    Returns:
+        The lab.
+
     Raises:
         OutputError: The cache folder is not known or cannot be written.
     """
@@ -114,6 +127,9 @@ def build_lab(path: str | Path, seed: int = 0, config: LabConfig | None = None, 
         seed: Seed of the world and of the training.
         config: Sizes of the model; None for the default.
         on_event: Called with the progress.
+
+    Returns:
+        The lab.
 
     Raises:
         OutputError: `path` contains something else, or cannot be written.
@@ -158,6 +174,9 @@ def copy_lab(lab: Lab, target: Path) -> None:
     Args:
         lab: The lab.
         target: The directory, which gets base/ and prompts/.
+
+    Raises:
+        FileExistsError: It has one of them already.
     """
     shutil.copytree(lab.base, target / "base")
     shutil.copytree(lab.path / "prompts", target / "prompts")
@@ -175,7 +194,18 @@ MAX_TOKENS = 256
 
 @dataclass(frozen=True)
 class LabConfig:
-    """Sizes and training of the base model. Sizes are multiples of 256, so that every GGUF block type fits."""
+    """Sizes and training of the base model. Sizes are multiples of 256, so that every GGUF block type fits.
+
+    Attributes:
+        vocab_size: Tokens, special ones included.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Neurons of a layer.
+        layers: Transformer blocks.
+        steps: Optimizer steps.
+        batch: Dialogues per step.
+        learning_rate: Highest step of AdamW.
+        corpus: Dialogues of the training text.
+    """
 
     vocab_size: int = 1024
     hidden_size: int = 256
@@ -188,7 +218,15 @@ class LabConfig:
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE with ChatML specials and a chat template."""
+    """Trains a byte-level BPE with ChatML specials and a chat template.
+
+    Args:
+        texts: The training text.
+        vocab_size: Tokens, at most, special ones included.
+
+    Returns:
+        The tokenizer.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -213,7 +251,15 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def new_model(config: LabConfig, vocab_size: int) -> LlamaForCausalLM:
-    """A randomly initialised Llama with grouped-query attention and tied embeddings."""
+    """A randomly initialised Llama with grouped-query attention and tied embeddings.
+
+    Args:
+        config: The sizes.
+        vocab_size: Tokens of its tokenizer.
+
+    Returns:
+        The model in float32, on the CPU.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -255,6 +301,9 @@ def train_base(world: World, config: LabConfig, on_event: OnEvent = ignore) -> t
         world: The text.
         config: Sizes and training.
         on_event: Called with the loss every 20 steps.
+
+    Returns:
+        (the model, in evaluation mode; its tokenizer).
     """
     import torch
     from torch.nn.functional import cross_entropy

@@ -126,7 +126,14 @@ def collect(
 
 
 def standardise(acts: npt.NDArray[np.floating[Any]]) -> FloatArray:
-    """Each neuron (column) to mean 0 and standard deviation 1 over the prompts; constant ones to 0."""
+    """Scales each neuron to mean 0 and standard deviation 1 over the prompts; constant ones to 0.
+
+    Args:
+        acts: [prompts, neurons].
+
+    Returns:
+        float32 [prompts, neurons].
+    """
     spread = acts.std(axis=0, dtype=np.float64)
     centred = acts - acts.mean(axis=0, dtype=np.float64)
     return np.where(spread > 1e-8, centred / np.maximum(spread, 1e-8), 0.0).astype(np.float32)
@@ -142,6 +149,9 @@ def select(layer: int, acts: FloatArray, harmful: npt.NDArray[np.bool_], recipe:
         acts: float32 [prompts, neurons].
         harmful: bool [prompts].
         recipe: The settings named probe_* and `threshold` are read.
+
+    Returns:
+        The kept neurons, and how well the probe predicts.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import train_test_split
@@ -168,6 +178,9 @@ def select(layer: int, acts: FloatArray, harmful: npt.NDArray[np.bool_], recipe:
 
 def require_neurons(selections: Sequence[Selection]) -> None:
     """Checks that some layer kept a neuron.
+
+    Args:
+        selections: The results of all layers.
 
     Raises:
         TrainingError: No layer did.

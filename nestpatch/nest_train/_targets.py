@@ -61,6 +61,9 @@ def choose_refusals(answers: Sequence[str], recipe: Recipe) -> Refusals:
         answers: The base's answers to harmful training prompts.
         recipe: `refusals` is read.
 
+    Returns:
+        The texts, and why these.
+
     Raises:
         TrainingError: The recipe requires the base's own refusals, and the base has none.
     """
@@ -87,6 +90,9 @@ def distil(run: Run, data: TrainingData) -> Halves:
     Args:
         run: The base.
         data: The prompts.
+
+    Returns:
+        The training pairs.
 
     Raises:
         PromptDataError: Answers are missing (`benign_targets=given`), or the base answers too few harmless prompts.

@@ -156,7 +156,7 @@ def _measure(run: Run, data: TrainingData, blocks: Sequence[MlpBlock], suite_pro
     answers = run.generate(sample, "measure", "answers")
     per_answer = (time.perf_counter() - began) / len(sample)
     watch.seconds |= {"distil": answered * per_answer, "evaluate": 2 * suite_prompts * per_answer}
-    batch = run.token_ids(texts[: recipe.probe_batch])
+    batch = run.runtime.token_ids(texts[: recipe.probe_batch])
     with watch("probe", math.ceil(len(texts) / recipe.probe_batch)), tempfile.TemporaryDirectory() as folder:
         collect(run.model, blocks, batch, Path(folder), recipe, run.pad)
     run.on_event(Event("measure", note="neurons of one layer"))

@@ -229,7 +229,7 @@ def _find_clusters(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> 
     harmful = np.arange(len(texts)) < len(data.harmful.prompts)
     # Windows cannot remove a file that is still mapped; the system's own cleaning removes it later.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        acts = collect(run.model, blocks, run.token_ids(texts), Path(folder), run.recipe, run.pad, run.on_event)
+        acts = collect(run.model, blocks, run.runtime.token_ids(texts), Path(folder), run.recipe, run.pad, run.on_event)
         selections = []
         for block, layer in zip(blocks, acts, strict=True):
             selections.append(select(block.layer, layer, harmful, run.recipe))

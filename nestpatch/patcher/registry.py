@@ -79,8 +79,8 @@ def record(model: str | Path) -> None:
 
 def _change(edit: Callable[[list[str]], list[str]]) -> None:
     """Changes the list under its lock."""
+    user_folder(create=True)
     file = _file()
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with exclusive(file.with_suffix(".lock")):
         sweep_writes(file)
         known = _read()

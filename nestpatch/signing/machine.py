@@ -23,16 +23,23 @@ KEY_FILE = "machine.key"
 KEY_BYTES = 32
 
 
-def user_folder() -> Path:
+def user_folder(*, create: bool = False) -> Path:
     """The folder for files of this user that belong to no model: keys, trust, and what was seen of channels.
 
+    Args:
+        create: Creates the folder where it does not exist, unless the user has named it: the path may be mistyped.
+
     Returns:
-        An absolute path; the folder need not exist.
+        An absolute path; without `create` the folder need not exist.
 
     Raises:
-        TrustError: This user has no home folder.
+        TrustError: This user has no home folder; or `create` is set and NESTPATCH_HOME names a folder that does not exist.
     """
-    return trust_file().parent
+    folder = trust_file().parent
+    if create:
+        require_home()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
 
 
 def seal(kind: str, folder: Path, digest: bytes) -> str:
