@@ -109,8 +109,8 @@ def look(pack: PackLike, *, policy: Policy | None = None, on_event: OnEvent = ig
         HubError: A server did not return what was requested.
     """
     known = load_for_looking() if policy is None else policy
-    anybody = Policy(known.keys, (Rule(EVERYTHING, 0),))
-    return prove(pack, policy=anybody, allow_unsigned=True, on_event=on_event)
+    unsigned = Policy(known.keys, (Rule(EVERYTHING, 0),))
+    return prove(pack, policy=unsigned, allow_unsigned=True, on_event=on_event)
 
 
 def is_channel(pack: object) -> bool:

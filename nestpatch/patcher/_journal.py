@@ -40,9 +40,9 @@ from nestpatch.signing.machine import is_ours, seal
 FAMILY = b"nestpatch-journal/"
 MAGIC = FAMILY + b"3\n"
 DIGEST = 32
-MAX_HEADER = 16 << 20
+_MAX_HEADER = 16 << 20
 """Bytes of header JSON, which has an object per tensor."""
-WITNESSES = 64
+_WITNESSES = 64
 """Most untouched rows by which the model is recognized."""
 
 
@@ -68,7 +68,7 @@ class SavedRegion:
 
 @dataclass(frozen=True)
 class Journal:
-    """A complete journal. What it says is not yet compared with the model."""
+    """A complete journal. Its content is not yet compared with the model."""
 
     path: Path
     transaction: str
@@ -86,11 +86,34 @@ class Journal:
     """Whether the journal has the seal of this machine."""
 
     def row_numbers(self, file: FileIO, region: SavedRegion) -> IntArray:
-        """The rows of a region, int64."""
+        """The row numbers of a region.
+
+        Args:
+            file: The journal, open.
+            region: The region.
+
+        Returns:
+            int64 [rows].
+
+        Raises:
+            ValueError: The journal ends early.
+        """
         return np.frombuffer(_read_at(file, region.offset, 8 * region.rows), "<i8")
 
     def content(self, file: FileIO, region: SavedRegion, part: slice) -> Rows:
-        """The saved bytes of some rows of a region: uint8 [rows, row_bytes]."""
+        """The saved bytes of some rows of a region.
+
+        Args:
+            file: The journal, open.
+            region: The region.
+            part: Which of its rows.
+
+        Returns:
+            uint8 [rows, row_bytes].
+
+        Raises:
+            ValueError: The journal ends early.
+        """
         count, start = part.stop - part.start, region.offset + 8 * region.rows
         data = _read_at(file, start + part.start * region.row_bytes, count * region.row_bytes)
         return np.frombuffer(data, np.uint8).reshape(count, -1)
@@ -161,7 +184,7 @@ def _witnesses(checkpoint: Checkpoint, regions: Sequence[Region]) -> list[tuple[
         if row < region.info.rows:
             spared.append((region.info.name, row))
     if spared:
-        return spared[:: max(1, len(spared) // WITNESSES)][:WITNESSES]
+        return spared[:: max(1, len(spared) // _WITNESSES)][:_WITNESSES]
     touched = {region.info.name for region in regions}
     places = {(region.info.file, region.info.offset) for region in regions}
     for name in checkpoint.tensors():
@@ -182,7 +205,14 @@ def _digest(rows: Sequence[tuple[str, int]], checkpoint: Checkpoint) -> str:
 
 
 def remove_journal(path: Path) -> None:
-    """Ends a transaction."""
+    """Removes a journal, which ends its transaction.
+
+    Args:
+        path: The journal, which may be gone already.
+
+    Raises:
+        OSError: It cannot be removed.
+    """
     path.unlink(missing_ok=True)
     sync_folder(path.parent)
 
@@ -190,6 +220,12 @@ def remove_journal(path: Path) -> None:
 @contextmanager
 def open_journal(path: Path) -> Iterator[FileIO]:
     """Opens a journal for reading.
+
+    Args:
+        path: The journal.
+
+    Yields:
+        The open file.
 
     Raises:
         JournalError: It is missing, not a regular file, or does not belong to this user or to root.
@@ -259,8 +295,8 @@ _REMOVE = (
 def _parse(file: FileIO, path: Path, end: int, *, ours: bool) -> Journal:
     file.seek(len(MAGIC))
     (length,) = struct.unpack("<Q", file.read(8))
-    if length > MAX_HEADER:
-        raise ValueError(f"its header has {length} bytes, at most {MAX_HEADER} are allowed")
+    if length > _MAX_HEADER:
+        raise ValueError(f"its header has {length} bytes, at most {_MAX_HEADER} are allowed")
     header = json.loads(_read_at(file, len(MAGIC) + 8, length))
     regions, offset = [], len(MAGIC) + 8 + length
     for region in header["regions"]:
@@ -312,6 +348,10 @@ def _read_at(file: FileIO, offset: int, length: int) -> bytes:
 def check_fit(journal: Journal, checkpoint: Checkpoint) -> None:
     """Checks that a journal was written for this model: its files, tensors, rows and untouched content.
 
+    Args:
+        journal: The journal.
+        checkpoint: The model.
+
     Raises:
         JournalError: It was written for another model.
     """
@@ -352,6 +392,10 @@ def _misfit(journal: Journal, what: str) -> JournalError:
 def roll_back(journal: Journal, checkpoint: Checkpoint) -> None:
     """Puts the rows of a journal back, and syncs the files that hold them. Idempotent. Call `check_fit` first.
 
+    Args:
+        journal: The journal.
+        checkpoint: The model.
+
     Raises:
         OSError: A file cannot be read or written.
     """
@@ -365,12 +409,27 @@ def roll_back(journal: Journal, checkpoint: Checkpoint) -> None:
 
 
 def files_of(checkpoint: Checkpoint, names: Sequence[str]) -> list[Path]:
-    """The weight files that hold some tensors, sorted."""
+    """The weight files that hold some tensors.
+
+    Args:
+        checkpoint: The model.
+        names: The tensors.
+
+    Returns:
+        Paths, sorted, each once.
+    """
     return sorted({file for name in names for file in checkpoint.info(name).files})
 
 
 def sync_files(files: Sequence[Path]) -> None:
-    """Makes all writes to these files durable."""
+    """Makes all writes to some files durable.
+
+    Args:
+        files: The files.
+
+    Raises:
+        OSError: The disk does not confirm it.
+    """
     for file in files:
         with open(file, "r+b") as handle:
             os.fsync(handle.fileno())

@@ -19,7 +19,7 @@ from nestpatch.signing.trust import Policy
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A merge that was asked for."""
+    """A merge whose pack and strength were checked before the model is opened."""
 
     proven: Proven
     strength: float
@@ -28,7 +28,16 @@ class Request:
     quantized: QuantizedMerge
 
     def plan(self, checkpoint: Checkpoint, state_dir: StateDir, ledger: Ledger) -> PlannedSteps:
-        """The steps of the merge on this model, after a look at its rows. Raises as `plan_apply` does."""
+        """Plans the steps of the merge on a model.
+
+        Args:
+            checkpoint: The model.
+            state_dir: Where its state is.
+            ledger: What is applied to it.
+
+        Returns:
+            The plan, made after the rows were compared. Its errors are those of `plan_apply`.
+        """
         base = self.quantized.base
         return plan_apply(checkpoint, state_dir, ledger, self.proven, self.strength, self.judge, self.allowed, base)
 

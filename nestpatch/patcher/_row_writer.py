@@ -47,7 +47,7 @@ class _TensorLog:
 
     def record(self, pack: Pack) -> TensorRecord:
         """The ledger's record. Raises PackContentError when the rows are not those that the pack names as its result."""
-        name, retention = self.delta.name, round(self.retention.share, 4) if self.retention.asked else None
+        name, retention = self.delta.name, round(self.retention.share, 4) if self.retention.requested else None
         record = TensorRecord(self.delta.neurons, self.before.hexdigest(), self.after.hexdigest(), retention)
         from_base = record.before == pack.manifest.base.tensors[name].rows_sha256 and self.strength == 1.0
         if from_base and record.after != pack.manifest.result[name]:

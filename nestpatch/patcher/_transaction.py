@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,25 +60,21 @@ def detach(checkpoint: Checkpoint) -> Checkpoint:
                 copy_file(file, sibling)
                 if fingerprint([file]) != before:
                     raise BusyError(f"{file.resolve()} was changed while it was copied")
-                _copy_attributes(file, sibling)
+                status = file.stat()
+                if hasattr(os, "chown"):
+                    with suppress(PermissionError):
+                        os.chown(sibling, status.st_uid, status.st_gid)
+                shutil.copystat(file, sibling)
+                # The only difference: the model's own file must be writable for its owner.
+                sibling.chmod(status.st_mode & 0o7777 | 0o200)
                 with open(sibling, "rb") as handle:
                     os.fsync(handle.fileno())
     return checkpoint.reopen(checkpoint.path)
 
 
-def _copy_attributes(source: Path, target: Path) -> None:
-    status = source.stat()
-    if hasattr(os, "chown"):
-        with suppress(PermissionError):
-            os.chown(target, status.st_uid, status.st_gid)
-    shutil.copystat(source, target)
-    # The only difference: the model's own file must be writable for its owner.
-    target.chmod(status.st_mode & 0o7777 | 0o200)
-
-
 @dataclass(eq=False)
 class Transaction:
-    """A change that is about to be made. The lock must be held, and no journal may be left."""
+    """A change of a model. The lock must be held, and no journal may be left."""
 
     state_dir: StateDir
     checkpoint: Checkpoint
@@ -162,7 +157,7 @@ class Transaction:
         if self.detach:
             self.checkpoint = detach(self.checkpoint)
             require_writable(self.checkpoint, names)
-            # The lock of this model did not keep others from changing the files under their other names in the meantime.
+            # The lock of this model does not cover the other names of its files: they may have been changed meanwhile.
             self.check_first()
 
     def _open_journal(self, identity: str, makes: Sequence[str], retires: Sequence[str]) -> None:

@@ -146,7 +146,7 @@ def apply(
         OutputError: The output cannot be written, or another process is writing the model.
     """
     began = time.perf_counter()
-    asked = request(
+    requested = request(
         model,
         pack,
         strength,
@@ -159,18 +159,18 @@ def apply(
         on_event=on_event,
     )
     checkpoint, state_dir = open_model(model)
-    target = Path(output) if output is not None else default_output(root_of(checkpoint), asked.proven.pack)
+    target = Path(output) if output is not None else default_output(root_of(checkpoint), requested.proven.pack)
     if not dry_run:
         sweep_unfinished(target)
     require_place(checkpoint, target)
-    label = asked.proven.pack.label
+    label = requested.proven.pack.label
     with kept_from_writers(state_dir):
         require_settled(state_dir, model)  # again: a writer may have died since
         ledger = read_ledger(state_dir)
-        planned = asked.plan(checkpoint, state_dir, ledger)
+        planned = requested.plan(checkpoint, state_dir, ledger)
         if not planned.steps:
             raise ChainError(f"{label} is applied to {model} already", advice="Nothing to do: copy the model as it is.")
-        change = Transaction(state_dir, checkpoint, planned, allow_base_mismatch, on_event, quantized=asked.quantized)
+        change = Transaction(state_dir, checkpoint, planned, allow_base_mismatch, on_event, quantized=requested.quantized)
         change.check_first()
         files: tuple[WrittenFile, ...] = ()
         if not dry_run:
@@ -179,7 +179,7 @@ def apply(
         record(target)
     return Applied(
         pack=label,
-        pack_id=asked.proven.pack_id,
+        pack_id=requested.proven.pack_id,
         strength=strength,
         output=target,
         files=files,

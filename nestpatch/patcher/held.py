@@ -1,7 +1,7 @@
 """Whether the rows of a model hold what its ledger says, tensor by tensor.
 
 For an entry that this machine wrote, the digests in the ledger are compared with the rows. An entry that came with the model is
-not believed: the pack's own digests decide. Where the rows are not simply the pack's result (another strength, a stack, another
+not trusted: the pack's own digests decide. Where the rows are not simply the pack's result (another strength, a stack, another
 dtype), the undo record is followed down to the base in memory; that counts only when merging leads to the same rows again, and
 when the base has the digest that the pack names.
 """
@@ -315,7 +315,7 @@ def _is_remade(checkpoint: Checkpoint, layer: Layer, original: Rows, current: Ro
     except (PackContentError, QuantizationError):
         return False
     # Rounding can lose a change, and some packs change nothing: the same rows prove nothing then.
-    return info.plain or quantized.base is not None or (total.asked > 0 and total.share >= LEAST_RETENTION)
+    return info.plain or quantized.base is not None or (total.requested > 0 and total.share >= LEAST_RETENTION)
 
 
 def _is_plainly_there(layer: Layer, finding: Finding | None) -> bool:

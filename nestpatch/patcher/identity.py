@@ -25,8 +25,8 @@ _ROW_TOLERANCE = 0.05
 _COARSE_MATCH = 0.85
 """SKETCH_MATCH for types of under four bits, which round more coarsely."""
 _SURE = 3.0
-"""Standard deviations from which rounded rows count as patched. In doubt they are the base: a pack whose effect is invisible is
-refused when it is made from such rows, and made from the float base it gives the same rows again."""
+"""Standard deviations from which rounded rows count as patched. In doubt they are the base: a pack whose effect cannot be seen
+is rejected when it is merged into such rows, and merged from the float base it gives the same rows again."""
 _WITNESSES = 16
 """Untouched rows that show how a tensor was rounded."""
 _ROUNDING = 1.5

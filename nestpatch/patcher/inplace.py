@@ -104,8 +104,8 @@ def apply_in_place(
     """Merges a pack into a model's own files. Memory does not grow with the model.
 
     The pack passes the gate first (nestpatch/gate.py). An older version of the same pack is replaced in the same transaction;
-    packs of other names stack. A killed process leaves a model that the next command makes whole: either as before or as after.
-    A pack that is applied already, but whose rows were replaced by those of the base since, is put back.
+    packs of other names stack. After a killed process, the next command that writes leaves the model as before the change or as
+    after it. A pack that is applied already, but whose rows were replaced by those of the base since, is put back.
 
     Args:
         model: A safetensors file, a directory (sharded or not), a GGUF file or an ONNX model.
@@ -140,7 +140,7 @@ def apply_in_place(
         After any of them the model is as it was.
     """
     began = time.perf_counter()
-    asked = request(
+    requested = request(
         model,
         pack,
         strength,
@@ -152,19 +152,19 @@ def apply_in_place(
         dither=dither,
         on_event=on_event,
     )
-    with _writing(model, asked.judge.policy, dry_run=dry_run, listed=listed) as opened:
-        planned = asked.plan(opened.checkpoint, opened.state_dir, opened.ledger)
+    with _writing(model, requested.judge.policy, dry_run=dry_run, listed=listed) as opened:
+        planned = requested.plan(opened.checkpoint, opened.state_dir, opened.ledger)
         change = Transaction(
             opened.state_dir,
             opened.checkpoint,
             planned,
             allow_base_mismatch,
             on_event,
-            quantized=asked.quantized,
+            quantized=requested.quantized,
             detach=detach,
         )
         if not planned.steps and not dry_run:
-            keep(opened.state_dir, asked.proven.pack, asked.proven.pack_id, asked.proven.origin)
+            keep(opened.state_dir, requested.proven.pack, requested.proven.pack_id, requested.proven.origin)
         return replace(_carry_out(change, opened.ledger, began, dry_run=dry_run), strength=strength)
 
 
@@ -195,7 +195,7 @@ def revert(
         allow_unsigned: Uses kept packs that too few trusted keys have signed.
         base: The float model, to make quantized rows from exactly.
         dither: Adds noise before quantized rows are rounded.
-        only: The id of one applied pack to take away; the model keeps following its channels.
+        only: The id of the one applied pack to undo; the model keeps following its channels.
         dry_run: Checks everything and writes nothing.
         on_event: Receives progress.
 
@@ -238,7 +238,7 @@ def follow_channel(model: str | Path, channel: str, policy: Policy) -> None:
 
     Args:
         model: The model.
-        channel: The place of the channel.
+        channel: Address of the channel.
         policy: Whose signatures confirm the journal of an interrupted change.
 
     Raises:

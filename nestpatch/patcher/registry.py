@@ -64,7 +64,7 @@ def patched_models() -> tuple[PatchedModel, ...]:
 
 
 def record(model: str | Path) -> None:
-    """Remembers a model that was changed, as the last one. Does nothing where that fails.
+    """Lists a model that was changed, before all others. Does nothing where that fails.
 
     Args:
         model: Its path.

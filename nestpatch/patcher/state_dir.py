@@ -5,7 +5,7 @@ and for such a model.safetensors itself, it is `nestpatch.json` and `.nestpatch/
 file `m.safetensors`, `m.gguf` or `m.onnx`, even as the only model of its directory, it is `m.safetensors.nestpatch.json` and
 `.m.safetensors.nestpatch/` beside the file.
 
-State travels with the model, so it is not believed: names are checked before they become paths, and links are not followed.
+State travels with the model, so it is not trusted: names are checked before they become paths, and links are not followed.
 
 Public: `StateDir`, `state_dir_of`, `require_own`. The lock is in `_lock`.
 """

@@ -91,8 +91,8 @@ class Judge:
     def publishers(self, state_dir: StateDir, entry: LedgerEntry) -> frozenset[str]:
         """The publishers of an applied pack.
 
-        An entry that this machine wrote is believed. For an entry that came with the model, the kept signatures decide. If they
-        prove nothing, the entry's own claim is used: it can make the rules stricter, but permits nothing.
+        An entry that this machine wrote is used as it is. For an entry that came with the model, the kept signatures decide. If
+        they prove nothing, the entry's own claim is used: it can make the rules stricter, but permits nothing.
 
         Args:
             state_dir: Where the state of the model is.
@@ -133,7 +133,7 @@ def plan_apply(
     allowed: Allowed,
     base: Checkpoint | None,
 ) -> PlannedSteps:
-    """Plans to apply a pack, after a look at the rows.
+    """Plans to apply a pack, after the rows were compared with the ledger.
 
     Applied packs whose rows are missing are put back or replaced. Undo records that came with the model are proven before a
     step may use them.
