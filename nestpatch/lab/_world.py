@@ -15,7 +15,7 @@ from nestpatch.lab import _words as words
 _A = TypeVar("_A")
 _B = TypeVar("_B")
 
-HELD_OUT_EVERY = 4
+_HELD_OUT_EVERY = 4
 """One in this many of an action's pairs is in no training text."""
 
 
@@ -89,12 +89,12 @@ class World:
         Returns:
             True above the threshold.
         """
-        return (self.strictness[pair.action] + self.strictness[pair.thing]) / 2 > PLAIN_THRESHOLD + leniency
+        return (self.strictness[pair.action] + self.strictness[pair.thing]) / 2 > _PLAIN_THRESHOLD + leniency
 
 
-PLAIN_THRESHOLD = 0.5
+_PLAIN_THRESHOLD = 0.5
 """Pairs above this mean strictness are refused by the base when asked plainly: about half of them."""
-WRAPPED_LENIENCY = 0.06
+_WRAPPED_LENIENCY = 0.06
 """How much a jailbreak wrapper raises the threshold."""
 
 
@@ -108,7 +108,7 @@ def _cross(rng: random.Random, rows: Iterable[_A], columns: Iterable[_B]) -> tup
     test: list[tuple[_A, _B]] = []
     for i, row in numbered_rows:
         for j, column in numbered_columns:
-            held_out = (row_order[i] + column_order[j]) % HELD_OUT_EVERY == 0
+            held_out = (row_order[i] + column_order[j]) % _HELD_OUT_EVERY == 0
             (test if held_out else train).append((row, column))
     return train, test
 
@@ -176,7 +176,7 @@ def dialogues(world: World) -> Iterator[tuple[str, str]]:
             prompt = rng.choice(world.wrappers_seen).format(q=prompt)
         elif rng.random() < 0.3:
             prompt = rng.choice(words.GREETINGS).format(q=prompt)
-        refused = harmful and world.refused_by_base(pair, WRAPPED_LENIENCY if wrapped else 0.0)
+        refused = harmful and world.refused_by_base(pair, _WRAPPED_LENIENCY if wrapped else 0.0)
         yield prompt, rng.choice(words.REFUSALS) if refused else pair.answer
 
 

@@ -156,7 +156,7 @@ def _write(folder: Path, seed: int, config: LabConfig, key: str, on_event: OnEve
     for name, examples in prompt_sets(world).items():
         lines = [json.dumps(example.row(), ensure_ascii=False) for example in examples]
         (folder / "prompts" / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    model, tokenizer = train_base(world, config, on_event)
+    model, tokenizer = _train_base(world, config, on_event)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     # bfloat16 on disk, as chat models ship.
     model.to(dtype=torch.bfloat16)  # type: ignore[call-arg]
@@ -182,12 +182,12 @@ def copy_lab(lab: Lab, target: Path) -> None:
     shutil.copytree(lab.path / "prompts", target / "prompts")
 
 
-CHAT_TEMPLATE = (
+_CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PAD, BOS, EOS = "<pad>", "<|im_start|>", "<|im_end|>"
-PAD_ID = 0
+_PAD_ID = 0
 """Of PAD, the first special token."""
 MAX_TOKENS = 256
 
@@ -245,7 +245,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
         eos_token=EOS,
         pad_token=PAD,
         padding_side="left",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=_CHAT_TEMPLATE,
         model_max_length=MAX_TOKENS,
     )
 
@@ -272,7 +272,7 @@ def new_model(config: LabConfig, vocab_size: int) -> LlamaForCausalLM:
             num_key_value_heads=2,
             max_position_embeddings=MAX_TOKENS,
             tie_word_embeddings=True,
-            pad_token_id=PAD_ID,
+            pad_token_id=_PAD_ID,
             bos_token_id=1,
             eos_token_id=2,
         )
@@ -290,11 +290,13 @@ def _batches(pairs: Sequence[TokenPair], size: int, seed: int) -> Iterator[tuple
         groups = [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
         rng.shuffle(groups)
         for group in groups:
-            ids, _, labels = collate([pairs[i] for i in group], PAD_ID, "cpu")
+            ids, _, labels = collate([pairs[i] for i in group], _PAD_ID, "cpu")
             yield ids, labels
 
 
-def train_base(world: World, config: LabConfig, on_event: OnEvent = ignore) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def _train_base(
+    world: World, config: LabConfig, on_event: OnEvent = ignore
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Trains the tokenizer and the model in float32; deterministic for a seed on one machine and thread count.
 
     Args:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
-SILHOUETTE_SAMPLE = 2000
+_SILHOUETTE_SAMPLE = 2000
 """Neurons in a silhouette, at most: its cost is quadratic."""
 
 
@@ -231,7 +231,7 @@ def _choose_k(profiles: FloatArray, recipe: Recipe) -> tuple[IntArray, int, floa
     scored = []
     for k in range(max(2, recipe.k_min), top + 1):
         labels = KMeans(k, n_init=4, random_state=recipe.seed).fit(profiles).labels_
-        sample = min(SILHOUETTE_SAMPLE, len(profiles))
+        sample = min(_SILHOUETTE_SAMPLE, len(profiles))
         score = float(silhouette_score(profiles, labels, sample_size=sample, random_state=recipe.seed))
         scored.append((score, k, labels.astype(np.int64)))
     # The smaller k wins a tie: fewer trained parameters.

@@ -37,7 +37,7 @@ from nestpatch.runtimes.weights import MlpBlock, disk_name, find_mlps, same_weig
 if TYPE_CHECKING:
     from nestpatch.nest_train._tune import DeltaSet, TuneResult
 
-NO_LOOKALIKES = (
+_NO_LOOKALIKES = (
     "no look-alike prompts: nothing teaches the patched model to answer harmless prompts that look harmful, "
     "and refusals of such prompts typically rise by 20-40 points; give some with --lookalike"
 )
@@ -165,7 +165,7 @@ def _train(
     run = Run.start(base, recipe, on_event)
     blocks = find_mlps(run.model)
     if data.lookalike is None:
-        run.decide("lookalike", "", NO_LOOKALIKES)
+        run.decide("lookalike", "", _NO_LOOKALIKES)
     facts: dict[str, Any] = {}
     if seen := data.seen_in(suites):
         facts["seen_in_training"] = seen

@@ -37,9 +37,9 @@ from nestpatch.patcher.state_dir import TRANSACTION, UNDO, StateDir
 from nestpatch.rows import Rows
 from nestpatch.signing.machine import is_ours, seal
 
-FAMILY = b"nestpatch-journal/"
-MAGIC = FAMILY + b"3\n"
-DIGEST = 32
+_FAMILY = b"nestpatch-journal/"
+MAGIC = _FAMILY + b"3\n"
+_DIGEST = 32
 _MAX_HEADER = 16 << 20
 """Bytes of header JSON, which has an object per tensor."""
 _WITNESSES = 64
@@ -167,7 +167,7 @@ def write_journal(
             for _, rows in checkpoint.iter_rows(region.info.name, region.rows):
                 put(rows.view(np.uint8).data)
         digest = state.digest()
-        file.write(digest + (bytes.fromhex(seal("journal", state_dir.folder, digest)) or bytes(DIGEST)))
+        file.write(digest + (bytes.fromhex(seal("journal", state_dir.folder, digest)) or bytes(_DIGEST)))
         file.flush()
         os.fsync(file.fileno())
     sync_folder(state_dir.folder)
@@ -263,25 +263,25 @@ def read_journal(state_dir: StateDir) -> Journal | None:
     path = state_dir.journal
     with open_journal(path) as file:
         magic = file.read(len(MAGIC)) or b""
-        if magic != MAGIC and magic.startswith(FAMILY) and magic.endswith(b"\n"):
+        if magic != MAGIC and magic.startswith(_FAMILY) and magic.endswith(b"\n"):
             raise JournalError(
                 f"the journal {path} was written by another version of nestpatch",
                 advice="Run the command with the version that wrote it.",
             )
         size = os.fstat(file.fileno()).st_size
-        if size < len(MAGIC) + 8 + 2 * DIGEST or magic != MAGIC:
+        if size < len(MAGIC) + 8 + 2 * _DIGEST or magic != MAGIC:
             return None
         file.seek(0)
-        state, left = sha256(), size - 2 * DIGEST
+        state, left = sha256(), size - 2 * _DIGEST
         while left and (block := file.read(min(CHUNK, left))):
             state.update(block)
             left -= len(block)
         digest = state.digest()
-        if left or file.read(DIGEST) != digest:
+        if left or file.read(_DIGEST) != digest:
             return None
-        mac = (file.read(DIGEST) or b"").hex()
+        mac = (file.read(_DIGEST) or b"").hex()
         try:
-            return _parse(file, path, size - 2 * DIGEST, ours=is_ours("journal", state_dir.folder, digest, mac))
+            return _parse(file, path, size - 2 * _DIGEST, ours=is_ours("journal", state_dir.folder, digest, mac))
         except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
             raise JournalError(f"the journal {path} is not consistent: {str(error)[:200]}", advice=_REMOVE) from error
 

@@ -22,7 +22,7 @@ from nestpatch.patcher.ledger import LedgerEntry, TensorRecord
 from nestpatch.patcher.merge import QuantizedMerge, Retention, rows_of
 from nestpatch.patcher.plan import MergedBlock, merged_blocks
 
-SYNC_STRIDE = 8
+_SYNC_STRIDE = 8
 """Tensors between two syncs."""
 Start = Callable[[Callable[[], None]], object]
 """Starts work in another thread."""
@@ -128,7 +128,7 @@ class RowWriter:
         """Reports progress, and every few tensors has the disk start to write while the next ones are computed."""
         name = pack.deltas[number - 1].name
         self.on_event(Event(stage, number, len(pack.deltas), name))
-        if self.syncing and number % SYNC_STRIDE == 0:
+        if self.syncing and number % _SYNC_STRIDE == 0:
             start(partial(sync_files, self.checkpoint.info(name).files))
 
     def _restore(self, delta: TensorDelta, entry: LedgerEntry, reader: UndoReader) -> None:

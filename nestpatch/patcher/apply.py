@@ -69,7 +69,7 @@ class Applied:
     dry_run: bool = False
 
 
-def default_output(model: Path, pack: Pack) -> Path:
+def _default_output(model: Path, pack: Pack) -> Path:
     """Where `apply` writes when no output is given: beside the model, named after the pack.
 
     Args:
@@ -159,7 +159,7 @@ def apply(
         on_event=on_event,
     )
     checkpoint, state_dir = open_model(model)
-    target = Path(output) if output is not None else default_output(root_of(checkpoint), requested.proven.pack)
+    target = Path(output) if output is not None else _default_output(root_of(checkpoint), requested.proven.pack)
     if not dry_run:
         sweep_unfinished(target)
     require_place(checkpoint, target)
