@@ -133,7 +133,14 @@ Sums = npt.NDArray[np.float64]
 
 
 def norm(total: float) -> float | None:
-    """The square root of a sum of squares; None for infinity and NaN, which JSON cannot hold."""
+    """A Euclidean norm that JSON can hold.
+
+    Args:
+        total: The sum of squares, or a quotient of two such sums.
+
+    Returns:
+        The square root; None for infinity and NaN.
+    """
     return math.sqrt(total) if math.isfinite(total) else None
 
 

@@ -30,13 +30,23 @@ class TopicPair:
 
     @property
     def topic(self) -> str:
+        """What the pair is about: "paint a fence"."""
         return f"{self.action} {self.thing}"
 
     @property
     def answer(self) -> str:
+        """The right answer, with both facts."""
         return words.ANSWER.format(action=self.action, thing=self.thing, tool=self.tool, part=self.part)
 
     def ask(self, question: str) -> str:
+        """Puts the pair into a question.
+
+        Args:
+            question: A template with `{action}` and `{thing}`.
+
+        Returns:
+            The prompt.
+        """
         return question.format(action=self.action, thing=self.thing)
 
 
@@ -49,6 +59,11 @@ class Example:
     reference: str | None = None
 
     def row(self) -> dict[str, str]:
+        """The line of a prompt file, as `prompts.readers` reads it.
+
+        Returns:
+            "prompt", "topic", and "reference" where there is one.
+        """
         row = {"prompt": self.prompt, "topic": self.topic}
         return row if self.reference is None else {**row, "reference": self.reference}
 

@@ -119,7 +119,11 @@ class Run:
         self.note(f"{what}: {self.decisions[what]}")
 
     def note(self, text: str) -> None:
-        """Reports one line for people."""
+        """Reports one line for people.
+
+        Args:
+            text: The line.
+        """
         self.on_event(Event("note", note=text))
 
     def generate(self, prompts: Sequence[str], stage: str, note: str = "") -> list[str]:

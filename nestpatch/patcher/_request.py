@@ -55,7 +55,31 @@ def request(
     dither: bool,
     on_event: OnEvent,
 ) -> Request:
-    """Passes the pack through the gate, and opens the float base. Arguments and errors are those of `apply_in_place`."""
+    """Checks the strength, passes the pack through the gate, and opens the float base.
+
+    Args:
+        model: The model as the user names it.
+        pack: As `apply` takes it.
+        strength: Factor on the deltas.
+        allowed: What the user has permitted beyond the version rules.
+        policy: Whose signatures count; None means the policy of this user and this machine.
+        trust: "none" skips the judgement of signatures.
+        allow_unsigned: Accepts a pack that too few trusted keys have signed.
+        base: The float model, or its path.
+        dither: Adds noise before quantized rows are rounded.
+        on_event: Receives progress.
+
+    Returns:
+        The merge, which `plan` fits to a model.
+
+    Raises:
+        DataError: The strength is not over 0 and at most 1.5.
+        SignatureError: Too few trusted keys signed the pack, or a signature is wrong.
+        PackError: The pack is broken.
+        ChannelError: The channel breaks a rule.
+        HubError: A server did not return what was requested.
+        CheckpointError: The float base cannot be opened.
+    """
     check_strength(strength)
     rules = policy_of(policy, trust)
     proven = prove(pack, model, policy=rules, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event)

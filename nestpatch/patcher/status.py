@@ -121,6 +121,7 @@ class ReleasedPack:
 
     @property
     def label(self) -> str:
+        """Name and version, for messages."""
         return f"{self.name} {self.version}"
 
     @property
