@@ -3,11 +3,9 @@
 Before any row of a model changes, its present content is written here, checksummed, sealed and synced. A complete journal means
 that a transaction may have changed rows, and holds their earlier content. An incomplete journal means that nothing was changed.
 
-Rows are read and put back through the checkpoint, so the layout of the format does not matter.
-
-A journal is kept beside the model and travels with it. It is therefore checked in full before the first byte is put back: that
-it is a regular file of this user, and that it fits the model. Whether it may be carried out is decided by its seal
-(signing/machine.py), or in recovery.py.
+A journal is kept beside the model and travels with it. It is therefore checked in full when it is read: that it is a regular
+file of this user, and that its header fits its size. `_rollback` compares it with the model and puts the rows back. Its seal
+(signing/machine.py) or recovery.py decides whether that is permitted.
 
 Layout: MAGIC, header length (u64, little endian), header JSON, then per region its row numbers (int64) and their bytes, then
 the SHA-256 of everything before, then 32 bytes of seal (HMAC-SHA256; zeros where this user has no key).
@@ -146,7 +144,7 @@ def write_journal(
     facts = {
         "transaction": transaction,
         "sizes": {file.name: file.stat().st_size for file in checkpoint.files},
-        "witness": {"rows": witness, "sha256": _digest(witness, checkpoint)},
+        "witness": {"rows": witness, "sha256": witness_digest(witness, checkpoint)},
         "regions": [{"tensor": r.info.name, "row_bytes": r.info.row_bytes, "rows": len(r.rows)} for r in regions],
         "makes": list(makes),
         "retires": list(retires),
@@ -197,7 +195,19 @@ def _witnesses(checkpoint: Checkpoint, regions: Sequence[Region]) -> list[tuple[
     raise InPlaceError("every row of the model would change: none would be left to recognize it by after a crash")
 
 
-def _digest(rows: Sequence[tuple[str, int]], checkpoint: Checkpoint) -> str:
+def witness_digest(rows: Sequence[tuple[str, int]], checkpoint: Checkpoint) -> str:
+    """The digest by which a journal recognizes its model.
+
+    Args:
+        rows: (tensor, row) of rows that no step touches.
+        checkpoint: The model.
+
+    Returns:
+        SHA-256 of the rows, hex.
+
+    Raises:
+        CheckpointError: A row cannot be read.
+    """
     state = sha256()
     for name, row in rows:
         state.update(checkpoint.read_rows(name, np.array([row])).view(np.uint8).data)
@@ -283,10 +293,10 @@ def read_journal(state_dir: StateDir) -> Journal | None:
         try:
             return _parse(file, path, size - 2 * _DIGEST, ours=is_ours("journal", state_dir.folder, digest, mac))
         except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
-            raise JournalError(f"the journal {path} is not consistent: {str(error)[:200]}", advice=_REMOVE) from error
+            raise JournalError(f"the journal {path} is not consistent: {str(error)[:200]}", advice=REMOVE_ADVICE) from error
 
 
-_REMOVE = (
+REMOVE_ADVICE = (
     "nestpatch did not write this journal for this model. To remove it and leave the rows as they are: "
     "nestpatch recover MODEL --foreign remove"
 )
@@ -343,93 +353,3 @@ def _read_at(file: FileIO, offset: int, length: int) -> bytes:
         parts.append(block)
         length -= len(block)
     return b"".join(parts)
-
-
-def check_fit(journal: Journal, checkpoint: Checkpoint) -> None:
-    """Checks that a journal was written for this model: its files, tensors, rows and untouched content.
-
-    Args:
-        journal: The journal.
-        checkpoint: The model.
-
-    Raises:
-        JournalError: It was written for another model.
-    """
-    files = {file.name: file for file in checkpoint.files}
-    for name, size in journal.sizes.items():
-        # Only plain names of the model's own weight files: a journal must not write anywhere else.
-        if name not in files or files[name].stat().st_size != size:
-            raise _misfit(journal, f"another file {name}")
-    if set(journal.sizes) != set(files):
-        raise _misfit(journal, "a model with other files")
-    with open_journal(journal.path) as file:
-        for region in journal.regions:
-            if not checkpoint.has(region.tensor):
-                raise _misfit(journal, f"a model with the tensor {region.tensor}")
-            info = checkpoint.info(region.tensor)
-            rows = journal.row_numbers(file, region)
-            if info.row_bytes != region.row_bytes or rows[0] < 0 or rows[-1] >= info.rows or (np.diff(rows) <= 0).any():
-                raise _misfit(journal, f"a tensor {region.tensor} of another shape than {list(info.shape)}")
-    _check_witness(journal, checkpoint)
-
-
-def _check_witness(journal: Journal, checkpoint: Checkpoint) -> None:
-    for name, row in journal.witness:
-        if not checkpoint.has(name) or row >= checkpoint.info(name).rows:
-            raise _misfit(journal, f"a model with row {row} of {name}")
-    try:
-        found = _digest(journal.witness, checkpoint)
-    except CheckpointError as error:
-        raise _misfit(journal, f"another model: {error}") from error
-    if found != journal.witness_sha256:
-        raise _misfit(journal, "a model with other weights")
-
-
-def _misfit(journal: Journal, what: str) -> JournalError:
-    return JournalError(f"the journal {journal.path} was written for {what}", advice=_REMOVE)
-
-
-def roll_back(journal: Journal, checkpoint: Checkpoint) -> None:
-    """Puts the rows of a journal back, and syncs the files that hold them. Idempotent. Call `check_fit` first.
-
-    Args:
-        journal: The journal.
-        checkpoint: The model.
-
-    Raises:
-        OSError: A file cannot be read or written.
-    """
-    with open_journal(journal.path) as file:
-        for region in journal.regions:
-            info, rows = checkpoint.info(region.tensor), journal.row_numbers(file, region)
-            stored = checkpoint.read_rows(region.tensor, rows[:0]).dtype
-            for part in info.blocks(len(rows), region.row_bytes):
-                checkpoint.write_rows(region.tensor, rows[part], journal.content(file, region, part).view(stored))
-    sync_files(files_of(checkpoint, [region.tensor for region in journal.regions]))
-
-
-def files_of(checkpoint: Checkpoint, names: Sequence[str]) -> list[Path]:
-    """The weight files that hold some tensors.
-
-    Args:
-        checkpoint: The model.
-        names: The tensors.
-
-    Returns:
-        Paths, sorted, each once.
-    """
-    return sorted({file for name in names for file in checkpoint.info(name).files})
-
-
-def sync_files(files: Sequence[Path]) -> None:
-    """Makes all writes to some files durable.
-
-    Args:
-        files: The files.
-
-    Raises:
-        OSError: The disk does not confirm it.
-    """
-    for file in files:
-        with open(file, "r+b") as handle:
-            os.fsync(handle.fileno())

@@ -16,7 +16,7 @@ from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.threads import beside, meanwhile
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.pack import Pack, TensorDelta
-from nestpatch.patcher._journal import sync_files
+from nestpatch.patcher._rollback import sync_files
 from nestpatch.patcher._undo import MAGIC, TensorPacker, UndoReader, checksums, residual, restored
 from nestpatch.patcher.ledger import LedgerEntry, TensorRecord
 from nestpatch.patcher.merge import QuantizedMerge, Retention, rows_of

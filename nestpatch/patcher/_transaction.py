@@ -24,7 +24,8 @@ from nestpatch.files.atomic import new_place, sync_folder
 from nestpatch.files.copying import copy_file
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.pack import utc_now
-from nestpatch.patcher._journal import Region, files_of, read_journal, remove_journal, roll_back, sync_files, write_journal
+from nestpatch.patcher._journal import Region, read_journal, remove_journal, write_journal
+from nestpatch.patcher._rollback import files_of, roll_back, sync_files
 from nestpatch.patcher._row_writer import RowWriter
 from nestpatch.patcher.chain import Action, Link, Step
 from nestpatch.patcher.copies import fingerprint

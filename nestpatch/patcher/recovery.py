@@ -33,17 +33,9 @@ from nestpatch.errors import (
 from nestpatch.formats.checkpoint import Checkpoint, IntArray
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack
-from nestpatch.patcher._journal import (
-    Journal,
-    SavedRegion,
-    check_fit,
-    files_of,
-    open_journal,
-    read_journal,
-    remove_journal,
-    roll_back,
-)
+from nestpatch.patcher._journal import Journal, SavedRegion, open_journal, read_journal, remove_journal
 from nestpatch.patcher._lock import kept_from_writers, locked
+from nestpatch.patcher._rollback import check_fit, files_of, roll_back
 from nestpatch.patcher.kept import judge_kept
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.patcher.state_dir import PACK_ID, StateDir, state_dir_of

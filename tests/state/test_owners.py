@@ -14,8 +14,9 @@ import pytest
 
 from nestpatch.errors import InPlaceError
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.patcher._journal import Region, files_of, write_journal
+from nestpatch.patcher._journal import Region, write_journal
 from nestpatch.patcher._lock import locked
+from nestpatch.patcher._rollback import files_of
 from nestpatch.patcher.apply import apply
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.recovery import recover_model
