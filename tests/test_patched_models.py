@@ -40,6 +40,12 @@ def listed() -> list[tuple[str, str, list[str]]]:
     return [(one.model.name, one.state, [entry.label for entry in one.applied]) for one in patched_models()]
 
 
+def test_a_model_can_be_left_out_of_the_list(model: Path, tmp_path: Path) -> None:
+    apply(model, tiny_pack(model), tmp_path / "copy", listed=False)
+    apply_in_place(model, tiny_pack(model), listed=False)
+    assert listed() == []
+
+
 def test_models_that_were_patched_or_copied_are_listed_the_last_one_first(model: Path, tmp_path: Path) -> None:
     assert listed() == []
     assert "no patched models" in run("list").stdout
