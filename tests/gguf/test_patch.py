@@ -306,7 +306,7 @@ def test_differences_of_quantized_files(base: Path, file_of, tmp_path: Path) -> 
     assert isinstance(found, CheckpointDiff)
     assert {tensor.name: tensor.changed for tensor in found.changed} == {NAMES[d.name]: d.neurons for d in pack.deltas}
     assert all(tensor.relative is not None and 0.3 < tensor.relative < 0.8 for tensor in found.changed)
-    with pytest.raises(ExtractionError, match="was converted"):
+    with pytest.raises(ExtractionError, match="is a converted model"):
         extract(path, copy, tmp_path / "x.nest", Label("x"))
 
 
