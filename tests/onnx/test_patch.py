@@ -131,7 +131,7 @@ def test_differences(base: Path, pack: Pack, tmp_path: Path) -> None:
     names = {delta.name.replace(".weight", ".MatMul.weight"): delta.rows[:5] for delta in pack}
     assert {tensor.name: tensor.first_rows for tensor in found.changed} == {n: tuple(r.tolist()) for n, r in names.items()}
     assert not found.mismatches
-    with pytest.raises(ExtractionError, match="was converted"):
+    with pytest.raises(ExtractionError, match="is a converted model"):
         extract(path, done.output, tmp_path / "x.nest", Label("x"))
 
 
