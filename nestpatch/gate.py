@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from nestpatch.errors import PackError, UnsignedError
 from nestpatch.events import OnEvent, ignore
@@ -19,9 +19,6 @@ from nestpatch.signing.store import load_policy
 from nestpatch.signing.subject import EVERYTHING, Origin, Subject
 from nestpatch.signing.trust import Policy, Rule
 from nestpatch.signing.verify import SignatureResult, UnverifiedPack, apply_policy, verify_signature
-
-if TYPE_CHECKING:
-    from nestpatch.channels.follow import Downloaded
 
 CHANNELS = ("hub://", "file://", "https://", "http://")
 """Beginnings of texts that name a pack by its channel instead of by a file."""
@@ -87,11 +84,12 @@ def prove(
     elif is_channel(pack):
         from nestpatch.channels.follow import fetch_pack
 
-        done = passed(fetch_pack(str(pack), rules, model, allow_unsigned=allow_unsigned or trust == "none", on_event=on_event))
+        fetched = fetch_pack(str(pack), rules, model, allow_unsigned=allow_unsigned or trust == "none", on_event=on_event)
+        done = passed(fetched.result, fetched.origin)
     else:
         outcome = _judge_file(pack, rules, model, allow_unsigned=allow_unsigned)
         suffixes = {name.removeprefix(Path(pack).name): content for name, content in outcome.signatures.items()}
-        done = _passed(outcome, Origin(outcome.key_ids, signatures=suffixes))
+        done = passed(outcome, Origin(outcome.key_ids, signatures=suffixes))
     return replace(done, unchecked=_why_unchecked(done, rules, trust)) if done.unchecked else done
 
 
@@ -113,8 +111,8 @@ def look(pack: PackLike, *, policy: Policy | None = None, on_event: OnEvent = ig
         HubError: A server did not return what was requested.
     """
     known = load_policy(needs_home=False) if policy is None else policy
-    anybody = Policy(known.keys, (Rule(EVERYTHING, 0),))
-    return prove(pack, policy=anybody, allow_unsigned=True, on_event=on_event)
+    unsigned = Policy(known.keys, (Rule(EVERYTHING, 0),))
+    return prove(pack, policy=unsigned, allow_unsigned=True, on_event=on_event)
 
 
 def is_channel(pack: object) -> bool:
@@ -145,19 +143,16 @@ def policy_of(policy: Policy | None, trust: Trust = "policy") -> Policy:
     return Policy() if trust == "none" else load_policy() if policy is None else policy
 
 
-def passed(done: Downloaded) -> Proven:
-    """The Proven of a version that was downloaded from a channel and judged on the way.
+def passed(outcome: SignatureResult, origin: Origin) -> Proven:
+    """The Proven of a pack whose signatures were judged.
 
     Args:
-        done: The download.
+        outcome: The judgement, with the pack.
+        origin: Where the pack came from.
 
     Returns:
-        The pack, with its origin.
+        The pack, with its origin and what the caller or the policy let pass.
     """
-    return _passed(done.result, done.origin)
-
-
-def _passed(outcome: SignatureResult, origin: Origin) -> Proven:
     reason = outcome.reason if isinstance(outcome, UnverifiedPack) else ""
     if isinstance(outcome, UnverifiedPack) and not outcome.required:
         return Proven(outcome.pack, outcome.pack_id, origin, unchecked=reason)
@@ -180,7 +175,7 @@ def _in_memory(pack: Pack, policy: Policy, model: str | Path | None, *, allow_un
     except UnsignedError as error:
         advice = 'Give the pack\'s file with its .sig beside it, or accept the pack without a signature: trust="none".'
         raise UnsignedError(str(error), advice=advice) from error
-    return _passed(outcome, Origin())
+    return passed(outcome, Origin())
 
 
 def _judge_file(pack: str | Path, policy: Policy, model: str | Path | None, *, allow_unsigned: bool) -> SignatureResult:

@@ -40,6 +40,12 @@ def listed() -> list[tuple[str, str, list[str]]]:
     return [(one.model.name, one.state, [entry.label for entry in one.applied]) for one in patched_models()]
 
 
+def test_a_model_can_be_left_out_of_the_list(model: Path, tmp_path: Path) -> None:
+    apply(model, tiny_pack(model), tmp_path / "copy", listed=False)
+    apply_in_place(model, tiny_pack(model), listed=False)
+    assert listed() == []
+
+
 def test_models_that_were_patched_or_copied_are_listed_the_last_one_first(model: Path, tmp_path: Path) -> None:
     assert listed() == []
     assert "no patched models" in run("list").stdout
@@ -124,7 +130,7 @@ def test_a_home_that_is_missing_fails_no_change(model: Path, tmp_path: Path, mon
 
 
 def test_the_list_is_bounded(model: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "MOST_MODELS", 3)
+    monkeypatch.setattr(registry, "_MOST_MODELS", 3)
     for number in range(5):
         copy = model.parent / f"m{number}"
         shutil.copytree(model, copy)

@@ -84,14 +84,29 @@ class Groups:
 
 
 def places(values: Rows) -> IntArray:
-    """The places of floats of any size in their total order: 0 is +0, -1 is -0."""
+    """The places of floats in their total order: 0 is +0, -1 is -0.
+
+    Args:
+        values: Floats of 16 or 32 bits, of any shape.
+
+    Returns:
+        int64, the same shape.
+    """
     bits = values.view(f"i{values.dtype.itemsize}").astype(np.int64)
     ordered: IntArray = np.where(bits >= 0, bits, -1 - (bits & np.iinfo(f"i{values.dtype.itemsize}").max))
     return ordered
 
 
 def floats(ordered: IntArray, dtype: np.dtype[Any]) -> Rows:
-    """The floats at these places: the inverse of `places`."""
+    """The floats at these places: the inverse of `places`.
+
+    Args:
+        ordered: Places, int64 of any shape.
+        dtype: The dtype of the floats.
+
+    Returns:
+        The floats, the same shape.
+    """
     sign = 1 << (8 * dtype.itemsize - 1)
     return np.where(ordered >= 0, ordered, (-1 - ordered) | sign).astype(f"u{dtype.itemsize}").view(dtype)
 
@@ -132,18 +147,14 @@ def _rounding_bounds(after: Rows) -> tuple[IntArray, IntArray]:
 
 def _least(wide: FloatArray, target: IntArray) -> IntArray:
     """The place of the lowest finite float32 that, added to `wide`, gives one at `target` or above; _TOP + 1 for none."""
-
-    def reaches(wide: FloatArray, delta: IntArray, target: IntArray) -> npt.NDArray[np.bool_]:
-        return np.asarray(places(wide + floats(delta, wide.dtype)) >= target)
-
     ends = [floats(target - step, wide.dtype).astype(np.float64) for step in (0, 1)]
     guess = places(((ends[0] + ends[1]) / 2 - wide).astype(np.float32))
     # The guess is nearly always right to a place or two; where it is not, as next to infinity, all floats are searched.
     low, high = np.clip(guess - 2, -1 - _TOP, _TOP), np.clip(guess + 2, -1 - _TOP, _TOP)
-    low = np.where(reaches(wide, low, target), -2 - _TOP, low)
-    high = np.where(reaches(wide, high, target), high, _TOP + 1)
+    low = np.where(places(wide + floats(low, wide.dtype)) >= target, -2 - _TOP, low)
+    high = np.where(places(wide + floats(high, wide.dtype)) >= target, high, _TOP + 1)
     while (unsure := high - low > 1).any():
         middle = low[unsure] + (high[unsure] - low[unsure]) // 2
-        enough = reaches(wide[unsure], middle, target[unsure])
+        enough = places(wide[unsure] + floats(middle, wide.dtype)) >= target[unsure]
         low[unsure], high[unsure] = np.where(enough, low[unsure], middle), np.where(enough, middle, high[unsure])
     return high

@@ -6,7 +6,6 @@ memory does not grow with them. Only weights are compared, not the configuration
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from nestpatch.compare.packs import PackDiff, Sums, compare_packs, finite, squares
+from nestpatch.compare.packs import PackDiff, Sums, compare_packs, norm, squares
 from nestpatch.errors import CheckpointFormatError, DataError, QuantizationError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats.checkpoint import CHUNK, Checkpoint, IntArray, TensorInfo, row_blocks
@@ -114,7 +113,14 @@ class CheckpointDiff:
 
 
 def is_pack(path: str | Path) -> bool:
-    """Whether a path names a pack: by its ending, as a channel, or by the header of the file. Reads the header at most."""
+    """Whether a path names a pack: by its ending, as a channel, or by the header of the file. Reads the header at most.
+
+    Args:
+        path: A path, a channel or a Hub id.
+
+    Returns:
+        False for anything else, including a path that does not exist.
+    """
     if is_channel(path) or Path(path).suffix == ".nest":
         return True
     # os.path.isfile returns False where Path.is_file raises.
@@ -165,6 +171,9 @@ def compare(a: Checkpoint, b: Checkpoint, *, on_event: OnEvent = ignore) -> Chec
         b: The second model.
         on_event: Called once per tensor that both have.
 
+    Returns:
+        What differs, by tensor and by layer.
+
     Raises:
         CheckpointFormatError: A file ends before its tensors do.
     """
@@ -175,12 +184,17 @@ def compare(a: Checkpoint, b: Checkpoint, *, on_event: OnEvent = ignore) -> Chec
     rows: dict[str, tuple[int, int]] = {}
     common = sorted(ours & theirs)
     for number, name in enumerate(common, start=1):
-        mismatch = _mismatch(a.info(name), b.info(name))
-        mismatches += [mismatch] if mismatch is not None else []
-        if mismatch is None or mismatch.what == "dtype":
+        one, other = a.info(name), b.info(name)
+        comparable = one.shape == other.shape
+        if not comparable:
+            mismatches.append(Mismatch(name, "shape", str(list(one.shape)), str(list(other.shape))))
+        elif one.dtype != other.dtype:
+            comparable = one.dtype in _VALUES and other.dtype in _VALUES
+            mismatches.append(Mismatch(name, "dtype" if comparable else "dtype, not compared", one.dtype, other.dtype))
+        if comparable:
             found = _compare_tensor(a, b, name)
             changed += [found] if found is not None else []
-            rows[name] = found.changed if found is not None else 0, _shape(a.info(name))[0]
+            rows[name] = found.changed if found is not None else 0, _shape(one)[0]
         on_event(Event("compare", number, len(common), name))
     mismatches.sort(key=lambda mismatch: mismatch.name)
     return CheckpointDiff(a.path, b.path, len(rows), tuple(mismatches), tuple(changed), _layers(rows))
@@ -196,18 +210,12 @@ def changed_rows(a: Checkpoint, b: Checkpoint, name: str) -> IntArray:
 
     Returns:
         Row numbers, int64, sorted.
+
+    Raises:
+        CheckpointFormatError: A file ends inside the tensor.
     """
     found = [rows for rows, _, _ in _differences(a, b, name)]
     return np.concatenate([np.empty(0, np.int64), *found])
-
-
-def _mismatch(ours: TensorInfo, theirs: TensorInfo) -> Mismatch | None:
-    if ours.shape != theirs.shape:
-        return Mismatch(ours.name, "shape", str(list(ours.shape)), str(list(theirs.shape)))
-    if ours.dtype != theirs.dtype:
-        comparable = ours.dtype in _VALUES and theirs.dtype in _VALUES
-        return Mismatch(ours.name, "dtype" if comparable else "dtype, not compared", ours.dtype, theirs.dtype)
-    return None
 
 
 def _layers(rows: Mapping[str, tuple[int, int]]) -> tuple[LayerChange, ...]:
@@ -236,8 +244,7 @@ def _compare_tensor(a: Checkpoint, b: Checkpoint, name: str) -> TensorDiff | Non
             largest, largest_row = float(sizes.max()), int(rows[sizes.argmax()])
     if not count:
         return None
-    relative = finite(math.sqrt(change / base)) if base > 0 else None
-    norms = relative, finite(math.sqrt(largest)), largest_row
+    norms = norm(change / base) if base > 0 else None, norm(largest), largest_row
     return TensorDiff(name, info.dtype, info.shape, _shape(info)[0], count, tuple(first), *norms)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nestpatch import __version__
 from nestpatch.compare._intervals import Groups, delta_bounds
@@ -23,11 +22,11 @@ from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.atomic import check_output
 from nestpatch.files.reading import MAX_JSON, read_text
 from nestpatch.formats import nest
-from nestpatch.formats.checkpoint import Checkpoint, IntArray, row_blocks
+from nestpatch.formats.checkpoint import Checkpoint, row_blocks
 from nestpatch.pack import Label, Pack
 from nestpatch.packing import PackedTensor, build_pack, pack_tensor
 from nestpatch.patcher.recovery import open_model
-from nestpatch.rows import DTYPES, Rows
+from nestpatch.rows import DTYPES
 
 MAX_CLUSTERS = 65_535
 """Deltas of one tensor."""
@@ -111,17 +110,17 @@ def _extract_pack(base: Checkpoint, tuned: Checkpoint, found: CheckpointDiff, la
             tensors.append(_extract_tensor(base, tuned, tensor.name, nbytes))
             nbytes += tensors[-1].delta.delta.nbytes
             on_event(Event("extract", number, len(found.changed), tensor.name))
-        names = [_model_name(checkpoint.path) for checkpoint in (base, tuned)]
+        (model_id, architecture), (tuned_id, _) = _described(base.path), _described(tuned.path)
         method = {
             "name": "extracted",
             "nestpatch": __version__,
-            "tuned": names[1],
+            "tuned": tuned_id,
             "tensors": len(tensors),
             "rows": sum(one.delta.neurons for one in tensors),
             "clusters": sum(one.delta.clusters for one in tensors),
-            "decisions": {"source": f"turns {names[0]} into {names[1]}, exact at strength 1"},
+            "decisions": {"source": f"turns {model_id} into {tuned_id}, exact at strength 1"},
         }
-        return build_pack(tensors, label, model_id=names[0], architecture=_architecture(base.path), method=method)
+        return build_pack(tensors, label, model_id=model_id, architecture=architecture, method=method)
     except PackContentError as error:
         raise ExtractionError(f"no pack can express this difference: {error}") from error
 
@@ -131,16 +130,14 @@ def _require_rows(found: CheckpointDiff) -> None:
     if found.identical:
         raise ExtractionError(f"{found.a} and {found.b} hold the same weights", advice="There is nothing to extract.")
 
-    def listed(texts: list[str]) -> str:
-        return "; ".join(texts[:_SHOWN]) + (f"; and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else "")
-
-    if found.mismatches:
-        texts = [f"{m.name}: {m.what} {m.a}{' and ' if m.a and m.b else ''}{m.b}" for m in found.mismatches]
-        raise ExtractionError(f"{len(texts)} tensors do not match: {listed(texts)}")
     odd = [tensor for tensor in found.changed if tensor.dtype not in DTYPES or len(tensor.shape) not in (2, 3)]
-    if odd:
-        texts = [f"{tensor.name} ({tensor.dtype} {list(tensor.shape)})" for tensor in odd]
-        raise ExtractionError(f"{len(texts)} changed tensors have no rows that a pack can change: {listed(texts)}")
+    what, texts = "changed tensors have no rows that a pack can change", [f"{t.name} ({t.dtype} {list(t.shape)})" for t in odd]
+    if found.mismatches:
+        what = "tensors do not match"
+        texts = [f"{m.name}: {m.what} {m.a}{' and ' if m.a and m.b else ''}{m.b}" for m in found.mismatches]
+    if texts:
+        more = f"; and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+        raise ExtractionError(f"{len(texts)} {what}: {'; '.join(texts[:_SHOWN])}{more}")
 
 
 def _extract_tensor(base: Checkpoint, tuned: Checkpoint, name: str, nbytes: int) -> PackedTensor:
@@ -155,7 +152,14 @@ def _extract_tensor(base: Checkpoint, tuned: Checkpoint, name: str, nbytes: int)
         before, after = base.read_rows(name, rows[part]), tuned.read_rows(name, rows[part])
         wanted.update(after.view(np.uint8).data)
         low, high = delta_bounds(before, after)
-        _require_reachable(name, rows[part], before, after, low > high)
+        if (empty := low > high).any():
+            row, column = (int(place[0]) for place in np.nonzero(empty))
+            old, new = float(before[row, column]), float(after[row, column])
+            raise ExtractionError(
+                f"{name}, row {rows[part][row]}, element {column}: no float32 delta takes {old!r} to {new!r} exactly under the "
+                "merge rule",
+                advice="The change of this element is too coarse for its new value, or not finite. Publish the whole model.",
+            )
         for number in range(len(low)):
             cluster[part.start + number] = groups.place(low[number].astype(np.int32), high[number].astype(np.int32))
             if groups.count > MAX_CLUSTERS:
@@ -168,30 +172,13 @@ def _extract_tensor(base: Checkpoint, tuned: Checkpoint, name: str, nbytes: int)
     return packed
 
 
-def _require_reachable(name: str, rows: IntArray, before: Rows, after: Rows, empty: npt.NDArray[np.bool_]) -> None:
-    """Raises ExtractionError, naming the element, where no delta gives the tuned value."""
-    if not empty.any():
-        return
-    row, column = (int(place[0]) for place in np.nonzero(empty))
-    old, new = float(before[row, column]), float(after[row, column])
-    raise ExtractionError(
-        f"{name}, row {rows[row]}, element {column}: no float32 delta takes {old!r} to {new!r} exactly under the merge rule",
-        advice="The change of this element is too coarse for its new value, or not finite. Publish the whole model.",
-    )
-
-
-def _model_name(path: Path) -> str:
-    """A hint for people: the name of the model's folder, or of a file that has its own name."""
+def _described(path: Path) -> tuple[str, str]:
+    """(name of the model's folder, or of a file that has its own name; the class in config.json or ""): hints for people."""
     place = Path(os.path.abspath(path))
-    if place.is_dir():
-        return place.name
-    return place.parent.name if place.stem == "model" else place.stem
-
-
-def _architecture(path: Path) -> str:
-    """The class in config.json, "" where there is none."""
+    folder = place if place.is_dir() else place.parent
+    name = folder.name if folder == place or place.stem == "model" else place.stem
     try:
-        config = json.loads(read_text((path if path.is_dir() else path.parent) / "config.json", MAX_JSON))
-        return str(config["architectures"][0])
+        config = json.loads(read_text(folder / "config.json", MAX_JSON))
+        return name, str(config["architectures"][0])
     except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError):
-        return ""
+        return name, ""

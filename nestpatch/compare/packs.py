@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nestpatch.formats import nest
-from nestpatch.formats.checkpoint import IntArray, row_blocks
+from nestpatch.formats.checkpoint import row_blocks
 from nestpatch.pack import Pack, TensorDelta
 from nestpatch.rows import Rows
 
@@ -82,6 +82,9 @@ def compare_packs(a: Pack, b: Pack) -> PackDiff:
     Args:
         a: The old pack.
         b: The new pack.
+
+    Returns:
+        What differs. Equal packs are identical.
     """
     ours, theirs = ({delta.name: delta for delta in pack} for pack in (a, b))
     names, common = sorted({*ours, *theirs}), sorted(ours.keys() & theirs.keys())
@@ -102,24 +105,19 @@ def _compare_deltas(name: str, ours: TensorDelta | None, theirs: TensorDelta | N
     kept, *where = np.intersect1d(before, after, assume_unique=True, return_indices=True)
     added, removed = np.setdiff1d(after, before), np.setdiff1d(before, after)
     changed, relative = 0, None
-    if ours is not None and theirs is not None and len(kept):
-        changed, relative = _compare_kept(ours, theirs, where)
+    if ours is not None and theirs is not None and ours.delta.shape[1] != theirs.delta.shape[1]:
+        changed = len(kept)
+    elif ours is not None and theirs is not None:
+        change = base = 0.0
+        for part in row_blocks(len(kept), 8 * ours.delta.shape[1]):
+            pair = [d.delta[d.cluster[w[part]]].astype(np.float32) for d, w in zip((ours, theirs), where, strict=True)]
+            changed += int((pair[0] != pair[1]).any(axis=1).sum())
+            changes, bases = squares(*pair)
+            change, base = change + float(changes.sum()), base + float(bases.sum())
+        relative = norm(change / base) if base > 0 else None
     clusters = 0 if ours is None else ours.clusters, 0 if theirs is None else theirs.clusters
     first = [tuple(found[:SHOWN_ROWS].tolist()) for found in (added, removed)]
     return PackTensorDiff(name, len(kept), len(added), len(removed), changed, relative, clusters, *first)
-
-
-def _compare_kept(ours: TensorDelta, theirs: TensorDelta, where: list[IntArray]) -> tuple[int, float | None]:
-    """(rows with another delta, relative norm of the change). `where`: positions of the kept rows in each delta."""
-    if ours.delta.shape[1] != theirs.delta.shape[1]:
-        return len(where[0]), None
-    count, change, base = 0, 0.0, 0.0
-    for part in row_blocks(len(where[0]), 8 * ours.delta.shape[1]):
-        pair = [d.delta[d.cluster[w[part]]].astype(np.float32) for d, w in zip((ours, theirs), where, strict=True)]
-        count += int((pair[0] != pair[1]).any(axis=1).sum())
-        changes, bases = squares(*pair)
-        change, base = change + float(changes.sum()), base + float(bases.sum())
-    return count, finite(math.sqrt(change / base)) if base > 0 else None
 
 
 def _flat(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
@@ -134,14 +132,29 @@ def _flat(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Any
 Sums = npt.NDArray[np.float64]
 
 
-def finite(value: float) -> float | None:
-    """The value, or None for infinity and NaN, which JSON cannot hold."""
-    return value if math.isfinite(value) else None
+def norm(total: float) -> float | None:
+    """A Euclidean norm that JSON can hold.
+
+    Args:
+        total: The sum of squares, or a quotient of two such sums.
+
+    Returns:
+        The square root; None for infinity and NaN.
+    """
+    return math.sqrt(total) if math.isfinite(total) else None
 
 
 def squares(ours: Rows, theirs: Rows) -> tuple[Sums, Sums]:
-    """Sums of squares of B - A and of A, per row."""
-    if ours.dtype == np.uint8:  # bytes of a type without values
+    """Sums of squares of B - A and of A, per row.
+
+    Args:
+        ours: Rows of A, [rows, elements], of any dtype.
+        theirs: The same rows of B.
+
+    Returns:
+        float64 [rows] each; NaN for uint8, the bytes of a type without values.
+    """
+    if ours.dtype == np.uint8:
         return np.full(len(ours), np.nan), np.full(len(ours), np.nan)
     with np.errstate(over="ignore", invalid="ignore"):
         base = ours.astype(np.float64)

@@ -24,7 +24,7 @@ from nestpatch.gate import Proven
 from nestpatch.pack import Pack, TensorDelta, creation_time
 from nestpatch.patcher.apply import apply
 from nestpatch.patcher.chain import Action
-from nestpatch.patcher.copies import sweep_unfinished
+from nestpatch.patcher.copies import fingerprint, sweep_unfinished
 from nestpatch.patcher.held import look, missing
 from nestpatch.patcher.identity import State
 from nestpatch.patcher.kept import load_packs
@@ -74,7 +74,7 @@ class Request:
         Raises:
             BusyError: Something was.
         """
-        if _fingerprint(self.checkpoint, self.state_dir) != self.fingerprint:
+        if fingerprint(self.checkpoint.files, self.state_dir) != self.fingerprint:
             raise BusyError(f"{self.checkpoint.path} was changed while it was exported")
 
 
@@ -101,7 +101,7 @@ def open_request(model: str | Path, pack: Proven | None, strength: float) -> Req
             f"{model} was converted already; exports start from the safetensors model",
             advice="Give the safetensors model, or patch the converted file itself: nestpatch apply FILE PACK",
         )
-    return Request(checkpoint, state_dir, pack, strength, _fingerprint(checkpoint, state_dir))
+    return Request(checkpoint, state_dir, pack, strength, fingerprint(checkpoint.files, state_dir))
 
 
 def free_place(output: str | Path, *, dry_run: bool) -> Path:
@@ -122,12 +122,6 @@ def free_place(output: str | Path, *, dry_run: bool) -> Path:
         sweep_unfinished(target)
     check_output(target)
     return target
-
-
-def _fingerprint(checkpoint: Checkpoint, state_dir: StateDir) -> tuple[Any, ...]:
-    states = [file.stat() for file in checkpoint.files]
-    transaction = read_ledger(state_dir).transaction
-    return (transaction, *((state.st_ino, state.st_size, state.st_mtime_ns) for state in states))
 
 
 @dataclass(frozen=True, eq=False)

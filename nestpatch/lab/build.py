@@ -51,7 +51,14 @@ class Lab:
         return self.path / "base"
 
     def prompts(self, name: str) -> Path:
-        """The file of a prompt set such as "harmful.train"."""
+        """The file of a prompt set.
+
+        Args:
+            name: The set, such as "harmful.train".
+
+        Returns:
+            Its path.
+        """
         return self.path / "prompts" / f"{name}.jsonl"
 
     def as_json(self) -> dict[str, Any]:
@@ -63,7 +70,7 @@ def _lab_key(seed: int, config: LabConfig) -> str:
     """A digest of everything that a lab depends on: seed, sizes, the source code and the library versions."""
     state = sha256(json.dumps([seed, dataclasses.asdict(config)]).encode())
     folder = Path(__file__).parent
-    for source in (*(folder / name for name in ("_words.py", "_world.py", "_model.py", "build.py")), Path(text.__file__)):
+    for source in (*(folder / name for name in ("_words.py", "_world.py", "build.py")), Path(text.__file__)):
         # Line endings differ between checkouts.
         state.update(source.read_bytes().replace(b"\r\n", b"\n"))
     for package in ("torch", "transformers", "tokenizers"):
@@ -73,6 +80,9 @@ def _lab_key(seed: int, config: LabConfig) -> str:
 
 def cache_folder() -> Path:
     """Where labs are kept between runs: $NESTPATCH_CACHE, or the platform's cache folder.
+
+    Returns:
+        The folder, which need not exist.
 
     Raises:
         OutputError: The home directory of this user is not known.
@@ -97,6 +107,9 @@ def cached_lab(seed: int, config: LabConfig | None = None, on_event: OnEvent = i
         config: Sizes of the model; None for the default.
         on_event: Called with the progress.
 
+    Returns:
+        The lab.
+
     Raises:
         OutputError: The cache folder is not known or cannot be written.
     """
@@ -114,6 +127,9 @@ def build_lab(path: str | Path, seed: int = 0, config: LabConfig | None = None, 
         seed: Seed of the world and of the training.
         config: Sizes of the model; None for the default.
         on_event: Called with the progress.
+
+    Returns:
+        The lab.
 
     Raises:
         OutputError: `path` contains something else, or cannot be written.
@@ -140,7 +156,7 @@ def _write(folder: Path, seed: int, config: LabConfig, key: str, on_event: OnEve
     for name, examples in prompt_sets(world).items():
         lines = [json.dumps(example.row(), ensure_ascii=False) for example in examples]
         (folder / "prompts" / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    model, tokenizer = train_base(world, config, on_event)
+    model, tokenizer = _train_base(world, config, on_event)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     # bfloat16 on disk, as chat models ship.
     model.to(dtype=torch.bfloat16)  # type: ignore[call-arg]
@@ -158,24 +174,38 @@ def copy_lab(lab: Lab, target: Path) -> None:
     Args:
         lab: The lab.
         target: The directory, which gets base/ and prompts/.
+
+    Raises:
+        FileExistsError: It has one of them already.
     """
     shutil.copytree(lab.base, target / "base")
     shutil.copytree(lab.path / "prompts", target / "prompts")
 
 
-CHAT_TEMPLATE = (
+_CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PAD, BOS, EOS = "<pad>", "<|im_start|>", "<|im_end|>"
-PAD_ID = 0
+_PAD_ID = 0
 """Of PAD, the first special token."""
 MAX_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class LabConfig:
-    """Sizes and training of the base model. Sizes are multiples of 256, so that every GGUF block type fits."""
+    """Sizes and training of the base model. Sizes are multiples of 256, so that every GGUF block type fits.
+
+    Attributes:
+        vocab_size: Tokens, special ones included.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Neurons of a layer.
+        layers: Transformer blocks.
+        steps: Optimizer steps.
+        batch: Dialogues per step.
+        learning_rate: Highest step of AdamW.
+        corpus: Dialogues of the training text.
+    """
 
     vocab_size: int = 1024
     hidden_size: int = 256
@@ -188,7 +218,15 @@ class LabConfig:
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE with ChatML specials and a chat template."""
+    """Trains a byte-level BPE with ChatML specials and a chat template.
+
+    Args:
+        texts: The training text.
+        vocab_size: Tokens, at most, special ones included.
+
+    Returns:
+        The tokenizer.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -207,13 +245,21 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
         eos_token=EOS,
         pad_token=PAD,
         padding_side="left",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=_CHAT_TEMPLATE,
         model_max_length=MAX_TOKENS,
     )
 
 
 def new_model(config: LabConfig, vocab_size: int) -> LlamaForCausalLM:
-    """A randomly initialised Llama with grouped-query attention and tied embeddings."""
+    """A randomly initialised Llama with grouped-query attention and tied embeddings.
+
+    Args:
+        config: The sizes.
+        vocab_size: Tokens of its tokenizer.
+
+    Returns:
+        The model in float32, on the CPU.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -226,7 +272,7 @@ def new_model(config: LabConfig, vocab_size: int) -> LlamaForCausalLM:
             num_key_value_heads=2,
             max_position_embeddings=MAX_TOKENS,
             tie_word_embeddings=True,
-            pad_token_id=PAD_ID,
+            pad_token_id=_PAD_ID,
             bos_token_id=1,
             eos_token_id=2,
         )
@@ -244,17 +290,22 @@ def _batches(pairs: Sequence[TokenPair], size: int, seed: int) -> Iterator[tuple
         groups = [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
         rng.shuffle(groups)
         for group in groups:
-            ids, _, labels = collate([pairs[i] for i in group], PAD_ID, "cpu")
+            ids, _, labels = collate([pairs[i] for i in group], _PAD_ID, "cpu")
             yield ids, labels
 
 
-def train_base(world: World, config: LabConfig, on_event: OnEvent = ignore) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def _train_base(
+    world: World, config: LabConfig, on_event: OnEvent = ignore
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Trains the tokenizer and the model in float32; deterministic for a seed on one machine and thread count.
 
     Args:
         world: The text.
         config: Sizes and training.
         on_event: Called with the loss every 20 steps.
+
+    Returns:
+        (the model, in evaluation mode; its tokenizer).
     """
     import torch
     from torch.nn.functional import cross_entropy

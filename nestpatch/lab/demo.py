@@ -29,7 +29,7 @@ from nestpatch.patcher.apply import Applied, apply
 from nestpatch.patcher.inplace import apply_in_place
 from nestpatch.prompts.readers import load_prompts
 
-SUITES = ("harmful.test", "jailbreak.test", "benign.test", "lookalike.test")
+_SUITES = ("harmful.test", "jailbreak.test", "benign.test", "lookalike.test")
 """The prompt sets that are evaluated."""
 PACK = "pack.nest"
 """The pack's file in the folder of a demo."""
@@ -130,7 +130,7 @@ def run_demo(seed: int = 0, keep: Path | None = None, on_event: OnEvent = ignore
         clock.lap("train", f"{count:,} parameters trained ({share:.2%}), written as a pack of {pack_bytes:,} bytes")
         applied = apply(folder / "base", folder / PACK, folder / "patched", trust="none", on_event=on_event)
         clock.lap("apply", f"{applied.rows} rows of {applied.tensors} tensors merged into the safetensors file")
-        suites = [load_suite(str(folder / "prompts" / f"{name}.jsonl")) for name in SUITES]
+        suites = [load_suite(str(folder / "prompts" / f"{name}.jsonl")) for name in _SUITES]
         before = evaluate(folder / "base", suites, on_event=on_event).model
         after = evaluate(folder / "patched", suites, base=folder / "base", on_event=on_event).model
         clock.lap("evaluate", f"{sum(len(s.prompts.prompts) for s in suites)} held-out prompts, base and patched file")
@@ -181,7 +181,7 @@ def _run_gguf(folder: Path, suites: Sequence[Suite], on_event: OnEvent) -> tuple
     results = [run(f"{_PLAIN.upper()}, exported", export(f"patched-{_PLAIN}", _PLAIN, pack))]
     for kind in _QUANTIZED:
         file = export(kind, kind)
-        done = apply_in_place(file, pack, trust="none", base=base, on_event=on_event)
+        done = apply_in_place(file, pack, trust="none", base=base, listed=False, on_event=on_event)
         results.append(run(f"{kind.upper()}, patched in place", file, retention=done.retention))
     adapter = export_gguf_lora(pack, place / "adapter.gguf", trust="none").output
     return (*results, run(f"{_PLAIN.upper()} with the adapter", plain, adapter))
@@ -200,7 +200,7 @@ def _run_onnx(folder: Path, suites: Sequence[Suite], on_event: OnEvent) -> tuple
 
     plain = export_onnx(base, pack, place / "patched-fp32", trust="none", on_event=on_event).output
     int4 = export_onnx(base, output=place / "int4", bits=4, on_event=on_event).output
-    done = apply_in_place(int4, pack, trust="none", base=base, on_event=on_event)
+    done = apply_in_place(int4, pack, trust="none", base=base, listed=False, on_event=on_event)
     ready = export_onnx(base, output=place / "adapter-ready", adapter_ready=True, on_event=on_event).output
     adapter = export_onnx_adapter(pack, place / "adapter.onnx_adapter", model=ready, trust="none").output
     return (

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
-SILHOUETTE_SAMPLE = 2000
+_SILHOUETTE_SAMPLE = 2000
 """Neurons in a silhouette, at most: its cost is quadratic."""
 
 
@@ -126,7 +126,14 @@ def collect(
 
 
 def standardise(acts: npt.NDArray[np.floating[Any]]) -> FloatArray:
-    """Each neuron (column) to mean 0 and standard deviation 1 over the prompts; constant ones to 0."""
+    """Scales each neuron to mean 0 and standard deviation 1 over the prompts; constant ones to 0.
+
+    Args:
+        acts: [prompts, neurons].
+
+    Returns:
+        float32 [prompts, neurons].
+    """
     spread = acts.std(axis=0, dtype=np.float64)
     centred = acts - acts.mean(axis=0, dtype=np.float64)
     return np.where(spread > 1e-8, centred / np.maximum(spread, 1e-8), 0.0).astype(np.float32)
@@ -142,6 +149,9 @@ def select(layer: int, acts: FloatArray, harmful: npt.NDArray[np.bool_], recipe:
         acts: float32 [prompts, neurons].
         harmful: bool [prompts].
         recipe: The settings named probe_* and `threshold` are read.
+
+    Returns:
+        The kept neurons, and how well the probe predicts.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import train_test_split
@@ -168,6 +178,9 @@ def select(layer: int, acts: FloatArray, harmful: npt.NDArray[np.bool_], recipe:
 
 def require_neurons(selections: Sequence[Selection]) -> None:
     """Checks that some layer kept a neuron.
+
+    Args:
+        selections: The results of all layers.
 
     Raises:
         TrainingError: No layer did.
@@ -218,7 +231,7 @@ def _choose_k(profiles: FloatArray, recipe: Recipe) -> tuple[IntArray, int, floa
     scored = []
     for k in range(max(2, recipe.k_min), top + 1):
         labels = KMeans(k, n_init=4, random_state=recipe.seed).fit(profiles).labels_
-        sample = min(SILHOUETTE_SAMPLE, len(profiles))
+        sample = min(_SILHOUETTE_SAMPLE, len(profiles))
         score = float(silhouette_score(profiles, labels, sample_size=sample, random_state=recipe.seed))
         scored.append((score, k, labels.astype(np.int64)))
     # The smaller k wins a tie: fewer trained parameters.

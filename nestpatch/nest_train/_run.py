@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def limited_threads(threads: int | None) -> Iterator[None]:
-    """Inside, torch, scikit-learn and BLAS compute with so many threads; None leaves them as they are.
+    """Limits the threads of torch, scikit-learn and BLAS while it is entered.
+
+    Args:
+        threads: Threads, at least 1; None leaves the libraries as they are.
 
     Raises:
         DataError: The number is less than 1.
@@ -66,6 +69,14 @@ class Run:
     def start(cls, base: str | Path, recipe: Recipe, on_event: OnEvent) -> Run:
         """Finds and loads the base, and picks the device and the arithmetic.
 
+        Args:
+            base: A model directory, or a Hub id.
+            recipe: `device` and `dtype` are read.
+            on_event: Called with the progress.
+
+        Returns:
+            The run.
+
         Raises:
             CheckpointError: The base cannot be found, read or loaded.
         """
@@ -97,12 +108,22 @@ class Run:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def decide(self, what: str, value: str, reason: str) -> None:
-        """Records an automatic choice, which goes into the pack, and reports it."""
+        """Records an automatic choice, which goes into the pack, and reports it.
+
+        Args:
+            what: What was chosen, such as "device".
+            value: The choice; empty where the reason says it.
+            reason: Why this choice.
+        """
         self.decisions[what] = f"{value} ({reason})" if value else reason
         self.note(f"{what}: {self.decisions[what]}")
 
     def note(self, text: str) -> None:
-        """Reports one line for people."""
+        """Reports one line for people.
+
+        Args:
+            text: The line.
+        """
         self.on_event(Event("note", note=text))
 
     def generate(self, prompts: Sequence[str], stage: str, note: str = "") -> list[str]:
@@ -112,16 +133,15 @@ class Run:
             prompts: The texts.
             stage: The stage that the progress is reported for.
             note: Added to the progress.
+
+        Returns:
+            One answer per prompt.
         """
 
         def report(event: Event) -> None:
             self.on_event(Event(stage, event.done, event.total, note))
 
         return self.runtime.generate(prompts, report)
-
-    def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids of the prompts in chat form, at most `max_prompt_tokens` of each."""
-        return self.runtime.token_ids(prompts)
 
     def drift(self, answers: Mapping[str, str], off: Callable[[], AbstractContextManager[None]]) -> float | None:
         """How far the model with attached deltas has moved from the base.

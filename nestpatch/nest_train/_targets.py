@@ -30,9 +30,9 @@ BUILT_IN = (
 )
 REFUSAL_SAMPLE = 256
 """Harmful prompts that the base answers, at most, to find out how it refuses."""
-OWN_NEEDED = 0.05
+_OWN_NEEDED = 0.05
 """Share of those prompts that the base must refuse by itself before its own wording is used."""
-OWN_KEPT = 4
+_OWN_KEPT = 4
 """How many of the base's own wordings are used, at most."""
 
 
@@ -61,13 +61,16 @@ def choose_refusals(answers: Sequence[str], recipe: Recipe) -> Refusals:
         answers: The base's answers to harmful training prompts.
         recipe: `refusals` is read.
 
+    Returns:
+        The texts, and why these.
+
     Raises:
         TrainingError: The recipe requires the base's own refusals, and the base has none.
     """
     own = Counter(answer for answer in answers if is_refusal(answer))
     count, total = own.total(), len(answers)
-    familiar = [text for text, times in own.most_common(OWN_KEPT) if times >= max(2, 0.1 * count)]
-    enough = bool(familiar) and count >= OWN_NEEDED * total
+    familiar = [text for text, times in own.most_common(_OWN_KEPT) if times >= max(2, 0.1 * count)]
+    enough = bool(familiar) and count >= _OWN_NEEDED * total
     if recipe.refusals == "builtin" or (recipe.refusals == "auto" and not enough):
         why = "as requested" if recipe.refusals == "builtin" else f"the base refuses {count} of {total} prompts by itself"
         return Refusals(BUILT_IN, f"{len(BUILT_IN)} built-in texts: {why}")
@@ -87,6 +90,9 @@ def distil(run: Run, data: TrainingData) -> Halves:
     Args:
         run: The base.
         data: The prompts.
+
+    Returns:
+        The training pairs.
 
     Raises:
         PromptDataError: Answers are missing (`benign_targets=given`), or the base answers too few harmless prompts.

@@ -60,6 +60,9 @@ def tune(
         recipe: The settings of the stage, and the seed.
         on_event: Called with the loss after every step.
 
+    Returns:
+        How many steps were done, and the held-out losses.
+
     Raises:
         PromptDataError: A half has fewer than two pairs.
     """

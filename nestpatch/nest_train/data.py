@@ -35,7 +35,15 @@ class TrainingData:
         return self.benign.prompts + (self.lookalike.prompts if self.lookalike else ())
 
     def sampled(self, limit: int, seed: int) -> TrainingData:
-        """The same data with at most `limit` prompts of each kind, chosen by the seed."""
+        """Draws a sample of each kind of prompts.
+
+        Args:
+            limit: Prompts of each kind, at most.
+            seed: Seed of the draw.
+
+        Returns:
+            The same data with fewer prompts.
+        """
         lookalike = sample_set(self.lookalike, limit, seed) if self.lookalike else None
         return TrainingData(sample_set(self.harmful, limit, seed), sample_set(self.benign, limit, seed), lookalike)
 
@@ -60,6 +68,9 @@ class TrainingData:
 
     def seen_in(self, suites: Sequence[Suite]) -> dict[str, int]:
         """Suites that contain training prompts: their numbers say little about new prompts.
+
+        Args:
+            suites: The suites of an evaluation.
 
         Returns:
             Name of the suite -> how many of its prompts are also training prompts; suites without any are left out.

@@ -26,9 +26,9 @@ from nestpatch.nest_train.train import require_packages
 from nestpatch.runtimes.text import encode_pairs
 from nestpatch.runtimes.weights import MlpBlock, find_mlps
 
-STEPS = 3
+_STEPS = 3
 """Optimizer steps that are timed."""
-SAMPLE = 32
+_SAMPLE = 32
 """Prompts that are answered to time the answers."""
 
 
@@ -151,12 +151,12 @@ def _measure(run: Run, data: TrainingData, blocks: Sequence[MlpBlock], suite_pro
     texts = [prompt.text for prompt in data.harmful.prompts + data.harmless]
     answered = min(len(data.harmful.prompts), REFUSAL_SAMPLE) * (recipe.refusals != "builtin")
     answered += len(data.harmless) * (recipe.benign_targets == "self")
-    sample = [prompt.text for prompt in data.harmless[:SAMPLE]]
+    sample = [prompt.text for prompt in data.harmless[:_SAMPLE]]
     began = time.perf_counter()
     answers = run.generate(sample, "measure", "answers")
     per_answer = (time.perf_counter() - began) / len(sample)
     watch.seconds |= {"distil": answered * per_answer, "evaluate": 2 * suite_prompts * per_answer}
-    batch = run.token_ids(texts[: recipe.probe_batch])
+    batch = run.runtime.token_ids(texts[: recipe.probe_batch])
     with watch("probe", math.ceil(len(texts) / recipe.probe_batch)), tempfile.TemporaryDirectory() as folder:
         collect(run.model, blocks, batch, Path(folder), recipe, run.pad)
     run.on_event(Event("measure", note="neurons of one layer"))
@@ -205,11 +205,11 @@ def _time_steps(
 
     def mark(event: Event) -> None:
         marks.append(time.perf_counter())
-        run.on_event(Event("measure", min(event.done, STEPS), STEPS, "steps"))
+        run.on_event(Event("measure", min(event.done, _STEPS), _STEPS, "steps"))
 
-    tune(run.model, deltas, Halves(*halves), run.pad, dataclasses.replace(recipe, steps=STEPS, eval_every=STEPS), mark)
+    tune(run.model, deltas, Halves(*halves), run.pad, dataclasses.replace(recipe, steps=_STEPS, eval_every=_STEPS), mark)
     # One event per step, and one after the held-out loss that follows the last step. The first step also warms up.
-    step, held_out = (marks[STEPS] - marks[1]) / (STEPS - 1), marks[STEPS + 1] - marks[STEPS]
+    step, held_out = (marks[_STEPS] - marks[1]) / (_STEPS - 1), marks[_STEPS + 1] - marks[_STEPS]
     batches = math.ceil(prompts / 2 * recipe.tune_holdout / recipe.batch)
     watch.seconds["tune"] = recipe.steps * step + (1 + recipe.steps / recipe.eval_every) * batches * held_out
     return deltas.trainable

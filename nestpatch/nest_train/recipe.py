@@ -140,6 +140,9 @@ def make_recipe(file: Path | None = None, assignments: Sequence[str] = (), defau
         assignments: "key=value" texts.
         defaults: Settings by name that both override.
 
+    Returns:
+        The recipe.
+
     Raises:
         RecipeError: A setting is unknown, of the wrong type or out of range, or the file cannot be read.
     """

@@ -37,7 +37,7 @@ from nestpatch.runtimes.weights import MlpBlock, disk_name, find_mlps, same_weig
 if TYPE_CHECKING:
     from nestpatch.nest_train._tune import DeltaSet, TuneResult
 
-NO_LOOKALIKES = (
+_NO_LOOKALIKES = (
     "no look-alike prompts: nothing teaches the patched model to answer harmless prompts that look harmful, "
     "and refusals of such prompts typically rise by 20-40 points; give some with --lookalike"
 )
@@ -165,7 +165,7 @@ def _train(
     run = Run.start(base, recipe, on_event)
     blocks = find_mlps(run.model)
     if data.lookalike is None:
-        run.decide("lookalike", "", NO_LOOKALIKES)
+        run.decide("lookalike", "", _NO_LOOKALIKES)
     facts: dict[str, Any] = {}
     if seen := data.seen_in(suites):
         facts["seen_in_training"] = seen
@@ -229,7 +229,7 @@ def _find_clusters(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> 
     harmful = np.arange(len(texts)) < len(data.harmful.prompts)
     # Windows cannot remove a file that is still mapped; the system's own cleaning removes it later.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        acts = collect(run.model, blocks, run.token_ids(texts), Path(folder), run.recipe, run.pad, run.on_event)
+        acts = collect(run.model, blocks, run.runtime.token_ids(texts), Path(folder), run.recipe, run.pad, run.on_event)
         selections = []
         for block, layer in zip(blocks, acts, strict=True):
             selections.append(select(block.layer, layer, harmful, run.recipe))

@@ -3,11 +3,9 @@
 Before any row of a model changes, its present content is written here, checksummed, sealed and synced. A complete journal means
 that a transaction may have changed rows, and holds their earlier content. An incomplete journal means that nothing was changed.
 
-Rows are read and put back through the checkpoint, so the layout of the format does not matter.
-
-A journal is kept beside the model and travels with it. It is therefore checked in full before the first byte is put back: that
-it is a regular file of this user, and that it fits the model. Whether it may be carried out is decided by its seal
-(signing/machine.py), or in recovery.py.
+A journal is kept beside the model and travels with it. It is therefore checked in full when it is read: that it is a regular
+file of this user, and that its header fits its size. `_rollback` compares it with the model and puts the rows back. Its seal
+(signing/machine.py) or recovery.py decides whether that is permitted.
 
 Layout: MAGIC, header length (u64, little endian), header JSON, then per region its row numbers (int64) and their bytes, then
 the SHA-256 of everything before, then 32 bytes of seal (HMAC-SHA256; zeros where this user has no key).
@@ -20,7 +18,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from io import FileIO
@@ -37,12 +35,12 @@ from nestpatch.patcher.state_dir import TRANSACTION, UNDO, StateDir
 from nestpatch.rows import Rows
 from nestpatch.signing.machine import is_ours, seal
 
-FAMILY = b"nestpatch-journal/"
-MAGIC = FAMILY + b"3\n"
-DIGEST = 32
-MAX_HEADER = 16 << 20
+_FAMILY = b"nestpatch-journal/"
+MAGIC = _FAMILY + b"3\n"
+_DIGEST = 32
+_MAX_HEADER = 16 << 20
 """Bytes of header JSON, which has an object per tensor."""
-WITNESSES = 64
+_WITNESSES = 64
 """Most untouched rows by which the model is recognized."""
 
 
@@ -68,7 +66,7 @@ class SavedRegion:
 
 @dataclass(frozen=True)
 class Journal:
-    """A complete journal. What it says is not yet compared with the model."""
+    """A complete journal. Its content is not yet compared with the model."""
 
     path: Path
     transaction: str
@@ -85,17 +83,35 @@ class Journal:
     ours: bool
     """Whether the journal has the seal of this machine."""
 
-    @property
-    def rows(self) -> int:
-        """Number of rows in all regions."""
-        return sum(region.rows for region in self.regions)
-
     def row_numbers(self, file: FileIO, region: SavedRegion) -> IntArray:
-        """The rows of a region, int64."""
+        """The row numbers of a region.
+
+        Args:
+            file: The journal, open.
+            region: The region.
+
+        Returns:
+            int64 [rows].
+
+        Raises:
+            ValueError: The journal ends early.
+        """
         return np.frombuffer(_read_at(file, region.offset, 8 * region.rows), "<i8")
 
     def content(self, file: FileIO, region: SavedRegion, part: slice) -> Rows:
-        """The saved bytes of some rows of a region: uint8 [rows, row_bytes]."""
+        """The saved bytes of some rows of a region.
+
+        Args:
+            file: The journal, open.
+            region: The region.
+            part: Which of its rows.
+
+        Returns:
+            uint8 [rows, row_bytes].
+
+        Raises:
+            ValueError: The journal ends early.
+        """
         count, start = part.stop - part.start, region.offset + 8 * region.rows
         data = _read_at(file, start + part.start * region.row_bytes, count * region.row_bytes)
         return np.frombuffer(data, np.uint8).reshape(count, -1)
@@ -128,13 +144,15 @@ def write_journal(
     facts = {
         "transaction": transaction,
         "sizes": {file.name: file.stat().st_size for file in checkpoint.files},
-        "witness": {"rows": witness, "sha256": _digest(witness, checkpoint)},
+        "witness": {"rows": witness, "sha256": witness_digest(witness, checkpoint)},
         "regions": [{"tensor": r.info.name, "row_bytes": r.info.row_bytes, "rows": len(r.rows)} for r in regions],
         "makes": list(makes),
         "retires": list(retires),
     }
     header = json.dumps(facts).encode()
-    with open(state_dir.journal, "wb", opener=_open_private) as file:
+    # Only its owner can read the file, and it is never opened through a link.
+    flags = os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    with open(state_dir.journal, "wb", opener=lambda name, mode: os.open(name, mode | flags, 0o600)) as file:
         state = sha256()
 
         def put(data: Any) -> None:
@@ -147,17 +165,12 @@ def write_journal(
             for _, rows in checkpoint.iter_rows(region.info.name, region.rows):
                 put(rows.view(np.uint8).data)
         digest = state.digest()
-        file.write(digest + (bytes.fromhex(seal("journal", state_dir.folder, digest)) or bytes(DIGEST)))
+        file.write(digest + (bytes.fromhex(seal("journal", state_dir.folder, digest)) or bytes(_DIGEST)))
         file.flush()
         os.fsync(file.fileno())
     sync_folder(state_dir.folder)
     # The folder may be as new as the journal.
     sync_folder(state_dir.folder.parent)
-
-
-def _open_private(name: str, flags: int) -> int:
-    """Opens a new file that only its owner can read, never through a link."""
-    return os.open(name, flags | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
 
 
 def _witnesses(checkpoint: Checkpoint, regions: Sequence[Region]) -> list[tuple[str, int]]:
@@ -169,24 +182,32 @@ def _witnesses(checkpoint: Checkpoint, regions: Sequence[Region]) -> list[tuple[
         if row < region.info.rows:
             spared.append((region.info.name, row))
     if spared:
-        return spared[:: max(1, len(spared) // WITNESSES)][:WITNESSES]
+        return spared[:: max(1, len(spared) // _WITNESSES)][:_WITNESSES]
     touched = {region.info.name for region in regions}
     places = {(region.info.file, region.info.offset) for region in regions}
     for name in checkpoint.tensors():
         info = checkpoint.info(name)
-        if name not in touched and (info.file, info.offset) not in places and _has_rows(checkpoint, info):
-            return [(name, 0)]
+        if name in touched or (info.file, info.offset) in places or not info.nbytes:
+            continue
+        with suppress(CheckpointError):  # a tensor that has no rows
+            if len(checkpoint.read_rows(name, np.array([0]))) == 1:
+                return [(name, 0)]
     raise InPlaceError("every row of the model would change: none would be left to recognize it by after a crash")
 
 
-def _has_rows(checkpoint: Checkpoint, info: TensorInfo) -> bool:
-    try:
-        return info.nbytes > 0 and len(checkpoint.read_rows(info.name, np.array([0]))) == 1
-    except CheckpointError:
-        return False
+def witness_digest(rows: Sequence[tuple[str, int]], checkpoint: Checkpoint) -> str:
+    """The digest by which a journal recognizes its model.
 
+    Args:
+        rows: (tensor, row) of rows that no step touches.
+        checkpoint: The model.
 
-def _digest(rows: Sequence[tuple[str, int]], checkpoint: Checkpoint) -> str:
+    Returns:
+        SHA-256 of the rows, hex.
+
+    Raises:
+        CheckpointError: A row cannot be read.
+    """
     state = sha256()
     for name, row in rows:
         state.update(checkpoint.read_rows(name, np.array([row])).view(np.uint8).data)
@@ -194,7 +215,14 @@ def _digest(rows: Sequence[tuple[str, int]], checkpoint: Checkpoint) -> str:
 
 
 def remove_journal(path: Path) -> None:
-    """Ends a transaction."""
+    """Removes a journal, which ends its transaction.
+
+    Args:
+        path: The journal, which may be gone already.
+
+    Raises:
+        OSError: It cannot be removed.
+    """
     path.unlink(missing_ok=True)
     sync_folder(path.parent)
 
@@ -202,6 +230,12 @@ def remove_journal(path: Path) -> None:
 @contextmanager
 def open_journal(path: Path) -> Iterator[FileIO]:
     """Opens a journal for reading.
+
+    Args:
+        path: The journal.
+
+    Yields:
+        The open file.
 
     Raises:
         JournalError: It is missing, not a regular file, or does not belong to this user or to root.
@@ -239,47 +273,40 @@ def read_journal(state_dir: StateDir) -> Journal | None:
     path = state_dir.journal
     with open_journal(path) as file:
         magic = file.read(len(MAGIC)) or b""
-        if magic != MAGIC and magic.startswith(FAMILY) and magic.endswith(b"\n"):
+        if magic != MAGIC and magic.startswith(_FAMILY) and magic.endswith(b"\n"):
             raise JournalError(
                 f"the journal {path} was written by another version of nestpatch",
                 advice="Run the command with the version that wrote it.",
             )
         size = os.fstat(file.fileno()).st_size
-        if size < len(MAGIC) + 8 + 2 * DIGEST or magic != MAGIC:
+        if size < len(MAGIC) + 8 + 2 * _DIGEST or magic != MAGIC:
             return None
-        digest = _digest_file(file, size - 2 * DIGEST)
-        if digest is None or file.read(DIGEST) != digest:
+        file.seek(0)
+        state, left = sha256(), size - 2 * _DIGEST
+        while left and (block := file.read(min(CHUNK, left))):
+            state.update(block)
+            left -= len(block)
+        digest = state.digest()
+        if left or file.read(_DIGEST) != digest:
             return None
-        mac = (file.read(DIGEST) or b"").hex()
+        mac = (file.read(_DIGEST) or b"").hex()
         try:
-            return _parse(file, path, size - 2 * DIGEST, ours=is_ours("journal", state_dir.folder, digest, mac))
+            return _parse(file, path, size - 2 * _DIGEST, ours=is_ours("journal", state_dir.folder, digest, mac))
         except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
-            raise JournalError(f"the journal {path} is not consistent: {str(error)[:200]}", advice=_REMOVE) from error
+            raise JournalError(f"the journal {path} is not consistent: {str(error)[:200]}", advice=REMOVE_ADVICE) from error
 
 
-_REMOVE = (
+REMOVE_ADVICE = (
     "nestpatch did not write this journal for this model. To remove it and leave the rows as they are: "
     "nestpatch recover MODEL --foreign remove"
 )
 
 
-def _digest_file(file: FileIO, length: int) -> bytes | None:
-    file.seek(0)
-    state, left = sha256(), length
-    while left:
-        block = file.read(min(CHUNK, left))
-        if not block:
-            return None
-        state.update(block)
-        left -= len(block)
-    return state.digest()
-
-
 def _parse(file: FileIO, path: Path, end: int, *, ours: bool) -> Journal:
     file.seek(len(MAGIC))
     (length,) = struct.unpack("<Q", file.read(8))
-    if length > MAX_HEADER:
-        raise ValueError(f"its header has {length} bytes, at most {MAX_HEADER} are allowed")
+    if length > _MAX_HEADER:
+        raise ValueError(f"its header has {length} bytes, at most {_MAX_HEADER} are allowed")
     header = json.loads(_read_at(file, len(MAGIC) + 8, length))
     regions, offset = [], len(MAGIC) + 8 + length
     for region in header["regions"]:
@@ -326,70 +353,3 @@ def _read_at(file: FileIO, offset: int, length: int) -> bytes:
         parts.append(block)
         length -= len(block)
     return b"".join(parts)
-
-
-def check_fit(journal: Journal, checkpoint: Checkpoint) -> None:
-    """Checks that a journal was written for this model: its files, tensors, rows and untouched content.
-
-    Raises:
-        JournalError: It was written for another model.
-    """
-    files = {file.name: file for file in checkpoint.files}
-    for name, size in journal.sizes.items():
-        # Only plain names of the model's own weight files: a journal must not write anywhere else.
-        if name not in files or files[name].stat().st_size != size:
-            raise _misfit(journal, f"another file {name}")
-    if set(journal.sizes) != set(files):
-        raise _misfit(journal, "a model with other files")
-    with open_journal(journal.path) as file:
-        for region in journal.regions:
-            if not checkpoint.has(region.tensor):
-                raise _misfit(journal, f"a model with the tensor {region.tensor}")
-            info = checkpoint.info(region.tensor)
-            rows = journal.row_numbers(file, region)
-            if info.row_bytes != region.row_bytes or rows[0] < 0 or rows[-1] >= info.rows or (np.diff(rows) <= 0).any():
-                raise _misfit(journal, f"a tensor {region.tensor} of another shape than {list(info.shape)}")
-    _check_witness(journal, checkpoint)
-
-
-def _check_witness(journal: Journal, checkpoint: Checkpoint) -> None:
-    for name, row in journal.witness:
-        if not checkpoint.has(name) or row >= checkpoint.info(name).rows:
-            raise _misfit(journal, f"a model with row {row} of {name}")
-    try:
-        found = _digest(journal.witness, checkpoint)
-    except CheckpointError as error:
-        raise _misfit(journal, f"another model: {error}") from error
-    if found != journal.witness_sha256:
-        raise _misfit(journal, "a model with other weights")
-
-
-def _misfit(journal: Journal, what: str) -> JournalError:
-    return JournalError(f"the journal {journal.path} was written for {what}", advice=_REMOVE)
-
-
-def roll_back(journal: Journal, checkpoint: Checkpoint) -> None:
-    """Puts the rows of a journal back, and syncs the files that hold them. Idempotent. Call `check_fit` first.
-
-    Raises:
-        OSError: A file cannot be read or written.
-    """
-    with open_journal(journal.path) as file:
-        for region in journal.regions:
-            info, rows = checkpoint.info(region.tensor), journal.row_numbers(file, region)
-            stored = checkpoint.read_rows(region.tensor, rows[:0]).dtype
-            for part in info.blocks(len(rows), region.row_bytes):
-                checkpoint.write_rows(region.tensor, rows[part], journal.content(file, region, part).view(stored))
-    sync_files(files_of(checkpoint, [region.tensor for region in journal.regions]))
-
-
-def files_of(checkpoint: Checkpoint, names: Sequence[str]) -> list[Path]:
-    """The weight files that hold some tensors, sorted."""
-    return sorted({file for name in names for file in checkpoint.info(name).files})
-
-
-def sync_files(files: Sequence[Path]) -> None:
-    """Makes all writes to these files durable."""
-    for file in files:
-        with open(file, "r+b") as handle:
-            os.fsync(handle.fileno())

@@ -16,13 +16,13 @@ from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.threads import beside, meanwhile
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.pack import Pack, TensorDelta
-from nestpatch.patcher._journal import sync_files
+from nestpatch.patcher._rollback import sync_files
 from nestpatch.patcher._undo import MAGIC, TensorPacker, UndoReader, checksums, residual, restored
 from nestpatch.patcher.ledger import LedgerEntry, TensorRecord
 from nestpatch.patcher.merge import QuantizedMerge, Retention, rows_of
 from nestpatch.patcher.plan import MergedBlock, merged_blocks
 
-SYNC_STRIDE = 8
+_SYNC_STRIDE = 8
 """Tensors between two syncs."""
 Start = Callable[[Callable[[], None]], object]
 """Starts work in another thread."""
@@ -47,7 +47,7 @@ class _TensorLog:
 
     def record(self, pack: Pack) -> TensorRecord:
         """The ledger's record. Raises PackContentError when the rows are not those that the pack names as its result."""
-        name, retention = self.delta.name, round(self.retention.share, 4) if self.retention.asked else None
+        name, retention = self.delta.name, round(self.retention.share, 4) if self.retention.requested else None
         record = TensorRecord(self.delta.neurons, self.before.hexdigest(), self.after.hexdigest(), retention)
         from_base = record.before == pack.manifest.base.tensors[name].rows_sha256 and self.strength == 1.0
         if from_base and record.after != pack.manifest.result[name]:
@@ -128,7 +128,7 @@ class RowWriter:
         """Reports progress, and every few tensors has the disk start to write while the next ones are computed."""
         name = pack.deltas[number - 1].name
         self.on_event(Event(stage, number, len(pack.deltas), name))
-        if self.syncing and number % SYNC_STRIDE == 0:
+        if self.syncing and number % _SYNC_STRIDE == 0:
             start(partial(sync_files, self.checkpoint.info(name).files))
 
     def _restore(self, delta: TensorDelta, entry: LedgerEntry, reader: UndoReader) -> None:

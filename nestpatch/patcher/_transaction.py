@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +24,11 @@ from nestpatch.files.atomic import new_place, sync_folder
 from nestpatch.files.copying import copy_file
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.pack import utc_now
-from nestpatch.patcher._journal import Region, files_of, read_journal, remove_journal, roll_back, sync_files, write_journal
+from nestpatch.patcher._journal import Region, read_journal, remove_journal, write_journal
+from nestpatch.patcher._rollback import files_of, roll_back, sync_files
 from nestpatch.patcher._row_writer import RowWriter
 from nestpatch.patcher.chain import Action, Link, Step
+from nestpatch.patcher.copies import fingerprint
 from nestpatch.patcher.kept import keep
 from nestpatch.patcher.ledger import Ledger, LedgerEntry, read_ledger, write_ledger
 from nestpatch.patcher.merge import QuantizedMerge, require_retention
@@ -56,35 +57,25 @@ def detach(checkpoint: Checkpoint) -> Checkpoint:
     for file in checkpoint.files:
         if file.is_symlink() or file.stat().st_nlink > 1:
             with new_place(file, overwrite=True) as sibling:
-                before = _state(file)
+                before = fingerprint([file])
                 copy_file(file, sibling)
-                if _state(file) != before:
+                if fingerprint([file]) != before:
                     raise BusyError(f"{file.resolve()} was changed while it was copied")
-                _copy_attributes(file, sibling)
+                status = file.stat()
+                if hasattr(os, "chown"):
+                    with suppress(PermissionError):
+                        os.chown(sibling, status.st_uid, status.st_gid)
+                shutil.copystat(file, sibling)
+                # The only difference: the model's own file must be writable for its owner.
+                sibling.chmod(status.st_mode & 0o7777 | 0o200)
                 with open(sibling, "rb") as handle:
                     os.fsync(handle.fileno())
     return checkpoint.reopen(checkpoint.path)
 
 
-def _state(file: Path) -> tuple[int, int, int]:
-    """A value that changes when something is written to the file."""
-    found = file.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _copy_attributes(source: Path, target: Path) -> None:
-    status = source.stat()
-    if hasattr(os, "chown"):
-        with suppress(PermissionError):
-            os.chown(target, status.st_uid, status.st_gid)
-    shutil.copystat(source, target)
-    # The only difference: the model's own file must be writable for its owner.
-    target.chmod(status.st_mode & 0o7777 | 0o200)
-
-
 @dataclass(eq=False)
 class Transaction:
-    """A change that is about to be made. The lock must be held, and no journal may be left."""
+    """A change of a model. The lock must be held, and no journal may be left."""
 
     state_dir: StateDir
     checkpoint: Checkpoint
@@ -167,12 +158,19 @@ class Transaction:
         if self.detach:
             self.checkpoint = detach(self.checkpoint)
             require_writable(self.checkpoint, names)
-            # The lock of this model did not keep others from changing the files under their other names in the meantime.
+            # The lock of this model does not cover the other names of its files: they may have been changed meanwhile.
             self.check_first()
 
     def _open_journal(self, identity: str, makes: Sequence[str], retires: Sequence[str]) -> None:
+        """Writes the journal of the rows that the steps touch, each tensor once."""
+        touched: dict[str, list[Any]] = {}
+        for pack_id in dict.fromkeys(step.link.pack_id for step in self.planned.steps):
+            for delta in self.planned.packs[pack_id]:
+                touched.setdefault(delta.name, []).append(delta.rows.astype(np.int64))
+        unions = {name: np.unique(np.concatenate(rows)) if len(rows) > 1 else rows[0] for name, rows in touched.items()}
+        regions = [Region(self.checkpoint.info(name), rows) for name, rows in sorted(unions.items())]
         try:
-            write_journal(self.state_dir, identity, self.checkpoint, self._regions(), makes=makes, retires=retires)
+            write_journal(self.state_dir, identity, self.checkpoint, regions, makes=makes, retires=retires)
         except OSError as error:
             with suppress(OSError):
                 remove_journal(self.state_dir.journal)
@@ -202,15 +200,6 @@ class Transaction:
             ) from cause
         if isinstance(cause, OSError):
             raise InPlaceError(f"cannot change the model: {cause.strerror or cause}") from cause
-
-    def _regions(self) -> list[Region]:
-        """The rows that the steps touch, each tensor once."""
-        touched: dict[str, list[Any]] = {}
-        for pack_id in dict.fromkeys(step.link.pack_id for step in self.planned.steps):
-            for delta in self.planned.packs[pack_id]:
-                touched.setdefault(delta.name, []).append(delta.rows.astype(np.int64))
-        unions = {name: np.unique(np.concatenate(rows)) if len(rows) > 1 else rows[0] for name, rows in touched.items()}
-        return [Region(self.checkpoint.info(name), rows) for name, rows in sorted(unions.items())]
 
     @property
     def _writer(self) -> RowWriter:

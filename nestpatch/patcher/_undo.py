@@ -27,13 +27,20 @@ from nestpatch.files.reading import open_regular
 from nestpatch.rows import FloatArray, Rows
 
 MAGIC = b"nestpatch-undo/1\n"
-LEVEL = 1
+_LEVEL = 1
 """zlib level: residuals are mostly zeros, and higher levels take seconds to save a few per cent."""
 Checksums = npt.NDArray[np.uint64]
 
 
 def bits(rows: Rows) -> npt.NDArray[Any]:
-    """The rows as unsigned integers of the same width."""
+    """The bits of rows.
+
+    Args:
+        rows: Rows of any dtype.
+
+    Returns:
+        Unsigned integers of the same width and shape.
+    """
     raw: npt.NDArray[Any] = np.ascontiguousarray(rows).view(f"u{rows.dtype.itemsize}")
     return raw
 
@@ -64,7 +71,17 @@ def residual(original: Rows, merged: Rows, delta: FloatArray, strength: float) -
 
 
 def restored(merged: Rows, difference: npt.NDArray[Any], delta: FloatArray, strength: float) -> Rows:
-    """The original rows, bit for bit: the inverse of `residual`."""
+    """The original rows, bit for bit: the inverse of `residual`.
+
+    Args:
+        merged: [rows, in_features], as stored after the merge.
+        difference: What `residual` returned for them.
+        delta: float32 [rows, in_features].
+        strength: Factor on the delta.
+
+    Returns:
+        The rows before the merge, in the dtype of `merged`.
+    """
     original: Rows = (bits(_unmerged(merged, delta, strength)) ^ difference).view(merged.dtype)
     return original
 
@@ -73,6 +90,12 @@ def checksums(rows: Rows) -> Checksums:
     """One 64-bit checksum per row: the sum of its 32-bit words times odd constants, modulo 2^64.
 
     Detects accidents, not forgeries.
+
+    Args:
+        rows: [rows, in_features], as stored.
+
+    Returns:
+        uint64 [rows].
     """
     raw = np.ascontiguousarray(rows).view(np.uint8)
     width = raw.shape[1]
@@ -89,18 +112,28 @@ class TensorPacker:
 
     def __init__(self) -> None:
         # Nearly everything is a run of zeros: run-length matching is faster here and compresses better.
-        self._squeeze = zlib.compressobj(LEVEL, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
+        self._squeeze = zlib.compressobj(_LEVEL, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
         self._packed: list[bytes] = []
         self._sums: tuple[list[Checksums], list[Checksums]] = [], []
 
     def add(self, difference: npt.NDArray[Any], before: Checksums, after: Checksums) -> None:
-        """Adds the next rows: their residual, and their checksums before and after."""
+        """Adds the next rows.
+
+        Args:
+            difference: Their residual.
+            before: Their checksums before the merge.
+            after: Their checksums after it.
+        """
         self._packed.append(self._squeeze.compress(difference.data))
         self._sums[0].append(before)
         self._sums[1].append(after)
 
     def write(self, file: BinaryIO) -> None:
-        """Writes the tensor's part. The file begins with MAGIC, and the parts follow in the order of the pack's tensors."""
+        """Writes the tensor's part.
+
+        Args:
+            file: The record. It begins with MAGIC, and the parts follow in the order of the pack's tensors.
+        """
         packed = b"".join([*self._packed, self._squeeze.flush()])
         table = np.stack([np.concatenate(sums) for sums in self._sums]).astype("<u8").tobytes()
         file.writelines(struct.pack("<Q", len(part)) + part for part in (packed, table))
@@ -158,6 +191,9 @@ class UndoReader:
         Args:
             tensor: Name of the tensor.
             sizes: Bytes of each block.
+
+        Yields:
+            The blocks.
 
         Raises:
             UndoError: The record is damaged.

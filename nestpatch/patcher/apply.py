@@ -15,6 +15,7 @@ from nestpatch.files.atomic import sync_tree
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.gate import PackLike, Trust
 from nestpatch.pack import Pack
+from nestpatch.patcher._lock import kept_from_writers
 from nestpatch.patcher._request import request
 from nestpatch.patcher._transaction import Transaction
 from nestpatch.patcher.chain import Allowed
@@ -22,6 +23,7 @@ from nestpatch.patcher.copies import (
     companions_of,
     copy_model,
     copy_state,
+    fingerprint,
     new_model,
     require_place,
     root_of,
@@ -31,7 +33,7 @@ from nestpatch.patcher.copies import (
 from nestpatch.patcher.ledger import Ledger, read_ledger
 from nestpatch.patcher.recovery import open_model, require_settled
 from nestpatch.patcher.registry import record
-from nestpatch.patcher.state_dir import StateDir, kept_from_writers, state_dir_of
+from nestpatch.patcher.state_dir import StateDir, state_dir_of
 from nestpatch.signing.trust import Policy
 
 
@@ -67,7 +69,7 @@ class Applied:
     dry_run: bool = False
 
 
-def default_output(model: Path, pack: Pack) -> Path:
+def _default_output(model: Path, pack: Pack) -> Path:
     """Where `apply` writes when no output is given: beside the model, named after the pack.
 
     Args:
@@ -144,7 +146,7 @@ def apply(
         OutputError: The output cannot be written, or another process is writing the model.
     """
     began = time.perf_counter()
-    asked = request(
+    requested = request(
         model,
         pack,
         strength,
@@ -157,18 +159,18 @@ def apply(
         on_event=on_event,
     )
     checkpoint, state_dir = open_model(model)
-    target = Path(output) if output is not None else default_output(root_of(checkpoint), asked.proven.pack)
+    target = Path(output) if output is not None else _default_output(root_of(checkpoint), requested.proven.pack)
     if not dry_run:
         sweep_unfinished(target)
     require_place(checkpoint, target)
-    label = asked.proven.pack.label
+    label = requested.proven.pack.label
     with kept_from_writers(state_dir):
         require_settled(state_dir, model)  # again: a writer may have died since
         ledger = read_ledger(state_dir)
-        planned = asked.plan(checkpoint, state_dir, ledger)
+        planned = requested.plan(checkpoint, state_dir, ledger)
         if not planned.steps:
             raise ChainError(f"{label} is applied to {model} already", advice="Nothing to do: copy the model as it is.")
-        change = Transaction(state_dir, checkpoint, planned, allow_base_mismatch, on_event, quantized=asked.quantized)
+        change = Transaction(state_dir, checkpoint, planned, allow_base_mismatch, on_event, quantized=requested.quantized)
         change.check_first()
         files: tuple[WrittenFile, ...] = ()
         if not dry_run:
@@ -177,7 +179,7 @@ def apply(
         record(target)
     return Applied(
         pack=label,
-        pack_id=asked.proven.pack_id,
+        pack_id=requested.proven.pack_id,
         strength=strength,
         output=target,
         files=files,
@@ -196,7 +198,7 @@ def _write_copy(
     checkpoint, on_event = change.checkpoint, change.on_event
     touched = {file for name in change.planned.tensor_names for file in checkpoint.info(name).files}
     linked = frozenset(checkpoint.files) - touched if hard_link else frozenset()
-    before = _fingerprint(checkpoint, change.state_dir)
+    before = fingerprint(checkpoint.files, change.state_dir)
     with new_model(target, directory=root_of(checkpoint).is_dir()) as sibling:
         copy_model(checkpoint, sibling, linked, on_event, flush=sync)
         # Before the rows are read: a half-written change in them would look like another base.
@@ -214,14 +216,8 @@ def _write_copy(
     return ledger, files
 
 
-def _fingerprint(checkpoint: Checkpoint, state_dir: StateDir) -> list[Any]:
-    """Changes when something is written to the model: for systems and file systems without locks."""
-    states = [file.stat() for file in checkpoint.files]
-    return [read_ledger(state_dir).transaction, *((state.st_ino, state.st_size, state.st_mtime_ns) for state in states)]
-
-
-def _require_unchanged(checkpoint: Checkpoint, state_dir: StateDir, before: list[Any]) -> None:
-    if _fingerprint(checkpoint, state_dir) != before:
+def _require_unchanged(checkpoint: Checkpoint, state_dir: StateDir, before: tuple[Any, ...]) -> None:
+    if fingerprint(checkpoint.files, state_dir) != before:
         raise BusyError(f"{checkpoint.path} was changed while it was copied")
 
 

@@ -1,15 +1,16 @@
 """A copy of a model that appears under its name whole or not at all, together with its own state.
 
-Exports use `companions_of`, `leads_out` and `sweep_unfinished` for the same purpose; the rest serves `apply`.
+Exports use `companions_of`, `leads_out`, `fingerprint` and `sweep_unfinished` for the same purpose; the rest serves `apply`.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from nestpatch.errors import OutputError, UndoError
 from nestpatch.events import Event, OnEvent
@@ -19,7 +20,7 @@ from nestpatch.files.reading import open_regular
 from nestpatch.files.scratch import claimed, new_output, sweep
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.formats.safetensors import INDEX
-from nestpatch.patcher.ledger import Ledger, write_ledger
+from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
 from nestpatch.patcher.state_dir import LEDGER, StateDir, state_dir_of
 from nestpatch.signing.verify import signature_files
 
@@ -42,6 +43,25 @@ def root_of(checkpoint: Checkpoint) -> Path:
     return path if path.is_dir() or len(checkpoint.files) == 1 else path.parent
 
 
+def fingerprint(files: Sequence[Path], state_dir: StateDir | None = None) -> tuple[Any, ...]:
+    """A value that changes when a process writes to a model: for systems and file systems without locks.
+
+    Args:
+        files: The weight files.
+        state_dir: The state of the model; None leaves its ledger out.
+
+    Returns:
+        The last transaction in the ledger, and the inode, size and time of the last write of every file.
+
+    Raises:
+        LedgerError: The ledger is broken.
+        OSError: A file cannot be read.
+    """
+    transaction = read_ledger(state_dir).transaction if state_dir is not None else ""
+    states = [file.stat() for file in files]
+    return (transaction, *((state.st_ino, state.st_size, state.st_mtime_ns) for state in states))
+
+
 def companions_of(checkpoint: Checkpoint) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """The files of a model directory that are not its weights: configuration, tokenizer, and weights in other formats.
 
@@ -60,13 +80,14 @@ def companions_of(checkpoint: Checkpoint) -> tuple[tuple[Path, ...], tuple[str, 
     others = [file for file in others if file.name != LEDGER and not file.name.endswith(f".{LEDGER}")]
     # The index was read to open the model: without it the copy could not be opened.
     read = {source / INDEX} if getattr(checkpoint, "index", None) else set()
-    left_out = [file.name for file in others if _is_weights(file) or (file not in read and leads_out(file, source))]
-    return tuple(file for file in others if file.name not in left_out), tuple(left_out)
-
-
-def _is_weights(file: Path) -> bool:
-    name = file.name.removesuffix(".index.json")
-    return (name.endswith(_OTHER_WEIGHTS) or _ONNX_DATA in name) and file.name != INDEX
+    copied: list[Path] = []
+    left_out: list[Path] = []
+    for file in others:
+        name = file.name.removesuffix(".index.json")
+        other_weights = (name.endswith(_OTHER_WEIGHTS) or _ONNX_DATA in name) and file.name != INDEX
+        unsafe = file not in read and leads_out(file, source)
+        (left_out if other_weights or unsafe else copied).append(file)
+    return tuple(copied), tuple(file.name for file in left_out)
 
 
 def leads_out(file: Path, source: Path) -> bool:
@@ -131,12 +152,10 @@ def new_model(target: Path, *, directory: bool) -> Iterator[Path]:
     Raises:
         OutputError: The place was taken meanwhile, or cannot be written.
     """
-    with new_output(target, directory=True) if directory else _new_file(target) as sibling:
-        yield sibling
-
-
-@contextmanager
-def _new_file(target: Path) -> Iterator[Path]:
+    if directory:
+        with new_output(target, directory=True) as sibling:
+            yield sibling
+        return
     folder = temporary(target)
     file = folder / target.name
     with claimed(folder, directory=True):

@@ -1,17 +1,16 @@
 """Whether the rows of a model hold what its ledger says, tensor by tensor.
 
 For an entry that this machine wrote, the digests in the ledger are compared with the rows. An entry that came with the model is
-not believed: the pack's own digests decide. Where the rows are not simply the pack's result (another strength, a stack, another
+not trusted: the pack's own digests decide. Where the rows are not simply the pack's result (another strength, a stack, another
 dtype), the undo record is followed down to the base in memory; that counts only when merging leads to the same rows again, and
 when the base has the digest that the pack names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from hashlib import sha256
 from typing import TypeAlias
 
 import numpy as np
@@ -25,7 +24,7 @@ from nestpatch.patcher.identity import Finding, State, evidence_of, examine, is_
 from nestpatch.patcher.ledger import LedgerEntry
 from nestpatch.patcher.merge import FROM_ROWS, LEAST_RETENTION, QuantizedMerge, Retention, fitted, merged_rows
 from nestpatch.patcher.state_dir import StateDir
-from nestpatch.rows import Rows
+from nestpatch.rows import Rows, digest
 
 SHOWN_ROWS = 5
 """Row numbers that a difference names."""
@@ -216,32 +215,6 @@ def require_proven(found: Sequence[HeldTensor]) -> None:
             )
 
 
-def require_undoable(
-    checkpoint: Checkpoint,
-    state_dir: StateDir,
-    applied: Sequence[LedgerEntry],
-    packs: Mapping[str, Pack],
-    undone: Collection[str],
-    base: Checkpoint | None = None,
-) -> None:
-    """Checks the undo records of packs that are about to be undone.
-
-    Args:
-        checkpoint: The model.
-        state_dir: Its state.
-        applied: The ledger's entries, bottom first.
-        packs: Pack id -> pack, for all of them.
-        undone: The ids of the packs that will be undone.
-        base: The float model, for rows that were rounded.
-
-    Raises:
-        UndoError: A record came with the model, and nothing proves that it leads to the pack's base.
-    """
-    if any(entry.foreign and entry.pack_id in undone for entry in applied):
-        found = look(checkpoint, state_dir, applied, packs, base, down_to_base=True)
-        require_proven([one for one in found if one.entry.pack_id in undone])
-
-
 def _by_ledger(checkpoint: Checkpoint, stack: Sequence[Layer]) -> list[HeldTensor]:
     """Compares with the digests that this machine recorded, top first. Rows that a pack above changed again are skipped."""
     found, above = [], np.empty(0, np.int64)
@@ -268,40 +241,28 @@ def _all_before(checkpoint: Checkpoint, stack: Sequence[Layer]) -> bool:
 def _compare(checkpoint: Checkpoint, layer: Layer, above: IntArray) -> HeldTensor:
     entry, delta = layer.entry, layer.delta
     expected = entry.tensors[delta.name]
-    digest = _digest_rows(checkpoint, delta)
-    if digest == expected.after:
+    rows_sha256 = digest(rows for _, rows in checkpoint.iter_rows(delta.name, delta.rows))
+    if rows_sha256 == expected.after:
         return HeldTensor(entry, delta.name, Holds.PACK)
-    sums = np.concatenate([checksums(rows) for rows in _touched(checkpoint, delta)])
+    sums = np.concatenate([checksums(rows) for _, rows in checkpoint.iter_rows(delta.name, delta.rows)])
     visible = ~np.isin(delta.rows, above)
     before, after = layer.record.checksums(delta.name, delta.neurons)
     wrong = visible & (sums != after)
     if not wrong.any() and not visible.all():
         return HeldTensor(entry, delta.name, Holds.PACK)  # only rows that a pack above changed differ
     old = int((wrong & (sums == before)).sum())
-    holds = Holds.BEFORE if digest == expected.before else Holds.OTHER
-    return HeldTensor(entry, delta.name, holds, _difference(layer, wrong, old, digest), old)
+    holds = Holds.BEFORE if rows_sha256 == expected.before else Holds.OTHER
+    return HeldTensor(entry, delta.name, holds, _difference(layer, wrong, old, rows_sha256), old)
 
 
-def _difference(layer: Layer, wrong: npt.NDArray[np.bool_], old: int, digest: str) -> Difference:
+def _difference(layer: Layer, wrong: npt.NDArray[np.bool_], old: int, found: str) -> Difference:
     delta, label, expected = layer.delta, layer.entry.label, layer.entry.tensors[layer.delta.name].after
     if not wrong.any():
         return Difference(delta.name, (), 0, "digests differ, checksums do not")
     rows, count = tuple(delta.rows[wrong][:SHOWN_ROWS].tolist()), int(wrong.sum())
     where = f"row {rows[0]}" + (f" and {count - 1} more" if count > 1 else "")
     held = f"{old} of them hold what they held before {label}" if old else f"neither before nor after {label}"
-    return Difference(delta.name, rows, count, f"{where}: {held}; rows sha256 {digest[:12]}.. instead of {expected[:12]}..")
-
-
-def _digest_rows(checkpoint: Checkpoint, delta: TensorDelta) -> str:
-    state = sha256()
-    for rows in _touched(checkpoint, delta):
-        state.update(rows.view(np.uint8).data)
-    return state.hexdigest()
-
-
-def _touched(checkpoint: Checkpoint, delta: TensorDelta) -> Iterator[Rows]:
-    """The touched rows as they are stored, block by block."""
-    return (rows for _, rows in checkpoint.iter_rows(delta.name, delta.rows))
+    return Difference(delta.name, rows, count, f"{where}: {held}; rows sha256 {found[:12]}.. instead of {expected[:12]}..")
 
 
 @dataclass(frozen=True)
@@ -354,7 +315,7 @@ def _is_remade(checkpoint: Checkpoint, layer: Layer, original: Rows, current: Ro
     except (PackContentError, QuantizationError):
         return False
     # Rounding can lose a change, and some packs change nothing: the same rows prove nothing then.
-    return info.plain or quantized.base is not None or (total.asked > 0 and total.share >= LEAST_RETENTION)
+    return info.plain or quantized.base is not None or (total.requested > 0 and total.share >= LEAST_RETENTION)
 
 
 def _is_plainly_there(layer: Layer, finding: Finding | None) -> bool:

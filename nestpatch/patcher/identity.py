@@ -7,7 +7,7 @@ where that is available, else by sketches. A few megabytes are read at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from hashlib import sha256
@@ -18,15 +18,15 @@ from nestpatch.errors import BaseMismatchError, QuantizationError
 from nestpatch.formats.checkpoint import Checkpoint, TensorInfo
 from nestpatch.pack import Pack, TensorDelta, TensorIdentity
 from nestpatch.patcher.merge import fitted, rows_of, working_bytes
-from nestpatch.rows import DTYPES, SKETCH_MATCH, FloatArray, Rows, merge, sketch, sketch_correlation
+from nestpatch.rows import DTYPES, SKETCH_MATCH, Rows, digest, merge, sketch, sketch_correlation
 
 _ROW_TOLERANCE = 0.05
 """Largest distance of a row's sketch from that of the pack before a message calls the row changed."""
 _COARSE_MATCH = 0.85
 """SKETCH_MATCH for types of under four bits, which round more coarsely."""
 _SURE = 3.0
-"""Standard deviations from which rounded rows count as patched. In doubt they are the base: a pack whose effect is invisible is
-refused when it is made from such rows, and made from the float base it gives the same rows again."""
+"""Standard deviations from which rounded rows count as patched. In doubt they are the base: a pack whose effect cannot be seen
+is rejected when it is merged into such rows, and merged from the float base it gives the same rows again."""
 _WITNESSES = 16
 """Untouched rows that show how a tensor was rounded."""
 _ROUNDING = 1.5
@@ -115,17 +115,7 @@ def examine(pack: Pack, checkpoint: Checkpoint, base: Checkpoint | None = None) 
         BaseMismatchError: `base` is not the base of the pack.
         QuantizationError: Rows were quantized in a way that cannot be repeated.
     """
-
-    def look(delta: TensorDelta) -> Finding:
-        identity = pack.manifest.base.tensors[delta.name]
-        if not checkpoint.has(delta.name):
-            return Finding(delta.name, State.MISSING)
-        info = checkpoint.info(delta.name)
-        if info.shape != identity.shape:
-            return Finding(delta.name, State.SHAPE, f"{list(info.shape)} instead of {list(identity.shape)}")
-        return _examine_rows(delta, identity, pack.manifest.result[delta.name], checkpoint, base)
-
-    findings = [look(delta) for delta in pack]
+    findings = [_examine_tensor(pack, delta, checkpoint, base) for delta in pack]
     if evidence_of(findings).patched:
         return [replace(f, state=State.PATCHED) if f.state is State.ROUNDED else f for f in findings]
     return findings
@@ -143,19 +133,23 @@ def evidence_of(findings: Sequence[Finding]) -> Evidence:
     return sum((f.evidence for f in findings if f.state is State.ROUNDED and f.evidence is not None), Evidence(0, 0))
 
 
-def _examine_rows(
-    delta: TensorDelta, identity: TensorIdentity, result: str, checkpoint: Checkpoint, base: Checkpoint | None
-) -> Finding:
-    info = checkpoint.info(delta.name)
-    digest = ""
+def _examine_tensor(pack: Pack, delta: TensorDelta, checkpoint: Checkpoint, base: Checkpoint | None) -> Finding:
+    name, identity = delta.name, pack.manifest.base.tensors[delta.name]
+    if not checkpoint.has(name):
+        return Finding(name, State.MISSING)
+    info = checkpoint.info(name)
+    if info.shape != identity.shape:
+        return Finding(name, State.SHAPE, f"{list(info.shape)} instead of {list(identity.shape)}")
     if info.plain:
-        state, digest = _by_digest(delta, identity, result, checkpoint)
+        state, found = _by_digest(delta, identity, pack.manifest.result[name], checkpoint)
         if state is not None:
-            detail = f"{info.dtype} instead of {identity.dtype}" if state is State.WIDENED else ""
-            return Finding(delta.name, state, detail)
-    if info.plain and (info.dtype == identity.dtype or not checkpoint.converted):
-        return _describe_stranger(delta, identity, digest, checkpoint)
-    return _by_sketch(delta, checkpoint) if base is None else _against_base(delta, identity, checkpoint, base)
+            return Finding(name, state, f"{info.dtype} instead of {identity.dtype}" if state is State.WIDENED else "")
+        if info.dtype == identity.dtype or not checkpoint.converted:
+            return _describe_stranger(delta, identity, found, checkpoint)
+    if base is None:
+        return _by_sketch(delta, checkpoint)
+    # In parts, as the base was read for the first comparison: a base on the Hub keeps what it has fetched.
+    return _against_base(delta, _fitted_to_base(delta, identity, checkpoint, base), base, _blocks(delta, checkpoint))
 
 
 def _blocks(delta: TensorDelta, checkpoint: Checkpoint) -> Iterator[tuple[slice, Rows]]:
@@ -176,12 +170,12 @@ def _by_digest(delta: TensorDelta, identity: TensorIdentity, result: str, checkp
         other = narrow is not None
         if narrow is not None:
             narrowed.update(narrow.view(np.uint8).data)
-    digest = stored.hexdigest()
-    if info.dtype == identity.dtype and digest == identity.rows_sha256:
-        return State.BASE, digest
+    found = stored.hexdigest()
+    if info.dtype == identity.dtype and found == identity.rows_sha256:
+        return State.BASE, found
     if other and narrowed.hexdigest() == identity.rows_sha256:
-        return State.WIDENED, digest
-    return (State.PATCHED if digest == result else None), digest
+        return State.WIDENED, found
+    return (State.PATCHED if found == result else None), found
 
 
 def _narrow(rows: Rows, dtype: str) -> Rows | None:
@@ -210,7 +204,7 @@ def is_base(
     if info.plain:
         narrow = rows if info.dtype == identity.dtype else _narrow(rows, identity.dtype)
         if narrow is not None:
-            return sha256(np.ascontiguousarray(narrow).view(np.uint8).data).hexdigest() == identity.rows_sha256
+            return digest([narrow]) == identity.rows_sha256
     if base is not None:
         return _is_rounded_base(delta, identity, checkpoint, np.ascontiguousarray(rows), base)
     match = _COARSE_MATCH if info.coding.bits < 4 else SKETCH_MATCH
@@ -221,35 +215,27 @@ def _is_rounded_base(
     delta: TensorDelta, identity: TensorIdentity, checkpoint: Checkpoint, rows: Rows, base: Checkpoint
 ) -> bool:
     try:
-        _require_base(delta, identity, checkpoint.info(delta.name), base)
-        info, facts = fitted(checkpoint, delta, base), _Distances()
+        info = _fitted_to_base(delta, identity, checkpoint, base)
     except (BaseMismatchError, QuantizationError):
         return False
-    for part in info.blocks(delta.neurons, working_bytes(info)):
-        origin = base.read_rows(delta.name, rows_of(delta, part))
-        goal = merge(origin, delta.dense(part.start, part.stop))
-        facts.add(rows[part].view(np.uint8), info, origin.astype(np.float32), goal.astype(np.float32))
-    found = facts.finding(delta.name, info)
-    if found.state is State.BASE or _rounds_plainly(delta, info, checkpoint, base):
+    blocks = ((part, rows[part]) for part in info.blocks(delta.neurons, working_bytes(info)))
+    found = _against_base(delta, info, base, blocks)
+    if found.state is not State.ROUNDED or (found.evidence is not None and found.evidence.patched):
         return found.state is State.BASE
-    return found.state is State.ROUNDED and not (found.evidence is not None and found.evidence.patched)
-
-
-def _rounds_plainly(delta: TensorDelta, info: TensorInfo, checkpoint: Checkpoint, base: Checkpoint) -> bool:
-    """Whether rows that the pack leaves alone are, bit for bit, the base's own rows after plain rounding."""
+    # Where rows that the pack leaves alone are the base's own rows after plain rounding, so would these be.
     spared = np.setdiff1d(np.arange(info.rows), delta.rows)[:_WITNESSES]
     origin = base.read_rows(delta.name, spared).astype(np.float32)
     stored = checkpoint.read_rows(delta.name, spared).view(np.uint8)
-    return len(spared) > 0 and np.array_equal(info.coding.encode(origin), stored)
+    return not (len(spared) and np.array_equal(info.coding.encode(origin), stored))
 
 
-def _describe_stranger(delta: TensorDelta, identity: TensorIdentity, digest: str, checkpoint: Checkpoint) -> Finding:
+def _describe_stranger(delta: TensorDelta, identity: TensorIdentity, rows_sha256: str, checkpoint: Checkpoint) -> Finding:
     # Only now: sketches take longer than digests.
     found = np.concatenate([sketch(rows) for _, rows in _blocks(delta, checkpoint)])
     likeness = sketch_correlation(delta.sketch, found)
     off = np.flatnonzero(np.abs(delta.sketch.astype(np.float32) - found.astype(np.float32)).max(axis=1) > _ROW_TOLERANCE)
     where = f", first at row {int(delta.rows[off[0]])}, {len(off)} of {delta.neurons} rows differ" if len(off) else ""
-    detail = f"rows sha256 {digest[:12]}.. instead of {identity.rows_sha256[:12]}.., likeness {likeness:.2f}{where}"
+    detail = f"rows sha256 {rows_sha256[:12]}.. instead of {identity.rows_sha256[:12]}.., likeness {likeness:.2f}{where}"
     rows = tuple(int(row) for row in delta.rows[off])
     return Finding(delta.name, State.CHANGED if likeness >= SKETCH_MATCH else State.FOREIGN, detail, rows)
 
@@ -275,73 +261,52 @@ def _by_sketch(delta: TensorDelta, checkpoint: Checkpoint) -> Finding:
     return Finding(delta.name, State.ROUNDED, detail, evidence=Evidence.of(to_base, to_patched, between, origin.size))
 
 
-def _against_base(delta: TensorDelta, identity: TensorIdentity, checkpoint: Checkpoint, base: Checkpoint) -> Finding:
-    """Rounded rows, compared with the float rows that they were made from."""
-    # In the same parts as below: a base on the Hub keeps what it has fetched.
-    _require_base(delta, identity, checkpoint.info(delta.name), base)
-    info, facts = fitted(checkpoint, delta, base), _Distances()
-    for part, rows in _blocks(delta, checkpoint):
-        origin = base.read_rows(delta.name, rows_of(delta, part))
-        goal = merge(origin, delta.dense(part.start, part.stop))
-        facts.add(rows.view(np.uint8), info, origin.astype(np.float32), goal.astype(np.float32))
-    return facts.finding(delta.name, info)
+def _fitted_to_base(delta: TensorDelta, identity: TensorIdentity, checkpoint: Checkpoint, base: Checkpoint) -> TensorInfo:
+    """A rounded tensor, with the codec of the quantizer that made it from the base.
 
-
-def _require_base(delta: TensorDelta, identity: TensorIdentity, info: TensorInfo, base: Checkpoint) -> None:
-    """Raises BaseMismatchError when a tensor is not that of the pack's base. `info`: of the rounded tensor."""
-    name = delta.name
+    Raises BaseMismatchError where the base is not that of the pack, QuantizationError where no known quantizer fits.
+    """
+    name, info = delta.name, checkpoint.info(delta.name)
     if not base.has(name) or (base.info(name).dtype, base.info(name).shape) != (identity.dtype, identity.shape):
         found = f"{base.info(name).dtype} {list(base.info(name).shape)}" if base.has(name) else "missing"
         raise BaseMismatchError(
             f"{base.path} is not the float base that the pack was made for: {name} is {found}, "
             f"expected {identity.dtype} {list(identity.shape)}"
         )
-    state = sha256()
-    for part in info.blocks(delta.neurons, working_bytes(info)):
-        state.update(base.read_rows(name, rows_of(delta, part)).view(np.uint8).data)
-    if (found := state.hexdigest()) != identity.rows_sha256:
+    parts = info.blocks(delta.neurons, working_bytes(info))
+    if (found := digest(base.read_rows(name, rows_of(delta, part)) for part in parts)) != identity.rows_sha256:
         raise BaseMismatchError(
             f"{base.path} is not the float base that the pack was made for: the rows of {name} have sha256 "
             f"{found[:12]}.., expected {identity.rows_sha256[:12]}.."
         )
+    return fitted(checkpoint, delta, base)
 
 
-class _Distances:
-    """Sums over the rows of a tensor: distances to the base and to the patched base, and the error of plain rounding."""
-
-    def __init__(self) -> None:
-        self.plain = self.merged = True
-        self.base = self.goal = self.cost = self.between = 0.0
-        self.count = 0
-
-    def add(self, blocks: Rows, info: TensorInfo, origin: FloatArray, goal: FloatArray) -> None:
-        """Adds rows. blocks: uint8 [rows, row_bytes] as stored; origin, goal: float32 [rows, in_features]."""
-        codec = info.coding
-        ours = codec.encode(origin)
-        self.plain = self.plain and np.array_equal(ours, blocks)
-        self.merged = self.merged and np.array_equal(codec.encode(goal), blocks)
-        found = codec.decode(blocks)
-        self.cost += _square(codec.decode(ours) - origin)
-        self.base += _square(found - origin)
-        self.goal += _square(found - goal)
-        self.between += _square(goal - origin)
-        self.count += origin.size
-
-    def finding(self, name: str, info: TensorInfo) -> Finding:
-        """What the sums show."""
-        if self.plain:
-            return Finding(name, State.BASE, info.dtype)
-        if self.merged:
-            return Finding(name, State.PATCHED, info.dtype)
-        allowed = _ROUNDING**2 * self.cost
-        detail = f"{info.dtype}, {np.sqrt(self.base / self.cost) if self.cost else np.inf:.1f} times the error of rounding"
-        if not min(self.base, self.goal) <= allowed:  # also for NaN
-            return Finding(name, State.CHANGED, detail)
-        if self.base > allowed:
-            return Finding(name, State.PATCHED, detail)
-        evidence = Evidence.of(self.base, self.goal, self.between, self.count)
-        return Finding(name, State.ROUNDED, f"{detail}: not quantized plainly", evidence=evidence)
-
-
-def _square(values: FloatArray) -> float:
-    return float(np.vdot(values, values))
+def _against_base(delta: TensorDelta, info: TensorInfo, base: Checkpoint, blocks: Iterable[tuple[slice, Rows]]) -> Finding:
+    """Compares rounded rows with the float rows that they were made from. `info`: as `_fitted_to_base` returns it."""
+    codec, plain, merged, count = info.coding, True, True, 0
+    # Squared distances, summed over the rows: of plain rounding from the base; of the rows from the base; of the rows from the
+    # patched base; between the base and the patched base.
+    sums = np.zeros(4)
+    for part, rows in blocks:
+        origin = base.read_rows(delta.name, rows_of(delta, part))
+        goal = merge(origin, delta.dense(part.start, part.stop)).astype(np.float32)
+        origin, stored = origin.astype(np.float32), rows.view(np.uint8)
+        rounded, found = codec.encode(origin), codec.decode(stored)
+        plain = plain and np.array_equal(rounded, stored)
+        merged = merged and np.array_equal(codec.encode(goal), stored)
+        sums += [np.vdot(gap, gap) for gap in (codec.decode(rounded) - origin, found - origin, found - goal, goal - origin)]
+        count += origin.size
+    if plain:
+        return Finding(delta.name, State.BASE, info.dtype)
+    if merged:
+        return Finding(delta.name, State.PATCHED, info.dtype)
+    cost, to_base, to_patched, between = sums.tolist()
+    allowed = _ROUNDING**2 * cost
+    detail = f"{info.dtype}, {math.sqrt(to_base / cost) if cost else math.inf:.1f} times the error of rounding"
+    if not min(to_base, to_patched) <= allowed:  # also for NaN
+        return Finding(delta.name, State.CHANGED, detail)
+    if to_base > allowed:
+        return Finding(delta.name, State.PATCHED, detail)
+    evidence = Evidence.of(to_base, to_patched, between, count)
+    return Finding(delta.name, State.ROUNDED, f"{detail}: not quantized plainly", evidence=evidence)

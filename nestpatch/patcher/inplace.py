@@ -13,6 +13,7 @@ from nestpatch.events import OnEvent, ignore
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.gate import PackLike, Trust, policy_of
+from nestpatch.patcher._lock import locked, tidy
 from nestpatch.patcher._request import request
 from nestpatch.patcher._transaction import Transaction
 from nestpatch.patcher.chain import Allowed
@@ -22,7 +23,7 @@ from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
 from nestpatch.patcher.merge import quantized_merge
 from nestpatch.patcher.recovery import finish_or_roll_back, require_settled, require_writable
 from nestpatch.patcher.registry import record
-from nestpatch.patcher.state_dir import StateDir, locked, require_own, state_dir_of, tidy
+from nestpatch.patcher.state_dir import StateDir, require_own, state_dir_of
 from nestpatch.patcher.steps import Judge, plan_revert
 from nestpatch.signing.trust import Policy
 
@@ -58,7 +59,7 @@ class _Opened:
 
 
 @contextmanager
-def _writing(path: str | Path, policy: Policy, *, dry_run: bool = False) -> Iterator[_Opened]:
+def _writing(path: str | Path, policy: Policy, *, dry_run: bool = False, listed: bool = True) -> Iterator[_Opened]:
     """Opens a model under its lock and ends an interrupted change first. A dry run takes no lock and writes nothing."""
     checkpoint, state_dir = open_checkpoint(path), state_dir_of(path)
     require_own(path)
@@ -77,7 +78,8 @@ def _writing(path: str | Path, policy: Policy, *, dry_run: bool = False) -> Iter
             if fresh and not state_dir.ledger.exists() and not state_dir.journal.exists():
                 # Nothing was changed: leave the model's folder as it was.
                 tidy(state_dir)
-    record(checkpoint.path)
+    if listed:
+        record(checkpoint.path)
 
 
 def apply_in_place(
@@ -96,13 +98,14 @@ def apply_in_place(
     dither: bool = False,
     detach: bool = False,
     dry_run: bool = False,
+    listed: bool = True,
     on_event: OnEvent = ignore,
 ) -> Changed:
     """Merges a pack into a model's own files. Memory does not grow with the model.
 
     The pack passes the gate first (nestpatch/gate.py). An older version of the same pack is replaced in the same transaction;
-    packs of other names stack. A killed process leaves a model that the next command makes whole: either as before or as after.
-    A pack that is applied already, but whose rows were replaced by those of the base since, is put back.
+    packs of other names stack. After a killed process, the next command that writes leaves the model as before the change or as
+    after it. A pack that is applied already, but whose rows were replaced by those of the base since, is put back.
 
     Args:
         model: A safetensors file, a directory (sharded or not), a GGUF file or an ONNX model.
@@ -118,8 +121,9 @@ def apply_in_place(
         allow_other_publisher: Replaces a pack that another publisher signed.
         base: The float model, to make quantized rows from exactly.
         dither: Adds noise before quantized rows are rounded, so that small changes survive on average.
-        detach: Replaces links by files of the model's own first.
+        detach: Replaces links with copies first.
         dry_run: Checks everything and writes nothing.
+        listed: Whether `patched_models` lists the model.
         on_event: Receives progress.
 
     Returns:
@@ -136,7 +140,7 @@ def apply_in_place(
         After any of them the model is as it was.
     """
     began = time.perf_counter()
-    asked = request(
+    requested = request(
         model,
         pack,
         strength,
@@ -148,19 +152,19 @@ def apply_in_place(
         dither=dither,
         on_event=on_event,
     )
-    with _writing(model, asked.judge.policy, dry_run=dry_run) as opened:
-        planned = asked.plan(opened.checkpoint, opened.state_dir, opened.ledger)
+    with _writing(model, requested.judge.policy, dry_run=dry_run, listed=listed) as opened:
+        planned = requested.plan(opened.checkpoint, opened.state_dir, opened.ledger)
         change = Transaction(
             opened.state_dir,
             opened.checkpoint,
             planned,
             allow_base_mismatch,
             on_event,
-            quantized=asked.quantized,
+            quantized=requested.quantized,
             detach=detach,
         )
         if not planned.steps and not dry_run:
-            keep(opened.state_dir, asked.proven.pack, asked.proven.pack_id, asked.proven.origin)
+            keep(opened.state_dir, requested.proven.pack, requested.proven.pack_id, requested.proven.origin)
         return replace(_carry_out(change, opened.ledger, began, dry_run=dry_run), strength=strength)
 
 
@@ -191,7 +195,7 @@ def revert(
         allow_unsigned: Uses kept packs that too few trusted keys have signed.
         base: The float model, to make quantized rows from exactly.
         dither: Adds noise before quantized rows are rounded.
-        only: The id of one applied pack to take away; the model keeps following its channels.
+        only: The id of the one applied pack to undo; the model keeps following its channels.
         dry_run: Checks everything and writes nothing.
         on_event: Receives progress.
 
@@ -234,7 +238,7 @@ def follow_channel(model: str | Path, channel: str, policy: Policy) -> None:
 
     Args:
         model: The model.
-        channel: The place of the channel.
+        channel: Address of the channel.
         policy: Whose signatures confirm the journal of an interrupted change.
 
     Raises:

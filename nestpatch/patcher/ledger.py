@@ -293,15 +293,15 @@ def _strength(value: Any, what: str) -> float:
     return float(value)
 
 
-def _items(value: Any, what: str, check: FieldCheck) -> tuple[Any, ...]:
+def _items(value: Any, what: str, check: _FieldCheck) -> tuple[Any, ...]:
     return tuple(check(item, what) for item in _typed(value, what, list))
 
 
-def _mapping(value: Any, what: str, check: FieldCheck) -> dict[str, Any]:
+def _mapping(value: Any, what: str, check: _FieldCheck) -> dict[str, Any]:
     return {_text(name, what): check(item, what) for name, item in _typed(value, what, dict).items()}
 
 
-FieldCheck: TypeAlias = Callable[[Any, str], Any]
+_FieldCheck: TypeAlias = Callable[[Any, str], Any]
 """(value, name of the field) -> the value as a dataclass holds it. Raises ValueError, or KeyError for a missing field."""
 _KINDS = {bool: "true or false", list: "a list", dict: "an object"}
 _TRANSACTION_OR_NONE = re.compile(rf"(?:{TRANSACTION.pattern})?", re.ASCII)
@@ -311,14 +311,14 @@ _name = partial(_text, problem_of=name_problem)
 _version = partial(_text, problem_of=version_problem)
 _flag = partial(_typed, kind=bool)
 _digests = partial(_items, check=_sha256)
-_EVENT_FIELDS: dict[str, FieldCheck] = {
+_EVENT_FIELDS: dict[str, _FieldCheck] = {
     "what": partial(_match, pattern=re.compile("applied|undone|found missing")),
     "when": _when,
     "pack_id": _sha256,
     "name": _name,
     "version": _version,
 }
-_ENTRY_FIELDS: dict[str, FieldCheck] = {
+_ENTRY_FIELDS: dict[str, _FieldCheck] = {
     "pack_id": _sha256,
     "name": _name,
     "version": _version,

@@ -29,7 +29,7 @@ LEAST_RETENTION = 0.9
 
 @dataclass(frozen=True, eq=False)
 class QuantizedMerge:
-    """What a merge into rounded rows may use."""
+    """How a merge computes quantized rows."""
 
     base: Checkpoint | None = None
     """The float model that the file was made from: the rows are then exact."""
@@ -64,15 +64,15 @@ class Retention:
     """How much of a delta survived rounding: sums of products over elements, so that parts add up."""
 
     delivered: float = 0.0
-    asked: float = 0.0
+    requested: float = 0.0
 
     def __add__(self, other: Retention) -> Retention:
-        return Retention(self.delivered + other.delivered, self.asked + other.asked)
+        return Retention(self.delivered + other.delivered, self.requested + other.requested)
 
     @property
     def share(self) -> float:
         """1: all of it; 0: nothing."""
-        return self.delivered / self.asked if self.asked else 1.0
+        return self.delivered / self.requested if self.requested else 1.0
 
 
 def fitted(checkpoint: Checkpoint, delta: TensorDelta, base: Checkpoint | None) -> TensorInfo:
@@ -127,19 +127,19 @@ def merged_rows(
     # Quantized rows, and with a base also those of another dtype, are made anew; all others follow the merge rule.
     if info.plain and (quantized.base is None or info.dtype == dtype):
         return merge(stored, change, strength), Retention()
-    asked = np.float32(strength) * change
+    requested = np.float32(strength) * change
     if quantized.base is not None:
         exact = quantized.base.read_rows(delta.name, rows_of(delta, part))
         start, wanted = exact.astype(np.float32), merge(exact, change, strength).astype(np.float32)
     else:
         start = info.coding.decode(stored.view(np.uint8))
-        wanted = start + asked
+        wanted = start + requested
     noisy = wanted + _noise(info, delta, part, wanted) if quantized.dither else wanted
     blocks = info.coding.encode(noisy)
     arrived = info.coding.decode(blocks)
     if not np.isfinite(arrived).all():
         raise PackContentError(f"the merged weights of {delta.name} leave the range of {info.dtype}")
-    wide = asked.astype(np.float64)
+    wide = requested.astype(np.float64)
     retention = Retention(float(np.vdot((arrived - start).astype(np.float64), wide)), float(np.vdot(wide, wide)))
     return blocks.view(stored.dtype), retention
 
@@ -166,7 +166,9 @@ def require_retention(retentions: dict[str, Retention], label: str) -> None:
         QuantizationError: Less than LEAST_RETENTION in some tensor. The message names the three ways out.
     """
     weak = {
-        name: retention.share for name, retention in retentions.items() if retention.asked and retention.share < LEAST_RETENTION
+        name: retention.share
+        for name, retention in retentions.items()
+        if retention.requested and retention.share < LEAST_RETENTION
     }
     if not weak:
         return
@@ -183,10 +185,25 @@ def require_retention(retentions: dict[str, Retention], label: str) -> None:
 
 
 def rows_of(delta: TensorDelta, part: slice) -> IntArray:
-    """The row numbers of a slice of a delta, int64."""
+    """The row numbers of a part of a delta.
+
+    Args:
+        delta: The delta.
+        part: Which of its rows.
+
+    Returns:
+        int64 [rows], sorted.
+    """
     return delta.rows[part].astype(np.int64)
 
 
 def working_bytes(info: TensorInfo) -> int:
-    """Bytes that a row takes while it is worked on: quantized ones become float32."""
+    """Bytes that a row takes while it is processed: quantized ones become float32.
+
+    Args:
+        info: The tensor.
+
+    Returns:
+        Bytes per row.
+    """
     return info.row_bytes if info.plain else 4 * info.shape[-1]

@@ -18,8 +18,8 @@ from nestpatch.patcher.identity import APPLICABLE, Finding, State, examine
 from nestpatch.patcher.merge import QuantizedMerge, Retention, fitted, merged_rows, working_bytes
 from nestpatch.rows import Rows
 
-MAX_STRENGTH = 1.5
-SHOWN = 3
+_MAX_STRENGTH = 1.5
+_SHOWN = 3
 """Tensors that a message about another base names."""
 
 
@@ -30,11 +30,6 @@ class TensorPlan:
     info: TensorInfo
     delta: TensorDelta
     state: State
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that change."""
-        return self.delta.neurons * self.info.row_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,14 +51,6 @@ class Plan:
     strength: float
     tensors: tuple[TensorPlan, ...]
 
-    @property
-    def rows(self) -> int:
-        return sum(tensor.delta.neurons for tensor in self.tensors)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
-
 
 def check_strength(strength: float) -> None:
     """Checks the strength of a merge.
@@ -72,11 +59,11 @@ def check_strength(strength: float) -> None:
         strength: Multiplies the deltas of a pack.
 
     Raises:
-        DataError: It is not a number over 0 and at most MAX_STRENGTH.
+        DataError: It is not a number over 0 and at most 1.5.
     """
     # As the merge rule sees it: some positive numbers are zero in float32.
-    if not (math.isfinite(strength) and np.float32(0) < np.float32(strength) and strength <= MAX_STRENGTH):
-        raise DataError(f"strength must be over 0 and at most {MAX_STRENGTH}, got {strength}")
+    if not (math.isfinite(strength) and np.float32(0) < np.float32(strength) and strength <= _MAX_STRENGTH):
+        raise DataError(f"strength must be over 0 and at most {_MAX_STRENGTH}, got {strength}")
 
 
 def make_plan(
@@ -111,9 +98,9 @@ def make_plan(
 def _mismatch(pack: Pack, checkpoint: Checkpoint, findings: list[Finding]) -> BaseMismatchError:
     odd = [finding for finding in findings if finding.state not in APPLICABLE]
     states = {finding.state for finding in odd}
-    lines = [f"  {finding.name}: {finding.state.value} ({finding.detail})".replace(" ()", "") for finding in odd[:SHOWN]]
-    if len(odd) > SHOWN:
-        lines.append(f"  and {len(odd) - SHOWN} more")
+    lines = [f"  {finding.name}: {finding.state.value} ({finding.detail})".replace(" ()", "") for finding in odd[:_SHOWN]]
+    if len(odd) > _SHOWN:
+        lines.append(f"  and {len(odd) - _SHOWN} more")
     reason = f"{len(odd)} of {len(findings)} tensors of {checkpoint.path} are not the base of {pack.label}:\n" + "\n".join(
         lines
     )

@@ -16,7 +16,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from glob import escape
-from hashlib import sha256
 from io import FileIO
 from pathlib import Path
 
@@ -34,19 +33,13 @@ from nestpatch.errors import (
 from nestpatch.formats.checkpoint import Checkpoint, IntArray
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack
-from nestpatch.patcher._journal import (
-    Journal,
-    SavedRegion,
-    check_fit,
-    files_of,
-    open_journal,
-    read_journal,
-    remove_journal,
-    roll_back,
-)
+from nestpatch.patcher._journal import Journal, SavedRegion, open_journal, read_journal, remove_journal
+from nestpatch.patcher._lock import kept_from_writers, locked
+from nestpatch.patcher._rollback import check_fit, files_of, roll_back
 from nestpatch.patcher.kept import judge_kept
 from nestpatch.patcher.ledger import read_ledger
-from nestpatch.patcher.state_dir import PACK_ID, StateDir, locked, require_idle, state_dir_of
+from nestpatch.patcher.state_dir import PACK_ID, StateDir, state_dir_of
+from nestpatch.rows import digest
 from nestpatch.signing.store import load_policy
 from nestpatch.signing.trust import Policy
 from nestpatch.signing.verify import VerifiedPack
@@ -107,11 +100,11 @@ def require_settled(state_dir: StateDir, model: str | Path) -> None:
     """
     state_dir.check_folder()
     if os.path.lexists(state_dir.journal):
-        require_idle(state_dir)
-        raise InterruptedChangeError(
-            f"a change of {model} was interrupted: its journal {state_dir.journal} is still there",
-            advice=f"`nestpatch recover {model}` ends it: rows are put back, unless the change was complete.",
-        )
+        with kept_from_writers(state_dir):  # else the writer of the journal is still at work
+            raise InterruptedChangeError(
+                f"a change of {model} was interrupted: its journal {state_dir.journal} is still there",
+                advice=f"`nestpatch recover {model}` ends it: rows are put back, unless the change was complete.",
+            )
 
 
 def recover_model(path: str | Path, foreign: Foreign = Foreign.REFUSE, policy: Policy | None = None) -> Recovery:
@@ -209,7 +202,7 @@ def _finish_or_roll_back(
         tensors = ", ".join(names[:3]) + (", .." if len(names) > 3 else "")
         raise ForeignJournalError(
             f"the journal {journal.path} was not written here, and no pack with a trusted signature confirms it. It would put "
-            f"{journal.rows} rows of {len(names)} tensors in {files} back: {tensors}"
+            f"{sum(region.rows for region in journal.regions)} rows of {len(names)} tensors in {files} back: {tensors}"
         )
     roll_back(journal, checkpoint)
     # The undo records that a foreign journal names are not confirmed with its rows: they may be needed.
@@ -258,11 +251,9 @@ def _covered(pack: Pack, journal: Journal, file: FileIO, region: SavedRegion, ro
     if delta is None or not np.isin(delta.rows, rows).all():
         return None
     places = np.searchsorted(rows, delta.rows)
-    state = sha256()
-    for position in places.tolist():
-        state.update(journal.content(file, region, slice(position, position + 1)).data)
+    found = digest(journal.content(file, region, slice(position, position + 1)) for position in places.tolist())
     named = (pack.manifest.base.tensors[delta.name].rows_sha256, pack.manifest.result[delta.name])
-    return places.astype(np.int64) if state.hexdigest() in named else None
+    return places.astype(np.int64) if found in named else None
 
 
 def remove_undo_records(state_dir: StateDir, names: Sequence[str]) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +22,9 @@ from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.signing.store import user_folder
 
 FORMAT = "nestpatch-models/1"
-MOST_MODELS = 1000
+_MOST_MODELS = 1000
 """Paths that are kept; the oldest are dropped first."""
-MAX_BYTES = 8 << 20
+_MAX_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ def patched_models() -> tuple[PatchedModel, ...]:
     found = tuple(_describe(path) for path in _read())
     dropped = {str(one.model) for one in found if one.state in ("gone", "base")}
     if dropped:
-        with suppress(NestpatchError, OSError), _changing():
-            _write([path for path in _read() if path not in dropped])
+        with suppress(NestpatchError, OSError):
+            _change(lambda known: [path for path in known if path not in dropped])
     return found
 
 
 def record(model: str | Path) -> None:
-    """Remembers a model that was changed, as the last one. Does nothing where that fails.
+    """Lists a model that was changed, before all others. Does nothing where that fails.
 
     Args:
         model: Its path.
@@ -72,23 +72,23 @@ def record(model: str | Path) -> None:
     path = os.path.abspath(model)
     with suppress(NestpatchError, OSError, ValueError):
         ledger = read_ledger(state_dir_of(path))
-        wanted = bool(ledger.applied or ledger.follows)
-        if not wanted and not _file().exists():
-            return
-        with _changing():
-            known = _read()
-            models = [*([path] if wanted else []), *(other for other in known if other != path)][:MOST_MODELS]
-            if models != known:
-                _write(models)
+        first = [path] if ledger.applied or ledger.follows else []
+        if first or _file().exists():
+            _change(lambda known: first + [other for other in known if other != path])
 
 
-@contextmanager
-def _changing() -> Iterator[None]:
-    """Locks the list against other processes."""
-    _file().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with exclusive(_file().with_suffix(".lock")):
-        sweep_writes(_file())
-        yield
+def _change(edit: Callable[[list[str]], list[str]]) -> None:
+    """Changes the list under its lock."""
+    user_folder(existing=True).mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = _file()
+    with exclusive(file.with_suffix(".lock")):
+        sweep_writes(file)
+        known = _read()
+        models = edit(known)[:_MOST_MODELS]
+        if models != known:
+            # Escapes represent file names that are not valid text.
+            data = json.dumps({"format": FORMAT, "models": models}, indent=1) + "\n"
+            write_bytes(file, data.encode("ascii"), overwrite=True, mode=0o600)
 
 
 def _file() -> Path:
@@ -97,7 +97,7 @@ def _file() -> Path:
 
 def _read() -> list[str]:
     try:
-        data = read_bounded(_file(), MAX_BYTES, follow=False, error=StateError)
+        data = read_bounded(_file(), _MAX_BYTES, follow=False, error=StateError)
     except FileNotFoundError:
         return []
     try:
@@ -109,12 +109,6 @@ def _read() -> list[str]:
         advice = f"Remove {_file()}: models are listed again when they are next changed."
         raise StateError(f"the list of patched models {_file()} is broken: {error}", advice=advice) from error
     return models
-
-
-def _write(models: Sequence[str]) -> None:
-    # Escapes hold file names that are no text.
-    data = json.dumps({"format": FORMAT, "models": list(models)}, indent=1) + "\n"
-    write_bytes(_file(), data.encode("ascii"), overwrite=True, mode=0o600)
 
 
 def _describe(path: str) -> PatchedModel:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from nestpatch.patcher.held import Difference, HeldTensor, Holds, look
 from nestpatch.patcher.kept import load_packs, proven_signers
 from nestpatch.patcher.ledger import Ledger, LedgerEntry, read_ledger
 from nestpatch.patcher.recovery import open_model
+from nestpatch.rows import digest
 from nestpatch.signing.store import load_policy
 from nestpatch.signing.trust import Policy
 
@@ -95,17 +95,13 @@ def status(model: str | Path, policy: Policy | None = None) -> Status:
             found = look(checkpoint, state_dir, ledger.applied, load_packs(state_dir, ledger.applied))
     except StateError as error:
         problem = str(error)
-    applied = tuple(
-        AppliedPack(entry, _lacking(entry, found), proven_signers(state_dir, entry.pack_id, rules, model))
-        for entry in ledger.applied
-    )
+    applied = []
+    for entry in ledger.applied:
+        ours = (one for one in found if one.entry.pack_id == entry.pack_id and one.holds is not Holds.PACK)
+        lacking = tuple(one.difference for one in ours if one.difference is not None)
+        applied.append(AppliedPack(entry, lacking, proven_signers(state_dir, entry.pack_id, rules, model)))
     changed = {name for entry in ledger.applied for name in entry.tensors}
-    return Status(checkpoint.path, ledger, applied, released_packs(checkpoint, changed), problem)
-
-
-def _lacking(entry: LedgerEntry, found: Sequence[HeldTensor]) -> tuple[Difference, ...]:
-    ours = (one for one in found if one.entry.pack_id == entry.pack_id and one.holds is not Holds.PACK)
-    return tuple(one.difference for one in ours if one.difference is not None)
+    return Status(checkpoint.path, ledger, tuple(applied), released_packs(checkpoint, changed), problem)
 
 
 @dataclass(frozen=True)
@@ -126,6 +122,7 @@ class ReleasedPack:
 
     @property
     def label(self) -> str:
+        """Name and version, for messages."""
         return f"{self.name} {self.version}"
 
     @property
@@ -173,11 +170,9 @@ def _difference(checkpoint: Checkpoint, name: str, recorded: RecordedRows) -> Di
     """How the rows of a tensor differ from the recorded ones; None where they do not."""
     if not checkpoint.has(name) or recorded.runs[-1][1] > checkpoint.info(name).rows:
         return Difference(name, (), 0, "the metadata names rows that the model does not have")
-    state = sha256()
     rows = np.concatenate([np.arange(*run) for run in recorded.runs])
-    for _, block in checkpoint.iter_rows(name, rows):
-        state.update(block.view(np.uint8).data)
-    if state.hexdigest() == recorded.sha256:
+    rows_sha256 = digest(block for _, block in checkpoint.iter_rows(name, rows))
+    if rows_sha256 == recorded.sha256:
         return None
-    found = f"rows sha256 {state.hexdigest()[:12]}.. instead of {recorded.sha256[:12]}.."
+    found = f"rows sha256 {rows_sha256[:12]}.. instead of {recorded.sha256[:12]}.."
     return Difference(name, (), len(rows), f"not what the file's metadata records: {found}")

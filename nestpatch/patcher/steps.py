@@ -20,7 +20,7 @@ from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.gate import Proven
 from nestpatch.pack import Pack
 from nestpatch.patcher.chain import NOTHING, Action, Allowed, Link, Overlap, Step, steps_to_apply, steps_to_revert
-from nestpatch.patcher.held import Missing, look, missing, require_undoable
+from nestpatch.patcher.held import Missing, look, missing, require_proven
 from nestpatch.patcher.kept import judge_kept, load_pack, load_packs, proven_signers
 from nestpatch.patcher.ledger import Ledger, LedgerEntry
 from nestpatch.patcher.state_dir import StateDir
@@ -90,8 +90,8 @@ class Judge:
     def publishers(self, state_dir: StateDir, entry: LedgerEntry) -> frozenset[str]:
         """The publishers of an applied pack.
 
-        An entry that this machine wrote is believed. For an entry that came with the model, the kept signatures decide. If they
-        prove nothing, the entry's own claim is used: it can make the rules stricter, but permits nothing.
+        An entry that this machine wrote is used as it is. For an entry that came with the model, the kept signatures decide. If
+        they prove nothing, the entry's own claim is used: it can make the rules stricter, but permits nothing.
 
         Args:
             state_dir: Where the state of the model is.
@@ -132,7 +132,7 @@ def plan_apply(
     allowed: Allowed,
     base: Checkpoint | None,
 ) -> PlannedSteps:
-    """Plans to apply a pack, after a look at the rows.
+    """Plans to apply a pack, after the rows were compared with the ledger.
 
     Applied packs whose rows are missing are put back or replaced. Undo records that came with the model are proven before a
     step may use them.
@@ -161,7 +161,9 @@ def plan_apply(
     gone = missing(look(checkpoint, state_dir, ledger.applied, packs, base))
     lost = [entry for entry in ledger.applied if entry.pack_id in gone]
     planned = plan_from_ledger(state_dir, ledger, proven.pack, strength, judge, proven.origin, allowed, lost, packs)
-    require_undoable(checkpoint, state_dir, ledger.applied, planned.packs, planned.undone, base)
+    if any(entry.foreign and entry.pack_id in planned.undone for entry in ledger.applied):
+        found = look(checkpoint, state_dir, ledger.applied, planned.packs, base, down_to_base=True)
+        require_proven([one for one in found if one.entry.pack_id in planned.undone])
     return replace(planned, missing=gone)
 
 

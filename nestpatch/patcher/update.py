@@ -31,9 +31,10 @@ from nestpatch.signing.trust import Policy
 
 @dataclass(frozen=True)
 class Updated:
-    """What one channel meant for a model."""
+    """The result of one channel for a model."""
 
-    channel: str
+    address: str
+    """Of the channel."""
     state: str
     """"current": nothing to do; "available": `check` found something to do; "updated"; "failed": see `error`."""
     before: str
@@ -93,7 +94,7 @@ def update(
     open_checkpoint(model)
     task = _Task(Path(model), policy, check, allow_overlap, base, dither, on_event)
     ledger = task.ledger()
-    # The text may hold credentials; the place does not.
+    # A channel as given may contain credentials; its address does not.
     given = {reader.address: reader for reader in map(open_reader, channels)}
     wanted = list(given) or ledger.follows
     if not wanted:
@@ -115,7 +116,7 @@ def _follows_nothing(model: str | Path, ledger: Ledger) -> ChannelError:
         return ChannelError(
             f"{model} follows no channel: its ledger came with the model and names {', '.join(ledger.offered)}, "
             "which was not contacted because this user has not agreed to follow it",
-            advice="If you want its updates: nestpatch update MODEL --channel PLACE",
+            advice="If you want its updates: nestpatch update MODEL --channel CHANNEL",
         )
     advice = "Name one with --channel owner/name, or apply a version of one: nestpatch apply MODEL hub://owner/name --in-place"
     return ChannelError(f"{model} follows no channel", advice=advice)
@@ -123,7 +124,7 @@ def _follows_nothing(model: str | Path, ledger: Ledger) -> ChannelError:
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """An update of one model: what every channel of it has in common."""
+    """An update of one model: what is the same for all of its channels."""
 
     model: Path
     policy: Policy
@@ -138,8 +139,8 @@ class _Task:
         return read_ledger(open_model(self.model)[1] if self.check else state_dir_of(self.model))
 
     def bring(self, followed: Followed) -> Updated:
-        """Does what one channel asks for. Raises as `update` reports it."""
-        channel, place = followed.accepted.channel, followed.reader.address
+        """Brings the model to what one channel offers. Its errors become results of `update`."""
+        channel, address = followed.accepted.channel, followed.reader.address
         entry = self._applied(followed)
         decision = decide(channel, (entry.version, entry.pack_id) if entry else None)
         reason = decision.reason if isinstance(decision, GoBack) else ""
@@ -150,10 +151,10 @@ class _Task:
         after = before if isinstance(decision, Stay) else target.version if target else ""
         steps = () if self.check else self._carry_out(followed, entry, decision)
         state = "current" if isinstance(decision, Stay) else "available" if self.check else "updated"
-        return Updated(place, state, before, after, reason, steps, channel.serial, channel.expires)
+        return Updated(address, state, before, after, reason, steps, channel.serial, channel.expires)
 
     def _applied(self, followed: Followed) -> LedgerEntry | None:
-        """The entry of the channel's pack, which has to be of the channel's own publisher. Raises PublisherError."""
+        """The entry of the channel's pack, which must be of the channel's own publisher. Raises PublisherError."""
         packs = followed.accepted.channel.packs  # all of one name
         entry = next((entry for entry in self.ledger().applied if packs and entry.name == packs[0].name), None)
         if entry is None:
@@ -164,11 +165,11 @@ class _Task:
         # A channel can list another publisher's pack, and then withdraw it.
         if roots & publishers or (listed and not publishers):
             return entry
-        place = followed.reader.address
-        lack = "another publisher signed" if publishers else f"{place} never published"
+        address = followed.reader.address
+        lack = "another publisher signed" if publishers else f"{address} never published"
         raise PublisherError(
             f"the ledger of {self.model} names {entry.label} (sha256 {entry.pack_id[:12]}..), which {lack}: "
-            f"{place} may not change it",
+            f"{address} may not change it",
             advice="Revert it first (nestpatch revert MODEL), then update again.",
         )
 
@@ -194,9 +195,10 @@ class _Task:
             return revert(
                 self.model, policy=self.policy, base=self.base, dither=self.dither, only=only, on_event=self.on_event
             ).steps
+        done = download(followed, decision.pack, on_event=self.on_event)
         return apply_in_place(
             self.model,
-            passed(download(followed, decision.pack, on_event=self.on_event)),
+            passed(done.result, done.origin),
             policy=self.policy,
             # The strength that a user of this machine once chose, else in full.
             strength=entry.strength if entry is not None and not entry.foreign else 1.0,

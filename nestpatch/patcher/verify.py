@@ -62,11 +62,11 @@ class Verification:
     full: bool
     seconds: float
     asked: str = ""
-    """The pack that the caller asked about; empty: about the model as a whole."""
+    """The pack that was given; empty where none was."""
 
     @property
     def known(self) -> bool:
-        """Whether all is as it should be: the pack that was asked about is in the rows; without one, base or patched."""
+        """Whether the rows hold the given pack; where none was given, whether they are the base or hold what is recorded."""
         return self.verdict is Verdict.PATCHED or (self.verdict is Verdict.BASE and not self.asked)
 
 
@@ -83,11 +83,12 @@ def verify(
 
     Args:
         model: A checkpoint of any format.
-        pack: Whether exactly this pack is in the rows, at `strength`; None: whether the rows hold what the ledger says.
-        strength: Only with a pack.
+        pack: Compared with the rows, at `strength`; None compares the rows with the ledger.
+        strength: Factor on the deltas of the pack.
         base: The float model, for quantized rows.
         full: Hashes whole tensors too.
-        policy: Only without a pack: who has to have signed packs that came with the model; None means that of this user.
+        policy: Only without a pack: the keys that must have signed packs that came with the model; None means the policy of
+            this user.
 
     Returns:
         The verdict, with the rows that differ.
@@ -186,7 +187,7 @@ class _Verifier:
         known = [result for result in results if result.verdict in (Verdict.BASE, Verdict.PATCHED)]
         if not known and (released := released_packs(self.checkpoint)):
             return _against_metadata(released)
-        unknown = _Result(Verdict.UNKNOWN, 0, "nestpatch knows nothing about this model; give the pack to compare with")
+        unknown = _Result(Verdict.UNKNOWN, 0, "no ledger and no metadata names a pack; give the pack to compare with")
         return (known[-1:] or results[:1] or [unknown])[0]
 
     def _against_pack(self, pack: Pack, base: Checkpoint | None = None) -> _Result:
@@ -241,7 +242,7 @@ class _Verifier:
         return altered
 
     def _whole_below(self, stacks: Mapping[str, Sequence[Layer]]) -> list[Difference]:
-        """Whole tensors with all packs taken away again in memory, compared with the base digests in the packs."""
+        """Undoes all packs in memory, and compares the whole tensors with the base digests in the packs."""
         altered = []
         for name, layers in sorted(stacks.items()):
             info = self.checkpoint.info(name)

@@ -122,10 +122,10 @@ def show_updated(model: Path, results: Sequence[Updated]) -> None:
         if result.state == "failed":
             err.print(f"[bold red]{escape(result.error)}[/]: {escape(result.reason)}")
             err.print(f"[bold]What to do[/]: {escape(result.advice)}")
-            err.print(f"Nothing was applied from [bold]{escape(result.channel)}[/].")
+            err.print(f"Nothing was applied from [bold]{escape(result.address)}[/].")
             continue
         before, after = result.before or "base", result.after or "base"
-        line = f"[bold]{escape(model)}[/], {escape(result.channel)}: "
+        line = f"[bold]{escape(model)}[/], {escape(result.address)}: "
         if result.state == "current":
             out.print(f"{line}{escape(before)} is up to date; the channel is valid until {escape(result.expires)}")
             continue

@@ -16,9 +16,10 @@ from nestpatch.export.safetensors import export_safetensors
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.patcher import apply as applying
 from nestpatch.patcher._journal import Region, write_journal
+from nestpatch.patcher._lock import kept_from_writers, locked
 from nestpatch.patcher.apply import apply
 from nestpatch.patcher.inplace import apply_in_place, revert
-from nestpatch.patcher.state_dir import StateDir, kept_from_writers, locked
+from nestpatch.patcher.state_dir import StateDir
 from nestpatch.patcher.verify import verify
 from tests.calls import answer, run
 from tests.state.conftest import Scene, make_scene

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from nestpatch.errors import BusyError, CheckpointFormatError, InPlaceError, StateError
+from nestpatch.patcher._lock import locked
 from nestpatch.patcher.apply import apply
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.ledger import read_ledger
-from nestpatch.patcher.state_dir import locked, state_dir_of
+from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.patcher.status import status
 from nestpatch.patcher.verify import Verdict, verify
 from tests.calls import answer, refused

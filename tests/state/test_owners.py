@@ -14,11 +14,12 @@ import pytest
 
 from nestpatch.errors import InPlaceError
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.patcher._journal import Region, files_of, write_journal
+from nestpatch.patcher._journal import Region, write_journal
+from nestpatch.patcher._lock import locked
+from nestpatch.patcher._rollback import files_of
 from nestpatch.patcher.apply import apply
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.recovery import recover_model
-from nestpatch.patcher.state_dir import locked
 from nestpatch.patcher.status import status
 from nestpatch.patcher.verify import Verdict, verify
 from tests.calls import refused

@@ -158,7 +158,7 @@ def test_an_export_does_not_pass_a_claim_on(plain: Scene, tmp_path: Path) -> Non
     apply_in_place(plain.model, pack)
     plain.restore(base)
     said = refused("BaseMismatchError", "export", plain.model, "--to", "safetensors", "-o", tmp_path / "out")
-    assert "the rows do not hold that" in said
+    assert "the rows of the model do not contain it" in said
     assert not (tmp_path / "out").exists()
 
 
