@@ -15,6 +15,7 @@ from nestpatch.errors import HubAnswerError, OutputError
 from nestpatch.events import OnEvent, ignore
 from nestpatch.files.scratch import new_output
 from nestpatch.pack import utc_now
+from nestpatch.signing.store import load_policy
 from nestpatch.signing.subject import Origin, Subject
 from nestpatch.signing.trust import Policy
 from nestpatch.signing.verify import SignatureResult, check_signatures
@@ -166,9 +167,9 @@ class Pulled:
 
 def pull(
     address: str,
-    policy: Policy,
-    output: Path | None = None,
+    output: str | Path | None = None,
     *,
+    policy: Policy | None = None,
     allow_unsigned: bool = False,
     on_event: OnEvent = ignore,
 ) -> Pulled:
@@ -177,8 +178,8 @@ def pull(
     Args:
         address: ADDRESS[@VERSION] of the channel: hub://owner/name, https://host/folder or file:///folder; without a version
             the latest.
-        policy: The trusted keys.
         output: A file, or a folder to write into. None: NAME-VERSION.nest in the current folder.
+        policy: The trusted keys; None means the policy of this user and this machine.
         allow_unsigned: Allows keys that are not trusted, and missing signatures.
         on_event: Receives the progress.
 
@@ -193,9 +194,10 @@ def pull(
         HubError: A file cannot be read.
         OutputError: The output exists with other content, or cannot be written.
     """
-    done = fetch_pack(address, policy, allow_unsigned=allow_unsigned, on_event=on_event)
+    done = fetch_pack(address, load_policy() if policy is None else policy, allow_unsigned=allow_unsigned, on_event=on_event)
     name = f"{done.listed.name}-{done.listed.version}.nest"
-    file = Path(name) if output is None else output / name if output.is_dir() else output
+    wanted = Path(name if output is None else output)
+    file = wanted / name if wanted.is_dir() else wanted
     # The pack comes last: where it is, its signatures are too.
     for suffix, content in [*done.origin.signatures.items(), ("", done.data)]:
         _write_once(file.with_name(f"{file.name}{suffix}"), content)

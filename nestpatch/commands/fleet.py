@@ -133,7 +133,7 @@ def pull(address: str, output: Path | None, policy_file: Path | None, allow_unsi
 
     with progress(quiet or as_json) as on_event:
         policy = load_policy(policy_file)
-        done = run(address, policy, output, allow_unsigned=allow_unsigned, on_event=on_event)
+        done = run(address, output, policy=policy, allow_unsigned=allow_unsigned, on_event=on_event)
     if not done.signers:
         say_unsigned(policy, done.pack)
     if as_json:
@@ -183,8 +183,8 @@ def update(
     with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:
         results = run(
             model,
-            policy,
             channels,
+            policy=policy,
             check=check,
             allow_unsigned=allow_unsigned,
             allow_overlap=allow_overlap,

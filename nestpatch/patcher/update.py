@@ -17,7 +17,7 @@ from nestpatch.errors import ChannelError, FileSystemError, NestpatchError, Publ
 from nestpatch.events import OnEvent, ignore
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.gate import passed
+from nestpatch.gate import passed, policy_of
 from nestpatch.hub.client import shown
 from nestpatch.patcher.held import look, missing
 from nestpatch.patcher.inplace import apply_in_place, follow_channel, revert
@@ -54,9 +54,9 @@ class Updated:
 
 def update(
     model: str | Path,
-    policy: Policy,
     channels: Sequence[str] = (),
     *,
+    policy: Policy | None = None,
     check: bool = False,
     allow_unsigned: bool = False,
     allow_overlap: bool = False,
@@ -71,8 +71,8 @@ def update(
 
     Args:
         model: The model to patch in place.
-        policy: Whose signatures count.
         channels: Channels without versions; empty means those that the model follows.
+        policy: Whose signatures count; None means the policy of this user and this machine.
         check: Only reports what there is to do, and changes nothing.
         allow_unsigned: Accepts channels and packs that too few trusted keys have signed.
         allow_overlap: Adds a pack to others that change the same rows.
@@ -89,6 +89,7 @@ def update(
         CheckpointError: The model cannot be read.
         StateError: The ledger is broken, or an interrupted change cannot be ended.
     """
+    policy = policy_of(policy)
     if not check and os.path.lexists(state_dir_of(model).journal):
         recover_model(model, policy=policy)
     open_checkpoint(model)

@@ -138,7 +138,7 @@ class Scene:
 
 def updated(model: Path, policy: Policy, channels: Sequence[str] = (), **options: object) -> tuple[Updated, ...]:
     """`update`, where a channel that failed raises its error."""
-    results = update(model, policy, channels, **options)
+    results = update(model, channels, policy=policy, **options)
     for result in results:
         if result.state == "failed":
             raise getattr(errors, result.error)(result.reason, advice=result.advice)

@@ -166,6 +166,6 @@ def test_a_key_that_is_no_longer_trusted(scene: Scene) -> None:
 
 def test_nobody_is_trusted(scene: Scene, tmp_path: Path) -> None:
     with pytest.raises(ChannelKeyError, match="no longer trusted"):
-        pull(REPO, Policy(), tmp_path / "got.nest")
+        pull(REPO, tmp_path / "got.nest", policy=Policy())
     assert not (tmp_path / "got.nest").exists()
-    assert pull(REPO, Policy(), tmp_path / "got.nest", allow_unsigned=True).signers == {}
+    assert pull(REPO, tmp_path / "got.nest", allow_unsigned=True, policy=Policy()).signers == {}

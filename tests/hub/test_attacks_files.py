@@ -118,7 +118,7 @@ def test_a_revoked_latest_version(scene: Scene, tmp_path: Path) -> None:
         fetch_pack(f"hub://{REPO}@1.1.0", scene.policy, scene.model)
     scene.yank("1.0.0", "all of it")
     with pytest.raises(VersionError, match="no version of acme/no-harm is active"):
-        pull(REPO, scene.policy, tmp_path / "got.nest")
+        pull(REPO, tmp_path / "got.nest", policy=scene.policy)
     assert not (tmp_path / "got.nest").exists()
 
 
@@ -257,7 +257,7 @@ def test_gated_and_missing_repositories(scene: Scene, monkeypatch: pytest.Monkey
     scene.hub.accounts.of("model", REPO).private = True
     refused(scene, HubNotFoundError, "or hides it from this user")
     with pytest.raises(HubNotFoundError):
-        pull("acme/nothing", scene.policy)
+        pull("acme/nothing", policy=scene.policy)
 
 
 # Publishers

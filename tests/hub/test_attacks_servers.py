@@ -308,4 +308,4 @@ def test_links_within_the_folder_and_to_it_are_followed(scene: Scene, shared: Pa
 @pytest.mark.parametrize("place", ["file:///dev/zero", "file:///dev/stdin", "file:///dev", "file:///proc/self/fd"])
 def test_devices_are_no_folders(place: str, scene: Scene) -> None:
     with pytest.raises((HubNotFoundError, HubUnavailableError, HubAnswerError)):
-        pull(place, scene.policy)
+        pull(place, policy=scene.policy)

@@ -105,7 +105,7 @@ def test_a_file_system_in_trouble_is_reported_as_such(scene: Scene, monkeypatch:
     (scene.folder / "taken").write_bytes(b"")
     monkeypatch.setenv("NESTPATCH_HOME", str(scene.folder / "taken"))
     # The key of the seals is out of reach too, so the ledger counts as one that came along: the channel has to be named.
-    (only,) = update(scene.model, scene.policy, [REPO])
+    (only,) = update(scene.model, [REPO], policy=scene.policy)
     assert (only.state, only.error) == ("failed", "FileSystemError")
     assert issubclass(getattr(errors, only.error), errors.NestpatchError)
 

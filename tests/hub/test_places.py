@@ -207,10 +207,10 @@ def test_a_broken_memory_is_said(scene: Scene, shared: Path) -> None:
 
 def test_pulled_files_carry_their_signatures(scene: Scene, shared: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    done = pull(f"{shared.as_uri()}@1.0.0", scene.policy, tmp_path / "in")
+    done = pull(f"{shared.as_uri()}@1.0.0", tmp_path / "in", policy=scene.policy)
     assert done.file == tmp_path / "in" / "no-harm-1.0.0.nest"
     assert sorted(file.name for file in (tmp_path / "in").iterdir()) == ["no-harm-1.0.0.nest", "no-harm-1.0.0.nest.sig"]
-    assert pull(str(shared), scene.policy, tmp_path / "in") == done, "the same again is no error"
+    assert pull(str(shared), tmp_path / "in", policy=scene.policy) == done, "the same again is no error"
 
 
 @pytest.mark.parametrize(
