@@ -163,16 +163,15 @@ def diff(
     was written. Only the weights of models are compared. Packs are files, or hub://owner/name[@VERSION]; they need not be
     signed, but the signatures that they have must be valid.
     """
-    facts = {"version": pack_version, "description": description, "license": license_}
-    given = {what: value for what, value in facts.items() if value is not None}
     with progress(quiet or as_json) as on_event:
         if output is not None:
             from nestpatch.compare.extract import extract
             from nestpatch.pack import Label
 
-            label = Label(name or output.name.removesuffix(".nest"), **given)  # type: ignore[arg-type]
+            name = name or output.name.removesuffix(".nest")
+            label = Label(name, pack_version or "1.0.0", description or "", license_ or "")
             found: Any = extract(a, b, output, label, on_event=on_event)
-        elif name is not None or given:
+        elif any(fact is not None for fact in (name, pack_version, description, license_)):
             raise click.UsageError("--name, --version, --description and --license go with -o")
         else:
             from nestpatch.compare.diff import diff as run
