@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import os
 import sys
@@ -49,7 +48,7 @@ def keygen(name: Path, no_password: bool, password_file: IO[bytes] | None, as_js
     password = None if no_password else _password(password_file, f"Password for {name}.key", confirm=True)
     pair = keys.keygen(name, password)
     if as_json:
-        print_json(dataclasses.asdict(pair))
+        print_json(pair.as_json())
         return
     from nestpatch.views.publishing import show_pair
 
@@ -76,7 +75,7 @@ def sign(
 
     done = verify.sign_pack(pack, unlocked(key_file, password_file), output, overwrite=overwrite)
     if as_json:
-        print_json(dataclasses.asdict(done))
+        print_json(done.as_json())
         return
     from nestpatch.views.publishing import show_signature
 
@@ -159,7 +158,7 @@ def trust_add(key: Path, name: str | None, models: tuple[str, ...], as_json: boo
     trusted = TrustedKey.of(name or key.stem, keys.read_public(key), patterns)
     file = trust_key(trusted)
     if as_json:
-        print_json({"name": trusted.name, "key_id": trusted.key.key_id, "models": trusted.models, "file": file})
+        print_json({**trusted.as_json(), "file": str(file)})
         return
     say(f"trusting {trusted.name}, key {trusted.key.key_id}, for {', '.join(trusted.models)}")
     say("From now on a pack must be signed by a trusted key. Sign your own packs: nestpatch sign PACK --key NAME.key")
@@ -174,7 +173,7 @@ def trust_list(as_json: bool) -> None:
     own, system = load_own(), load_system()
     file, system_file = policy_files()
     if as_json:
-        print_json({"file": file, **own.as_json(), "system": {"file": system_file, **system.as_json()}})
+        print_json({"file": str(file), **own.as_json(), "system": {"file": str(system_file), **system.as_json()}})
         return
     from nestpatch.views.publishing import show_policy, show_system_policy
 
@@ -191,7 +190,7 @@ def trust_remove(key: str, as_json: bool) -> None:
 
     gone, file = distrust_key(key)
     if as_json:
-        print_json({"name": gone.name, "key_id": gone.key.key_id, "file": file})
+        print_json({**gone.as_json(), "file": str(file)})
     else:
         say(f"{gone.name}, key {gone.key.key_id[:12]}.., is no longer trusted")
 

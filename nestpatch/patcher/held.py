@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from hashlib import sha256
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,10 @@ class Difference:
     """The first rows that differ; empty where rows cannot be named."""
     count: int
     detail: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The difference for `--json`."""
+        return {"tensor": self.tensor, "rows": self.count, "first_rows": list(self.rows), "detail": self.detail}
 
 
 @dataclass(frozen=True)

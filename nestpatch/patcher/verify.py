@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -67,6 +68,24 @@ class Verification:
     def known(self) -> bool:
         """Whether all is as it should be: the pack that was asked about is in the rows; without one, base or patched."""
         return self.verdict is Verdict.PATCHED or (self.verdict is Verdict.BASE and not self.asked)
+
+    def as_json(self) -> dict[str, Any]:
+        """The result for `--json`, without the model that the command was given.
+
+        Returns:
+            A JSON object; docs/json.md describes its names.
+        """
+        return {
+            "pack": self.asked or None,
+            "verdict": self.verdict.value,
+            "known": self.known,
+            "packs": list(self.packs),
+            "tensors": self.tensors,
+            "differences": [one.as_json() for one in self.differences],
+            "detail": self.detail,
+            "full": self.full,
+            "seconds": self.seconds,
+        }
 
 
 def verify(

@@ -131,7 +131,7 @@ def test_credentials_of_an_address_are_used_once_and_kept_nowhere(scene: Scene, 
     save_policy(scene.policy)
     typed = secret_web.url.replace("//", "//me:hush%20hush@") + "/?token=t0psecret"
     done = answer("update", scene.model, "--channel", typed)
-    assert (done["channels"][0]["state"], done["channels"][0]["channel"]) == ("updated", secret_web.url)
+    assert (done["channels"][0]["state"], done["channels"][0]["address"]) == ("updated", secret_web.url)
     assert all(target.endswith("?token=t0psecret") for target in secret_web.targets)
     assert ledger_of(scene.model).follows == (secret_web.url,)
     kept = everything_kept(scene)

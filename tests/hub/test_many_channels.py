@@ -46,7 +46,7 @@ def versions(scene: Scene) -> dict[str, str]:
 def test_a_channel_that_cannot_be_reached_does_not_stop_the_others(scene: Scene, places: tuple[str, str, str]) -> None:
     scene.hub.stop()
     told = answer("update", scene.model, "--allow-overlap", *words(places), code=1)["channels"]
-    assert [(one["channel"], one["state"]) for one in told] == [
+    assert [(one["address"], one["state"]) for one in told] == [
         (places[0], "updated"), (places[1], "failed"), (places[2], "updated"),
     ]  # fmt: skip
     failed = told[1]
