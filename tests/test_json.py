@@ -120,7 +120,18 @@ def of_exports(run: Scenario, base: Path, one: Path) -> None:
     """Models and packs in other formats."""
     llama, pack = make("llama3", run.folder / "llama"), run.folder / "llama.nest"
     nest.write(tiny_pack(llama), pack)
-    run.note("export --to gguf", "export", llama, pack, "--to", "gguf", "-o", run.folder / "dry.gguf", "--dry-run", name="export-dry")
+    run.note(
+        "export --to gguf",
+        "export",
+        llama,
+        pack,
+        "--to",
+        "gguf",
+        "-o",
+        run.folder / "dry.gguf",
+        "--dry-run",
+        name="export-to-gguf-dry-run",
+    )
     run.note("export --to gguf", "export", llama, pack, "--to", "gguf", "-o", run.folder / "llama.gguf")
     run.note("export --to safetensors", "export", base, one, "--to", "safetensors", "-o", run.folder / "release")
     run.note("status", "status", run.folder / "release", name="status-release")
@@ -188,7 +199,9 @@ def test_every_schema_is_checked_and_every_command_has_one(scenario: Scenario) -
     assert {schema for schema, _ in scenario.found.values()} | ELSEWHERE == schemas
     commands = set(with_json(main, ()))
     assert {command for command in commands if not any(f"{schema} ".startswith(f"{command} ") for schema in schemas)} == set()
-    assert {schema for schema in schemas if not any(f"{schema} ".startswith(f"{command} ") for command in commands)} == {"error"}
+    assert {schema for schema in schemas if not any(f"{schema} ".startswith(f"{command} ") for command in commands)} == {
+        "error"
+    }
 
 
 def with_json(command: click.Command, path: tuple[str, ...]) -> Iterator[str]:

@@ -116,7 +116,7 @@ def verify_signature(
     else:
         found = verify.verify_signature(pack, policy, model)
     if as_json:
-        print_json(found.as_json())
+        print_json({"model": model, **found.as_json()})
     else:
         from nestpatch.views.publishing import show_result
 
