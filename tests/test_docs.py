@@ -14,7 +14,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 def build() -> ModuleType:
     """docs/build.py, which is no part of the package."""
     spec = importlib.util.spec_from_file_location("docs_build", DOCS / "build.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -83,7 +83,7 @@ def slug(schema: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def scenario(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
+def scenario(tmp_path_factory: pytest.TempPathFactory) -> Scenario:
     """Runs every command that is fast on tiny models."""
     folder = tmp_path_factory.mktemp("json").resolve()
     run = Scenario(folder)
@@ -99,7 +99,7 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
         of_exports(run, base, one)
         of_keys(run, one, two)
         of_channels(run, shutil.copytree(base, folder / "model"), one, two)
-    yield run
+    return run
 
 
 def of_files(run: Scenario, base: Path, one: Path, two: Path) -> None:
@@ -132,7 +132,9 @@ def of_exports(run: Scenario, base: Path, one: Path) -> None:
         "--dry-run",
         name="export-to-gguf-dry-run",
     )
-    run.note("export --to gguf", "export", llama, pack, "--to", "gguf", "-o", run.folder / "llama.gguf")
+    words = ("export", llama, pack, "--to", "gguf", "-o", run.folder / "llama.gguf")
+    run.note("export --to gguf", *words, "--dry-run", name="export-to-gguf-dry-run")
+    run.note("export --to gguf", *words)
     run.note("export --to safetensors", "export", base, one, "--to", "safetensors", "-o", run.folder / "release")
     run.note("status", "status", run.folder / "release", name="status-release")
     run.note("verify", "verify", run.folder / "release", code=1, name="verify-release")
@@ -198,10 +200,9 @@ def test_every_schema_is_checked_and_every_command_has_one(scenario: Scenario) -
     schemas = set(document()["properties"])
     assert {schema for schema, _ in scenario.found.values()} | ELSEWHERE == schemas
     commands = set(with_json(main, ()))
-    assert {command for command in commands if not any(f"{schema} ".startswith(f"{command} ") for schema in schemas)} == set()
-    assert {schema for schema in schemas if not any(f"{schema} ".startswith(f"{command} ") for command in commands)} == {
-        "error"
-    }
+    pairs = [(schema, command) for schema in schemas for command in commands if f"{schema} ".startswith(f"{command} ")]
+    assert {command for _, command in pairs} == commands
+    assert schemas - {schema for schema, _ in pairs} == {"error"}
 
 
 def with_json(command: click.Command, path: tuple[str, ...]) -> Iterator[str]:

@@ -238,7 +238,8 @@ def test_the_command_line_trains_shows_applies_and_evaluates(models, prompts, tm
         ["eval", str(tmp_path / "patched" / "model.safetensors"), *suites, "--json", "--quiet", "--max-new-tokens=6"],
     )
     folded, alone = json.loads(both.stdout)["after"], json.loads(direct.stdout)["before"]
-    del folded["kl_to_base"]
+    assert folded.pop("kl_to_base") > 0
+    assert alone.pop("kl_to_base") is None
     assert folded == alone
     answers = tmp_path / "answers.jsonl"
     table = run(main, ["eval", str(base), *suites, "--quiet", "--max-new-tokens=3", "--answers", str(answers)])
