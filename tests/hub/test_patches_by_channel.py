@@ -47,7 +47,7 @@ def test_show_verify_and_verify_signature_take_a_channel(scene: Scene) -> None:
 def test_diff_takes_channels_and_files(scene: Scene) -> None:
     scene.publish("1.1.0", seed=1)
     audit = answer("diff", f"{CHANNEL}@1.0.0", f"{CHANNEL}@1.1.0", code=1)
-    assert (audit["a"], audit["b"]) == ("no-harm 1.0.0", "no-harm 1.1.0")
+    assert audit["packs"] == ["no-harm 1.0.0", "no-harm 1.1.0"]
     assert answer("diff", scene.pack("1.1.0", 1), CHANNEL)["identical"] is True
     assert answer("diff", f"{CHANNEL}@1.1.0", scene.pack("1.1.0", 1))["identical"] is True
     mixed = run("diff", scene.model, CHANNEL)
