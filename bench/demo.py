@@ -30,9 +30,10 @@ def main() -> None:
         result = run(seed)
         results.append(result)
         share = result["trained_parameters"] / result["model_parameters"]
-        numbers = "  ".join(f"{name} {result[name]['before']:.3f} -> {result[name]['after']:.3f}" for name in HEADLINES)
-        print(f"seed {seed}: {numbers}  trained {share:.2%}  pack {result['pack_bytes']} B  {result['seconds']}")
-    medians = {name: statistics.median(r[name]["after"] for r in results) for name in HEADLINES}
+        sides = {name: (result["before"][name]["value"], result["after"][name]["value"]) for name in HEADLINES}
+        numbers = "  ".join(f"{name} {before:.3f} -> {after:.3f}" for name, (before, after) in sides.items())
+        print(f"seed {seed}: {numbers}  trained {share:.2%}  pack {result['bytes']} B  {result['stages']}")
+    medians = {name: statistics.median(r["after"][name]["value"] for r in results) for name in HEADLINES}
     print(json.dumps({"seeds": {r["seed"]: r for r in results}, "median_after": medians}))
 
 

@@ -1,4 +1,6 @@
-"""Writes the reference pages from the code: api.md from the public docstrings, commands.md from the help of every command.
+"""Writes the reference pages: api.md from the public docstrings, commands.md from the help texts, json.md from its schema.
+
+The schema is docs/json-schema.json; the examples in json.md are the golden files of tests/test_json.py.
 
 python docs/build.py            write them
 python docs/build.py --check    exit with 1 if one of them is not what the code gives
@@ -7,6 +9,7 @@ python docs/build.py --check    exit with 1 if one of them is not what the code 
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 import textwrap
@@ -115,7 +118,69 @@ def _help(command: click.Command, path: tuple[str, ...]) -> str:
     return command.get_help(context)
 
 
-PAGES = {"api.md": api, "commands.md": commands}
+JSON_HEAD = """# JSON of the commands
+
+With `--json` a command prints one object, on one line of stdout. [json-schema.json](json-schema.json) is the JSON Schema (draft
+2020-12) of these objects: one property for each command. This page is made from it. A command prints all members, unless they
+are marked as optional, and no others. What is not known or was not measured is null.
+"""
+
+
+def json_objects() -> str:
+    """The page of the objects that commands print with --json, from their schema."""
+    schema = json.loads((FOLDER / "json-schema.json").read_text("utf-8"))
+    shared = {name: part for name, part in schema["$defs"].items() if name[0].islower()}
+    inner = {name: part for name, part in schema["$defs"].items() if name not in shared}
+    lines = [GENERATED.replace("the code: change the docstrings", "docs/json-schema.json: change that"), JSON_HEAD]
+    lines += ["## Names", "", "These names mean the same in every object.", "", *_members(shared, shared, shared), ""]
+    groups: dict[str, list[str]] = {}
+    for command, part in schema["properties"].items():
+        groups.setdefault(part.get("$ref", command), []).append(command)
+    for key, names in groups.items():
+        part = schema["properties"][key] if key in names else inner[key.removeprefix("#/$defs/")]
+        lines += [f"## {', '.join(names)}", "", part["description"], ""]
+        lines += [*_members(part["properties"], part["required"], shared), "", *_example(names[0])]
+    lines += ["## Objects inside of these", ""]
+    for name, part in inner.items():
+        if f"#/$defs/{name}" not in groups:
+            lines += [f"### {name}", "", part["description"], "", *_members(part["properties"], part["required"], shared), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _members(members: dict[str, Any], required: Any, shared: dict[str, Any]) -> list[str]:
+    lines = ["| name | type | meaning |", "|---|---|---|"]
+    for name, part in members.items():
+        meaning = part.get("description") or shared.get(name, {}).get("description", "")
+        meaning = meaning.replace("|", "\\|") + ("" if name in required else " Optional.")
+        lines.append(f"| `{name}` | {_type_of(part, shared)} | {meaning} |")
+    return lines
+
+
+def _type_of(part: dict[str, Any], shared: dict[str, Any]) -> str:
+    """The type of a member, for people: "string or null", "list of [File](#file)"."""
+    if "$ref" in part:
+        name = part["$ref"].removeprefix("#/$defs/")
+        return _type_of(shared[name], shared) if name in shared else f"[{name}](#{name.lower()})"
+    if "anyOf" in part:
+        return " or ".join(_type_of(one, shared) for one in part["anyOf"])
+    if "const" in part:
+        return f"`{part['const']}`"
+    if part.get("type") == "array":
+        return f"list of {_type_of(part['items'], shared)}"
+    if isinstance(part.get("additionalProperties"), dict):
+        return f"object: name to {_type_of(part['additionalProperties'], shared)}"
+    types = part["type"] if isinstance(part["type"], list) else [part["type"]]
+    return " or ".join(types)
+
+
+def _example(command: str) -> list[str]:
+    """The golden file of a command, if there is one: tests of slow commands have none."""
+    name = re.sub(r"[ -]+", "-", command.lower())
+    file = FOLDER.parent / "tests" / "golden" / "json" / f"{name}.json"
+    return ["```json", file.read_text("utf-8").rstrip(), "```", ""] if file.is_file() else []
+
+
+PAGES = {"api.md": api, "commands.md": commands, "json.md": json_objects}
 
 
 def run(*, check: bool) -> int:

@@ -309,9 +309,9 @@ def test_the_command_on_different_models(tmp_path: Path) -> None:
     assert "model.layers  ·░▒·█·  layers 0 to 5, █ = 24 rows" in told.stdout
     assert GATE in told.stdout
     facts = json.loads(as_json.stdout)
-    assert facts["mismatches"] == [{"name": NORM, "what": "only in A", "a": "[16]", "b": ""}]
-    assert [(t["changed"], t["first_rows"]) for t in facts["changed"]] == [(n, list(range(min(n, 5)))) for n in (1, 8, 24)]
-    assert [layer["changed"] for layer in facts["layers"]] == [0, 1, 8, 0, 24, 0]
+    assert facts["mismatches"] == [{"tensor": NORM, "what": "only in A", "a": "[16]", "b": ""}]
+    assert [(t["changed_rows"], t["first_rows"]) for t in facts["changed"]] == [(n, list(range(min(n, 5)))) for n in (1, 8, 24)]
+    assert [layer["changed_rows"] for layer in facts["layers"]] == [0, 1, 8, 0, 24, 0]
 
 
 def test_the_strip_survives_a_terminal_of_ascii(tmp_path: Path) -> None:
@@ -353,7 +353,7 @@ def test_the_command_on_packs(tmp_path: Path) -> None:
     assert "method.seed" in told.stdout
     assert "the same pack" in same.stdout
     facts = json.loads(as_json.stdout)
-    assert (facts["kind"], facts["identical"], facts["same_base"], len(facts["tensors"])) == ("packs", False, True, 4)
+    assert (facts["kind"], facts["identical"], facts["same_base"], len(facts["changed"])) == ("packs", False, True, 4)
 
 
 @pytest.mark.parametrize(

@@ -317,7 +317,8 @@ def test_the_commands_speak_json_and_use_exit_codes(tmp_path, model):
     (pack,) = packs(model, "safe 1.0.0 0")
     nest.write(pack, tmp_path / "p.nest")
     run = lambda *arguments: CliRunner().invoke(main, [str(a) for a in arguments])  # noqa: E731
-    assert json.loads(run("apply", model, tmp_path / "p.nest", "--in-place", "--json").stdout)["applied"] == ["safe 1.0.0"]
+    done = json.loads(run("apply", model, tmp_path / "p.nest", "--in-place", "--json").stdout)
+    assert [one["pack"] for one in done["applied"]] == ["safe 1.0.0"]
     assert json.loads(run("status", model, "--json").stdout)["applied"][0]["version"] == "1.0.0"
     verified = run("verify", model, "--json")
     assert verified.exit_code == 0
@@ -329,7 +330,7 @@ def test_the_commands_speak_json_and_use_exit_codes(tmp_path, model):
     flip(model, pack.deltas[0].name, int(pack.deltas[0].rows[0]))
     assert json.loads(run("revert", model, "--json").stdout)["applied"] == []
     assert run("revert", model).exit_code == 1
-    assert json.loads(run("recover", model, "--json").stdout) == {"action": "none", "proof": ""}
+    assert json.loads(run("recover", model, "--json").stdout) == {"model": str(model), "action": "none", "proof": ""}
     assert run("apply", model, tmp_path / "p.nest", "--in-place", "-o", "x").exit_code == 2
     for words in (["status", model], ["verify", model], ["apply", model, tmp_path / "p.nest", "--in-place"]):
         assert run(*words).exit_code == 0

@@ -11,6 +11,7 @@ from nestpatch.errors import OutputError
 from nestpatch.lab import _words as words
 from nestpatch.lab._world import dialogues, make_world, prompt_sets
 from nestpatch.lab.build import LabConfig, build_lab, cached_lab
+from tests.schemas import require_schema
 
 SMALL = LabConfig(vocab_size=320, hidden_size=32, intermediate_size=64, layers=1, steps=2, batch=4, corpus=60)
 
@@ -86,6 +87,7 @@ def test_worlds_are_deterministic_and_differ_by_seed():
 def test_a_lab_is_built_once_and_again_with_the_same_bytes(tmp_path):
     one = build_lab(tmp_path / "one", 0, SMALL)
     two = build_lab(tmp_path / "two", 0, SMALL)
+    require_schema(one.as_json(), "lab build")
     assert (one.cached, two.cached) == (False, False)
     assert (one.base / "model.safetensors").read_bytes() == (two.base / "model.safetensors").read_bytes()
     assert build_lab(tmp_path / "one", 0, SMALL).cached

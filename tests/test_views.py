@@ -299,7 +299,7 @@ def test_a_line_of_a_command_is_one_line() -> None:
 def test_json_is_one_line_of_json_without_raw_controls(charset: str) -> None:
     import click
 
-    value = {"a": [*HOSTILE, "Käse", "\U0001f4a5", "\U000e0041"], "b": Path("x"), "nan": [math.nan, -math.inf, 1.5]}
+    value = {"a": [*HOSTILE, "Käse", "\U0001f4a5", "\U000e0041"], "b": "x", "nan": [math.nan, -math.inf, 1.5]}
 
     @click.command()
     def command() -> None:
@@ -313,6 +313,12 @@ def test_json_is_one_line_of_json_without_raw_controls(charset: str) -> None:
     read = json.loads(text, parse_constant=pytest.fail)
     expected = [one_line(text) if "\udcff" in text else text for text in value["a"]]  # type: ignore[attr-defined]
     assert read == {"a": expected, "b": "x", "nan": [None, None, 1.5]}
+
+
+def test_only_values_of_json_are_printed() -> None:
+    """A path is a mistake of `as_json`: it is not turned into a text silently."""
+    with pytest.raises(TypeError):
+        print_json({"output": Path("x")})
 
 
 NUMBERS: list[Any] = ["3", "x" * 50, math.nan, math.inf, -math.inf, 10**400, 1e308, True, None, [], {}, b"x", -(10**5000)]

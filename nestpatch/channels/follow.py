@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nestpatch.channels._memory import Memory, accepted, held, keep, recall
 from nestpatch.channels.listing import ListedPack
@@ -163,6 +164,16 @@ class Pulled:
     """Of the channel."""
     signers: Mapping[str, str]
     """Name -> key id of the trusted keys that signed."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The result for `--json`."""
+        return {
+            "output": str(self.file),
+            "pack": self.pack,
+            "pack_id": self.pack_id,
+            "address": self.address,
+            "signers": dict(self.signers),
+        }
 
 
 def pull(

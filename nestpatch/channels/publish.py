@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from nestpatch.channels._memory import Memory, accepted, held, keep, memory_file, recall, recall_channel
 from nestpatch.channels._release import (
@@ -62,6 +62,20 @@ class Published:
     """What was done, for people."""
     tag: str
     """The tag that was set; empty where there is none."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The result for `--json`."""
+        return {
+            "address": self.address,
+            "revision": self.revision,
+            "name": self.name,
+            "serial": self.serial,
+            "expires": self.expires,
+            "latest": self.latest,
+            "changed": self.changed,
+            "message": self.message,
+            "tag": self.tag,
+        }
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,8 @@ def evaluate(
     if answers is not None:
         write_answers(result, answers)
     if as_json:
-        print_json(result.as_json())
+        label, adapter = checked.pack.label if checked else None, str(lora) if lora else None
+        print_json({"model": model, "pack": label, "adapter": adapter, **result.as_json()})
     else:
         if quiet:  # else they were shown as they came up
             for note in result.notes:

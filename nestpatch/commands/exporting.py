@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import signal
 import sys
 import threading
@@ -24,7 +23,6 @@ from nestpatch.commands.options import (
     progress,
     proven,
     quiet_option,
-    report,
     require_order,
     say_unchecked,
     trust_options,
@@ -257,7 +255,10 @@ def export(
         say_unchecked(passed)
         from nestpatch.views.exporting import show_adapter
 
-        report(adapter, show_adapter, as_json)
+        if as_json:
+            print_json({"model": None if base is None else str(base), **adapter.as_json()})
+        else:
+            show_adapter(adapter)
         return
     found, merged = None, None
     with _listening(quiet or as_json) as on_event:
@@ -270,14 +271,15 @@ def export(
             content = merged.pack if merged is not None else None
             found = check_gguf(done.output, Path(model), pack=content, strength=strength, on_event=on_event)
     say_unchecked(merged)
-    _show(done, found, as_json)
+    if as_json:
+        check_facts = {"check": found.as_json()} if found is not None else {}
+        print_json({"model": model, **done.as_json(), **check_facts})
+    else:
+        _show(done, found)
     sys.exit(0 if found is None or found.passed else 1)
 
 
-def _show(done: ExportedGguf | ExportedSafetensors | ExportedOnnx, found: GgufParity | None, as_json: bool) -> None:
-    if as_json:
-        print_json(dataclasses.asdict(done) | ({"check": found.as_json()} if found is not None else {}))
-        return
+def _show(done: ExportedGguf | ExportedSafetensors | ExportedOnnx, found: GgufParity | None) -> None:
     from nestpatch.views.exporting import show_check, show_exported
 
     show_exported(done)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -108,7 +107,7 @@ def renew(
 
 def _report(done: Published, as_json: bool) -> None:
     if as_json:
-        print_json(dataclasses.asdict(done))
+        print_json(done.as_json())
         return
     from nestpatch.views.publishing import show_published
 
@@ -137,7 +136,7 @@ def pull(address: str, output: Path | None, policy_file: Path | None, allow_unsi
     if not done.signers:
         say_unsigned(policy, done.pack)
     if as_json:
-        print_json(dataclasses.asdict(done))
+        print_json(done.as_json())
         return
     from nestpatch.views.publishing import show_pulled
 
@@ -196,7 +195,7 @@ def update(
     if not policy.keys and states != {"failed"}:
         say_unsigned(policy, "what these channels publish")
     if as_json:
-        print_json({"model": model, "channels": [dataclasses.asdict(result) for result in results]})
+        print_json({"model": str(model), "channels": [result.as_json() for result in results]})
     if not as_json or "failed" in states:
         from nestpatch.views.publishing import show_updated
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,10 +42,12 @@ def show(pack: str, rows: bool, as_json: bool) -> None:
     from nestpatch.views.packs import show_pack
 
     found = look(pack)
+    label, nbytes = found.pack.label, len(nest.encode(found.pack))
     if as_json:
-        print_json({"id": found.pack_id, "manifest": nest.manifest_json(found.pack.manifest)})
+        manifest = nest.manifest_json(found.pack.manifest)
+        print_json({"pack": label, "pack_id": found.pack_id, "bytes": nbytes, "manifest": manifest})
     else:
-        show_pack(found.pack, found.pack_id, len(nest.encode(found.pack)), rows=rows)
+        show_pack(found.pack, found.pack_id, nbytes, rows=rows)
 
 
 @click.command(
@@ -87,7 +88,7 @@ def list_models(as_json: bool) -> None:
 
     found = patched_models()
     if as_json:
-        print_json({"models": [dataclasses.asdict(one) for one in found]})
+        print_json({"models": [one.as_json() for one in found]})
         return
     from nestpatch.views.models import show_patched
 
@@ -122,7 +123,7 @@ def verify(model: Path, pack: str | None, strength: float, base: str | None, ful
     with opened_base(base, quiet=as_json) as float_model:
         result = run(model, wanted, strength=strength, base=float_model, full=full)
     if as_json:
-        print_json(dataclasses.asdict(result) | {"verdict": result.verdict.value, "known": result.known})
+        print_json({"model": str(model), **result.as_json()})
     else:
         from nestpatch.views.models import show_verification
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import dataclasses
 import json
 import math
 import os
@@ -246,12 +245,16 @@ def say(text: str, *, err: bool = False) -> None:
     click.echo(one_line(text).encode(encoding, "backslashreplace").decode(encoding), err=err)
 
 
-def print_json(value: Any) -> None:
-    """Prints one JSON object on one line of stdout. NaN and infinity, which JSON does not have, become null."""
+def print_json(value: Mapping[str, Any]) -> None:
+    """Prints one JSON object on one line of stdout. NaN and infinity, which JSON does not have, become null.
+
+    Args:
+        value: The object, of JSON's own types: docs/json-schema.json has one entry for each command.
+    """
     try:
-        text = json.dumps(value, default=str, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        text = json.dumps(_finite(value), default=str, ensure_ascii=False)
+        text = json.dumps(_finite(value), ensure_ascii=False)
     ascii_only = not codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name.startswith("utf")
     click.echo("".join(_json_character(c, ascii_only=ascii_only) for c in text))
 
@@ -272,14 +275,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(entry) for key, entry in value.items()}
     return [_finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
-
-
-def report(result: Any, show: Callable[[Any], None], as_json: bool) -> None:
-    """Prints a result dataclass: as JSON, or by the view that shows it."""
-    if as_json:
-        print_json(dataclasses.asdict(result))
-    else:
-        show(result)
 
 
 def progress(quiet: bool) -> AbstractContextManager[OnEvent]:

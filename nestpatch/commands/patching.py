@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,6 @@ from nestpatch.commands.options import (
     progress,
     proven,
     quiet_option,
-    report,
     require_order,
     say,
     say_unchecked,
@@ -142,13 +140,21 @@ def apply(
                 on_event=on_event,
             )
     from nestpatch.evaluation.concerns import concerns
+    from nestpatch.patcher.apply import Applied
     from nestpatch.views.models import show_applied, show_changed
 
     say_unchecked(checked)
     evaluation = checked.pack.manifest.evaluation
-    for concern in concerns(evaluation) if evaluation else ():
-        say(f"WARNING: {checked.pack.label}: {concern}", err=True)
-    report(done, show_changed if in_place else show_applied, as_json)
+    warnings = list(concerns(evaluation)) if evaluation else []
+    for warning in warnings:
+        say(f"WARNING: {checked.pack.label}: {warning}", err=True)
+    if as_json:
+        facts = {"pack": checked.pack.label, "pack_id": checked.pack_id, "strength": strength}
+        print_json({"model": str(model), **facts, **done.as_json(), "warnings": warnings})
+    elif isinstance(done, Applied):
+        show_applied(done)
+    else:
+        show_changed(done)
 
 
 @click.command(
@@ -197,7 +203,10 @@ def revert(
             dry_run=dry_run,
             on_event=on_event,
         )
-    report(done, show_changed, as_json)
+    if as_json:
+        print_json(done.as_json())
+    else:
+        show_changed(done)
 
 
 @click.command(
@@ -224,7 +233,7 @@ def recover(model: Path, foreign: str, as_json: bool) -> None:
 
     done = recover_model(model, Foreign(foreign))
     if as_json:
-        print_json(dataclasses.asdict(done))
+        print_json({"model": str(model), **done.as_json()})
         return
     proof = f" ({done.proof})" if done.proof else ""
     say(f"{model}: {'nothing to recover' if done.action == 'none' else done.action}{proof}")

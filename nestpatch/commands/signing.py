@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import os
 import sys
@@ -49,7 +48,7 @@ def keygen(name: Path, no_password: bool, password_file: IO[bytes] | None, as_js
     password = None if no_password else _password(password_file, f"Password for {name}.key", confirm=True)
     pair = keys.keygen(name, password)
     if as_json:
-        print_json(dataclasses.asdict(pair))
+        print_json(pair.as_json())
         return
     from nestpatch.views.publishing import show_pair
 
@@ -76,7 +75,7 @@ def sign(
 
     done = verify.sign_pack(pack, unlocked(key_file, password_file), output, overwrite=overwrite)
     if as_json:
-        print_json(dataclasses.asdict(done))
+        print_json(done.as_json())
         return
     from nestpatch.views.publishing import show_signature
 
@@ -117,7 +116,7 @@ def verify_signature(
     else:
         found = verify.verify_signature(pack, policy, model)
     if as_json:
-        print_json(found.as_json())
+        print_json({"model": model, **found.as_json()})
     else:
         from nestpatch.views.publishing import show_result
 
@@ -160,7 +159,7 @@ def trust_add(key: Path, name: str | None, models: tuple[str, ...], as_json: boo
     trusted = TrustedKey.of(name or key.stem, keys.PublicKey.read(key), patterns)
     file = trust_key(trusted)
     if as_json:
-        print_json({"name": trusted.name, "key_id": trusted.key.key_id, "models": trusted.models, "file": file})
+        print_json({**trusted.as_json(), "file": str(file)})
         return
     say(f"trusting {trusted.name}, key {trusted.key.key_id}, for {', '.join(trusted.models)}")
     say("From now on a pack must be signed by a trusted key. Sign your own packs: nestpatch sign PACK --key NAME.key")
@@ -174,7 +173,7 @@ def trust_list(as_json: bool) -> None:
 
     own, system, file = load_own(), load_system(), trust_file()
     if as_json:
-        print_json({"file": file, **own.as_json(), "system": {"file": SYSTEM_FILE, **system.as_json()}})
+        print_json({"file": str(file), **own.as_json(), "system": {"file": str(SYSTEM_FILE), **system.as_json()}})
         return
     from nestpatch.views.publishing import show_policies
 
@@ -190,7 +189,7 @@ def trust_remove(key: str, as_json: bool) -> None:
 
     gone, file = distrust_key(key)
     if as_json:
-        print_json({"name": gone.name, "key_id": gone.key.key_id, "file": file})
+        print_json({**gone.as_json(), "file": str(file)})
     else:
         say(f"{gone.name}, key {gone.key.key_id[:12]}.., is no longer trusted")
 

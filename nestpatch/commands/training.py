@@ -108,14 +108,14 @@ def train(
         with progress(quiet) as on_event:
             planned = plan(base, data, recipe=recipe, suites=suites, threads=threads, on_event=on_event)
         if as_json:
-            print_json(planned.as_json() | {"output": str(output), "dry_run": True})
+            print_json({"model": base, "output": str(output), **planned.as_json(), "dry_run": True})
         else:
             views.show_plan(planned, str(output))
         return
     with progress(quiet) as on_event:
         trained = run(base, data, label, recipe=recipe, suites=suites, output=output, threads=threads, on_event=on_event)
     if as_json:
-        print_json(trained.as_json())
+        print_json({"model": base, **trained.as_json()})
     else:
         views.show_trained(trained, base)
     for warning in trained.warnings:

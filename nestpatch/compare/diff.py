@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,10 @@ class Mismatch:
     b: str
     """The same in B."""
 
+    def as_json(self) -> dict[str, Any]:
+        """The tensor for `--json`."""
+        return {"tensor": self.name, "what": self.what, "a": self.a, "b": self.b}
+
 
 @dataclass(frozen=True)
 class TensorDiff:
@@ -77,6 +81,20 @@ class TensorDiff:
     largest_row: int
     """The number of that row."""
 
+    def as_json(self) -> dict[str, Any]:
+        """The tensor for `--json`."""
+        return {
+            "tensor": self.name,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "rows": self.rows,
+            "changed_rows": self.changed,
+            "first_rows": list(self.first_rows),
+            "relative": self.relative,
+            "largest": self.largest,
+            "largest_row": self.largest_row,
+        }
+
 
 @dataclass(frozen=True)
 class LayerChange:
@@ -87,6 +105,10 @@ class LayerChange:
     layer: int
     changed: int
     rows: int
+
+    def as_json(self) -> dict[str, Any]:
+        """The layer for `--json`."""
+        return {"stack": self.stack, "layer": self.layer, "rows": self.rows, "changed_rows": self.changed}
 
 
 @dataclass(frozen=True)
@@ -108,8 +130,21 @@ class CheckpointDiff:
         return not self.mismatches and not self.changed
 
     def as_json(self) -> dict[str, Any]:
-        """The result as plain values; "kind" is "checkpoints"."""
-        return {"kind": "checkpoints", "identical": self.identical, **asdict(self)}
+        """The result for `--json`.
+
+        Returns:
+            A JSON object; docs/json.md describes its names.
+        """
+        return {
+            "kind": "checkpoints",
+            "identical": self.identical,
+            "a": str(self.a),
+            "b": str(self.b),
+            "compared": self.compared,
+            "mismatches": [one.as_json() for one in self.mismatches],
+            "changed": [one.as_json() for one in self.changed],
+            "layers": [one.as_json() for one in self.layers],
+        }
 
 
 def is_pack(path: str | Path) -> bool:

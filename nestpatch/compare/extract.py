@@ -52,9 +52,20 @@ class Extracted:
     clusters: int
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values: those of the difference, and those of the pack."""
-        facts = {"output": str(self.pack), "pack": self.label, "pack_id": self.pack_id, "bytes": self.nbytes}
-        return self.difference.as_json() | facts | {"rows": self.rows, "clusters": self.clusters}
+        """The result for `--json`: the difference, and the pack that was written.
+
+        Returns:
+            A JSON object; docs/json.md describes its names.
+        """
+        return {
+            **self.difference.as_json(),
+            "output": str(self.pack),
+            "pack": self.label,
+            "pack_id": self.pack_id,
+            "bytes": self.nbytes,
+            "rows": self.rows,
+            "clusters": self.clusters,
+        }
 
 
 def extract(base: str | Path, tuned: str | Path, output: str | Path, label: Label, *, on_event: OnEvent = ignore) -> Extracted:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,21 @@ class PackTensorDiff:
     first_added: tuple[int, ...]
     first_removed: tuple[int, ...]
 
+    def as_json(self) -> dict[str, Any]:
+        """The tensor for `--json`."""
+        return {
+            "tensor": self.name,
+            "kept_rows": self.kept,
+            "added_rows": self.added,
+            "removed_rows": self.removed,
+            "changed_rows": self.changed,
+            "relative": self.relative,
+            "clusters_a": self.clusters[0],
+            "clusters_b": self.clusters[1],
+            "first_added": list(self.first_added),
+            "first_removed": list(self.first_removed),
+        }
+
 
 @dataclass(frozen=True)
 class FieldDiff:
@@ -72,8 +87,21 @@ class PackDiff:
         return self.ids[0] == self.ids[1]
 
     def as_json(self) -> dict[str, Any]:
-        """The result as plain values; "kind" is "packs"."""
-        return {"kind": "packs", "identical": self.identical, **asdict(self)}
+        """The result for `--json`.
+
+        Returns:
+            A JSON object; docs/json.md describes its names.
+        """
+        return {
+            "kind": "packs",
+            "identical": self.identical,
+            "packs": [self.a, self.b],
+            "pack_ids": list(self.ids),
+            "same_base": self.same_base,
+            "other_base": list(self.foreign),
+            "changed": [one.as_json() for one in self.tensors],
+            "fields": [{"field": one.field, "a": one.a, "b": one.b} for one in self.fields],
+        }
 
 
 def compare_packs(a: Pack, b: Pack) -> PackDiff:

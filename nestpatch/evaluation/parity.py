@@ -100,9 +100,9 @@ class GgufParity:
         return self.same_ids.count == self.same_ids.total and (self.bound is None or judged <= self.bound)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; a difference that is not finite is None."""
+        """The comparison for `--json`; a difference that is not finite is None."""
         return {
-            "file": str(self.file),
+            "output": str(self.file),
             "reference": self.reference,
             "types": list(self.types),
             "texts": self.same_ids.total,
@@ -112,7 +112,13 @@ class GgufParity:
             "typical_difference": self.typical if np.isfinite(self.typical) else None,
             "judged": "typical" if self.mixture else "largest",
             "bound": self.bound,
-            "place": vars(self.place),
+            "place": {
+                "text": self.place.text,
+                "position": self.place.position,
+                "token": self.place.token,
+                "gguf": self.place.gguf,
+                "reference": self.place.reference,
+            },
             "deviation": self.deviation,
             "top1": self.top1.as_json(),
             "passed": self.passed,

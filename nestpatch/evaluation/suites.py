@@ -274,12 +274,15 @@ class Evaluation:
         return concerns({"before": self.model.as_json(), "after": self.patched.as_json()})
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; None for what was not measured."""
-        patched = self.patched.as_json() if self.patched is not None else None
+        """The result for `--json`, without the model and the pack that the command was given.
+
+        Returns:
+            A JSON object; docs/json.md describes its names. What was not measured is None.
+        """
         return {
-            "model": self.model.as_json(),
-            "patched": patched,
-            "concerns": list(self.concerns),
+            "before": self.model.as_json(),
+            "after": self.patched.as_json() if self.patched is not None else None,
+            "warnings": list(self.concerns),
             "notes": list(self.notes),
         }
 

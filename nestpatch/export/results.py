@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,14 @@ class ExportedFile:
     name: str
     nbytes: int
     sha256: str
+
+    def as_json(self, path: Path) -> dict[str, Any]:
+        """The file for `--json`.
+
+        Args:
+            path: Where it is.
+        """
+        return {"path": str(path), "bytes": self.nbytes, "sha256": self.sha256}
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,26 @@ class ExportedGguf:
     seconds: float = 0.0
     dry_run: bool = False
 
+    def as_json(self) -> dict[str, Any]:
+        """The result for `--json`, without the model that the command was given.
+
+        Returns:
+            A JSON object; docs/json.md describes its names.
+        """
+        return {
+            "output": str(self.output),
+            "bytes": self.nbytes,
+            "sha256": self.sha256 or None,
+            "tensors": self.tensors,
+            "type": self.type,
+            "architecture": self.architecture,
+            "notes": list(self.notes),
+            "packs": list(self.packs),
+            "strength": self.strength,
+            "seconds": self.seconds,
+            "dry_run": self.dry_run,
+        }
+
 
 @dataclass(frozen=True)
 class ExportedSafetensors:
@@ -61,6 +90,26 @@ class ExportedSafetensors:
     """Of the pack that was merged by this export."""
     seconds: float = 0.0
     dry_run: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """The result for `--json`, without the model that the command was given.
+
+        Returns:
+            A JSON object; docs/json.md describes its names.
+        """
+        is_file = self.output.is_file()
+        return {
+            "output": str(self.output),
+            "files": [file.as_json(self.output if is_file else self.output / file.name) for file in self.files],
+            "bytes": self.nbytes,
+            "tensors": self.tensors,
+            "type": self.type,
+            "notes": list(self.notes),
+            "packs": list(self.packs),
+            "strength": self.strength,
+            "seconds": self.seconds,
+            "dry_run": self.dry_run,
+        }
 
 
 @dataclass(frozen=True)
@@ -93,6 +142,20 @@ class Parity:
         """Whether all logits are finite and within the bound."""
         return math.isfinite(self.largest) and (self.bound is None or self.largest <= self.bound)
 
+    def as_json(self) -> dict[str, Any]:
+        """The comparison for `--json`."""
+        return {
+            "type": self.type,
+            "plain": self.plain,
+            "padded": self.padded,
+            "continued": self.continued,
+            "deviation": self.deviation,
+            "same": self.same,
+            "positions": self.positions,
+            "bound": self.bound,
+            "passed": self.passed,
+        }
+
 
 @dataclass(frozen=True)
 class ExportedOnnx:
@@ -124,6 +187,29 @@ class ExportedOnnx:
     seconds: float = 0.0
     dry_run: bool = False
 
+    def as_json(self) -> dict[str, Any]:
+        """The result for `--json`, without the model that the command was given.
+
+        Returns:
+            A JSON object; docs/json.md describes its names.
+        """
+        return {
+            "output": str(self.output),
+            "files": [file.as_json(self.output / file.name) for file in self.files],
+            "bytes": self.nbytes,
+            "dtype": self.dtype,
+            "bits": self.bits,
+            "matrices": self.matrices,
+            "architecture": self.architecture,
+            "adapter_weights": self.adapter_weights,
+            "parity": [one.as_json() for one in self.parity],
+            "notes": list(self.notes),
+            "packs": list(self.packs),
+            "strength": self.strength,
+            "seconds": self.seconds,
+            "dry_run": self.dry_run,
+        }
+
 
 @dataclass(frozen=True)
 class ExportedAdapter:
@@ -143,3 +229,22 @@ class ExportedAdapter:
     nbytes: int
     seconds: float
     dry_run: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """The result for `--json`, without the model that the command was given.
+
+        Returns:
+            A JSON object; docs/json.md describes its names.
+        """
+        return {
+            "pack": self.pack,
+            "pack_id": self.pack_id,
+            "strength": self.strength,
+            "format": self.format,
+            "output": str(self.output),
+            "bytes": self.nbytes,
+            "matrices": self.matrices,
+            "rank": self.rank,
+            "seconds": self.seconds,
+            "dry_run": self.dry_run,
+        }

@@ -62,8 +62,8 @@ class Lab:
         return self.path / "prompts" / f"{name}.jsonl"
 
     def as_json(self) -> dict[str, Any]:
-        """The facts as plain values."""
-        return {"output": str(self.path), "seed": self.seed, "parameters": self.parameters, "cached": self.cached}
+        """The lab for `--json`."""
+        return {"output": str(self.path), "seed": self.seed, "model_parameters": self.parameters, "cached": self.cached}
 
 
 def _lab_key(seed: int, config: LabConfig) -> str:

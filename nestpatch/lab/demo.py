@@ -16,7 +16,7 @@ from typing import Any
 
 from nestpatch.errors import OutputError
 from nestpatch.evaluation.evaluator import evaluate
-from nestpatch.evaluation.suites import HEADLINES, Scores, Suite, load_suite
+from nestpatch.evaluation.suites import Scores, Suite, load_suite
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.export.adapters import export_gguf_lora, export_onnx_adapter
 from nestpatch.export.gguf import export_gguf
@@ -47,6 +47,10 @@ class FormatResult:
     retention: float | None = None
     """Smallest share of the patch that is left in a tensor after quantization; None where nothing was quantized."""
 
+    def as_json(self) -> dict[str, Any]:
+        """The format for `--json`."""
+        return {"what": self.what, "after": self.evaluation.as_json(), "retention": self.retention}
+
 
 @dataclass(frozen=True)
 class DemoResult:
@@ -71,19 +75,22 @@ class DemoResult:
         return before is not None and after is not None and after.interval[1] < before.interval[0]
 
     def as_json(self) -> dict[str, Any]:
-        """The result as plain values."""
-        sides = {"before": self.before.totals(), "after": self.after.totals()}
+        """The result for `--json`.
+
+        Returns:
+            A JSON object; docs/json.md describes its names.
+        """
         return {
             "seed": self.seed,
-            **{name: {side: round(totals[name].value, 4) for side, totals in sides.items()} for name in HEADLINES},
+            "before": self.before.as_json(),
+            "after": self.after.as_json(),
             "trained_parameters": self.trained_parameters,
             "model_parameters": self.model_parameters,
-            "pack_bytes": self.pack_bytes,
-            "formats": {
-                one.what: {name: round(share.value, 4) for name, share in one.evaluation.totals().items()}
-                for one in self.formats
-            },
-            "seconds": {stage: round(seconds, 2) for stage, (seconds, _) in self.stages.items()},
+            "bytes": self.pack_bytes,
+            "formats": [one.as_json() for one in self.formats],
+            "stages": {stage: round(seconds, 2) for stage, (seconds, _) in self.stages.items()},
+            "seconds": round(sum(seconds for seconds, _ in self.stages.values()), 2),
+            "helped": self.helped,
         }
 
 

@@ -67,10 +67,26 @@ class TrainingPlan:
     seconds: Mapping[str, float]
 
     def as_json(self) -> dict[str, Any]:
-        """The plan as plain values, with the total of the seconds."""
-        facts = dataclasses.asdict(self)
-        seconds = {stage: round(value, 1) for stage, value in self.seconds.items()}
-        return facts | {"seconds": {**seconds, "total": round(sum(self.seconds.values()), 1)}}
+        """The plan for `--json`, without the model that the command was given.
+
+        Returns:
+            A JSON object; docs/json.md describes its names.
+        """
+        return {
+            "architecture": self.architecture,
+            "device": self.device,
+            "dtype": self.dtype,
+            "layers": self.layers,
+            "neurons": self.neurons,
+            "prompts": dict(self.prompts),
+            "suite_prompts": self.suite_prompts,
+            "seen_in_training": dict(self.seen_in_training),
+            "model_parameters": self.model_parameters,
+            "trained_parameters": self.trained_parameters,
+            "steps": self.steps,
+            "stages": {stage: round(value, 1) for stage, value in self.seconds.items()},
+            "seconds": round(sum(self.seconds.values()), 1),
+        }
 
 
 def plan(

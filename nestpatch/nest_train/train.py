@@ -77,7 +77,11 @@ class Trained:
         return concerns(self.pack.manifest.evaluation)
 
     def as_json(self) -> dict[str, Any]:
-        """The result as plain values. What was not measured is null."""
+        """The result for `--json`, without the model that the command was given. What was not measured is null.
+
+        Returns:
+            A JSON object; docs/json.md describes its names.
+        """
         return {
             "output": None if self.output is None else str(self.output),
             "pack": self.pack.label,

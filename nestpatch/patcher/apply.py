@@ -46,6 +46,10 @@ class WrittenFile:
     sha256: str | None
     """None unless `digest` was set."""
 
+    def as_json(self) -> dict[str, Any]:
+        """The file for `--json`."""
+        return {"path": str(self.path), "bytes": self.nbytes, "sha256": self.sha256}
+
 
 @dataclass(frozen=True)
 class Applied:
@@ -67,6 +71,27 @@ class Applied:
     retention: float | None = None
     """Smallest share of the pack's change that is left after rounding in any tensor; None where no rows are quantized."""
     dry_run: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """The result for `--json`, without the model that the command was given.
+
+        Returns:
+            A JSON object; docs/json.md describes its names.
+        """
+        return {
+            "pack": self.pack,
+            "pack_id": self.pack_id,
+            "strength": self.strength,
+            "output": str(self.output),
+            "files": [file.as_json() for file in self.files],
+            "left_out": list(self.left_out),
+            "tensors": self.tensors,
+            "rows": self.rows,
+            "changed_bytes": self.row_bytes,
+            "retention": self.retention,
+            "seconds": self.seconds,
+            "dry_run": self.dry_run,
+        }
 
 
 def _default_output(model: Path, pack: Pack) -> Path:

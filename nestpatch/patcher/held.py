@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,10 @@ class Difference:
     """The first rows that differ; empty where rows cannot be named."""
     count: int
     detail: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The difference for `--json`."""
+        return {"tensor": self.tensor, "rows": self.count, "first_rows": list(self.rows), "detail": self.detail}
 
 
 @dataclass(frozen=True)

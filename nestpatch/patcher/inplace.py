@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from nestpatch.errors import ChainError, InPlaceError
 from nestpatch.events import OnEvent, ignore
@@ -19,7 +20,7 @@ from nestpatch.patcher._transaction import Transaction
 from nestpatch.patcher.chain import Allowed
 from nestpatch.patcher.held import look, missing, require_proven
 from nestpatch.patcher.kept import keep, load_packs
-from nestpatch.patcher.ledger import Ledger, read_ledger, write_ledger
+from nestpatch.patcher.ledger import Ledger, LedgerEntry, read_ledger, write_ledger
 from nestpatch.patcher.merge import quantized_merge
 from nestpatch.patcher.recovery import finish_or_roll_back, require_settled, require_writable
 from nestpatch.patcher.registry import record
@@ -35,7 +36,7 @@ class Changed:
     model: Path
     steps: tuple[str, ...]
     """In order, for people; empty when there was nothing to do."""
-    applied: tuple[str, ...]
+    entries: tuple[LedgerEntry, ...]
     """What is applied now, bottom first; the rows were compared."""
     tensors: int
     rows: int
@@ -47,6 +48,29 @@ class Changed:
     dry_run: bool = False
     strength: float = 1.0
     """Of the pack that was applied."""
+
+    @property
+    def applied(self) -> tuple[str, ...]:
+        """The labels of `entries`."""
+        return tuple(entry.label for entry in self.entries)
+
+    def as_json(self) -> dict[str, Any]:
+        """The result for `--json`, without the pack that was applied and its strength.
+
+        Returns:
+            A JSON object; docs/json.md describes its names.
+        """
+        return {
+            "model": str(self.model),
+            "steps": list(self.steps),
+            "applied": [entry.as_json() for entry in self.entries],
+            "tensors": self.tensors,
+            "rows": self.rows,
+            "changed_bytes": self.row_bytes,
+            "retention": self.retention,
+            "seconds": self.seconds,
+            "dry_run": self.dry_run,
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,10 +286,10 @@ def _carry_out(transaction: Transaction, ledger: Ledger, began: float, *, dry_ru
         ledger = transaction.run(ledger)
     elif (followed := ledger.following(planned.origin.channel)) != ledger:
         write_ledger(transaction.state_dir, followed)
-    size, applied = planned.size(checkpoint), tuple(entry.label for entry in ledger.applied)
+    size = planned.size(checkpoint)
     new = [entry.retention for entry in ledger.applied if entry.transaction == ledger.transaction and planned.steps]
     retention = min((retention for retention in new if retention is not None), default=None)
     seconds = time.perf_counter() - began
     return Changed(
-        checkpoint.path, planned.labels, applied, size.tensors, size.rows, size.row_bytes, seconds, retention, dry_run
+        checkpoint.path, planned.labels, ledger.applied, size.tensors, size.rows, size.row_bytes, seconds, retention, dry_run
     )

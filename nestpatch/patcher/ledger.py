@@ -46,6 +46,10 @@ class TensorRecord:
     retention: float | None = None
     """Share of the pack's change that remained after rounding to another type; None for rows of the pack's own type."""
 
+    def as_json(self) -> dict[str, Any]:
+        """The record for `--json`."""
+        return {"rows": self.rows, "sha256_before": self.before, "sha256_after": self.after, "retention": self.retention}
+
 
 @dataclass(frozen=True)
 class LedgerEntry:
@@ -104,6 +108,31 @@ class LedgerEntry:
         """Name of the undo record."""
         return f"{self.transaction}-{self.pack_id[:16]}"
 
+    def as_json(self) -> dict[str, Any]:
+        """The applied pack for `--json`. The file of the ledger has other names.
+
+        Returns:
+            A JSON object; docs/json.md describes its names.
+        """
+        return {
+            "pack": self.label,
+            "pack_id": self.pack_id,
+            "name": self.name,
+            "version": self.version,
+            "strength": self.strength,
+            "when": self.when,
+            "tool": self.tool,
+            "tensors": len(self.tensors),
+            "retention": self.retention,
+            "rounding": self.rounding,
+            "supersedes": list(self.supersedes),
+            "requires": list(self.requires),
+            "base_mismatch_allowed": self.base_mismatch_allowed,
+            "signers": dict(self.signers),
+            "roots": list(self.roots),
+            "foreign": self.foreign,
+        }
+
 
 @dataclass(frozen=True)
 class Ledger:
@@ -122,7 +151,7 @@ class Ledger:
     sealed: bool = field(default=False, compare=False)
     """Whether the file that the ledger was read from has the seal of this machine."""
 
-    def as_json(self) -> dict[str, Any]:
+    def content(self) -> dict[str, Any]:
         """Converts the ledger to the content of its file.
 
         Returns:
@@ -204,7 +233,7 @@ def write_ledger(state_dir: StateDir, ledger: Ledger, final: StateDir | None = N
     Raises:
         OutputError: The file cannot be written.
     """
-    content = ledger.as_json()
+    content = ledger.content()
     sealed = content | {"seal": seal("ledger", (final or state_dir).folder, bytes.fromhex(content["sha256"]))}
     data = (json.dumps(sealed, indent=1) + "\n").encode("utf-8")
     write_bytes(state_dir.ledger, data, overwrite=True, owner=state_dir.owner)

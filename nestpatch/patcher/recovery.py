@@ -18,6 +18,7 @@ from enum import Enum
 from glob import escape
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -64,6 +65,10 @@ class Recovery:
     """"none", "rolled back", "finished", "nothing was changed" or "removed"."""
     proof: str = ""
     """Why rows were put back: whose seal, which packs, or that the user asked for it."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The result for `--json`, without the model that the command was given."""
+        return {"action": self.action, "proof": self.proof}
 
 
 def open_model(path: str | Path) -> tuple[Checkpoint, StateDir]:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nestpatch.errors import NestpatchError, StateError
 from nestpatch.files.atomic import sweep_writes, write_bytes
@@ -41,6 +42,16 @@ class PatchedModel:
     """The channels that its updates come from."""
     problem: str = ""
     """Why its ledger cannot be read; empty where it can."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The model for `--json`."""
+        return {
+            "model": str(self.model),
+            "state": self.state,
+            "applied": [entry.as_json() for entry in self.applied],
+            "follows": list(self.follows),
+            "problem": self.problem,
+        }
 
 
 def patched_models() -> tuple[PatchedModel, ...]:

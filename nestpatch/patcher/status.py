@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from nestpatch.patcher.held import Difference, HeldTensor, Holds, look
 from nestpatch.patcher.kept import load_packs, proven_signers
 from nestpatch.patcher.ledger import Ledger, LedgerEntry, read_ledger
 from nestpatch.patcher.recovery import open_model
+from nestpatch.patcher.state_dir import PACK_ID
 from nestpatch.rows import digest
 from nestpatch.signing.store import load_policy
 from nestpatch.signing.trust import Policy
@@ -57,17 +58,32 @@ class Status:
         return held and not self.problem
 
     def as_json(self) -> dict[str, Any]:
-        """The ledger's content, each entry with what confirms it, for `--json`."""
-        value = self.ledger.as_json()
-        entries = zip(value["applied"], self.applied, strict=True)
+        """What is applied, each entry with what confirms it, for `--json`.
+
+        Returns:
+            A JSON object; docs/json.md describes its names.
+        """
         applied = [
-            entry
-            | {"in_rows": not self.problem and not one.missing_in, "signers": dict(one.signers), "claims": list(one.claims)}
-            for entry, one in entries
+            {
+                **one.entry.as_json(),
+                "records": {name: record.as_json() for name, record in one.entry.tensors.items()},
+                "in_rows": not self.problem and not one.missing_in,
+                "signers": dict(one.signers),
+                "claims": list(one.claims),
+            }
+            for one in self.applied
         ]
-        released = [asdict(one) | {"consistent": one.consistent} for one in self.released]
-        known = {"model": str(self.model), **value, "applied": applied, "released": released}
-        return {**known, "sound": self.sound, "problem": self.problem}
+        return {
+            "model": str(self.model),
+            "applied": applied,
+            "released": [one.as_json() for one in self.released],
+            "history": [dict(event) for event in self.ledger.history],
+            "follows": list(self.ledger.follows),
+            "offered": list(self.ledger.offered),
+            "transaction": self.ledger.transaction,
+            "sound": self.sound,
+            "problem": self.problem,
+        }
 
 
 def status(model: str | Path, policy: Policy | None = None) -> Status:
@@ -129,6 +145,21 @@ class ReleasedPack:
     def consistent(self) -> bool:
         """Whether rows were compared and all of them are the recorded ones. It proves nothing about who wrote them."""
         return self.compared > 0 and not self.differences
+
+    def as_json(self) -> dict[str, Any]:
+        """The pack for `--json`; id and strength are null where the file names none that can be one."""
+        is_number = isinstance(self.strength, (int, float)) and not isinstance(self.strength, bool)
+        return {
+            "pack": self.label,
+            "pack_id": self.pack_id if PACK_ID.fullmatch(self.pack_id) else None,
+            "name": self.name,
+            "version": self.version,
+            "strength": self.strength if is_number else None,
+            "tensors": self.tensors,
+            "compared": self.compared,
+            "differences": [one.as_json() for one in self.differences],
+            "consistent": self.consistent,
+        }
 
 
 def released_packs(checkpoint: Checkpoint, changed: Collection[str] = ()) -> tuple[ReleasedPack, ...]:

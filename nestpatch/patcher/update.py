@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nestpatch.channels.follow import Followed, download, follow
 from nestpatch.channels.readers import open_reader
@@ -50,6 +51,21 @@ class Updated:
     """Name of the error class in errors.py; empty without a failure."""
     advice: str = ""
     """What to do about the failure."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The channel for `--json`."""
+        return {
+            "address": self.address,
+            "state": self.state,
+            "before": self.before,
+            "after": self.after,
+            "reason": self.reason,
+            "steps": list(self.steps),
+            "serial": self.serial,
+            "expires": self.expires,
+            "error": self.error,
+            "advice": self.advice,
+        }
 
 
 def update(

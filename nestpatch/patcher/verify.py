@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,6 +69,24 @@ class Verification:
     def known(self) -> bool:
         """Whether the rows hold the given pack; where none was given, whether they are the base or hold what is recorded."""
         return self.verdict is Verdict.PATCHED or (self.verdict is Verdict.BASE and not self.asked)
+
+    def as_json(self) -> dict[str, Any]:
+        """The result for `--json`, without the model that the command was given.
+
+        Returns:
+            A JSON object; docs/json.md describes its names.
+        """
+        return {
+            "pack": self.asked or None,
+            "verdict": self.verdict.value,
+            "known": self.known,
+            "packs": list(self.packs),
+            "tensors": self.tensors,
+            "differences": [one.as_json() for one in self.differences],
+            "detail": self.detail,
+            "full": self.full,
+            "seconds": self.seconds,
+        }
 
 
 def verify(

@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nestpatch.errors import KeyFileError, OutputError
 from nestpatch.files.atomic import write_bytes
@@ -148,6 +148,10 @@ class KeyPair:
     private: Path
     public: Path
     key_id: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The result for `--json`."""
+        return {"private": str(self.private), "public": str(self.public), "key_id": self.key_id}
 
 
 def keygen(path: str | Path, password: bytes | None = None) -> KeyPair:

@@ -270,6 +270,6 @@ def save_policy(policy: Policy) -> Path:
     """
     file = trust_file()
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    text = json.dumps(policy.checked().as_json(), indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(policy.checked().content(), indent=1, ensure_ascii=False) + "\n"
     write_bytes(file, text.encode("utf-8"), overwrite=True, mode=0o600)
     return file

@@ -29,6 +29,10 @@ class TrustedKey:
     source: str = ""
     """The administrator's file that contains it; empty: it is the user's own."""
 
+    def as_json(self) -> dict[str, Any]:
+        """The key for `--json`. A policy file has other names."""
+        return {"name": self.name, "key_id": self.key.key_id, "pem": self.key.pem, "patterns": list(self.models)}
+
     @classmethod
     def of(cls, name: str, key: PublicKey, models: Iterable[Any] = (EVERYTHING,)) -> TrustedKey:
         """A key whose name and patterns were checked.
@@ -63,6 +67,10 @@ class Rule:
     """Names or ids of the keys that count; empty: all keys that are trusted for the model."""
     source: str = ""
     """The administrator's file that contains it, which no user and no option overrules; empty: it is the user's own."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The rule for `--json`. A policy file has other names."""
+        return {"pattern": self.model, "require": self.require, "keys": list(self.keys)}
 
 
 @dataclass(frozen=True)
@@ -275,11 +283,15 @@ class Policy:
                 raise TrustError(f"a rule for {rule.model!r} requires {rule.require} signatures, but only {keys} keys count")
         return self
 
-    def as_json(self) -> dict[str, Any]:
+    def content(self) -> dict[str, Any]:
         """The policy as the JSON object of a policy file."""
         keys = [{"name": t.name, "id": t.key.key_id, "pem": t.key.pem, "models": list(t.models)} for t in self.keys]
         rules = [{"model": rule.model, "require": rule.require, "keys": list(rule.keys)} for rule in self.rules]
         return {"format": FORMAT, "keys": keys, "rules": rules}
+
+    def as_json(self) -> dict[str, Any]:
+        """The policy for `--json`. A policy file has other names."""
+        return {"keys": [trusted.as_json() for trusted in self.keys], "rules": [rule.as_json() for rule in self.rules]}
 
 
 def _default_rule(keys: Sequence[TrustedKey]) -> Rule:

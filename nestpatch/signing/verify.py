@@ -38,6 +38,10 @@ class Signer:
     file: str
     """Name of the signature file."""
 
+    def as_json(self) -> dict[str, Any]:
+        """The signature for `--json`."""
+        return {"name": self.name, "key_id": self.key_id, "file": self.file}
+
 
 @dataclass(frozen=True)
 class _CheckedPack:
@@ -62,10 +66,15 @@ class _CheckedPack:
         return {signer.name: signer.key_id for signer in self.signers}
 
     def as_json(self) -> dict[str, Any]:
-        """The result for scripts."""
-        signers = [{"name": s.name, "key_id": s.key_id, "file": s.file} for s in self.signers]
-        facts = {"verdict": self.verdict, "pack": self.pack.label, "pack_id": self.pack_id}
-        return {**facts, "signers": signers, "required": self.required, "reason": self.reason}
+        """The result for `--json`."""
+        return {
+            "verdict": self.verdict,
+            "pack": self.pack.label,
+            "pack_id": self.pack_id,
+            "signatures": [signer.as_json() for signer in self.signers],
+            "required": self.required,
+            "reason": self.reason,
+        }
 
 
 class VerifiedPack(_CheckedPack):
@@ -295,6 +304,10 @@ class SignatureFile:
     pack_id: str
     """SHA-256 of the pack, hex."""
     key_id: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The result for `--json`."""
+        return {"output": str(self.file), "pack_id": self.pack_id, "key_id": self.key_id}
 
 
 def sign_pack(path: str | Path, key: PrivateKey, output: Path | None = None, *, overwrite: bool = False) -> SignatureFile:

@@ -238,7 +238,7 @@ def test_the_command(models: Made, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     answer = json.loads(done.stdout)
     assert answer["output"] == str(tmp_path / "a.gguf")
-    assert answer["nbytes"] == (tmp_path / "a.gguf").stat().st_size
+    assert answer["bytes"] == (tmp_path / "a.gguf").stat().st_size
     assert (answer["type"], answer["packs"], answer["dry_run"]) == ("BF16", ["no-harm 1.0.0"], False)
     told = run(folder, "--to", "gguf", "-o", tmp_path / "b.gguf", "--type", "q8_0", "--dry-run", "-q")
     assert told.exit_code == 0

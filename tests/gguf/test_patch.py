@@ -324,7 +324,7 @@ def test_the_commands(base: Path, file_of, tmp_path: Path) -> None:
     assert "retention" in run("apply", path, patch, "--in-place", "--base", base)
     assert "from the float base" in run("status", path)
     told = json.loads(run("status", path, "--json"))
-    assert all(0.9 < record["retention"] < 1.1 for record in told["applied"][0]["tensors"].values())
+    assert all(0.9 < record["retention"] < 1.1 for record in told["applied"][0]["records"].values())
     assert "patched" in run("verify", path)
     run("revert", path)
     assert digest(path) == original

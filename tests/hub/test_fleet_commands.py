@@ -80,7 +80,7 @@ def test_allow_unsigned_forgives_what_is_missing_and_nothing_wrong(scene: Scene,
 
 
 def test_a_policy_file_replaces_the_user_s_own(scene: Scene, base: Path, pack: Path, tmp_path: Path) -> None:
-    strict = json.dumps(scene.policy.as_json() | {"rules": [{"model": "*", "require": 1, "keys": ["acme"]}]})
+    strict = json.dumps(scene.policy.content() | {"rules": [{"model": "*", "require": 1, "keys": ["acme"]}]})
     (tmp_path / "policy.json").write_text(strict, encoding="utf-8")
     words = ("apply", base, pack, "--in-place", "--policy", tmp_path / "policy.json")
     assert run(*words).exit_code == 1

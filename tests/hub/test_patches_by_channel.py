@@ -35,11 +35,11 @@ def trusting(scene: Scene) -> None:
 
 def test_show_verify_and_verify_signature_take_a_channel(scene: Scene) -> None:
     assert answer("show", CHANNEL)["manifest"]["version"] == "1.0.0"
-    assert answer("show", f"{CHANNEL}@1.0.0")["id"] == scene.channel.packs[0].file.sha256
+    assert answer("show", f"{CHANNEL}@1.0.0")["pack_id"] == scene.channel.packs[0].file.sha256
     assert answer("verify", scene.model, CHANNEL)["verdict"] == "patched"
     assert answer("verify", scene.base, CHANNEL, code=1)["verdict"] == "base"
     found = answer("verify-signature", CHANNEL, "--model", scene.base)
-    assert [signer["name"] for signer in found["signers"]] == ["acme"]
+    assert [signer["name"] for signer in found["signatures"]] == ["acme"]
     public = key_file(scene, scene.evil, "evil").with_suffix(".pub")
     assert run("verify-signature", CHANNEL, "--key", public).exit_code == 1
     assert run("show", f"{CHANNEL}@7.0.0").stderr.startswith("VersionError")
@@ -48,7 +48,7 @@ def test_show_verify_and_verify_signature_take_a_channel(scene: Scene) -> None:
 def test_diff_takes_channels_and_files(scene: Scene) -> None:
     scene.publish("1.1.0", seed=1)
     audit = answer("diff", f"{CHANNEL}@1.0.0", f"{CHANNEL}@1.1.0", code=1)
-    assert (audit["a"], audit["b"]) == ("no-harm 1.0.0", "no-harm 1.1.0")
+    assert audit["packs"] == ["no-harm 1.0.0", "no-harm 1.1.0"]
     assert answer("diff", scene.pack("1.1.0", 1), CHANNEL)["identical"] is True
     assert answer("diff", f"{CHANNEL}@1.1.0", scene.pack("1.1.0", 1))["identical"] is True
     mixed = run("diff", scene.model, CHANNEL)
@@ -101,7 +101,7 @@ def test_allowing_unsigned_packs_does_not_let_a_channel_past_the_administrator(
 ) -> None:
     file = tmp_path / "etc" / "trust.json"
     file.parent.mkdir()
-    file.write_text(json.dumps(Policy((TrustedKey("audit", scene.evil.public),)).as_json()), encoding="utf-8")
+    file.write_text(json.dumps(Policy((TrustedKey("audit", scene.evil.public),)).content()), encoding="utf-8")
     monkeypatch.setattr(store, "SYSTEM_FILE", file)
     monkeypatch.setattr(store, "SYSTEM_OWNER", file.stat().st_uid)
     before = tree_digest(scene.base)

@@ -47,7 +47,7 @@ def test_a_second_signer_goes_along(scene: Scene) -> None:
     audit, file = PrivateKey.generate(), scene.pack("1.1.0", 1)
     rules = {"rules": [{"model": "*", "require": 2, "keys": ["acme", "audit"]}]}
     policy = Policy((*scene.policy.keys, TrustedKey("audit", audit.public)))
-    (scene.folder / "two.json").write_text(json.dumps(policy.as_json() | rules), encoding="utf-8")
+    (scene.folder / "two.json").write_text(json.dumps(policy.content() | rules), encoding="utf-8")
     strict = load_policy(scene.folder / "two.json")
     sign_pack(file, audit)
     scene.push(file)

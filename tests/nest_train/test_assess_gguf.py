@@ -20,6 +20,7 @@ from nestpatch.export.adapters import export_gguf_lora
 from nestpatch.formats import nest
 from nestpatch.runtimes.text import TokenPair
 from tests.gguf_files import needs_llama, write_gguf
+from tests.schemas import require_schema
 from tests.varied_packs import varied_pack
 
 pytestmark = needs_llama
@@ -120,14 +121,17 @@ def test_the_command_line_evaluates_gguf_files(made, suites, tmp_path):
     plain = run(main, ["eval", str(file), *options])
     assert plain.exit_code == 0, plain.output
     numbers = json.loads(plain.stdout)
-    assert set(numbers) == {"model", "patched", "concerns", "notes"}
-    assert (numbers["patched"], numbers["concerns"], numbers["notes"]) == (None, [], [])
+    require_schema(numbers, "eval")
+    assert set(numbers) == {"model", "pack", "adapter", "before", "after", "warnings", "notes"}
+    assert (numbers["model"], numbers["pack"], numbers["adapter"]) == (str(file), None, None)
+    assert (numbers["after"], numbers["warnings"], numbers["notes"]) == (None, [], [])
     packed, adapted = (
-        run(main, ["eval", str(file), str(pack), *options]),
-        run(main, ["eval", str(file), f"--lora={lora}", *options]),
+        json.loads(run(main, ["eval", str(file), str(pack), *options]).stdout),
+        json.loads(run(main, ["eval", str(file), f"--lora={lora}", *options]).stdout),
     )
-    assert json.loads(packed.stdout) == json.loads(adapted.stdout)
-    assert json.loads(packed.stdout)["patched"]["attack_success"]["total"] == 12
+    assert (packed["pack"], adapted["pack"], adapted["adapter"]) == (nest.read(pack).label, None, str(lora))
+    assert packed == adapted | {"pack": packed["pack"], "adapter": None}
+    assert packed["after"]["attack_success"]["total"] == 12
     both = run(main, ["eval", str(file), str(pack), f"--lora={lora}", *options])
     assert (both.exit_code, "DataError" in both.stderr) == (2, True)
     none = run(main, ["eval", str(tmp_path / "none.gguf"), *options])
@@ -145,7 +149,7 @@ def test_a_gguf_file_is_evaluated_without_torch(made, suites):
     arguments = ["eval", str(file), str(pack), *(f"--suite={suite}" for suite in suites), "--json", "--max-new-tokens=6"]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["patched"]["attack_success"]["total"] == 12
+    assert json.loads(done.stdout)["after"]["attack_success"]["total"] == 12
     assert "llama" not in done.stderr.replace(str(file), ""), "llama.cpp's log stays out"
 
 

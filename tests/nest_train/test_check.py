@@ -16,6 +16,7 @@ from nestpatch.patcher.apply import apply
 from tests import gguf_files
 from tests.gguf_files import needs_llama, write_gguf
 from tests.helpers import load_tensors
+from tests.schemas import require_part
 from tests.varied_packs import varied_pack
 
 pytestmark = needs_llama
@@ -33,6 +34,7 @@ def test_float32_files_agree(models, tmp_path, family):
     assert check.same_ids.count == check.same_ids.total >= 20
     assert check.largest <= check.bound
     assert check.top1.value > 0.99
+    require_part(check.as_json(), "Check")
     assert check.as_json()["passed"] is True
 
 

@@ -20,6 +20,7 @@ from nestpatch.runtimes import protocol, threads
 from nestpatch.runtimes.protocol import open_runtime
 from nestpatch.runtimes.transformers import TransformersRuntime, load_model, locate
 from tests.gguf_files import needs_llama, write_gguf
+from tests.schemas import require_schema
 from tests.varied_packs import varied_pack
 
 UP = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)]
@@ -73,8 +74,11 @@ def test_without_benign_prompts_no_drift_is_reported(base, made, suites, prompts
     assert "not measured" in shown.stdout
     assert "WARNING: attack success was not lowered: 100.0% before, 100.0% after" in shown.stderr
     numbers = json.loads(run(*words, "--json", "--quiet").stdout)
-    assert numbers["patched"]["kl_to_base"] is None
-    assert numbers["patched"]["refusal_benign"] is None
+    require_schema(numbers, "eval")
+    assert (numbers["model"], numbers["pack"], numbers["adapter"]) == (str(base), made.label, None)
+    assert "attack success was not lowered: 100.0% before, 100.0% after" in numbers["warnings"]
+    assert numbers["after"]["kl_to_base"] is None
+    assert numbers["after"]["refusal_benign"] is None
     assert numbers["notes"] == [NOT_MEASURED]
     assert NOT_MEASURED in run(*words, "--quiet").stderr
     assert evaluate(base, suites[:1], base=base, max_new_tokens=3).model.drift is None

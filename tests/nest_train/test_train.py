@@ -24,6 +24,7 @@ from nestpatch.patcher.apply import apply
 from nestpatch.prompts.readers import load_prompts
 from nestpatch.runtimes.transformers import load_model
 from nestpatch.runtimes.weights import disk_name, fold
+from tests.schemas import require_schema
 
 FAST = Recipe(
     steps=6, batch=4, eval_every=3, learning_rate=0.2, clip=100.0, max_answer_tokens=6, threshold=0.8, probe_margin=0.0
@@ -221,12 +222,14 @@ def test_the_command_line_trains_shows_applies_and_evaluates(models, prompts, tm
     result = run(main, train_arguments(base, prompts, pack, "--json", "--quiet", *suites))
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
+    require_schema(facts, "train")
+    assert (facts["model"], facts["output"], facts["bytes"]) == (str(base), str(pack), pack.stat().st_size)
     assert facts["pack_id"] == nest.pack_id(nest.read(pack))
     shown = run(main, ["show", str(pack), "--rows"])
     assert shown.exit_code == 0
     for word in ("safe 1.0.0", "LlamaForCausalLM", "gate_proj", "attack success", "layer 1"):
         assert word in shown.stdout
-    assert json.loads(run(main, ["show", str(pack), "--json"]).stdout)["id"] == facts["pack_id"]
+    assert json.loads(run(main, ["show", str(pack), "--json"]).stdout)["pack_id"] == facts["pack_id"]
     applied = run(main, ["apply", str(base), str(pack), "-o", str(tmp_path / "patched"), "--json"])
     assert json.loads(applied.stdout)["tensors"] == 4
     both = run(main, ["eval", str(base), str(pack), *suites, "--json", "--quiet", "--max-new-tokens=6"])
@@ -234,8 +237,8 @@ def test_the_command_line_trains_shows_applies_and_evaluates(models, prompts, tm
         main,
         ["eval", str(tmp_path / "patched" / "model.safetensors"), *suites, "--json", "--quiet", "--max-new-tokens=6"],
     )
-    folded, alone = json.loads(both.stdout)["patched"], json.loads(direct.stdout)["model"]
-    del folded["kl_to_base"]
+    folded, alone = json.loads(both.stdout)["after"], json.loads(direct.stdout)["before"]
+    assert folded.pop("kl_to_base") > 0
     assert alone.pop("kl_to_base") is None
     assert folded == alone
     answers = tmp_path / "answers.jsonl"

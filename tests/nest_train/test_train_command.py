@@ -24,6 +24,7 @@ from nestpatch.nest_train.recipe import Recipe
 from nestpatch.nest_train.train import train
 from nestpatch.pack import Label
 from nestpatch.prompts.readers import load_prompts
+from tests.schemas import require_schema
 
 FAST = Recipe(
     steps=6, batch=4, eval_every=3, learning_rate=0.2, clip=100.0, max_answer_tokens=6, threshold=0.8, probe_margin=0.0
@@ -63,6 +64,7 @@ def test_a_harmful_suite_alone_is_measured_alone(models, prompts: Path, tmp_path
     done = run(*arguments(models("llama"), prompts, pack), "--suite", prompts / "harmful-test.jsonl", "--json", "-q")
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)
+    require_schema(facts, "train")
     assert facts["after"]["attack_success"]["total"] == 6
     assert facts["after"].get("refusal_benign") is None
     assert facts["after"].get("kl_to_base") is None
@@ -195,11 +197,14 @@ def test_a_dry_run_plans_and_writes_nothing(models, data, prompts: Path, tmp_pat
     files = sorted(base.iterdir())
     command = [*arguments(base, prompts, pack), "--suite", prompts / "harmful-test.jsonl", "--dry-run", "-q"]
     planned = json.loads(run(*command, "--json").stdout)
+    require_schema(planned, "train --dry-run")
+    assert planned["model"] == str(base)
     assert (planned["output"], planned["dry_run"], planned["architecture"]) == (str(pack), True, "Phi3ForCausalLM")
     assert (planned["layers"], planned["neurons"], planned["steps"]) == (2, 128, 6)
     assert planned["prompts"] == {"harmful": 30, "benign": 30, "lookalike": 30}
     assert (planned["suite_prompts"], planned["seen_in_training"]) == (6, {})
-    assert set(planned["seconds"]) == {"load", "distil", "evaluate", "probe", "select and cluster", "tune", "total"}
+    assert set(planned["stages"]) == {"load", "distil", "evaluate", "probe", "select and cluster", "tune"}
+    assert abs(planned["seconds"] - sum(planned["stages"].values())) < 0.5
     # Every layer has between 6 and 10 clusters of deltas for gate and up, 32 wide.
     assert 2 * 6 * 2 * 32 <= planned["trained_parameters"] <= 2 * 10 * 2 * 32
     shown = run(*command)

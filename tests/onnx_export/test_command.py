@@ -15,6 +15,7 @@ from nestpatch.cli import main
 from nestpatch.formats import nest
 from tests.helpers import tiny_pack
 from tests.onnx_export.runs import facts
+from tests.schemas import require_schema
 
 
 def run(*arguments: object, code: int = 0) -> str:
@@ -42,7 +43,8 @@ def test_export_then_adapter(sources, pack, tmp_path):
         )
         assert done.exit_code == 0, done.output
         found = json.loads(done.stdout)
-        assert (found["format"], found["matrices"], found["nbytes"]) == ("onnx-adapter", 2, out.stat().st_size)
+        require_schema(found, "export --to onnx-adapter")
+        assert (found["format"], found["matrices"], found["bytes"]) == ("onnx-adapter", 2, out.stat().st_size)
     assert "add_active_adapter" in run(pack, "--to", "onnx-adapter", "--for", folder)
     assert (tmp_path / "no-harm-1.0.0.onnx_adapter").is_file()
 

@@ -25,6 +25,7 @@ from nestpatch.runtimes.protocol import open_runtime, runtime_of
 from nestpatch.runtimes.text import by_length
 from nestpatch.runtimes.transformers import TransformersRuntime, load_model
 from tests.helpers import tiny_pack, tree_digest
+from tests.schemas import require_schema
 
 PROMPTS = [prompt for prompt, _ in zip((p for p, _ in dialogues(make_world(3))), range(9), strict=False)]
 
@@ -262,8 +263,9 @@ def test_the_command_evaluates_an_onnx_model(ready, suites, pack, tmp_path):
     done = CliRunner().invoke(main, ["eval", *arguments, "--json", "--quiet"])
     assert done.exit_code == 0, done.output
     numbers = json.loads(done.stdout)
-    assert numbers["patched"]["kl_to_base"] > 0
-    assert numbers["model"]["suites"]["benign"]["refused"]["total"] == len(PROMPTS)
+    require_schema(numbers, "eval")
+    assert numbers["after"]["kl_to_base"] > 0
+    assert numbers["before"]["suites"]["benign"]["refused"]["total"] == len(PROMPTS)
 
 
 WITHOUT = """

@@ -22,6 +22,7 @@ from nestpatch.gate import prove
 from nestpatch.pack import Pack
 from tests.helpers import load_tensors, tiny_pack, tree_digest
 from tests.onnx_export.runs import facts, unsigned
+from tests.schemas import require_schema
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,7 @@ def test_patching_a_quantized_export_is_quantizing_the_patched_model(sources, pa
 
 
 def test_the_graph_says_what_is_in_it(pack, patched, exports):
+    require_schema({"model": "base", **patched.as_json()}, "export --to onnx")
     said = facts(patched.output)
     listed = {"name": "no-harm", "version": "1.0.0", "pack_id": nest.pack_id(pack), "strength": 0.75}
     assert json.loads(said["nestpatch.packs"]) == [listed]

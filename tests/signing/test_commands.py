@@ -59,7 +59,7 @@ def test_the_whole_way(tmp_path: Path, pack: Path) -> None:
     assert added["key_id"] == pair["key_id"]
     found = answer(run("verify-signature", pack, "--json"))
     assert found["verdict"] == "signed"
-    assert found["signers"] == [{"name": "acme", "key_id": pair["key_id"], "file": "no-harm.nest.sig"}]
+    assert found["signatures"] == [{"name": "acme", "key_id": pair["key_id"], "file": "no-harm.nest.sig"}]
     assert "by acme" in run("verify-signature", pack).stdout
     spoil(pack)
     bad = run("verify-signature", pack, "--json")
@@ -132,9 +132,9 @@ def test_trust_is_listed_and_taken_back(acme: Path, tmp_path: Path) -> None:
     added = run("trust", "add", f"{acme}.pub", "--model", "acme/*", "--model", tmp_path / "models")
     assert added.exit_code == 0
     listed = answer(run("trust", "list", "--json"))
-    assert [(key["name"], key["models"]) for key in listed["keys"]] == [("acme", ["acme/*", str(tmp_path / "models")])]
+    assert [(key["name"], key["patterns"]) for key in listed["keys"]] == [("acme", ["acme/*", str(tmp_path / "models")])]
     assert "acme/*" in run("trust", "list").stdout
-    assert answer(run("trust", "remove", "acme", "--json"))["key_id"] == listed["keys"][0]["id"]
+    assert answer(run("trust", "remove", "acme", "--json"))["key_id"] == listed["keys"][0]["key_id"]
     assert answer(run("trust", "list", "--json"))["keys"] == []
     gone = run("trust", "remove", "acme")
     assert (gone.exit_code, gone.stderr.splitlines()[0]) == (1, "TrustError: 0 trusted keys match 'acme', expected 1")

@@ -32,7 +32,7 @@ def administer(policy: Policy | Any) -> Path:
     """The administrator writes a policy."""
     file = store.SYSTEM_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
-    value = policy.as_json() if isinstance(policy, Policy) else policy
+    value = policy.content() if isinstance(policy, Policy) else policy
     file.write_text(json.dumps(value), encoding="utf-8")
     file.chmod(0o644)
     return file
@@ -65,7 +65,7 @@ def test_no_rule_of_a_user_lifts_one_of_the_administrator(people: People, place:
     save_policy(Policy(people.policy("evil").keys, (Rule("*", 0),)))
     sign_pack(place / "no-harm.nest", people.evil)
     named = tmp_path / "mine.json"
-    named.write_text(json.dumps(Policy(rules=(Rule("*", 0),)).as_json()), encoding="utf-8")
+    named.write_text(json.dumps(Policy(rules=(Rule("*", 0),)).content()), encoding="utf-8")
     before = tree_digest(place)
     for more in ([], ["--allow-unsigned"], ["--policy", named], ["--policy", named, "--allow-unsigned"]):
         refused = run("apply", place / "model", place / "no-harm.nest", "--in-place", *more)

@@ -173,7 +173,7 @@ def put(place: str, name: str, new: Any) -> Any:
     ],
 )
 def test_broken_files_are_refused(people: People, change: Any) -> None:
-    good = Policy(people.policy("acme", "audit").keys, (Rule("*", 1, ("acme",)),)).as_json()
+    good = Policy(people.policy("acme", "audit").keys, (Rule("*", 1, ("acme",)),)).content()
     Policy.parse(json.dumps(good).encode(), "policy.json")
     with pytest.raises(TrustError):
         Policy.parse(json.dumps(changed(good, change)).encode(), "policy.json")
