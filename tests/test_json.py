@@ -19,6 +19,7 @@ from jsonschema import Draft202012Validator
 
 from nestpatch.cli import main
 from nestpatch.formats import nest
+from nestpatch.signing import store
 from tests.calls import answer
 from tests.export.families import make
 from tests.helpers import tiny_checkpoint, tiny_pack
