@@ -44,7 +44,7 @@ NestpatchError
 │   ├── ExpiredError             not renewed in time: a newer channel may be withheld
 │   ├── ClockError               issued in the future of this machine's clock
 │   ├── SwappedFileError         a file other than the one that the channel names
-│   ├── RevokedError             a version that its publisher withdrew
+│   ├── YankedError             a version that its publisher withdrew
 │   ├── VersionError             an unknown version, or one that is published already
 │   └── PublishError             the channel could not be written
 ├── HubError                 the Hugging Face Hub, a mirror of it, or another server
@@ -340,7 +340,7 @@ class SwappedFileError(ChannelError):
     advice = "Do not use this file. Try again later, as a mirror may be half copied; otherwise inform the publisher."
 
 
-class RevokedError(ChannelError):
+class YankedError(ChannelError):
     """The publisher withdrew this version."""
 
     advice = "Use another version: `nestpatch pull REPO` takes the latest active one."

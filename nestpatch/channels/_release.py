@@ -133,8 +133,8 @@ def add(channel: Channel, pack: ListedPack) -> Channel:
     return replace(channel, packs=tuple(sorted(packs, key=lambda entry: entry.order)))
 
 
-def revoke(channel: Channel, version: str, reason: str) -> Channel:
-    """Revokes a version. If it was the last active one, the highest version that is left becomes active again.
+def mark_yanked(channel: Channel, version: str, reason: str) -> Channel:
+    """Yanks a version. If it was the last active one, the highest version that is left becomes active again.
 
     Args:
         channel: The channel.
@@ -146,11 +146,11 @@ def revoke(channel: Channel, version: str, reason: str) -> Channel:
 
     Raises:
         VersionError: There is no such version.
-        RevokedError: It is revoked already.
+        YankedError: It is yanked already.
     """
     gone = choose(channel, version)
-    packs = [replace(p, status=ListedStatus.REVOKED, reason=reason) if p is gone else p for p in channel.packs]
-    standing = [pack for pack in packs if pack.status is not ListedStatus.REVOKED]
+    packs = [replace(p, status=ListedStatus.YANKED, reason=reason) if p is gone else p for p in channel.packs]
+    standing = [pack for pack in packs if pack.status is not ListedStatus.YANKED]
     if standing and not any(pack.status is ListedStatus.ACTIVE for pack in standing):
         finished = [pack for pack in standing if not pack.order.prerelease]
         best = max(finished or standing, key=lambda pack: pack.order)

@@ -45,7 +45,7 @@ class ListedStatus(str, Enum):
 
     ACTIVE = "active"
     SUPERSEDED = "superseded"
-    REVOKED = "revoked"
+    YANKED = "yanked"
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class ListedPack:
     """Ids (SHA-256) of packs that this one replaces."""
     status: ListedStatus = ListedStatus.ACTIVE
     reason: str = ""
-    """Why it was revoked."""
+    """Why it was yanked."""
 
     @property
     def label(self) -> str:

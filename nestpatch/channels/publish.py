@@ -17,9 +17,9 @@ from nestpatch.channels._release import (
     hand_over,
     issue,
     listed,
+    mark_yanked,
     model_card,
     require_next_number,
-    revoke,
 )
 from nestpatch.channels._writers import CARD, ChannelWriter, Head, StaleError, open_writer
 from nestpatch.channels.listing import CHANNEL_FILE, Channel, ListedStatus, parse, payload
@@ -150,7 +150,7 @@ def push(
 
     def edit(channel: Channel) -> _Change:
         same = [p for p in channel.packs if p.order == entry.order and p.file.sha256 == entry.file.sha256]
-        standing = same and same[0].status is not ListedStatus.REVOKED
+        standing = same and same[0].status is not ListedStatus.YANKED
         if standing and set(others) <= {file.sha256 for file in same[0].signatures}:
             return _Change(channel, key, f"{entry.label} is already published", needed=False)
         return _Change(add(channel, entry), key, f"publish {entry.label}", files, f"v{entry.version}", manifest)
@@ -160,7 +160,7 @@ def push(
 
 
 def yank(address: str, version: str, reason: str, key: PrivateKey, *, days: int = DAYS) -> Published:
-    """Revokes a version: models that have it go back with their next update. Its files stay, so that they can be examined.
+    """Withdraws a version: models that have it go back with their next update. Its files stay, so that they can be examined.
 
     Yanking again for the same reason changes nothing and is not an error.
 
@@ -177,16 +177,16 @@ def yank(address: str, version: str, reason: str, key: PrivateKey, *, days: int 
     Raises:
         DataError: The text is not the address of a channel.
         VersionError: There is no such version, or no channel.
-        RevokedError: It was yanked before, for another reason.
+        YankedError: It was yanked before, for another reason.
         ChannelError: The channel has another root key, is older than what this user has seen of it, or cannot be written.
         HubError: The Hub cannot be reached, or refuses the change.
     """
 
     def edit(channel: Channel) -> _Change:
-        if any((p.version, p.status, p.reason) == (version, ListedStatus.REVOKED, reason) for p in channel.packs):
+        if any((p.version, p.status, p.reason) == (version, ListedStatus.YANKED, reason) for p in channel.packs):
             # An earlier attempt was written, and its process died before it could say so.
-            return _Change(channel, key, f"{version} is already revoked: {reason}", needed=False)
-        return _Change(revoke(channel, version, reason), key, f"revoke {version}: {reason}")
+            return _Change(channel, key, f"{version} is already yanked: {reason}", needed=False)
+        return _Change(mark_yanked(channel, version, reason), key, f"yank {version}: {reason}")
 
     return _publish(open_writer(address), edit, key, days)
 
@@ -197,7 +197,7 @@ def renew(address: str, key: PrivateKey, new_key: PrivateKey | None = None, *, d
     Args:
         address: The channel.
         key: The channel's root key.
-        new_key: The next root key. It also signs all versions that are not revoked.
+        new_key: The next root key. It also signs all versions that are not yanked.
         days: How long the channel is valid after this.
 
     Returns:
@@ -217,7 +217,7 @@ def renew(address: str, key: PrivateKey, new_key: PrivateKey | None = None, *, d
         files = {
             pack.version: {f"{pack.file.path}{suffix}": Bundle.write(pack.file.sha256, pack.file.name, new_key)}
             for pack in channel.packs
-            if pack.status is not ListedStatus.REVOKED
+            if pack.status is not ListedStatus.YANKED
             and f"{pack.file.path}{suffix}" not in {file.path for file in pack.signatures}
         }
         handed = hand_over(channel, key, new_key, files)

@@ -16,7 +16,7 @@ A reader accepts a channel that fulfils these rules, in this order:
 - It has not expired: an old copy cannot be served for ever (freeze).
 - The latest version is the highest active one; prereleases count only where nothing else is active.
 - Files are those that the channel lists, by size and SHA-256, and a pack is what the channel states (swapped files).
-- A revoked version is not handed out, and models that have it go back to the latest one, or to the base.
+- A yanked version is not handed out, and models that have it go back to the latest one, or to the base.
 - A model never goes to a lower version for any other reason.
 
 A channel is the same channel at every address if a root key that was seen for its name is its root key or has handed it over
@@ -40,11 +40,11 @@ from nestpatch.errors import (
     EquivocationError,
     ExpiredError,
     ForeignChannelError,
-    RevokedError,
     RollbackError,
     SerialJumpError,
     SwappedFileError,
     VersionError,
+    YankedError,
 )
 from nestpatch.pack import TIME_FORMAT, Manifest
 from nestpatch.signing.envelopes import Envelope
@@ -242,7 +242,7 @@ def choose(channel: Channel, version: str | None = None) -> ListedPack:
 
     Raises:
         VersionError: There is no such version, or none is active.
-        RevokedError: The version was revoked.
+        YankedError: The version was yanked.
     """
     if version is None:
         found = latest(channel)
@@ -251,10 +251,10 @@ def choose(channel: Channel, version: str | None = None) -> ListedPack:
         return found
     for pack in channel.packs:
         if pack.version == version:
-            if pack.status is ListedStatus.REVOKED:
-                raise RevokedError(f"{pack.label} was revoked by its publisher: {pack.reason or 'no reason given'}")
+            if pack.status is ListedStatus.YANKED:
+                raise YankedError(f"{pack.label} was yanked by its publisher: {pack.reason or 'no reason given'}")
             return pack
-    known = ", ".join(pack.version for pack in channel.packs if pack.status is not ListedStatus.REVOKED) or "none"
+    known = ", ".join(pack.version for pack in channel.packs if pack.status is not ListedStatus.YANKED) or "none"
     raise VersionError(f"{channel.name} has no version {version}", advice=f"Available versions: {known}.")
 
 
@@ -272,7 +272,7 @@ class Upgrade:
 
 @dataclass(frozen=True)
 class GoBack:
-    """The applied version was revoked."""
+    """The applied version was yanked."""
 
     pack: ListedPack | None
     """What to apply instead; None: no version is left, go to the base."""
@@ -296,10 +296,10 @@ def decide(channel: Channel, applied: tuple[str, str] | None) -> Decision:
     if applied is None:
         return Stay() if best is None else Upgrade(best)
     version, pack_id = applied
-    revoked = next((p for p in channel.packs if p.file.sha256 == pack_id and p.status is ListedStatus.REVOKED), None)
+    yanked = next((p for p in channel.packs if p.file.sha256 == pack_id and p.status is ListedStatus.YANKED), None)
     if best is not None and (Version.parse(version) < best.order or pack_id in best.supersedes):
         return Upgrade(best)
-    return Stay() if revoked is None else GoBack(best, revoked.reason)
+    return Stay() if yanked is None else GoBack(best, yanked.reason)
 
 
 def require_as_listed(pack: ListedPack, manifest: Manifest, address: str) -> None:

@@ -77,7 +77,7 @@ def push(
 def yank(
     address: str, version: str, reason: str, key_file: Path, password_file: IO[bytes] | None, days: int, as_json: bool
 ) -> None:
-    """Revoke VERSION of CHANNEL: models that have it go back with their next update."""
+    """Withdraw VERSION of CHANNEL: models that have it go back with their next update."""
     from nestpatch.channels.publish import yank as run
 
     _report(run(address, version, reason, unlocked(key_file, password_file), days=days), as_json)
@@ -170,7 +170,7 @@ def update(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Bring MODEL to the latest version of the channels that it follows, in place; away from a version that was revoked.
+    """Bring MODEL to the latest version of the channels that it follows, in place; away from a version that was yanked.
 
     One small request per channel when nothing is new. All channels are tried. Exit code 0: up to date now; 10: --check found
     something to do; 1: a channel was refused or could not be reached, and nothing of it was applied.

@@ -79,9 +79,8 @@ def choose_refusals(answers: Sequence[str], recipe: Recipe) -> Refusals:
             f"the base refuses {count} of {total} harmful prompts, and no wording occurs twice",
             advice="Use the built-in refusals: --set refusals=builtin",
         )
-    return Refusals(
-        tuple(familiar), f"the base's own {len(familiar)} wordings: it refuses {count} of {total} prompts by itself"
-    )
+    wordings = "one wording" if len(familiar) == 1 else f"{len(familiar)} wordings"
+    return Refusals(tuple(familiar), f"{wordings} of the base's own: it refuses {count} of {total} prompts by itself")
 
 
 def distil(run: Run, data: TrainingData) -> Halves:

@@ -43,7 +43,7 @@ class Updated:
     after: str
     """The version that is applied now, or should be; empty for the base, and after a failure."""
     reason: str = ""
-    """Why the applied version was revoked; why the update failed."""
+    """Why the applied version was yanked; why the update failed."""
     steps: tuple[str, ...] = ()
     serial: int = 0
     expires: str = ""

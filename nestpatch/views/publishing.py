@@ -129,8 +129,8 @@ def show_updated(model: Path, results: Sequence[Updated]) -> None:
         if result.state == "current":
             out.print(f"{line}{escape(before)} is up to date; the channel is valid until {escape(result.expires)}")
             continue
-        revoked = f" ({before} was revoked: {result.reason or 'no reason given'})" if result.reason else ""
+        yanked = f" ({before} was yanked: {result.reason or 'no reason given'})" if result.reason else ""
         # The same version again: the rows did not contain it.
-        revoked = f" ({result.reason})" if before == after else revoked
+        yanked = f" ({result.reason})" if before == after else yanked
         verb = "would go" if result.state == "available" else "went"
-        out.print(f"{line}{verb} from {escape(before)} to {escape(after)}{escape(revoked)}")
+        out.print(f"{line}{verb} from {escape(before)} to {escape(after)}{escape(yanked)}")

@@ -147,7 +147,7 @@ def wanted(fleet: Fleet) -> str:
 UPDATES = {
     # Update -> (packs in the ledger before, after, only every n-th call, kill points, at least)
     "to a newer version": (["no-harm 1.0.0"], ["no-harm 1.1.0"], 2, 32),
-    "off a revoked version": (["no-harm 1.1.0"], ["no-harm 1.0.0"], 2, 32),
+    "off a yanked version": (["no-harm 1.1.0"], ["no-harm 1.0.0"], 2, 32),
     "of rows that were replaced": (["no-harm 1.0.0"], ["no-harm 1.0.0"], 2, 15),
 }
 
@@ -155,12 +155,12 @@ UPDATES = {
 def prepare(fleet: Fleet, what: str) -> None:
     """Brings model and channel into the state before the update."""
     fleet.answer("publisher", *fleet.push("1.0.0"))
-    if what == "off a revoked version":
+    if what == "off a yanked version":
         fleet.answer("publisher", *fleet.push("1.1.0"))
     fleet.answer("user", "update", str(fleet.model), "--channel", fleet.place, "--json")
     if what == "to a newer version":
         fleet.answer("publisher", *fleet.push("1.1.0"))
-    elif what == "off a revoked version":
+    elif what == "off a yanked version":
         fleet.answer("publisher", *fleet.yank("1.1.0"))
     else:
         (fleet.model / "model.safetensors").write_bytes((fleet.folder / "base" / "model.safetensors").read_bytes())

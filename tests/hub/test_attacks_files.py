@@ -26,12 +26,12 @@ from nestpatch.errors import (
     HubUnavailableError,
     NestpatchError,
     PublishError,
-    RevokedError,
     RollbackError,
     SwappedFileError,
     UnsignedError,
     UntrustedError,
     VersionError,
+    YankedError,
 )
 from nestpatch.formats import nest
 from nestpatch.signing import envelopes
@@ -110,11 +110,11 @@ def test_a_pack_that_is_not_what_the_channel_says_of_it(scene: Scene) -> None:
     refused(scene, SwappedFileError, r"lists no-harm 1\.1\.0 for .*, but contains no-harm 1\.0\.5", remembered=False)
 
 
-def test_a_revoked_latest_version(scene: Scene, tmp_path: Path) -> None:
+def test_a_yanked_latest_version(scene: Scene, tmp_path: Path) -> None:
     scene.publish("1.1.0", 1)
     scene.yank("1.1.0", "refuses too much")
     assert scene.update().state == "current"
-    with pytest.raises(RevokedError, match=r"1\.1\.0 was revoked by its publisher: refuses too much"):
+    with pytest.raises(YankedError, match=r"1\.1\.0 was yanked by its publisher: refuses too much"):
         fetch_pack(f"hub://{REPO}@1.1.0", scene.policy, scene.model)
     scene.yank("1.0.0", "all of it")
     with pytest.raises(VersionError, match="no version of acme/no-harm is active"):

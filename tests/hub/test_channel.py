@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from nestpatch import errors
-from nestpatch.channels._release import add, hand_over, issue, require_next_number, revoke
+from nestpatch.channels._release import add, hand_over, issue, mark_yanked, require_next_number
 from nestpatch.channels.listing import (
     MAX_FIRST,
     MAX_NUMBER,
@@ -49,10 +49,10 @@ from nestpatch.errors import (
     EquivocationError,
     PackContentError,
     PublishError,
-    RevokedError,
     RollbackError,
     SerialJumpError,
     VersionError,
+    YankedError,
 )
 from nestpatch.formats.nest import canonical_json
 from nestpatch.signing.envelopes import Envelope
@@ -101,7 +101,7 @@ def statuses(channel: Channel) -> dict[str, str]:
 
 
 def test_what_is_written_is_read(keys: tuple[PrivateKey, ...]) -> None:
-    channel = hand_over(revoke(channel_of(keys[0], "1.0.0", "1.1.0"), "1.1.0", "why\nnot"), keys[0], keys[1])
+    channel = hand_over(mark_yanked(channel_of(keys[0], "1.0.0", "1.1.0"), "1.1.0", "why\nnot"), keys[0], keys[1])
     issued, data = issue(channel, keys[1], NOW)
     envelope, read = parse(data, "it")
     assert read == issued
@@ -133,15 +133,15 @@ def test_what_cannot_be_added(keys: tuple[PrivateKey, ...], new: ListedPack) -> 
         add(channel_of(keys[0], "1.0.0"), new)
 
 
-def test_revoking_makes_the_best_that_stands_active_again(keys: tuple[PrivateKey, ...]) -> None:
-    channel = revoke(channel_of(keys[0], "1.0.0", "1.1.0", "1.2.0"), "1.2.0", "bad")
-    assert statuses(channel) == {"1.0.0": "superseded", "1.1.0": "active", "1.2.0": "revoked"}
-    with pytest.raises(RevokedError, match="bad"):
-        revoke(channel, "1.2.0", "again")
+def test_yanking_makes_the_best_that_stands_active_again(keys: tuple[PrivateKey, ...]) -> None:
+    channel = mark_yanked(channel_of(keys[0], "1.0.0", "1.1.0", "1.2.0"), "1.2.0", "bad")
+    assert statuses(channel) == {"1.0.0": "superseded", "1.1.0": "active", "1.2.0": "yanked"}
+    with pytest.raises(YankedError, match="bad"):
+        mark_yanked(channel, "1.2.0", "again")
     with pytest.raises(VersionError, match=r"no version 3\.0\.0") as caught:
-        revoke(channel, "3.0.0", "x")
+        mark_yanked(channel, "3.0.0", "x")
     assert "1.0.0, 1.1.0" in caught.value.advice
-    nothing = revoke(revoke(channel, "1.1.0", "bad"), "1.0.0", "bad")
+    nothing = mark_yanked(mark_yanked(channel, "1.1.0", "bad"), "1.0.0", "bad")
     assert latest(nothing) is None
     with pytest.raises(VersionError, match="no version of acme/no-harm is active"):
         choose(nothing)
@@ -159,7 +159,7 @@ def test_revoking_makes_the_best_that_stands_active_again(keys: tuple[PrivateKey
     ],
 )
 def test_what_a_model_should_do(keys: tuple[PrivateKey, ...], applied: str | None, expected: str | None) -> None:
-    channel = revoke(channel_of(keys[0], "1.0.0", "1.1.0", "1.2.0"), "1.2.0", "bad")
+    channel = mark_yanked(channel_of(keys[0], "1.0.0", "1.1.0", "1.2.0"), "1.2.0", "bad")
     found = decide(channel, None if applied is None else (applied, digest(applied)))
     best = latest(channel)
     assert best is not None
@@ -169,12 +169,12 @@ def test_what_a_model_should_do(keys: tuple[PrivateKey, ...], applied: str | Non
         assert found == (GoBack(best, "bad") if "back" in expected else Upgrade(best))
 
 
-def test_a_revoked_version_leads_up_where_there_is_a_higher_one_and_to_the_base_where_there_is_none(
+def test_a_yanked_version_leads_up_where_there_is_a_higher_one_and_to_the_base_where_there_is_none(
     keys: tuple[PrivateKey, ...],
 ) -> None:
-    up = revoke(channel_of(keys[0], "1.0.0", "1.1.0"), "1.0.0", "bad")
+    up = mark_yanked(channel_of(keys[0], "1.0.0", "1.1.0"), "1.0.0", "bad")
     assert decide(up, ("1.0.0", digest("1.0.0"))) == Upgrade(up.packs[1])
-    none = revoke(channel_of(keys[0], "1.0.0"), "1.0.0", "bad")
+    none = mark_yanked(channel_of(keys[0], "1.0.0"), "1.0.0", "bad")
     assert decide(none, ("1.0.0", digest("1.0.0"))) == GoBack(None, "bad")
     assert decide(none, None) == Stay()
     assert decide(none, ("1.0.0", digest("somebody else's 1.0.0"))) == Stay()
@@ -367,7 +367,7 @@ def test_a_newer_format_says_so(keys: tuple[PrivateKey, ...], monkeypatch: pytes
 
 
 def test_only_three_statuses() -> None:
-    assert {status.value for status in ListedStatus} == {"active", "superseded", "revoked"}
+    assert {status.value for status in ListedStatus} == {"active", "superseded", "yanked"}
 
 
 def test_the_document_names_errors_and_fields_that_exist(keys: tuple[PrivateKey, ...]) -> None:
@@ -441,6 +441,6 @@ def test_only_the_canonical_form_is_read(keys: tuple[PrivateKey, ...], text: Cal
 
 
 def test_a_channel_that_nobody_could_read_is_not_issued(keys: tuple[PrivateKey, ...]) -> None:
-    channel = revoke(channel_of(keys[0], "1.0.0"), "1.0.0", "x" * (1 << 20))
+    channel = mark_yanked(channel_of(keys[0], "1.0.0"), "1.0.0", "x" * (1 << 20))
     with pytest.raises(PublishError, match="readers take 1048576"):
         issue(channel, keys[0], NOW)

@@ -187,7 +187,7 @@ def test_going_back_says_why(scene: Scene) -> None:
     save_policy(scene.policy)
     scene.yank("1.0.0", "breaks [bold]tables[/]")
     told = run("update", scene.model)
-    assert "went from 1.0.0 to base (1.0.0 was revoked: breaks [bold]tables[/])" in told.stdout
+    assert "went from 1.0.0 to base (1.0.0 was yanked: breaks [bold]tables[/])" in told.stdout
     assert ledger_of(scene.model).applied == ()
     assert ledger_of(scene.model).follows == (f"hub://{REPO}",)
 

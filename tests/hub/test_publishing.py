@@ -182,7 +182,7 @@ def test_the_card(scene: Scene) -> None:
     }
     assert MARK in body
     assert "| 1.0.0 | latest |  | `" in body
-    assert r"| 1.1.0 | revoked | broke \| tables \<script\> |" in body
+    assert r"| 1.1.0 | yanked | broke \| tables \<script\> |" in body
     assert scene.key.public.key_id in body
 
 

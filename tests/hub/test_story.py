@@ -100,7 +100,7 @@ def test_the_whole_story(hub: Hub, publisher: Machine, machine: Callable[..., Ma
     done = tool(fleet, "update", model)["channels"][0]
     assert done["steps"] == ["undo no-harm 1.1.0", "apply no-harm 1.0.0"]
     assert digests(model) == at_one
-    assert "RevokedError" in tool(fleet, "pull", f"{REPO}@1.1.0", "-o", tmp_path / "bad.nest", code=1)
+    assert "YankedError" in tool(fleet, "pull", f"{REPO}@1.1.0", "-o", tmp_path / "bad.nest", code=1)
     assert tool(fleet, "update", model, "--check")["channels"][0]["state"] == "current"
 
     tool(fleet, "revert", model)
