@@ -82,11 +82,14 @@ def _require_sensible(asked: _Asked, model: str, pack: str | None) -> None:
         raise click.UsageError("name the ONNX model of the adapter: nestpatch export PACK --to onnx-adapter --for DIR")
     from nestpatch.files.atomic import check_output
     from nestpatch.formats.gguf.quants import file_type
+    from nestpatch.patcher.copies import sweep_unfinished
     from nestpatch.patcher.plan import check_strength
 
     file_type(asked.type)
     check_strength(asked.strength)
     if asked.output is not None:
+        if not asked.dry_run:
+            sweep_unfinished(asked.output)
         check_output(asked.output)
     if asked.check:
         from nestpatch.evaluation.parity import require_check

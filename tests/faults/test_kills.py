@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,6 +161,7 @@ def test_no_command_that_looks_changes_an_interrupted_model(
         interrupted(killer, case, folder, number)
         before, left = tree_digest(folder), state_dir_of(folder).journal.exists()
         interruptions += left
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
         end = killer.run(args, folder)
         assert (end.how, end.trouble) == ("ended", ""), f"{following} after call {number}: {end}"
         assert tree_digest(folder) == before, f"{following} after call {number}"

@@ -133,7 +133,7 @@ def test_what_a_foreign_journal_would_do_is_done_only_when_asked(scene: Scene) -
     assert "not written here" in refused("ForeignJournalError", "recover", scene.model)
     assert scene.weights() == before
     done = answer("recover", scene.model, "--foreign", "roll-back")
-    assert done == {"action": "rolled back", "proof": "the user asked for it"}
+    assert done == {"model": str(scene.model), "action": "rolled back", "proof": "the user asked for it"}
     rows = open_checkpoint(scene.model).read_rows(GATE, np.array([0, 1])).view(np.uint8)
     assert rows.tobytes() == b"\x11" * 2 * width
 
