@@ -13,7 +13,7 @@ from nestpatch.cli import main
 from nestpatch.views.console import out
 
 PICTURE = Path(__file__).parent / "demo.svg"
-WIDTH = 110
+WIDTH = 120
 """Columns of the picture."""
 
 
