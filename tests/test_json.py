@@ -64,7 +64,7 @@ class Scenario:
             if isinstance(value, list):
                 return [plain(entry) for entry in value]
             if isinstance(value, str):
-                value = value.replace(str(self.folder), "/work")
+                value = value.replace(str(self.folder), "/srv")
                 for pattern, text in TEXTS:
                     value = re.sub(pattern, text, value, flags=re.DOTALL)
                 return re.sub(r"\b[0-9a-f]{12,64}\b", stand_in, value)
