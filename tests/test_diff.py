@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -354,6 +355,21 @@ def test_the_command_on_packs(tmp_path: Path) -> None:
     assert "the same pack" in same.stdout
     facts = json.loads(as_json.stdout)
     assert (facts["kind"], facts["identical"], facts["same_base"], len(facts["changed"])) == ("packs", False, True, 4)
+
+
+def test_fields_that_one_pack_alone_has_are_counted(tmp_path: Path) -> None:
+    """A trained pack beside an extracted one would fill a screen with its recipe."""
+    plain = tiny_pack(tiny_checkpoint(tmp_path / "a"))
+    recipe = {**plain.manifest.method, "recipe": {f"setting-{number}": number for number in range(30)}, "note": "x"}
+    nest.write(plain, tmp_path / "1.nest")
+    nest.write(
+        dataclasses.replace(plain, manifest=dataclasses.replace(plain.manifest, method=recipe, version="1.1.0")),
+        tmp_path / "2.nest",
+    )
+    shown = run(tmp_path / "1.nest", tmp_path / "2.nest").stdout
+    assert re.search(r"method\.recipe\.\* +30 fields in no-harm 1\.1\.0 alone", shown)
+    assert re.search(r"method\.note +nothing to x", shown)
+    assert "setting-7" not in shown
 
 
 @pytest.mark.parametrize(

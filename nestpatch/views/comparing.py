@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from nestpatch.views.console import escape, fact_grid, out, size, table_of
@@ -89,12 +90,20 @@ def _show_pack_diff(found: PackDiff) -> None:
         None: "no tensor in common",
     }
     grid.add_row("base", base[found.same_base])
+    alone: Counter[tuple[str, str]] = Counter()
     for field in found.fields:
         # Of the evaluation only the headline numbers; --json has all of it.
         if field.field.startswith("evaluation.") and (".suites." in field.field or not field.field.endswith(".value")):
             continue
+        group = ".".join(field.field.split(".")[:2])
+        if None in (field.a, field.b) and field.field != group:
+            alone[group, found.a if field.b is None else found.b] += 1
+            continue
         sides = ["nothing" if side in (None, "") else escape(str(side)[:200]) for side in (field.a, field.b)]
         grid.add_row(escape(field.field), " [dim]to[/] ".join(sides))
+    for (group, pack), count in alone.items():
+        fields = "1 field" if count == 1 else f"{count} fields"
+        grid.add_row(f"{escape(group)}.*", f"{fields} in {escape(pack)} alone")
     out.print(grid)
     table = table_of("tensor", "rows kept", "added", "removed", "with other deltas", "relative norm", "clusters")
     for tensor in found.tensors:
