@@ -128,7 +128,7 @@ class ChannelRules:
         line = (*self._ancestors(channel, roots[0]), *roots)
         found = [self.policy.find(key.key_id) for key in line]
         if not self.allow_unsigned and not any(trusted and self._covers(trusted, channel) for trusted in found):
-            raise ChannelKeyError(f"{source} is followed, but its key is no longer trusted here for this model")
+            raise ChannelKeyError(f"{source} is known here, but its key is not, or no longer, trusted here for this model")
         seen = SeenChannel(channel.name, channel.serial, sha256(envelope.payload).hexdigest(), roots)
         self._require_order(channel, seen, source)
         self._require_time(channel, source)

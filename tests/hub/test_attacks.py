@@ -158,14 +158,14 @@ def test_a_key_that_is_no_longer_trusted(scene: Scene) -> None:
     scene.publish("1.1.0", 1)
     before = scene.state()
     scene.key, key = scene.evil, scene.key
-    with pytest.raises(ChannelKeyError, match="its key is no longer trusted here"):
+    with pytest.raises(ChannelKeyError, match="its key is not, or no longer, trusted here"):
         scene.update()
     scene.key = key
     assert scene.state() == before
 
 
 def test_nobody_is_trusted(scene: Scene, tmp_path: Path) -> None:
-    with pytest.raises(ChannelKeyError, match="no longer trusted"):
+    with pytest.raises(ChannelKeyError, match="not, or no longer, trusted"):
         pull(REPO, tmp_path / "got.nest", policy=Policy())
     assert not (tmp_path / "got.nest").exists()
     assert pull(REPO, tmp_path / "got.nest", allow_unsigned=True, policy=Policy()).signers == {}
