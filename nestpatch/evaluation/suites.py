@@ -14,7 +14,8 @@ from typing import Any
 from nestpatch.errors import PromptDataError
 from nestpatch.evaluation.concerns import concerns
 from nestpatch.evaluation.judges import is_refusal, matches
-from nestpatch.prompts.readers import PromptSet, load_prompts
+from nestpatch.prompts.builtin import JAILBREAK, PREFIX
+from nestpatch.prompts.readers import PromptSet, load_prompts, sample_set
 from nestpatch.runtimes.protocol import Generate
 
 HARMFUL, BENIGN, LOOKALIKE = "harmful", "benign", "lookalike"
@@ -102,7 +103,7 @@ def load_suite(text: str) -> Suite:
         close = get_close_matches(kind.lower(), _STEMS, 1)
         hint = f"Did you mean {_STEMS[close[0]]}={source}? " if close else ""
         raise PromptDataError(f"{kind!r} is not a kind of suite", advice=f"{hint}The kinds are {', '.join(KINDS)}.")
-    stem = text.replace("\\", "/").rpartition("/")[2].lower()
+    stem = text.removeprefix(PREFIX).replace("\\", "/").rpartition("/")[2].lower()
     known = next((kind for start, kind in _STEMS.items() if stem.startswith(start)), None)
     if known is None:
         raise PromptDataError(
@@ -110,6 +111,32 @@ def load_suite(text: str) -> Suite:
             advice=f"Name the kind: --suite harmful={text} (or {' or '.join(KINDS[1:])}).",
         )
     return Suite(known, load_prompts(text))
+
+
+def builtin_suites(limit: int | None = None) -> list[Suite]:
+    """Reads the built-in suites: harmful, jailbreak, benign and look-alike test prompts.
+
+    Args:
+        limit: Prompts of each suite at most, a fixed sample; None for all.
+
+    Returns:
+        The suites.
+    """
+    names = (f"{HARMFUL}.test", JAILBREAK, f"{BENIGN}.test", f"{LOOKALIKE}.test")
+    return [limited(load_suite(PREFIX + name), limit) for name in names]
+
+
+def limited(suite: Suite, limit: int | None) -> Suite:
+    """Draws a fixed sample of a suite.
+
+    Args:
+        suite: What to draw from.
+        limit: Prompts at most; None for all.
+
+    Returns:
+        The suite with fewer prompts, which keeps its name: the digest of its prompts differs.
+    """
+    return suite if limit is None else Suite(suite.kind, sample_set(suite.prompts, limit, 0))
 
 
 def overlaps(suites: Sequence[Suite]) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""Prompt sets, read from files and data sets."""
+"""Prompt sets: the built-in ones, and readers of files and data sets."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from nestpatch.errors import MissingExtraError, PromptDataError
 from nestpatch.files.reading import open_regular, read_bounded, read_text
+from nestpatch.prompts.builtin import PREFIX, builtin_rows
 
 MAX_FILE = 256 << 20
 """Bytes of a prompt file at most: some million prompts."""
@@ -74,8 +75,8 @@ def load_prompts(source: str | Path) -> PromptSet:
     one, in "reference", "answer", "response", "output" or "target".
 
     Args:
-        source: A .jsonl, .json, .csv, .parquet or .txt file, or a data set of the Hub ("user/set", "user/set:split").
-            "SOURCE[100:200]" takes a slice of the rows, as in Python.
+        source: A .jsonl, .json, .csv, .parquet or .txt file, a built-in set ("builtin:harmful.test"), or a data set of the Hub
+            ("user/set", "user/set:split"). "SOURCE[100:200]" takes a slice of the rows, as in Python.
 
     Returns:
         The prompts.
@@ -88,7 +89,10 @@ def load_prompts(source: str | Path) -> PromptSet:
     place = slicing[1] if slicing else str(source)
     start, stop = (int(slicing[part]) if slicing and slicing[part] else None for part in (2, 3))
     path = Path(place)
-    if path.suffix in _ENDINGS:
+    rows: list[Any]
+    if place.startswith(PREFIX):
+        rows = list(builtin_rows(place.removeprefix(PREFIX)))
+    elif path.suffix in _ENDINGS:
         try:
             rows = list(_rows(path))
         except FileNotFoundError as error:
