@@ -54,8 +54,8 @@ def _read(name: str) -> Iterator[dict[str, str]]:
 def _jailbreaks() -> Iterator[dict[str, str]]:
     """Every wrapper around a few harmful test prompts; each prompt is used once before any is used again."""
     harmful = list(_read("harmful.test"))
-    # A stride that shares no factor with the number of prompts visits all categories with every technique.
-    stride, place = next(n for n in range(len(harmful) // 3, len(harmful)) if gcd(n, len(harmful)) == 1), 0
+    # Steps of about 0.62 of the set, without a common factor with its size, spread evenly over the categories.
+    stride, place = next(n for n in range(round(0.618 * len(harmful)), len(harmful)) if gcd(n, len(harmful)) == 1), 0
     for wrapper in _read(_WRAPPERS):
         for _ in range(_PER_WRAPPER):
             inner = harmful[place % len(harmful)]
