@@ -25,6 +25,14 @@ TEMPLATE = "tokenizer.chat_template"
 PHI3 = ("phi-3", "phi3")
 """In the model's name: llama.cpp then strips white space after special tokens, and requires "</s>"."""
 
+END_KEYS = ("eot_token_id", "eom_token_id")
+"""Keys of more tokens that end an answer, of a turn and of a message."""
+END_TEXTS = (
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>",
+    "_<EOT>", "[EOT]", "<|end_of_text|>", "<end_of_utterance>",
+)  # fmt: skip
+"""Tokens that end an answer in llama.cpp by their text, whatever the file says."""
+
 
 class Kind(IntEnum):
     """Kinds of pieces, with the numbers that sentencepiece and GGUF share."""

@@ -15,6 +15,8 @@ from nestpatch.formats.gguf.hf._facts import FileFacts
 from nestpatch.formats.gguf.vocabulary import (
     BEGIN_BY_RULE,
     DIGITS,
+    END_KEYS,
+    END_TEXTS,
     GPT2,
     ID_KEYS,
     PHI3,
@@ -26,8 +28,6 @@ from nestpatch.formats.gguf.vocabulary import (
     Kind,
 )
 
-_ENDS = ("eot_token_id", "eom_token_id")
-"""More tokens that end an answer."""
 _COMPOSED = "qwen2"
 """Rules of models whose tokenizers compose characters (NFC), which llama.cpp leaves to its caller."""
 _UNSTRIPPED = ("<unk>", "<s>", "<|endoftext|>")
@@ -113,9 +113,14 @@ def read_tokenizer(facts: FileFacts, path: Path, rows: int) -> ReadTokenizer:
         content = _sentencepiece(facts, table, found["scores"])
     files = {"tokenizer.json": _json(content), "tokenizer_config.json": _json(_config(table)), **_templates(facts)}
     ids = {f"{kind}_token_id": table.specials.get(kind) for kind in ("bos", "eos", "pad")}
-    more = [facts.whole(f":{PREFIX}{key}", None) for key in _ENDS]
-    ends = dict.fromkeys(number for number in (ids["eos_token_id"], *more) if number is not None and number < len(table.texts))
-    return ReadTokenizer(files, ids, list(ends))
+    return ReadTokenizer(files, ids, _ends(facts, table))
+
+
+def _ends(facts: FileFacts, table: _Table) -> list[int]:
+    """The tokens at which llama.cpp stops: those that the file names, and those that it knows by their text."""
+    named = [table.specials.get("eos"), *(facts.whole(f":{PREFIX}{key}", None) for key in END_KEYS)]
+    known = (number for number, text in enumerate(table.texts) if text in END_TEXTS)
+    return list(dict.fromkeys(number for number in (*named, *known) if number is not None and number < len(table.texts)))
 
 
 def _strings(values: list[Any], what: str, where: str) -> list[str]:
