@@ -317,6 +317,8 @@ HOSTILE: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]], str]] = {
     "other values than keys": ({"llama.attention.value_length": 8}, {}, "another width"),
     "part of a head": ({"llama.rope.dimension_count": 8}, {}, "rotates 8 of 16"),
     "unknown scaling": ({"llama.rope.scaling.type": "longrope"}, {}, "scales positions"),
+    "a scale of its own": ({"llama.attention.scale": 0.5}, {}, "llama.attention.scale, which is not known"),
+    "a rotary setting of its own": ({"llama.rope.scaling.yarn_ext_factor": 0.5}, {}, "yarn_ext_factor, which is not known"),
     "no epsilon": ({"llama.attention.layer_norm_rms_epsilon": "x"}, {}, "finite number"),
     "another shape": ({}, {"blk.0.ffn_up.weight": (64, 96)}, r"\[64, 96\]; by the metadata it should have \[96, 64\]"),
     "no embeddings": ({}, {"token_embd.weight": ()}, "no embeddings"),

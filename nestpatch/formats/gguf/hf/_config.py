@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
-from nestpatch.formats.gguf.hf._facts import FileFacts
+from nestpatch.formats.gguf.hf._facts import REQUIRED, FileFacts
 from nestpatch.formats.gguf.names import MAX_LAYERS
 from nestpatch.formats.gguf.traits import TRAITS, llama3_settings, longrope_attention
 from nestpatch.rows import FloatArray
@@ -29,8 +30,15 @@ _CLASSES = {
 """general.architecture -> (class, model_type) of transformers. Mistral's models compute what Llama's do."""
 _MIXTURE = ("MixtralForCausalLM", "mixtral")
 """Of the architecture llama with experts."""
+_WINDOWS = {"gemma2": 4096}
+"""The sliding window that llama.cpp takes where the file says none."""
 _DERIVED = ("qwen2", "mixtral", "phi3", "gpt_neox")
 """Model types whose heads are as wide as the model by their number, unless they say otherwise."""
+_UNKNOWN = re.compile(
+    r"rope\.(?!dimension_count$|freq_base$|freq_base_swa$|scaling\.).+|rope\.scaling\.(?!type$|factor$|original_context_length$"
+    r"|attn_factor$|finetuned$|yarn_beta_fast$|yarn_beta_slow$).+|.*(?:scale|alibi_bias|clamp_kqv|temperature.*|multiplier)"
+)
+"""Keys of settings that change what a model computes, and have no field here."""
 _MOST_EXPERTS = 1 << 10
 _LARGEST = 1 << 24
 """Of every size: config.json must not ask for more memory than a file could fill."""
@@ -52,6 +60,11 @@ def require_known(facts: FileFacts) -> None:
         raise UnsupportedModelError(
             f"GGUF files of architecture {facts.architecture[:100]!r} cannot be read as models of transformers",
             advice=f"Known are {', '.join(TRAITS)}. Give the safetensors model that the file was made from.",
+        )
+    if unknown := [key for key in facts.below() if _UNKNOWN.fullmatch(key)]:
+        raise UnsupportedModelError(
+            f"{facts.where} has the setting {facts.architecture}.{unknown[0][:80]}, which is not known here",
+            advice="Give the safetensors model that the file was made from.",
         )
 
 
@@ -169,8 +182,8 @@ def _rotary(facts: FileFacts, config: Config, *, partial: bool = False) -> Confi
         for name in ("beta_fast", "beta_slow"):
             if (value := facts.real(f"rope.scaling.yarn_{name}", None)) is not None:
                 found[name] = value
-        if (scale := facts.real("rope.scaling.attn_factor", None)) is not None:
-            found["attention_factor"] = scale
+        if facts.real("rope.scaling.attn_factor", 1.0) != 1.0:  # llama.cpp multiplies by it, transformers replaces by it
+            raise UnsupportedModelError(f"{facts.where} has a yarn attention factor of its own")
     return found
 
 
@@ -221,7 +234,7 @@ def _gemma(facts: FileFacts, config: Config, names: Collection[str], pattern: li
     return {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": width if layers == traits.large else config["head_dim"],
-        "sliding_window": facts.whole("attention.sliding_window"),
+        "sliding_window": facts.whole("attention.sliding_window", _WINDOWS.get(facts.architecture, REQUIRED)),
         "layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in slides],
         "attention_bias": _biased(names, "attn_q"),
     }

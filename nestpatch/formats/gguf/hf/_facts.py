@@ -10,7 +10,8 @@ import numpy as np
 
 from nestpatch.errors import CheckpointFormatError
 
-_MISSING: Any = object()
+REQUIRED: Any = object()
+"""The default of facts that a file must state."""
 
 
 class FileFacts:
@@ -26,7 +27,7 @@ class FileFacts:
         self._metadata, self.where = metadata, where
         self.architecture = str(metadata.get("general.architecture", ""))
 
-    def whole(self, key: str, default: Any = _MISSING) -> int:
+    def whole(self, key: str, default: Any = REQUIRED) -> int:
         """A whole number that is not negative.
 
         Args:
@@ -46,7 +47,7 @@ class FileFacts:
             raise self._odd(key, found, "a whole number")
         return found
 
-    def real(self, key: str, default: Any = _MISSING) -> float:
+    def real(self, key: str, default: Any = REQUIRED) -> float:
         """A finite number, as the decimal number with the fewest digits that is stored like it: 1e-05, not 9.99999974e-06.
 
         Args:
@@ -66,7 +67,7 @@ class FileFacts:
             raise self._odd(key, found, "a finite number")
         return float(str(np.float32(found)))
 
-    def text(self, key: str, default: Any = _MISSING) -> str:
+    def text(self, key: str, default: Any = REQUIRED) -> str:
         """A text.
 
         Args:
@@ -102,6 +103,11 @@ class FileFacts:
             raise self._odd(key, found, "true or false")
         return found
 
+    def below(self) -> list[str]:
+        """The keys below the architecture's prefix, without it."""
+        prefix = f"{self.architecture}."
+        return [key.removeprefix(prefix) for key in self._metadata if key.startswith(prefix)]
+
     def starting(self, prefix: str) -> dict[str, str]:
         """The texts whose keys start with a prefix.
 
@@ -116,7 +122,7 @@ class FileFacts:
 
     def _get(self, key: str, default: Any) -> Any:
         full = self._full(key)
-        if full not in self._metadata and default is _MISSING:
+        if full not in self._metadata and default is REQUIRED:
             raise CheckpointFormatError(f"{self.where} does not say {full} as one value")
         return self._metadata.get(full, default)
 

@@ -28,6 +28,8 @@ AUTO = "AUTO"
 """Float tensors keep their type; quantized ones become F32, which holds their values exactly."""
 TYPES = (AUTO, "BF16", "F32")
 _EMBEDDINGS = "token_embd.weight"
+_LONGEST_VECTOR = 64 << 20
+"""Bytes. The vectors of a model are as long as its widest matrix."""
 _TORCH = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -112,7 +114,7 @@ class FloatModel(Checkpoint):
 
     def _vector(self, name: str) -> FloatArray:
         info = self._stored.info(name)
-        if len(info.shape) > 1 or not info.plain:
+        if len(info.shape) > 1 or not info.plain or info.nbytes > _LONGEST_VECTOR:
             raise CheckpointFormatError(
                 f"tensor {name} of {self.path} is stored as {info.dtype} {list(info.shape)}: not a vector"
             )
