@@ -273,11 +273,13 @@ def test_reading_what_is_not_there(tmp_path: Path, place: str) -> None:
 
 
 def test_read_names_the_file_and_keeps_class_and_advice(tmp_path: Path) -> None:
-    newer = tools.with_manifest(nest.encode(fixed_pack()), lambda manifest: manifest.update(format="nest/2"))
+    newer = tools.with_manifest(nest.encode(fixed_pack()), lambda manifest: manifest.update(format="nest/3"))
     (tmp_path / "x.nest").write_bytes(newer)
     with pytest.raises(nest.PackTooNewError) as caught:
         nest.read(tmp_path / "x.nest")
-    assert str(caught.value) == f"{tmp_path / 'x.nest'}: the pack has format 'nest/2'; this nestpatch reads 'nest/1'"
+    assert (
+        str(caught.value) == f"{tmp_path / 'x.nest'}: the pack has format 'nest/3'; this nestpatch reads 'nest/1' and 'nest/2'"
+    )
     assert caught.value.advice == "Upgrade nestpatch: pip install -U nestpatch"
 
 

@@ -20,7 +20,8 @@ from nestpatch.errors import BaseMismatchError, LedgerError, PackContentError, Q
 from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo
 from nestpatch.pack import Pack, TensorDelta
 from nestpatch.patcher._undo import UndoReader, bits, checksums, restored
-from nestpatch.patcher.identity import Finding, State, evidence_of, examine, is_base
+from nestpatch.patcher.findings import Finding, State, evidence_of
+from nestpatch.patcher.identity import examine, is_base
 from nestpatch.patcher.ledger import LedgerEntry
 from nestpatch.patcher.merge import FROM_ROWS, LEAST_RETENTION, QuantizedMerge, Retention, fitted, merged_rows
 from nestpatch.patcher.state_dir import StateDir

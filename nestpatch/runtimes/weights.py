@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
-from nestpatch.formats.checkpoint import Checkpoint, row_blocks
+from nestpatch.formats.checkpoint import Checkpoint, float_rows, row_blocks
 from nestpatch.formats.gguf.names import expert_of
 from nestpatch.pack import Pack
 from nestpatch.patcher.plan import make_plan
@@ -55,7 +55,7 @@ def fold(model: PreTrainedModel, checkpoint: Checkpoint, pack: Pack, strength: f
         pack: What to merge.
         strength: Factor of the pack's change.
         rounded: Merge in the dtype on disk and convert as loading converts; else add the change to float32 values, as an
-            adapter does.
+            adapter does. Quantized rows always get it as from an adapter.
 
     Raises:
         BaseMismatchError: The checkpoint is not the pack's base.
@@ -94,20 +94,23 @@ def merged_parameters(
     for weight, parameter in model.named_parameters():
         try:
             parameters[disk_name(weight, checkpoint)] = parameter
-        except CheckpointFormatError:  # not on disk under its own name: experts that were stacked while loading
+        except (CheckpointFormatError, UnsupportedModelError):
+            # Not on disk under its own name: experts that were stacked while loading, rows that a file has in another order.
             parameters.setdefault(weight, parameter)
     for tensor in plan.tensors:
         name = tensor.delta.name
         matrix = _matrix(name, parameters)
         for part in row_blocks(tensor.delta.neurons, tensor.info.row_bytes):
             rows = tensor.delta.rows[part].astype(np.int64)
-            stored = checkpoint.read_rows(name, rows)
+            # What a file of blocks would hold depends on their rounding; here their numbers change as by an adapter.
+            exact = rounded and tensor.info.plain
+            stored = checkpoint.read_rows(name, rows) if exact else float_rows(checkpoint, name, rows)
             places = torch.from_numpy(rows).to(matrix.device)
             old = matrix[places].detach()
             if not same_weights(stored, old):
                 raise CheckpointFormatError(f"tensor {name} of {checkpoint.path} is not the weight that transformers loaded")
             change = tensor.delta.dense(part.start, part.stop)
-            merged = merge(stored if rounded else stored.astype(np.float32), change, strength)
+            merged = merge(stored, change, strength)
             yield PatchedRows(matrix, places, old, torch.from_numpy(merged.astype(np.float32)).to(matrix.device, matrix.dtype))
 
 
@@ -160,9 +163,10 @@ def disk_name(weight: str, checkpoint: Checkpoint) -> str:
 
     Raises:
         CheckpointFormatError: No tensor fits, or several do.
+        UnsupportedModelError: The file stores its rows in another order, or in several tensors.
     """
     names = checkpoint.tensors()
-    if weight in names:
+    if weight in names or checkpoint.has(weight):  # a converted file has names of its own
         return weight
     fits = [name for name in names if weight.endswith(f".{name}") or name.endswith(f".{weight}")]
     if len(fits) != 1:
