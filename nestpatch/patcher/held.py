@@ -319,8 +319,22 @@ def _is_remade(checkpoint: Checkpoint, layer: Layer, original: Rows, current: Ro
                 return False
     except (PackContentError, QuantizationError):
         return False
+    if info.plain and layer.pack.manifest.base.tensors[delta.name].quantized:
+        total = _delivered(info, layer, original, current)  # no digest tells such a base from the merged rows
+    elif info.plain or quantized.base is not None:
+        return True
     # Rounding can lose a change, and some packs change nothing: the same rows prove nothing then.
-    return info.plain or quantized.base is not None or (total.requested > 0 and total.share >= LEAST_RETENTION)
+    return total.requested > 0 and total.share >= LEAST_RETENTION
+
+
+def _delivered(info: TensorInfo, layer: Layer, original: Rows, current: Rows) -> Retention:
+    """How much of a layer's change is between two states of its rows."""
+    total = Retention()
+    for part in info.blocks(layer.delta.neurons):
+        wanted = layer.entry.strength * layer.delta.dense(part.start, part.stop).astype(np.float64)
+        moved = info.decoded(current[part]).astype(np.float64) - info.decoded(original[part])
+        total += Retention(float(np.vdot(moved, wanted)), float(np.vdot(wanted, wanted)))
+    return total
 
 
 def _is_plainly_there(layer: Layer, finding: Finding | None) -> bool:

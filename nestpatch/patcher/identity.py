@@ -47,9 +47,14 @@ def examine(pack: Pack, checkpoint: Checkpoint, base: Checkpoint | None = None) 
 
 
 def _in_doubt(finding: Finding, pack: Pack, checkpoint: Checkpoint) -> Finding:
-    """Float rows of a quantized base take any change, so that nothing rejects a second merge: doubt is no base for them."""
-    quantized = pack.manifest.base.tensors[finding.name].quantized
-    if finding.state is not State.ROUNDED or not quantized or not checkpoint.info(finding.name).plain:
+    """Rows of a quantized base that are stored as floats, or in its own type but as other blocks: doubt is no base for them.
+
+    Float rows take any change, so that nothing rejects a second merge; and most files of the base's type are the base itself.
+    """
+    identity = pack.manifest.base.tensors[finding.name]
+    if finding.state is not State.ROUNDED or not identity.quantized:
+        return finding
+    if not checkpoint.info(finding.name).plain and checkpoint.info(finding.name).dtype != identity.dtype:
         return finding
     detail = f"{finding.detail}: the sketches cannot tell whether it holds {pack.label} already"
     return replace(finding, state=State.CHANGED, detail=detail, by=None)
