@@ -57,8 +57,9 @@ def fitted_to_base(delta: TensorDelta, identity: TensorIdentity, checkpoint: Che
     Raises BaseMismatchError where the base is not that of the pack, QuantizationError where no known quantizer fits.
     """
     name, info = delta.name, checkpoint.info(delta.name)
+    parts = info.blocks(delta.neurons, working_bytes(info))
     if identity.quantized:
-        _require_float_base(delta, identity, base)
+        _require_float_base(delta, identity, base, parts)
         return fitted(checkpoint, delta, base)
     if not base.has(name) or (base.info(name).dtype, base.info(name).shape) != (identity.dtype, identity.shape):
         found = f"{base.info(name).dtype} {list(base.info(name).shape)}" if base.has(name) else "missing"
@@ -66,7 +67,6 @@ def fitted_to_base(delta: TensorDelta, identity: TensorIdentity, checkpoint: Che
             f"{base.path} is not the float base that the pack was made for: {name} is {found}, "
             f"expected {identity.dtype} {list(identity.shape)}"
         )
-    parts = info.blocks(delta.neurons, working_bytes(info))
     if (found := digest(base.read_rows(name, rows_of(delta, part)) for part in parts)) != identity.rows_sha256:
         raise BaseMismatchError(
             f"{base.path} is not the float base that the pack was made for: the rows of {name} have sha256 "
@@ -75,7 +75,7 @@ def fitted_to_base(delta: TensorDelta, identity: TensorIdentity, checkpoint: Che
     return fitted(checkpoint, delta, base)
 
 
-def _require_float_base(delta: TensorDelta, identity: TensorIdentity, base: Checkpoint) -> None:
+def _require_float_base(delta: TensorDelta, identity: TensorIdentity, base: Checkpoint, parts: Iterable[slice]) -> None:
     """Raises BaseMismatchError unless `base` is the float model of a quantized base, by its sketches, and without the pack."""
     name = delta.name
     if not base.has(name) or not base.info(name).plain or base.info(name).shape != identity.shape:
@@ -83,10 +83,8 @@ def _require_float_base(delta: TensorDelta, identity: TensorIdentity, base: Chec
         raise BaseMismatchError(
             f"{base.path} is not the float model of the pack's base: {name} is {found}, expected floats {list(identity.shape)}"
         )
-    info = base.info(name)
-    parts = info.blocks(delta.neurons, working_bytes(info))
     close = likeness_of(delta, ((part, float_rows(base, name, rows_of(delta, part))) for part in parts))
-    if close.as_is < least_likeness(info, identity) or close.evidence.patched:
+    if close.as_is < least_likeness(base.info(name), identity) or close.evidence.patched:
         holds = "hold the pack already" if close.evidence.patched else f"have likeness {close.as_is:.2f}"
         raise BaseMismatchError(f"{base.path} is not the float model of the pack's base: the rows of {name} {holds}")
 

@@ -37,6 +37,7 @@ from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.patcher.status import status
 from nestpatch.patcher.verify import Verdict, verify
 from nestpatch.rows import BLOCK_TYPES, sketch
+from tests.faults.cases import convert
 from tests.gguf.files import NAMES, digest, gguf_of, needs_llama, packed, places, repacked, values, write_gguf
 from tests.helpers import load_tensors, tiny_checkpoint, tiny_pack, tree_digest, write_checkpoint
 
@@ -274,6 +275,21 @@ def test_other_files_are_recognised_by_sketches(own: str, kind: str, base: Path,
     forget(path)
     found = verify(path, pack, full=True)
     assert (found.verdict, found.by) == (Verdict.BASE, "sketches")
+
+
+@pytest.mark.parametrize("form", ["m.columns.onnx", "m.blocks.onnx"])
+@pytest.mark.parametrize("with_base", [False, True])
+def test_onnx_models(form: str, with_base: bool, base: Path, file_of: FileOf, tmp_path: Path) -> None:
+    """In float32, and in the blocks of MatMulNBits."""
+    pack, folder = pack_of(base, file_of("Q4_1")), Path(shutil.copytree(base, tmp_path / "onnx"))
+    convert(folder, form)
+    path = folder / form
+    before = tree_digest(folder)
+    apply_in_place(path, pack, base=base if with_base else None)
+    assert verify(path).verdict is Verdict.PATCHED
+    assert verify(path, pack).verdict is Verdict.PATCHED
+    revert(path)
+    assert {name: found for name, found in tree_digest(folder).items() if name in before} == before
 
 
 @pytest.mark.parametrize("own", OWN)
