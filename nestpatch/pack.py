@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from nestpatch.errors import DataError, PackContentError
-from nestpatch.rows import DTYPES, SKETCHES, FloatArray, Rows, dtype_name
+from nestpatch.rows import BLOCK_TYPES, DTYPES, SKETCHES, FloatArray, Rows, dtype_name
 
-FORMAT = "nest/1"
+FORMATS = ("nest/1", "nest/2")
+"""nest/2 is that of the packs whose base is quantized, at least in part."""
 # semver.org, section "Is there a suggested regular expression", without build metadata groups.
 _SEMVER = re.compile(
     r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
@@ -72,17 +73,28 @@ class TensorIdentity:
     """One tensor of the base model, as it was when the pack was made."""
 
     shape: tuple[int, ...]
+    """In elements, also where blocks are stored."""
     dtype: str
+    """One of DTYPES, or of BLOCK_TYPES where it is stored quantized."""
     sha256: str
-    """SHA-256 of the whole tensor's bytes."""
+    """SHA-256 of the whole tensor's bytes, as they are stored."""
     rows_sha256: str
-    """SHA-256 of the touched rows, in order."""
+    """SHA-256 of the touched rows, in order, as they are stored."""
 
     def __post_init__(self) -> None:
-        _require(self.dtype in DTYPES, f"a base tensor has dtype {self.dtype!r}; known are {', '.join(DTYPES)}")
+        known = (*DTYPES, *BLOCK_TYPES)
+        _require(self.dtype in known, f"a base tensor has dtype {self.dtype[:40]!r}; known are {', '.join(known)}")
         _require(2 <= len(self.shape) <= 3 and all(n > 0 for n in self.shape), f"impossible shape {list(self.shape)}")
+        if self.quantized:
+            width, elements = self.shape[-1], BLOCK_TYPES[self.dtype][0]
+            _require(width % elements == 0, f"a base tensor has rows of {width} elements, {self.dtype} blocks of {elements}")
         _require_digest(self.sha256, "a tensor's sha256")
         _require_digest(self.rows_sha256, "a tensor's rows_sha256")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether blocks are stored instead of plain numbers: the digests are then those of the blocks."""
+        return self.dtype in BLOCK_TYPES
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -116,7 +128,8 @@ class Manifest:
     """RFC 3339, UTC, whole seconds: 2026-11-23T12:00:00Z."""
     base: BaseIdentity
     result: Mapping[str, str]
-    """Tensor name -> SHA-256 of its touched rows after the merge at strength 1, in the base's dtype."""
+    """Tensor name -> SHA-256 of its touched rows after the merge at strength 1, in the base's dtype. Of a quantized tensor it
+    is a hint: two machines may round a block differently."""
     tags: tuple[str, ...] = ()
     supersedes: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
@@ -133,6 +146,11 @@ class Manifest:
             _require_digest(pack_id, "an entry of supersedes or requires")
         for name, value in self.result.items():
             _require_digest(value, f"the result digest of {name}")
+
+    @property
+    def format(self) -> str:
+        """The format of the file, one of FORMATS: the base decides."""
+        return FORMATS[any(tensor.quantized for tensor in self.base.tensors.values())]
 
 
 def is_utc_time(text: str) -> bool:

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nestpatch.formats.checkpoint import Checkpoint, IntArray, row_blocks
+from nestpatch.errors import PackContentError, QuantizationError
+from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo, row_blocks
 from nestpatch.pack import BaseIdentity, Label, Manifest, Pack, TensorDelta, TensorIdentity, creation_time
-from nestpatch.rows import Rows, merge, sketch
+from nestpatch.rows import BLOCK_TYPES, FloatArray, Rows, merge, sketch
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,14 +31,38 @@ class PackedTensor:
     """SHA-256 of the touched rows after the merge at strength 1."""
 
 
+def require_packable(checkpoint: Checkpoint, name: str) -> TensorInfo:
+    """Checks that a tensor can be the base of a pack's tensor on this machine: for trainers, before any work.
+
+    Args:
+        checkpoint: The base.
+        name: The tensor, by the name that the pack will use.
+
+    Returns:
+        What the tensor is.
+
+    Raises:
+        CheckpointFormatError: The base has no such tensor.
+        QuantizationError: No pack can name its type as that of a base, or its rows cannot be quantized here.
+    """
+    info = checkpoint.info(name)
+    if not info.plain and info.dtype not in BLOCK_TYPES:
+        raise QuantizationError(
+            f"tensor {name} of {checkpoint.path} is stored as {info.dtype}, which no pack can have as its base",
+            advice=f"Make the pack from the float model, or from a GGUF file of the types {', '.join(BLOCK_TYPES)}.",
+        )
+    info.coding.require()
+    return info
+
+
 def pack_tensor(checkpoint: Checkpoint, name: str, rows: IntArray, cluster: npt.NDArray[Any], delta: Rows) -> PackedTensor:
     """Packs the change of one weight matrix, with the indices in the smallest integer types that fit.
 
     The base is read in blocks, so memory does not grow with the matrix.
 
     Args:
-        checkpoint: The base.
-        name: The tensor's name on disk.
+        checkpoint: The base. The rows of quantized tensors are blocks: digests are those of the blocks.
+        name: The tensor's name on disk; for a GGUF file that in the safetensors model, by which other files are found too.
         rows: The rows to change, sorted, int64 [neurons].
         cluster: Which delta each row gets, any integer type [neurons].
         delta: The deltas in their storage dtype (F32, BF16 or F16), [clusters, in_features].
@@ -48,16 +73,17 @@ def pack_tensor(checkpoint: Checkpoint, name: str, rows: IntArray, cluster: npt.
     Raises:
         CheckpointFormatError: The base has no such tensor, or its rows cannot be read.
         PackContentError: The arrays are not a valid delta, or a merged weight leaves the range of the base's dtype.
+        QuantizationError: No pack can have a base of this type, or its rows cannot be quantized here.
     """
-    info = checkpoint.info(name)
+    info = require_packable(checkpoint, name)
     before, after, whole, sketches = sha256(), sha256(), sha256(), []
     # The arithmetic of the merge holds several arrays of eight bytes per element.
-    for part in row_blocks(len(rows), 16 * info.row_bytes):
+    for part in row_blocks(len(rows), 16 * max(info.row_bytes, 2 * info.shape[-1])):
         stored = checkpoint.read_rows(name, rows[part])
-        merged = merge(stored, delta[cluster[part]].astype(np.float32))
+        merged = _merged(info, stored, delta[cluster[part]].astype(np.float32))
         before.update(np.ascontiguousarray(stored).view(np.uint8).data)
         after.update(np.ascontiguousarray(merged).view(np.uint8).data)
-        sketches.append(sketch(stored))
+        sketches.append(sketch(stored if info.plain else info.decoded(stored)))
     for block in checkpoint.read_all(name):
         whole.update(block)
     packed = TensorDelta(
@@ -69,6 +95,16 @@ def pack_tensor(checkpoint: Checkpoint, name: str, rows: IntArray, cluster: npt.
     )
     identity = TensorIdentity(info.shape, info.dtype, whole.hexdigest(), before.hexdigest())
     return PackedTensor(packed, identity, after.hexdigest())
+
+
+def _merged(info: TensorInfo, stored: Rows, change: FloatArray) -> Rows:
+    """The merge at strength 1, in the form of the stored rows."""
+    if info.plain:
+        return merge(stored, change)
+    blocks = info.coding.encode(merge(info.decoded(stored), change))
+    if not np.isfinite(info.coding.decode(blocks)).all():
+        raise PackContentError(f"the merged weights leave the range of {info.dtype}")
+    return blocks
 
 
 def build_pack(

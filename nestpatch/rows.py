@@ -25,6 +25,13 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 """The dtypes that weights and deltas may have, by their safetensors names."""
 
+BLOCK_TYPES: dict[str, tuple[int, int]] = {
+    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34), "IQ4_NL": (32, 18),
+    "MXFP4": (32, 17), "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+    "IQ3_S": (256, 110), "IQ4_XS": (256, 136), "TQ1_0": (256, 54), "TQ2_0": (256, 66),
+}  # fmt: skip
+"""The quantized types of GGUF files that a pack's base may have -> (elements, bytes) of a block."""
+
 SKETCHES = 4
 """Projections per row."""
 SKETCH_MATCH = 0.95

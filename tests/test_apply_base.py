@@ -16,7 +16,8 @@ from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack
 from nestpatch.patcher.apply import apply
-from nestpatch.patcher.identity import State, examine
+from nestpatch.patcher.findings import State
+from nestpatch.patcher.identity import examine
 from nestpatch.patcher.plan import make_plan
 from tests.helpers import (
     DTYPES,

@@ -25,6 +25,9 @@ from tests.attacks import tools
 from tests.helpers import DTYPES, FLOATS, PROPERTY, changed, tiny_checkpoint, tiny_pack, tree_digest
 
 GOLDEN = "7e570c003a34a6f163597827b8eba754abb1f2407de1db4471c9325e53e9427b"
+GOLDEN_2 = "9b95dfe047e99b5370cb5671afa83904218e50a5064d91191f60336ecc5be42b"
+BLOCKS = {"Q8_0": 32, "Q4_1": 32, "Q4_K": 256}
+"""Some quantized types of bases, with the elements of a block."""
 
 
 def fixed_pack() -> Pack:
@@ -63,6 +66,22 @@ def fixed_pack() -> Pack:
     return Pack(manifest, (small, stacked))
 
 
+def fixed_quantized_pack() -> Pack:
+    """The same beside a matrix that is stored quantized."""
+    blocks = TensorDelta(
+        "c.weight",
+        delta=np.arange(64, dtype=np.float32).reshape(2, 32),
+        rows=np.array([1, 2], np.int32),
+        cluster=np.array([1, 0], np.uint8),
+        sketch=np.arange(8, dtype=np.float16).reshape(2, 4),
+    )
+    pack = fixed_pack()
+    base, result = pack.manifest.base, {**pack.manifest.result, "c.weight": "8" * 64}
+    tensors = {**base.tensors, "c.weight": TensorIdentity((4, 32), "Q4_1", "6" * 64, "7" * 64)}
+    manifest = replace(pack.manifest, base=replace(base, dtype="F32/Q4_1", tensors=tensors), result=result)
+    return Pack(manifest, (*pack.deltas, blocks))
+
+
 def assert_same_pack(got: Pack, want: Pack) -> None:
     assert got.manifest == want.manifest
     assert [d.name for d in got] == [d.name for d in want]
@@ -84,23 +103,24 @@ DIGESTS = st.integers(0, 2**256 - 1).map(lambda number: f"{number:064x}")
 @st.composite
 def tensors(draw: st.DrawFn, name: str) -> tuple[TensorDelta, TensorIdentity]:
     """One tensor's change and identity, of any legal shape and dtype."""
-    clusters, width = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    stored = draw(st.sampled_from([*FLOATS, *BLOCKS]))
+    clusters, width = draw(st.integers(1, 3)), BLOCKS.get(stored) or draw(st.integers(1, 5))
     rows = sorted(draw(st.sets(st.integers(0, 40), min_size=clusters, max_size=8)))
     # Every cluster is used at least once, in any order.
     cluster = draw(st.permutations([number % clusters for number in range(len(rows))]))
     dtype = draw(st.sampled_from(FLOATS))
     value = st.floats(-4, 4, width=16)
-    delta = [[draw(value) for _ in range(width)] for _ in range(clusters)]
+    delta = np.resize([draw(value) for _ in range(min(5, width) * clusters)], (clusters, width))
     sketch = [[draw(value) for _ in range(4)] for _ in rows]
     change = TensorDelta(
         name,
-        delta=np.array(delta).astype(DTYPES[dtype]),
+        delta=delta.astype(DTYPES[dtype]),
         rows=np.array(rows, draw(st.sampled_from([np.int32, np.int64]))),
         cluster=np.array(cluster, draw(st.sampled_from([np.uint8, np.uint16]))),
         sketch=np.array(sketch, np.float16),
     )
     shape = draw(st.sampled_from([(41, width), (1, 41, width), (6, 7, width)]))
-    return change, TensorIdentity(shape, draw(st.sampled_from(FLOATS)), draw(DIGESTS), draw(DIGESTS))
+    return change, TensorIdentity(shape, stored, draw(DIGESTS), draw(DIGESTS))
 
 
 @st.composite
@@ -135,6 +155,20 @@ def test_round_trip(pack: Pack) -> None:
 def test_golden_bytes() -> None:
     """A change of this digest is a change of the format: every published pack would get another id."""
     assert nest.pack_id(fixed_pack()) == GOLDEN
+    assert nest.pack_id(fixed_quantized_pack()) == GOLDEN_2
+
+
+def test_the_base_decides_the_format() -> None:
+    """Older readers refuse nest/2 by its name; what they can read does not change."""
+    for pack, name in ((fixed_pack(), "nest/1"), (fixed_quantized_pack(), "nest/2")):
+        data = nest.encode(pack)
+        (length,) = struct.unpack("<Q", data[:8])
+        manifest = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["nest"])
+        assert manifest["format"] == pack.manifest.format == name
+        assert_same_pack(nest.decode(data), pack)
+        other = {"nest/1": "nest/2", "nest/2": "nest/1"}[name]
+        with pytest.raises(PackContentError, match=f"a {other} pack"):
+            nest.decode(tools.with_manifest(data, lambda manifest, other=other: manifest.update(format=other)))
 
 
 def test_the_layout_is_that_of_the_format_document() -> None:
@@ -273,11 +307,13 @@ def test_reading_what_is_not_there(tmp_path: Path, place: str) -> None:
 
 
 def test_read_names_the_file_and_keeps_class_and_advice(tmp_path: Path) -> None:
-    newer = tools.with_manifest(nest.encode(fixed_pack()), lambda manifest: manifest.update(format="nest/2"))
+    newer = tools.with_manifest(nest.encode(fixed_pack()), lambda manifest: manifest.update(format="nest/3"))
     (tmp_path / "x.nest").write_bytes(newer)
     with pytest.raises(nest.PackTooNewError) as caught:
         nest.read(tmp_path / "x.nest")
-    assert str(caught.value) == f"{tmp_path / 'x.nest'}: the pack has format 'nest/2'; this nestpatch reads 'nest/1'"
+    assert (
+        str(caught.value) == f"{tmp_path / 'x.nest'}: the pack has format 'nest/3'; this nestpatch reads 'nest/1' and 'nest/2'"
+    )
     assert caught.value.advice == "Upgrade nestpatch: pip install -U nestpatch"
 
 

@@ -20,7 +20,8 @@ from nestpatch.formats import nest
 from nestpatch.formats.provenance import read_packs
 from nestpatch.gate import PackLike, Trust, prove
 from nestpatch.pack import Pack
-from nestpatch.patcher.identity import APPLICABLE, State, examine
+from nestpatch.patcher.findings import APPLICABLE, State
+from nestpatch.patcher.identity import examine
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.patcher.plan import make_plan
 from nestpatch.patcher.recovery import open_model

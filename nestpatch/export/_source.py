@@ -29,8 +29,8 @@ from nestpatch.pack import Pack, TensorDelta, creation_time
 from nestpatch.patcher.apply import apply
 from nestpatch.patcher.chain import Action
 from nestpatch.patcher.copies import fingerprint, sweep_unfinished
+from nestpatch.patcher.findings import State
 from nestpatch.patcher.held import look, missing
-from nestpatch.patcher.identity import State
 from nestpatch.patcher.kept import load_packs
 from nestpatch.patcher.ledger import Ledger, LedgerEntry, TensorRecord, read_ledger
 from nestpatch.patcher.merge import QuantizedMerge

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from nestpatch.errors import QuantizationError
 from nestpatch.formats._codec import Codec, FloatCodec
-from nestpatch.rows import DTYPES, Rows
+from nestpatch.rows import DTYPES, FloatArray, Rows
 
 IntArray = npt.NDArray[np.int64]
 CHUNK = 2 << 20
@@ -72,6 +72,22 @@ class TensorInfo:
         """Bytes of a row as it is stored."""
         return self.nbytes // self.rows
 
+    def decoded(self, stored: Rows) -> FloatArray:
+        """The numbers of rows.
+
+        Args:
+            stored: As `Checkpoint.read_rows` returns them.
+
+        Returns:
+            float32 [rows, in_features].
+
+        Raises:
+            QuantizationError: The type cannot be decoded here.
+        """
+        if self.plain:
+            return stored.astype(np.float32)
+        return self.coding.decode(np.ascontiguousarray(stored).view(np.uint8))
+
     def blocks(self, count: int, row_bytes: int | None = None) -> Iterator[slice]:
         """Cuts a list of its rows into blocks that fit into memory.
 
@@ -98,6 +114,24 @@ def row_blocks(count: int, row_bytes: int, chunks: int = 1) -> Iterator[slice]:
     """
     size = max(1, chunks * CHUNK // max(1, row_bytes))
     yield from (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def float_rows(checkpoint: Checkpoint, name: str, rows: npt.NDArray[np.integer[Any]]) -> FloatArray:
+    """Reads the numbers of some rows, in whatever type they are stored.
+
+    Args:
+        checkpoint: The model.
+        name: The tensor.
+        rows: Sorted row numbers.
+
+    Returns:
+        float32 [rows, in_features]: plain numbers widened, blocks dequantized, both exactly.
+
+    Raises:
+        CheckpointFormatError: The tensor has no rows that can be patched, or the file ends before them.
+        QuantizationError: The type cannot be decoded here.
+    """
+    return checkpoint.info(name).decoded(checkpoint.read_rows(name, rows.astype(np.int64)))
 
 
 class Checkpoint(Protocol):

@@ -22,8 +22,8 @@ import numpy.typing as npt
 from nestpatch.errors import PackContentError, PackError, PackFormatError, PackTooNewError
 from nestpatch.files.atomic import write_bytes
 from nestpatch.files.reading import open_regular
-from nestpatch.pack import FORMAT, BaseIdentity, Manifest, Pack, TensorDelta, TensorIdentity
-from nestpatch.rows import DTYPES
+from nestpatch.pack import FORMATS, BaseIdentity, Manifest, Pack, TensorDelta, TensorIdentity
+from nestpatch.rows import BLOCK_TYPES, DTYPES
 
 MAX_HEADER = 1 << 20
 MAX_PACK = 1 << 30
@@ -330,7 +330,7 @@ def manifest_json(manifest: Manifest) -> dict[str, Any]:
         for name, t in base.tensors.items()
     }
     return {
-        "format": FORMAT,
+        "format": manifest.format,
         "name": manifest.name,
         "version": manifest.version,
         "description": manifest.description,
@@ -367,8 +367,9 @@ def parse_manifest(text: str) -> Manifest:
         PackContentError: A value is impossible.
     """
     value = _strict_json(text, "manifest")
-    if isinstance(value, dict) and isinstance(value.get("format"), str) and value["format"] != FORMAT:
-        raise PackTooNewError(f"the pack has format {value['format'][:40]!r}; this nestpatch reads {FORMAT!r}")
+    if isinstance(value, dict) and isinstance(value.get("format"), str) and value["format"] not in FORMATS:
+        known = " and ".join(map(repr, FORMATS))
+        raise PackTooNewError(f"the pack has format {value['format'][:40]!r}; this nestpatch reads {known}")
     _require_fields(value, _MANIFEST_FIELDS, "manifest")
     if canonical_json(value) != text:
         raise PackFormatError("the manifest is not canonical JSON (sorted keys, no spaces)")
@@ -384,6 +385,7 @@ def parse_manifest(text: str) -> Manifest:
         _require_fields(entry, _IDENTITY_FIELDS, f"base tensor {name!r}")
         if not _whole_numbers(entry["shape"]):
             raise PackFormatError(f"base tensor {name!r} has an impossible shape")
+    _require_format(value["format"], base["tensors"])
     identities = {
         name: TensorIdentity(tuple(entry["shape"]), entry["dtype"], entry["sha256"], entry["rows_sha256"])
         for name, entry in base["tensors"].items()
@@ -397,6 +399,16 @@ def parse_manifest(text: str) -> Manifest:
         base=BaseIdentity(base["model_id"], base["revision"], base["architecture"], base["dtype"], identities),
         result={name: entry["rows_sha256"] for name, entry in result["tensors"].items()},
     )
+
+
+def _require_format(named: str, tensors: Mapping[str, Any]) -> None:
+    """Raises PackContentError unless the format is the one that packs with such base tensors have."""
+    quantized = [name for name, entry in tensors.items() if entry["dtype"] in BLOCK_TYPES]
+    if quantized and named == FORMATS[0]:
+        dtype = tensors[quantized[0]]["dtype"]
+        raise PackContentError(f"a base tensor of a {named} pack is quantized: {quantized[0]!r} has dtype {dtype}")
+    if not quantized and named != FORMATS[0]:
+        raise PackContentError(f"no base tensor of a {named} pack is quantized: its format must be {FORMATS[0]}")
 
 
 def _require_fields(value: Any, fields: Mapping[str, type], what: str) -> None:

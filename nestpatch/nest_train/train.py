@@ -24,6 +24,7 @@ from nestpatch.evaluation.suites import BENIGN, Scores, Suite, evaluate_suites
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.atomic import check_output
 from nestpatch.formats import nest
+from nestpatch.formats.checkpoint import float_rows
 from nestpatch.nest_train._neurons import Clusters, Selection, cluster, collect, require_neurons, select
 from nestpatch.nest_train._run import Run, limited_threads
 from nestpatch.nest_train._targets import distil
@@ -257,7 +258,7 @@ def _pack_tensors(run: Run, deltas: DeltaSet) -> list[PackedTensor]:
         name = disk_name(projection.weight_name, run.checkpoint)
         order = torch.argsort(module.rows)
         rows = module.rows[order]
-        stored = run.checkpoint.read_rows(name, rows.cpu().numpy())
+        stored = float_rows(run.checkpoint, name, rows.cpu().numpy())
         if not same_weights(stored, module.base.weight.detach()[rows].cpu()):
             raise CheckpointFormatError(f"tensor {name} of {run.checkpoint.path} is not the weight that transformers loaded")
         delta = module.delta.detach().float().cpu().numpy().astype(DTYPES[run.recipe.delta_dtype])

@@ -20,7 +20,8 @@ from nestpatch.errors import BaseMismatchError, LedgerError, PackContentError, Q
 from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo
 from nestpatch.pack import Pack, TensorDelta
 from nestpatch.patcher._undo import UndoReader, bits, checksums, restored
-from nestpatch.patcher.identity import Finding, State, evidence_of, examine, is_base
+from nestpatch.patcher.findings import Finding, State, evidence_of
+from nestpatch.patcher.identity import examine, is_base
 from nestpatch.patcher.ledger import LedgerEntry
 from nestpatch.patcher.merge import FROM_ROWS, LEAST_RETENTION, QuantizedMerge, Retention, fitted, merged_rows
 from nestpatch.patcher.state_dir import StateDir
@@ -318,8 +319,22 @@ def _is_remade(checkpoint: Checkpoint, layer: Layer, original: Rows, current: Ro
                 return False
     except (PackContentError, QuantizationError):
         return False
+    if info.plain and layer.pack.manifest.base.tensors[delta.name].quantized:
+        total = _delivered(info, layer, original, current)  # no digest tells such a base from the merged rows
+    elif info.plain or quantized.base is not None:
+        return True
     # Rounding can lose a change, and some packs change nothing: the same rows prove nothing then.
-    return info.plain or quantized.base is not None or (total.requested > 0 and total.share >= LEAST_RETENTION)
+    return total.requested > 0 and total.share >= LEAST_RETENTION
+
+
+def _delivered(info: TensorInfo, layer: Layer, original: Rows, current: Rows) -> Retention:
+    """How much of a layer's change is between two states of its rows."""
+    total = Retention()
+    for part in info.blocks(layer.delta.neurons):
+        wanted = layer.entry.strength * layer.delta.dense(part.start, part.stop).astype(np.float64)
+        moved = info.decoded(current[part]).astype(np.float64) - info.decoded(original[part])
+        total += Retention(float(np.vdot(moved, wanted)), float(np.vdot(wanted, wanted)))
+    return total
 
 
 def _is_plainly_there(layer: Layer, finding: Finding | None) -> bool:

@@ -8,6 +8,7 @@ survives rounding is measured.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -18,7 +19,7 @@ from nestpatch.errors import PackContentError, QuantizationError
 from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import TensorDelta
-from nestpatch.rows import FloatArray, Rows, merge
+from nestpatch.rows import DTYPES, FloatArray, Rows, merge
 
 FROM_ROWS = "from the quantized rows"
 """Source of quantized rows as ledgers name it, where there was no float base."""
@@ -124,8 +125,9 @@ def merged_rows(
         QuantizationError: Rows of this type cannot be quantized here.
     """
     change = delta.dense(part.start, part.stop)
-    # Quantized rows, and with a base also those of another dtype, are made anew; all others follow the merge rule.
-    if info.plain and (quantized.base is None or info.dtype == dtype):
+    # Quantized rows, and with a base also those of another dtype, are made anew; all others follow the merge rule. Where the
+    # pack's base is quantized, float rows have lost nothing that a float base could give back.
+    if info.plain and (quantized.base is None or info.dtype == dtype or dtype not in DTYPES):
         return merge(stored, change, strength), Retention()
     requested = np.float32(strength) * change
     if quantized.base is not None:
@@ -207,3 +209,16 @@ def working_bytes(info: TensorInfo) -> int:
         Bytes per row.
     """
     return info.row_bytes if info.plain else 4 * info.shape[-1]
+
+
+def touched_blocks(delta: TensorDelta, checkpoint: Checkpoint) -> Iterator[tuple[slice, Rows]]:
+    """Reads the rows that a pack touches, as they are stored.
+
+    Args:
+        delta: The pack's change of the tensor.
+        checkpoint: The model.
+
+    Returns:
+        An iterator over (part of the delta's rows, their content).
+    """
+    return checkpoint.iter_rows(delta.name, delta.rows, row_bytes=working_bytes(checkpoint.info(delta.name)))

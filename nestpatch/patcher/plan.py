@@ -14,7 +14,8 @@ import numpy as np
 from nestpatch.errors import BaseMismatchError, DataError
 from nestpatch.formats.checkpoint import Checkpoint, TensorInfo
 from nestpatch.pack import Pack, TensorDelta
-from nestpatch.patcher.identity import APPLICABLE, Finding, State, examine
+from nestpatch.patcher.findings import APPLICABLE, Finding, State
+from nestpatch.patcher.identity import examine
 from nestpatch.patcher.merge import QuantizedMerge, Retention, fitted, merged_rows, working_bytes
 from nestpatch.rows import Rows
 

@@ -22,15 +22,16 @@ from nestpatch.formats import nest
 from nestpatch.formats.checkpoint import Checkpoint, IntArray
 from nestpatch.pack import Pack
 from nestpatch.patcher._undo import restored
+from nestpatch.patcher.findings import APPLICABLE, By, Finding, State
 from nestpatch.patcher.held import SHOWN_ROWS, Difference, HeldTensor, Holds, Layer, layers_of, look
-from nestpatch.patcher.identity import APPLICABLE, State, examine
+from nestpatch.patcher.identity import examine
 from nestpatch.patcher.kept import load_pack, load_packs
 from nestpatch.patcher.ledger import Ledger, LedgerEntry, read_ledger
 from nestpatch.patcher.recovery import open_model
 from nestpatch.patcher.state_dir import StateDir
 from nestpatch.patcher.status import ReleasedPack, released_packs
 from nestpatch.patcher.steps import Judge
-from nestpatch.rows import Rows
+from nestpatch.rows import Rows, digest
 from nestpatch.signing.store import load_policy
 from nestpatch.signing.trust import Policy
 
@@ -64,6 +65,9 @@ class Verification:
     seconds: float
     asked: str = ""
     """The pack that was given; empty where none was."""
+    by: str = ""
+    """What the rows were recognised by, of all tensors the least sure: "digests", "float base" or "sketches". Empty where a
+    ledger or an undo record was followed, and where they were not recognised."""
 
     @property
     def known(self) -> bool:
@@ -84,6 +88,7 @@ class Verification:
             "tensors": self.tensors,
             "differences": [one.as_json() for one in self.differences],
             "detail": self.detail,
+            "by": self.by or None,
             "full": self.full,
             "seconds": self.seconds,
         }
@@ -133,6 +138,7 @@ def verify(
         full=full,
         seconds=time.perf_counter() - began,
         asked=pack.label if pack is not None else "",
+        by=result.by,
     )
 
 
@@ -143,6 +149,7 @@ class _Result:
     detail: str
     packs: tuple[str, ...] = ()
     differences: Sequence[Difference] = ()
+    by: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +218,7 @@ class _Verifier:
 
     def _against_pack(self, pack: Pack, base: Checkpoint | None = None) -> _Result:
         findings = examine(pack, self.checkpoint, base)
-        states, count = {finding.state for finding in findings}, len(findings)
+        states, count, by = {finding.state for finding in findings}, len(findings), _least_sure(findings)
         differences = [
             Difference(f.name, f.rows[:SHOWN_ROWS], len(f.rows), f"{f.state.value}: {f.detail}")
             for f in findings
@@ -221,14 +228,14 @@ class _Verifier:
             detail = f"neither the base nor the result of {pack.label}"
             return _Result(Verdict.ALTERED, count, detail, differences=differences)
         if states == {State.PATCHED}:
-            return _Result(Verdict.PATCHED, count, f"holds the result of {pack.label}", (pack.label,))
+            return _Result(Verdict.PATCHED, count, f"holds the result of {pack.label}", (pack.label,), by=by)
         if State.PATCHED in states:
             lacking = [Difference(f.name, (), 0, "still holds the base") for f in findings if f.state is not State.PATCHED]
-            return _Result(Verdict.HALF, count, f"holds {pack.label} in some tensors only", (pack.label,), lacking)
-        if self.full and (altered := self._whole_tensors(pack)):
+            return _Result(Verdict.HALF, count, f"holds {pack.label} in some tensors only", (pack.label,), lacking, by)
+        if self.full and (altered := self._whole_tensors(pack, findings)):
             detail = f"the rows are the base of {pack.label}, but tensors differ elsewhere"
             return _Result(Verdict.ALTERED, count, detail, differences=altered)
-        return _Result(Verdict.BASE, count, f"the base of {pack.label}")
+        return _Result(Verdict.BASE, count, f"the base of {pack.label}", by=by)
 
     def _against_ledger(self) -> _Result:
         applied = self.ledger.applied
@@ -250,13 +257,13 @@ class _Verifier:
         held = ", ".join(entry.label + _at(entry.strength) for entry in applied)
         return _Result(Verdict.PATCHED, len(found), f"holds {held}{came}", labels)
 
-    def _whole_tensors(self, pack: Pack) -> list[Difference]:
+    def _whole_tensors(self, pack: Pack, findings: Sequence[Finding]) -> list[Difference]:
         """The tensors of a pack that differ from its base outside of its rows."""
         altered = []
-        for delta in pack:
+        for delta, finding in zip(pack, findings, strict=True):
             identity = pack.manifest.base.tensors[delta.name]
-            if self.checkpoint.info(delta.name).dtype != identity.dtype:
-                continue  # widened: its bytes have no digest in the pack
+            if finding.by is not By.DIGESTS or self.checkpoint.info(delta.name).dtype != identity.dtype:
+                continue  # rounded or widened: its bytes have no digest in the pack
             altered += _compare_whole(delta.name, identity.sha256, _digest_whole(self.checkpoint, delta.name, None, None))
         return altered
 
@@ -276,8 +283,17 @@ class _Verifier:
                 (data,) = layer.record.residuals(name, iter([layer.delta.neurons * info.row_bytes]))
                 lacking = np.frombuffer(data, f"<u{values.dtype.itemsize}").reshape(layer.delta.neurons, -1)
                 values[where] = restored(values[where], lacking, layer.delta.dense(), layer.entry.strength)
+            bottom = values[np.searchsorted(rows, layers[0].delta.rows)]
+            if identity.quantized and digest([bottom]) != identity.rows_sha256:
+                continue  # blocks of another quantizer
             altered += _compare_whole(name, identity.sha256, _digest_whole(self.checkpoint, name, rows, values))
         return altered
+
+
+def _least_sure(findings: Sequence[Finding]) -> str:
+    """What the tensors were recognised by; empty where one was not."""
+    found = [finding.by for finding in findings]
+    return "" if None in found else next((by.value for by in reversed(By) if by in found), "")
 
 
 def _at(strength: object) -> str:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
-from nestpatch.formats.checkpoint import Checkpoint, TensorInfo, row_blocks
+from nestpatch.formats.checkpoint import Checkpoint, float_rows, row_blocks
 from nestpatch.formats.gguf.names import expert_of
 from nestpatch.pack import Pack
 from nestpatch.patcher.plan import make_plan
-from nestpatch.rows import FloatArray, merge
+from nestpatch.rows import merge
 
 if TYPE_CHECKING:
     import torch
@@ -94,22 +94,23 @@ def merged_parameters(
     for weight, parameter in model.named_parameters():
         try:
             parameters[disk_name(weight, checkpoint)] = parameter
-        except CheckpointFormatError:  # not on disk under its own name: experts that were stacked while loading
+        except (CheckpointFormatError, UnsupportedModelError):
+            # Not on disk under its own name: experts that were stacked while loading, rows that a file has in another order.
             parameters.setdefault(weight, parameter)
     for tensor in plan.tensors:
         name = tensor.delta.name
         matrix = _matrix(name, parameters)
         for part in row_blocks(tensor.delta.neurons, tensor.info.row_bytes):
             rows = tensor.delta.rows[part].astype(np.int64)
-            stored = checkpoint.read_rows(name, rows)
+            exact = rounded and tensor.info.plain
+            stored = checkpoint.read_rows(name, rows) if exact else float_rows(checkpoint, name, rows)
             places = torch.from_numpy(rows).to(matrix.device)
             old = matrix[places].detach()
-            if not same_weights(stored, old, tensor.info):
+            if not same_weights(stored, old):
                 raise CheckpointFormatError(f"tensor {name} of {checkpoint.path} is not the weight that transformers loaded")
             change = tensor.delta.dense(part.start, part.stop)
-            plain = tensor.info.plain and rounded
-            merged = merge(stored if plain else _numbers(tensor.info, stored), change, strength)
-            if rounded and not plain:
+            merged = merge(stored, change, strength)
+            if rounded and not tensor.info.plain:
                 merged = tensor.info.coding.decode(tensor.info.coding.encode(merged))
             yield PatchedRows(matrix, places, old, torch.from_numpy(merged.astype(np.float32)).to(matrix.device, matrix.dtype))
 
@@ -163,9 +164,10 @@ def disk_name(weight: str, checkpoint: Checkpoint) -> str:
 
     Raises:
         CheckpointFormatError: No tensor fits, or several do.
+        UnsupportedModelError: The file stores its rows in another order, or in several tensors.
     """
     names = checkpoint.tensors()
-    if weight in names or _known(weight, checkpoint):
+    if weight in names or checkpoint.has(weight):  # a converted file has names of its own
         return weight
     fits = [name for name in names if weight.endswith(f".{name}") or name.endswith(f".{weight}")]
     if len(fits) != 1:
@@ -177,28 +179,12 @@ def disk_name(weight: str, checkpoint: Checkpoint) -> str:
     return fits[0]
 
 
-def _known(name: str, checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint finds rows by this name, though it has another for the tensor, as GGUF files do."""
-    try:
-        return checkpoint.has(name)
-    except UnsupportedModelError:  # there, but not as rows that a pack can change
-        return False
-
-
-def _numbers(info: TensorInfo, stored: Any) -> FloatArray:
-    """Rows on disk as float32, exactly."""
-    if info.plain:
-        return np.asarray(stored, np.float32)
-    return info.coding.decode(stored.view(np.uint8))
-
-
-def same_weights(stored: Any, parameter: torch.Tensor, info: TensorInfo | None = None) -> bool:
+def same_weights(stored: Any, parameter: torch.Tensor) -> bool:
     """Compares rows on disk with rows of the loaded model, after the conversion that loading made.
 
     Args:
-        stored: Rows as they are on disk, in the dtype of the file.
+        stored: Rows as they are on disk, decoded where they are quantized.
         parameter: The same rows of the loaded model.
-        info: The tensor; None for one of plain numbers.
 
     Returns:
         True when every element is equal.
@@ -206,8 +192,7 @@ def same_weights(stored: Any, parameter: torch.Tensor, info: TensorInfo | None =
     import torch
 
     # Through float32: every stored dtype widens to it exactly, and it narrows as loading does.
-    wide = stored.astype(np.float32) if info is None else _numbers(info, stored)
-    loaded = torch.from_numpy(wide).to(parameter.dtype)
+    loaded = torch.from_numpy(stored.astype(np.float32)).to(parameter.dtype)
     return torch.equal(loaded, parameter.cpu())
 
 

@@ -163,4 +163,5 @@ def show_verification(model: object, found: Verification) -> None:
     if len(found.differences) > 10:
         out.print(f"  and {len(found.differences) - 10} more tensors")
     what = "whole tensors" if found.full else "patched rows"
-    out.print(f"[dim]{what} of {found.tensors} tensors read in {found.seconds:.2f} s")
+    by = f", recognised by {escape(found.by)}" if found.by else ""
+    out.print(f"[dim]{what} of {found.tensors} tensors read in {found.seconds:.2f} s{by}")

@@ -73,6 +73,19 @@ def with_base(data: bytes, **fields: Any) -> bytes:
     return with_manifest(data, lambda manifest: manifest["base"]["tensors"][min(manifest["base"]["tensors"])].update(fields))
 
 
+def with_quantized_base(data: bytes, dtype: str, *, others: str | None = None, width: int | None = None) -> bytes:
+    """The file as nest/2, the first base tensor having a dtype, and all others another one, where given."""
+
+    def change(manifest: Json) -> None:
+        manifest["format"] = "nest/2"
+        tensors = manifest["base"]["tensors"]
+        for name, tensor in tensors.items():
+            tensor["dtype"] = dtype if name == min(tensors) else others or dtype
+            tensor["shape"][-1] = width or tensor["shape"][-1]
+
+    return with_manifest(data, change)
+
+
 def with_manifest_text(data: bytes, change: Callable[[str], str]) -> bytes:
     """The file with another manifest text."""
 

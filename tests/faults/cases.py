@@ -15,7 +15,7 @@ from nestpatch.patcher.ledger import read_ledger
 from nestpatch.patcher.recovery import recover_model
 from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.patcher.verify import Verdict, verify
-from tests.gguf.files import gguf_of
+from tests.gguf.files import gguf_of, repacked
 from tests.helpers import tiny_checkpoint, tiny_pack
 from tests.onnx.files import build, in_blocks, save
 
@@ -27,6 +27,8 @@ LAYOUTS = {
     # As GGUF files, made of the same checkpoint
     "f16-gguf": ("BF16", False, "m.F16.gguf"),
     "q8_0-gguf": ("BF16", False, "m.Q8_0.gguf"),
+    # With packs whose base is this very file
+    "q8_0-own": ("BF16", False, "m.Q8_0.gguf"),
     # As ONNX models: columns of one file beside the model, blocks and scales in a file each, and data inside the model
     "columns-onnx": ("F32", False, "m.columns.onnx"),
     "blocks-onnx": ("F32", False, "m.blocks.onnx"),
@@ -130,11 +132,12 @@ class Packs:
     other: Path
 
 
-def write_packs(folder: Path, model: Path) -> Packs:
-    """Makes the packs of a model."""
+def write_packs(folder: Path, model: Path, quantized: Path | None = None) -> Packs:
+    """Makes the packs of a model; with `quantized`, of that file of it."""
     kinds = {"one": ("no-harm", "1.0.0", 1), "two": ("no-harm", "2.0.0", 2), "other": ("no-spam", "1.0.0", 3)}
     for file, (name, version, seed) in kinds.items():
-        nest.write(tiny_pack(model, name=name, version=version, seed=seed), folder / f"{file}.nest")
+        pack = tiny_pack(model, name=name, version=version, seed=seed)
+        nest.write(repacked(quantized, pack) if quantized is not None else pack, folder / f"{file}.nest")
     return Packs(*(folder / f"{file}.nest" for file in kinds))
 
 
@@ -146,9 +149,10 @@ def make_case(folder: Path, operation: str, layout: str) -> Case:
         layers = 8  # a tensor of columns takes a single write
     # Blocks of Q8_0 have 32 elements.
     template = tiny_checkpoint(folder / "template", dtype=dtype, sharded=sharded, layers=layers, hidden=32, inter=32)
-    packs = write_packs(folder, template)
     if inside.endswith((".gguf", ".onnx")):
         convert(template, inside)
+    packs = write_packs(folder, template, template / inside if layout.endswith("-own") else None)
+    if inside.endswith((".gguf", ".onnx")):
         (template / "model.safetensors").unlink()
     elif inside:
         (template / "model.safetensors").rename(template / inside)

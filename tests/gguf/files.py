@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import gguf
 import numpy as np
 import pytest
 
+from nestpatch.formats.opening import open_checkpoint
+from nestpatch.pack import Label, Pack
+from nestpatch.packing import PackedTensor, build_pack, pack_tensor
 from tests.helpers import load_tensors
 
 NAMES = {
@@ -44,8 +48,9 @@ def write_gguf(
     *,
     architecture: str = "llama",
     extra: Mapping[str, str | int] | None = None,
+    kinds: Mapping[str, str] | None = None,
 ) -> Path:
-    """A GGUF file with these tensors, by their GGUF names: matrices of one type, vectors as F32."""
+    """A GGUF file with these tensors, by their GGUF names: matrices of one type but for `kinds`, vectors as F32."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(4)
     # llama.cpp needs these even to quantize.
@@ -58,7 +63,7 @@ def write_gguf(
         (writer.add_uint32 if isinstance(value, int) else writer.add_string)(key, value)
     for name, tensor in tensors.items():
         wide = tensor.astype(np.float32)
-        code = gguf.GGMLQuantizationType[kind if wide.ndim > 1 else "F32"]
+        code = gguf.GGMLQuantizationType[(kinds or {}).get(name, kind) if wide.ndim > 1 else "F32"]
         writer.add_tensor(name, wide if code == 0 else gguf.quantize(wide, code), raw_dtype=code)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -86,6 +91,21 @@ def by_llama(source: Path, path: Path, kind: str) -> Path:
     assert code == 0, f"llama.cpp could not write {kind}"
     source.unlink()
     return path
+
+
+def repacked(model: Path, like: Pack) -> Pack:
+    """A pack with the same deltas and facts as another one, with this model as its base."""
+    facts = like.manifest
+    label = Label(facts.name, facts.version, facts.description, facts.license, facts.tags)
+    base = {"model_id": facts.base.model_id, "revision": facts.base.revision, "architecture": facts.base.architecture}
+    pack = build_pack(packed(model, like), label, **base, method=facts.method)
+    return replace(pack, manifest=replace(pack.manifest, created=facts.created))
+
+
+def packed(model: Path, like: Pack) -> list[PackedTensor]:
+    """The tensors of such a pack."""
+    checkpoint = open_checkpoint(model)
+    return [pack_tensor(checkpoint, delta.name, delta.rows.astype(np.int64), delta.cluster, delta.delta) for delta in like]
 
 
 def digest(path: Path) -> str:

@@ -26,7 +26,8 @@ from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Label, Pack
 from nestpatch.patcher.apply import apply
-from nestpatch.patcher.identity import State, examine
+from nestpatch.patcher.findings import State
+from nestpatch.patcher.identity import examine
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.patcher.merge import LEAST_RETENTION, QuantizedMerge

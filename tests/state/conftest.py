@@ -17,6 +17,7 @@ from nestpatch.signing.store import save_policy
 from nestpatch.signing.trust import Policy, TrustedKey
 from nestpatch.signing.verify import sign_pack
 from tests.faults.cases import convert
+from tests.gguf.files import gguf_of, repacked
 from tests.helpers import tiny_checkpoint, tiny_pack
 
 KINDS = {
@@ -25,7 +26,12 @@ KINDS = {
     "sharded": "",
     "gguf": "m.Q8_0.gguf",
     "onnx": "m.columns.onnx",
+    # With packs whose base is the Q8_0 file: that file, and the float model that it was made of
+    "own-gguf": "m.Q8_0.gguf",
+    "own-float": "",
 }
+ORIGIN = "m.Q8_0.gguf"
+"""The base of the packs of the kinds that begin with "own-", beside the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +49,18 @@ class Scene:
     evil: PrivateKey
 
     @property
+    def quantized(self) -> bool:
+        """Whether the model is stored in blocks."""
+        return self.model.suffix == ".gguf"
+
+    @property
     def state_dir(self) -> StateDir:
         return state_dir_of(self.model)
 
     def pack(self, name: str = "no-harm", version: str = "1.0.0", seed: int = 1, **options: object) -> Pack:
         """A pack for the base. The seed decides which rows it changes."""
-        return tiny_pack(self.base, name=name, version=version, seed=seed, **options)  # type: ignore[arg-type]
+        pack = tiny_pack(self.base, name=name, version=version, seed=seed, **options)  # type: ignore[arg-type]
+        return repacked(self.base.parent / ORIGIN, pack) if self.kind.startswith("own-") else pack
 
     def write(self, pack: Pack, key: PrivateKey | None = None) -> Path:
         """Writes the pack to a file, signed if a key is given."""
@@ -99,6 +111,8 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if inside:
             convert(model, inside)
             (model / "model.safetensors").unlink()
+        if kind.startswith("own-"):
+            gguf_of(base, root / kind / ORIGIN, "Q8_0")
     return root
 
 

@@ -58,7 +58,7 @@ def names(scene: Scene, file: Path) -> dict[str, Path]:
         "a link to the folder": root / "far" / "link",
         "dots after a link": root / "far" / "deep" / ".." / scene.folder.name,
     }
-    if scene.kind != "gguf":
+    if not scene.quantized:
         found["the folder"] = scene.folder
     else:
         found = {name: path / file.name for name, path in found.items()}

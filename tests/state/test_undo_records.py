@@ -80,7 +80,8 @@ def test_no_command_removes_a_record_without_a_ledger_that_proves_it_unneeded(sc
         ["revert", "--dry-run"], ["revert"], ["revert", "--to", "1.0.0"], ["update"], ["update", "--check"],
         ["apply", one, "--in-place", "--dry-run", *more], ["apply", one, "--in-place", *more],
         ["apply", unsigned, "--in-place", *more], ["apply", third, "--dry-run", "-o", tmp_path / "copy", *more],
-        ["apply", lying(scene), "--in-place", "--allow-overlap", *more],
+        # Where the base is quantized, a result is a hint, and nothing is a lie.
+        *([] if scene.kind.startswith("own-") else [["apply", lying(scene), "--in-place", "--allow-overlap", *more]]),
     ]  # fmt: skip
     for words in commands:
         run(words[0], scene.model, *words[1:])
@@ -329,7 +330,7 @@ def test_a_stack_that_was_sent_on_still_reverts_to_the_byte(scene: Scene, *, key
     if keys:
         scene.trust(acme=scene.acme)
     key = scene.acme if keys else None
-    over = apart(scene, scene.pack()) if scene.kind == "gguf" else scene.pack("other", seed=2)
+    over = apart(scene, scene.pack()) if scene.quantized else scene.pack("other", seed=2)
     for pack, strength in ((scene.pack(), 1), (over, 0.5)):
         words = ["apply", scene.model, scene.write(pack, key), "--in-place", "--allow-overlap", "--strength", strength]
         assert run(*words, *based(scene)).exit_code == 0
