@@ -89,7 +89,7 @@ class TrainingData:
             if (count := len(prompts.prompts)) < MIN_PROMPTS:
                 raise PromptDataError(
                     f"{prompts.name} contains {count} {kind} prompts; at least {MIN_PROMPTS} are needed",
-                    advice=f"Add prompts to it, give a second source, or add it to the built-in prompts: --add-{kind}.",
+                    advice=f"Give a second source (--{kind} can be repeated), or add it to the built-in prompts: --add-{kind}.",
                 )
         both = {p.text for p in self.harmful.prompts} & {p.text for p in self.harmless}
         if both:
