@@ -26,6 +26,8 @@ from nestpatch.errors import NestpatchError
 from nestpatch.formats import nest
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.formats.gguf.checkpoint import GgufCheckpoint
+from nestpatch.formats.gguf.header import encode_header, padding
+from nestpatch.formats.gguf.hf.model import FloatModel
 from nestpatch.formats.onnx.checkpoint import OnnxCheckpoint
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.formats.safetensors import INDEX, SafetensorsCheckpoint
@@ -115,6 +117,38 @@ def read_gguf(folder: Path, data: bytes) -> None:
     path = folder / "x.gguf"
     path.write_bytes(data)
     read_tensors(GgufCheckpoint(path))
+
+
+def read_gguf_model(folder: Path, data: bytes) -> None:
+    """GGUF files as models of transformers: configuration, tokenizer, and dequantized weights."""
+    path = folder / "y.gguf"
+    path.write_bytes(data)
+    model = FloatModel(GgufCheckpoint(path))
+    assert {name for name in model.companions if "/" in name} == set(), "a file outside of the directory"
+    read_tensors(model)
+
+
+def whole_gguf() -> bytes:
+    """A Llama of one layer with 300 tokens, most of them bytes."""
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (300, 32), "output_norm.weight": (32,)}
+    shapes |= {f"blk.0.{part}.weight": (32, 32) for part in ("attn_q", "attn_k", "attn_v", "attn_output")}
+    shapes |= {f"blk.0.ffn_{part}.weight": (32, 32) for part in ("gate", "up", "down")}
+    shapes |= {f"blk.0.{part}_norm.weight": (32,) for part in ("attn", "ffn")}
+    sizes = {"block_count": 1, "context_length": 64, "embedding_length": 32, "feed_forward_length": 32}
+    facts = {"general.architecture": "llama", **{f"llama.{key}": value for key, value in sizes.items()}}
+    facts |= {"llama.attention.head_count": 2, "llama.attention.layer_norm_rms_epsilon": 1e-5}
+    texts = ["<unk>", "<s>", *(f"<0x{n:02X}>" for n in range(256)), *"abcdefghijklmnop", "ab", "cd", "abcd"]
+    tokenizer = {
+        "model": "llama",
+        "tokens": texts,
+        "token_type": [2, 3, *[6] * 256, *[1] * (len(texts) - 258)],
+        "scores": [-float(n) for n in range(len(texts))],
+        "bos_token_id": 1,
+    }
+    facts |= {f"tokenizer.ggml.{key}": value for key, value in tokenizer.items()}
+    sized = [(name, shape, "F32", 4 * int(np.prod(shape))) for name, shape in shapes.items()]
+    body = b"".join(bytes(nbytes + padding(nbytes)) for *_, nbytes in sized)
+    return encode_header({**facts, "tokenizer.chat_template": "{{ messages }}"}, sized) + body
 
 
 def read_onnx(folder: Path, data: bytes) -> None:
@@ -217,6 +251,7 @@ def prepare(folder: Path) -> dict[str, tuple[bytes, Reader]]:
         "pack": (nest.encode(pack), read_pack),
         "checkpoint": (shard.read_bytes(), read_checkpoint),
         "gguf": (gguf_of(tiny_checkpoint(folder / "other"), folder / "m.gguf", "F16").read_bytes(), read_gguf),
+        "gguf model": (whole_gguf(), read_gguf_model),
         **onnx_models(folder),
         "index": ((model / INDEX).read_bytes(), in_model(INDEX)),
         "ledger": (state_dir.ledger.read_bytes(), in_model(state_dir.ledger.name)),

@@ -136,6 +136,17 @@ def test_exporting_stays_light(tmp_path: Path) -> None:
     assert not loaded & (HEAVY | {"llama_cpp", "tokenizers"})
 
 
+def test_reading_a_model_from_gguf_stays_light(tmp_path: Path) -> None:
+    model = model_around(tmp_path / "model")
+    byte_level(model, "gpt2")
+    code = """import sys, nestpatch
+nestpatch.export_gguf(sys.argv[1], output=sys.argv[2], type="q8_0")
+nestpatch.export_safetensors(sys.argv[2], output=sys.argv[3])"""
+    loaded = modules_after(code, str(model), str(tmp_path / "m.gguf"), str(tmp_path / "back"))
+    assert (tmp_path / "back" / "tokenizer.json").is_file()
+    assert not loaded & (HEAVY | {"tokenizers", "safetensors"})
+
+
 def test_patching_onnx_needs_no_onnx_package(tmp_path: Path) -> None:
     """Not onnx, whose import takes longer than the patch, and whose reader loads what a file claims."""
     base = tiny_checkpoint(tmp_path / "base", dtype="F32")

@@ -59,7 +59,7 @@ class _Asked:
 def _require_sensible(asked: _Asked, model: str, pack: str | None) -> None:
     """Raises before any work: UsageError for options and arguments that do not go together, DataError, OutputError."""
     given = [
-        ("--type", "gguf", asked.type != "auto"),
+        ("--type", "safetensors" if asked.target == "safetensors" else "gguf", asked.type != "auto"),
         ("--name", "gguf", asked.name is not None),
         ("--llama-cpp", "gguf", asked.llama_cpp is not None),
         ("--check", "gguf", asked.check),
@@ -81,11 +81,15 @@ def _require_sensible(asked: _Asked, model: str, pack: str | None) -> None:
     if asked.target == "onnx-adapter" and (pack is None) == (asked.ready is None):
         raise click.UsageError("name the ONNX model of the adapter: nestpatch export PACK --to onnx-adapter --for DIR")
     from nestpatch.files.atomic import check_output
+    from nestpatch.formats.gguf.hf.model import float_type
     from nestpatch.formats.gguf.quants import file_type
     from nestpatch.patcher.copies import sweep_unfinished
     from nestpatch.patcher.plan import check_strength
 
-    file_type(asked.type)
+    if asked.target == "safetensors":
+        float_type(asked.type)
+    else:
+        file_type(asked.type)
     check_strength(asked.strength)
     if asked.output is not None:
         if not asked.dry_run:
@@ -117,7 +121,15 @@ def _export_model(
     if asked.target == "safetensors":
         from nestpatch.export.safetensors import export_safetensors
 
-        return export_safetensors(model, pack, asked.output, strength=asked.strength, dry_run=asked.dry_run, on_event=on_event)
+        return export_safetensors(
+            model,
+            pack,
+            asked.output,
+            strength=asked.strength,
+            type=asked.type,
+            dry_run=asked.dry_run,
+            on_event=on_event,
+        )
     from nestpatch.export.onnx.exporter import export_onnx
 
     return export_onnx(
@@ -186,7 +198,11 @@ def _listening(quiet: bool) -> Iterator[OnEvent]:
 @click.option("--to", "target", type=click.Choice(sorted(MODELS + ADAPTERS)), required=True, help="The format to write.")
 @click.option("-o", "--output", type=OutputPath, help="Where to write.  [default: beside the model, named after it]")
 @click.option(
-    "--type", "type_", default="auto", show_default=True, help="gguf: the file type, f32, f16, bf16, q8_0, q4_k_m and others."
+    "--type",
+    "type_",
+    default="auto",
+    show_default=True,
+    help="gguf: the file type, f32, f16, bf16, q8_0, q4_k_m and others. safetensors of a GGUF file: f32 or bf16.",
 )
 @click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies the pack, over 0 and up to 1.5.")
 @click.option("--name", help="gguf: the model's name in the file.  [default: the name of its directory]")
@@ -225,7 +241,8 @@ def export(
 
     --to gguf writes a file for llama.cpp. MODEL is a safetensors model directory, which is not changed.
 
-    --to safetensors writes a release whose files list the packs in them. It cannot be reverted.
+    --to safetensors writes a release whose files list the packs in them. It cannot be reverted. Of a GGUF file it writes a
+    directory for transformers with the dequantized weights.
 
     --to onnx writes a directory for onnxruntime, onnxruntime-genai and transformers.js, and compares it with MODEL.
 

@@ -6,7 +6,6 @@ answers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -16,6 +15,7 @@ from nestpatch.errors import UnsupportedModelError
 from nestpatch.export._model_config import OTHER_CONVERTER, ModelConfig
 from nestpatch.formats.gguf.header import Facts
 from nestpatch.formats.gguf.names import GGUF_ARCHITECTURES
+from nestpatch.formats.gguf.traits import TRAITS, Traits, llama3_divisors, longrope_attention
 from nestpatch.rows import FloatArray
 
 
@@ -28,15 +28,13 @@ class Family:
     """The defaults of transformers for fields that config.json may omit."""
     activations: ClassVar[tuple[str, ...]] = ("silu",)
     ropes: ClassVar[tuple[str, ...]] = ("default", "linear", "yarn")
-    epsilon: ClassVar[tuple[str, str, float]] = ("attention.layer_norm_rms_epsilon", "rms_norm_eps", 1e-6)
-    """Of the norms: key in GGUF, field in config.json, default."""
-    norm_shift: ClassVar[float] = 0.0
-    """Added to norm weights: Gemma stores their difference from 1."""
-    always_tied: ClassVar[bool] = False
-    fused_by_head: ClassVar[bool] = False
-    """Query, key and value are one tensor, head by head; llama.cpp expects all queries first."""
     has_window: ClassVar[bool] = False
     """Whether llama.cpp implements the sliding window of this family."""
+
+    @property
+    def traits(self) -> Traits:
+        """What llama.cpp does with tensors of this architecture."""
+        return TRAITS[self.gguf]
 
     def facts(self, config: ModelConfig) -> Facts:
         """The model's metadata.
@@ -55,7 +53,7 @@ class Family:
             raise _refused(config, f"the activation {activation!r}")
         if (kind := config.rope["rope_type"]) not in self.ropes:
             raise _refused(config, f"rope_type {kind!r}")
-        key, field, default = self.epsilon
+        key, field, default = self.traits.epsilon
         facts: Facts = {
             "block_count": config.layers,
             "context_length": config.number("max_position_embeddings"),
@@ -112,19 +110,10 @@ class Llama(Family):
         return {**super().facts(config), "rope.dimension_count": config.head_dim}
 
     def tensors(self, config: ModelConfig) -> dict[str, FloatArray]:
-        """Llama 3.1: the divisors of the rotary frequencies, float32 [head_dim / 2].
-
-        1 for short waves, `factor` for long ones, interpolated between.
-        """
-        rope = config.rope
-        if rope["rope_type"] != "llama3":
+        """Llama 3.1: the divisors of the rotary frequencies, float32 [head_dim / 2]."""
+        if config.rope["rope_type"] != "llama3":
             return {}
-        theta, factor = float(rope["rope_theta"]), float(rope["factor"])
-        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-        context = float(rope["original_max_position_embeddings"])
-        waves = 2 * math.pi * theta ** (np.arange(0, config.head_dim, 2) / config.head_dim)
-        smooth = np.clip((context / waves - low) / (high - low), 0, 1)
-        return {"rope_freqs.weight": (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)}
+        return {"rope_freqs.weight": llama3_divisors(config.rope, config.head_dim)}
 
 
 class Qwen2(Family):
@@ -160,8 +149,6 @@ class Gemma2(Family):
     gguf = "gemma2"
     activations = ("gelu_pytorch_tanh",)
     ropes = ("default", "linear")
-    norm_shift = 1.0
-    always_tied = True
     has_window = True
     defaults: ClassVar[Mapping[str, Any]] = {
         "head_dim": 256,
@@ -170,15 +157,11 @@ class Gemma2(Family):
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
     }
-    period: ClassVar[int] = 2
-    """One layer of so many has full attention."""
-    large: ClassVar[int] = 46
-    """The depth at which llama.cpp scales attention by the width of the model, as the 27B models do."""
 
     def facts(self, config: ModelConfig) -> Facts:
         """Adds the window and the caps. llama.cpp derives the scale of attention from other fields."""
         facts = super().facts(config)
-        scale = config.number("hidden_size") // config.heads if config.layers == self.large else config.head_dim
+        scale = config.number("hidden_size") // config.heads if config.layers == self.traits.large else config.head_dim
         if config.get("query_pre_attn_scalar", default=scale) != scale:
             raise _refused(config, f"query_pre_attn_scalar = {config.get('query_pre_attn_scalar')} (it assumes {scale})")
         facts["attention.sliding_window"] = config.number("sliding_window")
@@ -191,13 +174,13 @@ class Gemma2(Family):
     def _pattern(self, config: ModelConfig) -> Facts:
         """The period of the window, where it differs from the family's default."""
         kinds = config.get("layer_types")
-        period = int(config.get("sliding_window_pattern", "_sliding_window_pattern", default=self.period))
+        period = int(config.get("sliding_window_pattern", "_sliding_window_pattern", default=self.traits.period))
         if kinds is not None:
             full = [number + 1 for number, kind in enumerate(kinds) if kind == "full_attention"]
             period = full[0] if full else max(period, len(kinds) + 1)
             if full != list(range(period, len(kinds) + 1, period)):
                 raise _refused(config, "an irregular pattern of sliding window layers")
-        same = all((n % period == 0) == (n % self.period == 0) for n in range(1, config.layers + 1))
+        same = all((n % period == 0) == (n % self.traits.period == 0) for n in range(1, config.layers + 1))
         return {} if same else {"attention.sliding_window_pattern": period}
 
 
@@ -213,8 +196,6 @@ class Gemma3(Gemma2):
         "rope_theta": 1_000_000.0,
         "rope_local_base_freq": 10_000.0,
     }
-    period = 6
-    large = 62
 
     def facts(self, config: ModelConfig) -> Facts:
         """Adds the rotary base of layers with a window. llama.cpp has capped attention for Gemma 2 only."""
@@ -249,7 +230,7 @@ class Phi3(Family):
             factor = rope.get("attention_factor")
             if factor is None:
                 stretch = rope.get("factor") or config.number("max_position_embeddings") / original
-                factor = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+                factor = longrope_attention(stretch, original)
             facts["rope.scaling.attn_factor"] = float(factor)
         return facts
 
@@ -275,9 +256,7 @@ class GptNeoX(Family):
     gguf = "gptneox"
     activations = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # llama.cpp computes all of them the same way
     ropes = ("default",)
-    epsilon = ("attention.layer_norm_epsilon", "layer_norm_eps", 1e-5)
     defaults: ClassVar[Mapping[str, Any]] = {"rotary_pct": 0.25}
-    fused_by_head = True
 
     def facts(self, config: ModelConfig) -> Facts:
         """Adds the rotated dimensions and the kind of residual. llama.cpp requires an output matrix."""

@@ -107,7 +107,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _stored(checkpoint: Checkpoint, config: ModelConfig, family: Family) -> list[str]:
     """The tensors of the checkpoint that the file needs. Raises CheckpointFormatError without an output matrix."""
     names = [name for name in checkpoint.tensors() if not SKIPPED.fullmatch(name)]
-    tied = family.always_tied or bool(config.get("tie_word_embeddings", default=False))
+    tied = family.traits.always_tied or bool(config.get("tie_word_embeddings", default=False))
     if not tied and not any(gguf_name(name, family.gguf, config.layers) == "output.weight" for name in names):
         raise CheckpointFormatError(f"{checkpoint.path} has no {HEAD}, and config.json does not tie it to the embeddings")
     return [name for name in names if not (tied and name == HEAD)]
@@ -122,11 +122,11 @@ def _whole(name: str, shape: tuple[int, ...], config: ModelConfig, family: Famil
         )
     target = Target(place, "", shape, (TensorPiece(name, 0, shape[0]),))
     if not is_reordered(name, family.gguf):
-        return replace(target, shift=family.norm_shift if name.endswith("norm.weight") else 0.0)
+        return replace(target, shift=family.traits.norm_shift if name.endswith("norm.weight") else 0.0)
     size = config.head_dim
-    if shape[0] % ((3 if family.fused_by_head else 1) * size):
+    if shape[0] % ((3 if family.traits.fused_by_head else 1) * size):
         raise CheckpointFormatError(f"tensor {name} has {shape[0]} rows: not a whole number of heads of {size}")
-    if not family.fused_by_head:
+    if not family.traits.fused_by_head:
         return replace(target, head=size)
     # Query, key and value of each head -> all queries, all keys, all values.
     heads = shape[0] // 3 // size

@@ -6,29 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
-from nestpatch.export._gguf_vocabulary import SPACE, byte_level_notes, is_byte_level, pieces, pre_tokenizer, vocabulary
+from nestpatch.export._gguf_vocabulary import byte_level_notes, is_byte_level, pieces, pre_tokenizer, vocabulary
 from nestpatch.export._tokenizer_files import (
-    SPECIALS,
     AddedToken,
     ChatTemplate,
-    Kind,
     TokenizerFiles,
     chat_template,
     frame,
     read_tokenizer_files,
 )
 from nestpatch.formats.gguf.header import Facts
+from nestpatch.formats.gguf.vocabulary import ID_KEYS, PHI3, PREFIX, SPACE, SPECIALS, TEMPLATE, Kind
 
-_KEYS = {
-    "bos": "bos_token_id",
-    "eos": "eos_token_id",
-    "unk": "unknown_token_id",
-    "sep": "seperator_token_id",  # the spelling of the format
-    "pad": "padding_token_id",
-    "mask": "mask_token_id",
-}
-_PHI3 = ("phi-3", "phi3")
-"""In the model's name: llama.cpp then strips white space beside special tokens, and requires "</s>"."""
 _BRACKETS = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
 _CONTROL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 """Control tokens, like those in _BRACKETS, that some tokenizers do not mark as special."""
@@ -83,20 +72,20 @@ def read_vocabulary(folder: Path, rows: int, name: str) -> Vocabulary:
     facts |= _frame_facts(files, table, byte_level)
     facts |= {"model": "gpt2" if byte_level else "llama", "pre": pre, "tokens": table.texts, "token_type": table.kinds}
     facts |= {"merges": merges} if byte_level else {"scores": table.scores}
-    full = {f"tokenizer.ggml.{key}": value for key, value in facts.items()} | _template_facts(chat_template(files))
+    full = {f"{PREFIX}{key}": value for key, value in facts.items()} | _template_facts(chat_template(files))
     return Vocabulary(full, notes + _name_notes(name, files, table))
 
 
 def _template_facts(template: ChatTemplate | None) -> Facts:
     """The chat template; of several, the one named default."""
     if isinstance(template, str):
-        return {"tokenizer.chat_template": template}
+        return {TEMPLATE: template}
     named = {str(one.get("name")): str(one.get("template")) for one in template or ()}
-    facts: Facts = {"tokenizer.chat_template": named.pop("default")} if "default" in named else {}
+    facts: Facts = {TEMPLATE: named.pop("default")} if "default" in named else {}
     if named:
         clean = {"".join(c if c.isascii() and c.isalnum() else "_" for c in key): text for key, text in named.items()}
-        facts |= {"tokenizer.chat_templates": list(clean)}
-        facts |= {f"tokenizer.chat_template.{key}": text for key, text in clean.items()}
+        facts |= {f"{TEMPLATE}s": list(clean)}
+        facts |= {f"{TEMPLATE}.{key}": text for key, text in clean.items()}
     return facts
 
 
@@ -150,14 +139,14 @@ def _frame_facts(files: TokenizerFiles, table: _Table, byte_level: bool) -> Fact
         if text is not None:
             number = table.ids.get(text)
         if number is not None and number < len(table.texts):
-            facts[_KEYS[kind]] = number
+            facts[ID_KEYS[kind]] = number
     for kind, framed in (("bos", before), ("eos", after)):
         if framed is not None and framed in table.ids:
-            facts[_KEYS[kind]] = table.ids[framed]
+            facts[ID_KEYS[kind]] = table.ids[framed]
         stated = files.config.get(f"add_{kind}_token")
         # A sentencepiece model alone does not state it; tokenizers of that kind begin texts with BOS.
         assumed = framed is not None if files.tokenizer is not None else kind == "bos" and not byte_level
-        facts[f"add_{kind}_token"] = bool(stated if isinstance(stated, bool) else assumed) and _KEYS[kind] in facts
+        facts[f"add_{kind}_token"] = bool(stated if isinstance(stated, bool) else assumed) and ID_KEYS[kind] in facts
     return facts
 
 
@@ -166,7 +155,7 @@ def _name_notes(name: str, files: TokenizerFiles, table: _Table) -> tuple[str, .
 
     Raises UnsupportedModelError where llama.cpp could not load a file of that name.
     """
-    called = any(part in name.lower() for part in _PHI3)
+    called = any(part in name.lower() for part in PHI3)
     missing = [text for text in ("</s>", "<unk>", "<s>", "<|endoftext|>") if text not in table.ids]
     if called and missing:
         raise UnsupportedModelError(

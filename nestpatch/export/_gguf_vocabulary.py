@@ -8,36 +8,14 @@ from typing import Any
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
 from nestpatch.export._model_config import OTHER_CONVERTER
-from nestpatch.export._tokenizer_files import BPE, Kind, TokenizerFiles, VocabularyPiece, read_model
+from nestpatch.export._tokenizer_files import BPE, TokenizerFiles, VocabularyPiece, read_model
 from nestpatch.files.reading import MAX_JSON, read_json, read_text
+from nestpatch.formats.gguf.vocabulary import DIGITS, GPT2, PRE_TOKENIZERS, QWEN2, SPACE, Kind
 
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SLASH_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_EDGE = r"[^\r\n\p{L}\p{N}]?"
-
-LLAMA3 = rf"{_CONTRACTIONS}|{_EDGE}\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}"
-QWEN2 = rf"{_CONTRACTIONS}|{_EDGE}\p{{L}}+|\p{{N}}|{_TAIL}"
-GPT4O = rf"{_EDGE}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_EDGE}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_SLASH_TAIL}"
-TEKKEN = rf"{_EDGE}{_UPPER}*{_LOWER}+|{_EDGE}{_UPPER}+{_LOWER}*|\p{{N}}|{_SLASH_TAIL}"
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-DIGITS = "every digit by itself"
-SPACE = "\u2581"
 UNREACHABLE = -1e6
 """The score of pieces that no merge produces."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
-PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
-    ((LLAMA3,), True): "llama-bpe",
-    ((LLAMA3,), False): "dbrx",
-    ((QWEN2,), False): "qwen2",
-    ((GPT4O,), False): "gpt-4o",
-    ((TEKKEN,), True): "tekken",
-    ((GPT2,), False): "gpt-2",
-    ((DIGITS, GPT2), False): "smollm",
-}
-"""(splits, whether whole words skip merging) -> llama.cpp's name of the rules."""
 _BY_CLASS: dict[str, tuple[str, ...]] = {"Qwen2Tokenizer": (QWEN2,), "GPT2Tokenizer": (GPT2,)}
 """Splits of classes whose tokenizers may be stored as vocab.json and merges.txt."""
 

@@ -15,11 +15,15 @@ import numpy as np
 from nestpatch import __version__
 from nestpatch.errors import BaseMismatchError, BusyError, OutputError, PackContentError, UnsupportedModelError
 from nestpatch.events import OnEvent
+from nestpatch.export._safetensors_writer import write_float_model
 from nestpatch.files.atomic import check_output
 from nestpatch.files.scratch import PATCHED, claimed, scratch
 from nestpatch.formats import nest
 from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo
-from nestpatch.formats.provenance import PACKS, RECORD, VERSION, row_ranges
+from nestpatch.formats.gguf.checkpoint import GgufCheckpoint
+from nestpatch.formats.gguf.hf.model import AUTO, FloatModel
+from nestpatch.formats.provenance import PACKS, RECORD, VERSION, read_packs, row_ranges
+from nestpatch.formats.safetensors import SafetensorsCheckpoint
 from nestpatch.gate import Proven
 from nestpatch.pack import Pack, TensorDelta, creation_time
 from nestpatch.patcher.apply import apply
@@ -50,6 +54,11 @@ class Request:
     """Of the model's files when they were opened."""
 
     @property
+    def gguf(self) -> bool:
+        """Whether the model is a GGUF file, whose weights are dequantized."""
+        return isinstance(self.checkpoint, GgufCheckpoint)
+
+    @property
     def pack(self) -> Pack | None:
         return self.proven.pack if self.proven is not None else None
 
@@ -78,13 +87,14 @@ class Request:
             raise BusyError(f"{self.checkpoint.path} was changed while it was exported")
 
 
-def open_request(model: str | Path, pack: Proven | None, strength: float) -> Request:
+def open_request(model: str | Path, pack: Proven | None, strength: float, *, gguf: bool = False) -> Request:
     """Opens the model for a pack that passed the gate.
 
     Args:
         model: The model.
         pack: The pack; None for the model alone.
         strength: How much of the pack's deltas the export contains.
+        gguf: Whether the export reads GGUF files too, without a pack.
 
     Returns:
         The request.
@@ -96,10 +106,17 @@ def open_request(model: str | Path, pack: Proven | None, strength: float) -> Req
     """
     check_strength(strength)
     checkpoint, state_dir = open_model(model)
-    if checkpoint.converted:
+    is_gguf = isinstance(checkpoint, GgufCheckpoint)
+    if is_gguf and gguf and pack is not None:
         raise UnsupportedModelError(
-            f"{model} was converted already; exports start from the safetensors model",
-            advice="Give the safetensors model, or patch the converted file itself: nestpatch apply FILE PACK",
+            f"{pack.pack.label} is not merged while {model} is dequantized",
+            advice=f"First make a patched file, then export that: nestpatch apply {model} PACK -o PATCHED.gguf",
+        )
+    if checkpoint.converted and not (is_gguf and gguf):
+        ways = "Give the safetensors model, or patch the converted file itself: nestpatch apply FILE PACK"
+        floats = ". A float model can be made of a GGUF file: nestpatch export FILE --to safetensors" if is_gguf else ""
+        raise UnsupportedModelError(
+            f"{model} was converted already; exports start from the safetensors model", advice=ways + floats
         )
     return Request(checkpoint, state_dir, pack, strength, fingerprint(checkpoint.files, state_dir))
 
@@ -133,6 +150,8 @@ class ExportSource:
     """The packs in it, bottom first."""
     packs: Mapping[str, Pack]
     """The same by id."""
+    claimed: tuple[dict[str, Any], ...] = ()
+    """What the metadata of a GGUF file says of the packs in it, where no ledger does."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -142,7 +161,7 @@ class ExportSource:
         """The metadata that lists the packs; empty where there are none."""
         fields = ("name", "version", "pack_id", "strength")
         listed = [{field: getattr(entry, field) for field in fields} for entry in self.entries]
-        return {PACKS: nest.canonical_json(listed)} if listed else {}
+        return {PACKS: nest.canonical_json(listed or list(self.claimed))} if listed or self.claimed else {}
 
     def record(self) -> dict[str, str]:
         """The same with all fields of the ledger, for formats that have room for them."""
@@ -155,16 +174,18 @@ class ExportSource:
 
 @contextmanager
 def source_of(
-    request: Request, target: Path, *, whole: bool = False, dry_run: bool = False, on_event: OnEvent
+    request: Request, target: Path, *, whole: bool = False, kind: str = AUTO, dry_run: bool = False, on_event: OnEvent
 ) -> Iterator[ExportSource]:
     """The model itself, a view of it with the pack merged, or a temporary patched copy beside the target.
 
-    A copy is needed for a converter that reads files itself, and where packs must be undone first.
+    A copy is needed for a converter that reads files itself, and where packs must be undone first. A GGUF file becomes a view
+    of its dequantized weights, or a temporary directory with them.
 
     Args:
         request: The model and the pack.
         target: The output.
         whole: Whether a converter reads the files itself.
+        kind: The type of weights that are dequantized.
         dry_run: Whether to check only.
         on_event: Receives the steps.
 
@@ -180,6 +201,10 @@ def source_of(
     judge = Judge(load_policy(), checkpoint.path)
     ledger = _confirmed(checkpoint, request.state_dir, judge)
     packs = dict(load_packs(request.state_dir, ledger.applied))
+    if isinstance(checkpoint, GgufCheckpoint):
+        with _floats(FloatModel(checkpoint, kind), target, whole and not dry_run, on_event) as floats:
+            yield ExportSource(floats, ledger.applied, packs, tuple(read_packs(checkpoint.metadata())))
+        return
     if proven is None:
         yield ExportSource(checkpoint, ledger.applied, packs)
         return
@@ -206,6 +231,17 @@ def source_of(
             place = copy / checkpoint.path.name
             done = apply(checkpoint.path, proven, place, strength=strength, listed=False, on_event=on_event)
             yield ExportSource(checkpoint.reopen(done.output), read_ledger(state_dir_of(done.output)).applied, packs)
+
+
+@contextmanager
+def _floats(model: FloatModel, target: Path, written: bool, on_event: OnEvent) -> Iterator[Checkpoint]:
+    """A dequantized GGUF model: the view, or a temporary directory that holds it."""
+    if not written:
+        yield model
+        return
+    with scratch(target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp"), PATCHED) as copy, claimed(copy, directory=True):
+        write_float_model(model, copy, {}, on_event)
+        yield SafetensorsCheckpoint(copy)
 
 
 def _confirmed(checkpoint: Checkpoint, state_dir: StateDir, judge: Judge) -> Ledger:

@@ -6,30 +6,18 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
 from nestpatch.export._model_config import OTHER_CONVERTER
 from nestpatch.files.reading import MAX_JSON, open_regular, read_json, read_text
+from nestpatch.formats.gguf.vocabulary import Kind
 from nestpatch.formats.protobuf import BYTES, VARINT, Field, Wire
 
 BPE = 2
 """The model type of a sentencepiece BPE."""
 ChatTemplate: TypeAlias = str | list[dict[str, str]]
-SPECIALS = ("bos", "eos", "unk", "sep", "pad", "mask")
-
-
-class Kind(IntEnum):
-    """Kinds of pieces, with the numbers that sentencepiece and GGUF share."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nestpatch.errors import CheckpointFormatError, DataError
+import numpy as np
+
+from nestpatch.errors import CheckpointFormatError, DataError, NestpatchError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.reading import MAX_JSON, open_regular
+from nestpatch.formats.gguf.checkpoint import GgufCheckpoint
+from nestpatch.formats.gguf.hf.model import FloatModel
 from nestpatch.formats.safetensors import SINGLE
 from nestpatch.hub.client import Reference
 from nestpatch.pack import Pack
 from nestpatch.patcher.recovery import open_model
-from nestpatch.rows import FloatArray
+from nestpatch.rows import DTYPES, FloatArray
 from nestpatch.runtimes.text import IGNORED, MAX_TOKENS, TokenPair, by_length, encode_pairs, pad_left, prompt_ids
 from nestpatch.runtimes.threads import wait_passively
 from nestpatch.runtimes.weights import merged_parameters, swapped_in
@@ -164,7 +168,7 @@ def load_model(source: Path, device: str, dtype: str) -> tuple[PreTrainedModel, 
     """Loads a model, frozen and in evaluation mode.
 
     Args:
-        source: A model directory, or a weight file beside its config.
+        source: A model directory, a weight file beside its config, or a GGUF file, whose weights are dequantized.
         device: Where it computes.
         dtype: Name of a torch dtype.
 
@@ -172,22 +176,15 @@ def load_model(source: Path, device: str, dtype: str) -> tuple[PreTrainedModel, 
         (model, tokenizer); the tokenizer pads at the left.
 
     Raises:
-        CheckpointFormatError: transformers cannot load it.
+        CheckpointError: transformers cannot load it, or a GGUF file cannot be read as one of its models.
     """
     wait_passively()
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _model_directory(source) as folder:
-        _require_bounded(folder)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder))
-            model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=getattr(torch, dtype))
-        except Exception as error:  # transformers raises whatever the file provokes: struct, json, OS, key and value errors
-            raise CheckpointFormatError(
-                f"transformers cannot load {source}: {' '.join(str(error).split())}",
-                advice="A model directory needs config.json, the weights and the tokenizer.",
-            ) from error
+    if source.suffix == ".gguf" and source.is_file():
+        model, tokenizer = _load_gguf(FloatModel(GgufCheckpoint(source)), getattr(torch, dtype))
+    else:
+        model, tokenizer = _load_directory(source, getattr(torch, dtype))
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -195,6 +192,58 @@ def load_model(source: Path, device: str, dtype: str) -> tuple[PreTrainedModel, 
     model.train(mode=False)
     model.requires_grad_(requires_grad=False)
     return model, tokenizer
+
+
+def _load_directory(source: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _model_directory(source) as folder, _naming(source):
+        _require_bounded(folder)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype), tokenizer
+
+
+def _load_gguf(floats: FloatModel, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Builds the model from its configuration, and gives it the dequantized weights tensor by tensor."""
+    import torch
+    import transformers
+
+    with tempfile.TemporaryDirectory() as name:
+        for file, content in floats.companions.items():
+            (Path(name) / file).parent.mkdir(exist_ok=True)
+            (Path(name) / file).write_bytes(content)
+        with _naming(floats.path):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            config = transformers.AutoConfig.from_pretrained(name)
+            generation = transformers.GenerationConfig.from_pretrained(name)
+    weights = {}
+    for name in floats.tensors():
+        info = floats.info(name)
+        # Through a writable buffer, which the tensor keeps: no second copy is made where the dtype is the wanted one.
+        values = np.frombuffer(bytearray(b"".join(floats.read_all(name))), DTYPES[info.dtype]).astype(np.float32, copy=False)
+        weights[name] = torch.from_numpy(values).reshape(info.shape).to(dtype)
+    with _naming(floats.path):
+        model, report = getattr(transformers, config.architectures[0]).from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        )
+    if wrong := [f"{what} {min(map(str, found))}" for what, found in report.items() if found]:
+        raise CheckpointFormatError(f"transformers does not take all weights of {floats.path}: {'; '.join(wrong)}")
+    model.generation_config = generation
+    return model, tokenizer
+
+
+@contextmanager
+def _naming(source: Path) -> Iterator[None]:
+    """Turns what transformers raises into a CheckpointFormatError."""
+    try:
+        yield
+    except NestpatchError:
+        raise
+    except Exception as error:  # transformers raises whatever the file provokes: struct, json, OS, key and value errors
+        raise CheckpointFormatError(
+            f"transformers cannot load {source}: {' '.join(str(error).split())}",
+            advice="A model directory needs config.json, the weights and the tokenizer.",
+        ) from error
 
 
 def answer_logits(model: PreTrainedModel, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> tuple[Any, Any]:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
-from nestpatch.formats.checkpoint import Checkpoint, row_blocks
+from nestpatch.formats.checkpoint import Checkpoint, TensorInfo, row_blocks
 from nestpatch.formats.gguf.names import expert_of
 from nestpatch.pack import Pack
 from nestpatch.patcher.plan import make_plan
-from nestpatch.rows import merge
+from nestpatch.rows import FloatArray, merge
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ def fold(model: PreTrainedModel, checkpoint: Checkpoint, pack: Pack, strength: f
         checkpoint: The model on disk.
         pack: What to merge.
         strength: Factor of the pack's change.
-        rounded: Merge in the dtype on disk and convert as loading converts; else add the change to float32 values, as an
+        rounded: Merge in the type on disk and convert as loading converts; else add the change to float32 values, as an
             adapter does.
 
     Raises:
@@ -104,10 +104,13 @@ def merged_parameters(
             stored = checkpoint.read_rows(name, rows)
             places = torch.from_numpy(rows).to(matrix.device)
             old = matrix[places].detach()
-            if not same_weights(stored, old):
+            if not same_weights(stored, old, tensor.info):
                 raise CheckpointFormatError(f"tensor {name} of {checkpoint.path} is not the weight that transformers loaded")
             change = tensor.delta.dense(part.start, part.stop)
-            merged = merge(stored if rounded else stored.astype(np.float32), change, strength)
+            plain = tensor.info.plain and rounded
+            merged = merge(stored if plain else _numbers(tensor.info, stored), change, strength)
+            if rounded and not plain:
+                merged = tensor.info.coding.decode(tensor.info.coding.encode(merged))
             yield PatchedRows(matrix, places, old, torch.from_numpy(merged.astype(np.float32)).to(matrix.device, matrix.dtype))
 
 
@@ -162,7 +165,7 @@ def disk_name(weight: str, checkpoint: Checkpoint) -> str:
         CheckpointFormatError: No tensor fits, or several do.
     """
     names = checkpoint.tensors()
-    if weight in names:
+    if weight in names or _known(weight, checkpoint):
         return weight
     fits = [name for name in names if weight.endswith(f".{name}") or name.endswith(f".{weight}")]
     if len(fits) != 1:
@@ -174,12 +177,28 @@ def disk_name(weight: str, checkpoint: Checkpoint) -> str:
     return fits[0]
 
 
-def same_weights(stored: Any, parameter: torch.Tensor) -> bool:
+def _known(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint finds rows by this name, though it has another for the tensor, as GGUF files do."""
+    try:
+        return checkpoint.has(name)
+    except UnsupportedModelError:  # there, but not as rows that a pack can change
+        return False
+
+
+def _numbers(info: TensorInfo, stored: Any) -> FloatArray:
+    """Rows on disk as float32, exactly."""
+    if info.plain:
+        return np.asarray(stored, np.float32)
+    return info.coding.decode(stored.view(np.uint8))
+
+
+def same_weights(stored: Any, parameter: torch.Tensor, info: TensorInfo | None = None) -> bool:
     """Compares rows on disk with rows of the loaded model, after the conversion that loading made.
 
     Args:
         stored: Rows as they are on disk, in the dtype of the file.
         parameter: The same rows of the loaded model.
+        info: The tensor; None for one of plain numbers.
 
     Returns:
         True when every element is equal.
@@ -187,7 +206,8 @@ def same_weights(stored: Any, parameter: torch.Tensor) -> bool:
     import torch
 
     # Through float32: every stored dtype widens to it exactly, and it narrows as loading does.
-    loaded = torch.from_numpy(stored.astype(np.float32)).to(parameter.dtype)
+    wide = stored.astype(np.float32) if info is None else _numbers(info, stored)
+    loaded = torch.from_numpy(wide).to(parameter.dtype)
     return torch.equal(loaded, parameter.cpu())
 
 

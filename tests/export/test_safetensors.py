@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from safetensors import safe_open
 
 from nestpatch.cli import main
-from nestpatch.errors import OutputError, UnsupportedModelError
+from nestpatch.errors import CheckpointFormatError, OutputError
 from nestpatch.export.safetensors import export_safetensors
 from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
@@ -99,12 +99,13 @@ def test_the_commands(tmp_path: Path) -> None:
     assert "released with" in run("status", release)
     assert json.loads(run("status", release, "--json"))["released"][0]["name"] == "no-harm"
     assert "nothing applied" in run("status", model)
-    assert "only with --to gguf" in run("export", model, "--to", "safetensors", "--type", "f16", code=2)
+    assert "only with --to gguf" in run("export", model, "--to", "onnx", "--type", "f16", code=2)
 
 
 def test_places_and_models_that_cannot_be(tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "base")
     with pytest.raises(OutputError, match="exists already"):
         export_safetensors(model, output=model)
-    with pytest.raises(UnsupportedModelError, match="converted already"):
+    with pytest.raises(CheckpointFormatError, match="by the metadata it should have"):  # a file of a few tensors alone
         export_safetensors(gguf_of(model, tmp_path / "m.gguf", "F16"), output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

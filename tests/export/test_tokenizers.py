@@ -15,7 +15,8 @@ from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
 from nestpatch.export._gguf_tokenizer import read_vocabulary
 from nestpatch.export._gguf_writer import write_gguf
 from nestpatch.export._model_config import model_name
-from nestpatch.export._tokenizer_files import Kind, read_model
+from nestpatch.export._tokenizer_files import read_model
+from nestpatch.formats.gguf.vocabulary import Kind
 from nestpatch.formats.opening import open_checkpoint
 from tests.export.families import model_around
 from tests.export.running import loaded, token_ids

@@ -67,14 +67,15 @@ def export_onnx(
     dry_run: bool = False,
     on_event: OnEvent = ignore,
 ) -> ExportedOnnx:
-    """Exports a safetensors model to an ONNX directory, with a pack merged into it if one is given.
+    """Exports a safetensors model to an ONNX directory, with a pack merged into it if one is given; or a GGUF file.
 
     The graph is run in onnxruntime and compared with transformers before the directory gets its name. The packs in it are
     listed in the graph's metadata under "nestpatch.packs".
 
     Args:
-        model: A model directory, a weight file with its configuration beside it, or a Hub id. It is not changed.
-        pack: The pack to merge, checked as by `apply`.
+        model: A model directory, a weight file with its configuration beside it, a Hub id, or a GGUF file, whose weights are
+            dequantized first. It is not changed.
+        pack: The pack to merge, checked as by `apply`; not into a GGUF file.
         output: The directory to write; by default beside the model, named after it, the pack and the type.
         strength: Multiplies the pack's deltas, over 0 and up to 1.5.
         dtype: Of weights and activations: fp32 or fp16.
@@ -109,11 +110,11 @@ def export_onnx(
     proven = None
     if pack is not None:
         proven = prove(pack, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event)
-    request = open_request(locate(model).path, proven, strength)
+    request = open_request(locate(model).path, proven, strength, gguf=True)
     if target is None:
         target = free_place(request.beside("", "onnx", f"int{bits}" if bits else dtype), dry_run=dry_run)
     made = _Made()
-    with source_of(request, target, dry_run=dry_run, on_event=on_event) as source:
+    with source_of(request, target, whole=request.gguf, kind="F32", dry_run=dry_run, on_event=on_event) as source:
         if not dry_run:
             with new_output(target, directory=True) as sibling:
                 made = _export(request, source, sibling, kind, on_event)
@@ -226,7 +227,7 @@ def _trace(request: Request, source: ExportSource, folder: Path, floats: Path, k
     if not kind.bits:
         add_inputs(graph, inputs)
     save(graph, floats, on_event)
-    origin = request.checkpoint.path
+    origin = source.checkpoint.path if request.gguf else request.checkpoint.path
     notes += write_companions(origin if origin.is_dir() else origin.parent, folder, model, tokenizer, shapes)
     return _Traced(type(model).__name__, inputs, tuple(notes), probe)
 
@@ -237,7 +238,7 @@ def _load(request: Request, source: ExportSource, on_event: OnEvent) -> tuple[Pr
     from nestpatch.runtimes.weights import fold
 
     path, origin = source.checkpoint.path, request.checkpoint.path
-    if path.is_file() and path != origin:  # a patched copy of a single file has no configuration beside it
+    if path.is_file() and path != origin and not request.gguf:  # a patched copy of a single file has no configuration beside it
         for file in origin.parent.iterdir():
             if file.suffix in _COMPANIONS and not file.name.endswith((".index.json", LEDGER)):
                 shutil.copyfile(file, path.parent / file.name)

@@ -1,7 +1,7 @@
 """The header of a GGUF file: the only reader, and the writer. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 `read_header` is strict: everything that a header claims is checked against the file. Arrays are skipped: they hold the
-vocabulary, which nestpatch has no use for. `encode_header` writes the header of an exported model.
+vocabulary, which patches have no use for; `read_arrays` reads it. `encode_header` writes the header of an exported model.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -32,6 +33,8 @@ _MAX_STRING = 16 << 20
 _MAX_NAMES = 1 << 16
 """Tensors, metadata keys, and arrays inside arrays. Models have some thousand tensors and some dozen keys."""
 MAX_DIMENSIONS = 4
+_MAX_ITEMS = 1 << 22
+"""Values of an array that is read. The largest vocabularies have some 300,000 tokens, and somewhat more merges."""
 STRETCH = 4 << 20
 """Bytes read at a time."""
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
@@ -125,9 +128,34 @@ def read_header(path: Path) -> Header:
     Raises:
         CheckpointFormatError: The file cannot be read, is not a GGUF file, or its header contradicts itself or the file.
     """
+    with _opened(path) as cursor:
+        return _parse(cursor, path)
+
+
+def read_arrays(path: Path, keys: Collection[str]) -> dict[str, list[Any]]:
+    """Reads arrays of the metadata, which `read_header` skips.
+
+    Args:
+        path: The file.
+        keys: Their keys.
+
+    Returns:
+        Those that are in the file; arrays inside arrays are empty.
+
+    Raises:
+        CheckpointFormatError: The file cannot be read, is not a GGUF file, or its header is broken.
+    """
+    with _opened(path) as cursor:
+        entries = _counts(cursor, path)[1]
+        return _metadata(cursor, entries, keys)[2]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_Cursor]:
+    """The beginning of a file; what goes wrong while it is read becomes a CheckpointFormatError."""
     try:
         with open_regular(path) as file:
-            return _parse(_Cursor(file, os.fstat(file.fileno()).st_size), path)
+            yield _Cursor(file, os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise CheckpointFormatError(f"cannot read {path}: {error.strerror or error}") from error
     except NestpatchError:
@@ -136,7 +164,8 @@ def read_header(path: Path) -> Header:
         raise CheckpointFormatError(f"the header of {path} is broken: {error}") from error
 
 
-def _parse(cursor: _Cursor, path: Path) -> Header:
+def _counts(cursor: _Cursor, path: Path) -> tuple[int, int]:
+    """(tensors, entries of the metadata), after the checks that need nothing else."""
     if cursor.size < 4 or cursor.data[cursor.need(4) :][:4] != MAGIC:
         raise CheckpointFormatError(f"{path} is not a GGUF file")
     version = cursor.number("<I")
@@ -150,7 +179,12 @@ def _parse(cursor: _Cursor, path: Path) -> Header:
         raise ValueError(f"{tensors} tensors and {entries} entries do not fit into {cursor.size} bytes")
     if max(tensors, entries) > _MAX_NAMES:
         raise ValueError(f"{tensors} tensors and {entries} entries; {_MAX_NAMES} of each are allowed")
-    metadata, keys = _metadata(cursor, entries)
+    return tensors, entries
+
+
+def _parse(cursor: _Cursor, path: Path) -> Header:
+    tensors, entries = _counts(cursor, path)
+    metadata, keys, _ = _metadata(cursor, entries)
     alignment = metadata.get("general.alignment", ALIGNMENT)
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment is {alignment!r}")
@@ -167,9 +201,12 @@ def _parse(cursor: _Cursor, path: Path) -> Header:
     return Header(metadata, keys, _locate(described, path, data, cursor.size, alignment), (first, end), data, alignment)
 
 
-def _metadata(cursor: _Cursor, entries: int) -> tuple[dict[str, Any], frozenset[str]]:
-    """(values without arrays, all keys)."""
+def _metadata(
+    cursor: _Cursor, entries: int, wanted: Collection[str] = ()
+) -> tuple[dict[str, Any], frozenset[str], dict[str, list[Any]]]:
+    """(values without arrays, all keys, the wanted arrays)."""
     metadata: dict[str, Any] = {}
+    arrays: dict[str, list[Any]] = {}
     keys: set[str] = set()
     for _ in range(entries):
         key = cursor.string()
@@ -177,11 +214,13 @@ def _metadata(cursor: _Cursor, entries: int) -> tuple[dict[str, Any], frozenset[
             raise ValueError(f"duplicate key {key[:80]!r}")
         keys.add(key)
         kind = cursor.number("<I")
-        if kind == _ARRAY:
+        if kind == _ARRAY and key in wanted:
+            arrays[key] = _read_array(cursor)
+        elif kind == _ARRAY:
             _skip_array(cursor)
         else:
             metadata[key] = cursor.string() if kind == _STRING else cursor.number(_scalar(kind))
-    return metadata, frozenset(keys)
+    return metadata, frozenset(keys), arrays
 
 
 def _scalar(kind: int) -> str:
@@ -202,6 +241,21 @@ def _skip_array(cursor: _Cursor, depth: int = 0) -> None:
             _skip_array(cursor, depth + 1)
     else:
         cursor.need(count * struct.calcsize(_scalar(kind)))
+
+
+def _read_array(cursor: _Cursor) -> list[Any]:
+    kind, count = cursor.number("<I"), cursor.number("<Q")
+    if count > min(cursor.size, _MAX_ITEMS):
+        raise ValueError(f"an array claims {count} values")
+    if kind == _STRING:
+        return [cursor.string() for _ in range(count)]
+    if kind == _ARRAY:
+        for _ in range(count):
+            _skip_array(cursor, 1)
+        return []
+    code = _scalar(kind)
+    start = cursor.need(count * struct.calcsize(code))
+    return list(struct.unpack_from(f"<{count}{code[1]}", cursor.data, start))
 
 
 def _locate(described: list[_Described], path: Path, data: int, size: int, alignment: int) -> dict[str, TensorInfo]:
