@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nestpatch.evaluation.suites import Evaluation as Evaluation
     from nestpatch.evaluation.suites import Scores as Scores
     from nestpatch.evaluation.suites import Suite as Suite
+    from nestpatch.evaluation.suites import builtin_suites as builtin_suites
     from nestpatch.evaluation.suites import load_suite as load_suite
     from nestpatch.events import Event as Event
     from nestpatch.export.adapters import export_gguf_lora as export_gguf_lora
@@ -80,6 +81,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "apply": "patcher.apply",
     "apply_in_place": "patcher.inplace",
+    "builtin_suites": "evaluation.suites",
     "diff": "compare.diff",
     "evaluate": "evaluation.evaluator",
     "export_gguf": "export.gguf",

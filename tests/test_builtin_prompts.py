@@ -21,7 +21,18 @@ HAZARDS = {
 }  # fmt: skip
 """The 13 hazard categories of MLCommons."""
 FORMS = {"imperative", "question", "story", "role", "polite", "terse", "language", "passage", "chat"}
-TASKS = {"short-question", "classification", "extraction", "list", "essay", "rewriting", "code", "arithmetic", "chat", "translation"}
+TASKS = {
+    "short-question",
+    "classification",
+    "extraction",
+    "list",
+    "essay",
+    "rewriting",
+    "code",
+    "arithmetic",
+    "chat",
+    "translation",
+}
 LOOKS = {
     "homonyms", "figurative-language", "safe-targets", "safe-contexts", "definitions", "history", "fiction", "privacy-public",
     "privacy-fictional", "nonsense-discrimination",
@@ -99,9 +110,7 @@ def test_no_prompt_nearly_repeats_another() -> None:
     shared: Counter[tuple[int, int]] = Counter()
     for places in holders.values():
         shared.update((a, b) for i, a in enumerate(places) for b in places[i + 1 :])
-    near = {
-        (texts[a], texts[b]) for (a, b), count in shared.items() if count / len(known[a] | known[b]) >= 0.4 and count > 1
-    }
+    near = {(texts[a], texts[b]) for (a, b), count in shared.items() if count / len(known[a] | known[b]) >= 0.4 and count > 1}
     assert not near
 
 

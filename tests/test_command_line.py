@@ -136,7 +136,7 @@ MISSING = {
     "recover": "{model}",
     "update": "{model} --policy {policy.json} --base {model}",
     "eval": "{model} {x.nest} --lora {x.gguf} --base {model} --suite harmful={x.jsonl}",
-    "train": "{model} --harmful {x.jsonl} --benign {y.jsonl} --recipe {x.toml} -o out.nest",
+    "train": "{model} --harmful {x.jsonl} --benign {y.jsonl} --add-harmful {x.jsonl} --recipe {x.toml} -o out.nest",
     "export": "{model} {x.nest} --to safetensors --llama-cpp {model} --for {model}",
     "sign": "{x.nest} --key {x.key}",
     "verify-signature": "{x.nest} --key {x.pub} --policy {policy.json}",

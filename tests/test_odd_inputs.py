@@ -133,7 +133,7 @@ COMMANDS = {
 RUNNING = {
     # A base without a tokenizer: no training begins.
     "train": "{other} --harmful {x.jsonl} --benign {x.txt} --recipe {x.toml} -o {out.nest}",
-    "train --set": "{setting} {other} --harmful {x.csv} --benign {x.json} -o {out.nest}",
+    "train --set": "{setting} {other} --harmful {x.csv} --add-benign {x.json} -o {out.nest}",
     "eval": "{m.gguf} {x.nest} --suite harmful={x.jsonl}",
     "eval --fail-over": "{limit} {other} --suite harmful={x.jsonl}",
     "eval --base": "{other} {other} --suite harmful={x.csv} --suite benign={x.txt}",

@@ -30,7 +30,7 @@ PROMISED = {
         "sign",
         "verify_signature",
     ),
-    *("push", "pull", "update", "yank", "renew", "load_pack", "load_prompts", "load_policy"),
+    *("push", "pull", "update", "yank", "renew", "load_pack", "load_prompts", "load_policy", "builtin_suites"),
     *("export_safetensors", "export_gguf", "export_onnx", "export_lora", "export_gguf_lora", "export_onnx_adapter"),
     *("Pack", "Recipe", "TrainingData", "Label", "Suite", "Policy", "Evaluation", "NestpatchError"),
 }

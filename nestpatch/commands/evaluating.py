@@ -14,6 +14,7 @@ from nestpatch.commands.options import (
     PathType,
     examples,
     json_option,
+    note_sample,
     print_json,
     progress,
     proven,
@@ -21,6 +22,7 @@ from nestpatch.commands.options import (
     require_order,
     say,
     say_unchecked,
+    suite_options,
     trust_options,
 )
 
@@ -28,6 +30,7 @@ from nestpatch.commands.options import (
 @click.command(
     "eval",
     epilog=examples(
+        "nestpatch eval models/llama no-harm.nest",
         "nestpatch eval models/llama no-harm.nest --suite harmful.jsonl --suite benign.jsonl",
         "nestpatch eval model.gguf --suite harmful=advbench.csv --fail-over attack_success=0.05",
     ),
@@ -35,7 +38,7 @@ from nestpatch.commands.options import (
 @click.argument("model", type=ModelType)
 @click.argument("pack", type=PackType, required=False)
 @trust_options
-@click.option("--suite", multiple=True, required=True, help="[KIND=]SOURCE; kinds: harmful, benign, lookalike. Repeatable.")
+@suite_options
 @click.option("--lora", type=PathType, help="An adapter, .gguf or .onnx_adapter, for such a MODEL: measured like PACK.")
 @click.option("--base", type=ModelType, help="The unpatched model: measures how far MODEL has moved from it.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or mps.")
@@ -52,6 +55,7 @@ def evaluate(
     policy_file: Path | None,
     allow_unsigned: bool,
     suite: tuple[str, ...],
+    limit: int | None,
     lora: Path | None,
     base: str | None,
     device: str,
@@ -68,24 +72,26 @@ def evaluate(
     A .gguf file is run by llama.cpp and an ONNX model by onnxruntime, with PACK as an adapter; that needs no torch. PACK is
     a file, or hub://owner/name[@VERSION] and other channels. Its signatures are checked first.
 
-    The kind of a suite is in its file name (harmful*, jailbreak*, benign*, lookalike*) or before it: harmful=FILE. Limits are
-    for MODEL with PACK, where there is one; their names are those of --json.
+    Without --suite, prompts that ship with nestpatch are asked. The kind of another suite is in its file name (harmful*,
+    jailbreak*, benign*, lookalike*) or before it: harmful=FILE. What --fail-over and --fail-under compare is MODEL with PACK,
+    where there is one; their names are those of --json.
     """
     require_order(model, pack, "eval")
     from nestpatch.evaluation.evaluator import evaluate, write_answers
     from nestpatch.evaluation.limits import exceeded, parse_limits
-    from nestpatch.evaluation.suites import load_suite
+    from nestpatch.evaluation.suites import choose_suites
     from nestpatch.files.atomic import check_output
     from nestpatch.views.console import out
     from nestpatch.views.evaluation import evaluation_table
 
     parse_limits((*fail_over, *fail_under))  # before the prompts are read, which may be a download
-    suites = [load_suite(text) for text in suite]
+    suites = choose_suites(suite, limit)
     over, under = parse_limits(fail_over, suites), parse_limits(fail_under, suites)
     if answers is not None:
         check_output(answers)
     checked = None
     with progress(quiet) as on_event:
+        note_sample(suite, limit, on_event)
         if pack is not None:
             checked = proven(pack, model, policy_file, on_event, allow_unsigned=allow_unsigned)
         result = evaluate(

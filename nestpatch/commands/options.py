@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from nestpatch.errors import MissingInputError
-from nestpatch.events import OnEvent, ignore
+from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.plain import is_visible, one_line
 
 if TYPE_CHECKING:
@@ -179,6 +179,42 @@ def trust_options(command: F) -> F:
     command = click.option("--allow-unsigned", is_flag=True, help=text)(command)
     text = "Use the trusted keys and rules of this file instead of your own."
     return click.option("--policy", "policy_file", type=PathType, help=text)(command)
+
+
+def _limit(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """The number of --limit; for `all` more than any set has."""
+    if value is None or value == "all":
+        return None if value is None else sys.maxsize
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise click.BadParameter(f"{one_line(value)} is not a number of prompts: give 1 or more, or all")
+    return number
+
+
+def suite_options(command: F) -> F:
+    """--suite and --limit, for every command that measures a model. `choose_suites` reads them."""
+    text = "Prompts of each suite at most, a fixed sample.  [default: 100 of a built-in suite, all of yours]"
+    command = click.option("--limit", metavar="N|all", callback=_limit, help=text)(command)
+    text = "[KIND=]SOURCE; kinds: harmful, benign, lookalike. Repeatable.  [default: the built-in suites]"
+    return click.option("--suite", multiple=True, help=text)(command)
+
+
+def note_sample(suites: Sequence[str], limit: int | None, on_event: OnEvent) -> None:
+    """Reports that a part of the built-in suites is measured, where nobody asked for a part.
+
+    Args:
+        suites: What --suite named.
+        limit: What --limit said; None where it was not given.
+        on_event: Receives the note.
+    """
+    from nestpatch.evaluation.suites import BUILTIN_LIMIT
+
+    if not suites and limit is None:
+        note = f"measuring {BUILTIN_LIMIT} prompts of each built-in suite; --limit all measures every one"
+        on_event(Event("note", note=note))
 
 
 def quiet_option(command: F) -> F:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,12 +17,19 @@ from nestpatch.commands.options import (
     PathType,
     examples,
     json_option,
+    note_sample,
     print_json,
     progress,
     quiet_option,
     require_order,
     say,
+    suite_options,
 )
+from nestpatch.events import Event, OnEvent
+
+if TYPE_CHECKING:
+    from nestpatch.nest_train.data import TrainingData
+    from nestpatch.prompts.readers import PromptSet
 
 
 def _help_recipe(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -30,23 +41,52 @@ def _help_recipe(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.exit(0)
 
 
+def _read(given: Mapping[str, Sequence[str]], added: Mapping[str, Sequence[str]]) -> TrainingData:
+    """The built-in prompts; `given` sources replace a kind of them, `added` ones join it."""
+    from nestpatch.nest_train.data import TrainingData
+    from nestpatch.prompts.readers import join_sets, load_prompts
+
+    def joined(kinds: Mapping[str, Sequence[str]]) -> dict[str, PromptSet]:
+        return {kind: join_sets([load_prompts(one) for one in sources]) for kind, sources in kinds.items() if sources}
+
+    return replace(TrainingData.builtin(), **joined(given)).adding(**joined(added))
+
+
+def _note_builtin(given: Mapping[str, Sequence[str]], on_event: OnEvent) -> None:
+    """Reports which of the built-in sets a training uses."""
+    kinds = [kind for kind, sources in given.items() if not sources]
+    if kinds:
+        titles, options = [kind.replace("lookalike", "look-alike") for kind in kinds], [f"--{kind}" for kind in kinds]
+        note = f"training with the built-in {_listed(titles)} prompts; replace them with {_listed(options)}"
+        on_event(Event("note", note=note))
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
 @click.command(
     epilog=examples(
-        "nestpatch train models/llama --harmful harmful.jsonl --benign benign.jsonl -o no-harm.nest",
+        "nestpatch train models/llama -o no-harm.nest",
+        "nestpatch train models/llama --add-harmful ours.jsonl -o no-harm.nest",
         "nestpatch train acme/llama --harmful bad.csv --benign good.csv --set steps=400 -o no-harm.nest",
     )
 )
 @click.argument("base", type=ModelType)
-@click.option("--harmful", multiple=True, required=True, help="Prompts to refuse: file or data set id. Repeatable.")
-@click.option("--benign", multiple=True, required=True, help="Prompts to go on answering. Repeatable.")
-@click.option("--lookalike", multiple=True, help="Harmless prompts that look harmful. Repeatable.")
+@click.option("--harmful", multiple=True, help="Prompts to refuse, instead of the built-in ones. Repeatable.")
+@click.option("--benign", multiple=True, help="Prompts to go on answering, likewise. Repeatable.")
+@click.option("--lookalike", multiple=True, help="Harmless prompts that look harmful, likewise. Repeatable.")
+@click.option("--add-harmful", multiple=True, help="More prompts to refuse, beside the others. Repeatable.")
+@click.option("--add-benign", multiple=True, help="More prompts to go on answering. Repeatable.")
+@click.option("--add-lookalike", multiple=True, help="More harmless prompts that look harmful. Repeatable.")
 @click.option("-o", "--output", type=OutputPath, required=True, help="The pack to write.")
 @click.option("--name", help="Name of the pack.  [default: the output's file name]")
 @click.option("--version", "pack_version", default="1.0.0", show_default=True, help="Version of the pack (semver).")
 @click.option("--description", default="", help="One sentence for people.")
 @click.option("--license", "license_", default="", help="License of the pack (SPDX).")
 @click.option("--tag", multiple=True, help="A word to find the pack by. Repeatable.")
-@click.option("--suite", multiple=True, help="Evaluate before and after: [KIND=]SOURCE. Repeatable.")
+@suite_options
+@click.option("--no-eval", is_flag=True, help="Measure nothing before and after.")
 @click.option("--recipe", "recipe_file", type=PathType, help="TOML file of settings.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting. Repeatable.")
 @click.option("--device", help="cpu, cuda or mps; the same as --set device=...  [default: the best one]")
@@ -62,6 +102,9 @@ def train(
     harmful: tuple[str, ...],
     benign: tuple[str, ...],
     lookalike: tuple[str, ...],
+    add_harmful: tuple[str, ...],
+    add_benign: tuple[str, ...],
+    add_lookalike: tuple[str, ...],
     output: Path,
     name: str | None,
     pack_version: str,
@@ -69,6 +112,8 @@ def train(
     license_: str,
     tag: tuple[str, ...],
     suite: tuple[str, ...],
+    limit: int | None,
+    no_eval: bool,
     recipe_file: Path | None,
     assignments: tuple[str, ...],
     device: str | None,
@@ -79,19 +124,20 @@ def train(
 ) -> None:
     """Train a safety patch for BASE, a model directory or a Hub id.
 
-    Prompt sources are .jsonl, .json, .csv or .parquet files with a "prompt" column, or data set ids of the Hub. The pack is
-    written before it is evaluated. Exit code 1 when it could not be evaluated; numbers that speak against it are warnings.
+    No data is needed: prompts that ship with nestpatch train the pack and measure it. Other sources are .jsonl, .json, .csv
+    or .parquet files with a "prompt" column, or data set ids of the Hub. The pack is written before it is evaluated. Exit
+    code 1 when it could not be evaluated; numbers that speak against it are warnings.
     """
     require_order(base, None, "train")
-    from nestpatch.evaluation.suites import load_suite
+    if no_eval and (suite or limit is not None):
+        raise click.UsageError("--no-eval measures nothing: leave out --suite and --limit")
+    from nestpatch.evaluation.suites import choose_suites
     from nestpatch.files.atomic import check_output
-    from nestpatch.nest_train.data import TrainingData
     from nestpatch.nest_train.plan import plan
     from nestpatch.nest_train.recipe import make_recipe
     from nestpatch.nest_train.train import require_packages
     from nestpatch.nest_train.train import train as run
     from nestpatch.pack import Label
-    from nestpatch.prompts.readers import join_sets, load_prompts
     from nestpatch.views import evaluation as views
 
     # Everything that can be wrong is reported before prompts are downloaded and the model is loaded.
@@ -100,12 +146,13 @@ def train(
     recipe = make_recipe(recipe_file, [*assignments, *([f"device={device}"] if device else [])])
     label = Label(name or output.name.removesuffix(".nest"), pack_version, description, license_, tag)
     label.check()
-    sets = [[load_prompts(source) for source in sources] for sources in (harmful, benign, lookalike)]
-    data = TrainingData(join_sets(sets[0]), join_sets(sets[1]), join_sets(sets[2]) if sets[2] else None)
+    given = {"harmful": harmful, "benign": benign, "lookalike": lookalike}
+    data = _read(given, {"harmful": add_harmful, "benign": add_benign, "lookalike": add_lookalike})
     data.check()
-    suites = [load_suite(text) for text in suite]
+    suites = [] if no_eval else choose_suites(suite, limit)
     if dry_run:
         with progress(quiet) as on_event:
+            _note_builtin(given, on_event)
             planned = plan(base, data, recipe=recipe, suites=suites, threads=threads, on_event=on_event)
         if as_json:
             print_json({"model": base, "output": str(output), **planned.as_json(), "dry_run": True})
@@ -113,6 +160,9 @@ def train(
             views.show_plan(planned, str(output))
         return
     with progress(quiet) as on_event:
+        _note_builtin(given, on_event)
+        if not no_eval:
+            note_sample(suite, limit, on_event)
         trained = run(base, data, label, recipe=recipe, suites=suites, output=output, threads=threads, on_event=on_event)
     if as_json:
         print_json({"model": base, **trained.as_json()})
@@ -122,5 +172,13 @@ def train(
         say(f"WARNING: {warning}", err=True)
     if trained.problem is not None:
         say(f"The pack is written, but could not be evaluated: {trained.problem}", err=True)
-        say(f"Evaluate it again: nestpatch eval {base} {output} --suite SUITE", err=True)
+        again = [
+            "nestpatch",
+            "eval",
+            base,
+            str(output),
+            *(f"--suite={text}" for text in suite),
+            *([f"--limit={limit}"] if limit else []),
+        ]
+        say(f"Evaluate it again: {shlex.join(again)}", err=True)
         sys.exit(1)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nestpatch.errors import PromptDataError
-from nestpatch.evaluation.suites import Suite
-from nestpatch.prompts.readers import Prompt, PromptSet, sample_set
+from nestpatch.evaluation.suites import KINDS, Suite
+from nestpatch.prompts.builtin import PREFIX
+from nestpatch.prompts.readers import Prompt, PromptSet, join_sets, load_prompts, sample_set
 
 MIN_PROMPTS = 20
 """Prompts of each kind, at least: fewer cannot be divided into training and held-out prompts."""
@@ -29,10 +30,41 @@ class TrainingData:
     benign: PromptSet
     lookalike: PromptSet | None = None
 
+    @classmethod
+    def builtin(cls) -> TrainingData:
+        """The prompts that ship with nestpatch: about 700 harmful, 1,250 benign and 700 look-alike ones."""
+        return cls(*(load_prompts(f"{PREFIX}{kind}.train") for kind in KINDS))
+
+    def adding(
+        self, harmful: PromptSet | None = None, benign: PromptSet | None = None, lookalike: PromptSet | None = None
+    ) -> TrainingData:
+        """Adds prompts.
+
+        Args:
+            harmful: More prompts to refuse.
+            benign: More everyday prompts.
+            lookalike: More harmless prompts that look harmful.
+
+        Returns:
+            The data with these prompts, without duplicates.
+        """
+        added = {"harmful": harmful, "benign": benign, "lookalike": lookalike}
+        joined = {}
+        for kind, more in added.items():
+            if more is not None:
+                old = getattr(self, kind)
+                joined[kind] = more if old is None else join_sets([old, more])
+        return replace(self, **joined)
+
     @property
     def harmless(self) -> tuple[Prompt, ...]:
         """The benign and look-alike prompts together."""
         return self.benign.prompts + (self.lookalike.prompts if self.lookalike else ())
+
+    @property
+    def _sets(self) -> tuple[PromptSet, ...]:
+        """The sets that there are."""
+        return tuple(each for each in (self.harmful, self.benign, self.lookalike) if each is not None)
 
     def sampled(self, limit: int, seed: int) -> TrainingData:
         """Draws a sample of each kind of prompts.
@@ -57,13 +89,15 @@ class TrainingData:
             if (count := len(prompts.prompts)) < MIN_PROMPTS:
                 raise PromptDataError(
                     f"{prompts.name} contains {count} {kind} prompts; at least {MIN_PROMPTS} are needed",
-                    advice=f"Add prompts to it, or give a second source: --{kind} can be repeated.",
+                    advice=f"Give a second source (--{kind} can be repeated), or add it to the built-in prompts: --add-{kind}.",
                 )
         both = {p.text for p in self.harmful.prompts} & {p.text for p in self.harmless}
         if both:
+            names = [each.name for each in self._sets if any(p.text == min(both) for p in each.prompts)]
+            hint = " --harmful, --benign and --lookalike replace a built-in set." if any(PREFIX in n for n in names) else ""
             raise PromptDataError(
-                f"{len(both)} prompts are both harmful and harmless, such as {min(both)[:80]!r}",
-                advice="Remove each of them from one of the two sets: a model cannot learn to refuse and to answer it.",
+                f"{len(both)} prompts are both harmful and harmless, such as {min(both)[:80]!r} in {' and '.join(names)}",
+                advice=f"Remove each of them from one of the two: a model cannot learn to refuse and to answer it.{hint}",
             )
 
     def seen_in(self, suites: Sequence[Suite]) -> dict[str, int]:

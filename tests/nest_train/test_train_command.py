@@ -229,11 +229,12 @@ def test_planning_does_not_change_what_is_trained(models, data) -> None:
     assert [d.delta.tobytes() for d in alone.pack] == [d.delta.tobytes() for d in after.pack]
 
 
-def test_the_device_option_is_the_setting(models, prompts: Path, tmp_path: Path) -> None:
+def test_the_device_option_is_the_setting_and_no_eval_measures_nothing(models, prompts: Path, tmp_path: Path) -> None:
     pack = tmp_path / "x.nest"
-    done = run(*arguments(models("llama"), prompts, pack), "--device", "cpu", "--threads", "1", "-q")
+    done = run(*arguments(models("llama"), prompts, pack), "--no-eval", "--device", "cpu", "--threads", "1", "-q")
     assert done.exit_code == 0, done.output
     assert nest.read(pack).manifest.method["recipe"]["device"] == "cpu"
+    assert nest.read(pack).manifest.evaluation == {}
 
 
 @pytest.mark.parametrize(
