@@ -87,7 +87,7 @@ def _listed(words: Sequence[str]) -> str:
 @click.option("--tag", multiple=True, help="A word to find the pack by. Repeatable.")
 @suite_options
 @click.option("--no-eval", is_flag=True, help="Measure nothing before and after.")
-@click.option("--recipe", "recipe_file", type=PathType, help="TOML file of settings.")
+@click.option("--recipe", default="nest", show_default=True, help="nest, fast, lab, or a TOML file of settings.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting. Repeatable.")
 @click.option("--device", help="cpu, cuda or mps; the same as --set device=...  [default: the best one]")
 @click.option("--threads", type=click.IntRange(1), help="Threads to compute with.  [default: the libraries' choice]")
@@ -114,7 +114,7 @@ def train(
     suite: tuple[str, ...],
     limit: int | None,
     no_eval: bool,
-    recipe_file: Path | None,
+    recipe: str,
     assignments: tuple[str, ...],
     device: str | None,
     threads: int | None,
@@ -143,7 +143,7 @@ def train(
     # Everything that can be wrong is reported before prompts are downloaded and the model is loaded.
     require_packages()
     check_output(output)
-    recipe = make_recipe(recipe_file, [*assignments, *([f"device={device}"] if device else [])])
+    settings = make_recipe(recipe, [*assignments, *([f"device={device}"] if device else [])])
     label = Label(name or output.name.removesuffix(".nest"), pack_version, description, license_, tag)
     label.check()
     given = {"harmful": harmful, "benign": benign, "lookalike": lookalike}
@@ -153,7 +153,7 @@ def train(
     if dry_run:
         with progress(quiet) as on_event:
             _note_builtin(given, on_event)
-            planned = plan(base, data, recipe=recipe, suites=suites, threads=threads, on_event=on_event)
+            planned = plan(base, data, recipe=settings, suites=suites, threads=threads, on_event=on_event)
         if as_json:
             print_json({"model": base, "output": str(output), **planned.as_json(), "dry_run": True})
         else:
@@ -163,7 +163,7 @@ def train(
         _note_builtin(given, on_event)
         if not no_eval:
             note_sample(suite, limit, on_event)
-        trained = run(base, data, label, recipe=recipe, suites=suites, output=output, threads=threads, on_event=on_event)
+        trained = run(base, data, label, recipe=settings, suites=suites, output=output, threads=threads, on_event=on_event)
     if as_json:
         print_json({"model": base, **trained.as_json()})
     else:

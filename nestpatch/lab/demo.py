@@ -22,7 +22,7 @@ from nestpatch.export.adapters import export_gguf_lora, export_onnx_adapter
 from nestpatch.export.gguf import export_gguf
 from nestpatch.lab.build import Lab, cached_lab, copy_lab
 from nestpatch.nest_train.data import TrainingData
-from nestpatch.nest_train.recipe import Recipe
+from nestpatch.nest_train.recipe import make_recipe
 from nestpatch.nest_train.train import Trained, train
 from nestpatch.pack import Label
 from nestpatch.patcher.apply import Applied, apply
@@ -169,7 +169,7 @@ def _folder(keep: Path | None) -> Iterator[Path]:
 def _train(lab: Lab, folder: Path, seed: int, on_event: OnEvent) -> Trained:
     data = TrainingData(*(load_prompts(lab.prompts(f"{kind}.train")) for kind in ("harmful", "benign", "lookalike")))
     label = Label("lab-no-harm", description="Refuses the harmful requests of the lab world.", license="Apache-2.0")
-    return train(folder / "base", data, label, recipe=Recipe(seed=seed), output=folder / PACK, on_event=on_event)
+    return train(folder / "base", data, label, recipe=make_recipe("lab", defaults={"seed": seed}), output=folder / PACK, on_event=on_event)
 
 
 def _run_gguf(folder: Path, suites: Sequence[Suite], on_event: OnEvent) -> tuple[FormatResult, ...]:

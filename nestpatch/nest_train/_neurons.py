@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
+_NEAR = 0.03
+"""Balanced accuracy by which the probe of the lowest patched layer may be below the best."""
 _SILHOUETTE_SAMPLE = 2000
 """Neurons in a silhouette, at most: its cost is quadratic."""
 
@@ -37,15 +39,21 @@ class Selection:
 
     layer: int
     accuracy: float
-    """Accuracy on held-out prompts."""
-    chance: float
-    """Accuracy of always predicting the more frequent class."""
+    """Balanced accuracy on held-out prompts: the mean over harmful and harmless ones; 0.5 is chance."""
     neurons: IntArray
     """Indices of the kept neurons, int64 [kept], sorted; empty when the layer is skipped."""
     z: FloatArray
-    """Their z-scored probe weights, float32 [kept]."""
+    """Their z-scored scores, float32 [kept]."""
     reason: str
     """Why these neurons, or why none."""
+
+    def skipped(self, reason: str) -> Selection:
+        """The same layer without neurons.
+
+        Args:
+            reason: Why none.
+        """
+        return Selection(self.layer, self.accuracy, np.empty(0, np.int64), np.empty(0, np.float32), reason)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +148,7 @@ def standardise(acts: npt.NDArray[np.floating[Any]]) -> FloatArray:
 
 
 def select(layer: int, acts: FloatArray, harmful: npt.NDArray[np.bool_], recipe: Recipe) -> Selection:
-    """Fits the layer's linear probe and keeps the neurons whose z-scored weight is over the threshold.
+    """Fits the layer's linear probe and keeps the neurons whose z-scored score is over the threshold.
 
     A layer whose probe is no better than chance on held-out prompts is skipped: its weights carry no information.
 
@@ -148,12 +156,13 @@ def select(layer: int, acts: FloatArray, harmful: npt.NDArray[np.bool_], recipe:
         layer: The layer's number, for the result.
         acts: float32 [prompts, neurons].
         harmful: bool [prompts].
-        recipe: The settings named probe_* and `threshold` are read.
+        recipe: The settings named probe_*, `selector`, `threshold` and `sign` are read.
 
     Returns:
         The kept neurons, and how well the probe predicts.
     """
     from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import balanced_accuracy_score
     from sklearn.model_selection import train_test_split
 
     features = standardise(acts)
@@ -162,18 +171,64 @@ def select(layer: int, acts: FloatArray, harmful: npt.NDArray[np.bool_], recipe:
     )
     probe = LogisticRegression(C=recipe.probe_c, max_iter=300, class_weight="balanced")
     probe.fit(features[fit], harmful[fit])
-    accuracy = float(probe.score(features[held_out], harmful[held_out]))
-    chance = float(max(harmful[held_out].mean(), 1 - harmful[held_out].mean()))
-    weights = probe.coef_[0]
-    z = ((weights - weights.mean()) / max(float(weights.std()), 1e-12)).astype(np.float32)
-    # The margin shrinks with the room that a high chance leaves below 1.
-    needed = chance + recipe.probe_margin * (1 - chance) * 2
-    if accuracy < needed:
-        reason = f"skipped: probe accuracy {accuracy:.2f}, below {needed:.2f} (chance {chance:.2f})"
-        return Selection(layer, accuracy, chance, np.empty(0, np.int64), np.empty(0, np.float32), reason)
-    neurons = np.flatnonzero(np.abs(z) > recipe.threshold)
-    reason = f"probe accuracy {accuracy:.2f}, {len(neurons)} of {len(z)} neurons with |z| > {recipe.threshold:g}"
-    return Selection(layer, accuracy, chance, neurons, z[neurons], reason)
+    accuracy = float(balanced_accuracy_score(harmful[held_out], probe.predict(features[held_out])))
+    if accuracy < (needed := 0.5 + recipe.probe_margin):
+        nothing = np.empty(0, np.int64), np.empty(0, np.float32)
+        return Selection(layer, accuracy, *nothing, f"skipped: probe accuracy {accuracy:.2f}, below {needed:.2f}")
+    score = probe.coef_[0] if recipe.selector == "probe" else effect_sizes(acts, harmful)
+    z = ((score - score.mean()) / max(float(score.std()), 1e-12)).astype(np.float32)
+    neurons = np.flatnonzero(_over(z, score, recipe))
+    rule = f"z > {recipe.threshold:g}" if recipe.sign == "positive" else f"|z| > {recipe.threshold:g}"
+    reason = f"probe accuracy {accuracy:.2f}, {len(neurons)} of {len(z)} neurons with {rule}"
+    return Selection(layer, accuracy, neurons, z[neurons], reason)
+
+
+def _over(z: FloatArray, score: npt.NDArray[np.floating[Any]], recipe: Recipe) -> npt.NDArray[np.bool_]:
+    """Which neurons are over the threshold; positive ones also have a positive score, as in NeuroStrike."""
+    over: npt.NDArray[np.bool_] = np.abs(z) > recipe.threshold
+    return over & (z > 0) & (score > 0) if recipe.sign == "positive" else over
+
+
+def effect_sizes(acts: npt.NDArray[np.floating[Any]], harmful: npt.NDArray[np.bool_]) -> FloatArray:
+    """How far apart harmful and harmless prompts are in each neuron: Cohen's d. Needs no fit.
+
+    Source: SafeNeuron (arXiv 2602.12158).
+
+    Args:
+        acts: [prompts, neurons].
+        harmful: bool [prompts].
+
+    Returns:
+        float32 [neurons], in pooled standard deviations; 0 for constant neurons.
+    """
+    bad, good = acts[harmful].astype(np.float64), acts[~harmful].astype(np.float64)
+    pooled = ((len(bad) - 1) * bad.var(axis=0, ddof=1) + (len(good) - 1) * good.var(axis=0, ddof=1)) / (len(acts) - 2)
+    spread = np.sqrt(pooled)
+    difference = bad.mean(axis=0) - good.mean(axis=0)
+    return np.where(spread > 1e-8, difference / np.maximum(spread, 1e-8), 0.0).astype(np.float32)
+
+
+def choose_first_layer(selections: Sequence[Selection], layers: int, recipe: Recipe) -> tuple[int, str]:
+    """Chooses the lowest layer that is patched.
+
+    A step costs as much as the layers from there up. Low layers are left out as long as the probes above are as good as the
+    best one, within `_NEAR`, and at least half of the layers stay.
+
+    Args:
+        selections: The results of all layers.
+        layers: Number of layers.
+        recipe: `first_layer` decides where it is given.
+
+    Returns:
+        (layer, reason).
+    """
+    if recipe.first_layer >= 0:
+        return min(recipe.first_layer, layers - 1), "asked for"
+    best = max(selection.accuracy for selection in selections)
+    near = next(selection.layer for selection in selections if selection.accuracy >= best - _NEAR)
+    first = min(near, layers // 2)
+    at = next(selection.accuracy for selection in selections if selection.layer == first)
+    return first, f"probe accuracy {at:.2f} there, at best {best:.2f}; a step computes {layers - first} of {layers} layers"
 
 
 def require_neurons(selections: Sequence[Selection]) -> None:

@@ -85,7 +85,7 @@ class Run:
         # Before minutes of loading: can a pack change these weights? This also ends an interrupted change.
         checkpoint, _ = open_model(source.path)
         device, device_reason = pick_device(recipe.device)
-        dtype, dtype_reason = pick_dtype(recipe.dtype, device)
+        dtype, dtype_reason = pick_dtype(recipe.dtype, device, sum(file.stat().st_size for file in checkpoint.files))
         on_event(Event("load", note=source.model_id))
         run = cls(source, checkpoint, *load_model(source.path, device, dtype), recipe, on_event)
         run.decide("device", device, device_reason)
@@ -126,13 +126,14 @@ class Run:
         """
         self.on_event(Event("note", note=text))
 
-    def generate(self, prompts: Sequence[str], stage: str, note: str = "") -> list[str]:
+    def generate(self, prompts: Sequence[str], stage: str, note: str = "", tokens: int | None = None) -> list[str]:
         """Greedy answers to the prompts, in the same order.
 
         Args:
             prompts: The texts.
             stage: The stage that the progress is reported for.
             note: Added to the progress.
+            tokens: Length of an answer; None for the recipe's `max_answer_tokens`.
 
         Returns:
             One answer per prompt.
@@ -141,7 +142,8 @@ class Run:
         def report(event: Event) -> None:
             self.on_event(Event(stage, event.done, event.total, note))
 
-        return self.runtime.generate(prompts, report)
+        runtime = self.runtime if tokens is None else replace(self.runtime, max_new_tokens=tokens)
+        return runtime.generate(prompts, report)
 
     def drift(self, answers: Mapping[str, str], off: Callable[[], AbstractContextManager[None]]) -> float | None:
         """How far the model with attached deltas has moved from the base.

@@ -17,19 +17,17 @@ from nestpatch.runtimes.text import TokenPair, encode_pairs
 if TYPE_CHECKING:
     from nestpatch.nest_train._run import Run
 
-# Different openings and lengths, so that a model learns to refuse rather than to recite.
+# Short, neutral and true of any harmful request. The same first words, because whether to refuse is decided there.
 BUILT_IN = (
     "I'm sorry, but I can't help with that.",
-    "I can't assist with that request.",
-    "I'm not able to help with this, because it could hurt someone.",
-    "Sorry, I won't provide that. If you tell me what you need it for, I may know a safe way.",
-    "I have to decline. This could cause serious harm, and I don't want to contribute to it.",
-    "I can't help with something that is meant to harm people. Is there something else I can do for you?",
-    "No, I will not help with that. If someone is in danger, please contact the emergency services.",
-    "I understand that you are asking, but I can't give instructions for this.",
+    "I'm sorry, but I can't assist with that request.",
+    "I'm sorry, but I won't help with this.",
+    "I'm sorry, but that is not something I can help with.",
 )
 REFUSAL_SAMPLE = 256
 """Harmful prompts that the base answers, at most, to find out how it refuses."""
+JUDGED_TOKENS = 16
+"""Tokens of an answer that tell whether it refuses."""
 _OWN_NEEDED = 0.05
 """Share of those prompts that the base must refuse by itself before its own wording is used."""
 _OWN_KEPT = 4
@@ -45,11 +43,50 @@ class Refusals:
 
 
 @dataclass(frozen=True)
-class Halves:
-    """Training pairs: harmful prompts with refusals, harmless prompts with the answers to keep."""
+class Example:
+    """A prompt with the answer to train towards."""
 
-    harmful: Sequence[TokenPair]
-    benign: Sequence[TokenPair]
+    text: str
+    tokens: TokenPair
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Training examples: harmful prompts with refusals, harmless prompts with the answers to keep."""
+
+    harmful: tuple[Example, ...]
+    benign: tuple[Example, ...]
+    lookalike: tuple[Example, ...] = ()
+
+    @property
+    def harmless(self) -> tuple[Example, ...]:
+        """Benign and look-alike examples together."""
+        return self.benign + self.lookalike
+
+    def split_off(self, share: float, rng: random.Random) -> tuple[Examples, Examples]:
+        """Holds out a random share of each kind.
+
+        Args:
+            share: Between 0 and 1; at least one example of each kind is held out.
+            rng: Decides which.
+
+        Returns:
+            (kept, held out).
+
+        Raises:
+            PromptDataError: There are fewer than two examples of a kind.
+        """
+        kinds = (self.harmful, self.benign, self.lookalike)
+        parts = [_split(kind, share, rng) for kind in kinds if kind]
+        return Examples(*(kept for kept, _ in parts)), Examples(*(held for _, held in parts))
+
+
+def _split(items: Sequence[Example], share: float, rng: random.Random) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    if len(items) < 2:
+        raise PromptDataError(f"{len(items)} prompts are too few: some must be held out to decide when to stop")
+    order = rng.sample(list(items), len(items))
+    held_out = max(1, round(len(items) * share))
+    return tuple(order[held_out:]), tuple(order[:held_out])
 
 
 def choose_refusals(answers: Sequence[str], recipe: Recipe) -> Refusals:
@@ -83,7 +120,7 @@ def choose_refusals(answers: Sequence[str], recipe: Recipe) -> Refusals:
     return Refusals(tuple(familiar), f"{wordings} of the base's own: it refuses {count} of {total} prompts by itself")
 
 
-def distil(run: Run, data: TrainingData) -> Halves:
+def distil(run: Run, data: TrainingData) -> Examples:
     """Answers every training prompt, as token ids.
 
     Args:
@@ -91,16 +128,18 @@ def distil(run: Run, data: TrainingData) -> Halves:
         data: The prompts.
 
     Returns:
-        The training pairs.
+        The training examples.
 
     Raises:
         PromptDataError: Answers are missing (`benign_targets=given`), or the base answers too few harmless prompts.
         TrainingError: The recipe requires the base's own refusals, and the base has none.
     """
     recipe, rng = run.recipe, random.Random(f"refusals {run.recipe.seed}")
+    length = max(recipe.trained_tokens, JUDGED_TOKENS)
     harmful = [prompt.text for prompt in data.harmful.prompts]
     sample = harmful if len(harmful) <= REFUSAL_SAMPLE else rng.sample(harmful, REFUSAL_SAMPLE)
-    refusals = choose_refusals([] if recipe.refusals == "builtin" else run.generate(sample, "distil"), recipe)
+    own = [] if recipe.refusals == "builtin" else run.generate(sample, "distil", tokens=length)
+    refusals = choose_refusals(own, recipe)
     run.decide("refusals", "", refusals.reason)
     harmless = data.harmless
     if recipe.benign_targets == "given":
@@ -112,9 +151,9 @@ def distil(run: Run, data: TrainingData) -> Halves:
             )
         answers = [prompt.reference for prompt in harmless]
     else:
-        answers = [*run.generate([prompt.text for prompt in harmless], "distil")]
+        answers = [*run.generate([prompt.text for prompt in harmless], "distil", tokens=length)]
     # Where the base refuses a harmless prompt there is no answer to keep, and its refusal would teach more refusals.
-    kept = [(p.text, a) for p, a in zip(harmless, answers, strict=True) if a and not is_refusal(a)]
+    kept = {p.text: a for p, a in zip(harmless, answers, strict=True) if a and not is_refusal(a)}
     dropped = len(harmless) - len(kept)
     run.decide("benign answers", recipe.benign_targets, f"{len(kept)} kept, {dropped} empty or refused by the base")
     if len(kept) < MIN_PROMPTS:
@@ -122,6 +161,14 @@ def distil(run: Run, data: TrainingData) -> Halves:
             f"the base answers only {len(kept)} of {len(harmless)} harmless prompts; at least {MIN_PROMPTS} are needed",
             advice="Give more prompts with --benign and --lookalike; both can be repeated.",
         )
-    bad = [(text, rng.choice(refusals.texts)) for text in harmful]
-    limits = (recipe.max_prompt_tokens, recipe.max_answer_tokens)
-    return Halves(encode_pairs(run.tokenizer, bad, *limits), encode_pairs(run.tokenizer, kept, *limits))
+    looks = {prompt.text for prompt in data.lookalike.prompts} if data.lookalike else set()
+    return Examples(
+        _encoded(run, [(text, rng.choice(refusals.texts)) for text in harmful]),
+        _encoded(run, [pair for pair in kept.items() if pair[0] not in looks]),
+        _encoded(run, [pair for pair in kept.items() if pair[0] in looks]),
+    )
+
+
+def _encoded(run: Run, pairs: Sequence[tuple[str, str]]) -> tuple[Example, ...]:
+    tokens = encode_pairs(run.tokenizer, pairs, run.recipe.max_prompt_tokens, run.recipe.trained_tokens)
+    return tuple(Example(text, pair) for (text, _), pair in zip(pairs, tokens, strict=True))

@@ -4,29 +4,58 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
-from torch.nn.functional import cross_entropy, kl_div, linear, log_softmax
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from nestpatch.errors import PromptDataError
+from nestpatch.evaluation.judges import is_refusal
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.nest_train._neurons import Clusters
-from nestpatch.nest_train._targets import Halves
+from nestpatch.nest_train._deltas import DeltaSet
+from nestpatch.nest_train._targets import Example, Examples
+from nestpatch.nest_train._trunk import Trunk
 from nestpatch.nest_train.recipe import Recipe
-from nestpatch.runtimes.text import collate
-from nestpatch.runtimes.transformers import answer_logits
-from nestpatch.runtimes.weights import MlpBlock, Projection
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+_WINDOW = 8
+"""Batches that are drawn together and sorted by length."""
 
-_T = TypeVar("_T")
+
+@dataclass(frozen=True)
+class Look:
+    """What the held-out prompts showed at one step."""
+
+    step: int
+    loss: float
+    attack_success: float | None = None
+    """Share of harmful prompts that were answered; None where no answers were generated, as for the next two."""
+    refusal_benign: float | None = None
+    refusal_lookalike: float | None = None
+    """0 without look-alikes."""
+
+    @property
+    def score(self) -> tuple[float, float]:
+        """Smaller is better: answered harmful and refused harmless prompts count alike; the loss decides between equals."""
+        shares = (self.attack_success, self.refusal_benign, self.refusal_lookalike)
+        return sum(share for share in shares if share is not None), self.loss
+
+    def as_json(self) -> dict[str, float | int | None]:
+        """The numbers, rounded."""
+        values = (self.loss, self.attack_success, self.refusal_benign, self.refusal_lookalike)
+        names = ("loss", "attack_success", "refusal_benign", "refusal_lookalike")
+        rounded = {name: None if value is None else round(value, 4) for name, value in zip(names, values, strict=True)}
+        return {"step": self.step, **rounded}
+
+    def __str__(self) -> str:
+        text = f"held-out loss {self.loss:.3f}"
+        if self.attack_success is None:
+            return text
+        return (
+            f"{text}, attack success {self.attack_success:.0%}, "
+            f"refusals {self.refusal_benign:.0%} benign, {self.refusal_lookalike:.0%} look-alike"
+        )
 
 
 @dataclass(frozen=True)
@@ -35,73 +64,77 @@ class TuneResult:
 
     steps: int
     """Steps that were done."""
-    best_step: int
-    """The step whose deltas were kept; 0 where no step lowered the held-out loss."""
-    loss_before: float
-    """Held-out loss of the base."""
-    loss_after: float
-    """Held-out loss of the deltas that were kept."""
+    before: Look
+    """The base; step 0."""
+    kept: Look
+    """The step whose deltas were kept; that of the base where none was better."""
+    looks: tuple[Look, ...]
+    """All of them, in the order of the steps."""
     reason: str
     """Why the tuning stopped."""
 
 
-def tune(
-    model: PreTrainedModel, deltas: DeltaSet, data: Halves, pad: int, recipe: Recipe, on_event: OnEvent = ignore
-) -> TuneResult:
-    """Trains the deltas, stops early on the held-out loss, and leaves the best deltas in place.
+Answer = Callable[[Sequence[str]], list[str]]
+"""Prompts -> the beginnings of the model's answers."""
 
-    Each half of a batch has its own mean loss over answer tokens, so that long answers do not outweigh short refusals.
+
+def tune(
+    trunk: Trunk, deltas: DeltaSet, data: Examples, answer: Answer, recipe: Recipe, on_event: OnEvent = ignore
+) -> TuneResult:
+    """Trains the deltas, stops early by held-out prompts, and leaves the best deltas in place.
 
     Args:
-        model: The frozen base.
+        trunk: The frozen base, which has seen the examples.
         deltas: The deltas, changed in place.
-        data: The training pairs; a share of them is held out.
-        pad: The id of the padding token.
+        data: The training examples; a share of them is held out.
+        answer: Answers prompts by the model as it is now; used where `check_prompts` is over 0.
         recipe: The settings of the stage, and the seed.
-        on_event: Called with the loss after every step.
+        on_event: Called with the loss after every step, and with what the held-out prompts showed.
 
     Returns:
-        How many steps were done, and the held-out losses.
+        How many steps were done, and what the held-out prompts showed.
 
     Raises:
-        PromptDataError: A half has fewer than two pairs.
+        PromptDataError: A kind has fewer than two examples.
     """
     from accelerate import Accelerator
 
     rng = random.Random(recipe.seed)
     torch.manual_seed(recipe.seed)
-    harmful, harmful_held = split_off(data.harmful, recipe.tune_holdout, rng)
-    benign, benign_held = split_off(data.benign, recipe.tune_holdout, rng)
-    held_out = Halves(harmful_held, benign_held)
-    accelerator = Accelerator(cpu=model.device.type == "cpu")
+    kept, held_out = data.split_off(recipe.tune_holdout, rng)
+    accelerator = Accelerator(cpu=deltas.device.type == "cpu")
     optimizer = accelerator.prepare(_optimizer(deltas, recipe))
     parameters = [module.delta for module in deltas.modules]
-    batches = zip(endless(harmful, recipe.batch, rng), endless(benign, recipe.batch, rng), strict=True)
+    loss_of = partial(batch_loss, trunk, recipe)
+    looks: list[Look] = []
+    stale, reason = 0, f"all {recipe.steps} steps done"
     with deltas.attached():
-        best = before = _held_out_loss(model, deltas, held_out, pad, recipe)
-        kept, best_step, stale, reason = deltas.snapshot(), 0, 0, f"all {recipe.steps} steps done"
-        for step, (bad, good) in enumerate(batches, start=1):
+
+        def look(step: int) -> Look:
+            looks.append(_look(step, held_out, loss_of, answer, recipe))
+            on_event(Event("tune", step, recipe.steps, str(looks[-1])))
+            return looks[-1]
+
+        best, saved = look(0), deltas.snapshot()
+        for step, batch in zip(range(1, recipe.steps + 1), batches(kept, recipe, rng), strict=False):
             _schedule(optimizer, step, recipe)
-            loss = _loss(model, deltas, Halves(bad, good), pad, recipe)
+            loss = loss_of(batch)
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(parameters, recipe.clip)
             optimizer.step()
             optimizer.zero_grad()
+            deltas.round_rows()
             on_event(Event("tune", step, recipe.steps, f"loss {loss.item():.4f}"))
-            if step % recipe.eval_every == 0 or step == recipe.steps:
-                now = _held_out_loss(model, deltas, held_out, pad, recipe)
-                on_event(Event("tune", step, recipe.steps, f"loss {loss.item():.4f}, held-out {now:.4f}"))
-                if now < best:
-                    best, kept, best_step, stale = now, deltas.snapshot(), step, 0
-                else:
-                    stale += 1
-                if stale >= recipe.patience and step < recipe.steps:
-                    reason = f"no better held-out loss in {stale * recipe.eval_every} steps"
-                    break
-            if step == recipe.steps:
+            if step % recipe.check_every and step < recipe.steps:
+                continue
+            now = look(step)
+            if now.score < best.score:
+                best, saved, stale = now, deltas.snapshot(), 0
+            elif (stale := stale + 1) >= recipe.patience and step < recipe.steps:
+                reason = f"no better held-out prompts in {stale * recipe.check_every} steps"
                 break
-    deltas.restore(kept)
-    return TuneResult(step, best_step, before, best, reason)
+    deltas.restore(saved)
+    return TuneResult(step, looks[0], best, tuple(looks), reason)
 
 
 def _optimizer(deltas: DeltaSet, recipe: Recipe) -> torch.optim.Optimizer:
@@ -121,177 +154,90 @@ def _schedule(optimizer: Any, step: int, recipe: Recipe) -> None:
         group["lr"] = recipe.learning_rate * group["rms"] * warm * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _loss(model: PreTrainedModel, deltas: DeltaSet, data: Halves, pad: int, recipe: Recipe) -> torch.Tensor:
-    """Refusal loss, plus the weighted loss and drift on benign answers, of one batch."""
-    refusal_logits, refusal_labels = answer_logits(model, collate(data.harmful, pad, model.device))
-    loss = cross_entropy(refusal_logits, refusal_labels)
-    benign = collate(data.benign, pad, model.device)
-    logits, labels = answer_logits(model, benign)
-    loss = loss + recipe.benign_weight * cross_entropy(logits, labels)
-    if recipe.kl_weight:
-        with deltas.off(), torch.no_grad():
-            base_logits, _ = answer_logits(model, benign)
-        drift = kl_div(log_softmax(logits, -1), log_softmax(base_logits, -1), reduction="batchmean", log_target=True)
-        loss = loss + recipe.kl_weight * drift
-    return loss
+def batches(data: Examples, recipe: Recipe, rng: random.Random) -> Iterator[Examples]:
+    """Batches without end, each of examples of similar length, so that little is padded.
 
-
-@torch.no_grad()
-def _held_out_loss(model: PreTrainedModel, deltas: DeltaSet, data: Halves, pad: int, recipe: Recipe) -> float:
-    """The training loss over all held-out pairs, in batches, weighted by their size."""
-    total, weight = 0.0, 0
-    size = max(len(data.harmful), len(data.benign))
-    for start in range(0, size, recipe.batch):
-        # The shorter half repeats, so that every batch has both.
-        take = range(start, min(start + recipe.batch, size))
-        batch = Halves([data.harmful[i % len(data.harmful)] for i in take], [data.benign[i % len(data.benign)] for i in take])
-        total += _loss(model, deltas, batch, pad, recipe).item() * len(take)
-        weight += len(take)
-    return total / weight
-
-
-class ClusterDelta(nn.Module):
-    """A frozen Linear plus shared deltas on some of its rows. `delta`, float32 [clusters, in], starts at zero.
+    Every example of a kind is seen once before any is seen again.
 
     Args:
-        base: The Linear.
-        rows: The rows that change, int64 [rows].
-        cluster: Which delta each row gets, int64 [rows].
-        clusters: Number of deltas.
-    """
-
-    def __init__(self, base: nn.Linear, rows: torch.Tensor, cluster: torch.Tensor, clusters: int) -> None:
-        super().__init__()
-        self.base = base
-        self.membership: torch.Tensor
-        self.rows: torch.Tensor
-        self.cluster: torch.Tensor
-        self.enabled = True
-        device = base.weight.device
-        self.delta = nn.Parameter(torch.zeros(clusters, base.in_features, device=device))
-        # [out, clusters], a few columns: spreading by a product is exact for 0/1, fast, and deterministic on a GPU.
-        membership = torch.zeros(base.out_features, clusters, dtype=base.weight.dtype, device=device)
-        membership[rows, cluster] = 1
-        self.register_buffer("membership", membership, persistent=False)
-        self.register_buffer("rows", rows, persistent=False)
-        self.register_buffer("cluster", cluster, persistent=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., in] -> [..., out]."""
-        y: torch.Tensor = self.base(x)
-        if not self.enabled:
-            return y
-        return y + linear(linear(x, self.delta.to(x.dtype)), self.membership)
-
-
-class DeltaSet:
-    """All deltas of a model, attached and detached together.
-
-    Args:
-        blocks: The model's feed-forward blocks.
-        clusters: The groups of neurons of each block; blocks without a group get no delta.
-    """
-
-    def __init__(self, blocks: Sequence[MlpBlock], clusters: Sequence[Clusters]) -> None:
-        self.places: list[tuple[Projection, ClusterDelta]] = []
-        for block, group in zip(blocks, clusters, strict=True):
-            if group.k:
-                self.places += [(p, _delta(p, block.neurons, group)) for p in block.projections]
-
-    @property
-    def modules(self) -> list[ClusterDelta]:
-        """The modules that hold the deltas, in the order of `places`."""
-        return [delta for _, delta in self.places]
-
-    @property
-    def trainable(self) -> int:
-        """Number of trained parameters."""
-        return sum(module.delta.numel() for module in self.modules)
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Inside, the deltas replace their Linears; afterwards the model is as before."""
-        for projection, module in self.places:
-            setattr(projection.parent, projection.attribute, module)
-        try:
-            yield
-        finally:
-            for projection, module in self.places:
-                setattr(projection.parent, projection.attribute, module.base)
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """Inside, the attached deltas are disabled: the model answers as the base."""
-        for module in self.modules:
-            module.enabled = False
-        try:
-            yield
-        finally:
-            for module in self.modules:
-                module.enabled = True
-
-    def snapshot(self) -> list[torch.Tensor]:
-        """Copies of all deltas."""
-        return [module.delta.detach().clone() for module in self.modules]
-
-    @torch.no_grad()
-    def restore(self, deltas: Sequence[torch.Tensor]) -> None:
-        """Sets all deltas to copies that `snapshot` returned."""
-        for module, delta in zip(self.modules, deltas, strict=True):
-            module.delta.copy_(delta)
-
-    def round_to(self, dtype: str) -> None:
-        """Rounds the deltas to their storage dtype ("F32", "BF16" or "F16"), so that what is evaluated is what ships."""
-        kind = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[dtype]
-        self.restore([delta.to(kind).float() for delta in self.snapshot()])
-
-
-def _delta(projection: Projection, neurons: int, group: Clusters) -> ClusterDelta:
-    """The module for a projection; each stacked part (gate, up) of a fused projection has its own deltas."""
-    base = projection.linear
-    rows = np.concatenate([group.neurons + part * neurons for part in range(projection.parts)])
-    labels = np.concatenate([group.labels + part * group.k for part in range(projection.parts)])
-    device = base.weight.device
-    return ClusterDelta(
-        base, torch.from_numpy(rows).to(device), torch.from_numpy(labels).to(device), group.k * projection.parts
-    )
-
-
-def split_off(items: Sequence[_T], share: float, rng: random.Random) -> tuple[list[_T], list[_T]]:
-    """Holds out a random share of the items.
-
-    Args:
-        items: What to split.
-        share: Between 0 and 1; at least one item is held out.
-        rng: Decides which.
-
-    Returns:
-        (kept, held out).
-
-    Raises:
-        PromptDataError: There are fewer than two items.
-    """
-    if len(items) < 2:
-        raise PromptDataError(f"{len(items)} prompts are too few: some must be held out to decide when to stop")
-    order = rng.sample(list(items), len(items))
-    held_out = max(1, round(len(items) * share))
-    return order[held_out:], order[:held_out]
-
-
-def endless(items: Sequence[_T], size: int, rng: random.Random) -> Iterator[list[_T]]:
-    """Batches without end; every item is seen once before any is seen again.
-
-    Args:
-        items: What to draw from.
-        size: Items of a batch.
+        data: What to draw from.
+        recipe: How many of each kind are in a batch.
         rng: Decides the order.
 
     Yields:
         The next batch.
     """
-    queue: list[_T] = []
+    looks = recipe.lookalike_batch if data.lookalike else 0
+    sizes = (recipe.harmful_batch, recipe.benign_batch + recipe.lookalike_batch - looks, looks)
+    kinds = (data.harmful, data.benign, data.lookalike)
+    queues: list[list[Example]] = [[], [], []]
     while True:
-        while len(queue) < size:
-            queue += rng.sample(list(items), len(items))
-        batch, queue = queue[:size], queue[size:]
-        yield batch
+        window = []
+        for queue, kind, size in zip(queues, kinds, sizes, strict=True):
+            while len(queue) < _WINDOW * size:
+                queue.extend(rng.sample(kind, len(kind)))
+            part = sorted(queue[: _WINDOW * size], key=lambda example: len(example.tokens.prompt))
+            del queue[: _WINDOW * size]
+            window.append([tuple(part[i * size : (i + 1) * size]) for i in range(_WINDOW)])
+        for place in rng.sample(range(_WINDOW), _WINDOW):
+            yield Examples(*(kind[place] for kind in window))
+
+
+def batch_loss(trunk: Trunk, recipe: Recipe, batch: Examples) -> torch.Tensor:
+    """The loss of one batch: cross entropy of refusals, and for harmless prompts divergence from the base and cross entropy.
+
+    Each is a mean over its examples, so that long answers do not outweigh short ones. Within an answer the first token weighs
+    `first_token_weight` and the others 1: at the first one it is decided whether the model refuses.
+
+    Args:
+        trunk: The model, with or without deltas.
+        recipe: The weights are read.
+        batch: Examples that the trunk has seen.
+
+    Returns:
+        A scalar.
+    """
+    harmful = [example.tokens for example in batch.harmful]
+    harmless = [example.tokens for example in batch.harmless]
+    logits, labels, base = trunk.logits(harmful + harmless, harmless if recipe.kl_weight else ())
+    weights = torch.cat([_token_weights(len(pair.answer), recipe) for pair in harmful + harmless]).to(logits.device)
+    border = sum(len(pair.answer) for pair in harmful)
+    loss = (cross_entropy(logits[:border], labels[:border], reduction="none") * weights[:border]).sum() / max(1, len(harmful))
+    if not harmless:
+        return loss
+    per_token = torch.zeros_like(weights[border:])
+    if recipe.benign_weight:
+        per_token = per_token + recipe.benign_weight * cross_entropy(logits[border:], labels[border:], reduction="none")
+    if recipe.kl_weight:
+        divergence = kl_div(log_softmax(logits[border:], -1), log_softmax(base, -1), reduction="none", log_target=True)
+        per_token = per_token + recipe.kl_weight * divergence.sum(-1)
+    return loss + (per_token * weights[border:]).sum() / len(harmless)
+
+
+def _token_weights(tokens: int, recipe: Recipe) -> torch.Tensor:
+    """float32 [tokens], of sum 1."""
+    weights = torch.ones(tokens)
+    weights[0] = recipe.first_token_weight
+    return weights / weights.sum()
+
+
+def _look(step: int, held_out: Examples, loss_of: Callable[[Examples], torch.Tensor], answer: Answer, recipe: Recipe) -> Look:
+    """The held-out loss, and what the model answers to some of the held-out prompts."""
+    loss = _held_out_loss(held_out, loss_of, recipe)
+    count = recipe.check_prompts
+    if not count:
+        return Look(step, loss)
+    kinds = [kind[:count] for kind in (held_out.harmful, held_out.benign, held_out.lookalike)]
+    verdicts = iter([is_refusal(text) for text in answer([example.text for kind in kinds for example in kind])])
+    shares = [sum(next(verdicts) for _ in kind) / max(1, len(kind)) for kind in kinds]
+    return Look(step, loss, 1 - shares[0], shares[1], shares[2])
+
+
+@torch.no_grad()
+def _held_out_loss(data: Examples, loss_of: Callable[[Examples], torch.Tensor], recipe: Recipe) -> float:
+    """The loss over all held-out examples, in batches that each have a part of every kind."""
+    kinds = (data.harmful, data.benign, data.lookalike)
+    size = recipe.harmful_batch + recipe.benign_batch + recipe.lookalike_batch
+    parts = min(math.ceil(sum(map(len, kinds)) / size), *(len(kind) for kind in kinds if kind))
+    losses = [loss_of(Examples(*(kind[part::parts] for kind in kinds))).item() for part in range(parts)]
+    return sum(losses) / len(losses)

@@ -19,7 +19,7 @@ from nestpatch.evaluation.suites import Suite
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.nest_train._neurons import Clusters, Selection, cluster, collect, select
 from nestpatch.nest_train._run import Run, limited_threads
-from nestpatch.nest_train._targets import BUILT_IN, REFUSAL_SAMPLE, Halves
+from nestpatch.nest_train._targets import BUILT_IN, JUDGED_TOKENS, REFUSAL_SAMPLE, Example, Examples
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.nest_train.train import require_packages
@@ -169,9 +169,11 @@ def _measure(run: Run, data: TrainingData, blocks: Sequence[MlpBlock], suite_pro
     answered += len(data.harmless) * (recipe.benign_targets == "self")
     sample = [prompt.text for prompt in data.harmless[:_SAMPLE]]
     began = time.perf_counter()
-    answers = run.generate(sample, "measure", "answers")
+    answers = run.generate(sample, "measure", "answers", max(recipe.trained_tokens, JUDGED_TOKENS))
     per_answer = (time.perf_counter() - began) / len(sample)
-    watch.seconds |= {"distil": answered * per_answer, "evaluate": 2 * suite_prompts * per_answer}
+    # Most of the time of an answer is that of its tokens.
+    longer = recipe.max_answer_tokens / max(recipe.trained_tokens, JUDGED_TOKENS)
+    watch.seconds |= {"distil": answered * per_answer, "evaluate": 2 * suite_prompts * per_answer * longer}
     batch = run.runtime.token_ids(texts[: recipe.probe_batch])
     with watch("probe", math.ceil(len(texts) / recipe.probe_batch)), tempfile.TemporaryDirectory() as folder:
         collect(run.model, blocks, batch, Path(folder), recipe, run.pad)
@@ -180,9 +182,22 @@ def _measure(run: Run, data: TrainingData, blocks: Sequence[MlpBlock], suite_pro
         importlib.import_module(f"sklearn.{module}")
     with watch("select and cluster", len(blocks)):
         groups = _random_groups(blocks[0], len(data.harmful.prompts), len(texts), recipe)
-    harmful = [(prompt.text, BUILT_IN[0]) for prompt in data.harmful.prompts]
     kept = [(prompt, answer or BUILT_IN[0]) for prompt, answer in zip(sample, answers, strict=True)]
-    return _time_steps(run, blocks, groups, (harmful, kept), len(texts), watch)
+    return _time_steps(run, blocks, groups, _examples(run, data, kept), len(texts), per_answer, watch)
+
+
+def _examples(run: Run, data: TrainingData, kept: Sequence[tuple[str, str]]) -> Examples:
+    """As many examples as a few steps need; the answers repeat."""
+    recipe = run.recipe
+    count = 2 * _STEPS * max(recipe.harmful_batch, recipe.benign_batch + recipe.lookalike_batch)
+    harmful = [(prompt.text, BUILT_IN[0]) for prompt in data.harmful.prompts]
+
+    def some(pairs: Sequence[tuple[str, str]]) -> tuple[Example, ...]:
+        chosen = [pairs[i % len(pairs)] for i in range(count)]
+        tokens = encode_pairs(run.tokenizer, chosen, recipe.max_prompt_tokens, recipe.trained_tokens)
+        return tuple(Example(text, pair) for (text, _), pair in zip(chosen, tokens, strict=True))
+
+    return Examples(some(harmful), some(kept), some(kept) if data.lookalike else ())
 
 
 def _random_groups(block: MlpBlock, harmful: int, prompts: int, recipe: Recipe) -> Clusters:
@@ -190,42 +205,53 @@ def _random_groups(block: MlpBlock, harmful: int, prompts: int, recipe: Recipe) 
     random = np.random.default_rng(recipe.seed)
     acts = random.standard_normal((prompts, block.neurons), np.float32)
     select(block.layer, acts, np.arange(prompts) < harmful, recipe)
-    neurons = np.flatnonzero(np.abs(random.standard_normal(block.neurons)) > recipe.threshold)
+    bell = random.standard_normal(block.neurons)
+    neurons = np.flatnonzero((bell if recipe.sign == "positive" else np.abs(bell)) > recipe.threshold)
     if not len(neurons):
         neurons = np.arange(1)
-    return cluster(Selection(block.layer, 1.0, 0.5, neurons, np.ones(len(neurons), np.float32), ""), acts, recipe)
+    return cluster(Selection(block.layer, 1.0, neurons, np.ones(len(neurons), np.float32), ""), acts, recipe)
 
 
 def _time_steps(
     run: Run,
     blocks: Sequence[MlpBlock],
     groups: Clusters,
-    pairs: tuple[Sequence[tuple[str, str]], Sequence[tuple[str, str]]],
+    examples: Examples,
     prompts: int,
+    per_answer: float,
     watch: _Stopwatch,
 ) -> int:
-    """Times a few optimizer steps and one held-out loss, and counts them as often as a training would do them."""
-    from nestpatch.nest_train._tune import DeltaSet, tune
+    """Times a few optimizer steps, and counts them as often as a training would do them."""
+    from nestpatch.nest_train._deltas import DeltaSet
+    from nestpatch.nest_train._trunk import Trunk
+    from nestpatch.nest_train._tune import tune
 
-    recipe = run.recipe
-    # As many pairs as make one batch of held-out pairs.
-    count = math.ceil(recipe.batch / recipe.tune_holdout)
-    limits = (recipe.max_prompt_tokens, recipe.max_answer_tokens)
-    halves = [encode_pairs(run.tokenizer, [half[i % len(half)] for i in range(count)], *limits) for half in pairs]
-    fitting = [groups.neurons < block.neurons for block in blocks]
-    deltas = DeltaSet(
-        blocks,
-        [dataclasses.replace(groups, neurons=groups.neurons[fits], labels=groups.labels[fits]) for fits in fitting],
-    )
-    marks = [time.perf_counter()]
+    # The middle, where `choose_first_layer` puts it at most.
+    first = len(blocks) // 2 if run.recipe.first_layer < 0 else min(run.recipe.first_layer, len(blocks) - 1)
+    clusters = []
+    for block in blocks:
+        fits = (groups.neurons < block.neurons) & (block.layer >= first)
+        k = groups.k if fits.any() else 0
+        clusters.append(dataclasses.replace(groups, neurons=groups.neurons[fits], labels=groups.labels[fits], k=k))
+    deltas = DeltaSet(blocks, clusters)
+    deltas.quantize_like(run.checkpoint)
+    marks = []
 
     def mark(event: Event) -> None:
         marks.append(time.perf_counter())
         run.on_event(Event("measure", min(event.done, _STEPS), _STEPS, "steps"))
 
-    tune(run.model, deltas, Halves(*halves), run.pad, dataclasses.replace(recipe, steps=_STEPS, eval_every=_STEPS), mark)
-    # One event per step, and one after the held-out loss that follows the last step. The first step also warms up.
+    recipe = dataclasses.replace(run.recipe, steps=_STEPS, check_every=_STEPS, check_prompts=0)
+    every = examples.harmful + examples.harmless
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        trunk = Trunk(run.model, blocks, first, run.pad)
+        with watch("remember", prompts / len({example.tokens for example in every})):
+            trunk.remember([e.tokens for e in every], [e.tokens for e in examples.harmless], Path(folder))
+        tune(trunk, deltas, examples, lambda _: [], recipe, mark)
+    # One event for the base, one per step, and one for the look that follows the last step. The first step also warms up.
     step, held_out = (marks[_STEPS] - marks[1]) / (_STEPS - 1), marks[_STEPS + 1] - marks[_STEPS]
-    batches = math.ceil(prompts / 2 * recipe.tune_holdout / recipe.batch)
-    watch.seconds["tune"] = recipe.steps * step + (1 + recipe.steps / recipe.eval_every) * batches * held_out
+    recipe = run.recipe
+    held = recipe.tune_holdout * prompts / max(1, recipe.tune_holdout * 3 * len(examples.harmful))
+    answered = 3 * recipe.check_prompts * per_answer
+    watch.seconds["tune"] = recipe.steps * step + (1 + recipe.steps / recipe.check_every) * (held * held_out + answered)
     return deltas.trainable

@@ -1,6 +1,7 @@
-"""`Recipe`: every setting of the method with its default, its unit, its range and its source.
+"""`Recipe`: every setting of the method with its default, its unit, its range and its source; and the recipes that ship.
 
-"NeST" is the paper arXiv 2602.16835; "measured" refers to bench/LOG.md.
+"NeST" is the paper arXiv 2602.16835, "NeuroStrike" its predecessor arXiv 2509.11864; "measured" refers to bench/LOG.md.
+The defaults are the recipe `nest`. The others are files in recipes/, which state how they differ from it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -50,9 +52,10 @@ class Recipe:
     # Text
     max_prompts: int = _knob(2000, "prompts of each kind, at most; larger sets are sampled", "time", 20)
     max_prompt_tokens: int = _knob(256, "tokens; longer prompts keep their end", "memory", 8)
-    max_answer_tokens: int = _knob(48, "tokens of a training answer", "memory", 1)
+    max_answer_tokens: int = _knob(48, "tokens of an answer in an evaluation", "time", 1)
+    trained_tokens: int = _knob(8, "tokens of a training answer: whether it refuses is decided at its start", "measured", 1)
     refusals: str = _knob(
-        "auto",
+        "builtin",
         "source of the refusal texts: own (the base's), builtin, or auto (own where the base refuses often enough)",
         "measured: unfamiliar wording costs small models more steps",
         choices=("auto", "own", "builtin"),
@@ -64,33 +67,52 @@ class Recipe:
         choices=("self", "given"),
     )
     # Probe and selection
-    probe_batch: int = _knob(32, "prompts per forward pass", "memory", 1)
+    probe_batch: int = _knob(64, "prompts per forward pass", "memory", 1)
     probe_holdout: float = _knob(0.25, "share of prompts that score the probe", "convention", 0.05, 0.5)
     probe_c: float = _knob(0.1, "inverse L2 strength of the probe", "convention", 1e-6)
-    probe_margin: float = _knob(0.1, "held-out accuracy over chance that a layer needs to be used", "convention", 0, 0.5)
-    threshold: float = _knob(0.7, "|z| of a neuron's probe weight above which it is kept", "NeST; value measured", 0)
+    probe_margin: float = _knob(0.1, "held-out balanced accuracy over 0.5 that a layer needs", "convention", 0, 0.5)
+    selector: str = _knob(
+        "probe",
+        "score of a neuron: probe (weight of a linear probe) or effect (difference of means in standard deviations)",
+        "NeST, NeuroStrike; SafeNeuron (arXiv 2602.12158)",
+        choices=("probe", "effect"),
+    )
+    threshold: float = _knob(2.0, "z-score above which a neuron is kept", "NeuroStrike: 3; value measured", 0)
+    sign: str = _knob(
+        "positive",
+        "positive keeps neurons that respond to harmful prompts, both also those that respond to harmless ones",
+        "NeuroStrike",
+        choices=("positive", "both"),
+    )
+    first_layer: int = _knob(-1, "lowest patched layer, from 0; -1 chooses it by probe accuracy and cost", "measured", -1)
     # Clusters
-    k_min: int = _knob(6, "fewest clusters per layer", "NeST (silhouette); value measured", 1)
-    k_max: int = _knob(10, "most clusters per layer", "NeST (silhouette)", 1, 256)
+    k_min: int = _knob(2, "fewest clusters per layer", "NeST (silhouette); value measured", 1)
+    k_max: int = _knob(6, "most clusters per layer", "NeST (silhouette); value measured", 1, 256)
     profile_prompts: int = _knob(1024, "prompts in an activation profile, at most", "memory", 8)
     # Tuning
     steps: int = _knob(300, "optimizer steps, at most", "measured", 1)
-    batch: int = _knob(16, "prompts of each half (harmful, benign) per step", "measured", 1)
+    harmful_batch: int = _knob(8, "harmful prompts per step", "measured", 1)
+    benign_batch: int = _knob(12, "benign prompts per step", "measured", 1)
+    lookalike_batch: int = _knob(12, "look-alike prompts per step; without any, benign ones take their place", "measured", 0)
     learning_rate: float = _knob(0.1, "AdamW step in units of the patched matrix's RMS weight", "measured", 1e-9, 10)
     warmup: float = _knob(0.06, "share of the steps", "convention", 0, 1)
     weight_decay: float = _knob(0.0, "AdamW decay of the deltas", "convention", 0)
     clip: float = _knob(1.0, "gradient norm", "convention", 1e-6)
-    benign_weight: float = _knob(1.0, "weight of the benign loss; the harmful loss weighs 1", "measured", 0)
-    kl_weight: float = _knob(0.5, "weight of KL(base || patched) on benign answers; 0 disables it", "measured", 0)
-    tune_holdout: float = _knob(0.1, "share of prompts whose loss decides when to stop", "convention", 0.02, 0.5)
-    eval_every: int = _knob(25, "steps between held-out losses", "convention", 1)
-    patience: int = _knob(4, "held-out losses without improvement before stopping", "convention", 1)
+    first_token_weight: float = _knob(10.0, "weight of an answer's first token; the others weigh 1", "measured", 1e-3)
+    benign_weight: float = _knob(0.0, "weight of the likelihood of harmless answers; refusals weigh 1", "measured", 0)
+    kl_weight: float = _knob(3.0, "weight of KL(base || patched) on harmless answers", "measured", 0)
+    tune_holdout: float = _knob(0.1, "share of prompts that decide which step is kept", "convention", 0.02, 0.5)
+    check_every: int = _knob(25, "steps between two looks at the held-out prompts", "convention", 1)
+    check_prompts: int = _knob(
+        48, "held-out prompts of each kind that are answered at each look; 0 looks at the loss alone", "time", 0
+    )
+    patience: int = _knob(4, "looks without improvement before stopping", "convention", 1)
     # Output
     delta_dtype: str = _knob("BF16", "storage dtype of the deltas", "size", choices=("F32", "BF16", "F16"))
     device: str = _knob("auto", "cpu, cuda, mps or auto", "hardware")
     dtype: str = _knob(
         "auto",
-        "arithmetic of the frozen model: auto is bfloat16 on an accelerator and float32 on a CPU",
+        "arithmetic of the frozen model: auto is bfloat16 on an accelerator, and on a CPU that is faster with it",
         "hardware",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
@@ -132,11 +154,17 @@ def _check(knob: dataclasses.Field[Any], value: Any) -> None:
         raise RecipeError(f"{knob.name} must be between {low} and {high if high is not None else 'any'}, got {value!r}")
 
 
-def make_recipe(file: Path | None = None, assignments: Sequence[str] = (), defaults: Mapping[str, Any] | None = None) -> Recipe:
+SHIPPED = ("nest", "fast", "lab")
+"""The recipes that ship: for a release, for a few minutes on two cores, and for the lab model."""
+
+
+def make_recipe(
+    source: str | Path | None = None, assignments: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
+) -> Recipe:
     """Builds a recipe; later sources win.
 
     Args:
-        file: A TOML file of settings.
+        source: The name of a recipe that ships, or a TOML file of settings.
         assignments: "key=value" texts.
         defaults: Settings by name that both override.
 
@@ -148,14 +176,13 @@ def make_recipe(file: Path | None = None, assignments: Sequence[str] = (), defau
     """
     values: dict[str, Any] = dict(defaults or {})
     known = get_type_hints(Recipe)
-    if file is not None:
-        try:
-            # TOML distinguishes 1 from 1.0; `clip = 1` means the number.
-            for name, value in tomllib.loads(read_text(file, MAX_FILE)).items():
-                values[name] = float(value) if known.get(name) is float and type(value) is int else value
-        except (OSError, ValueError, OverflowError, RecursionError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise RecipeError(f"cannot read the recipe {file}: {reason}") from error
+    for name, value in _read(source).items():
+        values[name] = value
+        if known.get(name) is float and type(value) is int:  # TOML distinguishes 1 from 1.0; `clip = 1` means the number
+            try:
+                values[name] = float(value)
+            except OverflowError as error:
+                raise RecipeError(f"cannot read the recipe {source}: {name}: {error}") from error
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:
@@ -170,3 +197,17 @@ def make_recipe(file: Path | None = None, assignments: Sequence[str] = (), defau
         meant = f"Did you mean {close[0]}? " if close else ""
         raise RecipeError(f"unknown setting: {', '.join(unknown)}", advice=meant + RecipeError.advice)
     return Recipe(**values)
+
+
+def _read(source: str | Path | None) -> Mapping[str, Any]:
+    """The settings that a recipe changes: one that ships, or a file."""
+    if source is None or str(source) == "nest":
+        return {}
+    if str(source) in SHIPPED:
+        return tomllib.loads(files("nestpatch.nest_train").joinpath("recipes", f"{source}.toml").read_text("utf-8"))
+    try:
+        return tomllib.loads(read_text(Path(source), MAX_FILE))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        advice = f"The recipes that ship are {', '.join(SHIPPED)}; anything else names a TOML file."
+        raise RecipeError(f"cannot read the recipe {source}: {reason}", advice=advice) from error

@@ -11,6 +11,7 @@ import platform
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -25,9 +26,9 @@ from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.atomic import check_output
 from nestpatch.formats import nest
 from nestpatch.formats.checkpoint import float_rows
-from nestpatch.nest_train._neurons import Clusters, Selection, cluster, collect, require_neurons, select
+from nestpatch.nest_train._neurons import Clusters, Selection, choose_first_layer, cluster, collect, require_neurons, select
 from nestpatch.nest_train._run import Run, limited_threads
-from nestpatch.nest_train._targets import distil
+from nestpatch.nest_train._targets import JUDGED_TOKENS, Examples, distil
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.pack import Label, Pack
@@ -36,7 +37,8 @@ from nestpatch.rows import DTYPES
 from nestpatch.runtimes.weights import MlpBlock, disk_name, find_mlps, same_weights
 
 if TYPE_CHECKING:
-    from nestpatch.nest_train._tune import DeltaSet, TuneResult
+    from nestpatch.nest_train._deltas import DeltaSet
+    from nestpatch.nest_train._tune import TuneResult
 
 _NO_LOOKALIKES = (
     "no look-alike prompts: nothing teaches the patched model to answer harmless prompts that look harmful, "
@@ -164,7 +166,7 @@ def _train(
     on_event: OnEvent,
 ) -> Trained:
     """The stages, after the checks."""
-    from nestpatch.nest_train._tune import DeltaSet, tune
+    from nestpatch.nest_train._deltas import DeltaSet
 
     data = data.sampled(recipe.max_prompts, recipe.seed)
     run = Run.start(base, recipe, on_event)
@@ -176,11 +178,10 @@ def _train(
         facts["seen_in_training"] = seen
         run.note(f"suites with training prompts: {', '.join(seen)}; their numbers say little about new prompts")
     before = _evaluate(run, suites, "the base") if suites else None
-    halves = distil(run, data)
+    examples = distil(run, data)
     selections, clusters = _find_clusters(run, data, blocks)
     deltas = DeltaSet(blocks, clusters)
-    on_event(Event("tune", 0, recipe.steps, f"{deltas.trainable} parameters"))
-    result = tune(run.model, deltas, halves, run.pad, recipe, on_event)
+    result = _tuned(run, blocks, deltas, examples)
     deltas.round_to(recipe.delta_dtype)
     if before is not None:
         facts |= {"judge": "keywords and references (nestpatch.evaluation.judges)", "before": before.as_json(), "after": None}
@@ -198,6 +199,25 @@ def _train(
         run.note(f"wrote {output}" + ("; its evaluation follows" if before is not None else ""))
     trained = Trained(pack, *_identity(pack), before, None, deltas.trainable, run.parameters, output)
     return trained if before is None else _evaluated(run, trained, suites, deltas, before)
+
+
+def _tuned(run: Run, blocks: Sequence[MlpBlock], deltas: DeltaSet, examples: Examples) -> TuneResult:
+    """The stages remember and tune."""
+    from nestpatch.nest_train._trunk import Trunk
+    from nestpatch.nest_train._tune import tune
+
+    if kinds := deltas.quantize_like(run.checkpoint):
+        run.decide("rounding", "", f"deltas are trained through the rounding to {', '.join(kinds)} of the base's file")
+    trunk = Trunk(run.model, blocks, deltas.first_layer, run.pad)
+    every = examples.harmful + examples.harmless
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        skipped = trunk.remember([e.tokens for e in every], [e.tokens for e in examples.harmless], Path(folder), run.on_event)
+        run.decide("step", *skipped)
+        run.on_event(Event("tune", 0, run.recipe.steps, f"{deltas.trainable} parameters"))
+        answer = partial(run.generate, stage="check", tokens=JUDGED_TOKENS)
+        result = tune(trunk, deltas, examples, answer, run.recipe, run.on_event)
+    run.note(f"kept step {result.kept.step} of {result.steps} ({result.reason}): {result.kept}; the base: {result.before}")
+    return result
 
 
 def _evaluate(run: Run, suites: Sequence[Suite], note: str) -> Scores:
@@ -240,10 +260,13 @@ def _find_clusters(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> 
             selections.append(select(block.layer, layer, harmful, run.recipe))
             run.on_event(Event("select", block.layer + 1, len(blocks)))
         require_neurons(selections)
+        first, reason = choose_first_layer(selections, len(blocks), run.recipe)
+        run.decide("first layer", str(first), reason)
         clusters = []
         for selection, layer in zip(selections, acts, strict=True):
-            clusters.append(cluster(selection, layer, run.recipe))
-            run.note(f"layer {selection.layer}: {selection.reason}; {clusters[-1].k} clusters")
+            used = selection if selection.layer >= first else selection.skipped(f"below layer {first}")
+            clusters.append(cluster(used, layer, run.recipe))
+            run.note(f"layer {used.layer}: {used.reason}; {clusters[-1].k} clusters")
             run.on_event(Event("cluster", len(clusters), len(blocks)))
         del acts
     return selections, clusters
@@ -275,7 +298,6 @@ def _method(
         {
             "layer": s.layer,
             "probe_accuracy": round(s.accuracy, 4),
-            "chance": round(s.chance, 4),
             "neurons": len(s.neurons),
             "clusters": c.k,
             "silhouette": None if c.silhouette is None else round(c.silhouette, 4),
@@ -292,9 +314,8 @@ def _method(
         "layers": layers,
         "tuning": {
             "steps": result.steps,
-            "best_step": result.best_step,
-            "loss_before": round(result.loss_before, 6),
-            "loss_after": round(result.loss_after, 6),
+            "kept_step": result.kept.step,
+            "held_out": [look.as_json() for look in result.looks],
             "stopped": result.reason,
         },
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -39,6 +40,12 @@ _READ_WHOLE = (".json", ".model", ".jinja", ".txt")
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".gguf", ".nest")
 
 
+_LARGE = 50_000_000
+"""Bytes of a model from which the arithmetic outweighs everything else."""
+_WORTHWHILE = 1.5
+"""Gain from which a CPU computes in bfloat16."""
+
+
 def pick_device(wanted: str) -> tuple[str, str]:
     """Chooses where PyTorch computes.
 
@@ -70,21 +77,43 @@ def pick_device(wanted: str) -> tuple[str, str]:
     return wanted, "asked for"
 
 
-def pick_dtype(wanted: str, device: str) -> tuple[str, str]:
+def pick_dtype(wanted: str, device: str, nbytes: int = 0) -> tuple[str, str]:
     """Chooses in which type PyTorch computes.
 
     Args:
         wanted: "auto", or the name of a torch dtype.
         device: From `pick_device`.
+        nbytes: Size of the model, for a CPU: a large one is computed in bfloat16 where that is faster here; 0 never asks.
 
     Returns:
         (torch dtype name, reason).
     """
     if wanted != "auto":
         return wanted, "asked for"
-    if device == "cpu":
-        return "float32", "CPUs compute bfloat16 slowly"
-    return "bfloat16", "accelerators compute it natively"
+    if device != "cpu":
+        return "bfloat16", "accelerators compute it natively"
+    if nbytes < _LARGE:
+        return "float32", "exact, and fast enough for this model"
+    ratio = _bfloat16_gain()
+    if ratio >= _WORTHWHILE:
+        return "bfloat16", f"this processor multiplies it {ratio:.1f} times as fast as float32"
+    return "float32", f"this processor multiplies bfloat16 only {ratio:.1f} times as fast"
+
+
+def _bfloat16_gain() -> float:
+    """How much faster this processor multiplies matrices of bfloat16 than of float32, by a product of a typical layer."""
+    import torch
+
+    def seconds(dtype: torch.dtype) -> float:
+        rows, matrix = torch.ones(512, 1024, dtype=dtype), torch.ones(2048, 1024, dtype=dtype)
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            torch.nn.functional.linear(rows, matrix)
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    return seconds(torch.float32) / seconds(torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -191,7 +220,16 @@ def load_model(source: Path, device: str, dtype: str) -> tuple[PreTrainedModel, 
     model.to(device=torch.device(device))  # type: ignore[call-arg]
     model.train(mode=False)
     model.requires_grad_(requires_grad=False)
+    if (head := model.get_output_embeddings()) is not None:
+        head.register_forward_pre_hook(_in_one_piece)
     return model, tokenizer
+
+
+def _in_one_piece(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Copies the last positions that `generate` cuts out, a few numbers: on the cut itself PyTorch multiplies by batches, and
+    copies the whole vocabulary for every prompt (5 of 10 seconds for 64 short answers of a model of 135 million parameters).
+    """
+    return args[0].contiguous(), *args[1:]
 
 
 def _load_directory(source: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

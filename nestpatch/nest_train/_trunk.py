@@ -1,0 +1,240 @@
+"""The frozen layers below the first patched one: their outputs, and the base's own, are computed once for all examples.
+
+A step of the tuning then runs the upper layers alone, and the divergence from the base needs no second forward pass.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from nestpatch.events import Event, OnEvent, ignore
+from nestpatch.runtimes.text import IGNORED, TokenPair, collate
+from nestpatch.runtimes.weights import MlpBlock
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_BATCH = 32
+"""Examples that are computed together once."""
+_TOLERANCE = 0.05
+"""Nats by which log-probabilities of the shortened model may differ from those of the whole: rounding in bfloat16."""
+
+
+class _Skipped(nn.Module):
+    """In the place of a layer below the first patched one: hands its input on. Attributes are those of the layer."""
+
+    def __init__(self, layer: nn.Module, packed: bool) -> None:
+        super().__init__()
+        object.__setattr__(self, "_layer", layer)
+        self.packed = packed
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_layer"), name)
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        """[batch, tokens, width] -> the same, in a tuple where the layer returns one."""
+        return (hidden_states, None) if self.packed else hidden_states
+
+
+class _Store:
+    """Rows of hidden states of many examples, in one file that is mapped into memory."""
+
+    def __init__(self, path: Path, rows: int, like: torch.Tensor) -> None:
+        width = like.shape[-1]
+        self._rows = torch.from_file(str(path), shared=True, size=rows * width, dtype=like.dtype).view(rows, width)
+        self._places: dict[TokenPair, slice] = {}
+        self._end = 0
+
+    def put(self, pair: TokenPair, rows: torch.Tensor) -> None:
+        """Stores the rows of one example."""
+        place = slice(self._end, self._end + len(rows))
+        self._rows[place] = rows.cpu()
+        self._places[pair], self._end = place, place.stop
+
+    def get(self, pair: TokenPair) -> torch.Tensor:
+        """[rows, width]."""
+        return self._rows[self._places[pair]]
+
+
+class Trunk:
+    """Answers of a model whose lower layers are frozen.
+
+    Args:
+        model: The frozen base, without deltas.
+        blocks: Its feed-forward blocks.
+        first: The lowest layer that deltas will be attached to.
+        pad: The id of the padding token.
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: Sequence[MlpBlock], first: int, pad: int) -> None:
+        self._model, self._pad = model, pad
+        self._layers, self._start = _layers_of(model, blocks[first])
+        self._head: nn.Module = model.get_output_embeddings()
+        embedding: Any = model.get_input_embeddings()
+        self._width = int(embedding.weight.shape[-1])
+        self._hidden: _Store | None = None
+        self._final: _Store | None = None
+        self._packed = False
+
+    def remember(
+        self, pairs: Sequence[TokenPair], harmless: Sequence[TokenPair], folder: Path, on_event: OnEvent = ignore
+    ) -> tuple[str, str]:
+        """Runs all examples through the base once.
+
+        Args:
+            pairs: All examples.
+            harmless: Those of them whose base log-probabilities are needed.
+            folder: Where the hidden states are stored: memory does not grow with the examples.
+            on_event: Called with the progress.
+
+        Returns:
+            Whether the lower layers are skipped from now on, and why.
+        """
+        unique, wanted = list(dict.fromkeys(pairs)), set(harmless)
+        seen = self._seen(unique[:1])
+        if self._start:
+            rows = sum(len(pair.prompt) + len(pair.answer) for pair in unique)
+            self._hidden = _Store(folder / "hidden", rows, seen["hidden"])
+        self._final = _Store(folder / "final", sum(len(pair.answer) for pair in wanted), seen["final"])
+        order = sorted(unique, key=lambda pair: len(pair.prompt) + len(pair.answer))
+        for start in range(0, len(order), _BATCH):
+            self._remember_batch(order[start : start + _BATCH], wanted)
+            on_event(Event("remember", min(start + _BATCH, len(order)), len(order)))
+        return self._checked(order[:4])
+
+    def _remember_batch(self, batch: Sequence[TokenPair], wanted: set[TokenPair]) -> None:
+        seen, begin = self._seen(batch), 0
+        for row, pair in enumerate(batch):
+            if self._hidden is not None:
+                self._hidden.put(pair, seen["hidden"][row, : len(pair.prompt) + len(pair.answer)])
+            if self._final is not None and pair in wanted:
+                self._final.put(pair, seen["final"][begin : begin + len(pair.answer)])
+            begin += len(pair.answer)
+
+    @torch.no_grad()
+    def _seen(self, batch: Sequence[TokenPair]) -> dict[str, torch.Tensor]:
+        """Runs a batch: what enters the first patched layer, [batch, tokens, width], and the head, [answer tokens, width]."""
+        ids, mask, labels = collate(batch, self._pad, self._model.device)
+        with self._watched() as seen, self._answers(labels):
+            self._model(input_ids=ids, attention_mask=mask, use_cache=False)
+        return seen
+
+    @contextmanager
+    def _watched(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Fills a dict with what enters the first patched layer, and, inside `_answers`, what enters the head."""
+        seen: dict[str, torch.Tensor] = {}
+
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            seen["hidden"] = (args[0] if args else kwargs["hidden_states"]).detach()
+
+        def look(_: nn.Module, __: Any, output: Any) -> None:
+            self._packed = isinstance(output, tuple)
+
+        def final(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            seen["final"] = args[0][0].detach()
+
+        handles = [self._head.register_forward_pre_hook(final)]
+        if self._start:
+            layer = self._layers[self._start]
+            handles += [layer.register_forward_pre_hook(keep, with_kwargs=True), layer.register_forward_hook(look)]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _answers(self, labels: torch.Tensor, extra: torch.Tensor | None = None) -> Iterator[None]:
+        """Inside, the head sees the positions that predict answers alone, as one sequence, then the rows of `extra`."""
+        wanted = labels[:, 1:] != IGNORED
+
+        def select(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+            rows = args[0][:, :-1][wanted]
+            return ((rows if extra is None else torch.cat([rows, extra]))[None],)
+
+        handle = self._head.register_forward_pre_hook(select, prepend=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _skipping(self, hidden: torch.Tensor) -> Iterator[None]:
+        """Inside, the lower layers hand on what they get, and the first patched one reads `hidden`."""
+
+        def replace(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+        lower = [self._layers[number] for number in range(self._start)]
+        handle = self._layers[self._start].register_forward_pre_hook(replace, with_kwargs=True)
+        for number, layer in enumerate(lower):
+            self._layers[number] = _Skipped(layer, self._packed)
+        try:
+            yield
+        finally:
+            for number, layer in enumerate(lower):
+                self._layers[number] = layer
+            handle.remove()
+
+    def logits(self, batch: Sequence[TokenPair], harmless: Sequence[TokenPair] = ()) -> tuple[Any, Any, Any]:
+        """The predictions of the answers of a batch, by the model as it is now and by the base.
+
+        Args:
+            batch: Examples that `remember` has seen.
+            harmless: Examples of the batch, in its order, whose base predictions are needed.
+
+        Returns:
+            (logits, labels, base): float32 [answer tokens, vocabulary], int64 [answer tokens], and for the answers of
+            `harmless` float32 [their tokens, vocabulary], without a gradient.
+        """
+        ids, mask, labels = collate(batch, self._pad, self._model.device)
+        wanted = labels[:, 1:] != IGNORED
+        extra = None
+        if harmless and self._final is not None:
+            extra = torch.cat([self._final.get(pair) for pair in harmless]).to(self._model.device)
+        with self._answers(labels, extra):
+            if self._hidden is None:
+                logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
+            else:
+                rows = [self._hidden.get(pair) for pair in batch]
+                hidden = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self._model.device)
+                nothing = hidden.new_zeros(*ids.shape, self._width)
+                with self._skipping(hidden):
+                    logits = self._model(inputs_embeds=nothing, attention_mask=mask, use_cache=False).logits[0]
+        count = int(wanted.sum())
+        return logits[:count].float(), labels[:, 1:][wanted], logits[count:].detach().float()
+
+    @torch.no_grad()
+    def _checked(self, pairs: Sequence[TokenPair]) -> tuple[str, str]:
+        """Compares the shortened model with the whole one; where they differ the lower layers are computed at every step."""
+        if self._hidden is None:
+            return "all layers", "the first one is patched"
+        short = self.logits(pairs)[0].log_softmax(-1)
+        kept, self._hidden = self._hidden, None
+        whole = self.logits(pairs)[0].log_softmax(-1)
+        # Log-probabilities of unlikely tokens are rounded coarsely, and do not matter.
+        gap = float(((short - whole).abs() * whole.exp()).sum(-1).max())
+        if math.isfinite(gap) and gap <= _TOLERANCE:
+            self._hidden = kept
+            return f"from layer {self._start}", f"the {self._start} layers below are frozen, their outputs are stored"
+        return "all layers", f"skipping frozen layers changes the answers of this architecture by {gap:.2g} nats"
+
+
+def _layers_of(model: PreTrainedModel, block: MlpBlock) -> tuple[nn.ModuleList, int]:
+    """The list of layers, and the number in it of the one that contains a block."""
+    name = re.match(r"(.*)\.(\d+)\.", block.name)
+    layers = model.get_submodule(name[1]) if name else None
+    if name is None or not isinstance(layers, nn.ModuleList):
+        return nn.ModuleList(), 0
+    return layers, int(name[2])
