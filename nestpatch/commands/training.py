@@ -14,7 +14,6 @@ import click
 from nestpatch.commands.options import (
     ModelType,
     OutputPath,
-    PathType,
     examples,
     json_option,
     note_sample,
