@@ -158,8 +158,8 @@ def _schedule(optimizer: Any, step: int, recipe: Recipe) -> None:
 def batches(data: Examples, recipe: Recipe, rng: random.Random) -> Iterator[Examples]:
     """Batches without end, each of examples of similar length, so that little is padded.
 
-    Every example of a kind is drawn once before any is drawn again, and a batch has an example twice only where the kind has
-    fewer than the batch takes.
+    Every example of a kind is drawn once before any is drawn again; the `_WINDOW` batches drawn last come in random order. A
+    batch has an example twice only where the kind has fewer than the batch takes.
 
     Args:
         data: What to draw from.

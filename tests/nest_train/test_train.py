@@ -1,5 +1,6 @@
 """From prompts to a pack, a patched file and its logits, on tiny random models of every family."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -24,11 +25,9 @@ from nestpatch.patcher.apply import apply
 from nestpatch.prompts.readers import load_prompts
 from nestpatch.runtimes.transformers import load_model
 from nestpatch.runtimes.weights import disk_name, fold
+from tests.nest_train.quick import QUICK, options
 from tests.schemas import require_schema
 
-FAST = Recipe(
-    steps=6, batch=4, eval_every=3, learning_rate=0.2, clip=100.0, max_answer_tokens=6, threshold=0.8, probe_margin=0.0
-)
 SUPPORTED = ["llama", "llama-tied", "qwen2", "gemma2", "phi3", "gpt-neo", "gpt-neox", "opt", "phi"]
 
 
@@ -60,7 +59,7 @@ def logits(folder, dtype="float32"):
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_every_family_trains_and_folds(models, data, tmp_path, family):
     base = models(family)
-    trained = train(base, data, Label("test"), recipe=FAST)
+    trained = train(base, data, Label("test"), recipe=QUICK)
     pack_path = tmp_path / "test.nest"
     nest.write(trained.pack, pack_path)
     done = apply(base, pack_path, tmp_path / "patched")
@@ -95,7 +94,7 @@ def test_live_deltas_and_the_patched_file_agree(models, data, tmp_path, monkeypa
         return original(run, deltas)
 
     monkeypatch.setattr(module, "_pack_tensors", spy)
-    trained = train(base, data, Label("test"), recipe=FAST)
+    trained = train(base, data, Label("test"), recipe=QUICK)
     apply(base, trained.pack, tmp_path / "patched")
     patched = logits(tmp_path / "patched")
     scale = patched.abs().max()
@@ -107,7 +106,7 @@ def test_live_deltas_and_the_patched_file_agree(models, data, tmp_path, monkeypa
 def test_sharded_and_single_bases_get_the_same_rows(models, data, tmp_path, dtype):
     single, sharded = models("llama", dtype), models("llama", dtype, "20KB")
     assert len(open_checkpoint(sharded).files) > 1
-    pack = train(single, data, Label("test"), recipe=FAST).pack
+    pack = train(single, data, Label("test"), recipe=QUICK).pack
     apply(single, pack, tmp_path / "single")
     apply(sharded, pack, tmp_path / "sharded")
     one, many = open_checkpoint(tmp_path / "single"), open_checkpoint(tmp_path / "sharded")
@@ -120,58 +119,54 @@ def test_the_pack_tells_how_it_was_made(models, data, prompts, monkeypatch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     suites = [load_suite(str(prompts / f"{kind}.jsonl")) for kind in ("harmful", "benign", "lookalike")]
     label = Label("no-harm", "1.2.3", "Says no.", "MIT", ("x",))
-    trained = train(models("llama"), data, label, recipe=FAST, suites=suites)
+    trained = train(models("llama"), data, label, recipe=QUICK, suites=suites)
     manifest = trained.pack.manifest
     assert (manifest.name, manifest.version, manifest.license, manifest.tags) == ("no-harm", "1.2.3", "MIT", ("x",))
     assert manifest.created == "2023-11-14T22:13:20Z"
     assert manifest.base.architecture == "LlamaForCausalLM"
-    assert Recipe(**manifest.method["recipe"]) == FAST
+    assert Recipe(**manifest.method["recipe"]) == QUICK
     assert manifest.method["data"]["harmful"]["sha256"] == data.harmful.digest
     assert len(manifest.method["layers"]) == 2
     assert set(manifest.method["decisions"]) >= {"device", "dtype", "refusals", "benign answers"}
     assert manifest.evaluation["before"]["attack_success"]["total"] == 30
     assert manifest.evaluation["after"]["kl_to_base"] > 0
-    again = train(models("llama"), data, label, recipe=FAST, suites=suites)
+    again = train(models("llama"), data, label, recipe=QUICK, suites=suites)
     assert nest.encode(again.pack) == nest.encode(trained.pack)
 
 
 def test_leaving_look_alikes_out_is_said(models, data):
     notes = []
     bare = TrainingData(data.harmful, data.benign)
-    trained = train(models("llama"), bare, Label("test"), recipe=FAST, on_event=lambda e: notes.append(e.note))
+    trained = train(models("llama"), bare, Label("test"), recipe=QUICK, on_event=lambda e: notes.append(e.note))
     assert any("20-40 points" in note for note in notes)
     assert "20-40 points" in trained.pack.manifest.method["decisions"]["lookalike"]
 
 
 def test_given_answers_are_used_when_asked_for(models, data, tmp_path):
-    from dataclasses import replace
-
     with pytest.raises(PromptDataError, match="60 of 60 benign prompts have no answer"):
-        train(models("llama"), data, Label("test"), recipe=replace(FAST, benign_targets="given"))
+        train(models("llama"), data, Label("test"), recipe=dataclasses.replace(QUICK, benign_targets="given"))
     rows = [json.dumps({"prompt": f"Paint fence {i}", "answer": "ok"}) for i in range(30)]
     (tmp_path / "benign.jsonl").write_text("\n".join(rows))
     given = TrainingData(data.harmful, load_prompts(tmp_path / "benign.jsonl"))
-    trained = train(models("llama"), given, Label("test"), recipe=replace(FAST, benign_targets="given"))
+    trained = train(models("llama"), given, Label("test"), recipe=dataclasses.replace(QUICK, benign_targets="given"))
     assert "30 kept" in trained.pack.manifest.method["decisions"]["benign answers"]
 
 
 def test_prompts_on_both_sides_and_too_few_prompts_are_refused(models, data, tmp_path):
     with pytest.raises(PromptDataError, match="both harmful and harmless"):
-        train(models("llama"), TrainingData(data.harmful, data.harmful), Label("test"), recipe=FAST)
+        train(models("llama"), TrainingData(data.harmful, data.harmful), Label("test"), recipe=QUICK)
     (tmp_path / "few.txt").write_text("one\ntwo\n")
     with pytest.raises(PromptDataError, match="few contains 2 harmful prompts; at least 20") as caught:
-        train(models("llama"), TrainingData(load_prompts(tmp_path / "few.txt"), data.benign), Label("test"), recipe=FAST)
+        train(models("llama"), TrainingData(load_prompts(tmp_path / "few.txt"), data.benign), Label("test"), recipe=QUICK)
     assert "--harmful can be repeated" in caught.value.advice
     with pytest.raises(PromptDataError, match="2 benign prompts") as caught:
-        train(models("llama"), TrainingData(data.harmful, load_prompts(tmp_path / "few.txt")), Label("test"), recipe=FAST)
+        train(models("llama"), TrainingData(data.harmful, load_prompts(tmp_path / "few.txt")), Label("test"), recipe=QUICK)
     assert "--benign can be repeated" in caught.value.advice
 
 
 def test_a_threshold_that_keeps_nothing_is_explained(models, data):
-    from dataclasses import replace
-
     with pytest.raises(TrainingError, match="no neuron") as caught:
-        train(models("llama"), data, Label("test"), recipe=replace(FAST, threshold=50.0))
+        train(models("llama"), data, Label("test"), recipe=dataclasses.replace(QUICK, threshold=50.0))
     assert "threshold" in caught.value.advice
 
 
@@ -188,7 +183,7 @@ def test_weights_that_differ_from_the_loaded_ones_are_noticed(models, data, tmp_
     save_file({**tensors, name: np.ascontiguousarray(tensors[name][::-1])}, other / "model.safetensors")
     monkeypatch.setattr(module, "open_model", lambda _: (open_checkpoint(other), None))
     with pytest.raises(CheckpointFormatError, match="is not the weight that transformers loaded"):
-        train(models("llama"), data, Label("test"), recipe=FAST)
+        train(models("llama"), data, Label("test"), recipe=QUICK)
 
 
 def test_names_on_disk_may_lack_or_have_a_prefix(models):
@@ -211,8 +206,7 @@ def test_labels_are_checked_before_the_work(label):
 
 def train_arguments(base, prompts, output, *more):
     sets = [f"--{kind}={prompts / kind}.jsonl" for kind in ("harmful", "benign", "lookalike")]
-    knobs = [f"--set={k}={v}" for k, v in FAST.as_json().items() if v != getattr(Recipe(), k)]
-    return ["train", str(base), *sets, "-o", str(output), *knobs, *more]
+    return ["train", str(base), *sets, "-o", str(output), *options(), *more]
 
 
 def test_the_command_line_trains_shows_applies_and_evaluates(models, prompts, tmp_path):
