@@ -188,13 +188,13 @@ def test_without_deltas_nothing_diverges(tuning: Tuning) -> None:
 
 def test_looks_are_ordered_by_answers_then_by_loss() -> None:
     ordered = [
-        Look(1, 9.0, 0.0, 0.0, 0.0),
-        Look(2, 1.0, 0.0, 0.1, None),
-        Look(3, 2.0, 0.1, 0.0, 0.0),
-        Look(4, 0.1, 0.1, 0.1, 0.1),
         Look(5, math.nan, 0.0, 0.0, 0.0),
+        Look(4, 0.1, 0.1, 0.1, 0.1),
+        Look(3, 2.0, 0.1, 0.0, 0.0),
+        Look(2, 1.0, 0.0, 0.1, None),
+        Look(1, 9.0, 0.0, 0.0, 0.0),
     ]
-    assert [look.step for look in sorted(ordered[::-1], key=lambda look: look.score)] == [1, 2, 3, 4, 5]
+    assert [look.step for look in sorted(ordered, key=lambda look: look.score)] == [1, 2, 3, 4, 5]
     assert Look(1, 0.5).score < Look(2, 0.6).score
     assert not Look(1, math.inf, 0.0).score < Look(2, math.nan, 0.0).score
 
