@@ -169,14 +169,8 @@ def _folder(keep: Path | None) -> Iterator[Path]:
 def _train(lab: Lab, folder: Path, seed: int, on_event: OnEvent) -> Trained:
     data = TrainingData(*(load_prompts(lab.prompts(f"{kind}.train")) for kind in ("harmful", "benign", "lookalike")))
     label = Label("lab-no-harm", description="Refuses the harmful requests of the lab world.", license="Apache-2.0")
-    return train(
-        folder / "base",
-        data,
-        label,
-        recipe=make_recipe("lab", defaults={"seed": seed}),
-        output=folder / PACK,
-        on_event=on_event,
-    )
+    recipe = make_recipe("lab", defaults={"seed": seed})
+    return train(folder / "base", data, label, recipe=recipe, output=folder / PACK, on_event=on_event)
 
 
 def _run_gguf(folder: Path, suites: Sequence[Suite], on_event: OnEvent) -> tuple[FormatResult, ...]:

@@ -31,8 +31,10 @@ def pairs(count: int, seed: int = 0) -> list[TokenPair]:
 class Tuned:
     """A tiny model with deltas in its upper layer, and its trunk."""
 
-    def __init__(self, folder: Path, place: Path, first: int = 1) -> None:
+    def __init__(self, folder: Path, place: Path, first: int = 1, attention: str = "") -> None:
         self.model, tokenizer = load_model(folder, "cpu", "float32")
+        if attention:
+            self.model.set_attn_implementation(attention)
         self.pad = int(tokenizer.pad_token_id)
         blocks = find_mlps(self.model)
         self.deltas = DeltaSet(blocks, groups_of(blocks, first))
@@ -65,9 +67,10 @@ def tuned(models: Any, tmp_path: Path) -> Tuned:
     return Tuned(models("llama"), tmp_path)
 
 
+@pytest.mark.parametrize("attention", ["", "eager"])
 @pytest.mark.parametrize("family", list(CONFIGS))
-def test_stored_hidden_states_give_the_whole_models_numbers(models: Any, tmp_path: Path, family: str) -> None:
-    made = Tuned(models(family), tmp_path)
+def test_stored_hidden_states_give_the_whole_models_numbers(models: Any, tmp_path: Path, family: str, attention: str) -> None:
+    made = Tuned(models(family), tmp_path, attention=attention)
     examples = pairs(50)
     harmful, harmless = examples[:3], examples[3:7]
     where, why = made.remember(examples, examples[3:])
