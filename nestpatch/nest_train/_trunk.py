@@ -225,7 +225,7 @@ class Trunk:
             problem = f"frozen layers of this architecture cannot be skipped: {type(error).__name__}: {error}"
         else:
             if gap <= _TOLERANCE:  # not NaN
-                return f"from layer {self._start}", f"the {self._start} layers below are frozen, their outputs are stored"
+                return f"from layer {self._start}", "the layers below are frozen, and their outputs are stored"
             problem = f"skipping frozen layers changes the answers of this architecture by {gap:.2g} nats"
         self._hidden = None
         return "all layers", problem

@@ -25,6 +25,7 @@ from nestpatch.patcher.apply import apply
 from nestpatch.prompts.readers import load_prompts
 from nestpatch.runtimes.transformers import load_model
 from nestpatch.runtimes.weights import disk_name, fold
+from nestpatch.views.progress import STAGES
 from tests.nest_train.quick import QUICK, options
 from tests.schemas import require_schema
 
@@ -170,6 +171,40 @@ def test_a_threshold_that_keeps_nothing_is_explained(models, data):
     assert "threshold" in caught.value.advice
 
 
+def test_neurons_below_the_first_layer_alone_are_explained(models, data, monkeypatch):
+    from nestpatch.nest_train import train as module
+
+    def low(layer, *arguments):
+        found = select(layer, *arguments)
+        return found if layer == 0 else found.skipped("skipped: for this test")
+
+    select = module.select
+    monkeypatch.setattr(module, "select", low)
+    with pytest.raises(TrainingError, match="below layer 1, the first that is patched; layer 1: skipped"):
+        train(models("llama"), data, Label("test"), recipe=dataclasses.replace(QUICK, first_layer=1))
+
+
+def test_layers_below_the_first_are_left_alone_and_computed_once(models, data):
+    recipe = dataclasses.replace(QUICK, first_layer=1, check_prompts=2, delta_dtype="F32")
+    events = []
+    trained = train(models("llama"), data, Label("test"), recipe=recipe, on_event=events.append)
+    assert {delta.name.split(".")[2] for delta in trained.pack} == {"1"}
+    method = trained.pack.manifest.method
+    assert method["decisions"]["step"].startswith("from layer 1 (the layers below are frozen")
+    assert method["decisions"]["first layer"] == "1 (asked for)"
+    assert [layer["clusters"] > 0 for layer in method["layers"]] == [layer["neurons"] > 0 for layer in method["layers"]]
+    assert [look["step"] for look in method["tuning"]["held_out"]] == [0, 3, 6]
+    assert all(0 <= look["refusal_lookalike"] <= 1 for look in method["tuning"]["held_out"])
+    assert {event.stage for event in events} >= {"distil", "probe", "select", "cluster", "remember", "look", "tune"}
+
+
+def test_every_stage_has_a_name_for_people(models, data):
+    stages = set()
+    recipe = dataclasses.replace(QUICK, check_prompts=2)
+    train(models("llama"), data, Label("test"), recipe=recipe, on_event=lambda event: stages.add(event.stage))
+    assert stages - {"note"} <= set(STAGES)
+
+
 def test_weights_that_differ_from_the_loaded_ones_are_noticed(models, data, tmp_path, monkeypatch):
     """A checkpoint whose tensors are converted while loading must not become a pack for the wrong rows."""
     from nestpatch.nest_train import _run as module
@@ -221,8 +256,9 @@ def test_the_command_line_trains_shows_applies_and_evaluates(models, prompts, tm
     assert facts["pack_id"] == nest.pack_id(nest.read(pack))
     shown = run(main, ["show", str(pack), "--rows"])
     assert shown.exit_code == 0
-    for word in ("safe 1.0.0", "LlamaForCausalLM", "gate_proj", "attack success", "layer 1"):
+    for word in ("safe 1.0.0", "LlamaForCausalLM", "gate_proj", "attack success", "layer 1", "held out, step 3"):
         assert word in shown.stdout
+    assert "held out" not in run(main, ["show", str(pack)]).stdout
     assert json.loads(run(main, ["show", str(pack), "--json"]).stdout)["pack_id"] == facts["pack_id"]
     applied = run(main, ["apply", str(base), str(pack), "-o", str(tmp_path / "patched"), "--json"])
     assert json.loads(applied.stdout)["tensors"] == 4
