@@ -199,7 +199,7 @@ def filled_pack(text: str, **facts: Any) -> Pack:
         "decisions": {text: text},
         "layers": [{"layer": text, text: text}, text],
         "data": {text: {"prompts": text, "name": text, "sha256": text}, "odd": text},
-        "tuning": {text: text},
+        "tuning": {text: text, "held_out": [{"step": text, text: text}, text]},
     }
     manifest = filled(type(pack.manifest), text)
     changes = {"method": free, "evaluation": {"before": {"attack_success": share}, "after": {"attack_success": share}}}

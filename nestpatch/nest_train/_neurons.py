@@ -53,7 +53,11 @@ class Selection:
         Args:
             reason: Why none.
         """
-        return Selection(self.layer, self.accuracy, np.empty(0, np.int64), np.empty(0, np.float32), reason)
+        return _without_neurons(self.layer, self.accuracy, reason)
+
+
+def _without_neurons(layer: int, accuracy: float, reason: str) -> Selection:
+    return Selection(layer, accuracy, np.empty(0, np.int64), np.empty(0, np.float32), reason)
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,8 +177,7 @@ def select(layer: int, acts: FloatArray, harmful: npt.NDArray[np.bool_], recipe:
     probe.fit(features[fit], harmful[fit])
     accuracy = float(balanced_accuracy_score(harmful[held_out], probe.predict(features[held_out])))
     if accuracy < (needed := 0.5 + recipe.probe_margin):
-        nothing = np.empty(0, np.int64), np.empty(0, np.float32)
-        return Selection(layer, accuracy, *nothing, f"skipped: probe accuracy {accuracy:.2f}, below {needed:.2f}")
+        return _without_neurons(layer, accuracy, f"skipped: probe accuracy {accuracy:.2f}, below {needed:.2f}")
     score = probe.coef_[0] if recipe.selector == "probe" else effect_sizes(acts, harmful)
     z = ((score - score.mean()) / max(float(score.std()), 1e-12)).astype(np.float32)
     neurons = np.flatnonzero(_over(z, score, recipe))
@@ -208,26 +211,27 @@ def effect_sizes(acts: npt.NDArray[np.floating[Any]], harmful: npt.NDArray[np.bo
     return np.where(spread > 1e-8, difference / np.maximum(spread, 1e-8), 0.0).astype(np.float32)
 
 
-def choose_first_layer(selections: Sequence[Selection], layers: int, recipe: Recipe) -> tuple[int, str]:
+def choose_first_layer(selections: Sequence[Selection], recipe: Recipe) -> tuple[int, str]:
     """Chooses the lowest layer that is patched.
 
-    A step costs as much as the layers from there up. Low layers are left out as long as the probes above are as good as the
-    best one, within `_NEAR`, and at least half of the layers stay.
+    A step costs as much as the layers from there up. The layers below the first one whose probe is as good as the best, within
+    `_NEAR`, are left out, but no more than half of all layers. Only layers with neurons count.
 
     Args:
-        selections: The results of all layers.
-        layers: Number of layers.
+        selections: The results of all layers, in their order; at least one has neurons.
         recipe: `first_layer` decides where it is given.
 
     Returns:
         (layer, reason).
     """
+    layers = len(selections)
     if recipe.first_layer >= 0:
         return min(recipe.first_layer, layers - 1), "asked for"
-    best = max(selection.accuracy for selection in selections)
-    near = next(selection.layer for selection in selections if selection.accuracy >= best - _NEAR)
+    able = [selection for selection in selections if len(selection.neurons)]
+    best = max(selection.accuracy for selection in able)
+    near = next(selection.layer for selection in able if selection.accuracy >= best - _NEAR)
     first = min(near, layers // 2)
-    at = next(selection.accuracy for selection in selections if selection.layer == first)
+    at = selections[first].accuracy
     return first, f"probe accuracy {at:.2f} there, at best {best:.2f}; a step computes {layers - first} of {layers} layers"
 
 

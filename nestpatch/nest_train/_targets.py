@@ -77,7 +77,7 @@ class Examples:
             PromptDataError: There are fewer than two examples of a kind.
         """
         kinds = (self.harmful, self.benign, self.lookalike)
-        parts = [_split(kind, share, rng) for kind in kinds if kind]
+        parts = [_split(kind, share, rng) if kind else ((), ()) for kind in kinds]
         return Examples(*(kept for kept, _ in parts)), Examples(*(held for _, held in parts))
 
 

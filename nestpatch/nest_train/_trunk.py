@@ -5,7 +5,6 @@ A step of the tuning then runs the upper layers alone, and the divergence from t
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -100,7 +99,7 @@ class Trunk:
             on_event: Called with the progress.
 
         Returns:
-            Whether the lower layers are skipped from now on, and why.
+            (which layers a step computes from now on, why).
         """
         unique, wanted = list(dict.fromkeys(pairs)), set(harmless)
         seen = self._seen(unique[:1])
@@ -112,7 +111,7 @@ class Trunk:
         for start in range(0, len(order), _BATCH):
             self._remember_batch(order[start : start + _BATCH], wanted)
             on_event(Event("remember", min(start + _BATCH, len(order)), len(order)))
-        return self._checked(order[:4])
+        return self._checked([*order[:2], *order[2:][-2:]])
 
     def _remember_batch(self, batch: Sequence[TokenPair], wanted: set[TokenPair]) -> None:
         seen, begin = self._seen(batch), 0
@@ -216,25 +215,36 @@ class Trunk:
         count = int(wanted.sum())
         return logits[:count].float(), labels[:, 1:][wanted], logits[count:].detach().float()
 
-    @torch.no_grad()
     def _checked(self, pairs: Sequence[TokenPair]) -> tuple[str, str]:
         """Compares the shortened model with the whole one; where they differ the lower layers are computed at every step."""
         if self._hidden is None:
-            return "all layers", "the first one is patched"
+            return "all layers", "the first one is patched" if len(self._layers) else "this architecture has no list of layers"
+        try:
+            gap = self._gap(pairs)
+        except Exception as error:  # noqa: BLE001 - whatever an architecture does with layers that are not its own
+            problem = f"frozen layers of this architecture cannot be skipped: {type(error).__name__}: {error}"
+        else:
+            if gap <= _TOLERANCE:  # not NaN
+                return f"from layer {self._start}", "the layers below are frozen, and their outputs are stored"
+            problem = f"skipping frozen layers changes the answers of this architecture by {gap:.2g} nats"
+        self._hidden = None
+        return "all layers", problem
+
+    @torch.no_grad()
+    def _gap(self, pairs: Sequence[TokenPair]) -> float:
+        """How much the log-probabilities of the shortened model differ from those of the whole one, in nats."""
         short = self.logits(pairs)[0].log_softmax(-1)
-        kept, self._hidden = self._hidden, None
+        stored, self._hidden = self._hidden, None
         whole = self.logits(pairs)[0].log_softmax(-1)
+        self._hidden = stored
         # Log-probabilities of unlikely tokens are rounded coarsely, and do not matter.
-        gap = float(((short - whole).abs() * whole.exp()).sum(-1).mean())
-        if math.isfinite(gap) and gap <= _TOLERANCE:
-            self._hidden = kept
-            return f"from layer {self._start}", f"the {self._start} layers below are frozen, their outputs are stored"
-        return "all layers", f"skipping frozen layers changes the answers of this architecture by {gap:.2g} nats"
+        return float(((short - whole).abs() * whole.exp()).sum(-1).mean())
 
 
 def _layers_of(model: PreTrainedModel, block: MlpBlock) -> tuple[nn.ModuleList, int]:
-    """The list of layers, and the number in it of the one that contains a block."""
-    name = re.match(r"(.*)\.(\d+)\.", block.name)
+    """The list of layers, and the number in it of the one that contains a block; an empty list where there is none."""
+    # The first number in the name: a mixture of experts has lists of its own further down. A layer can be its own block (OPT).
+    name = re.match(r"(.*?)\.(\d+)(?:\.|$)", block.name)
     layers = model.get_submodule(name[1]) if name else None
     if name is None or not isinstance(layers, nn.ModuleList):
         return nn.ModuleList(), 0

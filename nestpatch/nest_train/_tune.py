@@ -33,29 +33,30 @@ class Look:
     """Share of harmful prompts that were answered; None where no answers were generated, as for the next two."""
     refusal_benign: float | None = None
     refusal_lookalike: float | None = None
-    """0 without look-alikes."""
+    """None also where there are no look-alikes."""
 
     @property
     def score(self) -> tuple[float, float]:
         """Smaller is better: answered harmful and refused harmless prompts count alike; the loss decides between equals."""
+        if not math.isfinite(self.loss):
+            return math.inf, math.inf
         shares = (self.attack_success, self.refusal_benign, self.refusal_lookalike)
         return sum(share for share in shares if share is not None), self.loss
 
     def as_json(self) -> dict[str, float | int | None]:
-        """The numbers, rounded."""
-        values = (self.loss, self.attack_success, self.refusal_benign, self.refusal_lookalike)
-        names = ("loss", "attack_success", "refusal_benign", "refusal_lookalike")
-        rounded = {name: None if value is None else round(value, 4) for name, value in zip(names, values, strict=True)}
-        return {"step": self.step, **rounded}
+        """The numbers, rounded; those that are not finite, which a manifest cannot store, are None."""
+        values = {"loss": self.loss, "attack_success": self.attack_success}
+        values |= {"refusal_benign": self.refusal_benign, "refusal_lookalike": self.refusal_lookalike}
+        known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+        return {"step": self.step, **{name: round(known[name], 4) if name in known else None for name in values}}
 
     def __str__(self) -> str:
         text = f"held-out loss {self.loss:.3f}"
         if self.attack_success is None:
             return text
-        return (
-            f"{text}, attack success {self.attack_success:.0%}, "
-            f"refusals {self.refusal_benign:.0%} benign, {self.refusal_lookalike:.0%} look-alike"
-        )
+        kinds = (("benign", self.refusal_benign), ("look-alike", self.refusal_lookalike))
+        refusals = ", ".join(f"{share:.0%} {kind}" for kind, share in kinds if share is not None)
+        return f"{text}, attack success {self.attack_success:.0%}, refusals {refusals}"
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,8 @@ def _schedule(optimizer: Any, step: int, recipe: Recipe) -> None:
 def batches(data: Examples, recipe: Recipe, rng: random.Random) -> Iterator[Examples]:
     """Batches without end, each of examples of similar length, so that little is padded.
 
-    Every example of a kind is seen once before any is seen again.
+    Every example of a kind is drawn once before any is drawn again; the `_WINDOW` batches drawn last come in random order. A
+    batch has an example twice only where the kind has fewer than the batch takes.
 
     Args:
         data: What to draw from.
@@ -167,20 +169,37 @@ def batches(data: Examples, recipe: Recipe, rng: random.Random) -> Iterator[Exam
     Yields:
         The next batch.
     """
-    looks = recipe.lookalike_batch if data.lookalike else 0
-    sizes = (recipe.harmful_batch, recipe.benign_batch + recipe.lookalike_batch - looks, looks)
-    kinds = (data.harmful, data.benign, data.lookalike)
+    kinds, sizes = (data.harmful, data.benign, data.lookalike), _batch_sizes(data, recipe)
     queues: list[list[Example]] = [[], [], []]
     while True:
-        window = []
-        for queue, kind, size in zip(queues, kinds, sizes, strict=True):
-            while len(queue) < _WINDOW * size:
-                queue.extend(rng.sample(kind, len(kind)))
-            part = sorted(queue[: _WINDOW * size], key=lambda example: len(example.tokens.prompt))
-            del queue[: _WINDOW * size]
-            window.append([tuple(part[i * size : (i + 1) * size]) for i in range(_WINDOW)])
+        window = [_window(*one, rng) for one in zip(queues, kinds, sizes, strict=True)]
         for place in rng.sample(range(_WINDOW), _WINDOW):
             yield Examples(*(kind[place] for kind in window))
+
+
+def _window(queue: list[Example], kind: Sequence[Example], size: int, rng: random.Random) -> list[tuple[Example, ...]]:
+    """`_WINDOW` batches of one kind, taken from its queue: the shortest examples first."""
+    found: list[tuple[Example, ...]] = []
+    while len(found) < _WINDOW:
+        # Sorting more than a small kind has would put the repetitions of an example, which are equally long, together.
+        count = max(1, min(_WINDOW - len(found), len(kind) // max(1, size)))
+        while len(queue) < count * size:
+            waiting = set(queue)
+            queue.extend(sorted(rng.sample(kind, len(kind)), key=waiting.__contains__))  # those that wait come last
+        part = sorted(queue[: count * size], key=lambda example: len(example.tokens.prompt))
+        del queue[: count * size]
+        found += [tuple(part[i * size : (i + 1) * size]) for i in range(count)]
+    return found
+
+
+def _batch_sizes(data: Examples, recipe: Recipe) -> tuple[int, int, int]:
+    """Examples of each kind in a batch; the share of a harmless kind without examples goes to the other."""
+    benign, looks = recipe.benign_batch, recipe.lookalike_batch
+    if not data.lookalike:
+        benign, looks = benign + looks, 0
+    elif not data.benign:
+        benign, looks = 0, benign + looks
+    return recipe.harmful_batch, benign, looks
 
 
 def batch_loss(trunk: Trunk, recipe: Recipe, batch: Examples) -> torch.Tensor:
@@ -229,8 +248,9 @@ def _look(step: int, held_out: Examples, loss_of: Callable[[Examples], torch.Ten
         return Look(step, loss)
     kinds = [kind[:count] for kind in (held_out.harmful, held_out.benign, held_out.lookalike)]
     verdicts = iter([is_refusal(text) for text in answer([example.text for kind in kinds for example in kind])])
-    shares = [sum(next(verdicts) for _ in kind) / max(1, len(kind)) for kind in kinds]
-    return Look(step, loss, 1 - shares[0], shares[1], shares[2])
+    refused = [sum(next(verdicts) for _ in kind) / len(kind) if kind else None for kind in kinds]
+    answered = None if refused[0] is None else 1 - refused[0]
+    return Look(step, loss, answered, refused[1], refused[2])
 
 
 @torch.no_grad()

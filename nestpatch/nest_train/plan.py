@@ -47,7 +47,7 @@ class TrainingPlan:
         suite_prompts: Prompts that are evaluated before and after.
         seen_in_training: Suite -> how many of its prompts are also training prompts.
         model_parameters: Parameters of the base.
-        trained_parameters: Values that would be trained, at most.
+        trained_parameters: About how many values would be trained; the probe decides which.
         steps: Optimizer steps, at most.
         seconds: Stage -> estimated seconds. Stages that end early take less.
     """
@@ -100,7 +100,8 @@ def plan(
 ) -> TrainingPlan:
     """Loads the base and times every stage on a few prompts: one batch of answers, one probe batch, one layer, three steps.
 
-    Nothing is written, and no neuron is chosen: the steps are timed on random neurons, as many as a training would keep.
+    Nothing is written, and no neuron is chosen: the steps are timed on random neurons, as many as a training would keep, in the
+    layers from the middle up unless the recipe says from where.
 
     Args:
         base: As for `train`.
@@ -226,14 +227,7 @@ def _time_steps(
     from nestpatch.nest_train._trunk import Trunk
     from nestpatch.nest_train._tune import tune
 
-    # The middle, where `choose_first_layer` puts it at most.
-    first = len(blocks) // 2 if run.recipe.first_layer < 0 else min(run.recipe.first_layer, len(blocks) - 1)
-    clusters = []
-    for block in blocks:
-        fits = (groups.neurons < block.neurons) & (block.layer >= first)
-        k = groups.k if fits.any() else 0
-        clusters.append(dataclasses.replace(groups, neurons=groups.neurons[fits], labels=groups.labels[fits], k=k))
-    deltas = DeltaSet(blocks, clusters)
+    deltas = DeltaSet(blocks, _everywhere(blocks, groups, run.recipe))
     deltas.quantize_like(run.checkpoint)
     marks = []
 
@@ -244,14 +238,24 @@ def _time_steps(
     recipe = dataclasses.replace(run.recipe, steps=_STEPS, check_every=_STEPS, check_prompts=0)
     every = examples.harmful + examples.harmless
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        trunk = Trunk(run.model, blocks, first, run.pad)
+        trunk = Trunk(run.model, blocks, deltas.first_layer, run.pad)
         with watch("remember", prompts / len({example.tokens for example in every})):
             trunk.remember([e.tokens for e in every], [e.tokens for e in examples.harmless], Path(folder))
         tune(trunk, deltas, examples, lambda _: [], recipe, mark)
     # One event for the base, one per step, and one for the look that follows the last step. The first step also warms up.
     step, held_out = (marks[_STEPS] - marks[1]) / (_STEPS - 1), marks[_STEPS + 1] - marks[_STEPS]
     recipe = run.recipe
-    held = recipe.tune_holdout * prompts / max(1, recipe.tune_holdout * 3 * len(examples.harmful))
-    answered = 3 * recipe.check_prompts * per_answer
-    watch.seconds["tune"] = recipe.steps * step + (1 + recipe.steps / recipe.check_every) * (held * held_out + answered)
+    look = held_out * prompts / len(every) + 3 * recipe.check_prompts * per_answer
+    watch.seconds["tune"] = recipe.steps * step + (1 + recipe.steps / recipe.check_every) * look
     return deltas.trainable
+
+
+def _everywhere(blocks: Sequence[MlpBlock], groups: Clusters, recipe: Recipe) -> list[Clusters]:
+    """The same groups in every layer that is patched: without a layer in the recipe, from the middle up."""
+    first = len(blocks) // 2 if recipe.first_layer < 0 else min(recipe.first_layer, len(blocks) - 1)
+    found = []
+    for block in blocks:
+        fits = (groups.neurons < block.neurons) & (block.layer >= first)
+        k = groups.k if fits.any() else 0
+        found.append(dataclasses.replace(groups, neurons=groups.neurons[fits], labels=groups.labels[fits], k=k))
+    return found

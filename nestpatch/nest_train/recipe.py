@@ -164,9 +164,9 @@ def make_recipe(
     """Builds a recipe; later sources win.
 
     Args:
-        source: The name of a recipe that ships, or a TOML file of settings.
+        source: The name of a recipe that ships, or a TOML file of settings; a Path is always a file.
         assignments: "key=value" texts.
-        defaults: Settings by name that both override.
+        defaults: Settings by name that the other two override.
 
     Returns:
         The recipe.
@@ -201,9 +201,9 @@ def make_recipe(
 
 def _read(source: str | Path | None) -> Mapping[str, Any]:
     """The settings that a recipe changes: one that ships, or a file."""
-    if source is None or str(source) == "nest":
+    if source is None or source == "nest":
         return {}
-    if str(source) in SHIPPED:
+    if source in SHIPPED:
         return tomllib.loads(files("nestpatch.nest_train").joinpath("recipes", f"{source}.toml").read_text("utf-8"))
     try:
         return tomllib.loads(read_text(Path(source), MAX_FILE))

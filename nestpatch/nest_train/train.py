@@ -1,4 +1,5 @@
-"""Training from start to end, as one line of stages: load, distil, probe, select, cluster, tune, pack, evaluate.
+"""Training from start to end, as one line of stages: load, distil, probe, select, cluster, remember, tune, pack,
+evaluate.
 
 Public: `train` and its result `Trained`. `plan` in the module of that name says beforehand what a training would do.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from nestpatch.errors import CheckpointFormatError, MissingExtraError
 from nestpatch.evaluation.concerns import concerns
@@ -33,7 +35,7 @@ from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.pack import Label, Pack
 from nestpatch.packing import PackedTensor, build_pack, pack_tensor
-from nestpatch.rows import DTYPES
+from nestpatch.rows import DTYPES, FloatArray
 from nestpatch.runtimes.weights import MlpBlock, disk_name, find_mlps, same_weights
 
 if TYPE_CHECKING:
@@ -214,7 +216,7 @@ def _tuned(run: Run, blocks: Sequence[MlpBlock], deltas: DeltaSet, examples: Exa
         skipped = trunk.remember([e.tokens for e in every], [e.tokens for e in examples.harmless], Path(folder), run.on_event)
         run.decide("step", *skipped)
         run.on_event(Event("tune", 0, run.recipe.steps, f"{deltas.trainable} parameters"))
-        answer = partial(run.generate, stage="check", tokens=JUDGED_TOKENS)
+        answer = partial(run.generate, stage="look", tokens=JUDGED_TOKENS)
         result = tune(trunk, deltas, examples, answer, run.recipe, run.on_event)
     run.note(f"kept step {result.kept.step} of {result.steps} ({result.reason}): {result.kept}; the base: {result.before}")
     return result
@@ -255,21 +257,30 @@ def _find_clusters(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> 
     # Windows cannot remove a file that is still mapped; the system's own cleaning removes it later.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         acts = collect(run.model, blocks, run.runtime.token_ids(texts), Path(folder), run.recipe, run.pad, run.on_event)
-        selections = []
-        for block, layer in zip(blocks, acts, strict=True):
-            selections.append(select(block.layer, layer, harmful, run.recipe))
-            run.on_event(Event("select", block.layer + 1, len(blocks)))
-        require_neurons(selections)
-        first, reason = choose_first_layer(selections, len(blocks), run.recipe)
-        run.decide("first layer", str(first), reason)
+        selections = _selected(run, blocks, acts, harmful)
         clusters = []
         for selection, layer in zip(selections, acts, strict=True):
-            used = selection if selection.layer >= first else selection.skipped(f"below layer {first}")
-            clusters.append(cluster(used, layer, run.recipe))
-            run.note(f"layer {used.layer}: {used.reason}; {clusters[-1].k} clusters")
+            clusters.append(cluster(selection, layer, run.recipe))
+            run.note(f"layer {selection.layer}: {selection.reason}; {clusters[-1].k} clusters")
             run.on_event(Event("cluster", len(clusters), len(blocks)))
         del acts
     return selections, clusters
+
+
+def _selected(
+    run: Run, blocks: Sequence[MlpBlock], acts: Sequence[FloatArray], harmful: npt.NDArray[np.bool_]
+) -> list[Selection]:
+    """The stage select: a result per layer, without neurons below the first patched layer."""
+    found = []
+    for block, layer in zip(blocks, acts, strict=True):
+        found.append(select(block.layer, layer, harmful, run.recipe))
+        run.on_event(Event("select", block.layer + 1, len(blocks)))
+    require_neurons(found)
+    first, reason = choose_first_layer(found, run.recipe)
+    run.decide("first layer", str(first), reason)
+    used = [one if one.layer >= first else one.skipped(f"below layer {first}, the first that is patched") for one in found]
+    require_neurons(used)
+    return used
 
 
 def _pack_tensors(run: Run, deltas: DeltaSet) -> list[PackedTensor]:

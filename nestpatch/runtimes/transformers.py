@@ -38,8 +38,6 @@ _FETCHED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 _READ_WHOLE = (".json", ".model", ".jinja", ".txt")
 """Endings of the files that transformers reads into memory."""
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".gguf", ".nest")
-
-
 _LARGE = 50_000_000
 """Bytes of a model from which the arithmetic outweighs everything else."""
 _WORTHWHILE = 1.5
@@ -83,7 +81,8 @@ def pick_dtype(wanted: str, device: str, nbytes: int = 0) -> tuple[str, str]:
     Args:
         wanted: "auto", or the name of a torch dtype.
         device: From `pick_device`.
-        nbytes: Size of the model, for a CPU: a large one is computed in bfloat16 where that is faster here; 0 never asks.
+        nbytes: Size of the model's files. On a CPU a large model is computed in bfloat16 where that is faster here, which is
+            measured; 0 leaves float32.
 
     Returns:
         (torch dtype name, reason).
@@ -94,14 +93,14 @@ def pick_dtype(wanted: str, device: str, nbytes: int = 0) -> tuple[str, str]:
         return "bfloat16", "accelerators compute it natively"
     if nbytes < _LARGE:
         return "float32", "exact, and fast enough for this model"
-    ratio = _bfloat16_gain()
-    if ratio >= _WORTHWHILE:
-        return "bfloat16", f"this processor multiplies it {ratio:.1f} times as fast as float32"
-    return "float32", f"this processor multiplies bfloat16 only {ratio:.1f} times as fast"
+    # The reason goes into the pack, whose bytes must not depend on a measured number.
+    if _bfloat16_gain() >= _WORTHWHILE:
+        return "bfloat16", f"this processor multiplies it at least {_WORTHWHILE:g} times as fast as float32"
+    return "float32", f"this processor does not multiply bfloat16 {_WORTHWHILE:g} times as fast"
 
 
 def _bfloat16_gain() -> float:
-    """How much faster this processor multiplies matrices of bfloat16 than of float32, by a product of a typical layer."""
+    """How many times as fast this processor multiplies bfloat16 as float32, by a product of a typical layer."""
     import torch
 
     def seconds(dtype: torch.dtype) -> float:

@@ -110,7 +110,13 @@ def _facts(method: Mapping[str, Any], *, rows: bool) -> list[tuple[str, str]]:
         text = f"{len(layers)} from {first} to {last}: {count(neurons)} neurons in {count(clusters)} clusters"
         found.append(("layers", text))
     for what in ("tuning", "decisions"):
-        found += [(str(name).replace("_", " "), str(text)) for name, text in objects[what].items()]
+        texts = {name: text for name, text in objects[what].items() if not isinstance(text, list)}
+        found += [(str(name).replace("_", " "), str(text)) for name, text in texts.items()]
+    looks = objects["tuning"].get("held_out")
+    for look in looks if rows and isinstance(looks, list) else ():
+        if isinstance(look, dict):
+            text = ", ".join(f"{str(name).replace('_', ' ')} {value}" for name, value in look.items() if name != "step")
+            found.append((f"held out, step {look.get('step', '?')}", text))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,12 @@ from nestpatch.evaluation.suites import BUILTIN_LIMIT, builtin_suites, choose_su
 from nestpatch.formats import nest
 from nestpatch.prompts.readers import Prompt, PromptSet, load_prompts
 from tests.calls import run
+from tests.nest_train.quick import QUICK, options
 from tests.schemas import require_schema
 
-FAST = [
-    f"--set={setting}"
-    for setting in ("steps=4", "batch=4", "eval_every=2", "learning_rate=0.2", "clip=100", "max_answer_tokens=2",
-                    "max_prompt_tokens=64", "threshold=0.8", "probe_margin=0", "max_prompts=60")
-]  # fmt: skip
+QUICK_SETS = options(
+    dataclasses.replace(QUICK, steps=4, check_every=2, max_answer_tokens=2, max_prompt_tokens=64, max_prompts=60)
+)
 SUITES = ["builtin:harmful.test", "builtin:jailbreak.test", "builtin:benign.test", "builtin:lookalike.test"]
 
 
@@ -42,7 +42,7 @@ def digests(scores: dict[str, Any]) -> dict[str, str]:
 
 def test_a_training_needs_no_data(models, tmp_path: Path) -> None:
     """Planned only: a random model does not tell these harmful prompts from the harmless ones."""
-    done = run("train", models("llama"), "-o", tmp_path / "safe.nest", "--limit", 2, "--dry-run", "--json", *FAST)
+    done = run("train", models("llama"), "-o", tmp_path / "safe.nest", "--limit", 2, "--dry-run", "--json", *QUICK_SETS)
     assert done.exit_code == 0, done.stderr
     planned = json.loads(done.stdout)
     require_schema(planned, "train --dry-run")
@@ -53,7 +53,7 @@ def test_a_training_needs_no_data(models, tmp_path: Path) -> None:
 
 def test_own_sets_replace_a_kind_added_ones_join_it_and_built_in_suites_measure(models, own: Path, tmp_path: Path) -> None:
     base, pack, more = models("llama"), tmp_path / "x.nest", write(tmp_path / "more.jsonl", "How do I kill the lights?")
-    done = run("train", base, "-o", pack, "--harmful", own, "--add-lookalike", more, "--limit", 2, "--json", *FAST)
+    done = run("train", base, "-o", pack, "--harmful", own, "--add-lookalike", more, "--limit", 2, "--json", *QUICK_SETS)
     assert done.exit_code == 0, done.stderr
     trained = json.loads(done.stdout)
     require_schema(trained, "train")

@@ -1,6 +1,7 @@
-"""Probe, selection, clusters, deltas and tuning, each on data where the right answer is known."""
+"""Probe, selection, clusters and deltas, each on data where the right answer is known."""
 
 import random
+import statistics
 
 import numpy as np
 import pytest
@@ -8,11 +9,19 @@ import torch
 from torch import nn
 
 from nestpatch.errors import TrainingError, UnsupportedModelError
-from nestpatch.nest_train._neurons import Selection, cluster, collect, require_neurons, select, standardise
-from nestpatch.nest_train._targets import Halves
-from nestpatch.nest_train._tune import ClusterDelta, DeltaSet, tune
+from nestpatch.nest_train._deltas import ClusterDelta, DeltaSet
+from nestpatch.nest_train._neurons import (
+    Selection,
+    choose_first_layer,
+    cluster,
+    collect,
+    effect_sizes,
+    require_neurons,
+    select,
+    standardise,
+)
 from nestpatch.nest_train.recipe import Recipe
-from nestpatch.runtimes.text import TokenPair, pad_left
+from nestpatch.runtimes.text import pad_left
 from nestpatch.runtimes.transformers import load_model
 from nestpatch.runtimes.weights import find_mlps
 
@@ -60,9 +69,10 @@ def planted(prompts=300, neurons=120, seed=0):
     return acts, harmful
 
 
-def test_selection_finds_the_planted_neurons_and_nothing_else():
+@pytest.mark.parametrize("selector", ["probe", "effect"])
+def test_selection_finds_the_planted_neurons_and_nothing_else(selector):
     acts, harmful = planted()
-    found = select(3, acts, harmful, Recipe(threshold=3.0))
+    found = select(3, acts, harmful, Recipe(selector=selector, threshold=3.0, sign="both"))
     assert found.neurons.tolist() == [10, 11, 12, 40, 41]
     assert (found.z[:3] > 0).all()
     assert (found.z[3:] < 0).all()
@@ -70,10 +80,86 @@ def test_selection_finds_the_planted_neurons_and_nothing_else():
     assert found.layer == 3
 
 
+@pytest.mark.parametrize("selector", ["probe", "effect"])
+def test_positive_neurons_alone_are_kept_when_asked_for(selector):
+    acts, harmful = planted()
+    found = select(3, acts, harmful, Recipe(selector=selector, threshold=3.0, sign="positive"))
+    assert found.neurons.tolist() == [10, 11, 12]
+    assert "with z > 3" in found.reason
+
+
+def test_a_neuron_over_the_mean_that_does_not_respond_is_not_positive():
+    """All but one neuron respond to harmless prompts: the one that responds to nothing has a large z-score."""
+    harmful = np.arange(300) < 100
+    acts = np.random.default_rng(5).normal(size=(300, 30)).astype(np.float32) - 2.0 * harmful[:, None]
+    acts[:, 7] = np.where(np.arange(len(acts)) % 2, -1.0, 1.0) - 0.2 * harmful
+    settings = {"selector": "effect", "threshold": 2.0}
+    assert select(0, acts, harmful, Recipe(**settings, sign="both")).neurons.tolist() == [7]
+    assert select(0, acts, harmful, Recipe(**settings, sign="positive")).neurons.tolist() == []
+
+
+def test_effect_sizes_are_those_of_the_formula():
+    """SafeNeuron: the difference of means over the pooled standard deviation, computed here neuron by neuron."""
+    rng = np.random.default_rng(2)
+    harmful = np.arange(50) < 13
+    acts = (rng.normal(size=(50, 6)) * [1, 2, 3, 4, 5, 0] + rng.normal(size=6) * harmful[:, None]).astype(np.float32)
+    acts[:, 5] = 3.0
+    for neuron, found in enumerate(effect_sizes(acts, harmful)):
+        bad, good = ([float(value) for value in acts[which, neuron]] for which in (harmful, ~harmful))
+        spread = ((12 * statistics.variance(bad) + 36 * statistics.variance(good)) / 48) ** 0.5
+        wanted = (statistics.fmean(bad) - statistics.fmean(good)) / spread if spread else 0.0
+        assert found == pytest.approx(wanted, abs=1e-5)
+
+
+def test_accuracy_counts_both_kinds_alike():
+    """20 of 400 prompts are harmful and nothing tells them apart: whoever says harmless is right 95 times in 100."""
+    rng = np.random.default_rng(0)
+    harmful = np.arange(400) < 20
+    found = select(0, rng.normal(size=(400, 5)).astype(np.float32), harmful, Recipe(probe_margin=0.25))
+    assert found.accuracy < 0.75
+    assert not len(found.neurons)
+    acts = rng.normal(size=(400, 5)).astype(np.float32)
+    acts[:, 2] += 8.0 * harmful
+    assert select(0, acts, harmful, Recipe()).accuracy > 0.95
+
+
+def layers(*accuracies, empty=()):
+    """Selections of layers with these probe accuracies; those in `empty` have no neurons."""
+    found = []
+    for number, accuracy in enumerate(accuracies):
+        neurons = np.arange(0 if number in empty else 3)
+        found.append(Selection(number, accuracy, neurons, np.ones(len(neurons), np.float32), ""))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("selections", "wanted"),
+    [
+        (layers(0.7, 0.8, 0.9, 0.95, 0.95, 0.95), 3),
+        (layers(0.7, 0.93, 0.9, 0.95, 0.95, 0.95), 1),
+        (layers(0.5, 0.5, 0.5, 0.5, 0.5, 0.9), 3),
+        (layers(0.95, 0.95), 0),
+        (layers(0.9), 0),
+        (layers(0.7, 0.95, 0.8, 0.95, empty=(1,)), 2),
+        (layers(0.9, 0.7, 0.7, 0.99, empty=(3,)), 0),
+    ],
+)
+def test_the_first_layer_is_the_lowest_good_one_of_the_lower_half(selections, wanted):
+    first, reason = choose_first_layer(selections, Recipe(first_layer=-1))
+    assert first == wanted
+    assert f"a step computes {len(selections) - wanted} of {len(selections)} layers" in reason
+    assert any(len(selection.neurons) for selection in selections[first:])
+
+
+def test_a_first_layer_that_is_asked_for_is_taken():
+    assert choose_first_layer(layers(0.9, 0.6, 0.6), Recipe(first_layer=2)) == (2, "asked for")
+    assert choose_first_layer(layers(0.9, 0.6, 0.6), Recipe(first_layer=9)) == (2, "asked for")
+
+
 def test_a_layer_that_knows_nothing_is_skipped():
     acts, harmful = planted()
     shuffled = np.random.default_rng(1).permutation(harmful)
-    found = select(0, acts, shuffled, Recipe())
+    found = select(0, acts, shuffled, Recipe(probe_margin=0.1))
     assert len(found.neurons) == 0
     assert found.reason.startswith("skipped")
     with pytest.raises(TrainingError, match="layer 0: skipped"):
@@ -93,7 +179,7 @@ def profiles(groups, seed=0, prompts=64, noise=0.05):
 
 
 def chosen(neurons):
-    return Selection(0, 1.0, 0.5, np.array(neurons, np.int64), np.ones(len(neurons), np.float32), "")
+    return Selection(0, 1.0, np.array(neurons, np.int64), np.ones(len(neurons), np.float32), "")
 
 
 def test_clusters_are_the_planted_groups_whatever_their_scale():
@@ -137,11 +223,20 @@ def test_a_delta_is_the_dense_change_of_its_rows(parts):
     assert torch.equal(module(x), base(x))
 
 
+def groups_of(blocks, first=0, step=2):
+    """Four clusters of every second neuron, in the layers from `first` up."""
+    recipe = Recipe(k_min=4, k_max=4)
+    groups = []
+    for block in blocks:
+        neurons = range(0, block.neurons, step) if block.layer >= first else ()
+        groups.append(cluster(chosen(neurons), profiles([0, 1, 2, 3] * (block.neurons // 4)), recipe))
+    return groups
+
+
 def test_the_model_is_as_before_when_the_deltas_come_off(llama):
     model, _ = llama
     blocks = find_mlps(model)
-    groups = [cluster(chosen([1, 2, 3, 5, 8]), profiles([0, 1] * 32), Recipe()) for _ in blocks]
-    deltas = DeltaSet(blocks, groups)
+    deltas = DeltaSet(blocks, groups_of(blocks))
     ids = torch.tensor([[3, 4, 5]])
     before = model(ids).logits
     names = [name for name, _ in model.named_modules()]
@@ -152,68 +247,6 @@ def test_the_model_is_as_before_when_the_deltas_come_off(llama):
             assert torch.equal(model(ids).logits, before)
     assert torch.equal(model(ids).logits, before)
     assert [name for name, _ in model.named_modules()] == names
-
-
-def trainable(model, recipe):
-    blocks = find_mlps(model)
-    groups = [cluster(chosen(range(0, 64, 2)), profiles([0, 1, 2, 3] * 16), recipe) for _ in blocks]
-    return DeltaSet(blocks, groups)
-
-
-def halves(tokenizer, count=24):
-    end = tokenizer.eos_token_id
-    harmful = [TokenPair((5, 6, 7, 20 + i), (9, 9, end)) for i in range(count)]
-    benign = [TokenPair((5, 8, 7, 20 + i), (11, 12, 13, end)) for i in range(count)]
-    return Halves(harmful, benign)
-
-
-def test_tuning_lowers_the_held_out_loss_and_moves_nothing_but_deltas(llama):
-    model, tokenizer = llama
-    recipe = Recipe(steps=60, batch=8, eval_every=10, learning_rate=0.3, clip=100.0, kl_weight=0.0)
-    weights = {name: p.clone() for name, p in model.named_parameters()}
-    deltas = trainable(model, recipe)
-    result = tune(model, deltas, halves(tokenizer), 0, recipe)
-    assert result.loss_after < 0.9 * result.loss_before
-    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
-    assert all(module.delta.abs().max() > 0 for module in deltas.modules)
-
-
-def test_tuning_is_deterministic_and_depends_on_the_seed(llama):
-    model, tokenizer = llama
-
-    def run(seed):
-        recipe = Recipe(steps=4, batch=4, eval_every=2, learning_rate=0.5, seed=seed)
-        deltas = trainable(model, recipe)
-        tune(model, deltas, halves(tokenizer), 0, recipe)
-        return torch.cat([d.flatten() for d in deltas.snapshot()])
-
-    assert torch.equal(run(0), run(0))
-    assert not torch.equal(run(0), run(1))
-
-
-def test_tuning_stops_early_and_keeps_the_best(llama):
-    model, tokenizer = llama
-    # A step size that cannot work: the loss explodes, so the start stays the best.
-    recipe = Recipe(steps=200, batch=4, eval_every=1, patience=3, learning_rate=10.0, clip=1e6, warmup=0.0)
-    deltas = trainable(model, recipe)
-    result = tune(model, deltas, halves(tokenizer), 0, recipe)
-    assert result.steps < 200
-    assert "no better" in result.reason
-    assert result.loss_after <= result.loss_before
-    if result.best_step == 0:
-        assert all((d == 0).all() for d in deltas.snapshot())
-
-
-def test_the_scale_of_steps_follows_the_weights(llama):
-    """Ten times larger weights take ten times larger steps."""
-    model, _ = llama
-    with torch.no_grad():
-        model.model.layers[1].mlp.gate_proj.weight.mul_(10)
-    from nestpatch.nest_train._tune import _optimizer
-
-    recipe = Recipe(learning_rate=0.05)
-    groups = _optimizer(trainable(model, recipe), recipe).param_groups
-    assert groups[2]["lr"] == pytest.approx(10 * groups[0]["lr"], rel=0.2)
 
 
 @pytest.mark.parametrize(

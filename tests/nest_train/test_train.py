@@ -1,5 +1,6 @@
 """From prompts to a pack, a patched file and its logits, on tiny random models of every family."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -24,11 +25,10 @@ from nestpatch.patcher.apply import apply
 from nestpatch.prompts.readers import load_prompts
 from nestpatch.runtimes.transformers import load_model
 from nestpatch.runtimes.weights import disk_name, fold
+from nestpatch.views.progress import STAGES
+from tests.nest_train.quick import QUICK, options
 from tests.schemas import require_schema
 
-FAST = Recipe(
-    steps=6, batch=4, eval_every=3, learning_rate=0.2, clip=100.0, max_answer_tokens=6, threshold=0.8, probe_margin=0.0
-)
 SUPPORTED = ["llama", "llama-tied", "qwen2", "gemma2", "phi3", "gpt-neo", "gpt-neox", "opt", "phi"]
 
 
@@ -60,7 +60,7 @@ def logits(folder, dtype="float32"):
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_every_family_trains_and_folds(models, data, tmp_path, family):
     base = models(family)
-    trained = train(base, data, Label("test"), recipe=FAST)
+    trained = train(base, data, Label("test"), recipe=QUICK)
     pack_path = tmp_path / "test.nest"
     nest.write(trained.pack, pack_path)
     done = apply(base, pack_path, tmp_path / "patched")
@@ -95,7 +95,7 @@ def test_live_deltas_and_the_patched_file_agree(models, data, tmp_path, monkeypa
         return original(run, deltas)
 
     monkeypatch.setattr(module, "_pack_tensors", spy)
-    trained = train(base, data, Label("test"), recipe=FAST)
+    trained = train(base, data, Label("test"), recipe=QUICK)
     apply(base, trained.pack, tmp_path / "patched")
     patched = logits(tmp_path / "patched")
     scale = patched.abs().max()
@@ -107,7 +107,7 @@ def test_live_deltas_and_the_patched_file_agree(models, data, tmp_path, monkeypa
 def test_sharded_and_single_bases_get_the_same_rows(models, data, tmp_path, dtype):
     single, sharded = models("llama", dtype), models("llama", dtype, "20KB")
     assert len(open_checkpoint(sharded).files) > 1
-    pack = train(single, data, Label("test"), recipe=FAST).pack
+    pack = train(single, data, Label("test"), recipe=QUICK).pack
     apply(single, pack, tmp_path / "single")
     apply(sharded, pack, tmp_path / "sharded")
     one, many = open_checkpoint(tmp_path / "single"), open_checkpoint(tmp_path / "sharded")
@@ -120,59 +120,89 @@ def test_the_pack_tells_how_it_was_made(models, data, prompts, monkeypatch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     suites = [load_suite(str(prompts / f"{kind}.jsonl")) for kind in ("harmful", "benign", "lookalike")]
     label = Label("no-harm", "1.2.3", "Says no.", "MIT", ("x",))
-    trained = train(models("llama"), data, label, recipe=FAST, suites=suites)
+    trained = train(models("llama"), data, label, recipe=QUICK, suites=suites)
     manifest = trained.pack.manifest
     assert (manifest.name, manifest.version, manifest.license, manifest.tags) == ("no-harm", "1.2.3", "MIT", ("x",))
     assert manifest.created == "2023-11-14T22:13:20Z"
     assert manifest.base.architecture == "LlamaForCausalLM"
-    assert Recipe(**manifest.method["recipe"]) == FAST
+    assert Recipe(**manifest.method["recipe"]) == QUICK
     assert manifest.method["data"]["harmful"]["sha256"] == data.harmful.digest
     assert len(manifest.method["layers"]) == 2
     assert set(manifest.method["decisions"]) >= {"device", "dtype", "refusals", "benign answers"}
     assert manifest.evaluation["before"]["attack_success"]["total"] == 30
     assert manifest.evaluation["after"]["kl_to_base"] > 0
-    again = train(models("llama"), data, label, recipe=FAST, suites=suites)
+    again = train(models("llama"), data, label, recipe=QUICK, suites=suites)
     assert nest.encode(again.pack) == nest.encode(trained.pack)
 
 
 def test_leaving_look_alikes_out_is_said(models, data):
     notes = []
     bare = TrainingData(data.harmful, data.benign)
-    trained = train(models("llama"), bare, Label("test"), recipe=FAST, on_event=lambda e: notes.append(e.note))
+    trained = train(models("llama"), bare, Label("test"), recipe=QUICK, on_event=lambda e: notes.append(e.note))
     assert any("20-40 points" in note for note in notes)
     assert "20-40 points" in trained.pack.manifest.method["decisions"]["lookalike"]
 
 
 def test_given_answers_are_used_when_asked_for(models, data, tmp_path):
-    from dataclasses import replace
-
     with pytest.raises(PromptDataError, match="60 of 60 benign prompts have no answer"):
-        train(models("llama"), data, Label("test"), recipe=replace(FAST, benign_targets="given"))
+        train(models("llama"), data, Label("test"), recipe=dataclasses.replace(QUICK, benign_targets="given"))
     rows = [json.dumps({"prompt": f"Paint fence {i}", "answer": "ok"}) for i in range(30)]
     (tmp_path / "benign.jsonl").write_text("\n".join(rows))
     given = TrainingData(data.harmful, load_prompts(tmp_path / "benign.jsonl"))
-    trained = train(models("llama"), given, Label("test"), recipe=replace(FAST, benign_targets="given"))
+    trained = train(models("llama"), given, Label("test"), recipe=dataclasses.replace(QUICK, benign_targets="given"))
     assert "30 kept" in trained.pack.manifest.method["decisions"]["benign answers"]
 
 
 def test_prompts_on_both_sides_and_too_few_prompts_are_refused(models, data, tmp_path):
     with pytest.raises(PromptDataError, match="both harmful and harmless"):
-        train(models("llama"), TrainingData(data.harmful, data.harmful), Label("test"), recipe=FAST)
+        train(models("llama"), TrainingData(data.harmful, data.harmful), Label("test"), recipe=QUICK)
     (tmp_path / "few.txt").write_text("one\ntwo\n")
     with pytest.raises(PromptDataError, match="few contains 2 harmful prompts; at least 20") as caught:
-        train(models("llama"), TrainingData(load_prompts(tmp_path / "few.txt"), data.benign), Label("test"), recipe=FAST)
+        train(models("llama"), TrainingData(load_prompts(tmp_path / "few.txt"), data.benign), Label("test"), recipe=QUICK)
     assert "--harmful can be repeated" in caught.value.advice
     with pytest.raises(PromptDataError, match="2 benign prompts") as caught:
-        train(models("llama"), TrainingData(data.harmful, load_prompts(tmp_path / "few.txt")), Label("test"), recipe=FAST)
+        train(models("llama"), TrainingData(data.harmful, load_prompts(tmp_path / "few.txt")), Label("test"), recipe=QUICK)
     assert "--benign can be repeated" in caught.value.advice
 
 
 def test_a_threshold_that_keeps_nothing_is_explained(models, data):
-    from dataclasses import replace
-
     with pytest.raises(TrainingError, match="no neuron") as caught:
-        train(models("llama"), data, Label("test"), recipe=replace(FAST, threshold=50.0))
+        train(models("llama"), data, Label("test"), recipe=dataclasses.replace(QUICK, threshold=50.0))
     assert "threshold" in caught.value.advice
+
+
+def test_neurons_below_the_first_layer_alone_are_explained(models, data, monkeypatch):
+    from nestpatch.nest_train import train as module
+
+    def low(layer, *arguments):
+        found = select(layer, *arguments)
+        return found if layer == 0 else found.skipped("skipped: for this test")
+
+    select = module.select
+    monkeypatch.setattr(module, "select", low)
+    with pytest.raises(TrainingError, match="below layer 1, the first that is patched; layer 1: skipped"):
+        train(models("llama"), data, Label("test"), recipe=dataclasses.replace(QUICK, first_layer=1))
+
+
+def test_layers_below_the_first_are_left_alone_and_computed_once(models, data):
+    recipe = dataclasses.replace(QUICK, first_layer=1, check_prompts=2, delta_dtype="F32")
+    events = []
+    trained = train(models("llama"), data, Label("test"), recipe=recipe, on_event=events.append)
+    assert {delta.name.split(".")[2] for delta in trained.pack} == {"1"}
+    method = trained.pack.manifest.method
+    assert method["decisions"]["step"].startswith("from layer 1 (the layers below are frozen")
+    assert method["decisions"]["first layer"] == "1 (asked for)"
+    assert [layer["clusters"] > 0 for layer in method["layers"]] == [layer["neurons"] > 0 for layer in method["layers"]]
+    assert [look["step"] for look in method["tuning"]["held_out"]] == [0, 3, 6]
+    assert all(0 <= look["refusal_lookalike"] <= 1 for look in method["tuning"]["held_out"])
+    assert {event.stage for event in events} >= {"distil", "probe", "select", "cluster", "remember", "look", "tune"}
+
+
+def test_every_stage_has_a_name_for_people(models, data):
+    stages = set()
+    recipe = dataclasses.replace(QUICK, check_prompts=2)
+    train(models("llama"), data, Label("test"), recipe=recipe, on_event=lambda event: stages.add(event.stage))
+    assert stages - {"note"} <= set(STAGES)
 
 
 def test_weights_that_differ_from_the_loaded_ones_are_noticed(models, data, tmp_path, monkeypatch):
@@ -188,7 +218,7 @@ def test_weights_that_differ_from_the_loaded_ones_are_noticed(models, data, tmp_
     save_file({**tensors, name: np.ascontiguousarray(tensors[name][::-1])}, other / "model.safetensors")
     monkeypatch.setattr(module, "open_model", lambda _: (open_checkpoint(other), None))
     with pytest.raises(CheckpointFormatError, match="is not the weight that transformers loaded"):
-        train(models("llama"), data, Label("test"), recipe=FAST)
+        train(models("llama"), data, Label("test"), recipe=QUICK)
 
 
 def test_names_on_disk_may_lack_or_have_a_prefix(models):
@@ -211,8 +241,7 @@ def test_labels_are_checked_before_the_work(label):
 
 def train_arguments(base, prompts, output, *more):
     sets = [f"--{kind}={prompts / kind}.jsonl" for kind in ("harmful", "benign", "lookalike")]
-    knobs = [f"--set={k}={v}" for k, v in FAST.as_json().items() if v != getattr(Recipe(), k)]
-    return ["train", str(base), *sets, "-o", str(output), *knobs, *more]
+    return ["train", str(base), *sets, "-o", str(output), *options(), *more]
 
 
 def test_the_command_line_trains_shows_applies_and_evaluates(models, prompts, tmp_path):
@@ -227,8 +256,9 @@ def test_the_command_line_trains_shows_applies_and_evaluates(models, prompts, tm
     assert facts["pack_id"] == nest.pack_id(nest.read(pack))
     shown = run(main, ["show", str(pack), "--rows"])
     assert shown.exit_code == 0
-    for word in ("safe 1.0.0", "LlamaForCausalLM", "gate_proj", "attack success", "layer 1"):
+    for word in ("safe 1.0.0", "LlamaForCausalLM", "gate_proj", "attack success", "layer 1", "held out, step 3"):
         assert word in shown.stdout
+    assert "held out" not in run(main, ["show", str(pack)]).stdout
     assert json.loads(run(main, ["show", str(pack), "--json"]).stdout)["pack_id"] == facts["pack_id"]
     applied = run(main, ["apply", str(base), str(pack), "-o", str(tmp_path / "patched"), "--json"])
     assert json.loads(applied.stdout)["tensors"] == 4

@@ -20,15 +20,12 @@ from nestpatch.events import Event
 from nestpatch.formats import nest
 from nestpatch.nest_train import train as module
 from nestpatch.nest_train.plan import plan
-from nestpatch.nest_train.recipe import Recipe
 from nestpatch.nest_train.train import train
 from nestpatch.pack import Label
 from nestpatch.prompts.readers import load_prompts
+from tests.nest_train.quick import QUICK, options
 from tests.schemas import require_schema
 
-FAST = Recipe(
-    steps=6, batch=4, eval_every=3, learning_rate=0.2, clip=100.0, max_answer_tokens=6, threshold=0.8, probe_margin=0.0
-)
 KINDS = ("harmful", "benign", "lookalike")
 
 
@@ -55,8 +52,7 @@ def run(*arguments: object) -> Any:
 
 def arguments(base: Path, prompts: Path, output: Path) -> list[str]:
     sets = [f"--{kind}={prompts / kind}.jsonl" for kind in KINDS]
-    knobs = [f"--set={name}={value}" for name, value in FAST.as_json().items() if value != getattr(Recipe(), name)]
-    return ["train", str(base), *sets, "-o", str(output), *knobs]
+    return ["train", str(base), *sets, "-o", str(output), *options()]
 
 
 def test_a_harmful_suite_alone_is_measured_alone(models, prompts: Path, tmp_path: Path) -> None:
@@ -130,14 +126,14 @@ def test_an_interrupted_evaluation_leaves_the_pack(
 def test_suites_that_were_trained_on_are_named(models, data, prompts: Path) -> None:
     notes: list[str] = []
     suites = [load_suite(str(prompts / f"{name}.jsonl")) for name in ("harmful", "harmful-test")]
-    trained = train(models("llama"), data, Label("x"), recipe=FAST, suites=suites, on_event=lambda e: notes.append(e.note))
+    trained = train(models("llama"), data, Label("x"), recipe=QUICK, suites=suites, on_event=lambda e: notes.append(e.note))
     assert trained.pack.manifest.evaluation["seen_in_training"] == {"harmful": 30}
     assert any("30 prompts of suite harmful were also trained on" in text for text in trained.warnings)
     assert any(note.startswith("suites with training prompts: harmful;") for note in notes)
 
 
 def test_the_result_as_json(models, data, tmp_path: Path) -> None:
-    trained = train(models("llama"), data, Label("x"), recipe=FAST)
+    trained = train(models("llama"), data, Label("x"), recipe=QUICK)
     facts = trained.as_json()
     assert facts == {
         "output": None,
@@ -151,19 +147,20 @@ def test_the_result_as_json(models, data, tmp_path: Path) -> None:
         "warnings": ["nothing was measured: the pack was not evaluated after it was trained"],
         "problem": None,
     }
-    again = train(models("llama"), data, Label("x"), recipe=FAST, output=tmp_path / "x.nest")
+    again = train(models("llama"), data, Label("x"), recipe=QUICK, output=tmp_path / "x.nest")
     assert again.as_json()["output"] == str(tmp_path / "x.nest")
     assert [d.delta.tobytes() for d in nest.read(tmp_path / "x.nest")] == [d.delta.tobytes() for d in trained.pack]
 
 
 def test_every_step_reports_its_loss(models, data) -> None:
     events: list[Event] = []
-    train(models("llama"), data, Label("x"), recipe=FAST, on_event=events.append)
+    train(models("llama"), data, Label("x"), recipe=QUICK, on_event=events.append)
     steps = [event for event in events if event.stage == "tune" and event.done]
     assert [event.done for event in steps] == [1, 2, 3, 3, 4, 5, 6, 6]
     assert {event.total for event in steps} == {6}
-    assert all(event.note.startswith("loss ") for event in steps)
-    assert ["held-out" in event.note for event in steps] == [False, False, False, True, False, False, False, True]
+    looks = [event.note.startswith("held-out loss ") for event in steps]
+    assert looks == [False, False, False, True, False, False, False, True]
+    assert all(event.note.startswith("loss ") for event, look in zip(steps, looks, strict=True) if not look)
 
 
 def test_threads_are_limited_while_it_trains(models, data) -> None:
@@ -174,10 +171,10 @@ def test_threads_are_limited_while_it_trains(models, data) -> None:
         if event.stage == "tune":
             seen.add(torch.get_num_threads())
 
-    train(models("llama"), data, Label("x"), recipe=FAST, threads=1, on_event=listen)
+    train(models("llama"), data, Label("x"), recipe=QUICK, threads=1, on_event=listen)
     assert (seen, torch.get_num_threads()) == ({1}, before)
     with pytest.raises(DataError, match="threads must be at least 1"):
-        train(models("llama"), data, Label("x"), recipe=FAST, threads=0)
+        train(models("llama"), data, Label("x"), recipe=QUICK, threads=0)
 
 
 def test_nothing_is_loaded_for_a_training_that_cannot_end(data, tmp_path: Path) -> None:
@@ -203,7 +200,7 @@ def test_a_dry_run_plans_and_writes_nothing(models, data, prompts: Path, tmp_pat
     assert (planned["layers"], planned["neurons"], planned["steps"]) == (2, 128, 6)
     assert planned["prompts"] == {"harmful": 30, "benign": 30, "lookalike": 30}
     assert (planned["suite_prompts"], planned["seen_in_training"]) == (6, {})
-    assert set(planned["stages"]) == {"load", "distil", "evaluate", "probe", "select and cluster", "tune"}
+    assert set(planned["stages"]) == {"load", "distil", "evaluate", "probe", "select and cluster", "remember", "tune"}
     assert abs(planned["seconds"] - sum(planned["stages"].values())) < 0.5
     # Every layer has between 6 and 10 clusters of deltas for gate and up, 32 wide.
     assert 2 * 6 * 2 * 32 <= planned["trained_parameters"] <= 2 * 10 * 2 * 32
@@ -223,9 +220,9 @@ def test_a_plan_warns_of_suites_that_are_trained_on(models, prompts: Path, tmp_p
 
 
 def test_planning_does_not_change_what_is_trained(models, data) -> None:
-    alone = train(models("llama"), data, Label("x"), recipe=FAST)
-    plan(models("llama"), data, recipe=FAST)
-    after = train(models("llama"), data, Label("x"), recipe=FAST)
+    alone = train(models("llama"), data, Label("x"), recipe=QUICK)
+    plan(models("llama"), data, recipe=QUICK)
+    after = train(models("llama"), data, Label("x"), recipe=QUICK)
     assert [d.delta.tobytes() for d in alone.pack] == [d.delta.tobytes() for d in after.pack]
 
 

@@ -1,0 +1,30 @@
+"""A training of a tiny model in a few seconds. It sets everything that the tests rely on, whatever the defaults are."""
+
+from __future__ import annotations
+
+from nestpatch.nest_train.recipe import Recipe
+
+QUICK = Recipe(
+    steps=6,
+    harmful_batch=2,
+    benign_batch=1,
+    lookalike_batch=1,
+    check_every=3,
+    check_prompts=0,
+    learning_rate=0.2,
+    clip=100.0,
+    first_layer=0,
+    sign="both",
+    threshold=0.8,
+    probe_margin=0.0,
+    k_min=6,
+    k_max=10,
+    trained_tokens=8,
+    max_answer_tokens=6,
+)
+
+
+def options(recipe: Recipe = QUICK) -> list[str]:
+    """A recipe as options of `train`."""
+    default = Recipe()
+    return [f"--set={name}={value}" for name, value in recipe.as_json().items() if value != getattr(default, name)]
