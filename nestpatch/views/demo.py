@@ -70,7 +70,10 @@ def _answers(answers: Sequence[Answered]) -> Table:
 
 
 def _shortened(answer: str) -> str:
-    return escape(answer if len(answer) <= _LONGEST else f"{answer[: _LONGEST - 3]}...")
+    """An answer on one line, with dots where it was cut here or by its number of tokens."""
+    text = " ".join(answer.split())
+    cut = text[:_LONGEST]
+    return escape(cut if cut == text and cut.endswith((".", "!", "?")) else f"{cut}...")
 
 
 def _digests(digests: Digests) -> Table:

