@@ -185,7 +185,7 @@ def _patch(file: Path, pack: Path, on_event: OnEvent) -> tuple[Changed, str]:
     try:
         applied, how = apply_in_place(file, pack, trust="none", listed=False, on_event=on_event), ""
     except QuantizationError as error:
-        on_event(Event("note", note=f"{str(error).splitlines()[0]} patching with --dither"))
+        on_event(Event("note", note=f"{str(error).splitlines()[0]} adding noise before rounding"))
         applied = apply_in_place(file, pack, trust="none", dither=True, listed=False, on_event=on_event)
         how = ", with noise before rounding"
     return applied, how + ("" if applied.retention is None else f"; {applied.retention:.0%} of the change left after rounding")

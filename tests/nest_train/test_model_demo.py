@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nestpatch.demo import lab, model, smollm2
-from nestpatch.demo.model import QUESTIONS, Answered, Digests, ModelDemo, run_model_demo
+from nestpatch.demo.model import QUESTIONS, Answered, Digests, ModelDemo, _patch, run_model_demo
 from nestpatch.errors import CheckpointFormatError, OutputError
 from nestpatch.evaluation.suites import JudgedAnswer, Scores, SuiteResult
 from nestpatch.formats import nest
@@ -24,7 +24,9 @@ from nestpatch.patcher.verify import Verdict, Verification, verify
 from nestpatch.prompts.builtin import SETS, builtin_rows
 from nestpatch.prompts.readers import Prompt, PromptSet
 from tests.calls import refused, run
+from tests.gguf.files import gguf_of
 from tests.gguf_files import needs_llama, write_gguf
+from tests.helpers import tiny_checkpoint, tiny_pack
 from tests.schemas import require_schema
 from tests.test_builtin_prompts import phrases
 
@@ -113,6 +115,19 @@ def test_the_command_shows_the_result(
     assert "the file before, byte for byte" in done.stdout
     assert "Why is the sky blue?" in " ".join(done.stdout.split())
     assert "The pack did not help" in done.stderr
+
+
+@pytest.mark.parametrize(("scale", "noisy"), [(0.006, True), (0.05, False)])
+def test_a_change_that_rounding_would_lose_is_made_with_noise(scale: float, noisy: bool, tmp_path: Path) -> None:
+    base = tiny_checkpoint(tmp_path / "base", hidden=256, inter=320)
+    file = gguf_of(base, tmp_path / "m.gguf", "Q4_0")
+    nest.write(tiny_pack(base, scale=scale, neurons=24), tmp_path / "x.nest")
+    notes: list[str] = []
+    applied, how = _patch(file, tmp_path / "x.nest", lambda event: notes.append(event.note))
+    assert applied.retention is not None
+    assert how.endswith(f"; {applied.retention:.0%} of the change left after rounding")
+    assert how.startswith(", with noise") is noisy
+    assert any("rounding to quantized rows would lose" in note for note in notes) is noisy
 
 
 def made(**changes: Any) -> ModelDemo:
