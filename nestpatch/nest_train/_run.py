@@ -90,6 +90,9 @@ class Run:
         run = cls(source, checkpoint, *load_model(source.path, device, dtype), recipe, on_event)
         run.decide("device", device, device_reason)
         run.decide("dtype", dtype, dtype_reason)
+        if device == "cpu":
+            run.model.set_attn_implementation("eager")
+            run.decide("attention", "eager", "PyTorch's fused attention has a slow backward pass on CPUs")
         return run
 
     @property
