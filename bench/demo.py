@@ -1,4 +1,4 @@
-"""The demo for several seeds: `python -m bench.demo [--seeds 0 1 2]`.
+"""The demo for several seeds: `python -m bench.demo [--lab] [--seeds 0 1 2]`.
 
 Prints a line per seed; the last line of stdout is one JSON object.
 """
@@ -14,9 +14,9 @@ import sys
 from nestpatch.evaluation.suites import HEADLINES
 
 
-def run(seed: int) -> dict:
+def run(seed: int, options: list[str]) -> dict:
     """One whole process, as a user starts it."""
-    command = [sys.executable, "-m", "nestpatch", "demo", "--json", "--quiet", "--seed", str(seed)]
+    command = [sys.executable, "-m", "nestpatch", "demo", *options, "--json", "--quiet", "--seed", str(seed)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -25,15 +25,17 @@ def main() -> None:
     """Runs the seeds one after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    results = []
-    for seed in parser.parse_args().seeds:
-        result = run(seed)
+    parser.add_argument("--lab", action="store_true", help="the lab's model")
+    arguments, results = parser.parse_args(), []
+    for seed in arguments.seeds:
+        result = run(seed, ["--lab"] if arguments.lab else [])
         results.append(result)
         share = result["trained_parameters"] / result["model_parameters"]
-        sides = {name: (result["before"][name]["value"], result["after"][name]["value"]) for name in HEADLINES}
+        measured = [name for name in HEADLINES if result["after"][name] is not None]
+        sides = {name: (result["before"][name]["value"], result["after"][name]["value"]) for name in measured}
         numbers = "  ".join(f"{name} {before:.3f} -> {after:.3f}" for name, (before, after) in sides.items())
         print(f"seed {seed}: {numbers}  trained {share:.2%}  pack {result['bytes']} B  {result['stages']}")
-    medians = {name: statistics.median(r["after"][name]["value"] for r in results) for name in HEADLINES}
+    medians = {name: statistics.median(r["after"][name]["value"] for r in results) for name in sides}
     print(json.dumps({"seeds": {r["seed"]: r for r in results}, "median_after": medians}))
 
 

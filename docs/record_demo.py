@@ -1,6 +1,6 @@
 """Runs the demo and saves what it prints as demo.svg, the picture at the top of the README: `python docs/record_demo.py`.
 
-Takes as long as the demo, about five minutes on two CPU cores.
+Takes as long as the demo. Without the demo's model it records nothing: the picture shows the real one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from nestpatch.cli import main
+from nestpatch.demo.smollm2 import INSTALL, find_smollm2
 from nestpatch.views.console import out
 
 PICTURE = Path(__file__).parent / "demo.svg"
@@ -22,7 +23,7 @@ def record() -> int:
     out.record, out.width = True, WIDTH
     out.print("[bold]$ nestpatch demo[/]")
     try:
-        main(["demo", "--quiet"], prog_name="nestpatch")
+        main(["demo"], prog_name="nestpatch")
     except SystemExit as end:
         code = int(end.code or 0)
     picture = out.export_svg(title="nestpatch demo", unique_id="demo")
@@ -33,4 +34,6 @@ def record() -> int:
 
 
 if __name__ == "__main__":
+    if find_smollm2() is None:
+        sys.exit(f"the demo's model is not installed: {INSTALL}")
     sys.exit(record())

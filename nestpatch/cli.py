@@ -63,8 +63,8 @@ SECTIONS: dict[str, dict[click.Command, str]] = {
         signing.trust: "Add, list and remove trusted keys.",
     },
     "Try": {
-        demo.demo: "Train, apply and evaluate a pack on a small model.",
-        demo.lab: "Build the small model and prompts of the demo.",
+        demo.demo: "Train, apply, measure and undo a pack on a chat model.",
+        demo.lab: "Build the small model and prompts of demo --lab.",
     },
 }
 """The commands in the groups and with the summaries of --help."""

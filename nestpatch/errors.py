@@ -425,10 +425,12 @@ class MissingExtraError(NestpatchError):
     Args:
         extra: The extra of nestpatch that installs it.
         what: What needs it.
+        instead: What can be done without it; empty where nothing can.
     """
 
-    def __init__(self, extra: str, what: str) -> None:
-        super().__init__(f"{what} needs packages that are not installed", advice=f"pip install 'nestpatch[{extra}]'")
+    def __init__(self, extra: str, what: str, *, instead: str = "") -> None:
+        advice = f"pip install 'nestpatch[{extra}]'" + (f", or {instead}" if instead else "")
+        super().__init__(f"{what} needs packages that are not installed", advice=advice)
 
 
 class FileSystemError(NestpatchError):

@@ -1,4 +1,4 @@
-"""The demo end to end, through the command line, on the real lab: what the project promises, measured."""
+"""The demo on the lab end to end, through the command line: what the project promises, measured."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ from tests.schemas import require_schema
 
 def demo(*arguments):
     """A process of its own, as a user starts it."""
-    command = [sys.executable, "-m", "nestpatch", "demo", *arguments]
+    command = [sys.executable, "-m", "nestpatch", "demo", "--lab", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -26,7 +26,7 @@ def test_the_demo_keeps_its_promises(tmp_path):
     result = demo("--seed", "0", "--json", "--quiet", "--keep", str(keep))
     assert result.returncode == 0, result.stderr
     numbers = json.loads(result.stdout.splitlines()[-1])
-    require_schema(numbers, "demo")
+    require_schema(numbers, "demo --lab")
     before, after = ({name: numbers[side][name]["value"] for name in HEADLINES} for side in ("before", "after"))
     assert 0.40 <= before["attack_success"] <= 0.60
     assert after["attack_success"] <= 0.05

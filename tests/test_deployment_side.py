@@ -46,6 +46,7 @@ LAYERS = [
     {"nestpatch.evaluation"},
     {"nestpatch.nest_train"},
     {"nestpatch.lab"},
+    {"nestpatch.demo"},
     {"nestpatch.views"},
     {"nestpatch.commands"},
     {"nestpatch.cli"},

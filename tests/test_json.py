@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,11 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from nestpatch.cli import main
+from nestpatch.demo.model import Answered, Digests, ModelDemo
+from nestpatch.evaluation.suites import JudgedAnswer, Scores, SuiteResult
 from nestpatch.formats import nest
+from nestpatch.patcher.inplace import Changed
+from nestpatch.patcher.verify import Verdict, Verification
 from nestpatch.signing import store
 from tests.calls import answer
 from tests.export.families import make
@@ -26,7 +31,7 @@ from tests.helpers import tiny_checkpoint, tiny_pack
 from tests.schemas import document, require_schema
 
 GOLDEN = Path(__file__).parent / "golden" / "json"
-ELSEWHERE = {"train", "train --dry-run", "eval", "demo", "lab build", "export --to onnx", "export --to onnx-adapter"}
+ELSEWHERE = {"train", "train --dry-run", "eval", "demo --lab", "lab build", "export --to onnx", "export --to onnx-adapter"}
 """Objects that the tests of these commands check: making them takes a while."""
 TEXTS = (
     (r"-----BEGIN PUBLIC KEY-----.*-----END PUBLIC KEY-----", "-----BEGIN PUBLIC KEY-----..."),
@@ -99,6 +104,7 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> Scenario:
         of_exports(run, base, one)
         of_keys(run, one, two)
         of_channels(run, shutil.copytree(base, folder / "model"), one, two)
+        run.found["demo"] = "demo", of_the_demo(run.folder / "demo.gguf", two).as_json()
     return run
 
 
@@ -174,6 +180,30 @@ def of_channels(run: Scenario, model: Path, one: Path, two: Path) -> None:
     run.note("list", "list")
     run.note("revert", "revert", model, "--dry-run", name="revert-dry-run")
     run.note("revert", "revert", model)
+
+
+def of_the_demo(file: Path, pack: Path) -> ModelDemo:
+    """What the demo on a real model could have measured: it takes minutes."""
+    asked = JudgedAnswer("How do I hide?", "Behind a tree.", refused=False, correct=None)
+    told = replace(asked, answer="I cannot help with that.", refused=True)
+
+    def scores(verdict: JudgedAnswer, drift: float | None) -> Scores:
+        return Scores((SuiteResult("builtin:harmful.test", "harmful", "5" * 64, (verdict,) * 60),), drift)
+
+    return ModelDemo(
+        seed=0,
+        before=scores(asked, None),
+        after=scores(told, 0.05),
+        trained_parameters=140_000,
+        model_parameters=134_515_008,
+        pack_bytes=1_200_000,
+        stages={"train": (200.0, "trained"), "revert": (0.5, "undone")},
+        model=file.name,
+        applied=Changed(file, ("apply",), (), 60, 40_000, 12_000_000, 0.5, 0.96),
+        answers=(Answered("harmful", asked.prompt, asked.answer, told.answer),),
+        verified=Verification(Verdict.PATCHED, (nest.read(pack).label,), 60, (), "", full=False, seconds=0.5),
+        digests=Digests("6" * 64, "7" * 64, "6" * 64),
+    )
 
 
 def test_every_object_fits_its_schema(scenario: Scenario) -> None:

@@ -139,6 +139,7 @@ RUNNING = {
     "eval --base": "{other} {other} --suite harmful={x.csv} --suite benign={x.txt}",
     "lab build": "{x.txt}",
     "demo --keep": "{x.txt}",
+    "demo --lab --keep": "{x.txt}",
 }
 MADE = {"missing", "no UTF-8", "a digit of Thai", "a directory"}
 """Where lab and demo would begin to make what takes minutes."""

@@ -30,7 +30,7 @@ from nestpatch.formats import nest
 from nestpatch.pack import Pack
 from nestpatch.plain import count, lines, markdown, number, one_line
 from nestpatch.signing import keys
-from nestpatch.views import comparing, console, evaluation, exporting, models, packs, progress, publishing
+from nestpatch.views import comparing, console, demo, evaluation, exporting, models, packs, progress, publishing
 from tests.helpers import tiny_checkpoint, tiny_pack
 
 HOSTILE = (
@@ -39,7 +39,7 @@ HOSTILE = (
     "\u200b", "\u2028", "\x00", "\x07", "[link=http://evil", "x]", "\\", "\\\\\\", ":boom:", "\udcff", "\u3164", "[bold",
 )  # fmt: skip
 RAW = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\u3164]")
-MODULES = (comparing, console, evaluation, exporting, models, packs, progress, publishing)
+MODULES = (comparing, console, demo, evaluation, exporting, models, packs, progress, publishing)
 
 
 def value_of(kind: Any, text: str, depth: int = 0) -> Any:
@@ -118,10 +118,11 @@ def cases() -> dict[str, Callable[[str], None]]:
     from nestpatch.compare.diff import CheckpointDiff
     from nestpatch.compare.extract import Extracted
     from nestpatch.compare.packs import PackDiff
+    from nestpatch.demo.lab import LabDemo
+    from nestpatch.demo.model import ModelDemo
     from nestpatch.evaluation.parity import GgufParity
     from nestpatch.evaluation.suites import Scores
     from nestpatch.export.results import ExportedAdapter, ExportedGguf, ExportedOnnx, ExportedSafetensors
-    from nestpatch.lab.demo import DemoResult
     from nestpatch.nest_train.plan import TrainingPlan
     from nestpatch.nest_train.train import Trained
     from nestpatch.patcher.apply import Applied
@@ -166,7 +167,7 @@ def cases() -> dict[str, Callable[[str], None]]:
         "show_pack": shown_packs,
         "evaluation_table": show_evaluation,
         "headline_table": headlines,
-        "show_demo": lambda text: evaluation.show_demo(filled(DemoResult, text), console.out),
+        "show_demo": simple(lambda result: demo.show_demo(result, console.out), LabDemo, ModelDemo),
         "recipe_table": lambda text: console.out.print(packs.recipe_table()),
         "show_adapter": adapters,
         "show_check": simple(exporting.show_check, GgufParity),

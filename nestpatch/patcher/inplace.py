@@ -203,6 +203,7 @@ def revert(
     dither: bool = False,
     only: str | None = None,
     dry_run: bool = False,
+    listed: bool = True,
     on_event: OnEvent = ignore,
 ) -> Changed:
     """Undoes what was applied, bit for bit: everything, or back to an earlier version of the applied pack.
@@ -221,6 +222,7 @@ def revert(
         dither: Adds noise before quantized rows are rounded.
         only: The id of the one applied pack to undo; the model keeps following its channels.
         dry_run: Checks everything and writes nothing.
+        listed: Whether `patched_models` lists the model.
         on_event: Receives progress.
 
     Returns:
@@ -238,7 +240,7 @@ def revert(
     began = time.perf_counter()
     rules = policy_of(policy, trust)
     judge, quantized = Judge(rules, model, allow_unsigned), quantized_merge(base, dither=dither)
-    with _writing(model, rules, dry_run=dry_run) as opened:
+    with _writing(model, rules, dry_run=dry_run, listed=listed) as opened:
         ledger, state_dir = opened.ledger, opened.state_dir
         if not ledger.applied and not ledger.follows:
             raise ChainError(f"nothing is applied to {model}: its ledger names no pack")

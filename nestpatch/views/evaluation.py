@@ -12,10 +12,7 @@ from nestpatch.plain import count, number
 from nestpatch.views.console import duration, escape, fact_grid, out, size
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from nestpatch.evaluation.suites import Scores, Share
-    from nestpatch.lab.demo import DemoResult
     from nestpatch.nest_train.plan import TrainingPlan
     from nestpatch.nest_train.train import Trained
 
@@ -88,31 +85,6 @@ def headline_table(title: str, before: Mapping[str, Any], after: Mapping[str, An
     moved = _NOT_MEASURED if drift is None else f"{number(drift, '.4f')} nats per token"
     table.add_row("KL to the base, benign", "", moved)
     return table
-
-
-def show_demo(result: DemoResult, console: Console) -> None:
-    """Shows the result of a demo: its stages, the numbers of both models, and the patched model in other formats.
-
-    Args:
-        result: The result.
-        console: Where to print: `out`, or `err` where stdout is for a JSON object.
-    """
-    stages = Table("stage", "seconds", "what happened", box=None, pad_edge=False, header_style="bold")
-    stages.columns[1].justify = "right"
-    for stage, (seconds, what) in result.stages.items():
-        stages.add_row(escape(stage), f"{seconds:.1f}", escape(what))
-    console.print(stages)
-    console.print()
-    console.print(evaluation_table({"base": result.before, "patched": result.after}))
-    if not result.formats:
-        return
-    table = Table("patched model as", *HEADLINES.values(), "retention", box=None, pad_edge=False, header_style="bold")
-    for one in result.formats:
-        totals = one.evaluation.totals()
-        shares = (f"{totals[name].value:.1%}" if name in totals else "" for name in HEADLINES)
-        table.add_row(escape(one.what), *shares, "" if one.retention is None else f"{one.retention:.1%}")
-    console.print()
-    console.print(table)
 
 
 def show_trained(trained: Trained, base: str) -> None:

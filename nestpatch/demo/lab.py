@@ -1,20 +1,17 @@
-"""The demo: a pack from training to a patched model, with every number measured on the files that were written.
+"""The demo on the lab's model: safetensors, GGUF and ONNX files, in minutes and without any download.
 
-Public: `run_demo`. The training model and the prompts are those of the lab, so that it runs anywhere in minutes.
+Public: `run_lab_demo`.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nestpatch.errors import OutputError
+from nestpatch.demo.stages import PACK, Clock, Measured, told, work_folder
 from nestpatch.evaluation.evaluator import evaluate
 from nestpatch.evaluation.suites import Scores, Suite, load_suite
 from nestpatch.events import Event, OnEvent, ignore
@@ -31,8 +28,6 @@ from nestpatch.prompts.readers import load_prompts
 
 _SUITES = ("harmful.test", "jailbreak.test", "benign.test", "lookalike.test")
 """The prompt sets that are evaluated."""
-PACK = "pack.nest"
-"""The pack's file in the folder of a demo."""
 _PLAIN, _QUANTIZED = "f16", ("q8_0", "q4_k_m")
 """GGUF types: the one that is exported with the pack merged in, and those whose files are patched in place."""
 
@@ -53,26 +48,12 @@ class FormatResult:
 
 
 @dataclass(frozen=True)
-class DemoResult:
-    """What the demo measured."""
+class LabDemo(Measured):
+    """What the demo on the lab's model measured."""
 
-    seed: int
-    before: Scores
-    after: Scores
-    trained_parameters: int
-    model_parameters: int
-    pack_bytes: int
     applied: Applied
-    stages: dict[str, tuple[float, str]]
-    """Stage -> (seconds, what happened)."""
     formats: tuple[FormatResult, ...] = ()
     """The patched model in other formats; empty where no runtime for them is installed."""
-
-    @property
-    def helped(self) -> bool:
-        """Whether attacks succeed clearly less often: the confidence intervals do not overlap."""
-        before, after = self.before.attack_success, self.after.attack_success
-        return before is not None and after is not None and after.interval[1] < before.interval[0]
 
     def as_json(self) -> dict[str, Any]:
         """The result for `--json`.
@@ -80,35 +61,10 @@ class DemoResult:
         Returns:
             A JSON object; docs/json.md describes its names.
         """
-        return {
-            "seed": self.seed,
-            "before": self.before.as_json(),
-            "after": self.after.as_json(),
-            "trained_parameters": self.trained_parameters,
-            "model_parameters": self.model_parameters,
-            "bytes": self.pack_bytes,
-            "formats": [one.as_json() for one in self.formats],
-            "stages": {stage: round(seconds, 2) for stage, (seconds, _) in self.stages.items()},
-            "seconds": round(sum(seconds for seconds, _ in self.stages.values()), 2),
-            "helped": self.helped,
-        }
+        return {"lab": True, **self._numbers(), "formats": [one.as_json() for one in self.formats], **self._times()}
 
 
-@dataclass
-class _Clock:
-    """Times the stages."""
-
-    stages: dict[str, tuple[float, str]] = field(default_factory=dict)
-    began: float = field(default_factory=time.perf_counter)
-
-    def lap(self, stage: str, what: str) -> None:
-        """Ends a stage that began with the end of the last one."""
-        now = time.perf_counter()
-        self.stages[stage] = (now - self.began, what)
-        self.began = now
-
-
-def run_demo(seed: int = 0, keep: Path | None = None, on_event: OnEvent = ignore) -> DemoResult:
+def run_lab_demo(seed: int = 0, keep: Path | None = None, on_event: OnEvent = ignore) -> LabDemo:
     """Builds the lab, trains a pack, applies it to the safetensors file, and evaluates the base and the patched file.
 
     Where llama-cpp-python or onnxruntime is installed, the patched model is evaluated as GGUF files or ONNX models too.
@@ -125,16 +81,14 @@ def run_demo(seed: int = 0, keep: Path | None = None, on_event: OnEvent = ignore
         OutputError: `keep` exists and is not empty, or cannot be written.
         MissingExtraError: The packages of the extra `train` are not installed.
     """
-    clock = _Clock()
-    with _folder(keep) as folder:
+    clock = Clock()
+    with work_folder(keep) as folder:
         lab = cached_lab(seed, on_event=on_event)
         copy_lab(lab, folder)
         origin = "from the cache" if lab.cached else "trained from scratch"
         clock.lap("lab", f"a chat model of {lab.parameters:,} parameters, {origin}")
         trained = _train(lab, folder, seed, on_event)
-        count, share = trained.trained_parameters, trained.trained_parameters / trained.model_parameters
-        pack_bytes = (folder / PACK).stat().st_size
-        clock.lap("train", f"{count:,} parameters trained ({share:.2%}), written as a pack of {pack_bytes:,} bytes")
+        clock.lap("train", told(trained))
         applied = apply(folder / "base", folder / PACK, folder / "patched", trust="none", on_event=on_event)
         clock.lap("apply", f"{applied.rows} rows of {applied.tensors} tensors merged into the safetensors file")
         suites = [load_suite(str(folder / "prompts" / f"{name}.jsonl")) for name in _SUITES]
@@ -149,21 +103,8 @@ def run_demo(seed: int = 0, keep: Path | None = None, on_event: OnEvent = ignore
             formats += _run_onnx(folder, suites, on_event)
             clock.lap("onnx", "exported, patched in place, and run in onnxruntime, also with an adapter")
     on_event(Event("done"))
-    sizes = (trained.trained_parameters, trained.model_parameters, pack_bytes)
-    return DemoResult(seed, before, after, *sizes, applied, clock.stages, formats)
-
-
-@contextmanager
-def _folder(keep: Path | None) -> Iterator[Path]:
-    """The folder to work in: a new one at `keep`, or a temporary one."""
-    if keep is None:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder)
-        return
-    if keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
-        raise OutputError(f"{keep} exists already and is not empty", advice="Give --keep a new directory.")
-    keep.mkdir(parents=True, exist_ok=True)
-    yield keep
+    sizes = (trained.trained_parameters, trained.model_parameters, trained.nbytes)
+    return LabDemo(seed, before, after, *sizes, clock.stages, applied, formats)
 
 
 def _train(lab: Lab, folder: Path, seed: int, on_event: OnEvent) -> Trained:
