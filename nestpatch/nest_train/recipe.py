@@ -86,11 +86,11 @@ class Recipe:
     )
     first_layer: int = _knob(-1, "lowest patched layer, from 0; -1 chooses it by probe accuracy and cost", "measured", -1)
     # Clusters
-    k_min: int = _knob(2, "fewest clusters per layer", "NeST (silhouette); value measured", 1)
+    k_min: int = _knob(6, "fewest clusters per layer", "NeST (silhouette); value measured", 1)
     k_max: int = _knob(6, "most clusters per layer", "NeST (silhouette); value measured", 1, 256)
     profile_prompts: int = _knob(1024, "prompts in an activation profile, at most", "memory", 8)
     # Tuning
-    steps: int = _knob(300, "optimizer steps, at most", "measured", 1)
+    steps: int = _knob(240, "optimizer steps, at most", "measured", 1)
     harmful_batch: int = _knob(8, "harmful prompts per step", "measured", 1)
     benign_batch: int = _knob(12, "benign prompts per step", "measured", 1)
     lookalike_batch: int = _knob(12, "look-alike prompts per step; without any, benign ones take their place", "measured", 0)
@@ -102,7 +102,7 @@ class Recipe:
     benign_weight: float = _knob(0.0, "weight of the likelihood of harmless answers; refusals weigh 1", "measured", 0)
     kl_weight: float = _knob(3.0, "weight of KL(base || patched) on harmless answers", "measured", 0)
     tune_holdout: float = _knob(0.1, "share of prompts that decide which step is kept", "convention", 0.02, 0.5)
-    check_every: int = _knob(25, "steps between two looks at the held-out prompts", "convention", 1)
+    check_every: int = _knob(60, "steps between two looks at the held-out prompts", "convention", 1)
     check_prompts: int = _knob(
         48, "held-out prompts of each kind that are answered at each look; 0 looks at the loss alone", "time", 0
     )
