@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,6 +100,21 @@ class DeltaSet:
     def trainable(self) -> int:
         """Number of trained parameters."""
         return sum(module.delta.numel() for module in self.modules)
+
+    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """One parameter group per delta, whose step is relative to the RMS of the matrix that it changes.
+
+        Args:
+            learning_rate: The largest step in units of that RMS.
+
+        Returns:
+            Groups for an optimizer; "peak" is the largest step.
+        """
+        groups = []
+        for module in self.modules:
+            rms = module.base.weight.detach().float().square().mean().sqrt().item()
+            groups.append({"params": [module.delta], "peak": learning_rate * rms})
+        return groups
 
     def quantize_like(self, checkpoint: Checkpoint) -> list[str]:
         """Rounds patched rows as the base's file rounds them, from now on; tensors of plain numbers are left alone.

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from nestpatch.evaluation.judges import is_refusal
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.nest_train._deltas import DeltaSet
 from nestpatch.nest_train._targets import Example, Examples
 from nestpatch.nest_train._trunk import Trunk
 from nestpatch.nest_train.recipe import Recipe
@@ -79,8 +79,41 @@ Answer = Callable[[Sequence[str]], list[str]]
 """Prompts -> the beginnings of the model's answers."""
 
 
+class Trainable(Protocol):
+    """What `tune` trains: the deltas of a `DeltaSet`, or another small change of a frozen model to compare them with."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the trained values are."""
+        ...
+
+    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """Parameter groups of an optimizer, each with its largest step as "peak".
+
+        Args:
+            learning_rate: The recipe's.
+        """
+        ...
+
+    def attached(self) -> AbstractContextManager[None]:
+        """Inside, the model has the change."""
+        ...
+
+    def snapshot(self) -> list[torch.Tensor]:
+        """Copies of all trained values."""
+        ...
+
+    def restore(self, deltas: Sequence[torch.Tensor]) -> None:
+        """Sets the trained values to what `snapshot` returned."""
+        ...
+
+    def round_rows(self) -> None:
+        """Called after every step."""
+        ...
+
+
 def tune(
-    trunk: Trunk, deltas: DeltaSet, data: Examples, answer: Answer, recipe: Recipe, on_event: OnEvent = ignore
+    trunk: Trunk, deltas: Trainable, data: Examples, answer: Answer, recipe: Recipe, on_event: OnEvent = ignore
 ) -> TuneResult:
     """Trains the deltas, stops early by held-out prompts, and leaves the best deltas in place.
 
@@ -104,8 +137,9 @@ def tune(
     torch.manual_seed(recipe.seed)
     kept, held_out = data.split_off(recipe.tune_holdout, rng)
     accelerator = Accelerator(cpu=deltas.device.type == "cpu")
-    optimizer = accelerator.prepare(_optimizer(deltas, recipe))
-    parameters = [module.delta for module in deltas.modules]
+    groups = deltas.groups(recipe.learning_rate)
+    optimizer = accelerator.prepare(torch.optim.AdamW(groups, lr=0.0, weight_decay=recipe.weight_decay))
+    parameters = [parameter for group in groups for parameter in group["params"]]
     loss_of = partial(batch_loss, trunk, recipe)
     looks: list[Look] = []
     stale, reason = 0, f"all {recipe.steps} steps done"
@@ -138,21 +172,12 @@ def tune(
     return TuneResult(step, looks[0], best, tuple(looks), reason)
 
 
-def _optimizer(deltas: DeltaSet, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW with one group per delta, whose step is relative to the RMS of the matrix that it changes."""
-    groups = []
-    for module in deltas.modules:
-        rms = module.base.weight.detach().float().square().mean().sqrt().item()
-        groups.append({"params": [module.delta], "rms": rms, "lr": recipe.learning_rate * rms})
-    return torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
-
-
 def _schedule(optimizer: Any, step: int, recipe: Recipe) -> None:
     """Linear warm-up, then a cosine to zero."""
     progress = (step - 1) / recipe.steps
     warm = min(1.0, step / max(1.0, recipe.warmup * recipe.steps))
     for group in optimizer.param_groups:
-        group["lr"] = recipe.learning_rate * group["rms"] * warm * 0.5 * (1 + math.cos(math.pi * progress))
+        group["lr"] = group["peak"] * warm * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def batches(data: Examples, recipe: Recipe, rng: random.Random) -> Iterator[Examples]:

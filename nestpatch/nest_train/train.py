@@ -181,7 +181,7 @@ def _train(
         run.note(f"suites with training prompts: {', '.join(seen)}; their numbers say little about new prompts")
     before = _evaluate(run, suites, "the base") if suites else None
     examples = distil(run, data)
-    selections, clusters = _find_clusters(run, data, blocks)
+    selections, clusters = find_clusters(run, data, blocks)
     deltas = DeltaSet(blocks, clusters)
     result = _tuned(run, blocks, deltas, examples)
     deltas.round_to(recipe.delta_dtype)
@@ -250,8 +250,20 @@ def _identity(pack: Pack) -> tuple[str, int]:
     return sha256(data).hexdigest(), len(data)
 
 
-def _find_clusters(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> tuple[list[Selection], list[Clusters]]:
-    """The stages probe, select and cluster, a result per layer."""
+def find_clusters(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> tuple[list[Selection], list[Clusters]]:
+    """The stages probe, select and cluster.
+
+    Args:
+        run: The base.
+        data: The prompts.
+        blocks: The base's feed-forward blocks.
+
+    Returns:
+        (selections, clusters), one of each per layer.
+
+    Raises:
+        TrainingError: No neuron separates harmful from harmless prompts.
+    """
     texts = [prompt.text for prompt in data.harmful.prompts + data.harmless]
     harmful = np.arange(len(texts)) < len(data.harmful.prompts)
     # Windows cannot remove a file that is still mapped; the system's own cleaning removes it later.

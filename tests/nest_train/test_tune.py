@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from nestpatch.nest_train._deltas import DeltaSet
 from nestpatch.nest_train._targets import Example, Examples
 from nestpatch.nest_train._trunk import Trunk
-from nestpatch.nest_train._tune import Look, TuneResult, _optimizer, batch_loss, batches, tune
+from nestpatch.nest_train._tune import Look, TuneResult, batch_loss, batches, tune
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.runtimes.text import TokenPair, collate
 from nestpatch.runtimes.transformers import answer_logits, load_model
@@ -356,5 +356,5 @@ def test_the_scale_of_steps_follows_the_weights(tuning: Tuning) -> None:
     """Ten times larger weights take ten times larger steps."""
     with torch.no_grad():
         tuning.model.model.layers[1].mlp.gate_proj.weight.mul_(10)
-    groups = _optimizer(tuning.deltas, Recipe(learning_rate=0.05)).param_groups
-    assert groups[2]["lr"] == pytest.approx(10 * groups[0]["lr"], rel=0.2)
+    groups = tuning.deltas.groups(learning_rate=0.05)
+    assert groups[2]["peak"] == pytest.approx(10 * groups[0]["peak"], rel=0.2)
