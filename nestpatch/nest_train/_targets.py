@@ -28,6 +28,8 @@ REFUSAL_SAMPLE = 256
 """Harmful prompts that the base answers, at most, to find out how it refuses."""
 JUDGED_TOKENS = 16
 """Tokens of an answer that tell whether it refuses."""
+_WHOLE_REFUSAL = 24
+"""Tokens of a refusal that are trained: all of a built-in one with its end, or a model goes on in circles after its start."""
 _OWN_NEEDED = 0.05
 """Share of those prompts that the base must refuse by itself before its own wording is used."""
 _OWN_KEPT = 4
@@ -163,12 +165,12 @@ def distil(run: Run, data: TrainingData) -> Examples:
         )
     looks = {prompt.text for prompt in data.lookalike.prompts} if data.lookalike else set()
     return Examples(
-        _encoded(run, [(text, rng.choice(refusals.texts)) for text in harmful]),
-        _encoded(run, [pair for pair in kept.items() if pair[0] not in looks]),
-        _encoded(run, [pair for pair in kept.items() if pair[0] in looks]),
+        _encoded(run, [(text, rng.choice(refusals.texts)) for text in harmful], max(recipe.trained_tokens, _WHOLE_REFUSAL)),
+        _encoded(run, [pair for pair in kept.items() if pair[0] not in looks], recipe.trained_tokens),
+        _encoded(run, [pair for pair in kept.items() if pair[0] in looks], recipe.trained_tokens),
     )
 
 
-def _encoded(run: Run, pairs: Sequence[tuple[str, str]]) -> tuple[Example, ...]:
-    tokens = encode_pairs(run.tokenizer, pairs, run.recipe.max_prompt_tokens, run.recipe.trained_tokens)
+def _encoded(run: Run, pairs: Sequence[tuple[str, str]], length: int) -> tuple[Example, ...]:
+    tokens = encode_pairs(run.tokenizer, pairs, run.recipe.max_prompt_tokens, length)
     return tuple(Example(text, pair) for (text, _), pair in zip(pairs, tokens, strict=True))

@@ -53,7 +53,9 @@ class Recipe:
     max_prompts: int = _knob(2000, "prompts of each kind, at most; larger sets are sampled", "time", 20)
     max_prompt_tokens: int = _knob(256, "tokens; longer prompts keep their end", "memory", 8)
     max_answer_tokens: int = _knob(48, "tokens of an answer in an evaluation", "time", 1)
-    trained_tokens: int = _knob(8, "tokens of a training answer: whether it refuses is decided at its start", "measured", 1)
+    trained_tokens: int = _knob(
+        8, "tokens of a harmless answer that are trained: whether it refuses is decided at its start", "measured", 1
+    )
     refusals: str = _knob(
         "builtin",
         "source of the refusal texts: own (the base's), builtin, or auto (own where the base refuses often enough)",
