@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nestpatch.errors import PromptDataError
-from nestpatch.nest_train._tune import endless, split_off
+from nestpatch.nest_train._targets import Example, Examples
 from nestpatch.prompts.readers import Prompt, join_sets, load_prompts, sample_set
 from nestpatch.runtimes.text import IGNORED, TokenPair, collate, encode_pairs, pad_left, prompt_ids
 
@@ -159,22 +159,22 @@ def test_left_padding_ends_all_prompts_together():
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-@given(st.integers(2, 60), st.floats(0.02, 0.5), st.integers(0, 5))
-def test_split_off_is_a_partition(count, share, seed):
-    kept, held = split_off(range(count), share, random.Random(seed))
-    assert sorted(kept + held) == list(range(count))
-    assert held
-    assert kept
+def examples(count, name):
+    return tuple(Example(f"{name} {i}", TokenPair((i,), (0,))) for i in range(count))
 
 
-@given(st.integers(1, 20), st.integers(1, 30), st.integers(0, 5))
-def test_endless_shows_everything_before_it_repeats(count, size, seed):
-    batches = endless(range(count), size, random.Random(seed))
-    seen = [item for _ in range(-(-count * 2 // size)) for item in next(batches)]
-    assert sorted(seen[:count]) == list(range(count))
-    assert sorted(seen[count : 2 * count]) == list(range(count))
+@given(
+    st.integers(2, 60), st.integers(2, 60), st.integers(0, 60).filter(lambda n: n != 1), st.floats(0.02, 0.5), st.integers(0, 5)
+)
+def test_split_off_is_a_partition_of_each_kind(harmful, benign, lookalike, share, seed):
+    data = Examples(examples(harmful, "h"), examples(benign, "b"), examples(lookalike, "l"))
+    kept, held = data.split_off(share, random.Random(seed))
+    for kind in ("harmful", "benign", "lookalike"):
+        both = getattr(kept, kind) + getattr(held, kind)
+        assert sorted(example.text for example in both) == sorted(example.text for example in getattr(data, kind))
+        assert bool(getattr(kept, kind)) == bool(getattr(held, kind)) == bool(both)
 
 
 def test_one_prompt_cannot_be_split():
     with pytest.raises(PromptDataError, match="too few"):
-        split_off([1], 0.1, random.Random(0))
+        Examples(examples(1, "h"), examples(5, "b")).split_off(0.1, random.Random(0))
