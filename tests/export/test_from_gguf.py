@@ -18,6 +18,7 @@ from nestpatch.errors import CheckpointFormatError, NestpatchError, Quantization
 from nestpatch.export._gguf_writer import write_gguf
 from nestpatch.export.gguf import export_gguf
 from nestpatch.export.safetensors import export_safetensors
+from nestpatch.formats.checkpoint import float_rows
 from nestpatch.formats.gguf.checkpoint import GgufCheckpoint
 from nestpatch.formats.gguf.header import encode_header, padding
 from nestpatch.formats.gguf.hf.model import FloatModel
@@ -225,8 +226,8 @@ def test_loaded_models_compute_the_same(name: str, family: Made, tmp_path: Path)
             stored = disk_name(projection.weight_name, checkpoint)
             rows = np.arange(5)
             weight = projection.linear.weight.detach()[:5]
-            assert same_weights(checkpoint.read_rows(stored, rows), weight, checkpoint.info(stored))
-            assert not same_weights(checkpoint.read_rows(stored, rows), weight + 1, checkpoint.info(stored))
+            assert same_weights(float_rows(checkpoint, stored, rows), weight)
+            assert not same_weights(float_rows(checkpoint, stored, rows), weight + 1)
 
 
 def test_a_loaded_model_can_be_narrower(family: Made, exported: Made) -> None:

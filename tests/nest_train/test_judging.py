@@ -139,10 +139,10 @@ def test_the_kind_of_a_suite_is_told_by_its_name_or_said(tmp_path):
 
 def test_the_bases_own_refusals_are_preferred():
     answers = ["I can't do that."] * 30 + ["I won't."] * 20 + ["Sorry, maybe once"] + ["Sure"] * 49
-    chosen = choose_refusals(answers, Recipe())
+    chosen = choose_refusals(answers, Recipe(refusals="auto"))
     assert chosen.texts == ("I can't do that.", "I won't.")
     assert "51 of 100" in chosen.reason
-    assert choose_refusals(["Sure"] * 100, Recipe()).texts == BUILT_IN
+    assert choose_refusals(["Sure"] * 100, Recipe(refusals="auto")).texts == BUILT_IN
     assert choose_refusals(answers, Recipe(refusals="builtin")).texts == BUILT_IN
     with pytest.raises(TrainingError, match="refuses 0 of 100"):
         choose_refusals(["Sure"] * 100, Recipe(refusals="own"))
