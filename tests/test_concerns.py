@@ -27,8 +27,8 @@ def after(**changes: Any) -> dict[str, Any]:
 
 def ways(option: str) -> str:
     """Out of a rise of refusals."""
-    more = f"train with more harmless prompts like those refused ({option})"
-    return f"{more} or another --recipe, or apply at a lower --strength"
+    more = f"add prompts like those refused ({option})"
+    return f"{more}, or lower --strength"
 
 
 def test_a_good_pack_raises_no_concern() -> None:

@@ -103,7 +103,7 @@ def _rise(name: str, option: str, before: _Share | None, after: _Share | None) -
     if more <= CHANCE or more / total <= MAX_RISE:
         return ""
     points = f"{100 * (after.value - before.value):.1f} points: {before.value:.1%} before, {after.value:.1%} after"
-    ways = f"train with more harmless prompts like those refused ({option}) or another --recipe, or apply at a lower --strength"
+    ways = f"add prompts like those refused ({option}), or lower --strength"
     return f"{_TITLES[name]} rose by {points}; {ways}"
 
 
