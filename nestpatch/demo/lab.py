@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nestpatch.demo.stages import PACK, Clock, Measured, told, work_folder
+from nestpatch.demo.stages import PACK, Clock, Measured, describe_training, work_folder
 from nestpatch.evaluation.evaluator import evaluate
 from nestpatch.evaluation.suites import Scores, Suite, load_suite
 from nestpatch.events import Event, OnEvent, ignore
@@ -88,7 +88,7 @@ def run_lab_demo(seed: int = 0, keep: Path | None = None, on_event: OnEvent = ig
         origin = "from the cache" if lab.cached else "trained from scratch"
         clock.lap("lab", f"a chat model of {lab.parameters:,} parameters, {origin}")
         trained = _train(lab, folder, seed, on_event)
-        clock.lap("train", told(trained))
+        clock.lap("train", describe_training(trained))
         applied = apply(folder / "base", folder / PACK, folder / "patched", trust="none", on_event=on_event)
         clock.lap("apply", f"{applied.rows} rows of {applied.tensors} tensors merged into the safetensors file")
         suites = [load_suite(str(folder / "prompts" / f"{name}.jsonl")) for name in _SUITES]

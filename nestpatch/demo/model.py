@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nestpatch.demo.stages import PACK, Clock, Measured, told, work_folder
+from nestpatch.demo.stages import PACK, Clock, Measured, describe_training, work_folder
 from nestpatch.errors import MissingExtraError, QuantizationError
 from nestpatch.evaluation.evaluator import evaluate
 from nestpatch.evaluation.suites import BENIGN, HARMFUL, LOOKALIKE, Scores, builtin_suites
@@ -154,7 +154,7 @@ def run_model_demo(
         size, before = seal(file)
         clock.lap("copy", f"{model.name}, {size / 1e6:.1f} MB")
         trained = train(model, data, _LABEL, recipe=recipe, output=pack, on_event=on_event)
-        clock.lap("train", told(trained))
+        clock.lap("train", describe_training(trained))
         applied, how = _patch(file, pack, on_event)
         patched = seal(file)[1]
         clock.lap("apply", f"{applied.rows:,} rows of {applied.tensors} tensors changed in the file{how}")

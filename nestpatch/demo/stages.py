@@ -118,7 +118,7 @@ def work_folder(keep: Path | None) -> Iterator[Path]:
     yield keep
 
 
-def told(trained: Trained) -> str:
+def describe_training(trained: Trained) -> str:
     """Says what was trained, for the table of the stages.
 
     Args:

@@ -100,6 +100,15 @@ def require_origin(delta: TensorDelta, identity: TensorIdentity, checkpoint: Che
 
 
 def is_rounded_base(delta: TensorDelta, identity: TensorIdentity, checkpoint: Checkpoint, rows: Rows, base: Checkpoint) -> bool:
+    """Whether some rows, such as those of an undo record, are what the float base becomes when it is quantized.
+
+    Args:
+        delta: The pack's change of the tensor.
+        identity: The tensor in the pack's base.
+        checkpoint: The quantized model.
+        rows: The rows in question, uint8 [neurons, row_bytes].
+        base: The float model.
+    """
     try:
         info = fitted_to_base(delta, identity, checkpoint, base)
     except (BaseMismatchError, QuantizationError):
