@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from nestpatch.nest_train._deltas import swapped
 from nestpatch.runtimes.weights import MlpBlock
 
 _RATE = 5e-4
@@ -59,13 +60,8 @@ class LoraSet:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Inside, the model has the adapters."""
-        for projection, module in self.places:
-            setattr(projection.parent, projection.attribute, module)
-        try:
+        with swapped(self.places):
             yield
-        finally:
-            for projection, module in self.places:
-                setattr(projection.parent, projection.attribute, module.base)
 
     def snapshot(self) -> list[torch.Tensor]:
         """Copies of all values."""

@@ -11,9 +11,7 @@ import argparse
 import json
 import random
 import statistics
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from bench._lora import LoraSet
 from nestpatch.evaluation.suites import BENIGN, HARMFUL, Scores, Suite, builtin_suites, evaluate_suites, limited, load_suite
@@ -21,11 +19,9 @@ from nestpatch.events import Event
 from nestpatch.nest_train._deltas import DeltaSet
 from nestpatch.nest_train._run import Run
 from nestpatch.nest_train._targets import JUDGED_TOKENS, distil
-from nestpatch.nest_train._trunk import Trunk
-from nestpatch.nest_train._tune import tune
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe, make_recipe
-from nestpatch.nest_train.train import find_clusters
+from nestpatch.nest_train.train import find_clusters, fit
 from nestpatch.runtimes.weights import find_mlps
 
 STRENGTHS = (0.6, 0.8, 1.0, 1.25)
@@ -62,11 +58,7 @@ def measure(model: str, method: str, recipe: Recipe, suites: Sequence[Suite], st
     deltas = DeltaSet(blocks, clusters)
     deltas.quantize_like(run.checkpoint)
     change = deltas if method == "nest" else LoraSet(blocks, deltas.first_layer)
-    every = examples.harmful + examples.harmless
-    with tempfile.TemporaryDirectory() as folder:
-        trunk = Trunk(run.model, blocks, deltas.first_layer, run.pad)
-        trunk.remember([e.tokens for e in every], [e.tokens for e in examples.harmless], Path(folder))
-        tune(trunk, change, examples, lambda texts: run.generate(texts, "look", tokens=JUDGED_TOKENS), recipe, tell)
+    fit(run, blocks, change, examples)
     found, trained = [], change.snapshot()
     for strength in strengths:
         if isinstance(change, LoraSet):

@@ -71,6 +71,22 @@ class ClusterDelta(nn.Module):
         self.residual = change.to(self.base.weight)
 
 
+@contextmanager
+def swapped(places: Sequence[tuple[Projection, Any]]) -> Iterator[None]:
+    """Inside, each module is in the place of the Linear that it holds as `base`.
+
+    Args:
+        places: (projection, module).
+    """
+    for projection, module in places:
+        setattr(projection.parent, projection.attribute, module)
+    try:
+        yield
+    finally:
+        for projection, module in places:
+            setattr(projection.parent, projection.attribute, module.base)
+
+
 class DeltaSet:
     """All deltas of a model, attached and detached together.
 
@@ -151,13 +167,8 @@ class DeltaSet:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Inside, the deltas replace their Linears; afterwards the model is as before."""
-        for projection, module in self.places:
-            setattr(projection.parent, projection.attribute, module)
-        try:
+        with swapped(self.places):
             yield
-        finally:
-            for projection, module in self.places:
-                setattr(projection.parent, projection.attribute, module.base)
 
     @contextmanager
     def off(self) -> Iterator[None]:

@@ -165,12 +165,23 @@ def distil(run: Run, data: TrainingData) -> Examples:
         )
     looks = {prompt.text for prompt in data.lookalike.prompts} if data.lookalike else set()
     return Examples(
-        _encoded(run, [(text, rng.choice(refusals.texts)) for text in harmful], max(recipe.trained_tokens, _WHOLE_REFUSAL)),
-        _encoded(run, [pair for pair in kept.items() if pair[0] not in looks], recipe.trained_tokens),
-        _encoded(run, [pair for pair in kept.items() if pair[0] in looks], recipe.trained_tokens),
+        encode_examples(run, [(text, rng.choice(refusals.texts)) for text in harmful], refusals=True),
+        encode_examples(run, [pair for pair in kept.items() if pair[0] not in looks]),
+        encode_examples(run, [pair for pair in kept.items() if pair[0] in looks]),
     )
 
 
-def _encoded(run: Run, pairs: Sequence[tuple[str, str]], length: int) -> tuple[Example, ...]:
+def encode_examples(run: Run, pairs: Sequence[tuple[str, str]], *, refusals: bool = False) -> tuple[Example, ...]:
+    """Turns prompts and answers into examples of the length that is trained.
+
+    Args:
+        run: The base and the recipe.
+        pairs: (prompt, answer).
+        refusals: Whether the answers are refusals, which are trained to their end.
+
+    Returns:
+        One example for each pair.
+    """
+    length = max(run.recipe.trained_tokens, _WHOLE_REFUSAL) if refusals else run.recipe.trained_tokens
     tokens = encode_pairs(run.tokenizer, pairs, run.recipe.max_prompt_tokens, length)
     return tuple(Example(text, pair) for (text, _), pair in zip(pairs, tokens, strict=True))

@@ -82,9 +82,17 @@ Answer = Callable[[Sequence[str]], list[str]]
 class Trainable(Protocol):
     """What `tune` trains: the deltas of a `DeltaSet`, or another small change of a frozen model to compare them with."""
 
+    first_layer: int
+    """The lowest layer that it changes."""
+
     @property
     def device(self) -> torch.device:
         """Where the trained values are."""
+        ...
+
+    @property
+    def trainable(self) -> int:
+        """Number of trained values."""
         ...
 
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:

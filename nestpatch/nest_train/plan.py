@@ -19,11 +19,10 @@ from nestpatch.evaluation.suites import Suite
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.nest_train._neurons import Clusters, Selection, cluster, collect, select
 from nestpatch.nest_train._run import Run, limited_threads
-from nestpatch.nest_train._targets import BUILT_IN, JUDGED_TOKENS, REFUSAL_SAMPLE, Example, Examples
+from nestpatch.nest_train._targets import BUILT_IN, JUDGED_TOKENS, REFUSAL_SAMPLE, Example, Examples, encode_examples
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.nest_train.train import require_packages
-from nestpatch.runtimes.text import encode_pairs
 from nestpatch.runtimes.weights import MlpBlock, find_mlps
 
 _STEPS = 3
@@ -193,12 +192,10 @@ def _examples(run: Run, data: TrainingData, kept: Sequence[tuple[str, str]]) -> 
     count = 2 * _STEPS * max(recipe.harmful_batch, recipe.benign_batch + recipe.lookalike_batch)
     harmful = [(prompt.text, BUILT_IN[0]) for prompt in data.harmful.prompts]
 
-    def some(pairs: Sequence[tuple[str, str]]) -> tuple[Example, ...]:
-        chosen = [pairs[i % len(pairs)] for i in range(count)]
-        tokens = encode_pairs(run.tokenizer, chosen, recipe.max_prompt_tokens, recipe.trained_tokens)
-        return tuple(Example(text, pair) for (text, _), pair in zip(chosen, tokens, strict=True))
+    def some(pairs: Sequence[tuple[str, str]], *, refusals: bool = False) -> tuple[Example, ...]:
+        return encode_examples(run, [pairs[i % len(pairs)] for i in range(count)], refusals=refusals)
 
-    return Examples(some(harmful), some(kept), some(kept) if data.lookalike else ())
+    return Examples(some(harmful, refusals=True), some(kept), some(kept) if data.lookalike else ())
 
 
 def _random_groups(block: MlpBlock, harmful: int, prompts: int, recipe: Recipe) -> Clusters:

@@ -40,7 +40,7 @@ from nestpatch.runtimes.weights import MlpBlock, disk_name, find_mlps, same_weig
 
 if TYPE_CHECKING:
     from nestpatch.nest_train._deltas import DeltaSet
-    from nestpatch.nest_train._tune import TuneResult
+    from nestpatch.nest_train._tune import Trainable, TuneResult
 
 _NO_LOOKALIKES = (
     "no look-alike prompts: nothing teaches the patched model to answer harmless prompts that look harmful, "
@@ -183,7 +183,9 @@ def _train(
     examples = distil(run, data)
     selections, clusters = find_clusters(run, data, blocks)
     deltas = DeltaSet(blocks, clusters)
-    result = _tuned(run, blocks, deltas, examples)
+    if kinds := deltas.quantize_like(run.checkpoint):
+        run.decide("rounding", "", f"deltas are trained through the rounding to {', '.join(kinds)} of the base's file")
+    result = fit(run, blocks, deltas, examples)
     deltas.round_to(recipe.delta_dtype)
     if before is not None:
         facts |= {"judge": "keywords and references (nestpatch.evaluation.judges)", "before": before.as_json(), "after": None}
@@ -203,21 +205,32 @@ def _train(
     return trained if before is None else _evaluated(run, trained, suites, deltas, before)
 
 
-def _tuned(run: Run, blocks: Sequence[MlpBlock], deltas: DeltaSet, examples: Examples) -> TuneResult:
-    """The stages remember and tune."""
+def fit(run: Run, blocks: Sequence[MlpBlock], change: Trainable, examples: Examples) -> TuneResult:
+    """The stages remember and tune.
+
+    Args:
+        run: The base.
+        blocks: Its feed-forward blocks.
+        change: What is trained, in place.
+        examples: The training examples.
+
+    Returns:
+        How the tuning went.
+
+    Raises:
+        PromptDataError: A kind has fewer than two examples.
+    """
     from nestpatch.nest_train._trunk import Trunk
     from nestpatch.nest_train._tune import tune
 
-    if kinds := deltas.quantize_like(run.checkpoint):
-        run.decide("rounding", "", f"deltas are trained through the rounding to {', '.join(kinds)} of the base's file")
-    trunk = Trunk(run.model, blocks, deltas.first_layer, run.pad)
+    trunk = Trunk(run.model, blocks, change.first_layer, run.pad)
     every = examples.harmful + examples.harmless
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         skipped = trunk.remember([e.tokens for e in every], [e.tokens for e in examples.harmless], Path(folder), run.on_event)
         run.decide("step", *skipped)
-        run.on_event(Event("tune", 0, run.recipe.steps, f"{deltas.trainable} parameters"))
+        run.on_event(Event("tune", 0, run.recipe.steps, f"{change.trainable} parameters"))
         answer = partial(run.generate, stage="look", tokens=JUDGED_TOKENS)
-        result = tune(trunk, deltas, examples, answer, run.recipe, run.on_event)
+        result = tune(trunk, change, examples, answer, run.recipe, run.on_event)
     run.note(f"kept step {result.kept.step} of {result.steps} ({result.reason}): {result.kept}; the base: {result.before}")
     return result
 

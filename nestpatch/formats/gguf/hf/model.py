@@ -231,11 +231,10 @@ class FloatModel(Checkpoint):
             CheckpointError: As `read_rows`.
         """
         info = self.info(name)
-        count, width = (info.shape[0], 1) if len(info.shape) < 2 else (info.rows, info.shape[-1])
         if len(info.shape) < 2:
-            yield self.read_rows(name, np.arange(count)).tobytes()
+            yield self.read_rows(name, np.arange(info.shape[0])).tobytes()
             return
-        for part in info.blocks(count, 2 * width * np.dtype(np.float32).itemsize):
+        for part in info.blocks(info.rows, 2 * info.shape[-1] * np.dtype(np.float32).itemsize):
             yield self.read_rows(name, np.arange(part.start, part.stop)).tobytes()
 
     def write_rows(self, name: str, rows: IntArray, values: Rows) -> None:
