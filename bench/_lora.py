@@ -63,6 +63,17 @@ class LoraSet:
         with swapped(self.places):
             yield
 
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside, the attached adapters add nothing."""
+        strengths = [module.strength for _, module in self.places]
+        self.scale(0.0)
+        try:
+            yield
+        finally:
+            for (_, module), strength in zip(self.places, strengths, strict=True):
+                module.strength = strength
+
     def snapshot(self) -> list[torch.Tensor]:
         """Copies of all values."""
         return [parameter.detach().clone() for parameter in self._parameters()]

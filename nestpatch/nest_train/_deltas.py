@@ -13,7 +13,6 @@ from torch.nn.functional import linear
 
 from nestpatch.formats.checkpoint import Checkpoint, TensorInfo, float_rows
 from nestpatch.nest_train._neurons import Clusters
-from nestpatch.packing import require_packable
 from nestpatch.rows import FloatArray
 from nestpatch.runtimes.weights import MlpBlock, Projection, disk_name
 
@@ -150,7 +149,6 @@ class DeltaSet:
             info = checkpoint.info(name)
             if info.plain:
                 continue
-            require_packable(checkpoint, name)
             kinds.add(info.dtype)
             order = np.argsort(rows := module.rows.cpu().numpy())
             stored = np.empty((len(rows), module.base.in_features), np.float32)

@@ -17,9 +17,11 @@ from nestpatch.evaluation.drift import drift
 from nestpatch.events import Event, OnEvent
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.nest_train.recipe import Recipe
+from nestpatch.packing import require_packable
 from nestpatch.patcher.recovery import open_model
 from nestpatch.runtimes.threads import wait_passively
 from nestpatch.runtimes.transformers import ModelLocation, TransformersRuntime, load_model, locate, pick_device, pick_dtype
+from nestpatch.runtimes.weights import MlpBlock, disk_name, find_mlps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,6 +101,23 @@ class Run:
     def pad(self) -> int:
         """The id of the padding token."""
         return int(self.tokenizer.pad_token_id)
+
+    def blocks(self) -> tuple[MlpBlock, ...]:
+        """Finds the feed-forward blocks, and checks that a pack can change them: before minutes of work.
+
+        Returns:
+            The blocks in the order of the layers.
+
+        Raises:
+            UnsupportedModelError: The architecture has none that this package knows, or the file stores their rows in another
+                order.
+            QuantizationError: The base's file stores them in a type that no pack can change on this machine.
+        """
+        blocks = find_mlps(self.model)
+        for block in blocks:
+            for projection in block.projections:
+                require_packable(self.checkpoint, disk_name(projection.weight_name, self.checkpoint))
+        return blocks
 
     @property
     def runtime(self) -> TransformersRuntime:

@@ -23,7 +23,7 @@ from nestpatch.nest_train._targets import BUILT_IN, JUDGED_TOKENS, REFUSAL_SAMPL
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.nest_train.train import require_packages
-from nestpatch.runtimes.weights import MlpBlock, find_mlps
+from nestpatch.runtimes.weights import MlpBlock
 
 _STEPS = 3
 """Optimizer steps that are timed."""
@@ -126,7 +126,7 @@ def plan(
         watch = _Stopwatch()
         with watch("load"):
             run = Run.start(base, recipe, on_event)
-        blocks = find_mlps(run.model)
+        blocks = run.blocks()
         suite_prompts = sum(len(suite.prompts.prompts) for suite in suites)
         parameters = _measure(run, data, blocks, suite_prompts, watch)
     sets = {"harmful": data.harmful, "benign": data.benign, "lookalike": data.lookalike}

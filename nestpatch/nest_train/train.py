@@ -36,7 +36,7 @@ from nestpatch.nest_train.recipe import Recipe
 from nestpatch.pack import Label, Pack
 from nestpatch.packing import PackedTensor, build_pack, pack_tensor
 from nestpatch.rows import DTYPES, FloatArray
-from nestpatch.runtimes.weights import MlpBlock, disk_name, find_mlps, same_weights
+from nestpatch.runtimes.weights import MlpBlock, disk_name, same_weights
 
 if TYPE_CHECKING:
     from nestpatch.nest_train._deltas import DeltaSet
@@ -172,7 +172,7 @@ def _train(
 
     data = data.sampled(recipe.max_prompts, recipe.seed)
     run = Run.start(base, recipe, on_event)
-    blocks = find_mlps(run.model)
+    blocks = run.blocks()
     if data.lookalike is None:
         run.decide("lookalike", "", _NO_LOOKALIKES)
     facts: dict[str, Any] = {}
@@ -180,24 +180,15 @@ def _train(
         facts["seen_in_training"] = seen
         run.note(f"suites with training prompts: {', '.join(seen)}; their numbers say little about new prompts")
     before = _evaluate(run, suites, "the base") if suites else None
+    if before is not None:
+        facts |= {"judge": "keywords and references (nestpatch.evaluation.judges)", "before": before.as_json(), "after": None}
     examples = distil(run, data)
-    selections, clusters = find_clusters(run, data, blocks)
-    deltas = DeltaSet(blocks, clusters)
+    layers = find_clusters(run, data, blocks)
+    deltas = DeltaSet(blocks, [clusters for _, clusters in layers])
     if kinds := deltas.quantize_like(run.checkpoint):
         run.decide("rounding", "", f"deltas are trained through the rounding to {', '.join(kinds)} of the base's file")
     result = fit(run, blocks, deltas, examples)
-    deltas.round_to(recipe.delta_dtype)
-    if before is not None:
-        facts |= {"judge": "keywords and references (nestpatch.evaluation.judges)", "before": before.as_json(), "after": None}
-    pack = build_pack(
-        _pack_tensors(run, deltas),
-        label,
-        model_id=run.source.model_id,
-        revision=run.source.revision,
-        architecture=type(run.model).__name__,
-        method=_method(run, data, selections, clusters, result),
-        evaluation=facts,
-    )
+    pack = packed(run, deltas, label, _method(run, data, layers, result), facts)
     if output is not None:
         nest.write(pack, output)
         run.note(f"wrote {output}" + ("; its evaluation follows" if before is not None else ""))
@@ -235,6 +226,34 @@ def fit(run: Run, blocks: Sequence[MlpBlock], change: Trainable, examples: Examp
     return result
 
 
+def packed(run: Run, deltas: DeltaSet, label: Label, method: dict[str, Any], evaluation: dict[str, Any]) -> Pack:
+    """The stage pack: rounds the deltas to the type in which they are stored, and builds the pack.
+
+    Args:
+        run: The base.
+        deltas: What was trained; rounded in place, so that what is evaluated is what ships.
+        label: Name, version and other facts of the pack.
+        method: How it was made, for the manifest.
+        evaluation: What was measured, for the manifest.
+
+    Returns:
+        The pack.
+
+    Raises:
+        CheckpointFormatError: A tensor on disk is not the weight that was loaded from it.
+    """
+    deltas.round_to(run.recipe.delta_dtype)
+    return build_pack(
+        _pack_tensors(run, deltas),
+        label,
+        model_id=run.source.model_id,
+        revision=run.source.revision,
+        architecture=type(run.model).__name__,
+        method=method,
+        evaluation=evaluation,
+    )
+
+
 def _evaluate(run: Run, suites: Sequence[Suite], note: str) -> Scores:
     return evaluate_suites(lambda prompts: run.generate(prompts, "evaluate", note), suites)
 
@@ -263,7 +282,7 @@ def _identity(pack: Pack) -> tuple[str, int]:
     return sha256(data).hexdigest(), len(data)
 
 
-def find_clusters(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> tuple[list[Selection], list[Clusters]]:
+def find_clusters(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> list[tuple[Selection, Clusters]]:
     """The stages probe, select and cluster.
 
     Args:
@@ -272,7 +291,7 @@ def find_clusters(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> t
         blocks: The base's feed-forward blocks.
 
     Returns:
-        (selections, clusters), one of each per layer.
+        (selection, clusters) of each layer.
 
     Raises:
         TrainingError: No neuron separates harmful from harmless prompts.
@@ -283,13 +302,13 @@ def find_clusters(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> t
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         acts = collect(run.model, blocks, run.runtime.token_ids(texts), Path(folder), run.recipe, run.pad, run.on_event)
         selections = _selected(run, blocks, acts, harmful)
-        clusters = []
+        found = []
         for selection, layer in zip(selections, acts, strict=True):
-            clusters.append(cluster(selection, layer, run.recipe))
-            run.note(f"layer {selection.layer}: {selection.reason}; {clusters[-1].k} clusters")
-            run.on_event(Event("cluster", len(clusters), len(blocks)))
+            found.append((selection, cluster(selection, layer, run.recipe)))
+            run.note(f"layer {selection.layer}: {selection.reason}; {found[-1][1].k} clusters")
+            run.on_event(Event("cluster", len(found), len(blocks)))
         del acts
-    return selections, clusters
+    return found
 
 
 def _selected(
@@ -326,11 +345,9 @@ def _pack_tensors(run: Run, deltas: DeltaSet) -> list[PackedTensor]:
     return packed
 
 
-def _method(
-    run: Run, data: TrainingData, selections: Sequence[Selection], clusters: Sequence[Clusters], result: TuneResult
-) -> dict[str, Any]:
+def _method(run: Run, data: TrainingData, layers: Sequence[tuple[Selection, Clusters]], result: TuneResult) -> dict[str, Any]:
     """How the pack was made: enough to make it again."""
-    layers = [
+    facts = [
         {
             "layer": s.layer,
             "probe_accuracy": round(s.accuracy, 4),
@@ -338,7 +355,7 @@ def _method(
             "clusters": c.k,
             "silhouette": None if c.silhouette is None else round(c.silhouette, 4),
         }
-        for s, c in zip(selections, clusters, strict=True)
+        for s, c in layers
     ]
     packages = ("nestpatch", "torch", "transformers", "accelerate", "scikit-learn", "numpy")
     return {
@@ -347,7 +364,7 @@ def _method(
         "recipe": run.recipe.as_json(),
         "decisions": run.decisions,
         "data": data.facts(),
-        "layers": layers,
+        "layers": facts,
         "tuning": {
             "steps": result.steps,
             "kept_step": result.kept.step,

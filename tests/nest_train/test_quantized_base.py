@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nestpatch.errors import CheckpointFormatError, QuantizationError, UnsupportedModelError
+from nestpatch.events import Event
 from nestpatch.formats.checkpoint import float_rows
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.nest_train import train as module
@@ -201,12 +202,18 @@ def test_a_folded_pack_is_the_rounded_one(file: Path, data: TrainingData, tmp_pa
         assert torch.equal(parameter, model.get_parameter(name)), name
 
 
-def test_a_type_that_no_pack_can_name_is_refused(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_type_that_no_pack_can_name_is_refused_before_any_work(
+    models: Any,
+    data: TrainingData,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     file = write_gguf(models("llama"), tmp_path / "m.gguf", "Q8_0")
-    _, deltas = attachable(file)
     monkeypatch.setattr("nestpatch.packing.BLOCK_TYPES", ("Q4_1",))
+    events: list[Event] = []
     with pytest.raises(QuantizationError, match="which no pack can have as its base"):
-        deltas.quantize_like(open_checkpoint(file))
+        train(file, data, Label("test"), recipe=QUICK, on_event=events.append)
+    assert {event.stage for event in events} == {"load", "note"}
 
 
 def test_names_of_a_converted_file(file: Path) -> None:
