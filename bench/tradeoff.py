@@ -2,8 +2,8 @@
 
 Shared deltas and LoRA are trained by the same loop on the same prompts, and measured at several strengths in transformers; the
 deltas are rounded as the model's file rounds them. `--suite KIND=FILE` adds held-out sets to the built-in ones, `--set` changes
-a setting, for ablations, and `--max-prompts` trains with less data. A line per strength is printed and added to `--output`, a
-file of JSON lines that `bench.frontier` draws; the last line of stdout is one JSON object.
+a setting, for ablations, `--max-prompts` trains with less data, and `--packs` keeps the packs. A line per strength is printed
+and added to `--output`, a file of JSON lines that `bench.frontier` draws; the last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ from nestpatch.evaluation.suites import (
     load_suite,
 )
 from nestpatch.events import Event
+from nestpatch.formats import nest
 from nestpatch.nest_train._deltas import DeltaSet
 from nestpatch.nest_train._run import Run
 from nestpatch.nest_train._targets import JUDGED_TOKENS, distil
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe, make_recipe
-from nestpatch.nest_train.train import find_clusters, fit
+from nestpatch.nest_train.train import find_clusters, fit, packed
+from nestpatch.pack import Label
 
 STRENGTHS = (0.6, 0.8, 1.0, 1.25)
 TEXTS = [Path("README.md"), Path("docs/training.md"), Path("docs/evaluation.md"), Path("docs/signing.md")]
@@ -113,10 +115,22 @@ class Bench:
         suites: Held-out prompts.
         texts: To measure the perplexity on.
         strengths: To measure at.
+        rounding: Whether the deltas are trained through the rounding of the model's file.
+        packs: A folder for the packs; None keeps none.
     """
 
-    def __init__(self, model: str, suites: Sequence[Suite], texts: Sequence[str], strengths: Sequence[float]) -> None:
+    def __init__(
+        self,
+        model: str,
+        suites: Sequence[Suite],
+        texts: Sequence[str],
+        strengths: Sequence[float],
+        *,
+        rounding: bool = True,
+        packs: Path | None = None,
+    ) -> None:
         self.model, self.suites, self.texts, self.strengths = model, suites, texts, strengths
+        self.rounding, self.packs = rounding, packs
         run = BaseRun.start(model, Recipe(), tell)
         self.before, self.perplexity = run.scores(suites), run.perplexity(texts)
 
@@ -124,29 +138,39 @@ class Bench:
         """The base's own numbers."""
         return {"method": "base", "perplexity": self.perplexity} | summary(self.before, self.before) | _refusals(self.before)
 
-    def measure(self, method: str, recipe: Recipe) -> list[dict[str, Any]]:
-        """Trains once and measures every strength."""
-        began = time.perf_counter()
+    def measure(self, methods: Sequence[str], recipe: Recipe) -> Iterator[dict[str, Any]]:
+        """Trains every method once and measures every strength; the methods share what the base alone decides."""
         data = TrainingData.builtin().sampled(recipe.max_prompts, recipe.seed)
         run = BaseRun.start(self.model, recipe, tell)
         blocks = run.blocks()
-        examples = distil(run, data)
-        deltas = DeltaSet(blocks, [clusters for _, clusters in find_clusters(run, data, blocks)])
-        deltas.quantize_like(run.checkpoint)
-        change = deltas if method == "nest" else LoraSet(blocks, deltas.first_layer)
-        fit(run, blocks, change, examples)
-        trained, seconds = change.snapshot(), time.perf_counter() - began
-        facts = {"method": method, "seed": recipe.seed, "max_prompts": recipe.max_prompts, "seconds": round(seconds)}
-        rows = []
+        examples, layers = distil(run, data), find_clusters(run, data, blocks)
+        clusters = [found for _, found in layers]
+        for method in methods:
+            deltas = DeltaSet(blocks, clusters)
+            change = deltas if method == "nest" else LoraSet(blocks, deltas.first_layer)
+            if self.rounding:
+                deltas.quantize_like(run.checkpoint)
+            began = time.perf_counter()
+            result = fit(run, blocks, change, examples)
+            facts = {"method": method, "seed": recipe.seed, "max_prompts": recipe.max_prompts, "trained": change.trainable}
+            facts["seconds"] = round(time.perf_counter() - began)
+            deltas.quantize_like(run.checkpoint)
+            if method == "nest" and self.packs:
+                pack = packed(run, data, layers, deltas, result, Label(f"tradeoff-{recipe.seed}"), {})
+                nest.write(pack, self.packs / f"{pack.manifest.name}.nest")
+            for row in self._at_strengths(run, change):
+                yield facts | row
+
+    def _at_strengths(self, run: BaseRun, change: DeltaSet | LoraSet) -> Iterator[dict[str, Any]]:
+        trained, answers = change.snapshot(), dict(list(self.before.answers(BENIGN).items())[:_DRIFT_PROMPTS])
         for strength in self.strengths:
             set_strength(change, trained, strength)
             with change.attached():
                 after, perplexity = run.scores(self.suites), run.perplexity(self.texts)
-                drift = run.drift(dict(list(self.before.answers(BENIGN).items())[:_DRIFT_PROMPTS]), change.off)
-            rise = {"kl": drift, "perplexity": perplexity, "perplexity_rise": perplexity / self.perplexity - 1}
-            row = facts | {"strength": strength, "trained": change.trainable} | rise
-            rows.append(row | summary(self.before, after) | _refusals(after))
-        return rows
+                drift = run.drift(answers, change.off)
+            row = {"strength": strength, "kl": drift, "perplexity": perplexity}
+            row["perplexity_rise"] = perplexity / self.perplexity - 1
+            yield row | summary(self.before, after) | _refusals(after)
 
 
 def _refusals(scores: Scores) -> dict[str, Any]:
@@ -179,20 +203,22 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=60, help="prompts of each suite")
     parser.add_argument("--text", type=Path, nargs="+", default=TEXTS)
     parser.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS)
+    parser.add_argument("--no-rounding", action="store_true", help="train as if the file's rows were not quantized")
+    parser.add_argument("--packs", type=Path, help="a folder for the packs")
     parser.add_argument("--tag", default="", help="the name of these settings in the output")
     parser.add_argument("--output", type=Path, help="a file of JSON lines, which grows")
     given = parser.parse_args()
     suites = builtin_suites(given.limit) + [limited(load_suite(text), given.limit) for text in given.suite]
-    bench = Bench(given.model, suites, [path.read_text("utf-8") for path in given.text], given.strengths)
+    texts = [path.read_text("utf-8") for path in given.text]
+    bench = Bench(given.model, suites, texts, given.strengths, rounding=not given.no_rounding, packs=given.packs)
     rows = [bench.base() | {"tag": given.tag}]
     keep(rows[0], given.output)
     for seed in given.seeds:
         for amount in given.max_prompts or [None]:
             settings = given.set if amount is None else [*given.set, f"max_prompts={amount}"]
-            for method in given.method:
-                for row in bench.measure(method, make_recipe(given.recipe, settings, {"seed": seed})):
-                    rows.append(row | {"tag": given.tag})
-                    keep(rows[-1], given.output)
+            for row in bench.measure(given.method, make_recipe(given.recipe, settings, {"seed": seed})):
+                rows.append(row | {"tag": given.tag})
+                keep(rows[-1], given.output)
     print(json.dumps(rows))
 
 

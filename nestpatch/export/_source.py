@@ -19,7 +19,7 @@ from nestpatch.export._safetensors_writer import write_float_model
 from nestpatch.files.atomic import check_output
 from nestpatch.files.scratch import PATCHED, claimed, scratch
 from nestpatch.formats import nest
-from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo
+from nestpatch.formats.checkpoint import Checkpoint, ComputedCheckpoint, IntArray, TensorInfo
 from nestpatch.formats.gguf.checkpoint import GgufCheckpoint
 from nestpatch.formats.gguf.hf.model import AUTO, FloatModel
 from nestpatch.formats.provenance import PACKS, RECORD, VERSION, read_packs, row_ranges
@@ -289,10 +289,11 @@ def _record(delta: TensorDelta, before: Checkpoint, after: Checkpoint) -> Tensor
     return TensorRecord(delta.neurons, *(digest.hexdigest() for digest in digests))
 
 
-class MergedCheckpoint(Checkpoint):
+class MergedCheckpoint(ComputedCheckpoint):
     """A read-only Checkpoint of the patched model; the files on disk stay the base."""
 
     converted = False
+    computed = "patched"
 
     def __init__(self, plan: Plan, base: Checkpoint) -> None:
         self.path: Path = base.path
@@ -354,19 +355,6 @@ class MergedCheckpoint(Checkpoint):
             change = delta.delta[delta.cluster[places[touched]]]
             found[touched] = merge(found[touched], change, self._strength)
         return found
-
-    def write_rows(self, name: str, rows: IntArray, values: Rows) -> None:
-        """A view cannot be written to.
-
-        Args:
-            name: Ignored.
-            rows: Ignored.
-            values: Ignored.
-
-        Raises:
-            OutputError: Always.
-        """
-        raise OutputError(f"{self.path} is patched in memory only: {len(rows)} rows {values.dtype} of {name} cannot be written")
 
     def read_all(self, name: str) -> Iterator[bytes]:
         """The tensor's bytes, in blocks."""

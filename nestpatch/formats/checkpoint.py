@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from nestpatch.errors import QuantizationError
+from nestpatch.errors import OutputError, QuantizationError
 from nestpatch.formats._codec import Codec, FloatCodec
 from nestpatch.rows import DTYPES, FloatArray, Rows
 
@@ -258,3 +258,25 @@ class Checkpoint(Protocol):
         """
         for part in self.info(name).blocks(len(rows), row_bytes):
             yield part, self.read_rows(name, rows[part].astype(np.int64))
+
+
+class ComputedCheckpoint(Checkpoint):
+    """A model whose rows are computed from a file on reading. It can only be read."""
+
+    computed: str
+    """How, as the end of "is ... in memory only"."""
+
+    def write_rows(self, name: str, rows: IntArray, values: Rows) -> None:
+        """Nothing can be written.
+
+        Args:
+            name: The tensor.
+            rows: Row numbers.
+            values: Their content.
+
+        Raises:
+            OutputError: Always.
+        """
+        raise OutputError(
+            f"{self.path} is {self.computed} in memory only: {len(rows)} rows {values.dtype} of {name} cannot be written"
+        )

@@ -188,7 +188,7 @@ def _train(
     if kinds := deltas.quantize_like(run.checkpoint):
         run.decide("rounding", "", f"deltas are trained through the rounding to {', '.join(kinds)} of the base's file")
     result = fit(run, blocks, deltas, examples)
-    pack = packed(run, deltas, label, _method(run, data, layers, result), facts)
+    pack = packed(run, data, layers, deltas, result, label, facts)
     if output is not None:
         nest.write(pack, output)
         run.note(f"wrote {output}" + ("; its evaluation follows" if before is not None else ""))
@@ -226,14 +226,24 @@ def fit(run: Run, blocks: Sequence[MlpBlock], change: Trainable, examples: Examp
     return result
 
 
-def packed(run: Run, deltas: DeltaSet, label: Label, method: dict[str, Any], evaluation: dict[str, Any]) -> Pack:
+def packed(
+    run: Run,
+    data: TrainingData,
+    layers: Sequence[tuple[Selection, Clusters]],
+    deltas: DeltaSet,
+    result: TuneResult,
+    label: Label,
+    evaluation: dict[str, Any],
+) -> Pack:
     """The stage pack: rounds the deltas to the type in which they are stored, and builds the pack.
 
     Args:
         run: The base.
+        data: What it was trained on.
+        layers: From `find_clusters`.
         deltas: What was trained; rounded in place, so that what is evaluated is what ships.
+        result: From `fit`.
         label: Name, version and other facts of the pack.
-        method: How it was made, for the manifest.
         evaluation: What was measured, for the manifest.
 
     Returns:
@@ -249,7 +259,7 @@ def packed(run: Run, deltas: DeltaSet, label: Label, method: dict[str, Any], eva
         model_id=run.source.model_id,
         revision=run.source.revision,
         architecture=type(run.model).__name__,
-        method=method,
+        method=_method(run, data, layers, result),
         evaluation=evaluation,
     )
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from nestpatch.errors import CheckpointFormatError, DataError, OutputError, QuantizationError
-from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo
+from nestpatch.errors import CheckpointFormatError, DataError, QuantizationError
+from nestpatch.formats.checkpoint import Checkpoint, ComputedCheckpoint, IntArray, TensorInfo
 from nestpatch.formats.gguf import quants
 from nestpatch.formats.gguf.checkpoint import GgufCheckpoint
 from nestpatch.formats.gguf.header import read_arrays
@@ -50,10 +50,11 @@ def float_type(name: str) -> str:
     return name.upper()
 
 
-class FloatModel(Checkpoint):
+class FloatModel(ComputedCheckpoint):
     """A read-only Checkpoint of the dequantized model; the file stays as it is."""
 
     converted = False
+    computed = "dequantized"
 
     def __init__(self, stored: GgufCheckpoint, kind: str = AUTO) -> None:
         """Reads the configuration and plans every tensor.
@@ -236,21 +237,6 @@ class FloatModel(Checkpoint):
             return
         for part in info.blocks(info.rows, 2 * info.shape[-1] * np.dtype(np.float32).itemsize):
             yield self.read_rows(name, np.arange(part.start, part.stop)).tobytes()
-
-    def write_rows(self, name: str, rows: IntArray, values: Rows) -> None:
-        """A view cannot be written to.
-
-        Args:
-            name: Ignored.
-            rows: Ignored.
-            values: Ignored.
-
-        Raises:
-            OutputError: Always.
-        """
-        raise OutputError(
-            f"{self.path} is dequantized in memory only: {len(rows)} rows {values.dtype} of {name} cannot be written"
-        )
 
     def metadata(self) -> Mapping[str, Any]:
         """The metadata of the GGUF file."""
