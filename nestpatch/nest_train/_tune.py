@@ -261,7 +261,9 @@ def batch_loss(trunk: Trunk, recipe: Recipe, batch: Examples) -> torch.Tensor:
     if recipe.benign_weight:
         per_token = per_token + recipe.benign_weight * cross_entropy(logits[border:], labels[border:], reduction="none")
     if recipe.kl_weight:
-        divergence = kl_div(log_softmax(logits[border:], -1), log_softmax(base, -1), reduction="none", log_target=True)
+        ours, theirs = log_softmax(logits[border:], -1), log_softmax(base, -1)
+        wanted, given = (ours, theirs) if recipe.kl_direction == "reverse" else (theirs, ours)
+        divergence = kl_div(given, wanted, reduction="none", log_target=True)
         per_token = per_token + recipe.kl_weight * divergence.sum(-1)
     return loss + (per_token * weights[border:]).sum() / len(harmless)
 

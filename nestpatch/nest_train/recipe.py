@@ -102,7 +102,13 @@ class Recipe:
     clip: float = _knob(1.0, "gradient norm", "convention", 1e-6)
     first_token_weight: float = _knob(10.0, "weight of an answer's first token; the others weigh 1", "measured", 1e-3)
     benign_weight: float = _knob(0.0, "weight of the likelihood of harmless answers; refusals weigh 1", "measured", 0)
-    kl_weight: float = _knob(3.0, "weight of KL(base || patched) on harmless answers", "measured", 0)
+    kl_weight: float = _knob(4.0, "weight of the divergence from the base on harmless answers", "measured", 0)
+    kl_direction: str = _knob(
+        "reverse",
+        "reverse is KL(patched || base), which counts refusals that the base would not give; forward is KL(base || patched)",
+        "measured: greedy decoding refuses where a fifth of the probability does, which costs forward KL little",
+        choices=("reverse", "forward"),
+    )
     tune_holdout: float = _knob(0.1, "share of prompts that decide which step is kept", "convention", 0.02, 0.5)
     check_every: int = _knob(60, "steps between two looks at the held-out prompts", "convention", 1)
     check_prompts: int = _knob(

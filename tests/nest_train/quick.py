@@ -7,6 +7,7 @@ from nestpatch.nest_train.recipe import Recipe
 QUICK = Recipe(
     steps=6,
     harmful_batch=2,
+    kl_weight=0.5,
     benign_batch=1,
     lookalike_batch=1,
     check_every=3,

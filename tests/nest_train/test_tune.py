@@ -150,9 +150,10 @@ def test_held_out_examples_are_those_of_every_kind() -> None:
 # The loss
 
 
-def test_the_loss_is_the_formula(tuning: Tuning) -> None:
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_the_loss_is_the_formula(tuning: Tuning, direction: str) -> None:
     """Prompt by prompt through the whole model, against one batch through the trunk."""
-    recipe = Recipe(first_token_weight=5.0, benign_weight=0.7, kl_weight=2.0)
+    recipe = Recipe(first_token_weight=5.0, benign_weight=0.7, kl_weight=2.0, kl_direction=direction)
     batch = Examples(tuning.data.harmful[:3], tuning.data.benign[:2], tuning.data.lookalike[:2])
     tuning.deltas.restore([0.2 * torch.randn_like(delta) for delta in tuning.deltas.snapshot()])
 
@@ -164,7 +165,9 @@ def test_the_loss_is_the_formula(tuning: Tuning) -> None:
         logits, labels = answer_logits(tuning.model, one)
         weights = torch.tensor([5.0] + [1.0] * (len(labels) - 1))
         weights = weights / weights.sum()
-        divergence = (base.exp() * (base - log_softmax(logits, -1))).sum(-1)
+        patched = log_softmax(logits, -1)
+        weight = base.exp() if direction == "forward" else -patched.exp()
+        divergence = (weight * (base - patched)).sum(-1)
         return (cross_entropy(logits, labels, reduction="none") * weights).sum(), (divergence * weights).sum()
 
     with tuning.deltas.attached(), torch.no_grad():
