@@ -92,17 +92,17 @@ class Recipe:
     k_max: int = _knob(6, "most clusters per layer", "NeST (silhouette); value measured", 1, 256)
     profile_prompts: int = _knob(1024, "prompts in an activation profile, at most", "memory", 8)
     # Tuning
-    steps: int = _knob(240, "optimizer steps, at most", "measured", 1)
-    harmful_batch: int = _knob(8, "harmful prompts per step", "measured", 1)
-    benign_batch: int = _knob(12, "benign prompts per step", "measured", 1)
-    lookalike_batch: int = _knob(12, "look-alike prompts per step; without any, benign ones take their place", "measured", 0)
+    steps: int = _knob(320, "optimizer steps, at most", "measured", 1)
+    harmful_batch: int = _knob(6, "harmful prompts per step", "measured", 1)
+    benign_batch: int = _knob(10, "benign prompts per step", "measured", 1)
+    lookalike_batch: int = _knob(16, "look-alike prompts per step; without any, benign ones take their place", "measured", 0)
     learning_rate: float = _knob(0.1, "AdamW step in units of the patched matrix's RMS weight", "measured", 1e-9, 10)
     warmup: float = _knob(0.06, "share of the steps", "convention", 0, 1)
     weight_decay: float = _knob(0.0, "AdamW decay of the deltas", "convention", 0)
     clip: float = _knob(1.0, "gradient norm", "convention", 1e-6)
     first_token_weight: float = _knob(10.0, "weight of an answer's first token; the others weigh 1", "measured", 1e-3)
     benign_weight: float = _knob(0.0, "weight of the likelihood of harmless answers; refusals weigh 1", "measured", 0)
-    kl_weight: float = _knob(4.0, "weight of the divergence from the base on harmless answers", "measured", 0)
+    kl_weight: float = _knob(6.0, "weight of the divergence from the base on harmless answers", "measured", 0)
     kl_direction: str = _knob(
         "reverse",
         "reverse is KL(patched || base), which counts refusals that the base would not give; forward is KL(base || patched)",
@@ -110,7 +110,7 @@ class Recipe:
         choices=("reverse", "forward"),
     )
     tune_holdout: float = _knob(0.1, "share of prompts that decide which step is kept", "convention", 0.02, 0.5)
-    check_every: int = _knob(60, "steps between two looks at the held-out prompts", "convention", 1)
+    check_every: int = _knob(80, "steps between two looks at the held-out prompts", "convention", 1)
     check_prompts: int = _knob(
         48, "held-out prompts of each kind that are answered at each look; 0 looks at the loss alone", "time", 0
     )
