@@ -1,4 +1,4 @@
-"""Shared deltas attached to the Linears of a frozen model: what the tuning trains and the pack stores."""
+"""Shared deltas attached to the Linears and experts of a frozen model: what the tuning trains and the pack stores."""
 
 from __future__ import annotations
 
@@ -11,49 +11,65 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from nestpatch.formats.checkpoint import Checkpoint, TensorInfo, float_rows
+from nestpatch.formats.checkpoint import TensorInfo, float_rows
+from nestpatch.nest_train._experts import each_expert
 from nestpatch.nest_train._neurons import Clusters
 from nestpatch.rows import FloatArray
-from nestpatch.runtimes.weights import MlpBlock, Projection, disk_name
+from nestpatch.runtimes.stored import StoredWeights
+from nestpatch.runtimes.weights import MlpBlock, Projection
 
 
-class ClusterDelta(nn.Module):
-    """A frozen Linear plus shared deltas on some of its rows. `delta`, float32 [clusters, in], starts at zero.
+class RowDeltas(nn.Module):
+    """A frozen module plus shared deltas on some rows of its weight. `delta`, float32 [clusters, in], starts at zero.
 
     Args:
-        base: The Linear.
-        rows: The rows that change, int64 [rows].
+        base: The module.
+        rows: The rows that change, sorted, int64 [rows].
         cluster: Which delta each row gets, int64 [rows].
         clusters: Number of deltas.
     """
 
-    def __init__(self, base: nn.Linear, rows: torch.Tensor, cluster: torch.Tensor, clusters: int) -> None:
+    base: Any
+
+    def __init__(self, base: nn.Module, rows: torch.Tensor, cluster: torch.Tensor, clusters: int) -> None:
         super().__init__()
         self.base = base
         self.membership: torch.Tensor
         self.rows: torch.Tensor
         self.cluster: torch.Tensor
         self.enabled = True
-        self.rounding: tuple[FloatArray, TensorInfo] | None = None
+        self.rounding: list[tuple[slice, FloatArray, TensorInfo]] = []
         self.residual: torch.Tensor | None = None
-        device = base.weight.device
-        self.delta = nn.Parameter(torch.zeros(clusters, base.in_features, device=device))
+        weight = self.matrix
+        self.delta = nn.Parameter(torch.zeros(clusters, weight.shape[-1], device=weight.device))
         # [out, clusters], a few columns: spreading by a product is exact for 0/1, fast, and deterministic on a GPU.
-        membership = torch.zeros(base.out_features, clusters, dtype=base.weight.dtype, device=device)
+        membership = torch.zeros(len(weight), clusters, dtype=weight.dtype, device=weight.device)
         membership[rows, cluster] = 1
         self.register_buffer("membership", membership, persistent=False)
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("cluster", cluster, persistent=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., in] -> [..., out]."""
-        y: torch.Tensor = self.base(x)
-        if not self.enabled:
-            return y
-        y = y + linear(linear(x, self.delta.to(x.dtype)), self.membership)
+    @property
+    def matrix(self) -> torch.Tensor:
+        """The rows of the base, [rows, in]."""
+        raise NotImplementedError
+
+    def change(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """What the deltas add to the products with some rows of the base.
+
+        Args:
+            x: [..., in].
+            start: The first of these rows.
+            stop: The one after the last.
+
+        Returns:
+            [..., stop - start].
+        """
+        added = linear(linear(x, self.delta.to(x.dtype)), self.membership[start:stop])
         if self.residual is None:
-            return y
-        return y.index_add(-1, self.rows, linear(x, self.residual))
+            return added
+        here = (self.rows >= start) & (self.rows < stop)
+        return added.index_add(-1, self.rows[here] - start, linear(x, self.residual[here]))
 
     @torch.no_grad()
     def round_rows(self) -> None:
@@ -62,12 +78,49 @@ class ClusterDelta(nn.Module):
         The forward pass adds it as a constant, so that the deltas are trained for the rows that a file will hold. The gradient
         passes the rounding unchanged (straight-through estimator, arXiv 1308.3432).
         """
-        if self.rounding is None:
+        if not self.rounding:
             return
-        rows, info = self.rounding
-        wanted = rows + self.delta.detach()[self.cluster].float().cpu().numpy()
-        change = torch.from_numpy(info.coding.decode(info.coding.encode(wanted)) - wanted)
-        self.residual = change.to(self.base.weight)
+        residual = torch.zeros(len(self.rows), self.delta.shape[-1])
+        for part, rows, info in self.rounding:
+            wanted = rows + self.delta.detach()[self.cluster[part]].float().cpu().numpy()
+            residual[part] = torch.from_numpy(info.coding.decode(info.coding.encode(wanted)) - wanted)
+        self.residual = residual.to(self.matrix)
+
+
+class ClusterDelta(RowDeltas):
+    """A frozen Linear plus shared deltas on some of its rows."""
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """The weight, [out, in]."""
+        weight: torch.Tensor = self.base.weight.detach()
+        return weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., in] -> [..., out]."""
+        y: torch.Tensor = self.base(x)
+        return y + self.change(x, 0, len(self.membership)) if self.enabled else y
+
+
+class ExpertsDelta(RowDeltas):
+    """The frozen experts of a layer plus shared deltas on some rows of their stacked weight, experts flattened."""
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """The rows of all experts, [rows, in]."""
+        weight: torch.Tensor = self.base.gate_up_proj.detach()
+        return weight.flatten(0, 1)
+
+    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """[tokens, width], int64 [tokens, k], [tokens, k] -> [tokens, width]."""
+        if not self.enabled:
+            out: torch.Tensor = self.base(hidden_states, top_k_index, top_k_weights)
+            return out
+        return each_expert(self.base, hidden_states, top_k_index, top_k_weights, change=self._of_expert)
+
+    def _of_expert(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        rows = self.base.gate_up_proj.shape[1]
+        return self.change(x, expert * rows, (expert + 1) * rows)
 
 
 @contextmanager
@@ -95,14 +148,14 @@ class DeltaSet:
     """
 
     def __init__(self, blocks: Sequence[MlpBlock], clusters: Sequence[Clusters]) -> None:
-        self.places: list[tuple[Projection, ClusterDelta]] = []
-        self.first_layer = next(place for place, group in enumerate(clusters) if group.k)
+        self.places: list[tuple[Projection, RowDeltas]] = []
+        self.first_layer = min(block.layer for block, group in zip(blocks, clusters, strict=True) if group.k)
         for block, group in zip(blocks, clusters, strict=True):
             if group.k:
-                self.places += [(p, _delta(p, block.neurons, group)) for p in block.projections]
+                self.places += [(p, _delta(p, group)) for p in block.projections]
 
     @property
-    def modules(self) -> list[ClusterDelta]:
+    def modules(self) -> list[RowDeltas]:
         """The modules that hold the deltas, in the order of `places`."""
         return [delta for _, delta in self.places]
 
@@ -127,15 +180,15 @@ class DeltaSet:
         """
         groups = []
         for module in self.modules:
-            rms = module.base.weight.detach().float().square().mean().sqrt().item()
+            rms = module.matrix.float().square().mean().sqrt().item()
             groups.append({"params": [module.delta], "peak": learning_rate * rms})
         return groups
 
-    def quantize_like(self, checkpoint: Checkpoint) -> list[str]:
+    def quantize_like(self, stored: StoredWeights) -> list[str]:
         """Rounds patched rows as the base's file rounds them, from now on; tensors of plain numbers are left alone.
 
         Args:
-            checkpoint: The base.
+            stored: The base on disk.
 
         Returns:
             The types of the quantized tensors, sorted.
@@ -145,20 +198,17 @@ class DeltaSet:
         """
         kinds = set()
         for projection, module in self.places:
-            name = disk_name(projection.weight_name, checkpoint)
-            info = checkpoint.info(name)
-            if info.plain:
-                continue
-            kinds.add(info.dtype)
-            order = np.argsort(rows := module.rows.cpu().numpy())
-            stored = np.empty((len(rows), module.base.in_features), np.float32)
-            stored[order] = float_rows(checkpoint, name, rows[order])
-            module.rounding = (stored, info)
+            module.rounding = []
+            for some in stored.split(projection.weight_name, module.rows.cpu().numpy()):
+                info = stored.checkpoint.info(some.tensor)
+                if not info.plain:
+                    kinds.add(info.dtype)
+                    module.rounding.append((some.part, float_rows(stored.checkpoint, some.tensor, some.rows), info))
             module.round_rows()
         return sorted(kinds)
 
     def round_rows(self) -> None:
-        """Rounds the rows of quantized tensors; see `ClusterDelta.round_rows`."""
+        """Rounds the rows of quantized tensors; see `RowDeltas.round_rows`."""
         for module in self.modules:
             module.round_rows()
 
@@ -196,12 +246,13 @@ class DeltaSet:
         self.restore([delta.to(kind).float() for delta in self.snapshot()])
 
 
-def _delta(projection: Projection, neurons: int, group: Clusters) -> ClusterDelta:
+def _delta(projection: Projection, group: Clusters) -> RowDeltas:
     """The module for a projection; each stacked part (gate, up) of a fused projection has its own deltas."""
     base = projection.linear
-    rows = np.concatenate([group.neurons + part * neurons for part in range(projection.parts)])
+    rows = np.concatenate([projection.rows(group.neurons, part) for part in range(projection.parts)])
     labels = np.concatenate([group.labels + part * group.k for part in range(projection.parts)])
-    device = base.weight.device
-    return ClusterDelta(
-        base, torch.from_numpy(rows).to(device), torch.from_numpy(labels).to(device), group.k * projection.parts
-    )
+    order = np.argsort(rows)
+    kind = ClusterDelta if isinstance(base, nn.Linear) else ExpertsDelta
+    device = next(base.parameters()).device
+    chosen, cluster = (torch.from_numpy(part[order]).to(device) for part in (rows, labels))
+    return kind(base, chosen, cluster, group.k * projection.parts)

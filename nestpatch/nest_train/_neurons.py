@@ -6,9 +6,7 @@ Source: NeST (arXiv 2602.16835), sections on neuron activation, selection and cl
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +20,9 @@ from nestpatch.runtimes.text import pad_left
 from nestpatch.runtimes.weights import MlpBlock
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
+
+    from nestpatch.nest_train._experts import Batch
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -75,20 +74,55 @@ class Clusters:
     """Why this number of clusters."""
 
 
-@contextmanager
-def _watch(blocks: Sequence[MlpBlock]) -> Iterator[dict[int, torch.Tensor]]:
-    """Fills a dict with the input of each block's output projection, [batch, tokens, neurons], at every forward pass."""
-    seen: dict[int, torch.Tensor] = {}
+def _batches(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], recipe: Recipe, pad: int, batch: Batch
+) -> Iterator[list[int]]:
+    """Runs the prompts through the model without its head, and yields the numbers of each batch after its forward pass."""
+    import torch
 
-    def keep(layer: int, _: Any, args: tuple[torch.Tensor, ...]) -> None:
-        seen[layer] = args[0].detach()
+    # Prompts of similar length share a batch.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), recipe.probe_batch):
+        places = order[start : start + recipe.probe_batch]
+        padded = pad_left([prompts[i] for i in places], pad)
+        ids, mask = (torch.from_numpy(part).to(model.device) for part in padded)
+        batch.mask = mask.bool()
+        with torch.inference_mode():
+            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        yield places
 
-    handles = [block.output.register_forward_pre_hook(partial(keep, block.layer)) for block in blocks]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+
+def routed(
+    model: PreTrainedModel,
+    blocks: Sequence[MlpBlock],
+    harmful: Sequence[Sequence[int]],
+    recipe: Recipe,
+    pad: int,
+    on_event: OnEvent = ignore,
+) -> tuple[MlpBlock, ...]:
+    """Leaves to each mixture the experts that the router chooses most often in harmful prompts.
+
+    Args:
+        model: The frozen base.
+        blocks: Its feed-forward blocks.
+        harmful: Token ids of each harmful prompt.
+        recipe: `probe_batch` is read.
+        pad: The id of the padding token.
+        on_event: Called once per batch.
+
+    Returns:
+        The blocks; without mixtures the same.
+    """
+    from nestpatch.nest_train._experts import Batch, busiest, counting
+
+    if not any(block.mixture for block in blocks):
+        return tuple(blocks)
+    batch, done = Batch(), 0
+    with counting(blocks, batch) as counts:
+        for places in _batches(model, harmful, recipe, pad, batch):
+            done += len(places)
+            on_event(Event("probe", done, len(harmful), "experts"))
+    return tuple(block.of_experts(busiest(counts[block.name])) if block.mixture else block for block in blocks)
 
 
 def collect(
@@ -102,6 +136,8 @@ def collect(
 ) -> list[FloatArray]:
     """Runs the prompts and max-pools every neuron's activation over each prompt's tokens.
 
+    Neurons of an expert that no token of a prompt is routed to have the activation 0.
+
     Args:
         model: The frozen base.
         blocks: Its feed-forward blocks.
@@ -114,27 +150,20 @@ def collect(
     Returns:
         One array per block, float32 [prompts, neurons], mapped from files in `folder`.
     """
-    import torch
+    from nestpatch.nest_train._experts import Batch, pooling
 
-    shape = [(len(prompts), block.neurons) for block in blocks]
-    pooled = [
-        np.lib.format.open_memmap(folder / f"layer{block.layer}.npy", mode="w+", dtype=np.float32, shape=size)
-        for block, size in zip(blocks, shape, strict=True)
+    stored = [
+        np.lib.format.open_memmap(folder / f"{number}.npy", mode="w+", dtype=np.float32, shape=(len(prompts), block.neurons))
+        for number, block in enumerate(blocks)
     ]
-    # Prompts of similar length share a batch; the results are stored in the original order.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    with _watch(blocks) as seen, torch.inference_mode():
-        for start in range(0, len(order), recipe.probe_batch):
-            places = order[start : start + recipe.probe_batch]
-            padded = pad_left([prompts[i] for i in places], pad)
-            ids, mask = (torch.from_numpy(part).to(model.device) for part in padded)
-            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)  # without the logits
-            hidden = ~mask.bool().unsqueeze(-1)
-            for block, out in zip(blocks, pooled, strict=True):
-                acts = seen[block.layer].view(*mask.shape, block.neurons)
-                out[places] = acts.masked_fill(hidden, -torch.inf).amax(1).float().cpu().numpy()
-            on_event(Event("probe", min(start + recipe.probe_batch, len(order)), len(order)))
-    return [np.asarray(out) for out in pooled]
+    batch, done = Batch(), 0
+    with pooling(blocks, batch) as pooled:
+        for places in _batches(model, prompts, recipe, pad, batch):
+            for block, out in zip(blocks, stored, strict=True):
+                out[places] = pooled[block.name].cpu().numpy()
+            done += len(places)
+            on_event(Event("probe", done, len(prompts)))
+    return [np.asarray(out) for out in stored]
 
 
 def standardise(acts: npt.NDArray[np.floating[Any]]) -> FloatArray:
@@ -218,20 +247,20 @@ def choose_first_layer(selections: Sequence[Selection], recipe: Recipe) -> tuple
     `_NEAR`, are left out, but no more than half of all layers. Only layers with neurons count.
 
     Args:
-        selections: The results of all layers, in their order; at least one has neurons.
+        selections: The results of all blocks, in the order of their layers; at least one has neurons.
         recipe: `first_layer` decides where it is given.
 
     Returns:
         (layer, reason).
     """
-    layers = len(selections)
+    layers = selections[-1].layer + 1
     if recipe.first_layer >= 0:
         return min(recipe.first_layer, layers - 1), "asked for"
     able = [selection for selection in selections if len(selection.neurons)]
     best = max(selection.accuracy for selection in able)
     near = next(selection.layer for selection in able if selection.accuracy >= best - _NEAR)
     first = min(near, layers // 2)
-    at = selections[first].accuracy
+    at = max(selection.accuracy for selection in selections if selection.layer == first)
     return first, f"probe accuracy {at:.2f} there, at best {best:.2f}; a step computes {layers - first} of {layers} layers"
 
 

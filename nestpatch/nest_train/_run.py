@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from nestpatch.errors import DataError
 from nestpatch.evaluation.drift import drift
@@ -19,9 +22,10 @@ from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.packing import require_packable
 from nestpatch.patcher.recovery import open_model
+from nestpatch.runtimes.stored import StoredWeights
 from nestpatch.runtimes.threads import wait_passively
 from nestpatch.runtimes.transformers import ModelLocation, TransformersRuntime, load_model, locate, pick_device, pick_dtype
-from nestpatch.runtimes.weights import MlpBlock, disk_name, find_mlps
+from nestpatch.runtimes.weights import MlpBlock, experts_left_alone, find_mlps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -111,13 +115,23 @@ class Run:
         Raises:
             UnsupportedModelError: The architecture has none that this package knows, or the file stores their rows in another
                 order.
+            CheckpointFormatError: transformers changed their weights while loading.
             QuantizationError: The base's file stores them in a type that no pack can change on this machine.
         """
         blocks = find_mlps(self.model)
-        for block in blocks:
-            for projection in block.projections:
-                require_packable(self.checkpoint, disk_name(projection.weight_name, self.checkpoint))
+        for name in (projection.weight_name for block in blocks for projection in block.projections):
+            tensors = self.stored.tensors(name)
+            for _, tensor in tensors:
+                require_packable(self.checkpoint, tensor)
+            self.stored.require_same(name, np.asarray([0, tensors[-1][0].start + tensors[-1][0].rows - 1]))
+        for reason in experts_left_alone(self.model):
+            self.decide("experts left alone", "", reason)
         return blocks
+
+    @cached_property
+    def stored(self) -> StoredWeights:
+        """The base's weights on disk."""
+        return StoredWeights(self.model, self.checkpoint)
 
     @property
     def runtime(self) -> TransformersRuntime:

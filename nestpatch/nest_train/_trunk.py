@@ -79,10 +79,8 @@ class Trunk:
 
     def __init__(self, model: PreTrainedModel, blocks: Sequence[MlpBlock], first: int, pad: int) -> None:
         self._model, self._pad = model, pad
-        self._layers, self._start = _layers_of(model, blocks[first])
+        self._layers, self._start = _layers_of(model, next(block for block in blocks if block.layer == first))
         self._head: nn.Module = model.get_output_embeddings()
-        embedding: Any = model.get_input_embeddings()
-        self._width = int(embedding.weight.shape[-1])
         self._hidden: _Store | None = None
         self._final: _Store | None = None
         self._packed = False
@@ -209,9 +207,8 @@ class Trunk:
             else:
                 rows = [self._hidden.get(pair) for pair in batch]
                 hidden = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self._model.device)
-                nothing = hidden.new_zeros(*ids.shape, self._width)
                 with self._skipping(hidden):
-                    logits = self._model(inputs_embeds=nothing, attention_mask=mask, use_cache=False).logits[0]
+                    logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
         count = int(wanted.sum())
         return logits[:count].float(), labels[:, 1:][wanted], logits[count:].detach().float()
 

@@ -22,7 +22,7 @@ from nestpatch.nest_train._run import Run, limited_threads
 from nestpatch.nest_train._targets import BUILT_IN, JUDGED_TOKENS, REFUSAL_SAMPLE, Example, Examples, encode_examples
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe
-from nestpatch.nest_train.train import require_packages
+from nestpatch.nest_train.train import busy_blocks, require_packages
 from nestpatch.runtimes.weights import MlpBlock
 
 _STEPS = 3
@@ -40,8 +40,9 @@ class TrainingPlan:
         architecture: Its class in transformers.
         device: Where it would be computed: "cpu", "cuda" or "mps".
         dtype: The arithmetic: "float32", "bfloat16" or "float16".
-        layers: Feed-forward blocks, one per layer.
-        neurons: Neurons of all layers together. The probe keeps those that respond to harmful prompts.
+        layers: Layers with feed-forward blocks.
+        neurons: Neurons of all layers together; experts that take no part are not counted. The probe keeps those that respond
+            to harmful prompts.
         prompts: Kind (harmful, benign, lookalike) -> training prompts.
         suite_prompts: Prompts that are evaluated before and after.
         seen_in_training: Suite -> how many of its prompts are also training prompts.
@@ -126,7 +127,9 @@ def plan(
         watch = _Stopwatch()
         with watch("load"):
             run = Run.start(base, recipe, on_event)
-        blocks = run.blocks()
+        blocks, few = run.blocks(), data.sampled(recipe.probe_batch, recipe.seed)
+        with watch("probe", len(data.harmful.prompts) / len(few.harmful.prompts)):
+            blocks = busy_blocks(run, few, blocks)
         suite_prompts = sum(len(suite.prompts.prompts) for suite in suites)
         parameters = _measure(run, data, blocks, suite_prompts, watch)
     sets = {"harmful": data.harmful, "benign": data.benign, "lookalike": data.lookalike}
@@ -135,7 +138,7 @@ def plan(
         architecture=type(run.model).__name__,
         device=run.decisions["device"].partition(" ")[0],
         dtype=run.decisions["dtype"].partition(" ")[0],
-        layers=len(blocks),
+        layers=blocks[-1].layer + 1,
         neurons=sum(block.neurons for block in blocks),
         prompts={kind: len(prompts.prompts) for kind, prompts in sets.items() if prompts is not None},
         suite_prompts=suite_prompts,
@@ -225,7 +228,7 @@ def _time_steps(
     from nestpatch.nest_train._tune import tune
 
     deltas = DeltaSet(blocks, _everywhere(blocks, groups, run.recipe))
-    deltas.quantize_like(run.checkpoint)
+    deltas.quantize_like(run.stored)
     marks = []
 
     def mark(event: Event) -> None:
@@ -249,7 +252,8 @@ def _time_steps(
 
 def _everywhere(blocks: Sequence[MlpBlock], groups: Clusters, recipe: Recipe) -> list[Clusters]:
     """The same groups in every layer that is patched: without a layer in the recipe, from the middle up."""
-    first = len(blocks) // 2 if recipe.first_layer < 0 else min(recipe.first_layer, len(blocks) - 1)
+    layers = blocks[-1].layer + 1
+    first = layers // 2 if recipe.first_layer < 0 else min(recipe.first_layer, layers - 1)
     found = []
     for block in blocks:
         fits = (groups.neurons < block.neurons) & (block.layer >= first)

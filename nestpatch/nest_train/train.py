@@ -21,14 +21,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from nestpatch.errors import CheckpointFormatError, MissingExtraError
+from nestpatch.errors import MissingExtraError
 from nestpatch.evaluation.concerns import concerns
 from nestpatch.evaluation.suites import BENIGN, Scores, Suite, evaluate_suites
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.atomic import check_output
 from nestpatch.formats import nest
-from nestpatch.formats.checkpoint import float_rows
-from nestpatch.nest_train._neurons import Clusters, Selection, choose_first_layer, cluster, collect, require_neurons, select
+from nestpatch.nest_train._neurons import (
+    Clusters,
+    Selection,
+    choose_first_layer,
+    cluster,
+    collect,
+    require_neurons,
+    routed,
+    select,
+)
 from nestpatch.nest_train._run import Run, limited_threads
 from nestpatch.nest_train._targets import JUDGED_TOKENS, Examples, distil
 from nestpatch.nest_train.data import TrainingData
@@ -36,7 +44,7 @@ from nestpatch.nest_train.recipe import Recipe
 from nestpatch.pack import Label, Pack
 from nestpatch.packing import PackedTensor, build_pack, pack_tensor
 from nestpatch.rows import DTYPES, FloatArray
-from nestpatch.runtimes.weights import MlpBlock, disk_name, same_weights
+from nestpatch.runtimes.weights import MlpBlock
 
 if TYPE_CHECKING:
     from nestpatch.nest_train._deltas import DeltaSet
@@ -183,9 +191,10 @@ def _train(
     if before is not None:
         facts |= {"judge": "keywords and references (nestpatch.evaluation.judges)", "before": before.as_json(), "after": None}
     examples = distil(run, data)
+    blocks = busy_blocks(run, data, blocks)
     layers = find_clusters(run, data, blocks)
     deltas = DeltaSet(blocks, [clusters for _, clusters in layers])
-    if kinds := deltas.quantize_like(run.checkpoint):
+    if kinds := deltas.quantize_like(run.stored):
         run.decide("rounding", "", f"deltas are trained through the rounding to {', '.join(kinds)} of the base's file")
     result = fit(run, blocks, deltas, examples)
     pack = packed(run, data, layers, deltas, result, label, facts)
@@ -292,6 +301,28 @@ def _identity(pack: Pack) -> tuple[str, int]:
     return sha256(data).hexdigest(), len(data)
 
 
+def busy_blocks(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> tuple[MlpBlock, ...]:
+    """Begins the stage probe: of each mixture of experts, those take part that harmful prompts are routed to most often.
+
+    Args:
+        run: The base.
+        data: The prompts.
+        blocks: The base's feed-forward blocks.
+
+    Returns:
+        The blocks, mixtures without the other experts.
+    """
+    harmful = run.runtime.token_ids([prompt.text for prompt in data.harmful.prompts])
+    found = routed(run.model, blocks, harmful, run.recipe, run.pad, run.on_event)
+    for block, whole in zip(found, blocks, strict=True):
+        if block.mixture:
+            numbers = ", ".join(map(str, block.experts))
+            run.note(
+                f"layer {block.layer}: experts {numbers} of {len(whole.experts)}, which harmful prompts are routed to most"
+            )
+    return found
+
+
 def find_clusters(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> list[tuple[Selection, Clusters]]:
     """The stages probe, select and cluster.
 
@@ -301,7 +332,7 @@ def find_clusters(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> l
         blocks: The base's feed-forward blocks.
 
     Returns:
-        (selection, clusters) of each layer.
+        (selection, clusters) of each block.
 
     Raises:
         TrainingError: No neuron separates harmful from harmless prompts.
@@ -313,22 +344,22 @@ def find_clusters(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> l
         acts = collect(run.model, blocks, run.runtime.token_ids(texts), Path(folder), run.recipe, run.pad, run.on_event)
         selections = _selected(run, blocks, acts, harmful)
         found = []
-        for selection, layer in zip(selections, acts, strict=True):
-            found.append((selection, cluster(selection, layer, run.recipe)))
+        for selection, block_acts in zip(selections, acts, strict=True):
+            found.append((selection, cluster(selection, block_acts, run.recipe)))
             run.note(f"layer {selection.layer}: {selection.reason}; {found[-1][1].k} clusters")
             run.on_event(Event("cluster", len(found), len(blocks)))
-        del acts
+        del acts, block_acts
     return found
 
 
 def _selected(
     run: Run, blocks: Sequence[MlpBlock], acts: Sequence[FloatArray], harmful: npt.NDArray[np.bool_]
 ) -> list[Selection]:
-    """The stage select: a result per layer, without neurons below the first patched layer."""
+    """The stage select: a result per block, without neurons below the first patched layer."""
     found = []
-    for block, layer in zip(blocks, acts, strict=True):
-        found.append(select(block.layer, layer, harmful, run.recipe))
-        run.on_event(Event("select", block.layer + 1, len(blocks)))
+    for block, block_acts in zip(blocks, acts, strict=True):
+        found.append(select(block.layer, block_acts, harmful, run.recipe))
+        run.on_event(Event("select", len(found), len(blocks)))
     require_neurons(found)
     first, reason = choose_first_layer(found, run.recipe)
     run.decide("first layer", str(first), reason)
@@ -338,20 +369,16 @@ def _selected(
 
 
 def _pack_tensors(run: Run, deltas: DeltaSet) -> list[PackedTensor]:
-    """Packs every trained delta, for the tensor on disk that its Linear was loaded from."""
-    import torch
-
+    """Packs every trained delta, for the tensors on disk that the weight was loaded from."""
     packed = []
     for projection, module in deltas.places:
-        name = disk_name(projection.weight_name, run.checkpoint)
-        order = torch.argsort(module.rows)
-        rows = module.rows[order]
-        stored = float_rows(run.checkpoint, name, rows.cpu().numpy())
-        if not same_weights(stored, module.base.weight.detach()[rows].cpu()):
-            raise CheckpointFormatError(f"tensor {name} of {run.checkpoint.path} is not the weight that transformers loaded")
+        rows, groups = module.rows.cpu().numpy(), module.cluster.cpu().numpy()
+        run.stored.require_same(projection.weight_name, rows)
         delta = module.delta.detach().float().cpu().numpy().astype(DTYPES[run.recipe.delta_dtype])
-        groups = module.cluster[order].cpu().numpy()
-        packed.append(pack_tensor(run.checkpoint, name, rows.cpu().numpy(), groups, delta))
+        for some in run.stored.split(projection.weight_name, rows):
+            # An expert that has a tensor of its own needs the vectors of its own neurons alone.
+            used, labels = np.unique(groups[some.part], return_inverse=True)
+            packed.append(pack_tensor(run.checkpoint, some.tensor, some.rows, labels, delta[used]))
     return packed
 
 

@@ -5,7 +5,7 @@ The functions that take a tokenizer take one of transformers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -50,9 +50,27 @@ def chat_texts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> li
         return [f"{prompt}\n" for prompt in prompts]
     if not prompts:  # transformers takes no empty list
         return []
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    # Those of some vision-language models take a list of parts, and write nothing of a text.
+    wrap = _as_parts if _writes(tokenizer, _as_parts) and not _writes(tokenizer, _as_text) else _as_text
+    texts = tokenizer.apply_chat_template([wrap(prompt) for prompt in prompts], tokenize=False, add_generation_prompt=True)
     return [str(text) for text in texts]
+
+
+def _as_text(prompt: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": prompt}]
+
+
+def _as_parts(prompt: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
+
+
+def _writes(tokenizer: PreTrainedTokenizerBase, wrap: Callable[[str], list[dict[str, Any]]]) -> bool:
+    """Whether the chat template writes a prompt that is wrapped so, and nothing but the prompt of it."""
+    try:
+        text = str(tokenizer.apply_chat_template(wrap("a prompt"), tokenize=False))
+    except Exception:  # noqa: BLE001 - a template may raise whatever it likes
+        return False
+    return "a prompt" in text and "'type'" not in text
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limit: int) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ import numpy as np
 
 from nestpatch.errors import CheckpointFormatError, DataError, NestpatchError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.files.reading import MAX_JSON, open_regular
+from nestpatch.files.reading import MAX_JSON, open_regular, read_text
 from nestpatch.formats.gguf.checkpoint import GgufCheckpoint
 from nestpatch.formats.gguf.hf.model import FloatModel
 from nestpatch.formats.safetensors import SINGLE
@@ -232,12 +233,18 @@ def _in_one_piece(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor,
 
 
 def _load_directory(source: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
     with _model_directory(source) as folder, _naming(source):
         _require_bounded(folder)
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype), tokenizer
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+        config = transformers.AutoConfig.from_pretrained(str(folder))
+        if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            return transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype), tokenizer
+        # Vision-language models are loaded whole: the text model alone would have other names of weights than the files.
+        if tokenizer.chat_template is None and (file := folder / "chat_template.json").is_file():
+            tokenizer.chat_template = json.loads(read_text(file, MAX_JSON))["chat_template"]
+        return transformers.AutoModelForImageTextToText.from_pretrained(str(folder), dtype=dtype), tokenizer
 
 
 def _load_gguf(floats: FloatModel, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

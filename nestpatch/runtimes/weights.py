@@ -1,32 +1,26 @@
-"""The weights of a model that transformers loaded: its feed-forward blocks, and the tensors on disk that they come from."""
+"""The weights of a model that transformers loaded: its feed-forward blocks, and packs merged into them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
-from nestpatch.formats.checkpoint import Checkpoint, float_rows, row_blocks
-from nestpatch.formats.gguf.names import expert_of
+from nestpatch.formats.checkpoint import Checkpoint, IntArray, float_rows, row_blocks
 from nestpatch.pack import Pack
 from nestpatch.patcher.plan import make_plan
 from nestpatch.rows import merge
+from nestpatch.runtimes.stored import StoredWeights, same_weights
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel
-
-# transformers stacks the matrices of single experts while loading: part of the name on disk -> (stack, which half of it).
-_STACKS = {
-    "gate_proj": ("gate_up_proj", 0), "w1": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "w3": ("gate_up_proj", 1),
-    "down_proj": ("down_proj", None), "w2": ("down_proj", None),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,17 +83,10 @@ def merged_parameters(
     """
     import torch
 
-    plan = make_plan(pack, checkpoint, strength)
-    parameters: dict[str, torch.Tensor] = {}
-    for weight, parameter in model.named_parameters():
-        try:
-            parameters[disk_name(weight, checkpoint)] = parameter
-        except (CheckpointFormatError, UnsupportedModelError):
-            # Not on disk under its own name: experts that were stacked while loading, rows that a file has in another order.
-            parameters.setdefault(weight, parameter)
-    for tensor in plan.tensors:
+    stored_weights = StoredWeights(model, checkpoint)
+    for tensor in make_plan(pack, checkpoint, strength).tensors:
         name = tensor.delta.name
-        matrix = _matrix(name, parameters)
+        matrix = stored_weights.matrix(name)
         for part in row_blocks(tensor.delta.neurons, tensor.info.row_bytes):
             rows = tensor.delta.rows[part].astype(np.int64)
             exact = rounded and tensor.info.plain
@@ -135,67 +122,6 @@ def swapped_in(parts: Sequence[PatchedRows]) -> Iterator[None]:
                 part.matrix[part.rows] = part.old
 
 
-def _matrix(name: str, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A view [rows, in_features] of what a tensor on disk became."""
-    if name in parameters:
-        parameter = parameters[name]
-        return parameter.view(-1, parameter.shape[-1])
-    expert = expert_of(name)
-    if expert is not None and expert[2] in _STACKS:
-        stack, half = _STACKS[expert[2]]
-        layer = re.search(r"\.\d+\.", name)
-        ending = f".experts.{stack}"
-        fits = [p for other, p in parameters.items() if layer and layer[0] in other and other.endswith(ending)]
-        if len(fits) == 1 and fits[0].ndim == 3 and expert[1] < len(fits[0]):
-            matrix = fits[0][expert[1]]
-            return matrix if half is None else matrix.chunk(2)[half]
-    raise CheckpointFormatError(f"the loaded model has no parameter for {name}")
-
-
-def disk_name(weight: str, checkpoint: Checkpoint) -> str:
-    """Finds the name on disk of a parameter: the same name, or the name with or without the model's prefix.
-
-    Args:
-        weight: The parameter's name in the loaded model.
-        checkpoint: The model on disk.
-
-    Returns:
-        The tensor's name.
-
-    Raises:
-        CheckpointFormatError: No tensor fits, or several do.
-        UnsupportedModelError: The file stores its rows in another order, or in several tensors.
-    """
-    names = checkpoint.tensors()
-    if weight in names or checkpoint.has(weight):  # a converted file has names of its own
-        return weight
-    fits = [name for name in names if weight.endswith(f".{name}") or name.endswith(f".{weight}")]
-    if len(fits) != 1:
-        found = ", ".join(fits) or "none"
-        raise CheckpointFormatError(
-            f"{checkpoint.path} has no tensor for the parameter {weight} (candidates: {found})",
-            advice="transformers renames this model's weights while loading; nestpatch cannot map them to the file.",
-        )
-    return fits[0]
-
-
-def same_weights(stored: Any, parameter: torch.Tensor) -> bool:
-    """Compares rows on disk with rows of the loaded model, after the conversion that loading made.
-
-    Args:
-        stored: Rows as they are on disk, decoded where they are quantized.
-        parameter: The same rows of the loaded model.
-
-    Returns:
-        True when every element is equal.
-    """
-    import torch
-
-    # Through float32: every stored dtype widens to it exactly, and it narrows as loading does.
-    loaded = torch.from_numpy(stored.astype(np.float32)).to(parameter.dtype)
-    return torch.equal(loaded, parameter.cpu())
-
-
 @dataclass(frozen=True)
 class _MlpKind:
     """A family of feed-forward blocks by the names of its Linear children.
@@ -209,8 +135,9 @@ class _MlpKind:
 
 
 _KINDS = (
-    _MlpKind(("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma
+    _MlpKind(("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma, OLMo, Granite, shared experts
     _MlpKind(("gate_up_proj",), "down_proj", fused=2),  # Phi-3, GLM
+    _MlpKind(("input_linear",), "output_linear", fused=2),  # Granite 4
     _MlpKind(("c_fc",), "c_proj"),  # GPT-Neo (GPT-2's Conv1D stores rows and columns swapped: not supported)
     _MlpKind(("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, Falcon
     _MlpKind(("fc1",), "fc2"),  # OPT, Phi-2
@@ -220,36 +147,55 @@ _KINDS = (
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """One Linear that produces neurons.
+    """One weight whose rows produce neurons: that of a Linear, or of all experts of a layer.
 
     Attributes:
-        parent: The module that holds it.
+        parent: The module that holds the Linear or the experts.
         attribute: Its name in that module.
-        weight_name: The name of its weight in the model.
-        parts: How many stacked matrices the weight holds: neuron n has rows n, n + neurons, ...
+        weight_name: The name of the weight in the model.
+        parts: How many stacked matrices the weight holds for each expert: the gate rows, then the up rows.
+        neurons: Neurons of the Linear, or of one expert.
+        experts: The experts whose neurons are counted, one after the other; a Linear is the only one.
     """
 
     parent: nn.Module
     attribute: str
     weight_name: str
     parts: int
+    neurons: int
+    experts: tuple[int, ...] = (0,)
 
     @property
     def linear(self) -> Any:
-        """The module itself, which training may have replaced."""
+        """The Linear, or the module of the experts, which training may have replaced."""
         return getattr(self.parent, self.attribute)
+
+    def rows(self, neurons: IntArray, part: int) -> IntArray:
+        """The rows of the weight that produce neurons, experts flattened.
+
+        Args:
+            neurons: Numbers of the block's neurons, int64 [neurons].
+            part: 0 for the gate of a gated block, 1 for its up projection.
+
+        Returns:
+            int64 [neurons].
+        """
+        expert, place = np.divmod(neurons, self.neurons)
+        found: IntArray = (np.asarray(self.experts)[expert] * self.parts + part) * self.neurons + place
+        return found
 
 
 @dataclass(frozen=True, eq=False)
 class MlpBlock:
-    """The feed-forward block of one layer.
+    """The feed-forward block of one layer, or one of them: the experts of a layer are a block, its shared expert is another.
 
     Attributes:
-        layer: Its number, from 0.
+        layer: The layer's number, from 0.
         name: The module's name in the model.
         neurons: How many there are.
-        projections: The Linears that produce the neurons.
-        output: The Linear that consumes their activation.
+        projections: What produces the neurons.
+        output: The Linear that consumes their activation; the module of the experts where `mixture`.
+        mixture: Whether its neurons are those of experts, each of which sees the tokens that are routed to it.
     """
 
     layer: int
@@ -257,10 +203,25 @@ class MlpBlock:
     neurons: int
     projections: tuple[Projection, ...]
     output: nn.Module
+    mixture: bool = False
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """The experts whose neurons are counted."""
+        return self.projections[0].experts
+
+    def of_experts(self, experts: Sequence[int]) -> MlpBlock:
+        """The same block with the neurons of some experts alone.
+
+        Args:
+            experts: Their numbers.
+        """
+        projections = tuple(replace(projection, experts=tuple(experts)) for projection in self.projections)
+        return replace(self, projections=projections, neurons=len(experts) * projections[0].neurons)
 
 
 def find_mlps(model: nn.Module) -> tuple[MlpBlock, ...]:
-    """Finds the feed-forward blocks.
+    """Finds the feed-forward blocks of a language model; of a vision-language model, those of its text model.
 
     Args:
         model: A loaded model.
@@ -269,24 +230,102 @@ def find_mlps(model: nn.Module) -> tuple[MlpBlock, ...]:
         The blocks in the order of the layers.
 
     Raises:
-        UnsupportedModelError: No block of a known kind is made of Linear layers.
+        UnsupportedModelError: No block is of a known kind.
     """
+    blocks: list[MlpBlock] = []
+    layers: dict[str, int] = {}
+    for name, module in _text_modules(model):
+        found = _experts_block(name, module) or _linear_block(name, module)
+        if found is not None:
+            layer = re.match(r".*?\.\d+(?=\.|$)", name)  # the first number: experts are numbered further down
+            number = layers.setdefault(layer[0] if layer else name, len(layers))
+            blocks.append(replace(found, layer=number))
+    if not blocks:
+        raise _unknown(model)
+    return tuple(blocks)
+
+
+def _text_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the text model, with their names in the whole model."""
+    whole: Any = model
+    text: nn.Module = whole.get_decoder() if hasattr(model, "get_decoder") else model
+    start = next((name for name, module in model.named_modules() if module is text), "")
+    yield from text.named_modules(prefix=start)
+
+
+def _linear_block(name: str, module: nn.Module) -> MlpBlock | None:
+    """The block that a module is by the names of its Linear children."""
     from torch import nn
 
-    blocks: list[MlpBlock] = []
-    for name, module in model.named_modules():
-        children = dict(module.named_children())
-        for kind in _KINDS:
-            needed = (*kind.inputs, kind.output)
-            if not all(isinstance(children.get(child), nn.Linear) for child in needed):
-                continue
-            output = children[kind.output]
-            projections = tuple(
-                Projection(module, child, f"{name}.{child}.weight".lstrip("."), kind.fused) for child in kind.inputs
-            )
-            blocks.append(MlpBlock(len(blocks), name, int(output.in_features), projections, output))
-    if not blocks:
-        classes = sorted({type(m).__name__ for n, m in model.named_modules() if re.search(r"mlp|feed|ffn|fc", n.lower())})
-        found = f"; what looks like one is made of {', '.join(classes)}" if classes else ""
-        raise UnsupportedModelError(f"{type(model).__name__} has no feed-forward block that nestpatch knows{found}")
-    return tuple(blocks)
+    children = dict(module.named_children())
+    for kind in _KINDS:
+        if all(isinstance(children.get(child), nn.Linear) for child in (*kind.inputs, kind.output)):
+            output: Any = children[kind.output]
+            neurons = int(output.in_features)
+            weights = ((child, f"{name}.{child}.weight".lstrip(".")) for child in kind.inputs)
+            projections = tuple(Projection(module, child, weight, kind.fused, neurons) for child, weight in weights)
+            return MlpBlock(0, name, neurons, projections, output)
+    return None
+
+
+def _experts_block(name: str, parent: nn.Module) -> MlpBlock | None:
+    """The block that the experts of a module are, where a row of their stacked weight is a row of a neuron."""
+    experts: Any = getattr(parent, "experts", None)
+    if _stack_of(experts) is None or odd_experts(experts):
+        return None
+    count, _, neurons = experts.down_proj.shape
+    projection = Projection(parent, "experts", f"{name}.experts.gate_up_proj".lstrip("."), 2, neurons, tuple(range(count)))
+    return MlpBlock(0, f"{name}.experts".lstrip("."), count * neurons, (projection,), experts, mixture=True)
+
+
+def _stack_of(module: Any) -> torch.Tensor | None:
+    """The stacked weight of experts [experts, .., ..]."""
+    stack: Any = getattr(module, "gate_up_proj", None)
+    return stack if isinstance(getattr(stack, "ndim", None), int) and stack.ndim == 3 else None
+
+
+def odd_experts(module: Any) -> str:
+    """Why no pack can change the experts of a module that stacks them; empty where one can.
+
+    Args:
+        module: It has a stacked weight `gate_up_proj`.
+    """
+    if getattr(module, "is_transposed", False):
+        mixed = " and mixes gate and up" if not getattr(module, "is_concatenated", True) else ""
+        return f"{type(module).__name__} stores gate_up_proj transposed{mixed}: a row of the file is an input, not a neuron"
+    # What transformers itself needs to compute experts in more ways than one; `each_expert` computes as it does.
+    if (
+        not hasattr(module, "_apply_gate")
+        or getattr(module, "has_bias", False)
+        or getattr(module, "has_post_expert_norm", False)
+    ):
+        return f"{type(module).__name__} computes its experts in a way of its own"
+    count, width, neurons = module.down_proj.shape
+    if tuple(module.gate_up_proj.shape) != (count, 2 * neurons, width):
+        return f"{type(module).__name__} stores gate_up_proj in another shape: a row of the file is no neuron"
+    return ""
+
+
+def experts_left_alone(model: nn.Module) -> tuple[str, ...]:
+    """Why some experts of a model are not among its blocks.
+
+    Args:
+        model: A loaded model.
+
+    Returns:
+        One reason for each kind of experts.
+    """
+    found = (odd_experts(module) for _, module in _text_modules(model) if _stack_of(module) is not None)
+    return tuple(dict.fromkeys(reason for reason in found if reason))
+
+
+def _unknown(model: nn.Module) -> UnsupportedModelError:
+    reasons = experts_left_alone(model)
+    if reasons:
+        return UnsupportedModelError(
+            f"{type(model).__name__} cannot be trained: {'; '.join(reasons)}",
+            advice="A pack changes whole rows of the file. docs/training.md lists the families that can be trained.",
+        )
+    classes = sorted({type(m).__name__ for n, m in model.named_modules() if re.search(r"mlp|feed|ffn|fc", n.lower())})
+    found = f"; what looks like one is made of {', '.join(classes)}" if classes else ""
+    return UnsupportedModelError(f"{type(model).__name__} has no feed-forward block that nestpatch knows{found}")

@@ -18,7 +18,6 @@ from nestpatch.errors import CheckpointFormatError, NestpatchError, Quantization
 from nestpatch.export._gguf_writer import write_gguf
 from nestpatch.export.gguf import export_gguf
 from nestpatch.export.safetensors import export_safetensors
-from nestpatch.formats.checkpoint import float_rows
 from nestpatch.formats.gguf.checkpoint import GgufCheckpoint
 from nestpatch.formats.gguf.header import encode_header, padding
 from nestpatch.formats.gguf.hf.model import FloatModel
@@ -201,8 +200,9 @@ def test_several_templates_come_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama3", "qwen2", "qwen3_moe", "mixtral", "gemma3", "phi_long", "gpt_neox"])
 def test_loaded_models_compute_the_same(name: str, family: Made, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
+    from nestpatch.runtimes.stored import StoredWeights
     from nestpatch.runtimes.transformers import load_model
-    from nestpatch.runtimes.weights import disk_name, find_mlps, same_weights
+    from nestpatch.runtimes.weights import find_mlps
 
     file = write_gguf(open_checkpoint(family(name)), tmp_path / "m.gguf", kind="q8_0").output
     model, tokenizer = load_model(file, "cpu", "float32")
@@ -218,16 +218,16 @@ def test_loaded_models_compute_the_same(name: str, family: Made, tmp_path: Path)
     assert set(ends if isinstance(ends, list) else [ends]) == known
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    if name in ("qwen3_moe", "mixtral"):
-        return
-    checkpoint = GgufCheckpoint(file)
+    stored = StoredWeights(model, GgufCheckpoint(file))
     for block in find_mlps(model):
         for projection in block.projections:
-            stored = disk_name(projection.weight_name, checkpoint)
-            rows = np.arange(5)
-            weight = projection.linear.weight.detach()[:5]
-            assert same_weights(float_rows(checkpoint, stored, rows), weight)
-            assert not same_weights(float_rows(checkpoint, stored, rows), weight + 1)
+            weight = model.get_parameter(projection.weight_name)
+            every = np.arange(weight.numel() // weight.shape[-1])
+            stored.require_same(projection.weight_name, every)
+            with torch.no_grad():
+                weight.view(-1, weight.shape[-1])[every[-1]] += 1
+            with pytest.raises(CheckpointFormatError, match="is not the weight that transformers loaded"):
+                stored.require_same(projection.weight_name, every[-3:])
 
 
 def test_a_loaded_model_can_be_narrower(family: Made, exported: Made) -> None:

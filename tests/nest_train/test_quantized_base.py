@@ -21,8 +21,9 @@ from nestpatch.nest_train.train import Trained, train
 from nestpatch.pack import Label
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.verify import Verdict, verify
+from nestpatch.runtimes.stored import StoredWeights
 from nestpatch.runtimes.transformers import load_model
-from nestpatch.runtimes.weights import disk_name, find_mlps, fold
+from nestpatch.runtimes.weights import find_mlps, fold
 from tests.gguf_files import write_gguf
 from tests.nest_train.quick import QUICK
 from tests.nest_train.test_stages import groups_of
@@ -56,11 +57,12 @@ def effective(delta: ClusterDelta) -> torch.Tensor:
 
 
 def test_rows_are_rounded_as_the_file_rounds_them(file: Path) -> None:
-    checkpoint, (_, deltas) = open_checkpoint(file), attachable(file)
+    checkpoint, (model, deltas) = open_checkpoint(file), attachable(file)
     plain = [effective(delta) for delta in deltas.modules]
-    assert deltas.quantize_like(checkpoint) == [checkpoint.info("model.layers.0.mlp.gate_proj.weight").dtype]
+    stored = StoredWeights(model, checkpoint)
+    assert deltas.quantize_like(stored) == [checkpoint.info("model.layers.0.mlp.gate_proj.weight").dtype]
     for (projection, delta), before in zip(deltas.places, plain, strict=True):
-        name = disk_name(projection.weight_name, checkpoint)
+        ((_, name),) = stored.tensors(projection.weight_name)
         rows = delta.rows.numpy()
         sums = float_rows(checkpoint, name, rows) + delta.delta.detach().numpy()[delta.cluster.numpy()]
         coding = checkpoint.info(name).coding
@@ -75,7 +77,7 @@ def test_rows_are_rounded_as_the_file_rounds_them(file: Path) -> None:
 def test_rounding_follows_the_deltas(file: Path) -> None:
     """`restore` and `round_rows` round anew; `off` leaves the base alone."""
     checkpoint, (model, deltas) = open_checkpoint(file), attachable(file)
-    deltas.quantize_like(checkpoint)
+    deltas.quantize_like(StoredWeights(model, checkpoint))
     delta, ids = deltas.modules[0], torch.tensor([[3, 4, 5]])
     base = model(ids).logits
     with deltas.attached(), deltas.off():
@@ -90,7 +92,7 @@ def test_rounding_follows_the_deltas(file: Path) -> None:
 
 
 def test_the_gradient_passes_the_rounding(file: Path) -> None:
-    _, deltas = attachable(file)
+    model, deltas = attachable(file)
     delta = deltas.modules[0]
     x = torch.randn(5, delta.base.in_features)
     factors = torch.randn(5, delta.base.out_features)
@@ -99,7 +101,7 @@ def test_the_gradient_passes_the_rounding(file: Path) -> None:
         return torch.autograd.grad((delta(x) * factors).sum(), delta.delta)[0]
 
     straight = gradient()
-    deltas.quantize_like(open_checkpoint(file))
+    deltas.quantize_like(StoredWeights(model, open_checkpoint(file)))
     assert delta.residual is not None
     assert torch.equal(gradient(), straight)
     inputs = x.clone().requires_grad_()
@@ -108,16 +110,17 @@ def test_the_gradient_passes_the_rounding(file: Path) -> None:
 
 
 def test_plain_numbers_are_not_rounded(models: Any) -> None:
-    _, deltas = attachable(models("llama"))
-    assert deltas.quantize_like(open_checkpoint(models("llama"))) == []
+    model, deltas = attachable(models("llama"))
+    assert deltas.quantize_like(StoredWeights(model, open_checkpoint(models("llama")))) == []
     assert all(delta.residual is None for delta in deltas.modules)
 
 
-def evaluated_rows(deltas: DeltaSet, checkpoint: Any) -> dict[str, tuple[np.ndarray, bytes, np.ndarray]]:
+def evaluated_rows(deltas: DeltaSet, stored: StoredWeights) -> dict[str, tuple[np.ndarray, bytes, np.ndarray]]:
     """Tensor -> (rows, their blocks, their numbers) of base plus delta, rounded."""
     found = {}
     for projection, delta in deltas.places:
-        name = disk_name(projection.weight_name, checkpoint)
+        ((_, name),) = stored.tensors(projection.weight_name)
+        checkpoint = stored.checkpoint
         rows = np.sort(delta.rows.numpy())
         order = np.argsort(delta.rows.numpy())
         sums = float_rows(checkpoint, name, rows) + delta.delta.detach().numpy()[delta.cluster.numpy()[order]]
@@ -132,7 +135,7 @@ def trained_on(file: Path, data: TrainingData, monkeypatch: pytest.MonkeyPatch) 
     original = module._pack_tensors
 
     def look(run: Any, deltas: DeltaSet) -> Any:
-        live["rows"] = evaluated_rows(deltas, run.checkpoint)
+        live["rows"] = evaluated_rows(deltas, run.stored)
         live["bases"] = {n: float_rows(run.checkpoint, n, rows) for n, (rows, _, _) in live["rows"].items()}
         with deltas.attached(), torch.no_grad():
             live["logits"] = run.model(torch.tensor([run.tokenizer(QUESTION)["input_ids"]])).logits
@@ -217,10 +220,10 @@ def test_a_type_that_no_pack_can_name_is_refused_before_any_work(
 
 
 def test_names_of_a_converted_file(file: Path) -> None:
-    checkpoint = open_checkpoint(file)
+    stored = StoredWeights(attachable(file)[0], open_checkpoint(file))
     name = "model.layers.0.mlp.gate_proj.weight"
-    assert disk_name(name, checkpoint) == name
+    assert [tensor for _, tensor in stored.tensors(name)] == [name]
     with pytest.raises(UnsupportedModelError, match="another order"):
-        disk_name("model.layers.0.self_attn.q_proj.weight", checkpoint)
+        stored.tensors("model.layers.0.self_attn.q_proj.weight")
     with pytest.raises(CheckpointFormatError, match="candidates: none"):
-        disk_name("nothing.weight", checkpoint)
+        stored.tensors("nothing.weight")

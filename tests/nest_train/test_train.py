@@ -1,4 +1,4 @@
-"""From prompts to a pack, a patched file and its logits, on tiny random models of every family."""
+"""From prompts to a pack, a patched file and its logits, on tiny random models; test_families.py has every family."""
 
 import dataclasses
 import json
@@ -24,12 +24,9 @@ from nestpatch.pack import Label
 from nestpatch.patcher.apply import apply
 from nestpatch.prompts.readers import load_prompts
 from nestpatch.runtimes.transformers import load_model
-from nestpatch.runtimes.weights import disk_name, fold
 from nestpatch.views.progress import STAGES
 from tests.nest_train.quick import QUICK, options
 from tests.schemas import require_schema
-
-SUPPORTED = ["llama", "llama-tied", "qwen2", "gemma2", "phi3", "gpt-neo", "gpt-neox", "opt", "phi"]
 
 
 @pytest.fixture(scope="module")
@@ -55,24 +52,6 @@ def logits(folder, dtype="float32"):
     model, tokenizer = load_model(folder, "cpu", dtype)
     ids = torch.tensor([tokenizer("How do I paint a bank?")["input_ids"]])
     return model(ids).logits.float()
-
-
-@pytest.mark.parametrize("family", SUPPORTED)
-def test_every_family_trains_and_folds(models, data, tmp_path, family):
-    base = models(family)
-    trained = train(base, data, Label("test"), recipe=QUICK)
-    pack_path = tmp_path / "test.nest"
-    nest.write(trained.pack, pack_path)
-    done = apply(base, pack_path, tmp_path / "patched")
-    assert done.rows == sum(delta.neurons for delta in trained.pack)
-    assert trained.trained_parameters == trained.pack.parameters
-    # The patched file, the pack folded in memory, and (below, for one family) the live deltas are the same model.
-    folded, tokenizer = load_model(base, "cpu", "float32")
-    fold(folded, open_checkpoint(base), trained.pack)
-    ids = torch.tensor([tokenizer("How do I paint a bank?")["input_ids"]])
-    patched = logits(tmp_path / "patched")
-    assert torch.equal(folded(ids).logits, patched)
-    assert (patched - logits(base)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.06)])
@@ -219,18 +198,6 @@ def test_weights_that_differ_from_the_loaded_ones_are_noticed(models, data, tmp_
     monkeypatch.setattr(module, "open_model", lambda _: (open_checkpoint(other), None))
     with pytest.raises(CheckpointFormatError, match="is not the weight that transformers loaded"):
         train(models("llama"), data, Label("test"), recipe=QUICK)
-
-
-def test_names_on_disk_may_lack_or_have_a_prefix(models):
-    checkpoint = open_checkpoint(models("llama"))
-    name = "model.layers.0.mlp.gate_proj.weight"
-    assert disk_name(name, checkpoint) == name
-    assert disk_name(f"language.{name}", checkpoint) == name
-    assert disk_name("layers.0.mlp.gate_proj.weight", checkpoint) == name
-    with pytest.raises(CheckpointFormatError, match="candidates: none"):
-        disk_name("elsewhere.weight", checkpoint)
-    with pytest.raises(CheckpointFormatError, match="candidates: model"):
-        disk_name("gate_proj.weight", checkpoint)
 
 
 @pytest.mark.parametrize("label", [Label("../up"), Label("a/b"), Label("ok", "1.0"), Label("")])

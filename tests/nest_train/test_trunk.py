@@ -68,7 +68,7 @@ def tuned(models: Any, tmp_path: Path) -> Tuned:
 
 
 @pytest.mark.parametrize("attention", ["", "eager"])
-@pytest.mark.parametrize("family", list(CONFIGS))
+@pytest.mark.parametrize("family", [*CONFIGS, "mixtral", "deepseek-v3", "qwen2-vl", "gemma3-vl"])
 def test_stored_hidden_states_give_the_whole_models_numbers(models: Any, tmp_path: Path, family: str, attention: str) -> None:
     made = Tuned(models(family), tmp_path, attention=attention)
     examples = pairs(50)
@@ -147,16 +147,16 @@ def test_layers_are_restored_after_an_exception(tuned: Tuned) -> None:
 @pytest.mark.parametrize(
     ("extra", "says"),
     [
-        (lambda embedded: embedded[:1, :1], "skipping frozen layers changes the answers of this architecture by"),
-        (lambda embedded: embedded, "frozen layers of this architecture cannot be skipped: RuntimeError: "),
+        (lambda inside: inside[:1, :1], "skipping frozen layers changes the answers of this architecture by"),
+        (lambda inside: inside, "frozen layers of this architecture cannot be skipped: RuntimeError: "),
     ],
     ids=["other numbers", "an error"],
 )
 def test_layers_that_cannot_be_skipped_are_computed(tuned: Tuned, extra: Any, says: str) -> None:
-    """An architecture whose upper layer reads the embeddings too, as some do: hidden states alone do not suffice."""
-    embedded: list[torch.Tensor] = []
-    tuned.model.get_input_embeddings().register_forward_hook(lambda _, __, out: embedded.append(out))
-    tuned.model.model.layers[1].register_forward_hook(lambda _, __, out: out + 3 * extra(embedded[-1]))
+    """An architecture whose upper layer reads inside a lower one too, as some do: hidden states alone do not suffice."""
+    inside: list[torch.Tensor] = []
+    tuned.model.model.layers[0].mlp.register_forward_hook(lambda _, __, out: inside.append(out))
+    tuned.model.model.layers[1].register_forward_hook(lambda _, __, out: out + 3 * extra(inside[-1]))
     examples = pairs(40)
     where, why = tuned.remember(examples, examples[20:])
     assert where == "all layers"

@@ -19,7 +19,8 @@ from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
 from nestpatch.export.onnx._graph import TRANSPOSED
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.formats.lora.onnx import DELTA, MAP, AdapterInput
-from nestpatch.runtimes.weights import disk_name, find_mlps
+from nestpatch.runtimes.stored import StoredWeights
+from nestpatch.runtimes.weights import find_mlps
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -39,13 +40,13 @@ def adapter_inputs(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, 
     Raises:
         UnsupportedModelError: The model has no feed-forward blocks that are known here.
     """
-    found = {}
+    found, stored = {}, StoredWeights(model, checkpoint)
     for block in find_mlps(model):
         for projection in block.projections:
-            name = disk_name(projection.weight_name, checkpoint)
+            (_, name), *more = stored.tensors(projection.weight_name)
             shape = checkpoint.info(name).shape
-            if len(shape) != 2:
-                raise CheckpointFormatError(f"{name} has shape {list(shape)}; expected two dimensions")
+            if more or len(shape) != 2:
+                raise CheckpointFormatError(f"{name} has shape {list(shape)}; expected a matrix of its own")
             state = sha256()
             for part in checkpoint.read_all(name):
                 state.update(part)
