@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 from nestpatch.formats.checkpoint import Checkpoint, TensorInfo, float_rows
 from nestpatch.nest_train._neurons import Clusters
 from nestpatch.rows import FloatArray
+from nestpatch.runtimes.quantized import float_weight, is_quantized
 from nestpatch.runtimes.weights import MlpBlock, Projection, disk_name
 
 
@@ -39,7 +40,8 @@ class ClusterDelta(nn.Module):
         device = base.weight.device
         self.delta = nn.Parameter(torch.zeros(clusters, base.in_features, device=device))
         # [out, clusters], a few columns: spreading by a product is exact for 0/1, fast, and deterministic on a GPU.
-        membership = torch.zeros(base.out_features, clusters, dtype=base.weight.dtype, device=device)
+        kind = torch.bfloat16 if is_quantized(base) else base.weight.dtype
+        membership = torch.zeros(base.out_features, clusters, dtype=kind, device=device)
         membership[rows, cluster] = 1
         self.register_buffer("membership", membership, persistent=False)
         self.register_buffer("rows", rows, persistent=False)
@@ -50,10 +52,10 @@ class ClusterDelta(nn.Module):
         y: torch.Tensor = self.base(x)
         if not self.enabled:
             return y
-        y = y + linear(linear(x, self.delta.to(x.dtype)), self.membership)
+        y = y + linear(linear(x, self.delta.to(x.dtype)), self.membership.to(x.dtype))
         if self.residual is None:
             return y
-        return y.index_add(-1, self.rows, linear(x, self.residual))
+        return y.index_add(-1, self.rows, linear(x, self.residual.to(x.dtype)))
 
     @torch.no_grad()
     def round_rows(self) -> None:
@@ -67,7 +69,7 @@ class ClusterDelta(nn.Module):
         rows, info = self.rounding
         wanted = rows + self.delta.detach()[self.cluster].float().cpu().numpy()
         change = torch.from_numpy(info.coding.decode(info.coding.encode(wanted)) - wanted)
-        self.residual = change.to(self.base.weight)
+        self.residual = change.to(self.membership)
 
 
 @contextmanager
@@ -127,7 +129,7 @@ class DeltaSet:
         """
         groups = []
         for module in self.modules:
-            rms = module.base.weight.detach().float().square().mean().sqrt().item()
+            rms = float_weight(module.base).float().square().mean().sqrt().item()
             groups.append({"params": [module.delta], "peak": learning_rate * rms})
         return groups
 

@@ -36,6 +36,7 @@ from nestpatch.nest_train.recipe import Recipe
 from nestpatch.pack import Label, Pack
 from nestpatch.packing import PackedTensor, build_pack, pack_tensor
 from nestpatch.rows import DTYPES, FloatArray
+from nestpatch.runtimes.quantized import float_weight, is_quantized, resembles
 from nestpatch.runtimes.weights import MlpBlock, disk_name, same_weights
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ def train(
         MissingExtraError: The packages of the extra `train` are not installed.
         CheckpointError: The base cannot be found, read or loaded, or its architecture is not supported.
         TrainingError: No neuron separates harmful from harmless prompts.
+        OutOfMemoryError: Not even one prompt fits into memory.
     """
     require_packages()
     label.check()
@@ -210,18 +212,23 @@ def fit(run: Run, blocks: Sequence[MlpBlock], change: Trainable, examples: Examp
 
     Raises:
         PromptDataError: A kind has fewer than two examples.
+        OutOfMemoryError: Not even one example fits into memory.
     """
+    from nestpatch.nest_train._memory import fit_memory
     from nestpatch.nest_train._trunk import Trunk
     from nestpatch.nest_train._tune import tune
 
     trunk = Trunk(run.model, blocks, change.first_layer, run.pad)
     every = examples.harmful + examples.harmless
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        skipped = trunk.remember([e.tokens for e in every], [e.tokens for e in examples.harmless], Path(folder), run.on_event)
+        size = fit_memory(run, trunk, change, examples, Path(folder))
+        known = ([e.tokens for e in every], [e.tokens for e in examples.harmless])
+        skipped = trunk.remember(*known, Path(folder), run.on_event, size)
         run.decide("step", *skipped)
         run.on_event(Event("tune", 0, run.recipe.steps, f"{change.trainable} parameters"))
         answer = partial(run.generate, stage="look", tokens=JUDGED_TOKENS)
-        result = tune(trunk, change, examples, answer, run.recipe, run.on_event)
+        recipe = dataclasses.replace(run.recipe, micro_batch=size)
+        result = tune(trunk, change, examples, answer, recipe, run.on_event)
     run.note(f"kept step {result.kept.step} of {result.steps} ({result.reason}): {result.kept}; the base: {result.before}")
     return result
 
@@ -337,7 +344,8 @@ def _pack_tensors(run: Run, deltas: DeltaSet) -> list[PackedTensor]:
         order = torch.argsort(module.rows)
         rows = module.rows[order]
         stored = float_rows(run.checkpoint, name, rows.cpu().numpy())
-        if not same_weights(stored, module.base.weight.detach()[rows].cpu()):
+        loaded = float_weight(module.base)[rows]
+        if not (resembles if is_quantized(module.base) else same_weights)(stored, loaded):
             raise CheckpointFormatError(f"tensor {name} of {run.checkpoint.path} is not the weight that transformers loaded")
         delta = module.delta.detach().float().cpu().numpy().astype(DTYPES[run.recipe.delta_dtype])
         groups = module.cluster[order].cpu().numpy()

@@ -1,0 +1,87 @@
+"""Models whose matrices are kept in 8 or 4 bits in memory, by bitsandbytes (arXiv 2208.07339, arXiv 2305.14314)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nestpatch.errors import MissingExtraError
+from nestpatch.rows import FloatArray
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_ERROR = 0.3
+"""Norm of the error by which rows may differ from those on disk, of their norm: 4 bits give 0.1, other rows 1.4."""
+
+
+def loading_options(load_in: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that keep the matrices of the layers in few bits.
+
+    Args:
+        load_in: "none", "8bit" or "4bit".
+        device: Where the model computes.
+        dtype: In what it computes.
+
+    Returns:
+        The arguments; none for "none".
+
+    Raises:
+        MissingExtraError: bitsandbytes is not installed, or too old for transformers.
+    """
+    if load_in == "none":
+        return {}
+    from transformers import BitsAndBytesConfig
+    from transformers.utils.import_utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise MissingExtraError("quantize", f"load_in={load_in} (module bitsandbytes)", instead="use load_in=none")
+    if load_in == "8bit":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
+        )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def is_quantized(linear: nn.Linear) -> bool:
+    """Whether the weight is stored in few bits.
+
+    Args:
+        linear: A layer of a loaded model.
+    """
+    return not linear.weight.is_floating_point()
+
+
+def float_weight(linear: Any) -> torch.Tensor:
+    """The weight with which a layer computes.
+
+    Args:
+        linear: A layer of a loaded model, quantized or not.
+
+    Returns:
+        [out, in], of a type of floating point.
+    """
+    if not is_quantized(linear):
+        return linear.weight.detach()  # type: ignore[no-any-return]
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    weight: torch.Tensor = dequantize_bnb_weight(linear.weight, state=getattr(linear, "state", None))
+    return weight.detach()
+
+
+def resembles(stored: FloatArray, loaded: torch.Tensor) -> bool:
+    """Whether rows of a quantized layer come from rows on disk.
+
+    Args:
+        stored: [rows, in], decoded.
+        loaded: The same rows of `float_weight`.
+
+    Returns:
+        True when they differ by no more than the rounding.
+    """
+    gap = loaded.float().cpu().numpy() - stored
+    return bool(np.linalg.norm(gap) <= _ERROR * np.linalg.norm(stored))
