@@ -216,7 +216,7 @@ class Bench:
         prompts = len(self.data.harmful.prompts) + len(self.data.harmless)
         device = torch.cuda.get_device_name() if self.device == "cuda" else self.device
         return {
-            "base": f"Base in {self.dtype} on {device}, {self.recipe.load_in} in few bits.",
+            "base": f"Base in {self.dtype if self.recipe.load_in == 'none' else self.recipe.load_in} on {device}.",
             "tokens": [sum(one.length for one in batch.harmful + batch.harmless) for batch in data][warm_up:],
             "seconds": {name: times[warm_up:] for name, times in seconds.items()},
             "once_per_step": sides["nestpatch"].seconds_per_example * prompts / self.recipe.steps,

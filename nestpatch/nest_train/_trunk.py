@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -258,7 +259,7 @@ class Trunk:
         if self._hidden is None:
             return "all layers", "the first one is patched" if len(self._layers) else "this architecture has no list of layers"
         try:
-            gap = max(self._gap(pairs[start : start + size]) for start in range(0, len(pairs), size))
+            gap = fmean(self._gap(pairs[start : start + size]) for start in range(0, len(pairs), size))
         except Exception as error:  # whatever an architecture does with layers that are not its own
             if should_reduce_batch_size(error):
                 raise

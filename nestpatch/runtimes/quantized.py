@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +40,8 @@ def loading_options(load_in: str, device: str, dtype: torch.dtype) -> dict[str, 
     if not is_bitsandbytes_available():
         raise MissingExtraError("quantize", f"load_in={load_in} (module bitsandbytes)", instead="use load_in=none")
     if load_in == "8bit":
+        # It says at every product that activations are rounded to float16 in it.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
         config = BitsAndBytesConfig(

@@ -147,7 +147,7 @@ def test_checkpointed_layers_are_computed_again_and_skipped_ones_never(
     made.remember(examples, examples[6:])
     seen = Counter({0: 0, 1: 0})
     for number, layer in enumerate(made.model.model.layers):
-        layer.mlp.register_forward_hook(lambda *_, number=number: seen.update([number]))
+        layer.mlp.register_forward_pre_hook(lambda *_, number=number: seen.update([number]))
     made.trunk.checkpointing = True
     with made.deltas.attached():
         with torch.no_grad():
