@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,14 +39,26 @@ def loading_options(load_in: str, device: str, dtype: torch.dtype) -> dict[str, 
     if not is_bitsandbytes_available():
         raise MissingExtraError("quantize", f"load_in={load_in} (module bitsandbytes)", instead="use load_in=none")
     if load_in == "8bit":
-        # It says at every product that activations are rounded to float16 in it.
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
         config = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
         )
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Puts the quantized layers, and these alone, in training mode: in evaluation mode bitsandbytes stores 4-bit weights for
+    some CPUs in a form that gives no gradient, and rounds the activations of 8-bit layers.
+
+    Args:
+        model: A loaded model, in evaluation mode.
+    """
+    from torch import nn
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and is_quantized(module):
+            module.training = True
 
 
 def is_quantized(linear: nn.Linear) -> bool:
@@ -68,12 +79,14 @@ def float_weight(linear: Any) -> torch.Tensor:
     Returns:
         [out, in], of a type of floating point.
     """
-    if not is_quantized(linear):
-        return linear.weight.detach()  # type: ignore[no-any-return]
-    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+    import torch
 
-    weight: torch.Tensor = dequantize_bnb_weight(linear.weight, state=getattr(linear, "state", None))
-    return weight.detach()
+    weight: torch.Tensor = linear.weight.detach()
+    if not is_quantized(linear):
+        return weight
+    with torch.no_grad():  # whatever the layer stores, this is what it computes with
+        columns: torch.Tensor = linear(torch.eye(linear.in_features, device=weight.device))
+        return (columns if linear.bias is None else columns - linear.bias).T
 
 
 def resembles(stored: FloatArray, loaded: torch.Tensor) -> bool:

@@ -25,7 +25,7 @@ from nestpatch.hub.client import Reference
 from nestpatch.pack import Pack
 from nestpatch.patcher.recovery import open_model
 from nestpatch.rows import DTYPES, FloatArray
-from nestpatch.runtimes.quantized import loading_options
+from nestpatch.runtimes.quantized import keep_gradients, loading_options
 from nestpatch.runtimes.text import IGNORED, MAX_TOKENS, TokenPair, by_length, encode_pairs, pad_left, prompt_ids
 from nestpatch.runtimes.threads import wait_passively
 from nestpatch.runtimes.weights import merged_parameters, swapped_in
@@ -220,9 +220,11 @@ def load_model(source: Path, device: str, dtype: str, load_in: str = "none") -> 
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if not options:  # quantized matrices are made on the device, and stay there
-        model.to(device=torch.device(device))  # type: ignore[call-arg]
     model.train(mode=False)
+    if options:  # quantized matrices were made on the device, and stay there
+        keep_gradients(model)
+    else:
+        model.to(device=torch.device(device))  # type: ignore[call-arg]
     model.requires_grad_(requires_grad=False)
     if (head := model.get_output_embeddings()) is not None:
         head.register_forward_pre_hook(_in_one_piece)

@@ -23,9 +23,11 @@ from nestpatch.nest_train._tune import batch_loss, micro_batches
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.nest_train.train import train
 from nestpatch.pack import Label
+from nestpatch.patcher.apply import apply
+from nestpatch.patcher.verify import verify
 from nestpatch.runtimes.quantized import float_weight, resembles
 from nestpatch.runtimes.transformers import load_model
-from tests.nest_train.conftest import CONFIGS
+from tests.nest_train.conftest import CONFIGS, LLAMA, SIZES
 from tests.nest_train.quick import QUICK
 from tests.nest_train.test_trunk import Tuned, near, pairs
 from tests.nest_train.test_tune import Tuning, some
@@ -203,23 +205,27 @@ def test_on_a_cpu_with_memory_the_whole_batch_is_computed_at_once(tuning: Tuning
 def test_on_a_cpu_with_little_memory_a_part_is(tuning: Tuning, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = a_run(tuning, BATCH)
     one = _memory._bytes_of_one(run, tuning.trunk, tuning.deltas, longest_batch(tuning.data, BATCH), tmp_path)
-    assert one > 100_000, "at least the logits of the answers"
+    assert one > 4 * 320 * 3, "at least the logits of the answers"
     for free, wanted in ((3.9, "2 of 7 examples"), (1.1, "1 of 7 examples"), (4.1, "4 of 7 examples")):
         monkeypatch.setattr(_memory, "free_memory", lambda free=free: int(free * one * _memory._PEAK))
         size, run = fit(tuning, BATCH, tmp_path)
         assert run.decisions["micro-batch"] == f"{wanted} (more do not fit into memory)"
         assert size == int(wanted[0])
-    monkeypatch.setattr(_memory, "free_memory", lambda: int(0.99 * one * _memory._PEAK))
+
+
+def test_on_a_cpu_where_one_example_does_not_fit(tuning: Tuning, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need = lambda _, trunk, *__: 100 if trunk.checkpointing else 300  # noqa: E731
+    monkeypatch.setattr(_memory, "_bytes_of_one", need)
+    monkeypatch.setattr(_memory, "free_memory", lambda: int(200 * _memory._PEAK))
     size, run = fit(tuning, BATCH, tmp_path)
-    assert (size, tuning.trunk.checkpointing) == (1, True)
+    assert (size, tuning.trunk.checkpointing) == (2, True)
     assert run.decisions["checkpointing"] == "on (not one example fits into memory otherwise)"
-    with pytest.raises(
-        OutOfMemoryError, match="one example of 17 tokens does not fit into the memory of the device cpu"
-    ) as caught:
+    says = "one example of 17 tokens does not fit into the memory of the device cpu"
+    with pytest.raises(OutOfMemoryError, match=says) as caught:
         fit(tuning, dataclasses.replace(BATCH, checkpointing="off"), tmp_path)
     assert "load_in=4bit" in caught.value.advice
-    monkeypatch.setattr(_memory, "free_memory", lambda: 1000)
-    with pytest.raises(OutOfMemoryError):
+    monkeypatch.setattr(_memory, "free_memory", lambda: 99)
+    with pytest.raises(OutOfMemoryError, match=says):
         fit(tuning, BATCH, tmp_path)
 
 
@@ -342,7 +348,7 @@ def test_a_training_in_little_memory(models: Any, data: Any) -> None:
     assert parts.manifest.method["decisions"]["micro-batch"] == "1 of 4 examples (asked for)"
     assert parts.manifest.method["decisions"]["checkpointing"] == "on (asked for)"
     assert parts.manifest.method["recipe"]["micro_batch"] == 1
-    for one, other in zip(parts.tensors, whole.tensors, strict=True):
+    for one, other in zip(parts, whole, strict=True):
         assert np.array_equal(one.rows, other.rows)
         gap = one.dense().astype(np.float32) - other.dense().astype(np.float32)
         assert np.abs(gap).max() < 0.05 * np.abs(other.dense().astype(np.float32)).max()
@@ -373,31 +379,68 @@ def test_a_missing_package_is_named_before_the_model_is_loaded(models: Any, monk
     assert "nestpatch[quantize]" in caught.value.advice
 
 
-@pytest.mark.parametrize(("load_in", "kind", "error"), [("4bit", "Linear4bit", 0.13), ("8bit", "Linear8bitLt", 0.02)])
-def test_a_base_in_few_bits(models: Any, load_in: str, kind: str, error: float) -> None:
+@pytest.fixture
+def wide(tmp_path: Path, tokenizer: Any) -> Path:
+    """A model of matrices that are not smaller than the blocks of bitsandbytes."""
     pytest.importorskip("bitsandbytes")
-    model, _ = load_model(models("llama"), "cpu", "float32", load_in)
-    whole, _ = load_model(models("llama"), "cpu", "float32")
-    linear = model.model.layers[1].mlp.up_proj
+    sizes = SIZES | LLAMA | {"hidden_size": 128, "intermediate_size": 256}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | {"initializer_range": 0.1}))
+    model.save_pretrained(tmp_path / "wide")
+    tokenizer.save_pretrained(tmp_path / "wide")
+    return tmp_path / "wide"
+
+
+FEW_BITS = pytest.mark.parametrize(("load_in", "kind", "error"), [("4bit", "Linear4bit", 0.13), ("8bit", "Linear8bitLt", 0.02)])
+
+
+@FEW_BITS
+def test_a_base_in_few_bits(wide: Path, load_in: str, kind: str, error: float) -> None:
+    model, _ = load_model(wide, "cpu", "float32", load_in)
+    whole, _ = load_model(wide, "cpu", "float32")
+    assert model.num_parameters() == whole.num_parameters()
     exact = whole.model.layers[1].mlp.up_proj.weight.detach()
-    assert type(linear).__name__ == kind
-    weight = float_weight(linear)
-    assert weight.shape == exact.shape
-    assert 1e-4 < float((weight - exact).norm() / exact.norm()) < error
-    assert resembles(exact.numpy(), weight)
-    other = whole.model.layers[0].mlp.up_proj.weight.detach()
-    assert not resembles(other.numpy(), weight)
+    for _ in range(2):  # before and after the model is used
+        linear = model.model.layers[1].mlp.up_proj
+        assert type(linear).__name__ == kind
+        weight = float_weight(linear)
+        assert weight.shape == exact.shape
+        assert 1e-4 < float((weight - exact).norm() / exact.norm()) < error
+        assert resembles(exact.numpy(), weight)
+        assert not resembles(whole.model.layers[0].mlp.up_proj.weight.detach().numpy(), weight)
+        model(torch.tensor([[5, 6, 7]]))
     assert torch.equal(float_weight(whole.model.layers[1].mlp.up_proj), exact)
 
 
+@FEW_BITS
+def test_gradients_pass_a_base_in_few_bits(wide: Path, tmp_path: Path, load_in: str, kind: str, error: float) -> None:
+    """As they pass a model of the weights with which it computes; after it was used for answers, as in a training."""
+    del kind, error
+    few = Tuned(wide, tmp_path, 0, load_in=load_in)
+    (tmp_path / "float").mkdir()
+    same = Tuned(wide, tmp_path / "float", 0)
+    examples = pairs(8)
+    for made in (few, same):
+        made.remember(examples, examples[4:])
+    with torch.no_grad():
+        for name, module in few.model.named_modules():
+            if "layers" in name and isinstance(module, torch.nn.Linear):
+                same.model.get_submodule(name).weight.copy_(float_weight(module))
+    found = []
+    for made in (few, same):
+        with made.deltas.attached():
+            logits, labels, _ = made.trunk.logits(examples)
+            found.append((logits, *made.gradients(logits, labels)))
+    assert all(gradient.any() for gradient in found[0][1:])
+    assert all(near(one, other, 2e-2) for one, other in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("load_in", ["4bit", "8bit"])
-def test_a_pack_from_a_base_in_few_bits_is_for_the_base_on_disk(models: Any, data: Any, load_in: str) -> None:
-    pytest.importorskip("bitsandbytes")
+def test_a_pack_from_a_base_in_few_bits_is_for_the_base_on_disk(wide: Path, data: Any, tmp_path: Path, load_in: str) -> None:
     recipe = dataclasses.replace(QUICK, first_layer=1, load_in=load_in)
-    trained = train(models("llama"), data, Label("x"), recipe=recipe)
-    exact = train(models("llama"), data, Label("x"), recipe=dataclasses.replace(QUICK, first_layer=1))
-    assert trained.model_parameters == exact.model_parameters
-    decisions = trained.pack.manifest.method["decisions"]
+    pack = train(wide, data, Label("x", license="MIT"), recipe=recipe, output=tmp_path / "x.nest").pack
+    decisions = pack.manifest.method["decisions"]
     assert decisions["load_in"].startswith(f"{load_in} (asked for")
     assert decisions["step"].startswith("from layer 1")
-    assert trained.pack.manifest.base == exact.pack.manifest.base
+    apply(wide, tmp_path / "x.nest", tmp_path / "patched")
+    assert verify(tmp_path / "patched", tmp_path / "x.nest").verdict.value == "patched"
