@@ -27,6 +27,7 @@ from nestpatch.patcher.apply import apply
 from nestpatch.patcher.verify import verify
 from nestpatch.runtimes.quantized import float_weight, resembles
 from nestpatch.runtimes.transformers import load_model
+from tests.gguf_files import write_gguf
 from tests.nest_train.conftest import CONFIGS, LLAMA, SIZES
 from tests.nest_train.quick import QUICK
 from tests.nest_train.test_trunk import Tuned, near, pairs
@@ -444,3 +445,13 @@ def test_a_pack_from_a_base_in_few_bits_is_for_the_base_on_disk(wide: Path, data
     assert decisions["step"].startswith("from layer 1")
     apply(wide, tmp_path / "x.nest", tmp_path / "patched")
     assert verify(tmp_path / "patched", tmp_path / "x.nest").verdict.value == "patched"
+
+
+@FEW_BITS
+def test_a_quantized_file_in_few_bits(wide: Path, tmp_path: Path, load_in: str, kind: str, error: float) -> None:
+    file = write_gguf(wide, tmp_path / "m.gguf", "Q8_0")
+    model, _ = load_model(file, "cpu", "float32", load_in)
+    whole, _ = load_model(file, "cpu", "float32")
+    exact, linear = (one.model.layers[1].mlp.up_proj for one in (whole, model))
+    assert type(linear).__name__ == kind
+    assert float((float_weight(linear) - exact.weight).norm() / exact.weight.norm()) < error
