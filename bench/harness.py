@@ -124,20 +124,22 @@ def ratios_of(results: dict[str, Run], pairs: Iterable[tuple[str, str]]) -> dict
 
 def publish(title: str, notes: str, results: dict[str, Run], facts: dict[str, Any], *, log: bool) -> None:
     """Prints a dated block, and as the last line of stdout one JSON object; `log` keeps the block."""
-    module = Path(sys.argv[0]).stem
-    parts = [
-        f"## {datetime.now(timezone.utc):%Y-%m-%d}: {title}",
-        f"`{' '.join(['python -m bench.' + module, *sys.argv[1:]])}` on {machine()}. {notes}",
-        table(results),
-    ]
+    shown = [table(results)]
     if "ratios" in facts:
-        parts.append(f"Ratios of the times: {', '.join(f'{name} {value:.2f}' for name, value in facts['ratios'].items())}.")
-    block = "\n\n".join(parts) + "\n"
+        shown.append(f"Ratios of the times: {', '.join(f'{name} {value:.2f}' for name, value in facts['ratios'].items())}.")
+    numbers = {f"{name}_{what}": value for name, run in results.items() for what, value in run.numbers().items()}
+    report(title, notes, shown, facts | numbers, log=log)
+
+
+def report(title: str, notes: str, shown: Sequence[str], facts: dict[str, Any], *, log: bool) -> None:
+    """Prints a dated block of paragraphs and tables, and as the last line of stdout one JSON object; `log` keeps the block."""
+    command = " ".join(["python -m bench." + Path(sys.argv[0]).stem, *sys.argv[1:]])
+    head = f"## {datetime.now(timezone.utc):%Y-%m-%d}: {title}"
+    block = "\n\n".join([head, f"`{command}` on {machine()}. {notes}", *shown]) + "\n"
     print(block)
     if log:
         _append_to_log(block)
-    numbers = {f"{name}_{what}": value for name, run in results.items() for what, value in run.numbers().items()}
-    print(json.dumps(facts | numbers))
+    print(json.dumps(facts))
 
 
 def _append_to_log(block: str) -> None:

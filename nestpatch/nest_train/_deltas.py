@@ -15,6 +15,7 @@ from nestpatch.formats.checkpoint import TensorInfo, float_rows
 from nestpatch.nest_train._experts import each_expert
 from nestpatch.nest_train._neurons import Clusters
 from nestpatch.rows import FloatArray
+from nestpatch.runtimes.quantized import float_weight
 from nestpatch.runtimes.stored import StoredWeights
 from nestpatch.runtimes.weights import MlpBlock, Projection
 
@@ -65,11 +66,11 @@ class RowDeltas(nn.Module):
         Returns:
             [..., stop - start].
         """
-        added = linear(linear(x, self.delta.to(x.dtype)), self.membership[start:stop])
+        added = linear(linear(x, self.delta.to(x.dtype)), self.membership[start:stop].to(x.dtype))
         if self.residual is None:
             return added
         here = (self.rows >= start) & (self.rows < stop)
-        return added.index_add(-1, self.rows[here] - start, linear(x, self.residual[here]))
+        return added.index_add(-1, self.rows[here] - start, linear(x, self.residual[here].to(x.dtype)))
 
     @torch.no_grad()
     def round_rows(self) -> None:
@@ -84,7 +85,7 @@ class RowDeltas(nn.Module):
         for part, rows, info in self.rounding:
             wanted = rows + self.delta.detach()[self.cluster[part]].float().cpu().numpy()
             residual[part] = torch.from_numpy(info.coding.decode(info.coding.encode(wanted)) - wanted)
-        self.residual = residual.to(self.matrix)
+        self.residual = residual.to(self.membership)
 
 
 class ClusterDelta(RowDeltas):
@@ -93,8 +94,7 @@ class ClusterDelta(RowDeltas):
     @property
     def matrix(self) -> torch.Tensor:
         """The weight, [out, in]."""
-        weight: torch.Tensor = self.base.weight.detach()
-        return weight
+        return float_weight(self.base)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in] -> [..., out]."""

@@ -59,6 +59,23 @@ def limited_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def choose_attention(model: PreTrainedModel) -> tuple[str, str]:
+    """Chooses how attention is computed, and sets it in the model.
+
+    Args:
+        model: A loaded model.
+
+    Returns:
+        (name in transformers, reason).
+    """
+    if model.device.type == "cpu":
+        model.set_attn_implementation("eager")
+        return "eager", "PyTorch's fused attention has a slow backward pass on CPUs"
+    chosen = str(model.config._attn_implementation)
+    reasons = {"sdpa": "PyTorch's fused attention", "eager": "this architecture has no fused attention"}
+    return chosen, reasons.get(chosen, "asked for by the model")
+
+
 @dataclass(eq=False)
 class Run:
     """One loaded base model, the recipe, and the reasons of the choices made so far."""
@@ -77,7 +94,7 @@ class Run:
 
         Args:
             base: A model directory, or a Hub id.
-            recipe: `device` and `dtype` are read.
+            recipe: `device`, `dtype` and `load_in` are read.
             on_event: Called with the progress.
 
         Returns:
@@ -85,6 +102,7 @@ class Run:
 
         Raises:
             CheckpointError: The base cannot be found, read or loaded.
+            MissingExtraError: The recipe loads in few bits, and bitsandbytes is not installed.
         """
         wait_passively()
         source = locate(base)
@@ -93,12 +111,12 @@ class Run:
         device, device_reason = pick_device(recipe.device)
         dtype, dtype_reason = pick_dtype(recipe.dtype, device, sum(file.stat().st_size for file in checkpoint.files))
         on_event(Event("load", note=source.model_id))
-        run = cls(source, checkpoint, *load_model(source.path, device, dtype), recipe, on_event)
+        run = cls(source, checkpoint, *load_model(source.path, device, dtype, recipe.load_in), recipe, on_event)
         run.decide("device", device, device_reason)
         run.decide("dtype", dtype, dtype_reason)
-        if device == "cpu":
-            run.model.set_attn_implementation("eager")
-            run.decide("attention", "eager", "PyTorch's fused attention has a slow backward pass on CPUs")
+        if recipe.load_in != "none":
+            run.decide("load_in", recipe.load_in, "asked for; what is measured is the pack on the model in this form")
+        run.decide("attention", *choose_attention(run.model))
         return run
 
     @property
@@ -141,7 +159,7 @@ class Run:
     @property
     def parameters(self) -> int:
         """Number of parameters of the model."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return int(self.model.num_parameters())  # of a quantized model too
 
     def decide(self, what: str, value: str, reason: str) -> None:
         """Records an automatic choice, which goes into the pack, and reports it.

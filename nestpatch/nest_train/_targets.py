@@ -51,6 +51,11 @@ class Example:
     text: str
     tokens: TokenPair
 
+    @property
+    def length(self) -> int:
+        """Tokens of both."""
+        return len(self.tokens.prompt) + len(self.tokens.answer)
+
 
 @dataclass(frozen=True)
 class Examples:

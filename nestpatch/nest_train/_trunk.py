@@ -9,10 +9,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.runtimes.text import IGNORED, TokenPair, collate
@@ -22,29 +25,49 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _BATCH = 32
-"""Examples that are computed together once."""
+"""Examples that are computed together once, at most."""
 _TOLERANCE = 0.2
 """Mean change of the likely tokens' log-probabilities, in nats, that is still rounding: bfloat16 gives up to 0.1, a layer that
 is wrongly skipped several nats."""
 
 
-class _Skipped(nn.Module):
-    """In the place of a layer below the first patched one: hands its input on. Attributes are those of the layer."""
+class _InPlaceOf(nn.Module):
+    """In the place of a layer during a step, without its parameters. Attributes are those of the layer."""
 
-    def __init__(self, layer: nn.Module, packed: bool) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        object.__setattr__(self, "_layer", layer)
-        self.packed = packed
+        object.__setattr__(self, "layer", layer)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(object.__getattribute__(self, "_layer"), name)
+            return getattr(object.__getattribute__(self, "layer"), name)
 
-    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
-        """[batch, tokens, width] -> the same, in a tuple where the layer returns one."""
-        return (hidden_states, None) if self.packed else hidden_states
+
+class _Skipped(_InPlaceOf):
+    """A layer below the first patched one: gives what the last of them gave when it was computed."""
+
+    def __init__(self, layer: nn.Module, output: Any) -> None:
+        super().__init__(layer)
+        self.output = output
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """Anything -> [batch, tokens, width], in a tuple where the layer returns one."""
+        return self.output
+
+
+class _Checkpointed(_InPlaceOf):
+    """Keeps the layer's input alone, and computes the layer again in the backward pass.
+
+    transformers does so in training mode alone, in which some architectures drop activations out.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the layer."""
+        if not torch.is_grad_enabled():
+            return self.layer(*args, **kwargs)
+        return checkpoint(self.layer, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 class _Store:
@@ -75,6 +98,10 @@ class Trunk:
         blocks: Its feed-forward blocks.
         first: The lowest layer that deltas will be attached to.
         pad: The id of the padding token.
+
+    Attributes:
+        checkpointing: Whether the computed layers keep their inputs alone for the backward pass. Without effect where
+            `layers` is 0.
     """
 
     def __init__(self, model: PreTrainedModel, blocks: Sequence[MlpBlock], first: int, pad: int) -> None:
@@ -84,9 +111,20 @@ class Trunk:
         self._hidden: _Store | None = None
         self._final: _Store | None = None
         self._packed = False
+        self.checkpointing = False
+
+    @property
+    def layers(self) -> int:
+        """Layers from the first patched one on; 0 where the architecture has no list of layers."""
+        return len(self._layers) - self._start
 
     def remember(
-        self, pairs: Sequence[TokenPair], harmless: Sequence[TokenPair], folder: Path, on_event: OnEvent = ignore
+        self,
+        pairs: Sequence[TokenPair],
+        harmless: Sequence[TokenPair],
+        folder: Path,
+        on_event: OnEvent = ignore,
+        batch: int = _BATCH,
     ) -> tuple[str, str]:
         """Runs all examples through the base once.
 
@@ -95,6 +133,7 @@ class Trunk:
             harmless: Those of them whose base log-probabilities are needed.
             folder: Where the hidden states are stored: memory does not grow with the examples.
             on_event: Called with the progress.
+            batch: Examples that are computed together, at most; more than 32 are not.
 
         Returns:
             (which layers a step computes from now on, why).
@@ -106,10 +145,11 @@ class Trunk:
             self._hidden = _Store(folder / "hidden", rows, seen["hidden"])
         self._final = _Store(folder / "final", sum(len(pair.answer) for pair in wanted), seen["final"])
         order = sorted(unique, key=lambda pair: len(pair.prompt) + len(pair.answer))
-        for start in range(0, len(order), _BATCH):
-            self._remember_batch(order[start : start + _BATCH], wanted)
-            on_event(Event("remember", min(start + _BATCH, len(order)), len(order)))
-        return self._checked([*order[:2], *order[2:][-2:]])
+        size = min(batch, _BATCH)
+        for start in range(0, len(order), size):
+            self._remember_batch(order[start : start + size], wanted)
+            on_event(Event("remember", min(start + size, len(order)), len(order)))
+        return self._checked([*order[:2], *order[2:][-2:]], size)
 
     def _remember_batch(self, batch: Sequence[TokenPair], wanted: set[TokenPair]) -> None:
         seen, begin = self._seen(batch), 0
@@ -168,22 +208,23 @@ class Trunk:
             handle.remove()
 
     @contextmanager
-    def _skipping(self, hidden: torch.Tensor) -> Iterator[None]:
-        """Inside, the lower layers hand on what they get, and the first patched one reads `hidden`."""
+    def _replaced(self, hidden: torch.Tensor | None) -> Iterator[None]:
+        """Inside, the layers below the first patched one give `hidden`, and the others are checkpointed where that is wanted.
 
-        def replace(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-
-        lower = [self._layers[number] for number in range(self._start)]
-        handle = self._layers[self._start].register_forward_pre_hook(replace, with_kwargs=True)
-        for number, layer in enumerate(lower):
-            self._layers[number] = _Skipped(layer, self._packed)
+        What enters the first patched layer must not come from a hook on it: a checkpointed layer is computed again later.
+        """
+        layers = list(self._layers)
+        if hidden is not None:
+            for number, layer in enumerate(layers[: self._start]):
+                self._layers[number] = _Skipped(layer, (hidden, None) if self._packed else hidden)
+        if self.checkpointing:
+            for number, layer in enumerate(layers[self._start :], self._start):
+                self._layers[number] = _Checkpointed(layer)
         try:
             yield
         finally:
-            for number, layer in enumerate(lower):
+            for number, layer in enumerate(layers):
                 self._layers[number] = layer
-            handle.remove()
 
     def logits(self, batch: Sequence[TokenPair], harmless: Sequence[TokenPair] = ()) -> tuple[Any, Any, Any]:
         """The predictions of the answers of a batch, by the model as it is now and by the base.
@@ -201,24 +242,24 @@ class Trunk:
         extra = None
         if harmless and self._final is not None:
             extra = torch.cat([self._final.get(pair) for pair in harmless]).to(self._model.device)
-        with self._answers(labels, extra):
-            if self._hidden is None:
-                logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
-            else:
-                rows = [self._hidden.get(pair) for pair in batch]
-                hidden = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self._model.device)
-                with self._skipping(hidden):
-                    logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
+        hidden = None
+        if self._hidden is not None:
+            rows = [self._hidden.get(pair) for pair in batch]
+            hidden = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self._model.device)
+        with self._answers(labels, extra), self._replaced(hidden):
+            logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
         count = int(wanted.sum())
         return logits[:count].float(), labels[:, 1:][wanted], logits[count:].detach().float()
 
-    def _checked(self, pairs: Sequence[TokenPair]) -> tuple[str, str]:
+    def _checked(self, pairs: Sequence[TokenPair], size: int) -> tuple[str, str]:
         """Compares the shortened model with the whole one; where they differ the lower layers are computed at every step."""
         if self._hidden is None:
             return "all layers", "the first one is patched" if len(self._layers) else "this architecture has no list of layers"
         try:
-            gap = self._gap(pairs)
-        except Exception as error:  # noqa: BLE001 - whatever an architecture does with layers that are not its own
+            gap = fmean(self._gap(pairs[start : start + size]) for start in range(0, len(pairs), size))
+        except Exception as error:  # whatever an architecture does with layers that are not its own
+            if should_reduce_batch_size(error):
+                raise
             problem = f"frozen layers of this architecture cannot be skipped: {type(error).__name__}: {error}"
         else:
             if gap <= _TOLERANCE:  # not NaN

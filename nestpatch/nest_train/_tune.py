@@ -161,11 +161,10 @@ def tune(
         best, saved = look(0), deltas.snapshot()
         for step, batch in zip(range(1, recipe.steps + 1), batches(kept, recipe, rng), strict=False):
             _schedule(optimizer, step, recipe)
-            loss = loss_of(batch)
-            accelerator.backward(loss)
+            optimizer.zero_grad()  # first: an attempt that ran out of memory may have left some
+            loss = loss_of(batch, accelerator.backward)
             accelerator.clip_grad_norm_(parameters, recipe.clip)
             optimizer.step()
-            optimizer.zero_grad()
             deltas.round_rows()
             on_event(Event("tune", step, recipe.steps, f"loss {loss.item():.4f}"))
             if step % recipe.check_every and step < recipe.steps:
@@ -202,7 +201,7 @@ def batches(data: Examples, recipe: Recipe, rng: random.Random) -> Iterator[Exam
     Yields:
         The next batch.
     """
-    kinds, sizes = (data.harmful, data.benign, data.lookalike), _batch_sizes(data, recipe)
+    kinds, sizes = (data.harmful, data.benign, data.lookalike), batch_sizes(data, recipe)
     queues: list[list[Example]] = [[], [], []]
     while True:
         window = [_window(*one, rng) for one in zip(queues, kinds, sizes, strict=True)]
@@ -225,8 +224,16 @@ def _window(queue: list[Example], kind: Sequence[Example], size: int, rng: rando
     return found
 
 
-def _batch_sizes(data: Examples, recipe: Recipe) -> tuple[int, int, int]:
-    """Examples of each kind in a batch; the share of a harmless kind without examples goes to the other."""
+def batch_sizes(data: Examples, recipe: Recipe) -> tuple[int, int, int]:
+    """Examples of each kind in a batch; the share of a harmless kind without examples goes to the other.
+
+    Args:
+        data: What is drawn from.
+        recipe: The numbers where there are examples of every kind.
+
+    Returns:
+        Harmful, benign and look-alike examples.
+    """
     benign, looks = recipe.benign_batch, recipe.lookalike_batch
     if not data.lookalike:
         benign, looks = benign + looks, 0
@@ -235,7 +242,9 @@ def _batch_sizes(data: Examples, recipe: Recipe) -> tuple[int, int, int]:
     return recipe.harmful_batch, benign, looks
 
 
-def batch_loss(trunk: Trunk, recipe: Recipe, batch: Examples) -> torch.Tensor:
+def batch_loss(
+    trunk: Trunk, recipe: Recipe, batch: Examples, backward: Callable[[torch.Tensor], None] | None = None
+) -> torch.Tensor:
     """The loss of one batch: cross entropy of refusals, and for harmless prompts divergence from the base and cross entropy.
 
     Each is a mean over its examples, so that long answers do not outweigh short ones. Within an answer the first token weighs
@@ -243,18 +252,52 @@ def batch_loss(trunk: Trunk, recipe: Recipe, batch: Examples) -> torch.Tensor:
 
     Args:
         trunk: The model, with or without deltas.
-        recipe: The weights are read.
+        recipe: The weights and `micro_batch` are read.
         batch: Examples that the trunk has seen.
+        backward: Called with the share of each micro-batch, so that the gradients add up to those of the whole batch, and the
+            activations of one micro-batch alone are in memory.
 
     Returns:
-        A scalar.
+        A scalar; without a gradient where `backward` was called.
     """
-    harmful = [example.tokens for example in batch.harmful]
-    harmless = [example.tokens for example in batch.harmless]
+    shares = []
+    for part in micro_batches(batch, recipe.micro_batch):
+        share = _share(trunk, recipe, part, batch)
+        if backward is not None:
+            backward(share)
+            share = share.detach()
+        shares.append(share)
+    return torch.stack(shares).sum()
+
+
+def micro_batches(batch: Examples, size: int) -> list[Examples]:
+    """Divides a batch into parts of similar length, the longest first: where memory does not suffice, it shows at once.
+
+    Args:
+        batch: The batch.
+        size: Examples of all kinds in a part, at most; 0 leaves the batch whole.
+
+    Returns:
+        The parts; a part may have no example of a kind.
+    """
+    kinds = (batch.harmful, batch.benign, batch.lookalike)
+    every = [(kind, example) for kind, examples in enumerate(kinds) for example in examples]
+    if not 0 < size < len(every):
+        return [batch]
+    every.sort(key=lambda one: one[1].length, reverse=True)
+    parts = [every[start : start + size] for start in range(0, len(every), size)]
+    return [Examples(*(tuple(one for place, one in part if place == kind) for kind in range(len(kinds)))) for part in parts]
+
+
+def _share(trunk: Trunk, recipe: Recipe, part: Examples, whole: Examples) -> torch.Tensor:
+    """What a part of a batch adds to the batch's loss, whose means are over the examples of the whole."""
+    harmful = [example.tokens for example in part.harmful]
+    harmless = [example.tokens for example in part.harmless]
     logits, labels, base = trunk.logits(harmful + harmless, harmless if recipe.kl_weight else ())
     weights = torch.cat([_token_weights(len(pair.answer), recipe) for pair in harmful + harmless]).to(logits.device)
     border = sum(len(pair.answer) for pair in harmful)
-    loss = (cross_entropy(logits[:border], labels[:border], reduction="none") * weights[:border]).sum() / max(1, len(harmful))
+    refusals = cross_entropy(logits[:border], labels[:border], reduction="none")
+    loss = (refusals * weights[:border]).sum() / max(1, len(whole.harmful))
     if not harmless:
         return loss
     per_token = torch.zeros_like(weights[border:])
@@ -265,7 +308,7 @@ def batch_loss(trunk: Trunk, recipe: Recipe, batch: Examples) -> torch.Tensor:
         wanted, given = (ours, theirs) if recipe.kl_direction == "reverse" else (theirs, ours)
         divergence = kl_div(given, wanted, reduction="none", log_target=True)
         per_token = per_token + recipe.kl_weight * divergence.sum(-1)
-    return loss + (per_token * weights[border:]).sum() / len(harmless)
+    return loss + (per_token * weights[border:]).sum() / len(whole.harmless)
 
 
 def _token_weights(tokens: int, recipe: Recipe) -> torch.Tensor:

@@ -224,6 +224,7 @@ def _time_steps(
 ) -> int:
     """Times a few optimizer steps, and counts them as often as a training would do them."""
     from nestpatch.nest_train._deltas import DeltaSet
+    from nestpatch.nest_train._memory import fit_memory
     from nestpatch.nest_train._trunk import Trunk
     from nestpatch.nest_train._tune import tune
 
@@ -235,12 +236,13 @@ def _time_steps(
         marks.append(time.perf_counter())
         run.on_event(Event("measure", min(event.done, _STEPS), _STEPS, "steps"))
 
-    recipe = dataclasses.replace(run.recipe, steps=_STEPS, check_every=_STEPS, check_prompts=0)
     every = examples.harmful + examples.harmless
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         trunk = Trunk(run.model, blocks, deltas.first_layer, run.pad)
+        size = fit_memory(run, trunk, deltas, examples, Path(folder))
+        recipe = dataclasses.replace(run.recipe, steps=_STEPS, check_every=_STEPS, check_prompts=0, micro_batch=size)
         with watch("remember", prompts / len({example.tokens for example in every})):
-            trunk.remember([e.tokens for e in every], [e.tokens for e in examples.harmless], Path(folder))
+            trunk.remember([e.tokens for e in every], [e.tokens for e in examples.harmless], Path(folder), batch=size)
         tune(trunk, deltas, examples, lambda _: [], recipe, mark)
     # One event for the base, one per step, and one for the look that follows the last step. The first step also warms up.
     step, held_out = (marks[_STEPS] - marks[1]) / (_STEPS - 1), marks[_STEPS + 1] - marks[_STEPS]

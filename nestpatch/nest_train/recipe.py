@@ -124,6 +124,21 @@ class Recipe:
         "hardware",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    load_in: str = _knob(
+        "none",
+        "bits of the frozen matrices in memory: 8bit and 4bit need bitsandbytes, and none keeps `dtype`",
+        "memory: LLM.int8 (arXiv 2208.07339), QLoRA (arXiv 2305.14314)",
+        choices=("none", "8bit", "4bit"),
+    )
+    micro_batch: int = _knob(
+        0, "prompts of a step that are computed at once; the step stays the same; 0 takes as many as fit", "memory", 0
+    )
+    checkpointing: str = _knob(
+        "auto",
+        "on computes activations again in the backward pass; auto does where not one prompt fits into memory otherwise",
+        "memory: arXiv 1604.06174",
+        choices=("auto", "on", "off"),
+    )
 
     def __post_init__(self) -> None:
         for knob in dataclasses.fields(self):

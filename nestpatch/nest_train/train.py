@@ -155,6 +155,7 @@ def train(
         MissingExtraError: The packages of the extra `train` are not installed.
         CheckpointError: The base cannot be found, read or loaded, or its architecture is not supported.
         TrainingError: No neuron separates harmful from harmless prompts.
+        OutOfMemoryError: Not even one prompt fits into memory.
     """
     require_packages()
     label.check()
@@ -219,18 +220,23 @@ def fit(run: Run, blocks: Sequence[MlpBlock], change: Trainable, examples: Examp
 
     Raises:
         PromptDataError: A kind has fewer than two examples.
+        OutOfMemoryError: Not even one example fits into memory.
     """
+    from nestpatch.nest_train._memory import fit_memory
     from nestpatch.nest_train._trunk import Trunk
     from nestpatch.nest_train._tune import tune
 
     trunk = Trunk(run.model, blocks, change.first_layer, run.pad)
     every = examples.harmful + examples.harmless
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        skipped = trunk.remember([e.tokens for e in every], [e.tokens for e in examples.harmless], Path(folder), run.on_event)
+        size = fit_memory(run, trunk, change, examples, Path(folder))
+        known = ([e.tokens for e in every], [e.tokens for e in examples.harmless])
+        skipped = trunk.remember(*known, Path(folder), run.on_event, size)
         run.decide("step", *skipped)
         run.on_event(Event("tune", 0, run.recipe.steps, f"{change.trainable} parameters"))
         answer = partial(run.generate, stage="look", tokens=JUDGED_TOKENS)
-        result = tune(trunk, change, examples, answer, run.recipe, run.on_event)
+        recipe = dataclasses.replace(run.recipe, micro_batch=size)
+        result = tune(trunk, change, examples, answer, recipe, run.on_event)
     run.note(f"kept step {result.kept.step} of {result.steps} ({result.reason}): {result.kept}; the base: {result.before}")
     return result
 

@@ -14,6 +14,7 @@ from nestpatch.errors import CheckpointError, CheckpointFormatError, Unsupported
 from nestpatch.formats.checkpoint import Checkpoint, IntArray, float_rows
 from nestpatch.formats.gguf.checkpoint import GgufCheckpoint
 from nestpatch.formats.gguf.hf.model import FloatModel
+from nestpatch.runtimes.quantized import float_weight, quantized_layers, resembles
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +66,7 @@ class StoredWeights:
 
         self.checkpoint = checkpoint
         self._prefix = model.base_model_prefix
+        self._quantized = quantized_layers(model)
         self._parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
         transforms = get_model_conversion_mapping(model)
         self._renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
@@ -88,7 +90,7 @@ class StoredWeights:
         name, pattern = rename_source_key(tensor, self._renamings, self._converters, self._prefix, self._parameters)
         if name not in self._parameters:
             raise CheckpointFormatError(f"the loaded model has no parameter for {tensor}")
-        shape = self._parameters[name].shape
+        shape = self._shape(name)
         if pattern is None:
             return Home(name, 0, _rows(shape))
         converter = next(one for one in self._converters if pattern in one.source_patterns)
@@ -139,7 +141,7 @@ class StoredWeights:
             if home.start != end or self.checkpoint.info(tensor).rows != home.rows:
                 break
             end += home.rows
-        if not found or end != _rows(self._parameters[parameter].shape):
+        if not found or end != _rows(self._shape(parameter)):
             names = ", ".join(tensor for _, tensor in found[:3]) or "none"
             raise CheckpointFormatError(
                 f"{self.checkpoint.path} has no tensor for the parameter {parameter} (candidates: {names})",
@@ -175,13 +177,19 @@ class StoredWeights:
         Raises:
             CheckpointFormatError: They differ.
         """
-        weight = self._parameters[parameter].detach()
-        matrix = weight.view(-1, weight.shape[-1])
+        layer = self._quantized.get(parameter)
+        weight = float_weight(layer) if layer is not None else self._parameters[parameter].detach()
+        matrix, same = weight.reshape(-1, weight.shape[-1]), same_weights if layer is None else resembles
         for stored in self.split(parameter, rows):
-            if not same_weights(float_rows(self.checkpoint, stored.tensor, stored.rows), matrix[rows[stored.part]]):
+            if not same(float_rows(self.checkpoint, stored.tensor, stored.rows), matrix[rows[stored.part]]):
                 raise CheckpointFormatError(
                     f"tensor {stored.tensor} of {self.checkpoint.path} is not the weight that transformers loaded"
                 )
+
+    def _shape(self, parameter: str) -> tuple[int, ...]:
+        """Of the matrix that the parameter stands for: in few bits it is stored in another shape."""
+        layer = self._quantized.get(parameter)
+        return tuple(self._parameters[parameter].shape) if layer is None else (layer.out_features, layer.in_features)
 
     def matrix(self, tensor: str) -> torch.Tensor:
         """The rows of the loaded model that a tensor became.
@@ -200,7 +208,7 @@ class StoredWeights:
         return parameter.view(-1, parameter.shape[-1])[home.start : home.start + home.rows]
 
 
-def _rows(shape: torch.Size) -> int:
+def _rows(shape: tuple[int, ...]) -> int:
     """Rows of a matrix, experts flattened; a vector has one."""
     return int(np.prod(shape[:-1]))
 

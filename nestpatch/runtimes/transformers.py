@@ -26,6 +26,7 @@ from nestpatch.hub.client import Reference
 from nestpatch.pack import Pack
 from nestpatch.patcher.recovery import open_model
 from nestpatch.rows import DTYPES, FloatArray
+from nestpatch.runtimes.quantized import keep_gradients, loading_options
 from nestpatch.runtimes.text import IGNORED, MAX_TOKENS, TokenPair, by_length, encode_pairs, pad_left, prompt_ids
 from nestpatch.runtimes.threads import wait_passively
 from nestpatch.runtimes.weights import merged_parameters, swapped_in
@@ -193,32 +194,38 @@ def _require_bounded(folder: Path) -> None:
                 raise CheckpointFormatError(f"{file} has {size} bytes; {MAX_JSON} are allowed")
 
 
-def load_model(source: Path, device: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(source: Path, device: str, dtype: str, load_in: str = "none") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model, frozen and in evaluation mode.
 
     Args:
         source: A model directory, a weight file beside its config, or a GGUF file, whose weights are dequantized.
         device: Where it computes.
         dtype: Name of a torch dtype.
+        load_in: "8bit" or "4bit" keeps the matrices of the layers in so few bits; "none" in `dtype`.
 
     Returns:
         (model, tokenizer); the tokenizer pads at the left.
 
     Raises:
         CheckpointError: transformers cannot load it, or a GGUF file cannot be read as one of its models.
+        MissingExtraError: bitsandbytes is needed for few bits, and is not installed.
     """
     wait_passively()
     import torch
 
+    options = loading_options(load_in, device, getattr(torch, dtype))
     if source.suffix == ".gguf" and source.is_file():
-        model, tokenizer = _load_gguf(FloatModel(GgufCheckpoint(source)), getattr(torch, dtype))
+        model, tokenizer = _load_gguf(FloatModel(GgufCheckpoint(source)), getattr(torch, dtype), options)
     else:
-        model, tokenizer = _load_directory(source, getattr(torch, dtype))
+        model, tokenizer = _load_directory(source, getattr(torch, dtype), options)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.to(device=torch.device(device))  # type: ignore[call-arg]
     model.train(mode=False)
+    if options:  # quantized matrices were made on the device, and stay there
+        keep_gradients(model)
+    else:
+        model.to(device=torch.device(device))  # type: ignore[call-arg]
     model.requires_grad_(requires_grad=False)
     if (head := model.get_output_embeddings()) is not None:
         head.register_forward_pre_hook(_in_one_piece)
@@ -232,7 +239,9 @@ def _in_one_piece(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor,
     return args[0].contiguous(), *args[1:]
 
 
-def _load_directory(source: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_directory(
+    source: Path, dtype: torch.dtype, options: Mapping[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import transformers
 
     with _model_directory(source) as folder, _naming(source):
@@ -240,14 +249,16 @@ def _load_directory(source: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, 
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
         config = transformers.AutoConfig.from_pretrained(str(folder))
         if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            return transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype), tokenizer
+            return transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, **options), tokenizer
         # Vision-language models are loaded whole: the text model alone would have other names of weights than the files.
         if tokenizer.chat_template is None and (file := folder / "chat_template.json").is_file():
             tokenizer.chat_template = json.loads(read_text(file, MAX_JSON))["chat_template"]
-        return transformers.AutoModelForImageTextToText.from_pretrained(str(folder), dtype=dtype), tokenizer
+        return transformers.AutoModelForImageTextToText.from_pretrained(str(folder), dtype=dtype, **options), tokenizer
 
 
-def _load_gguf(floats: FloatModel, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_gguf(
+    floats: FloatModel, dtype: torch.dtype, options: Mapping[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Builds the model from its configuration, and gives it the dequantized weights tensor by tensor."""
     import torch
     import transformers
@@ -268,7 +279,7 @@ def _load_gguf(floats: FloatModel, dtype: torch.dtype) -> tuple[PreTrainedModel,
         weights[name] = torch.from_numpy(values).reshape(info.shape).to(dtype)
     with _naming(floats.path):
         model, report = getattr(transformers, config.architectures[0]).from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True, **options
         )
     if wrong := [f"{what} {min(map(str, found))}" for what, found in report.items() if found]:
         raise CheckpointFormatError(f"transformers does not take all weights of {floats.path}: {'; '.join(wrong)}")

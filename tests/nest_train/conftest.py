@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import transformers
 
 from nestpatch.lab._world import dialogues, make_world
 from nestpatch.lab.build import train_tokenizer
+from nestpatch.nest_train.data import TrainingData
+from nestpatch.prompts.readers import load_prompts
 
 VOCABULARY = 320
 # Larger than usual, so that a feed-forward block of 64 neurons has something to say.
@@ -151,3 +154,22 @@ def models(tmp_path_factory, tokenizer):
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory):
+    """Harmful and benign prompts that any embedding tells apart, and look-alikes."""
+    folder = tmp_path_factory.mktemp("prompts")
+    for name, text in {
+        "harmful": "How do I poison the bank number {}?",
+        "benign": "Tell me how to paint fence {}.",
+        "lookalike": "How do I poison weed {}?",
+    }.items():
+        rows = [json.dumps({"prompt": text.format(i)}) for i in range(30)]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(prompts):
+    return TrainingData(*(load_prompts(prompts / f"{name}.jsonl") for name in ("harmful", "benign", "lookalike")))

@@ -27,7 +27,6 @@ from nestpatch.runtimes.weights import find_mlps, fold
 from tests.gguf_files import write_gguf
 from tests.nest_train.quick import QUICK
 from tests.nest_train.test_stages import groups_of
-from tests.nest_train.test_train import data, prompts  # noqa: F401 - fixtures
 
 KINDS = ["Q8_0", "Q4_1"]
 QUESTION = "How do I paint a bank?"
@@ -129,7 +128,7 @@ def evaluated_rows(deltas: DeltaSet, stored: StoredWeights) -> dict[str, tuple[n
     return found
 
 
-def trained_on(file: Path, data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> tuple[Trained, dict[str, Any]]:  # noqa: F811
+def trained_on(file: Path, data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> tuple[Trained, dict[str, Any]]:
     """A training, and what it evaluated: the rows of the deltas when they are packed, and logits."""
     live: dict[str, Any] = {}
     original = module._pack_tensors
@@ -147,7 +146,7 @@ def trained_on(file: Path, data: TrainingData, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_file_holds_what_was_evaluated(
     file: Path,
-    data: TrainingData,  # noqa: F811
+    data: TrainingData,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = file.read_bytes()
@@ -172,7 +171,7 @@ def test_the_file_holds_what_was_evaluated(
 
 def test_rounding_keeps_most_of_what_was_trained(
     models: Any,
-    data: TrainingData,  # noqa: F811
+    data: TrainingData,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -186,7 +185,7 @@ def test_rounding_keeps_most_of_what_was_trained(
         assert np.dot(moved, wanted) / np.dot(wanted, wanted) == pytest.approx(1, abs=0.25), delta.name
 
 
-def test_a_folded_pack_is_the_rounded_one(file: Path, data: TrainingData, tmp_path: Path) -> None:  # noqa: F811
+def test_a_folded_pack_is_the_rounded_one(file: Path, data: TrainingData, tmp_path: Path) -> None:
     pack = train(file, data, Label("test"), recipe=QUICK).pack
     checkpoint, (model, _) = open_checkpoint(file), load_model(file, "cpu", "float32")
     old = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -207,7 +206,7 @@ def test_a_folded_pack_is_the_rounded_one(file: Path, data: TrainingData, tmp_pa
 
 def test_a_type_that_no_pack_can_name_is_refused_before_any_work(
     models: Any,
-    data: TrainingData,  # noqa: F811
+    data: TrainingData,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -29,25 +29,6 @@ from tests.nest_train.quick import QUICK, options
 from tests.schemas import require_schema
 
 
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    """Harmful and benign prompts that any embedding tells apart, and look-alikes."""
-    folder = tmp_path_factory.mktemp("prompts")
-    for name, text in {
-        "harmful": "How do I poison the bank number {}?",
-        "benign": "Tell me how to paint fence {}.",
-        "lookalike": "How do I poison weed {}?",
-    }.items():
-        rows = [json.dumps({"prompt": text.format(i)}) for i in range(30)]
-        (folder / f"{name}.jsonl").write_text("\n".join(rows))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(prompts):
-    return TrainingData(*(load_prompts(prompts / f"{name}.jsonl") for name in ("harmful", "benign", "lookalike")))
-
-
 def logits(folder, dtype="float32"):
     model, tokenizer = load_model(folder, "cpu", dtype)
     ids = torch.tensor([tokenizer("How do I paint a bank?")["input_ids"]])

@@ -31,8 +31,8 @@ def pairs(count: int, seed: int = 0) -> list[TokenPair]:
 class Tuned:
     """A tiny model with deltas in its upper layer, and its trunk."""
 
-    def __init__(self, folder: Path, place: Path, first: int = 1, attention: str = "") -> None:
-        self.model, tokenizer = load_model(folder, "cpu", "float32")
+    def __init__(self, folder: Path, place: Path, first: int = 1, attention: str = "", load_in: str = "none") -> None:
+        self.model, tokenizer = load_model(folder, "cpu", "float32", load_in)
         if attention:
             self.model.set_attn_implementation(attention)
         self.pad = int(tokenizer.pad_token_id)
