@@ -330,7 +330,7 @@ def test_stages_and_notes_are_printed_at_once(monkeypatch: pytest.MonkeyPatch) -
         "[    1 s] loading, acme/llama",
         "[    2 s] probing neurons 1/10",
         "  layer 3: 12 neurons",
-        "[   13 s] probing neurons 5/10, about 11 s left",
+        "[   13 s] probing neurons 5/10, about 14 s left",
         "[   14 s] evaluating 1/4, a.jsonl",
     ]
 
