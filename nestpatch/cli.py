@@ -216,7 +216,7 @@ def _leftover(words: Sequence[str]) -> str:
             if os.path.lexists(state_dir_of(model).journal):
                 return f"A change of {model} is unfinished: `nestpatch recover {model}` ends it."
         return f"{model} holds no unfinished change: `nestpatch status {model}` shows what is applied."
-    if options.get("run_dir"):
+    if options.get("run_dir") and os.path.lexists(options["run_dir"]):
         return f"The same command goes on from what is in {options['run_dir']}."
     if "keep" in options:
         return f"{options['keep']} is incomplete: remove it." if options["keep"] else "Nothing is left."

@@ -316,6 +316,25 @@ def test_without_a_terminal_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyP
     ]
 
 
+def test_what_was_done_before_an_interruption_took_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps 200 to 240 took 10 s, so 160 more take 40 s; a look in between begins a new round."""
+    found = printed(
+        monkeypatch,
+        (1, Event("tune", 200, 400)),
+        (11, Event("tune", 240, 400)),
+        (12, Event("look", 64, 128)),
+        (13, Event("tune", 241, 400)),
+        (23, Event("tune", 251, 400)),
+    )
+    assert found == [
+        "[    1 s] tuning deltas 200/400",
+        "[   11 s] tuning deltas 240/400, about 40 s left",
+        "[   12 s] answering held-out prompts 64/128",
+        "[   13 s] tuning deltas 241/400",
+        "[   23 s] tuning deltas 251/400, about 2 min left",
+    ]
+
+
 def test_stages_and_notes_are_printed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     found = printed(
         monkeypatch,

@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import nestpatch
+from nestpatch.cli import main
 from nestpatch.errors import BusyError, DataError, MissingExtraError, OutputError
 from nestpatch.evaluation.suites import load_suite
 from nestpatch.files.locks import lock
@@ -475,6 +477,23 @@ def test_a_tracker_that_is_not_installed_is_named_before_any_work(data, tmp_path
     with pytest.raises(DataError, match="there is no tracker 'mlflow'"):
         train("nowhere", data, Label("x"), track="mlflow")
     assert not (tmp_path / "run").exists()
+
+
+def test_curves_need_a_folder(command: list[str], tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, [*command, "-o", str(tmp_path / "x.nest"), "--track", "wandb"])
+    assert (done.exit_code, "add --run DIR" in done.stderr) == (2, True)
+
+
+@needs_fork
+def test_what_is_in_the_place_of_a_file_is_not_opened(models, data, copied: Path) -> None:
+    """A pipe without a writer would be read for ever."""
+    (copied / "tuning.safetensors").unlink()
+    os.mkfifo(copied / "tuning.safetensors")
+    (copied / "dtype.jsonl").unlink()
+    (copied / "dtype.jsonl").symlink_to("/dev/zero")
+    with pytest.raises(OutputError, match=r"tuning\.safetensors is not a file, and is not replaced"):
+        run(models("llama"), data, copied)
+    assert not (copied / "dtype.jsonl").is_symlink()
 
 
 STAND_IN = """
