@@ -49,6 +49,7 @@ def fit(run: Run, blocks: Sequence[MlpBlock], change: Trainable, examples: Examp
         state.keep_best(change)
     else:
         _remember_and_tune(run, blocks, change, examples, state)
+    run.run_dir.record.update(tuning=state.as_json())
     result = state.result
     run.note(f"kept step {result.kept.step} of {result.steps} ({result.reason}): {result.kept}; the base: {result.before}")
     return result
