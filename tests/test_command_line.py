@@ -200,7 +200,7 @@ def test_exit_codes_of_errors() -> None:
 
 def test_the_table_of_exit_codes_is_documented() -> None:
     table = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8").partition("## Exit codes")[2].partition("\n## ")[0]
-    assert re.findall(r"^\| (\d+) \|", table, re.MULTILINE) == ["0", "1", "2", "10", "130"]
+    assert re.findall(r"^\| (\d+) \|", table, re.MULTILINE) == ["0", "1", "2", "10", "130", "143"]
 
 
 def test_the_tree_of_errors_is_drawn_as_it_is() -> None:

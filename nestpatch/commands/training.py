@@ -142,9 +142,9 @@ def train(
     if track and run_dir is None:
         raise click.UsageError("--track needs a folder for its files: add --run DIR")
     from nestpatch.evaluation.suites import choose_suites
-    from nestpatch.nest_train._track import require_tracker
     from nestpatch.nest_train.plan import plan
     from nestpatch.nest_train.recipe import make_recipe
+    from nestpatch.nest_train.track import require_tracker
     from nestpatch.nest_train.train import require_packages, require_place
     from nestpatch.nest_train.train import train as run
     from nestpatch.pack import Label

@@ -15,8 +15,7 @@ from nestpatch.nest_train._targets import JUDGED_TOKENS, Examples
 from nestpatch.runtimes.weights import MlpBlock
 
 if TYPE_CHECKING:
-    from nestpatch.nest_train._tune import Trainable
-    from nestpatch.nest_train._tune_state import TuneResult, TuneState
+    from nestpatch.nest_train._tune_state import Trainable, TuneResult, TuneState
 
 _AFTER_TUNING = ("max_answer_tokens", "delta_dtype")
 """Settings that the tuning does not depend on."""

@@ -6,10 +6,9 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
@@ -18,7 +17,7 @@ from nestpatch.evaluation.judges import is_refusal
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.nest_train._targets import Example, Examples
 from nestpatch.nest_train._trunk import Trunk
-from nestpatch.nest_train._tune_state import Look, TuneResult, TuneState
+from nestpatch.nest_train._tune_state import Look, Trainable, TuneResult, TuneState
 from nestpatch.nest_train.recipe import Recipe
 
 _WINDOW = 8
@@ -26,47 +25,6 @@ _WINDOW = 8
 
 Answer = Callable[[Sequence[str]], list[str]]
 """Prompts -> the beginnings of the model's answers."""
-
-
-class Trainable(Protocol):
-    """What `tune` trains: the deltas of a `DeltaSet`, or another small change of a frozen model to compare them with."""
-
-    first_layer: int
-    """The lowest layer that it changes."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the trained values are."""
-        ...
-
-    @property
-    def trainable(self) -> int:
-        """Number of trained values."""
-        ...
-
-    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """Parameter groups of an optimizer, each with its largest step as "peak".
-
-        Args:
-            learning_rate: The recipe's.
-        """
-        ...
-
-    def attached(self) -> AbstractContextManager[None]:
-        """Inside, the model has the change."""
-        ...
-
-    def snapshot(self) -> list[torch.Tensor]:
-        """Copies of all trained values."""
-        ...
-
-    def restore(self, deltas: Sequence[torch.Tensor]) -> None:
-        """Sets the trained values to what `snapshot` returned."""
-        ...
-
-    def round_rows(self) -> None:
-        """Called after every step."""
-        ...
 
 
 def tune(

@@ -9,15 +9,13 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from nestpatch.nest_train._run_dir import RunDir
-
-if TYPE_CHECKING:
-    from nestpatch.nest_train._tune import Trainable
 
 _NAME = "tuning"
 _SAVE_EVERY = 120.0
@@ -82,6 +80,47 @@ class TuneResult:
     """All of them, in the order of the steps."""
     reason: str
     """Why the tuning stopped."""
+
+
+class Trainable(Protocol):
+    """What `tune` trains: the deltas of a `DeltaSet`, or another small change of a frozen model to compare them with."""
+
+    first_layer: int
+    """The lowest layer that it changes."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the trained values are."""
+        ...
+
+    @property
+    def trainable(self) -> int:
+        """Number of trained values."""
+        ...
+
+    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """Parameter groups of an optimizer, each with its largest step as "peak".
+
+        Args:
+            learning_rate: The recipe's.
+        """
+        ...
+
+    def attached(self) -> AbstractContextManager[None]:
+        """Inside, the model has the change."""
+        ...
+
+    def snapshot(self) -> list[torch.Tensor]:
+        """Copies of all trained values."""
+        ...
+
+    def restore(self, deltas: Sequence[torch.Tensor]) -> None:
+        """Sets the trained values to what `snapshot` returned."""
+        ...
+
+    def round_rows(self) -> None:
+        """Called after every step."""
+        ...
 
 
 class TuneState:

@@ -29,9 +29,9 @@ from nestpatch.nest_train._record import versions
 from nestpatch.nest_train._run import Run, limited_threads
 from nestpatch.nest_train._run_dir import digest_json, open_run
 from nestpatch.nest_train._targets import distil
-from nestpatch.nest_train._track import require_tracker, tracked
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe
+from nestpatch.nest_train.track import require_tracker, tracked
 from nestpatch.pack import Label, Pack, creation_time, is_utc_time
 from nestpatch.packing import PackedTensor, build_pack, pack_tensor
 from nestpatch.rows import DTYPES

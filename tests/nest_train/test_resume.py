@@ -485,15 +485,17 @@ def test_curves_need_a_folder(command: list[str], tmp_path: Path) -> None:
 
 
 @needs_fork
-def test_what_is_in_the_place_of_a_file_is_not_opened(models, data, copied: Path) -> None:
+def test_what_is_in_the_place_of_a_file_is_not_opened(models, data, copied: Path, tmp_path: Path) -> None:
     """A pipe without a writer would be read for ever."""
     (copied / "tuning.safetensors").unlink()
     os.mkfifo(copied / "tuning.safetensors")
+    (tmp_path / "outside").write_bytes((copied / "dtype.jsonl").read_bytes()[:-1])
     (copied / "dtype.jsonl").unlink()
-    (copied / "dtype.jsonl").symlink_to("/dev/zero")
+    (copied / "dtype.jsonl").symlink_to(tmp_path / "outside")
     with pytest.raises(OutputError, match=r"tuning\.safetensors is not a file, and is not replaced"):
         run(models("llama"), data, copied)
     assert not (copied / "dtype.jsonl").is_symlink()
+    assert not (tmp_path / "outside").read_bytes().endswith(b"\n")
 
 
 STAND_IN = """
