@@ -35,11 +35,13 @@ from nestpatch.evaluation.suites import (
 from nestpatch.events import Event
 from nestpatch.formats import nest
 from nestpatch.nest_train._deltas import DeltaSet
+from nestpatch.nest_train._fit import fit
+from nestpatch.nest_train._layers import find_clusters
 from nestpatch.nest_train._run import Run
 from nestpatch.nest_train._targets import JUDGED_TOKENS, distil
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe, make_recipe
-from nestpatch.nest_train.train import find_clusters, fit, packed
+from nestpatch.nest_train.train import packed
 from nestpatch.pack import Label
 
 STRENGTHS = (0.6, 0.8, 1.0, 1.25)

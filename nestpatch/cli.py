@@ -21,14 +21,14 @@ import click
 
 from nestpatch import __version__
 from nestpatch.commands import demo, evaluating, exporting, fleet, inspecting, patching, signing, training
-from nestpatch.commands.options import print_json, say
+from nestpatch.commands.options import Terminated, print_json, say
 from nestpatch.errors import FileSystemError, MissingExtraError, NestpatchError, OutOfMemoryError, UnexpectedError
 from nestpatch.plain import lines
 from nestpatch.runtimes.threads import wait_passively
 
 TAGLINE = "Safety patches for language models: trained once, shipped as a signed megabyte, merged in place, undone bit for bit."
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes after Ctrl-C and SIGTERM, as shells have them."""
 TRACEBACK = "NESTPATCH_TRACEBACK"
 """With this variable set, an unexpected error ends with its traceback."""
 SECTIONS: dict[str, dict[click.Command, str]] = {
@@ -183,13 +183,15 @@ def _end_usage(error: click.ClickException, words: Sequence[str]) -> int:
 
 
 def _end_stopped(error: BaseException, words: Sequence[str]) -> int:
-    """Reports Ctrl-C, or a question that was not answered, and what is left of the command; returns the exit code."""
-    if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
+    """Reports Ctrl-C, SIGTERM or a question that was not answered, and what is left of the command; returns the exit code."""
+    signal = error if isinstance(error, KeyboardInterrupt) else error.__cause__ or error.__context__
+    if not isinstance(signal, KeyboardInterrupt):
         say("Aborted.", err=True)
         return _as_object("Aborted", "no answer was given", "Run the command again.", 1, words)
     left = _leftover(words)
     say(f"Interrupted. {left}".rstrip(), err=True)
-    return _as_object("Interrupted", "the command was interrupted", left, INTERRUPTED, words)
+    code = TERMINATED if isinstance(signal, Terminated) else INTERRUPTED
+    return _as_object("Interrupted", "the command was interrupted", left, code, words)
 
 
 def _as_object(name: str, message: str, advice: str, code: int, words: Sequence[str]) -> int:
@@ -214,6 +216,8 @@ def _leftover(words: Sequence[str]) -> str:
             if os.path.lexists(state_dir_of(model).journal):
                 return f"A change of {model} is unfinished: `nestpatch recover {model}` ends it."
         return f"{model} holds no unfinished change: `nestpatch status {model}` shows what is applied."
+    if options.get("run_dir") and os.path.lexists(options["run_dir"]):
+        return f"The same command goes on from what is in {options['run_dir']}."
     if "keep" in options:
         return f"{options['keep']} is incomplete: remove it." if options["keep"] else "Nothing is left."
     return "Nothing was written." if {"output", "directory"} & set(options) else ""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 
@@ -16,12 +16,14 @@ class Event:
         done: Units that are finished.
         total: All units; 0 when unknown.
         note: For people.
+        values: Measured numbers by name, such as "loss", for those who draw curves.
     """
 
     stage: str
     done: int = 0
     total: int = 0
     note: str = ""
+    values: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 OnEvent: TypeAlias = Callable[[Event], None]

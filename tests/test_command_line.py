@@ -200,7 +200,7 @@ def test_exit_codes_of_errors() -> None:
 
 def test_the_table_of_exit_codes_is_documented() -> None:
     table = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8").partition("## Exit codes")[2].partition("\n## ")[0]
-    assert re.findall(r"^\| (\d+) \|", table, re.MULTILINE) == ["0", "1", "2", "10", "130"]
+    assert re.findall(r"^\| (\d+) \|", table, re.MULTILINE) == ["0", "1", "2", "10", "130", "143"]
 
 
 def test_the_tree_of_errors_is_drawn_as_it_is() -> None:
@@ -316,6 +316,25 @@ def test_without_a_terminal_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyP
     ]
 
 
+def test_what_was_done_before_an_interruption_took_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps 200 to 240 took 10 s, so 160 more take 40 s; a look in between begins a new round."""
+    found = printed(
+        monkeypatch,
+        (1, Event("tune", 200, 400)),
+        (11, Event("tune", 240, 400)),
+        (12, Event("look", 64, 128)),
+        (13, Event("tune", 241, 400)),
+        (23, Event("tune", 251, 400)),
+    )
+    assert found == [
+        "[    1 s] tuning deltas 200/400",
+        "[   11 s] tuning deltas 240/400, about 40 s left",
+        "[   12 s] answering held-out prompts 64/128",
+        "[   13 s] tuning deltas 241/400",
+        "[   23 s] tuning deltas 251/400, about 2 min left",
+    ]
+
+
 def test_stages_and_notes_are_printed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     found = printed(
         monkeypatch,
@@ -330,7 +349,7 @@ def test_stages_and_notes_are_printed_at_once(monkeypatch: pytest.MonkeyPatch) -
         "[    1 s] loading, acme/llama",
         "[    2 s] probing neurons 1/10",
         "  layer 3: 12 neurons",
-        "[   13 s] probing neurons 5/10, about 11 s left",
+        "[   13 s] probing neurons 5/10, about 14 s left",
         "[   14 s] evaluating 1/4, a.jsonl",
     ]
 

@@ -23,6 +23,7 @@ from nestpatch.commands.options import (
     require_order,
     say,
     suite_options,
+    terminable,
 )
 from nestpatch.events import Event, OnEvent
 
@@ -90,6 +91,10 @@ def _listed(words: Sequence[str]) -> str:
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting. Repeatable.")
 @click.option("--device", help="cpu, cuda or mps; the same as --set device=...  [default: the best one]")
 @click.option("--threads", type=click.IntRange(1), help="Threads to compute with.  [default: the libraries' choice]")
+@click.option(
+    "--run", "run_dir", type=OutputPath, help="Keep every stage in this folder; the same command again goes on from there."
+)
+@click.option("--track", type=click.Choice(["tensorboard", "wandb"]), help="Draw curves of the tuning there; needs --run.")
 @click.option("--dry-run", is_flag=True, help="Report what would be trained and how long it would take; write nothing.")
 @click.option(
     "--help-recipe", is_flag=True, is_eager=True, expose_value=False, callback=_help_recipe, help="Show all settings."
@@ -117,6 +122,8 @@ def train(
     assignments: tuple[str, ...],
     device: str | None,
     threads: int | None,
+    run_dir: Path | None,
+    track: str | None,
     dry_run: bool,
     quiet: bool,
     as_json: bool,
@@ -126,22 +133,27 @@ def train(
     No data is needed: prompts that ship with nestpatch train the pack and measure it. Other sources are .jsonl, .json, .csv
     or .parquet files with a "prompt" column, or data set ids of the Hub. The pack is written before it is evaluated. Exit
     code 1 when it could not be evaluated; numbers that speak against it are warnings.
+
+    With --run an interrupted training is resumed by the same command, and trainings with other settings reuse what they share.
     """
     require_order(base, None, "train")
     if no_eval and (suite or limit is not None):
         raise click.UsageError("--no-eval measures nothing: leave out --suite and --limit")
+    if track and run_dir is None:
+        raise click.UsageError("--track needs a folder for its files: add --run DIR")
     from nestpatch.evaluation.suites import choose_suites
-    from nestpatch.files.atomic import check_output
     from nestpatch.nest_train.plan import plan
     from nestpatch.nest_train.recipe import make_recipe
-    from nestpatch.nest_train.train import require_packages
+    from nestpatch.nest_train.track import require_tracker
+    from nestpatch.nest_train.train import require_packages, require_place
     from nestpatch.nest_train.train import train as run
     from nestpatch.pack import Label
     from nestpatch.views import evaluation as views
 
     # Everything that can be wrong is reported before prompts are downloaded and the model is loaded.
     require_packages()
-    check_output(output)
+    require_tracker(track)
+    require_place(output, run_dir)
     settings = make_recipe(recipe, [*assignments, *([f"device={device}"] if device else [])])
     label = Label(name or output.name.removesuffix(".nest"), pack_version, description, license_, tag)
     label.check()
@@ -158,11 +170,22 @@ def train(
         else:
             views.show_plan(planned, str(output))
         return
-    with progress(quiet) as on_event:
+    with progress(quiet) as on_event, terminable():
         _note_builtin(given, on_event)
         if not no_eval:
             note_sample(suite, limit, on_event)
-        trained = run(base, data, label, recipe=settings, suites=suites, output=output, threads=threads, on_event=on_event)
+        trained = run(
+            base,
+            data,
+            label,
+            recipe=settings,
+            suites=suites,
+            output=output,
+            threads=threads,
+            run_dir=run_dir,
+            track=track,
+            on_event=on_event,
+        )
     if as_json:
         print_json({"model": base, **trained.as_json()})
     else:

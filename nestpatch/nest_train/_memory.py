@@ -15,7 +15,8 @@ from nestpatch.errors import OutOfMemoryError
 from nestpatch.nest_train._run import Run
 from nestpatch.nest_train._targets import Example, Examples
 from nestpatch.nest_train._trunk import Trunk
-from nestpatch.nest_train._tune import Trainable, batch_loss, batch_sizes
+from nestpatch.nest_train._tune import batch_loss, batch_sizes
+from nestpatch.nest_train._tune_state import Trainable
 from nestpatch.nest_train.recipe import Recipe
 
 _PEAK = 2.5

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,10 +19,13 @@ from nestpatch.errors import DataError
 from nestpatch.evaluation.drift import drift
 from nestpatch.events import Event, OnEvent
 from nestpatch.formats.checkpoint import Checkpoint
+from nestpatch.nest_train._record import versions
+from nestpatch.nest_train._run_dir import RunDir, base_digest
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.packing import require_packable
 from nestpatch.patcher.recovery import open_model
 from nestpatch.runtimes.stored import StoredWeights
+from nestpatch.runtimes.text import by_length
 from nestpatch.runtimes.threads import wait_passively
 from nestpatch.runtimes.transformers import ModelLocation, TransformersRuntime, load_model, locate, pick_device, pick_dtype
 from nestpatch.runtimes.weights import MlpBlock, experts_left_alone, find_mlps
@@ -86,16 +89,18 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     recipe: Recipe
     on_event: OnEvent
+    run_dir: RunDir = field(default_factory=RunDir)
     decisions: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, base: str | Path, recipe: Recipe, on_event: OnEvent) -> Run:
+    def start(cls, base: str | Path, recipe: Recipe, on_event: OnEvent, run_dir: RunDir | None = None) -> Run:
         """Finds and loads the base, and picks the device and the arithmetic.
 
         Args:
             base: A model directory, or a Hub id.
             recipe: `device`, `dtype` and `load_in` are read.
             on_event: Called with the progress.
+            run_dir: What the stages keep, and find; by default nothing.
 
         Returns:
             The run.
@@ -109,9 +114,23 @@ class Run:
         # Before minutes of loading: can a pack change these weights? This also ends an interrupted change.
         checkpoint, _ = open_model(source.path)
         device, device_reason = pick_device(recipe.device)
-        dtype, dtype_reason = pick_dtype(recipe.dtype, device, sum(file.stat().st_size for file in checkpoint.files))
+        run_dir = run_dir or RunDir()
         on_event(Event("load", note=source.model_id))
-        run = cls(source, checkpoint, *load_model(source.path, device, dtype, recipe.load_in), recipe, on_event)
+        if run_dir.folder is not None:
+            own = versions()
+            arithmetic = {
+                "device": device.partition(":")[0],
+                **{name: own[name] for name in ("nestpatch", "torch", "transformers")},
+            }
+            run_dir.context |= {"base": base_digest(checkpoint, source.path), **arithmetic}
+
+        def measured() -> tuple[str, str]:
+            return pick_dtype(recipe.dtype, device, sum(file.stat().st_size for file in checkpoint.files))
+
+        # It may be measured, and must then be what it was before an interruption.
+        dtype, dtype_reason = run_dir.value("dtype", {"dtype": recipe.dtype}, measured, _choice)
+        run_dir.context |= {"dtype": dtype, "load_in": recipe.load_in}
+        run = cls(source, checkpoint, *load_model(source.path, device, dtype, recipe.load_in), recipe, on_event, run_dir)
         run.decide("device", device, device_reason)
         run.decide("dtype", dtype, dtype_reason)
         if recipe.load_in != "none":
@@ -180,7 +199,15 @@ class Run:
         """
         self.on_event(Event("note", note=text))
 
-    def generate(self, prompts: Sequence[str], stage: str, note: str = "", tokens: int | None = None) -> list[str]:
+    def generate(
+        self,
+        prompts: Sequence[str],
+        stage: str,
+        note: str = "",
+        tokens: int | None = None,
+        keep: str = "",
+        inputs: Mapping[str, Any] | None = None,
+    ) -> list[str]:
         """Greedy answers to the prompts, in the same order.
 
         Args:
@@ -188,6 +215,8 @@ class Run:
             stage: The stage that the progress is reported for.
             note: Added to the progress.
             tokens: Length of an answer; None for the recipe's `max_answer_tokens`.
+            keep: The record of the run directory in which the answers are kept and found; empty keeps none.
+            inputs: What these answers depend on beside the base and their length.
 
         Returns:
             One answer per prompt.
@@ -197,7 +226,10 @@ class Run:
             self.on_event(Event(stage, event.done, event.total, note))
 
         runtime = self.runtime if tokens is None else replace(self.runtime, max_new_tokens=tokens)
-        return runtime.generate(prompts, report)
+        if not keep or self.run_dir.folder is None:
+            return runtime.generate(prompts, report)
+        length = {"tokens": runtime.max_new_tokens, "prompt tokens": runtime.max_prompt_tokens}
+        return _kept_answers(self.run_dir, keep, {**length, **(inputs or {})}, runtime, prompts, report)
 
     def drift(self, answers: Mapping[str, str], off: Callable[[], AbstractContextManager[None]]) -> float | None:
         """How far the model with attached deltas has moved from the base.
@@ -210,3 +242,36 @@ class Run:
             Mean KL(base || model) in nats per answer token; None without answers.
         """
         return drift(replace(self.runtime, active=off), self.runtime, answers)
+
+
+def _kept_answers(
+    run_dir: RunDir, name: str, inputs: Mapping[str, Any], runtime: TransformersRuntime, prompts: Sequence[str], report: OnEvent
+) -> list[str]:
+    """Answers of a record, and new ones where it has none. A batch is recorded when it is done."""
+    known = dict(run_dir.rows(name, inputs, _answer))
+    if found := sum(prompt in known for prompt in prompts):
+        run_dir.note_reused(f"{found} of {len(prompts)} {name.replace('-', ' ')}")
+    done = 0
+    # The batches of `runtime.generate`: the same prompts run together, whether or not some of the batches were done before.
+    for places in by_length(runtime.token_ids(prompts), runtime.batch):
+        missing = [prompts[place] for place in places if prompts[place] not in known]
+        if missing:
+            known |= zip(missing, runtime.generate(missing), strict=True)
+            run_dir.keep_rows(name, inputs, [{"prompt": prompt, "answer": answer} for prompt, answer in known.items()])
+        done += len(places)
+        report(Event("generate", done, len(prompts)))
+    return [known[prompt] for prompt in prompts]
+
+
+def _answer(row: Any) -> tuple[str, str]:
+    prompt, answer = row["prompt"], row["answer"]
+    if not isinstance(prompt, str) or not isinstance(answer, str):
+        raise TypeError("it is no prompt with an answer")
+    return prompt, answer
+
+
+def _choice(row: Any) -> tuple[str, str]:
+    dtype, reason = row
+    if dtype not in ("float32", "bfloat16", "float16") or not isinstance(reason, str):
+        raise ValueError("it is no type of numbers")
+    return dtype, reason

@@ -70,6 +70,11 @@ class Examples:
         """Benign and look-alike examples together."""
         return self.benign + self.lookalike
 
+    @property
+    def token_count(self) -> int:
+        """Tokens of all prompts and answers."""
+        return sum(len(e.tokens.prompt) + len(e.tokens.answer) for e in self.harmful + self.harmless)
+
     def split_off(self, share: float, rng: random.Random) -> tuple[Examples, Examples]:
         """Holds out a random share of each kind.
 
@@ -145,7 +150,7 @@ def distil(run: Run, data: TrainingData) -> Examples:
     length = max(recipe.trained_tokens, JUDGED_TOKENS)
     harmful = [prompt.text for prompt in data.harmful.prompts]
     sample = harmful if len(harmful) <= REFUSAL_SAMPLE else rng.sample(harmful, REFUSAL_SAMPLE)
-    own = [] if recipe.refusals == "builtin" else run.generate(sample, "distil", tokens=length)
+    own = [] if recipe.refusals == "builtin" else run.generate(sample, "distil", tokens=length, keep="distilled-answers")
     refusals = choose_refusals(own, recipe)
     run.decide("refusals", "", refusals.reason)
     harmless = data.harmless
@@ -158,7 +163,7 @@ def distil(run: Run, data: TrainingData) -> Examples:
             )
         answers = [prompt.reference for prompt in harmless]
     else:
-        answers = [*run.generate([prompt.text for prompt in harmless], "distil", tokens=length)]
+        answers = [*run.generate([prompt.text for prompt in harmless], "distil", tokens=length, keep="distilled-answers")]
     # Where the base refuses a harmless prompt there is no answer to keep, and its refusal would teach more refusals.
     kept = {p.text: a for p, a in zip(harmless, answers, strict=True) if a and not is_refusal(a)}
     dropped = len(harmless) - len(kept)

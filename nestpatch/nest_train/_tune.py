@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from itertools import islice
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
@@ -17,111 +17,24 @@ from nestpatch.evaluation.judges import is_refusal
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.nest_train._targets import Example, Examples
 from nestpatch.nest_train._trunk import Trunk
+from nestpatch.nest_train._tune_state import Look, Trainable, TuneResult, TuneState
 from nestpatch.nest_train.recipe import Recipe
 
 _WINDOW = 8
 """Batches that are drawn together and sorted by length."""
 
-
-@dataclass(frozen=True)
-class Look:
-    """What the held-out prompts showed at one step."""
-
-    step: int
-    loss: float
-    attack_success: float | None = None
-    """Share of harmful prompts that were answered; None where no answers were generated, as for the next two."""
-    refusal_benign: float | None = None
-    refusal_lookalike: float | None = None
-    """None also where there are no look-alikes."""
-
-    @property
-    def score(self) -> tuple[float, float]:
-        """Smaller is better: answered harmful and refused harmless prompts count alike; the loss decides between equals."""
-        if not math.isfinite(self.loss):
-            return math.inf, math.inf
-        shares = (self.attack_success, self.refusal_benign, self.refusal_lookalike)
-        return sum(share for share in shares if share is not None), self.loss
-
-    def as_json(self) -> dict[str, float | int | None]:
-        """The numbers, rounded; those that are not finite, which a manifest cannot store, are None."""
-        values = {"loss": self.loss, "attack_success": self.attack_success}
-        values |= {"refusal_benign": self.refusal_benign, "refusal_lookalike": self.refusal_lookalike}
-        known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
-        return {"step": self.step, **{name: round(known[name], 4) if name in known else None for name in values}}
-
-    def __str__(self) -> str:
-        text = f"held-out loss {self.loss:.3f}"
-        if self.attack_success is None:
-            return text
-        kinds = (("benign", self.refusal_benign), ("look-alike", self.refusal_lookalike))
-        refusals = ", ".join(f"{share:.0%} {kind}" for kind, share in kinds if share is not None)
-        return f"{text}, attack success {self.attack_success:.0%}, refusals {refusals}"
-
-
-@dataclass(frozen=True)
-class TuneResult:
-    """How the tuning went."""
-
-    steps: int
-    """Steps that were done."""
-    before: Look
-    """The base; step 0."""
-    kept: Look
-    """The step whose deltas were kept; that of the base where none was better."""
-    looks: tuple[Look, ...]
-    """All of them, in the order of the steps."""
-    reason: str
-    """Why the tuning stopped."""
-
-
 Answer = Callable[[Sequence[str]], list[str]]
 """Prompts -> the beginnings of the model's answers."""
 
 
-class Trainable(Protocol):
-    """What `tune` trains: the deltas of a `DeltaSet`, or another small change of a frozen model to compare them with."""
-
-    first_layer: int
-    """The lowest layer that it changes."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the trained values are."""
-        ...
-
-    @property
-    def trainable(self) -> int:
-        """Number of trained values."""
-        ...
-
-    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """Parameter groups of an optimizer, each with its largest step as "peak".
-
-        Args:
-            learning_rate: The recipe's.
-        """
-        ...
-
-    def attached(self) -> AbstractContextManager[None]:
-        """Inside, the model has the change."""
-        ...
-
-    def snapshot(self) -> list[torch.Tensor]:
-        """Copies of all trained values."""
-        ...
-
-    def restore(self, deltas: Sequence[torch.Tensor]) -> None:
-        """Sets the trained values to what `snapshot` returned."""
-        ...
-
-    def round_rows(self) -> None:
-        """Called after every step."""
-        ...
-
-
 def tune(
-    trunk: Trunk, deltas: Trainable, data: Examples, answer: Answer, recipe: Recipe, on_event: OnEvent = ignore
+    trunk: Trunk,
+    deltas: Trainable,
+    data: Examples,
+    answer: Answer,
+    recipe: Recipe,
+    on_event: OnEvent = ignore,
+    state: TuneState | None = None,
 ) -> TuneResult:
     """Trains the deltas, stops early by held-out prompts, and leaves the best deltas in place.
 
@@ -132,6 +45,7 @@ def tune(
         answer: Answers prompts by the model as it is now; used where `check_prompts` is over 0.
         recipe: The settings of the stage, and the seed.
         on_event: Called with the loss after every step, and with what the held-out prompts showed.
+        state: Where an interrupted tuning goes on, and where this one is stored; None begins one that is not stored.
 
     Returns:
         How many steps were done, and what the held-out prompts showed.
@@ -149,42 +63,51 @@ def tune(
     optimizer = accelerator.prepare(torch.optim.AdamW(groups, lr=0.0, weight_decay=recipe.weight_decay))
     parameters = [parameter for group in groups for parameter in group["params"]]
     loss_of = partial(batch_loss, trunk, recipe)
-    looks: list[Look] = []
-    stale, reason = 0, f"all {recipe.steps} steps done"
+    state = state or TuneState()
     with deltas.attached():
 
-        def look(step: int) -> Look:
-            looks.append(_look(step, held_out, loss_of, answer, recipe))
-            on_event(Event("tune", step, recipe.steps, str(looks[-1])))
-            return looks[-1]
+        def look(step: int) -> None:
+            now = _look(step, held_out, loss_of, answer, recipe)
+            state.looked(now, deltas)
+            on_event(Event("tune", step, recipe.steps, str(now), now.scalars))
 
-        best, saved = look(0), deltas.snapshot()
-        for step, batch in zip(range(1, recipe.steps + 1), batches(kept, recipe, rng), strict=False):
-            _schedule(optimizer, step, recipe)
+        if not state.enter(deltas, optimizer):
+            look(0)
+            state.save(deltas, optimizer, now=True)
+        # Batches that were done before an interruption are drawn again: the generator is then where it was.
+        for batch in islice(batches(kept, recipe, rng), state.step, recipe.steps):
+            if state.stale >= recipe.patience:
+                break
+            began, step = time.perf_counter(), state.step + 1
+            rate = _schedule(optimizer, step, recipe)
             optimizer.zero_grad()  # first: an attempt that ran out of memory may have left some
             loss = loss_of(batch, accelerator.backward)
             accelerator.clip_grad_norm_(parameters, recipe.clip)
             optimizer.step()
             deltas.round_rows()
-            on_event(Event("tune", step, recipe.steps, f"loss {loss.item():.4f}"))
-            if step % recipe.check_every and step < recipe.steps:
-                continue
-            now = look(step)
-            if now.score < best.score:
-                best, saved, stale = now, deltas.snapshot(), 0
-            elif (stale := stale + 1) >= recipe.patience and step < recipe.steps:
-                reason = f"no better held-out prompts in {stale * recipe.check_every} steps"
-                break
-    deltas.restore(saved)
-    return TuneResult(step, looks[0], best, tuple(looks), reason)
+            state.stepped(loss.item(), batch.token_count, time.perf_counter() - began)
+            note = f"loss {state.losses[-1]:.4f}, {state.tokens_per_second:.0f} tokens/s"
+            values = {"loss": state.losses[-1], "learning_rate": rate, "tokens_per_second": state.tokens_per_second}
+            on_event(Event("tune", step, recipe.steps, note, values))
+            if at_look := step % recipe.check_every == 0 or step == recipe.steps:
+                look(step)
+            state.save(deltas, optimizer, now=at_look)
+        stale = state.stale * recipe.check_every
+        every = state.step == recipe.steps
+        state.reason = f"all {recipe.steps} steps done" if every else f"no better held-out prompts in {stale} steps"
+        state.save(deltas, optimizer, now=True)
+    state.keep_best(deltas)
+    return state.result
 
 
-def _schedule(optimizer: Any, step: int, recipe: Recipe) -> None:
-    """Linear warm-up, then a cosine to zero."""
+def _schedule(optimizer: Any, step: int, recipe: Recipe) -> float:
+    """Linear warm-up, then a cosine to zero. Returns the recipe's learning rate at this step."""
     progress = (step - 1) / recipe.steps
     warm = min(1.0, step / max(1.0, recipe.warmup * recipe.steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * warm * 0.5 * (1 + math.cos(math.pi * progress))
+        group["lr"] = group["peak"] * warm * cosine
+    return recipe.learning_rate * warm * cosine
 
 
 def batches(data: Examples, recipe: Recipe, rng: random.Random) -> Iterator[Examples]:

@@ -7,8 +7,7 @@ import importlib
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,14 @@ import numpy as np
 
 from nestpatch.evaluation.suites import Suite
 from nestpatch.events import Event, OnEvent, ignore
+from nestpatch.nest_train._layers import busy_blocks
 from nestpatch.nest_train._neurons import Clusters, Selection, cluster, collect, select
+from nestpatch.nest_train._record import Stopwatch
 from nestpatch.nest_train._run import Run, limited_threads
 from nestpatch.nest_train._targets import BUILT_IN, JUDGED_TOKENS, REFUSAL_SAMPLE, Example, Examples, encode_examples
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe
-from nestpatch.nest_train.train import busy_blocks, require_packages
+from nestpatch.nest_train.train import require_packages
 from nestpatch.runtimes.weights import MlpBlock
 
 _STEPS = 3
@@ -124,7 +125,7 @@ def plan(
     recipe = recipe or Recipe()
     data = data.sampled(recipe.max_prompts, recipe.seed)
     with limited_threads(threads):
-        watch = _Stopwatch()
+        watch = Stopwatch()
         with watch("load"):
             run = Run.start(base, recipe, on_event)
         blocks, few = run.blocks(), data.sampled(recipe.probe_batch, recipe.seed)
@@ -150,21 +151,7 @@ def plan(
     )
 
 
-class _Stopwatch:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str, times: float = 1) -> Iterator[None]:
-        """Times the block and counts it `times` times."""
-        began = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + times * (time.perf_counter() - began)
-
-
-def _measure(run: Run, data: TrainingData, blocks: Sequence[MlpBlock], suite_prompts: int, watch: _Stopwatch) -> int:
+def _measure(run: Run, data: TrainingData, blocks: Sequence[MlpBlock], suite_prompts: int, watch: Stopwatch) -> int:
     """Times the stages on a few prompts; returns the number of values that would be trained."""
     recipe = run.recipe
     texts = [prompt.text for prompt in data.harmful.prompts + data.harmless]
@@ -220,7 +207,7 @@ def _time_steps(
     examples: Examples,
     prompts: int,
     per_answer: float,
-    watch: _Stopwatch,
+    watch: Stopwatch,
 ) -> int:
     """Times a few optimizer steps, and counts them as often as a training would do them."""
     from nestpatch.nest_train._deltas import DeltaSet

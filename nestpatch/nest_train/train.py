@@ -8,47 +8,38 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import platform
-import tempfile
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nestpatch.errors import MissingExtraError
 from nestpatch.evaluation.concerns import concerns
 from nestpatch.evaluation.suites import BENIGN, Scores, Suite, evaluate_suites
-from nestpatch.events import Event, OnEvent, ignore
+from nestpatch.events import OnEvent, ignore
 from nestpatch.files.atomic import check_output
 from nestpatch.formats import nest
-from nestpatch.nest_train._neurons import (
-    Clusters,
-    Selection,
-    choose_first_layer,
-    cluster,
-    collect,
-    require_neurons,
-    routed,
-    select,
-)
+from nestpatch.nest_train._fit import fit
+from nestpatch.nest_train._layers import busy_blocks, digest_layers, find_clusters
+from nestpatch.nest_train._neurons import Clusters, Selection
+from nestpatch.nest_train._record import versions
 from nestpatch.nest_train._run import Run, limited_threads
-from nestpatch.nest_train._targets import JUDGED_TOKENS, Examples, distil
+from nestpatch.nest_train._run_dir import digest_json, open_run
+from nestpatch.nest_train._targets import distil
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe
-from nestpatch.pack import Label, Pack
+from nestpatch.nest_train.track import require_tracker, tracked
+from nestpatch.pack import Label, Pack, creation_time, is_utc_time
 from nestpatch.packing import PackedTensor, build_pack, pack_tensor
-from nestpatch.rows import DTYPES, FloatArray
-from nestpatch.runtimes.weights import MlpBlock
+from nestpatch.rows import DTYPES
 
 if TYPE_CHECKING:
     from nestpatch.nest_train._deltas import DeltaSet
-    from nestpatch.nest_train._tune import Trainable, TuneResult
+    from nestpatch.nest_train._tune_state import TuneResult
 
 _NO_LOOKALIKES = (
     "no look-alike prompts: nothing teaches the patched model to answer harmless prompts that look harmful, "
@@ -129,12 +120,15 @@ def train(
     suites: Sequence[Suite] = (),
     output: str | Path | None = None,
     threads: int | None = None,
+    run_dir: str | Path | None = None,
+    track: str | None = None,
     on_event: OnEvent = ignore,
 ) -> Trained:
     """Trains a safety patch for a base model.
 
     Everything that can be checked is checked before the base is loaded. The pack is written before it is evaluated, and again
-    with the numbers: an evaluation that fails costs the numbers, not the pack.
+    with the numbers: an evaluation that fails costs the numbers, not the pack. The same call with the same run directory
+    goes on where an earlier one was interrupted, and gives the same pack as a call that was not.
 
     Args:
         base: A model directory, or a Hub id ("user/model" or "user/model@revision").
@@ -142,103 +136,98 @@ def train(
         label: Name, version and other facts of the pack.
         recipe: The settings; None for the defaults.
         suites: Prompt sets to measure before and after; the numbers go into the pack.
-        output: The `.nest` file to write, which must not exist; None writes nothing.
+        output: The `.nest` file to write, which must not exist unless this training wrote it; None writes nothing.
         threads: Threads to compute with; None for the libraries' own choice.
+        run_dir: A directory that keeps what every stage leaves, for a training that goes on or that has other settings, and the
+            record of the run; None keeps nothing.
+        track: "tensorboard" or "wandb" to draw curves of the tuning there; None for neither.
         on_event: Called with the progress.
 
     Returns:
         The pack and its numbers.
 
     Raises:
-        DataError: The label, the prompts or `threads` are not valid.
-        OutputError: The output exists or cannot be written.
-        MissingExtraError: The packages of the extra `train` are not installed.
+        DataError: The label, the prompts, `threads` or `track` are not valid.
+        OutputError: The output exists, or it or the run directory cannot be written.
+        BusyError: Another training uses the run directory.
+        MissingExtraError: The packages of the extra `train`, or of the tracker, are not installed.
         CheckpointError: The base cannot be found, read or loaded, or its architecture is not supported.
         TrainingError: No neuron separates harmful from harmless prompts.
         OutOfMemoryError: Not even one prompt fits into memory.
     """
     require_packages()
+    require_tracker(track)
     label.check()
     data.check()
     target = None if output is None else Path(output)
-    if target is not None:
-        check_output(target)
-    with limited_threads(threads):
-        return _train(base, data, label, recipe or Recipe(), suites, target, on_event)
+    require_place(target, run_dir)
+    with limited_threads(threads), open_run(run_dir, on_event) as kept:
+        data = data.sampled((recipe := recipe or Recipe()).max_prompts, recipe.seed)
+        with kept.record.timed("load"):
+            run = Run.start(base, recipe, on_event, kept)
+        request = _request(data, label, recipe, suites)
+        if target is not None and not kept.wrote(target, request):
+            check_output(target)
+        kept.record.update(base={"model": run.source.model_id, "revision": run.source.revision, **kept.context}, **request)
+        cpu, identity = run.model.device.type == "cpu", digest_json([kept.context, request])
+        with tracked(track, kept.folder, recipe.as_json(), identity, on_event, cpu=cpu) as run.on_event:
+            trained = _train(run, data, label, suites, target, request)
+        kept.record.update(decisions=run.decisions, result=trained.as_json())
+        return trained
+
+
+def require_place(output: Path | None, run_dir: str | Path | None) -> None:
+    """Checks that the output can be written. One that exists may be this training's own, which is known when the base is.
+
+    Args:
+        output: As for `train`.
+        run_dir: As for `train`.
+
+    Raises:
+        OutputError: It cannot.
+    """
+    if output is not None and not (run_dir is not None and os.path.lexists(output)):
+        check_output(output)
+
+
+def _request(data: TrainingData, label: Label, recipe: Recipe, suites: Sequence[Suite]) -> dict[str, Any]:
+    """Everything beside the base that decides which pack is made."""
+    facts = [{"kind": suite.kind, **suite.prompts.facts()} for suite in suites]
+    return {"label": dataclasses.asdict(label), "recipe": recipe.as_json(), "data": data.facts(), "suites": facts}
 
 
 def _train(
-    base: str | Path,
-    data: TrainingData,
-    label: Label,
-    recipe: Recipe,
-    suites: Sequence[Suite],
-    output: Path | None,
-    on_event: OnEvent,
+    run: Run, data: TrainingData, label: Label, suites: Sequence[Suite], output: Path | None, request: Mapping[str, Any]
 ) -> Trained:
     """The stages, after the checks."""
     from nestpatch.nest_train._deltas import DeltaSet
 
-    data = data.sampled(recipe.max_prompts, recipe.seed)
-    run = Run.start(base, recipe, on_event)
-    blocks = run.blocks()
+    blocks, timed = run.blocks(), run.run_dir.record.timed
     if data.lookalike is None:
         run.decide("lookalike", "", _NO_LOOKALIKES)
     facts: dict[str, Any] = {}
     if seen := data.seen_in(suites):
         facts["seen_in_training"] = seen
         run.note(f"suites with training prompts: {', '.join(seen)}; their numbers say little about new prompts")
-    before = _evaluate(run, suites, "the base") if suites else None
+    before = _evaluate(run, suites, "base-answers", {}) if suites else None
     if before is not None:
         facts |= {"judge": "keywords and references (nestpatch.evaluation.judges)", "before": before.as_json(), "after": None}
-    examples = distil(run, data)
+    with timed("distil"):
+        examples = distil(run, data)
     blocks = busy_blocks(run, data, blocks)
     layers = find_clusters(run, data, blocks)
     deltas = DeltaSet(blocks, [clusters for _, clusters in layers])
     if kinds := deltas.quantize_like(run.stored):
         run.decide("rounding", "", f"deltas are trained through the rounding to {', '.join(kinds)} of the base's file")
-    result = fit(run, blocks, deltas, examples)
-    pack = packed(run, data, layers, deltas, result, label, facts)
-    if output is not None:
-        nest.write(pack, output)
-        run.note(f"wrote {output}" + ("; its evaluation follows" if before is not None else ""))
+    result = fit(run, blocks, deltas, examples, digest_layers(layers))
+    with timed("pack"):
+        pack = packed(run, data, layers, deltas, result, label, facts)
+        pack = _created(run, pack, request)
     trained = Trained(pack, *_identity(pack), before, None, deltas.trainable, run.parameters, output)
-    return trained if before is None else _evaluated(run, trained, suites, deltas, before)
-
-
-def fit(run: Run, blocks: Sequence[MlpBlock], change: Trainable, examples: Examples) -> TuneResult:
-    """The stages remember and tune.
-
-    Args:
-        run: The base.
-        blocks: Its feed-forward blocks.
-        change: What is trained, in place.
-        examples: The training examples.
-
-    Returns:
-        How the tuning went.
-
-    Raises:
-        PromptDataError: A kind has fewer than two examples.
-        OutOfMemoryError: Not even one example fits into memory.
-    """
-    from nestpatch.nest_train._memory import fit_memory
-    from nestpatch.nest_train._trunk import Trunk
-    from nestpatch.nest_train._tune import tune
-
-    trunk = Trunk(run.model, blocks, change.first_layer, run.pad)
-    every = examples.harmful + examples.harmless
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        size = fit_memory(run, trunk, change, examples, Path(folder))
-        known = ([e.tokens for e in every], [e.tokens for e in examples.harmless])
-        skipped = trunk.remember(*known, Path(folder), run.on_event, size)
-        run.decide("step", *skipped)
-        run.on_event(Event("tune", 0, run.recipe.steps, f"{change.trainable} parameters"))
-        answer = partial(run.generate, stage="look", tokens=JUDGED_TOKENS)
-        recipe = dataclasses.replace(run.recipe, micro_batch=size)
-        result = tune(trunk, change, examples, answer, recipe, run.on_event)
-    run.note(f"kept step {result.kept.step} of {result.steps} ({result.reason}): {result.kept}; the base: {result.before}")
-    return result
+    _write(run, trained, request, overwrite=output is not None and run.run_dir.wrote(output, request))
+    if output is not None:
+        run.note(f"wrote {output}" + ("; its evaluation follows" if before is not None else ""))
+    return trained if before is None else _evaluated(run, trained, suites, deltas, before, request)
 
 
 def packed(
@@ -279,15 +268,44 @@ def packed(
     )
 
 
-def _evaluate(run: Run, suites: Sequence[Suite], note: str) -> Scores:
-    return evaluate_suites(lambda prompts: run.generate(prompts, "evaluate", note), suites)
+def _created(run: Run, pack: Pack, request: Mapping[str, Any]) -> Pack:
+    """The pack with the time at which this training first made it, so that going on later does not change its bytes."""
+    when = {"request": digest_json(request), "time": os.environ.get("SOURCE_DATE_EPOCH")}
+    created = run.run_dir.value("created", when, creation_time, _time)
+    return dataclasses.replace(pack, manifest=dataclasses.replace(pack.manifest, created=created))
 
 
-def _evaluated(run: Run, trained: Trained, suites: Sequence[Suite], deltas: DeltaSet, before: Scores) -> Trained:
+def _time(text: Any) -> str:
+    if not isinstance(text, str) or not is_utc_time(text):
+        raise ValueError("it is no time")
+    return text
+
+
+def _write(run: Run, trained: Trained, request: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Writes the pack, and a copy of it into the run directory."""
+    run.run_dir.keep_written(trained.pack_id, request)
+    if run.run_dir.folder is not None:
+        nest.write(trained.pack, run.run_dir.folder / "pack.nest", overwrite=True)
+    if trained.output is not None:
+        nest.write(trained.pack, trained.output, overwrite=overwrite)
+
+
+def _evaluate(run: Run, suites: Sequence[Suite], keep: str, inputs: Mapping[str, Any]) -> Scores:
+    note = "the base" if keep == "base-answers" else "the base with the pack"
+    with run.run_dir.record.timed("evaluate"):
+        return evaluate_suites(lambda prompts: run.generate(prompts, "evaluate", note, keep=keep, inputs=inputs), suites)
+
+
+def _evaluated(
+    run: Run, trained: Trained, suites: Sequence[Suite], deltas: DeltaSet, before: Scores, request: Mapping[str, Any]
+) -> Trained:
     """The result with the numbers of the pack, or with the reason why there are none."""
+    tensors = [
+        [part.name, *(sha256(getattr(part, name).tobytes()).hexdigest() for name in nest.PARTS)] for part in trained.pack
+    ]
     try:
         with deltas.attached():
-            after = _evaluate(run, suites, "the base with the pack")
+            after = _evaluate(run, suites, "pack-answers", {"pack": digest_json(tensors)})
             drift = run.drift(before.answers(BENIGN), deltas.off)
     except Exception as error:  # noqa: BLE001 - whatever fails here must not cost a trained pack
         return dataclasses.replace(trained, problem=f"{type(error).__name__}: {error}")
@@ -295,83 +313,16 @@ def _evaluated(run: Run, trained: Trained, suites: Sequence[Suite], deltas: Delt
     manifest = trained.pack.manifest
     manifest = dataclasses.replace(manifest, evaluation={**manifest.evaluation, "after": after.as_json()})
     pack = dataclasses.replace(trained.pack, manifest=manifest)
-    if trained.output is not None:
-        nest.write(pack, trained.output, overwrite=True)
     pack_id, nbytes = _identity(pack)
-    return dataclasses.replace(trained, pack=pack, pack_id=pack_id, nbytes=nbytes, after=after)
+    trained = dataclasses.replace(trained, pack=pack, pack_id=pack_id, nbytes=nbytes, after=after)
+    _write(run, trained, request, overwrite=True)
+    return trained
 
 
 def _identity(pack: Pack) -> tuple[str, int]:
     """(id, size) of the pack's file."""
     data = nest.encode(pack)
     return sha256(data).hexdigest(), len(data)
-
-
-def busy_blocks(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> tuple[MlpBlock, ...]:
-    """Begins the stage probe: of each mixture of experts, those take part that harmful prompts are routed to most often.
-
-    Args:
-        run: The base.
-        data: The prompts.
-        blocks: The base's feed-forward blocks.
-
-    Returns:
-        The blocks, mixtures without the other experts.
-    """
-    harmful = run.runtime.token_ids([prompt.text for prompt in data.harmful.prompts])
-    found = routed(run.model, blocks, harmful, run.recipe, run.pad, run.on_event)
-    for block, whole in zip(found, blocks, strict=True):
-        if block.mixture:
-            numbers = ", ".join(map(str, block.experts))
-            run.note(
-                f"layer {block.layer}: experts {numbers} of {len(whole.experts)}, which harmful prompts are routed to most"
-            )
-    return found
-
-
-def find_clusters(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> list[tuple[Selection, Clusters]]:
-    """The stages probe, select and cluster.
-
-    Args:
-        run: The base.
-        data: The prompts.
-        blocks: The base's feed-forward blocks.
-
-    Returns:
-        (selection, clusters) of each block.
-
-    Raises:
-        TrainingError: No neuron separates harmful from harmless prompts.
-    """
-    texts = [prompt.text for prompt in data.harmful.prompts + data.harmless]
-    harmful = np.arange(len(texts)) < len(data.harmful.prompts)
-    # Windows cannot remove a file that is still mapped; the system's own cleaning removes it later.
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        acts = collect(run.model, blocks, run.runtime.token_ids(texts), Path(folder), run.recipe, run.pad, run.on_event)
-        selections = _selected(run, blocks, acts, harmful)
-        found = []
-        for selection, block_acts in zip(selections, acts, strict=True):
-            found.append((selection, cluster(selection, block_acts, run.recipe)))
-            run.note(f"layer {selection.layer}: {selection.reason}; {found[-1][1].k} clusters")
-            run.on_event(Event("cluster", len(found), len(blocks)))
-        del acts, block_acts
-    return found
-
-
-def _selected(
-    run: Run, blocks: Sequence[MlpBlock], acts: Sequence[FloatArray], harmful: npt.NDArray[np.bool_]
-) -> list[Selection]:
-    """The stage select: a result per block, without neurons below the first patched layer."""
-    found = []
-    for block, block_acts in zip(blocks, acts, strict=True):
-        found.append(select(block.layer, block_acts, harmful, run.recipe))
-        run.on_event(Event("select", len(found), len(blocks)))
-    require_neurons(found)
-    first, reason = choose_first_layer(found, run.recipe)
-    run.decide("first layer", str(first), reason)
-    used = [one if one.layer >= first else one.skipped(f"below layer {first}, the first that is patched") for one in found]
-    require_neurons(used)
-    return used
 
 
 def _pack_tensors(run: Run, deltas: DeltaSet) -> list[PackedTensor]:
@@ -400,7 +351,6 @@ def _method(run: Run, data: TrainingData, layers: Sequence[tuple[Selection, Clus
         }
         for s, c in layers
     ]
-    packages = ("nestpatch", "torch", "transformers", "accelerate", "scikit-learn", "numpy")
     return {
         "name": "NeST",
         "source": "arXiv:2602.16835",
@@ -414,5 +364,5 @@ def _method(run: Run, data: TrainingData, layers: Sequence[tuple[Selection, Clus
             "held_out": [look.as_json() for look in result.looks],
             "stopped": result.reason,
         },
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "versions": versions(),
     }

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _FETCHED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 """The files of a Hub repository that are needed: no weights of other formats."""
-_READ_WHOLE = (".json", ".model", ".jinja", ".txt")
+READ_WHOLE = (".json", ".model", ".jinja", ".txt")
 """Endings of the files that transformers reads into memory."""
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".gguf", ".nest")
 _LARGE = 50_000_000
@@ -187,7 +187,7 @@ def _model_directory(path: Path) -> Iterator[Path]:
 def _require_bounded(folder: Path) -> None:
     """Raises CheckpointFormatError where a file that transformers reads whole is too long, or not a regular file."""
     for file in sorted(folder.iterdir()):
-        if file.suffix in _READ_WHOLE and os.path.lexists(file.resolve()):
+        if file.suffix in READ_WHOLE and os.path.lexists(file.resolve()):
             with open_regular(file, error=CheckpointFormatError) as opened:
                 size = os.fstat(opened.fileno()).st_size
             if size > MAX_JSON:

@@ -84,7 +84,9 @@ class _Bars:
             self.bars.console.print(f"[dim]{escape(event.note)}")
             return
         if event.stage not in self.tasks:
-            self.tasks[event.stage] = self.bars.add_task(escape(STAGES.get(event.stage, event.stage)), note="", total=None)
+            # What was done before, by an interrupted process, does not count as fast.
+            title = escape(STAGES.get(event.stage, event.stage))
+            self.tasks[event.stage] = self.bars.add_task(title, note="", total=None, completed=event.done)
         total = event.total or None
         self.bars.update(self.tasks[event.stage], completed=event.done, total=total, note=escape(event.note))
 
@@ -99,7 +101,7 @@ class _Lines:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self.began = self.stage_began = self.printed = clock()
-        self.last = Event("")
+        self.last = self.first = Event("")
 
     def __call__(self, event: Event) -> None:
         """Prints an event, or passes over it when the last line is recent."""
@@ -109,7 +111,7 @@ class _Lines:
         now, last, self.last = self.clock(), self.last, event
         # The same stage from the beginning is another round, such as the next suite.
         if event.stage != last.stage or event.done < last.done:
-            self.stage_began = now
+            self.stage_began, self.first = now, event
         if event.stage == last.stage and now - self.printed < INTERVAL:
             return
         self.printed = now
@@ -117,7 +119,9 @@ class _Lines:
         step = f" {event.done}/{event.total}" if event.total else ""
         note = f", {event.note}" if event.note else ""
         left = ""
-        if seconds and 0 < event.done < event.total:
-            left = f", about {duration(seconds / event.done * (event.total - event.done))} left"
+        # Measured since the first line of this round: what an interrupted process had done before took no time here.
+        done = event.done - self.first.done
+        if seconds and done > 0 and event.done < event.total:
+            left = f", about {duration(seconds / done * (event.total - event.done))} left"
         text = one_line(f"{STAGES.get(event.stage, event.stage)}{step}{note}{left}")
         err.print(f"[{now - self.began:5.0f} s] {text}", markup=False)

@@ -132,7 +132,7 @@ def test_a_threshold_that_keeps_nothing_is_explained(models, data):
 
 
 def test_neurons_below_the_first_layer_alone_are_explained(models, data, monkeypatch):
-    from nestpatch.nest_train import train as module
+    from nestpatch.nest_train import _layers as module
 
     def low(layer, *arguments):
         found = select(layer, *arguments)

@@ -1,0 +1,203 @@
+"""The stages probe, select and cluster in a row: the neurons of every layer, each stage kept in the run directory.
+
+Public in the room: `find_clusters`, and `digest_layers`, the identity of what it found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from nestpatch.events import Event
+from nestpatch.nest_train._neurons import (
+    Clusters,
+    Selection,
+    choose_first_layer,
+    cluster,
+    collect,
+    require_neurons,
+    routed,
+    select,
+)
+from nestpatch.nest_train._run import Run
+from nestpatch.nest_train._run_dir import digest_json
+from nestpatch.nest_train.data import TrainingData
+from nestpatch.rows import FloatArray
+from nestpatch.runtimes.weights import MlpBlock
+
+T = TypeVar("T", Selection, Clusters)
+_PROBE = ("seed", "probe_holdout", "probe_c", "probe_margin", "selector", "threshold", "sign")
+"""The settings of the stage select."""
+_CLUSTER = (*_PROBE, "first_layer", "k_min", "k_max", "profile_prompts")
+"""The settings of the stage cluster and of those before it."""
+
+
+def busy_blocks(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> tuple[MlpBlock, ...]:
+    """Begins the stage probe: of each mixture of experts, those take part that harmful prompts are routed to most often.
+
+    Args:
+        run: The base.
+        data: The prompts.
+        blocks: The base's feed-forward blocks.
+
+    Returns:
+        The blocks, mixtures without the other experts.
+    """
+    harmful = run.runtime.token_ids([prompt.text for prompt in data.harmful.prompts])
+    with run.run_dir.record.timed("probe"):
+        found = routed(run.model, blocks, harmful, run.recipe, run.pad, run.on_event)
+    for block, whole in zip(found, blocks, strict=True):
+        if block.mixture:
+            numbers = ", ".join(map(str, block.experts))
+            run.note(
+                f"layer {block.layer}: experts {numbers} of {len(whole.experts)}, which harmful prompts are routed to most"
+            )
+    return found
+
+
+def find_clusters(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> list[tuple[Selection, Clusters]]:
+    """The stages probe, select and cluster.
+
+    Args:
+        run: The base.
+        data: The prompts.
+        blocks: The base's feed-forward blocks.
+
+    Returns:
+        (selection, clusters) of each block.
+
+    Raises:
+        TrainingError: No neuron separates harmful from harmless prompts.
+    """
+    texts = [prompt.text for prompt in data.harmful.prompts + data.harmless]
+    inputs = {"prompts": digest_json(texts), "prompt tokens": run.recipe.max_prompt_tokens, "batch": run.recipe.probe_batch}
+    inputs["experts"] = [block.experts for block in blocks]
+    shapes = {f"{number}.npy": (len(texts), block.neurons) for number, block in enumerate(blocks)}
+    harmful = np.arange(len(texts)) < len(data.harmful.prompts)
+
+    def record(folder: Path) -> None:
+        with run.run_dir.record.timed("probe"):
+            collect(run.model, blocks, run.runtime.token_ids(texts), folder, run.recipe, run.pad, run.on_event)
+
+    with run.run_dir.arrays("activations", inputs, shapes, record) as make:
+        acts = _Once(make)
+        inputs |= {"harmful prompts": len(data.harmful.prompts)}
+        selections = _selected(run, blocks, acts, harmful, inputs)
+        return list(zip(selections, _clustered(run, blocks, acts, selections, inputs), strict=True))
+
+
+class _Once:
+    """The activations of all blocks, which are found or recorded when the first one is asked for."""
+
+    def __init__(self, make: Callable[[], list[FloatArray]]) -> None:
+        self._make = make
+        self._made: list[FloatArray] | None = None
+
+    def __getitem__(self, place: int) -> FloatArray:
+        if self._made is None:
+            self._made = self._make()
+        return self._made[place]
+
+
+def _selected(
+    run: Run, blocks: Sequence[MlpBlock], acts: _Once, harmful: npt.NDArray[np.bool_], inputs: Mapping[str, Any]
+) -> list[Selection]:
+    """The stage select: a result per block, without neurons below the first patched layer."""
+    inputs = {**inputs, **_settings(run, _PROBE)}
+    found = _found(run, "selections", inputs, _selection, blocks)
+    for place, block in enumerate(blocks):
+        if place == len(found):
+            block_acts = acts[place]
+            with run.run_dir.record.timed("select"):
+                found.append(select(block.layer, block_acts, harmful, run.recipe))
+            run.run_dir.keep_rows("selections", inputs, map(_row, found))
+        run.on_event(Event("select", place + 1, len(blocks)))
+    require_neurons(found)
+    first, reason = choose_first_layer(found, run.recipe)
+    run.decide("first layer", str(first), reason)
+    used = [one if one.layer >= first else one.skipped(f"below layer {first}, the first that is patched") for one in found]
+    require_neurons(used)
+    return used
+
+
+def _clustered(
+    run: Run, blocks: Sequence[MlpBlock], acts: _Once, selections: Sequence[Selection], inputs: Mapping[str, Any]
+) -> list[Clusters]:
+    """The stage cluster: a result per block."""
+    inputs = {**inputs, **_settings(run, _CLUSTER)}
+    found = _found(run, "clusters", inputs, _clusters, blocks)
+    if any(not np.array_equal(groups.neurons, one.neurons) for groups, one in zip(found, selections, strict=False)):
+        found = []
+    for place, selection in enumerate(selections):
+        if place == len(found):
+            block_acts = acts[place]
+            with run.run_dir.record.timed("cluster"):
+                found.append(cluster(selection, block_acts, run.recipe))
+            run.run_dir.keep_rows("clusters", inputs, map(_row, found))
+        run.note(f"layer {selection.layer}: {selection.reason}; {found[place].k} clusters")
+        run.on_event(Event("cluster", place + 1, len(blocks)))
+    return found
+
+
+def digest_layers(layers: Sequence[tuple[Selection, Clusters]]) -> str:
+    """The identity of the neurons that are trained.
+
+    Args:
+        layers: From `find_clusters`.
+
+    Returns:
+        SHA-256, hex.
+    """
+    return digest_json([_row(clusters) for _, clusters in layers])
+
+
+def _found(
+    run: Run, name: str, inputs: Mapping[str, Any], parse: Callable[[Any, int], T], blocks: Sequence[MlpBlock]
+) -> list[T]:
+    """What an earlier training kept of the first blocks."""
+    sizes = iter([block.neurons for block in blocks])
+    found = run.run_dir.rows(name, inputs, lambda row: parse(row, next(sizes)))
+    if [one.layer for one in found] != [block.layer for block in blocks][: len(found)]:
+        return []
+    if found:
+        run.run_dir.note_reused(f"{name} of {len(found)} blocks")
+    return found
+
+
+def _settings(run: Run, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(run.recipe, name) for name in names}
+
+
+def _row(value: Selection | Clusters) -> dict[str, Any]:
+    """A result as a JSON value; its floats are read back exactly."""
+    entries = asdict(value).items()
+    return {name: entry.tolist() if isinstance(entry, np.ndarray) else entry for name, entry in entries}
+
+
+def _selection(row: Any, size: int) -> Selection:
+    """A result of `_row`; raises ValueError, TypeError or LookupError for any other value."""
+    neurons, z = _integers(row["neurons"], size), np.array(row["z"], np.float32)
+    if z.shape != neurons.shape or (np.diff(neurons) <= 0).any():
+        raise ValueError("it is no selection")
+    return Selection(row["layer"], float(row["accuracy"]), neurons, z, str(row["reason"]))
+
+
+def _clusters(row: Any, size: int) -> Clusters:
+    """A result of `_row`; raises ValueError, TypeError or LookupError for any other value."""
+    neurons, k = _integers(row["neurons"], size), int(row["k"])
+    labels = _integers(row["labels"], k)
+    if labels.shape != neurons.shape or len(np.unique(labels)) != k or (np.diff(neurons) <= 0).any():
+        raise ValueError("they are no clusters")
+    silhouette = None if row["silhouette"] is None else float(row["silhouette"])
+    return Clusters(row["layer"], neurons, labels, k, silhouette, str(row["reason"]))
+
+
+def _integers(values: Any, end: int) -> npt.NDArray[np.int64]:
+    if not all(type(value) is int and 0 <= value < end for value in values):
+        raise ValueError("a number is out of range")
+    return np.array(values, np.int64)

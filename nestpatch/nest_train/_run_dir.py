@@ -1,0 +1,439 @@
+"""The run directory: what the stages of a training leave for the same training after an interruption, and for the next one.
+
+Every file states its inputs, which are everything that its content depends on, and the SHA-256 of its content. A file of other
+inputs counts as none, and so does a damaged one: a note says so, and the stage is done again. Files appear whole or not at all,
+and contain JSON, safetensors or npy without objects, since anybody may have put them there.
+
+Records are JSON Lines: a header, then one row per line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from nestpatch.errors import BusyError, CheckpointFormatError, OutputError
+from nestpatch.events import Event, OnEvent, ignore
+from nestpatch.files.atomic import new_place, remove, sync_tree, write_bytes
+from nestpatch.files.locks import lock
+from nestpatch.files.reading import open_regular, read_bounded
+from nestpatch.formats.checkpoint import Checkpoint
+from nestpatch.nest_train._record import RunRecord
+from nestpatch.patcher.state_dir import LEDGER
+from nestpatch.rows import FloatArray
+from nestpatch.runtimes.transformers import READ_WHOLE
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+RECORD = "run.json"
+"""The file that describes the run; it also marks a directory as one of runs."""
+_LOCK = "lock"
+_MAX_ROWS = 256 << 20
+"""Bytes of a record, at most: some hundred thousand answers."""
+_MAX_FACTS = 64 << 20
+"""Bytes of a file of tensors beside the tensors themselves, at most."""
+_BLOCK = 16 << 20
+_TEMPORARY = re.compile(r"\.[a-z][a-z.-]*\.[0-9a-f]{8}\.tmp", re.ASCII)
+_DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, struct.error)
+"""What the content of a file can provoke while it is parsed."""
+
+
+class RunDir:
+    """The files of a run directory. Without a folder it keeps nothing and finds nothing.
+
+    Attributes:
+        folder: The directory; None where nothing is kept.
+        context: Inputs of every file: the base and the arithmetic.
+        record: Describes the run for people.
+    """
+
+    def __init__(self, folder: Path | None = None, on_event: OnEvent = ignore) -> None:
+        self.folder = folder
+        self.context: dict[str, Any] = {}
+        self.record = RunRecord(folder / RECORD if folder else None)
+        self._reused: list[str] = []
+        self._on_event = on_event
+
+    def note_reused(self, what: str) -> None:
+        """Reports what an earlier training has left, and remembers it for the record of the run.
+
+        Args:
+            what: Such as "90 distilled answers".
+        """
+        self._reused.append(what)
+        self.record.update({"reused": self._reused})
+        self._note(f"reused: {what}")
+
+    def note_damaged(self, name: str, error: BaseException) -> None:
+        """Reports a file that cannot be used.
+
+        Args:
+            name: Its name without the ending.
+            error: Why not.
+        """
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        self._note(f"{name} of an earlier training not reused, the file is damaged: {reason}")
+
+    def rows(self, name: str, inputs: Mapping[str, Any], parse: Callable[[Any], T]) -> list[T]:
+        """Reads a record.
+
+        Args:
+            name: Its name without the ending.
+            inputs: What its rows depend on beside the context.
+            parse: Turns a JSON value into a row; raises ValueError, TypeError or LookupError for any other value.
+
+        Returns:
+            The rows; none where there is no record, where it is of other inputs, or where it is damaged.
+        """
+        if self.folder is None:
+            return []
+        try:
+            data = read_bounded(self.folder / f"{name}.jsonl", _MAX_ROWS, follow=False)
+            head, _, body = data.partition(b"\n")
+            if not self._fits(name, header := json.loads(head), inputs):
+                return []
+            _require_digest(header["sha256"], sha256(body).hexdigest())
+            return [parse(json.loads(line)) for line in body.split(b"\n")[:-1]]
+        except FileNotFoundError:
+            return []
+        except _DAMAGE as error:
+            self.note_damaged(name, error)
+            return []
+
+    def keep_rows(self, name: str, inputs: Mapping[str, Any], rows: Iterable[Any]) -> None:
+        """Writes a record in the place of an older one.
+
+        Args:
+            name: Its name without the ending.
+            inputs: As for `rows`.
+            rows: JSON values.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        if self.folder is not None:
+            write_bytes(self.folder / f"{name}.jsonl", self._record(inputs, rows), overwrite=True)
+
+    def value(self, name: str, inputs: Mapping[str, Any], make: Callable[[], T], parse: Callable[[Any], T]) -> T:
+        """A single value that must stay what it was: found in its record, or made and recorded.
+
+        Args:
+            name: Name of the record without the ending.
+            inputs: As for `rows`.
+            make: Makes it.
+            parse: As for `rows`.
+
+        Returns:
+            The value.
+        """
+        if len(found := self.rows(name, inputs, parse)) == 1:
+            return found[0]
+        self.keep_rows(name, inputs, [made := make()])
+        return made
+
+    def tensors(self, name: str, inputs: Mapping[str, Any], nbytes: int) -> tuple[Any, dict[str, torch.Tensor]] | None:
+        """Reads a file of tensors.
+
+        Args:
+            name: Its name without the ending.
+            inputs: As for `rows`.
+            nbytes: Bytes that its tensors have at most.
+
+        Returns:
+            (facts, tensors) of `keep_tensors`; None as for `rows`.
+        """
+        if self.folder is None:
+            return None
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            data = read_bounded(self.folder / f"{name}.safetensors", nbytes + _MAX_FACTS, follow=False)
+            found = load(data)
+            (length,) = struct.unpack_from("<Q", data)
+            header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["nestpatch"])
+            if not self._fits(name, header, inputs):
+                return None
+            _require_digest(header["sha256"], _digest(header["facts"], found))
+            return header["facts"], found
+        except FileNotFoundError:
+            return None
+        except (*_DAMAGE, SafetensorError) as error:
+            self.note_damaged(name, error)
+            return None
+
+    def keep_tensors(self, name: str, inputs: Mapping[str, Any], facts: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Writes tensors and a JSON value in one file, in the place of an older one.
+
+        Args:
+            name: Its name without the ending.
+            inputs: As for `rows`.
+            facts: A JSON value.
+            tensors: Of any type and on any device.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        if self.folder is None:
+            return
+        from safetensors.torch import save
+
+        here = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        header = {"inputs": {**self.context, **inputs}, "facts": facts, "sha256": _digest(facts, here)}
+        write_bytes(self.folder / f"{name}.safetensors", save(here, {"nestpatch": _json(header)}), overwrite=True)
+
+    @contextmanager
+    def arrays(
+        self, name: str, inputs: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]], make: Callable[[Path], Any]
+    ) -> Iterator[Callable[[], list[FloatArray]]]:
+        """A folder of float32 arrays, mapped into memory.
+
+        Args:
+            name: The folder's name.
+            inputs: As for `rows`.
+            shapes: Name of each file -> shape of its array.
+            make: Writes the files into an empty folder.
+
+        Yields:
+            A function that returns the arrays, in the order of `shapes`; they are found or made when it is called.
+
+        Raises:
+            OutputError: The folder cannot be written.
+        """
+        if self.folder is None:
+            # Windows cannot remove a file that is still mapped; the system's own cleaning removes it later.
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+
+                def made() -> list[FloatArray]:
+                    make(Path(temporary))
+                    return [_mapped(Path(temporary) / file, shape) for file, shape in shapes.items()]
+
+                yield made
+            return
+        place = self.folder / name
+
+        def kept() -> list[FloatArray]:
+            if found := self._kept_arrays(name, inputs, shapes):
+                self.note_reused(f"{name} of {len(found)} layers")
+                return found
+            remove(place)
+            with new_place(place) as sibling:
+                sibling.mkdir()
+                make(sibling)
+                digests = [_digest_of(_mapped(sibling / file, shape)) for file, shape in shapes.items()]
+                write_bytes(sibling / "files.jsonl", self._record(inputs, digests))
+                sync_tree(sibling)
+            return [_mapped(place / file, shape) for file, shape in shapes.items()]
+
+        yield kept
+
+    def _kept_arrays(
+        self, name: str, inputs: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]
+    ) -> list[FloatArray] | None:
+        digests = self.rows(f"{name}/files", inputs, _text)
+        if not digests or self.folder is None:
+            return None
+        try:
+            found = [_mapped(self.folder / name / file, shape) for file, shape in shapes.items()]
+            for array, digest in zip(found, digests, strict=True):
+                _require_digest(digest, _digest_of(array, finite=True))
+        except _DAMAGE as error:
+            self.note_damaged(name, error)
+            return None
+        return found
+
+    def wrote(self, output: Path, inputs: Mapping[str, Any]) -> bool:
+        """Whether a file is a pack that the same training wrote, so that it may replace it.
+
+        Args:
+            output: The file.
+            inputs: As for `keep_written`.
+
+        Returns:
+            False also for a file that cannot be read.
+        """
+        from nestpatch.errors import PackError
+        from nestpatch.formats.nest import read_bytes
+
+        try:
+            return sha256(read_bytes(output)).hexdigest() in self.rows("written", inputs, _text)
+        except PackError:
+            return False
+
+    def keep_written(self, digest: str, inputs: Mapping[str, Any]) -> None:
+        """Records, before it is written, a pack that the training writes.
+
+        Args:
+            digest: SHA-256 of its file.
+            inputs: What makes it the same training.
+        """
+        self.keep_rows("written", inputs, dict.fromkeys([*self.rows("written", inputs, _text), digest]))
+
+    def _record(self, inputs: Mapping[str, Any], rows: Iterable[Any]) -> bytes:
+        body = b"".join(_json(row).encode() + b"\n" for row in rows)
+        header = {"inputs": {**self.context, **inputs}, "sha256": sha256(body).hexdigest()}
+        return _json(header).encode() + b"\n" + body
+
+    def _fits(self, name: str, header: Any, inputs: Mapping[str, Any]) -> bool:
+        """Whether a file has these inputs; a note says which ones differ."""
+        wanted, found = json.loads(_json({**self.context, **inputs})), header["inputs"]
+        if found == wanted:
+            return True
+        differ = sorted(key for key in {*wanted, *found} if found.get(key) != wanted.get(key))
+        self._note(f"{name} of an earlier training not reused: another {', '.join(differ)}")
+        return False
+
+    def _note(self, text: str) -> None:
+        self._on_event(Event("note", note=text))
+
+
+@contextmanager
+def open_run(folder: str | Path | None, on_event: OnEvent = ignore) -> Iterator[RunDir]:
+    """Opens or creates a run directory, and keeps other trainings out of it.
+
+    Args:
+        folder: The directory; None keeps nothing.
+        on_event: Called with notes on what was reused.
+
+    Yields:
+        The run directory.
+
+    Raises:
+        OutputError: It cannot be created or locked, or it is a folder of something else.
+        BusyError: Another training uses it.
+    """
+    if folder is None:
+        yield RunDir(None, on_event)
+        return
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        names = {entry.name for entry in path.iterdir()}
+        if names - {_LOCK} and RECORD not in names:
+            raise OutputError(
+                f"{path} is not empty, and is not a run directory: it has no {RECORD}",
+                advice="Give a new folder, or the one of an earlier training.",
+            )
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        handle = os.open(path / _LOCK, flags | getattr(os, "O_CLOEXEC", 0), 0o666)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot write the run directory {path}: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        if not _locked(handle, path):
+            raise BusyError(
+                f"another training uses the run directory {path}", advice="Wait until it has ended, or give another folder."
+            )
+        for name in names:
+            if _TEMPORARY.fullmatch(name):  # left by a killed process
+                remove(path / name)
+        run_dir = RunDir(path, on_event)
+        with run_dir.record.session():
+            yield run_dir
+    finally:
+        os.close(handle)
+
+
+def _locked(handle: int, path: Path) -> bool:
+    try:
+        return lock(handle, wait=False)
+    except OSError as error:
+        raise OutputError(
+            f"cannot lock the run directory {path}: {error.strerror or error}",
+            advice="Give a folder on a file system with locks, such as a local disk.",
+        ) from error
+
+
+def base_digest(checkpoint: Checkpoint, path: Path) -> str:
+    """The identity of a base: everything that transformers reads of it.
+
+    Args:
+        checkpoint: The base.
+        path: Its directory or file.
+
+    Returns:
+        SHA-256, hex, of the weights, and of the configuration, the tokenizer and the chat template beside them.
+
+    Raises:
+        CheckpointFormatError: A file cannot be read.
+    """
+    files = {file.name: file for file in checkpoint.files}
+    if path.suffix != ".gguf":
+        folder = path if path.is_dir() else path.parent
+        beside = [f for f in folder.iterdir() if f.suffix in READ_WHOLE and not f.name.endswith(LEDGER) and f.is_file()]
+        files |= {file.name: file for file in beside}
+    whole = sha256()
+    for name in sorted(files):
+        state = sha256()
+        with open_regular(files[name], error=CheckpointFormatError) as file:
+            while block := file.read(_BLOCK):
+                state.update(block)
+        whole.update(f"{name} {state.hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """The digest of a JSON value, to be an input.
+
+    Args:
+        value: Any JSON value.
+
+    Returns:
+        SHA-256, hex.
+    """
+    return sha256(_json(value).encode()).hexdigest()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("it is not a text")
+    return value
+
+
+def _require_digest(stated: Any, found: str) -> None:
+    if stated != found:
+        raise ValueError("its content is not what was written")
+
+
+def _digest(facts: Any, tensors: Mapping[str, torch.Tensor]) -> str:
+    state = sha256(_json(facts).encode())
+    for name in sorted(tensors):
+        array = tensors[name].numpy()
+        state.update(f"{name} {array.dtype} {array.shape}".encode())
+        state.update(array.tobytes())
+    return state.hexdigest()
+
+
+def _mapped(path: Path, shape: tuple[int, int]) -> FloatArray:
+    """A float32 array in a file; raises ValueError or OSError for anything else there."""
+    with open_regular(path, follow=False):
+        array = np.lib.format.open_memmap(path, mode="r")
+    if array.shape != shape or array.dtype != np.float32:
+        raise ValueError(f"an array {array.shape} of {array.dtype} in the place of {shape} of float32")
+    return np.asarray(array)
+
+
+def _digest_of(array: FloatArray, *, finite: bool = False) -> str:
+    """SHA-256 of an array, read in blocks; with `finite`, raises ValueError where a number is not."""
+    state, step = sha256(), max(1, _BLOCK // max(1, 4 * array.shape[1]))
+    for start in range(0, len(array), step):
+        part = np.ascontiguousarray(array[start : start + step])
+        if finite and not np.isfinite(part).all():
+            raise ValueError("it contains numbers that are not finite")
+        state.update(part.data)
+    return state.hexdigest()
