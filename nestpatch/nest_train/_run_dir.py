@@ -226,7 +226,7 @@ class RunDir:
 
         def kept() -> list[FloatArray]:
             if found := self._kept_arrays(name, inputs, shapes):
-                self.note_reused(f"{name} of {len(found)} layers")
+                self.note_reused(f"{name} of {len(found)} blocks")
                 return found
             remove(place)
             with new_place(place) as sibling:

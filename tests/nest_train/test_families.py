@@ -32,7 +32,6 @@ from tests.gguf_files import needs_llama, write_gguf
 from tests.helpers import tree_digest, weight_files
 from tests.nest_train.conftest import CONFIGS, MIXTURES, MORE, VISION
 from tests.nest_train.quick import QUICK
-from tests.nest_train.test_train import data, prompts  # noqa: F401 - fixtures
 
 RECIPE = dataclasses.replace(QUICK, steps=2, check_every=2, k_min=4, k_max=4, max_answer_tokens=4)
 STACKED = ("mixtral-stacked", "qwen3-moe-stacked")
@@ -62,7 +61,7 @@ Training = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
-def training(data: TrainingData) -> Training:  # noqa: F811
+def training(data: TrainingData) -> Training:
     """(base, settings) -> a training, and the model when its deltas have been rounded to what the pack stores."""
 
     def run(base: Path, **settings: Any) -> Result:

@@ -224,8 +224,8 @@ def test_a_training_that_ended_is_only_read(models, data, suites, copied: Path, 
         "6 of 6 base answers",
         "40 of 40 distilled answers",
         "80 of 80 distilled answers",
-        "selections of 2 layers",
-        "clusters of 2 layers",
+        "selections of 2 blocks",
+        "clusters of 2 blocks",
         "6 of 6 tuning steps",
         "6 of 6 pack answers",
         "6 of 6 pack answers",
@@ -235,13 +235,13 @@ def test_a_training_that_ended_is_only_read(models, data, suites, copied: Path, 
 @pytest.mark.parametrize(
     ("change", "reused", "again"),
     [
-        ({"steps": 4}, {"clusters of 2 layers"}, "tuning of an earlier training not reused: another steps"),
+        ({"steps": 4}, {"clusters of 2 blocks"}, "tuning of an earlier training not reused: another steps"),
         (
             {"k_max": 9},
-            {"selections of 2 layers", "activations of 2 layers"},
+            {"selections of 2 blocks", "activations of 2 blocks"},
             "clusters of an earlier training not reused: another",
         ),
-        ({"threshold": 0.7}, {"activations of 2 layers"}, "selections of an earlier training not reused: another threshold"),
+        ({"threshold": 0.7}, {"activations of 2 blocks"}, "selections of an earlier training not reused: another threshold"),
         (
             {"probe_batch": 32},
             {"80 of 80 distilled answers"},
@@ -330,7 +330,7 @@ def test_damaged_files_are_noticed_and_made_again(models, data, suites, copied: 
 def test_one_damaged_array_is_noticed(models, data, suites, copied: Path, kept) -> None:
     for name in ("selections", "clusters"):
         (copied / f"{name}.jsonl").unlink()
-    np.save(copied / "activations" / "layer1.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.save(copied / "activations" / "1.npy", np.array([{}], dtype=object), allow_pickle=True)
     trained, notes = run(models("llama"), data, copied, suites=suites)
     assert any(note.startswith("activations of an earlier training not reused, the file is damaged") for note in notes)
     assert nest.encode(trained.pack) == kept[1]
