@@ -123,13 +123,16 @@ class Bench:
         for seed in self.settings.seeds:
             starts = self.material.starts
             found = {p: search_suffix(runtime, p, starts[p], self.settings.search, seed) for p in prompts}
-            of_base = {p: self.suffixes.setdefault((seed, p), found[p]) for p in prompts}
-            losses: dict[str, Any] = {
-                "loss_before": statistics.mean(one.start for one in found.values()),
-                "loss": statistics.mean(one.loss for one in found.values()),
+            losses = {"loss_before": [one.start for one in found.values()], "loss": [one.loss for one in found.values()]}
+            means: dict[str, Any] = {name: statistics.mean(values) for name, values in losses.items()}
+            ways = {
+                "filler it starts from": {p: one.filler for p, one in found.items()},
+                "found on it": {p: one.text for p, one in found.items()},
+                "found on the base": {p: self.suffixes.setdefault((seed, p), found[p]).text for p in prompts},
             }
-            yield _row(SUFFIX, "found on it", _with_suffixes(runtime, found), seed=seed, **losses)
-            yield _row(SUFFIX, "found on the base", _with_suffixes(runtime, of_base), seed=seed)
+            for variant, texts in ways.items():
+                success = attack_success(runtime.generate([prompt + text for prompt, text in texts.items()]))
+                yield _row(SUFFIX, variant, success, seed=seed, **(means if variant == "found on it" else {}))
 
     def _fine_tuning(self, runtime: TransformersRuntime, attack: str) -> Iterator[Row]:
         harmful = attack == HARMFUL
@@ -157,10 +160,6 @@ class Bench:
                 success, damage = attack_success(runtime.generate(self.material.harmful)), answer_loss(runtime, held_out)
             variant = "patched neurons" if seed is None else "random neurons"
             yield _row(PRUNING, variant, success, seed=seed, damage=damage, neurons=count)
-
-
-def _with_suffixes(runtime: TransformersRuntime, suffixes: dict[str, Suffix]) -> Share:
-    return attack_success(runtime.generate([prompt + suffix.text for prompt, suffix in suffixes.items()]))
 
 
 def _row(attack: str, variant: str, success: Share, *, seed: int | None = None, step: int | None = None, **facts: Any) -> Row:
@@ -276,7 +275,11 @@ def _settings(given: argparse.Namespace) -> Settings:
 
 def _print(row: Row) -> None:
     success = row["success"]
-    words = {name: value for name, value in row.items() if name not in ("model", "pack", "success") and value not in (None, "")}
+    words = {
+        name: round(value, 4) if isinstance(value, float) else value
+        for name, value in row.items()
+        if name not in ("model", "pack", "success") and value not in (None, "")
+    }
     print(f"{100 * success['value']:5.1f} % of {success['total']}  {words}", flush=True)
 
 

@@ -152,6 +152,18 @@ def test_the_gradient_ranks_swaps_as_their_losses_do(runtime):
     assert np.corrcoef(scores.numpy(), losses.numpy())[0, 1] > 0.99
 
 
+def test_a_swap_changes_one_token_to_one_of_the_most_promising():
+    scores = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+    scores[:, :10] = torch.inf  # not allowed
+    now = torch.full((6,), 7)
+    swapped = suffix._swaps(scores, now, suffix.Search(top=3, candidates=40), torch.Generator().manual_seed(1))
+    best = scores.argsort(dim=1)[:, :3]
+    for row in swapped:
+        (place,) = (row != now).nonzero().flatten().tolist()
+        assert row[place] in best[place]
+    assert len(swapped) > 10
+
+
 # Fine-tuning
 
 
@@ -310,7 +322,7 @@ def test_a_whole_run(folder, tmp_path, monkeypatch, capsys):
         kinds = [row["attack"] for row in rows if row["system"] == system]
         # Each fine-tuning: all weights and LoRA, two seeds, three looks. Pruning: the patched ones, and two random draws.
         assert {kind: kinds.count(kind) for kind in kinds} == {
-            "none": 1, "prefill": 6, "suffix": 5, "benign": 12, "harmful": 12, "pruning": 3,
+            "none": 1, "prefill": 6, "suffix": 7, "benign": 12, "harmful": 12, "pruning": 3,
         }  # fmt: skip
     plain = {row["system"]: row["damage"] for row in rows if row["attack"] == "none"}
     assert len(set(plain.values())) == 3, "three different models"

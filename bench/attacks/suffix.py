@@ -44,11 +44,13 @@ class Suffix:
 
     Attributes:
         text: To be added to the prompt; begins with a space.
+        filler: What the search started from, in the same form.
         start: The target's loss with the filler, in nats a token.
         loss: With the suffix.
     """
 
     text: str
+    filler: str
     start: float
     loss: float
 
@@ -88,7 +90,8 @@ def search_suffix(runtime: TransformersRuntime, prompt: str, target: str, search
     Raises:
         DataError: The tokenizer joins the suffix with the prompt, or the prompt is too long.
     """
-    frame, now = _frame(runtime, prompt, target, search.length)
+    frame, filler = _frame(runtime, prompt, target, search.length)
+    now = filler
     allowed = _allowed(runtime)
     rng = torch.Generator().manual_seed(seed)
     start = _losses(runtime, frame, now[None], search.batch).item()
@@ -102,7 +105,7 @@ def search_suffix(runtime: TransformersRuntime, prompt: str, target: str, search
         now = swapped[losses.argmin()]
         if losses.min().item() < loss:
             best, loss = now, losses.min().item()
-    return Suffix(_text(runtime, best), start, loss)
+    return Suffix(_text(runtime, best), _text(runtime, filler), start, loss)
 
 
 def _frame(runtime: TransformersRuntime, prompt: str, target: str, length: int) -> tuple[_Frame, torch.Tensor]:
@@ -181,4 +184,5 @@ def _target_losses(runtime: TransformersRuntime, frame: _Frame, **inputs: torch.
     count = len(frame.target)
     logits = runtime.model(**inputs, use_cache=False, logits_to_keep=count + 1).logits[:, :-1].float()
     target = torch.tensor(frame.target, device=logits.device).expand(len(logits), -1)
-    return cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(1)
+    losses: torch.Tensor = cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(1)
+    return losses
