@@ -1,6 +1,6 @@
 """The demo on the lab's model: safetensors, GGUF and ONNX files, in minutes and without any download.
 
-Public: `run_lab_demo`.
+Public: `run_lab_demo`; `train_lab_pack` for the benchmarks.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def run_lab_demo(seed: int = 0, keep: Path | None = None, on_event: OnEvent = ig
         copy_lab(lab, folder)
         origin = "from the cache" if lab.cached else "trained from scratch"
         clock.lap("lab", f"a chat model of {lab.parameters:,} parameters, {origin}")
-        trained = _train(lab, folder, seed, on_event)
+        trained = train_lab_pack(lab, folder / PACK, on_event)
         clock.lap("train", describe_training(trained))
         applied = apply(folder / "base", folder / PACK, folder / "patched", trust="none", on_event=on_event)
         clock.lap("apply", f"{applied.rows} rows of {applied.tensors} tensors merged into the safetensors file")
@@ -107,11 +107,25 @@ def run_lab_demo(seed: int = 0, keep: Path | None = None, on_event: OnEvent = ig
     return LabDemo(seed, before, after, *sizes, clock.stages, applied, formats)
 
 
-def _train(lab: Lab, folder: Path, seed: int, on_event: OnEvent) -> Trained:
+def train_lab_pack(lab: Lab, output: Path, on_event: OnEvent = ignore) -> Trained:
+    """Trains a pack on a lab's base and prompts, with the recipe `lab`.
+
+    Args:
+        lab: The lab, whose seed is also that of the training.
+        output: The pack's file, which must not exist.
+        on_event: Called with the progress.
+
+    Returns:
+        The result of the training.
+
+    Raises:
+        TrainingError: No neuron separates harmful from harmless prompts.
+        OutputError: The file exists or cannot be written.
+    """
     data = TrainingData(*(load_prompts(lab.prompts(f"{kind}.train")) for kind in ("harmful", "benign", "lookalike")))
     label = Label("lab-no-harm", description="Refuses the harmful requests of the lab world.", license="Apache-2.0")
-    recipe = make_recipe("lab", defaults={"seed": seed})
-    return train(folder / "base", data, label, recipe=recipe, output=folder / PACK, on_event=on_event)
+    recipe = make_recipe("lab", defaults={"seed": lab.seed})
+    return train(lab.base, data, label, recipe=recipe, output=output, on_event=on_event)
 
 
 def _run_gguf(folder: Path, suites: Sequence[Suite], on_event: OnEvent) -> tuple[FormatResult, ...]:
