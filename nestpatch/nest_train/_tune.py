@@ -77,6 +77,8 @@ class TuneResult:
 
 Answer = Callable[[Sequence[str]], list[str]]
 """Prompts -> the beginnings of the model's answers."""
+Loss = Callable[[Trunk, Recipe, Examples], torch.Tensor]
+"""The model, the settings and a batch -> a scalar. It is also called for held-out prompts, then without gradients."""
 
 
 class Trainable(Protocol):
@@ -121,7 +123,13 @@ class Trainable(Protocol):
 
 
 def tune(
-    trunk: Trunk, deltas: Trainable, data: Examples, answer: Answer, recipe: Recipe, on_event: OnEvent = ignore
+    trunk: Trunk,
+    deltas: Trainable,
+    data: Examples,
+    answer: Answer,
+    recipe: Recipe,
+    on_event: OnEvent = ignore,
+    loss_function: Loss | None = None,
 ) -> TuneResult:
     """Trains the deltas, stops early by held-out prompts, and leaves the best deltas in place.
 
@@ -132,6 +140,7 @@ def tune(
         answer: Answers prompts by the model as it is now; used where `check_prompts` is over 0.
         recipe: The settings of the stage, and the seed.
         on_event: Called with the loss after every step, and with what the held-out prompts showed.
+        loss_function: What is minimised; None for `batch_loss`.
 
     Returns:
         How many steps were done, and what the held-out prompts showed.
@@ -148,7 +157,7 @@ def tune(
     groups = deltas.groups(recipe.learning_rate)
     optimizer = accelerator.prepare(torch.optim.AdamW(groups, lr=0.0, weight_decay=recipe.weight_decay))
     parameters = [parameter for group in groups for parameter in group["params"]]
-    loss_of = partial(batch_loss, trunk, recipe)
+    loss_of = partial(loss_function or batch_loss, trunk, recipe)
     looks: list[Look] = []
     stale, reason = 0, f"all {recipe.steps} steps done"
     with deltas.attached():

@@ -10,7 +10,7 @@ import dataclasses
 import importlib.util
 import platform
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -40,7 +40,7 @@ from nestpatch.runtimes.weights import MlpBlock, disk_name, same_weights
 
 if TYPE_CHECKING:
     from nestpatch.nest_train._deltas import DeltaSet
-    from nestpatch.nest_train._tune import Trainable, TuneResult
+    from nestpatch.nest_train._tune import Loss, Trainable, TuneResult
 
 _NO_LOOKALIKES = (
     "no look-alike prompts: nothing teaches the patched model to answer harmless prompts that look harmful, "
@@ -48,6 +48,10 @@ _NO_LOOKALIKES = (
 )
 _PACKAGES = ("torch", "transformers", "accelerate", "sklearn")
 """The modules of the extra `train` that every training imports."""
+
+
+Choose = Callable[[Run, Sequence[MlpBlock], Sequence[FloatArray], npt.NDArray[np.bool_]], list[Selection]]
+"""How `selected` is called."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +200,9 @@ def _train(
     return trained if before is None else _evaluated(run, trained, suites, deltas, before)
 
 
-def fit(run: Run, blocks: Sequence[MlpBlock], change: Trainable, examples: Examples) -> TuneResult:
+def fit(
+    run: Run, blocks: Sequence[MlpBlock], change: Trainable, examples: Examples, loss_function: Loss | None = None
+) -> TuneResult:
     """The stages remember and tune.
 
     Args:
@@ -204,6 +210,7 @@ def fit(run: Run, blocks: Sequence[MlpBlock], change: Trainable, examples: Examp
         blocks: Its feed-forward blocks.
         change: What is trained, in place.
         examples: The training examples.
+        loss_function: As for `tune`.
 
     Returns:
         How the tuning went.
@@ -221,7 +228,7 @@ def fit(run: Run, blocks: Sequence[MlpBlock], change: Trainable, examples: Examp
         run.decide("step", *skipped)
         run.on_event(Event("tune", 0, run.recipe.steps, f"{change.trainable} parameters"))
         answer = partial(run.generate, stage="look", tokens=JUDGED_TOKENS)
-        result = tune(trunk, change, examples, answer, run.recipe, run.on_event)
+        result = tune(trunk, change, examples, answer, run.recipe, run.on_event, loss_function)
     run.note(f"kept step {result.kept.step} of {result.steps} ({result.reason}): {result.kept}; the base: {result.before}")
     return result
 
@@ -292,13 +299,16 @@ def _identity(pack: Pack) -> tuple[str, int]:
     return sha256(data).hexdigest(), len(data)
 
 
-def find_clusters(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> list[tuple[Selection, Clusters]]:
+def find_clusters(
+    run: Run, data: TrainingData, blocks: Sequence[MlpBlock], choose: Choose | None = None
+) -> list[tuple[Selection, Clusters]]:
     """The stages probe, select and cluster.
 
     Args:
         run: The base.
         data: The prompts.
         blocks: The base's feed-forward blocks.
+        choose: The stage select; None for `selected`.
 
     Returns:
         (selection, clusters) of each layer.
@@ -311,7 +321,7 @@ def find_clusters(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> l
     # Windows cannot remove a file that is still mapped; the system's own cleaning removes it later.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         acts = collect(run.model, blocks, run.runtime.token_ids(texts), Path(folder), run.recipe, run.pad, run.on_event)
-        selections = _selected(run, blocks, acts, harmful)
+        selections = (choose or selected)(run, blocks, acts, harmful)
         found = []
         for selection, layer in zip(selections, acts, strict=True):
             found.append((selection, cluster(selection, layer, run.recipe)))
@@ -321,10 +331,23 @@ def find_clusters(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> l
     return found
 
 
-def _selected(
+def selected(
     run: Run, blocks: Sequence[MlpBlock], acts: Sequence[FloatArray], harmful: npt.NDArray[np.bool_]
 ) -> list[Selection]:
-    """The stage select: a result per layer, without neurons below the first patched layer."""
+    """The stage select.
+
+    Args:
+        run: The recipe is read, and the choice of the first layer is recorded.
+        blocks: The base's feed-forward blocks.
+        acts: float32 [prompts, neurons] of each block.
+        harmful: bool [prompts].
+
+    Returns:
+        A result per layer, without neurons below the first patched layer.
+
+    Raises:
+        TrainingError: No neuron separates harmful from harmless prompts.
+    """
     found = []
     for block, layer in zip(blocks, acts, strict=True):
         found.append(select(block.layer, layer, harmful, run.recipe))
