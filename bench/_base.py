@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import resource
 import sys
@@ -166,6 +167,7 @@ class Peak:
     """The largest memory since it was made, in MB: of the device, or of this process where that is the CPU."""
 
     def __init__(self, device: torch.device) -> None:
+        gc.collect()
         self.cuda = device.type == "cuda"
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
