@@ -32,6 +32,7 @@ docs: $(STAMP)
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz_readers --seconds 60
 
+# What takes minutes; bench/README.md names the others.
 bench: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m bench.demo --lab

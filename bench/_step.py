@@ -25,6 +25,7 @@ from nestpatch.nest_train._tune import batch_loss, batches
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe, make_recipe
 from nestpatch.patcher.recovery import open_model
+from nestpatch.runtimes.stored import StoredWeights
 from nestpatch.runtimes.text import IGNORED, TokenPair, collate, encode_pairs
 from nestpatch.runtimes.transformers import load_model, locate, pick_device, pick_dtype
 from nestpatch.runtimes.weights import MlpBlock, find_mlps
@@ -64,7 +65,7 @@ class Nest:
         blocks, self.recipe = find_mlps(model), recipe
         self.deltas = DeltaSet(blocks, [_clusters(block, len(blocks) // 2, recipe.k_min) for block in blocks])
         if checkpoint is not None:
-            self.deltas.quantize_like(checkpoint)
+            self.deltas.quantize_like(StoredWeights(model, checkpoint))
         self.trained = self.deltas.trainable
         self.trunk = Trunk(model, blocks, self.deltas.first_layer, pad)
         self.trunk.checkpointing = recipe.checkpointing == "on"

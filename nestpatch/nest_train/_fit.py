@@ -17,13 +17,21 @@ from nestpatch.runtimes.weights import MlpBlock
 
 if TYPE_CHECKING:
     from nestpatch.nest_train._trunk import Trunk
+    from nestpatch.nest_train._tune import Loss
     from nestpatch.nest_train._tune_state import Trainable, TuneResult, TuneState
 
 _AFTER_TUNING = ("max_answer_tokens", "delta_dtype")
 """Settings that the tuning does not depend on."""
 
 
-def fit(run: Run, blocks: Sequence[MlpBlock], change: Trainable, examples: Examples, neurons: str = "") -> TuneResult:
+def fit(
+    run: Run,
+    blocks: Sequence[MlpBlock],
+    change: Trainable,
+    examples: Examples,
+    neurons: str = "",
+    loss_function: Loss | None = None,
+) -> TuneResult:
     """The stages remember and tune.
 
     Args:
@@ -32,6 +40,7 @@ def fit(run: Run, blocks: Sequence[MlpBlock], change: Trainable, examples: Examp
         change: What is trained, in place.
         examples: The training examples.
         neurons: The identity of what `change` is attached to.
+        loss_function: As for `tune`.
 
     Returns:
         How the tuning went.
@@ -50,14 +59,21 @@ def fit(run: Run, blocks: Sequence[MlpBlock], change: Trainable, examples: Examp
         run.decisions |= state.decisions
         state.keep_best(change)
     else:
-        _remember_and_tune(run, blocks, change, examples, state)
+        _remember_and_tune(run, blocks, change, examples, state, loss_function)
     run.run_dir.record.update(tuning=state.as_json())
     result = state.result
     run.note(f"kept step {result.kept.step} of {result.steps} ({result.reason}): {result.kept}; the base: {result.before}")
     return result
 
 
-def _remember_and_tune(run: Run, blocks: Sequence[MlpBlock], change: Trainable, examples: Examples, state: TuneState) -> None:
+def _remember_and_tune(
+    run: Run,
+    blocks: Sequence[MlpBlock],
+    change: Trainable,
+    examples: Examples,
+    state: TuneState,
+    loss_function: Loss | None,
+) -> None:
     from nestpatch.nest_train._trunk import Trunk
     from nestpatch.nest_train._tune import tune
 
@@ -69,7 +85,7 @@ def _remember_and_tune(run: Run, blocks: Sequence[MlpBlock], change: Trainable, 
         answer = partial(run.generate, stage="look", tokens=JUDGED_TOKENS)
         with timed("tune"):
             recipe = dataclasses.replace(run.recipe, micro_batch=state.micro_batch)
-            tune(trunk, change, examples, answer, recipe, run.on_event, state)
+            tune(trunk, change, examples, answer, recipe, run.on_event, state, loss_function)
 
 
 def _remember(run: Run, trunk: Trunk, change: Trainable, examples: Examples, state: TuneState, folder: Path) -> None:

@@ -60,13 +60,20 @@ def busy_blocks(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> tup
     return found
 
 
-def find_clusters(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> list[tuple[Selection, Clusters]]:
+Choose = Callable[[Run, Sequence[MlpBlock], "Activations", npt.NDArray[np.bool_]], list[Selection]]
+"""Another stage select, called as `selected` is."""
+
+
+def find_clusters(
+    run: Run, data: TrainingData, blocks: Sequence[MlpBlock], choose: Choose | None = None
+) -> list[tuple[Selection, Clusters]]:
     """The stages probe, select and cluster.
 
     Args:
         run: The base.
         data: The prompts.
         blocks: The base's feed-forward blocks.
+        choose: The stage select; None for `selected`. What it finds is not kept in a run directory.
 
     Returns:
         (selection, clusters) of each block.
@@ -85,13 +92,13 @@ def find_clusters(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> l
             collect(run.model, blocks, run.runtime.token_ids(texts), folder, run.recipe, run.pad, run.on_event)
 
     with run.run_dir.arrays("activations", inputs, shapes, record) as make:
-        acts = _Once(make)
+        acts = Activations(make)
         inputs |= {"harmful prompts": len(data.harmful.prompts)}
-        selections = _selected(run, blocks, acts, harmful, inputs)
+        selections = choose(run, blocks, acts, harmful) if choose else selected(run, blocks, acts, harmful, inputs)
         return list(zip(selections, _clustered(run, blocks, acts, selections, inputs), strict=True))
 
 
-class _Once:
+class Activations:
     """The activations of all blocks, which are found or recorded when the first one is asked for."""
 
     def __init__(self, make: Callable[[], list[FloatArray]]) -> None:
@@ -104,11 +111,29 @@ class _Once:
         return self._made[place]
 
 
-def _selected(
-    run: Run, blocks: Sequence[MlpBlock], acts: _Once, harmful: npt.NDArray[np.bool_], inputs: Mapping[str, Any]
+def selected(
+    run: Run,
+    blocks: Sequence[MlpBlock],
+    acts: Activations,
+    harmful: npt.NDArray[np.bool_],
+    inputs: Mapping[str, Any] | None = None,
 ) -> list[Selection]:
-    """The stage select: a result per block, without neurons below the first patched layer."""
-    inputs = {**inputs, **_settings(run, _PROBE)}
+    """The stage select.
+
+    Args:
+        run: The recipe is read, and the choice of the first layer is recorded.
+        blocks: The base's feed-forward blocks.
+        acts: float32 [prompts, neurons] of each block.
+        harmful: bool [prompts].
+        inputs: What the activations depend on; None keeps nothing in the run directory.
+
+    Returns:
+        A result per block, without neurons below the first patched layer.
+
+    Raises:
+        TrainingError: No neuron separates harmful from harmless prompts.
+    """
+    inputs = {**(inputs or {}), **_settings(run, _PROBE)}
     found = _found(run, "selections", inputs, _selection, blocks)
     for place, block in enumerate(blocks):
         if place == len(found):
@@ -126,7 +151,7 @@ def _selected(
 
 
 def _clustered(
-    run: Run, blocks: Sequence[MlpBlock], acts: _Once, selections: Sequence[Selection], inputs: Mapping[str, Any]
+    run: Run, blocks: Sequence[MlpBlock], acts: Activations, selections: Sequence[Selection], inputs: Mapping[str, Any]
 ) -> list[Clusters]:
     """The stage cluster: a result per block."""
     inputs = {**inputs, **_settings(run, _CLUSTER)}

@@ -106,7 +106,7 @@ class Trunk:
 
     def __init__(self, model: PreTrainedModel, blocks: Sequence[MlpBlock], first: int, pad: int) -> None:
         self._model, self._pad = model, pad
-        self._layers, self._start = _layers_of(model, next(block for block in blocks if block.layer == first))
+        self._layers, self._start = layers_of(model, next(block for block in blocks if block.layer == first))
         self._head: nn.Module = model.get_output_embeddings()
         self._hidden: _Store | None = None
         self._final: _Store | None = None
@@ -279,7 +279,7 @@ class Trunk:
         return float(((short - whole).abs() * whole.exp()).sum(-1).mean())
 
 
-def _layers_of(model: PreTrainedModel, block: MlpBlock) -> tuple[nn.ModuleList, int]:
+def layers_of(model: PreTrainedModel, block: MlpBlock) -> tuple[nn.ModuleList, int]:
     """The list of layers, and the number in it of the one that contains a block; an empty list where there is none."""
     # The first number in the name: a mixture of experts has lists of its own further down. A layer can be its own block (OPT).
     name = re.match(r"(.*?)\.(\d+)(?:\.|$)", block.name)

@@ -25,6 +25,8 @@ _WINDOW = 8
 
 Answer = Callable[[Sequence[str]], list[str]]
 """Prompts -> the beginnings of the model's answers."""
+Loss = Callable[[Trunk, Recipe, Examples], torch.Tensor]
+"""The model, the settings and a batch -> a scalar. It is also called for held-out prompts, then without gradients."""
 
 
 def tune(
@@ -35,6 +37,7 @@ def tune(
     recipe: Recipe,
     on_event: OnEvent = ignore,
     state: TuneState | None = None,
+    loss_function: Loss | None = None,
 ) -> TuneResult:
     """Trains the deltas, stops early by held-out prompts, and leaves the best deltas in place.
 
@@ -46,6 +49,7 @@ def tune(
         recipe: The settings of the stage, and the seed.
         on_event: Called with the loss after every step, and with what the held-out prompts showed.
         state: Where an interrupted tuning goes on, and where this one is stored; None begins one that is not stored.
+        loss_function: What is minimised; None for `batch_loss`.
 
     Returns:
         How many steps were done, and what the held-out prompts showed.
@@ -62,7 +66,7 @@ def tune(
     groups = deltas.groups(recipe.learning_rate)
     optimizer = accelerator.prepare(torch.optim.AdamW(groups, lr=0.0, weight_decay=recipe.weight_decay))
     parameters = [parameter for group in groups for parameter in group["params"]]
-    loss_of = partial(batch_loss, trunk, recipe)
+    loss_of = partial(batch_loss, trunk, recipe) if loss_function is None else partial(_whole, loss_function, trunk, recipe)
     state = state or TuneState()
     with deltas.attached():
 
@@ -98,6 +102,16 @@ def tune(
         state.save(deltas, optimizer, now=True)
     state.keep_best(deltas)
     return state.result
+
+
+def _whole(
+    loss_function: Loss, trunk: Trunk, recipe: Recipe, batch: Examples, backward: Callable[[torch.Tensor], Any] | None = None
+) -> torch.Tensor:
+    """Another loss, called as `batch_loss` is; it is computed without micro-batches."""
+    loss = loss_function(trunk, recipe, batch)
+    if backward is not None:
+        backward(loss)
+    return loss.detach() if backward is not None else loss
 
 
 def _schedule(optimizer: Any, step: int, recipe: Recipe) -> float:

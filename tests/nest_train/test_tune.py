@@ -322,6 +322,23 @@ def test_tuning_lowers_the_held_out_loss_and_moves_nothing_but_deltas(tuning: Tu
     assert all(module.delta.abs().max() > 0 for module in tuning.deltas.modules)
 
 
+def test_tuning_minimises_another_loss(tuning: Tuning) -> None:
+    """It is asked with gradients in a step and without at a look, and decides which step is kept."""
+    asked: list[bool] = []
+
+    def towards_one(trunk: Trunk, recipe: Recipe, batch: Examples) -> torch.Tensor:
+        assert (trunk, recipe, bool(batch.harmful)) == (tuning.trunk, QUICK, True)
+        asked.append(torch.is_grad_enabled())
+        return sum((module.delta - 1).square().mean() for module in tuning.deltas.modules)
+
+    result = tuning.run(QUICK, loss_function=towards_one)
+    assert asked.count(True) == QUICK.steps
+    assert False in asked
+    assert result.kept == result.looks[-1]
+    assert result.kept.loss < result.before.loss == len(tuning.deltas.modules)
+    assert (tuning.flat() > 0).all()
+
+
 def test_tuning_is_deterministic_and_depends_on_the_seed(models: Any, tmp_path: Path) -> None:
     def run(seed: int, place: str) -> torch.Tensor:
         (tmp_path / place).mkdir()
