@@ -82,10 +82,10 @@ def _wrapped(suite: SuiteResult) -> bool:
 class BaseRun(Run):
     """A run whose base answers each training prompt once."""
 
-    def generate(self, prompts: Sequence[str], stage: str, note: str = "", tokens: int | None = None) -> list[str]:
+    def generate(self, prompts: Sequence[str], stage: str, note: str = "", tokens: int | None = None, **kept: Any) -> list[str]:
         """Greedy answers; those of the base are remembered."""
         if stage != "distil":
-            return super().generate(prompts, stage, note, tokens)
+            return super().generate(prompts, stage, note, tokens, **kept)
         new = [prompt for prompt in prompts if (prompt, tokens) not in _answers]
         answers = super().generate(new, stage, note, tokens) if new else []
         _answers.update(zip([(prompt, tokens) for prompt in new], answers, strict=True))
