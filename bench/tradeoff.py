@@ -38,7 +38,7 @@ from nestpatch.nest_train._run import Run
 from nestpatch.nest_train._targets import JUDGED_TOKENS, distil
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe, make_recipe
-from nestpatch.nest_train.train import find_clusters, fit
+from nestpatch.nest_train.train import busy_blocks, find_clusters, fit
 
 STRENGTHS = (0.6, 0.8, 1.0, 1.25)
 TEXTS = [Path("README.md"), Path("docs/training.md"), Path("docs/evaluation.md"), Path("docs/signing.md")]
@@ -129,10 +129,10 @@ class Bench:
         began = time.perf_counter()
         data = TrainingData.builtin().sampled(recipe.max_prompts, recipe.seed)
         run = BaseRun.start(self.model, recipe, tell)
-        blocks = run.blocks()
+        blocks = busy_blocks(run, data, run.blocks())
         examples = distil(run, data)
         deltas = DeltaSet(blocks, [clusters for _, clusters in find_clusters(run, data, blocks)])
-        deltas.quantize_like(run.checkpoint)
+        deltas.quantize_like(run.stored)
         change = deltas if method == "nest" else LoraSet(blocks, deltas.first_layer)
         fit(run, blocks, change, examples)
         trained, seconds = change.snapshot(), time.perf_counter() - began
