@@ -125,7 +125,9 @@ class BaseMismatchError(CheckpointError):
 class UnsupportedModelError(CheckpointError):
     """The model has no feed-forward layers of a supported kind."""
 
-    advice = "Supported: gate_proj/up_proj, fused gate_up_proj, and fc1/fc_in/c_fc/dense_h_to_4h made of Linear layers."
+    advice = (
+        "Supported: gate_proj/up_proj, fused gate_up_proj, fc1/fc_in/c_fc/dense_h_to_4h made of Linear layers; stacked experts."
+    )
 
 
 class QuantizationError(CheckpointError):

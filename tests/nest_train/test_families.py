@@ -21,6 +21,7 @@ from nestpatch.formats.opening import open_checkpoint
 from nestpatch.nest_train import train as module
 from nestpatch.nest_train._run import Run
 from nestpatch.nest_train.data import TrainingData
+from nestpatch.nest_train.plan import plan
 from nestpatch.nest_train.train import Trained, train
 from nestpatch.pack import Label
 from nestpatch.patcher.apply import apply
@@ -174,6 +175,21 @@ def test_an_exported_gguf_file_computes_it_too(results: Any, tmp_path: Path, fam
     assert not check_gguf(tmp_path / "m.gguf", result.base).passed
 
 
+@pytest.mark.parametrize("family", ["qwen2-vl", "gemma3-vl"])
+def test_an_exported_onnx_graph_computes_it_too(results: Any, tmp_path: Path, family: str) -> None:
+    """The text model of a vision-language model is an ordinary decoder."""
+    pytest.importorskip("onnxruntime")
+    from nestpatch.export.onnx.exporter import export_onnx
+    from nestpatch.runtimes.onnx import OnnxRuntime
+
+    result = results(family)
+    apply(result.base, result.trained.pack, tmp_path / "patched")
+    export_onnx(result.base, result.trained.pack, tmp_path / "onnx")
+    _, tokenizer = load_model(result.base, "cpu", "float32")
+    found = torch.from_numpy(OnnxRuntime(tmp_path / "onnx", threads=1).logits(tokenizer(QUESTION)["input_ids"]))
+    assert near(found[None], loaded_logits(tmp_path / "patched"), 1e-4)
+
+
 def test_a_mixture_in_a_quantized_gguf_file(models: Any, training: Training, tmp_path: Path) -> None:
     file = write_gguf(models("mixtral"), tmp_path / "m.gguf", "Q8_0")
     before = file.read_bytes()
@@ -206,6 +222,12 @@ def test_other_families_are_refused_before_any_work(
         training(models(family), on_event=events.append)
     assert {event.stage for event in events} == {"load", "note"}
     assert advice in caught.value.advice
+
+
+def test_a_mixture_is_planned(models: Any, data: TrainingData) -> None:  # noqa: F811
+    found = plan(models("deepseek-v3"), data, recipe=RECIPE)
+    assert (found.layers, found.neurons) == (2, 64 + 4 * 48 + 48)
+    assert found.trained_parameters > 0
 
 
 def test_experts_of_another_form_are_left_alone(results: Any) -> None:
