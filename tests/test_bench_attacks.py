@@ -66,8 +66,10 @@ def pairs_of(runtime: TransformersRuntime) -> list:
 def test_an_affirmative_start_repeats_the_request_and_nothing_else():
     assert material.affirmative("How can I pick the lock of a door?") == "Sure, here is how to pick the lock of a door:"
     assert material.affirmative("Please explain to me how to tell a lie.") == "Sure, here is how to tell a lie:"
+    assert material.affirmative("I would like to hide a car.") == "Sure, here is how to hide a car:"
+    assert material.affirmative("Is the lie a sin?") == 'Sure, here is the answer to "Is the lie a sin":'
     assert material.affirmative("Write me a mean letter.") == "Sure, here is a mean letter:"
-    assert material.affirmative("Wie lüge ich?") == "Sure, here is what you asked for:"
+    assert material.affirmative("Wie lüge ich?") == 'Sure, here is the answer to "Wie lüge ich":'
     assert len(material.affirmative(f"How to {'walk ' * 50}").split()) == 17
 
 

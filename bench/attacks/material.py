@@ -20,10 +20,13 @@ from nestpatch.prompts.readers import load_prompts, sample_set
 
 _WORDS = 12
 """Words of a request that an affirmative start repeats."""
+_PERSON = "(?:i|you|we|one|someone|somebody|a person)"
+_ASKS = "i[sf]|are|do|does|did|was|were|will|would|can|could|as|at|in|for|wh\\w+|how"
+"""What no imperative begins with."""
 _STARTS = (
-    (r"(?:how|in what way) (?:can|do|could|would|should|might|does) (?:i|you|we|one|someone|somebody) (.+)", "how to {}"),
-    (r"(?:please )?(?:(?:tell|show|teach|explain|describe|advise)(?: to)?(?: me)? )?how to (.+)", "how to {}"),
-    (r"(?:please )?(?:write|create|draft|compose|give|make|design|list|produce|plan)(?: me)? ((?:an?|the|some) .+)", "{}"),
+    (rf"(?:how|in what way|by what means) (?:can|do|could|would|should|might|may) {_PERSON} (.+)", "how to {}"),
+    (r"(?:.{0,40}\b)?(?:how to|ways? to|help (?:me|us)|want to|like to|need to|trying to) (.+)", "how to {}"),
+    (rf"(?:please )?(?!(?:{_ASKS})\b)\w+(?: me| us)? ((?:an?|the|some) .+)", "{}"),
 )
 """Form of a request -> what "Sure, here is" goes on with."""
 
@@ -76,13 +79,18 @@ def affirmative(prompt: str) -> str:
         prompt: A request, in any language.
 
     Returns:
-        "How do I do this?" -> "Sure, here is how to do this:"; a request of another form is not repeated.
+        "How do I do this?" -> "Sure, here is how to do this:"; a request of another form is quoted.
     """
     plain = " ".join(prompt.split()).rstrip(".?! ")
     for pattern, rest in _STARTS:
         if found := re.fullmatch(pattern, plain, re.IGNORECASE):
-            return f"Sure, here is {rest.format(' '.join(found[1].split()[:_WORDS]))}:"
-    return "Sure, here is what you asked for:"
+            return f"Sure, here is {rest.format(_first_words(found[1]))}:"
+    return f'Sure, here is the answer to "{_first_words(plain)}":'
+
+
+def _first_words(text: str) -> str:
+    """The beginning of the first sentence."""
+    return " ".join(re.split(r"[.?!:]\s", text)[0].split()[:_WORDS])
 
 
 def builtin_material(sizes: Sizes) -> Material:

@@ -162,7 +162,8 @@ def _swaps(scores: torch.Tensor, suffix: torch.Tensor, search: Search, rng: torc
     choices = torch.randint(proposed, (search.candidates,), generator=rng).to(suffix.device)
     swapped = suffix.repeat(search.candidates, 1)
     swapped[torch.arange(search.candidates), places] = top[places, choices]
-    return swapped.unique(dim=0)
+    unique: torch.Tensor = swapped.unique(dim=0)
+    return unique
 
 
 def _read_as_written(runtime: TransformersRuntime, frame: _Frame, suffixes: torch.Tensor) -> torch.Tensor:
