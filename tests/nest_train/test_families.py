@@ -224,7 +224,7 @@ def test_other_families_are_refused_before_any_work(
     assert advice in caught.value.advice
 
 
-def test_a_mixture_is_planned(models: Any, data: TrainingData) -> None:  # noqa: F811
+def test_a_mixture_is_planned(models: Any, data: TrainingData) -> None:
     found = plan(models("deepseek-v3"), data, recipe=RECIPE)
     assert (found.layers, found.neurons) == (2, 64 + 4 * 48 + 48)
     assert found.trained_parameters > 0
