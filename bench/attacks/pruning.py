@@ -7,7 +7,7 @@ the columns are zeroed by which the next matrix reads these neurons: the same ou
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from nestpatch.errors import DataError, UnsupportedModelError
+from nestpatch.errors import DataError
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.pack import Pack
 from nestpatch.runtimes.weights import PatchedRows, find_mlps, merged_parameters
@@ -101,10 +101,9 @@ def _readers(model: nn.Module) -> dict[str, str]:
     """Name of a weight whose rows produce neurons -> the name of the weight whose columns read them."""
     names = {id(module): name for name, module in model.named_modules()}
     found: dict[str, str] = {}
-    with suppress(UnsupportedModelError):  # all of its blocks are experts
-        for block in find_mlps(model):
-            if isinstance(block.output, nn.Linear):
-                found |= dict.fromkeys((one.weight_name for one in block.projections), f"{names[id(block.output)]}.weight")
+    for block in find_mlps(model):
+        if isinstance(block.output, nn.Linear):
+            found |= dict.fromkeys((one.weight_name for one in block.projections), f"{names[id(block.output)]}.weight")
     for name, module in model.named_modules():
         stack, output = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
         if isinstance(stack, nn.Parameter) and isinstance(output, nn.Parameter):
