@@ -67,7 +67,7 @@ def test_two_processes_train_the_pack_of_one(models, prompts, tmp_path: Path) ->
     assert single.returncode == 0, single.stderr
     run = tmp_path / "run"
     done = launch(
-        ["-m", "nestpatch.nest_train"],
+        ["-m", "--", "nestpatch.nest_train"],
         [*arguments(models("llama"), prompts, tmp_path / "two.nest"), *suites, f"--run={run}", "--json"],
     )
     assert done.returncode == 0, done.stderr
