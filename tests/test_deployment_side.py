@@ -50,7 +50,7 @@ LAYERS = [
     {"nestpatch.views"},
     {"nestpatch.commands"},
     {"nestpatch.cli"},
-    {"nestpatch.__main__"},
+    {"nestpatch.__main__", "nestpatch.nest_train.__main__"},
 ]
 
 

@@ -24,6 +24,7 @@ from nestpatch.nest_train._neurons import (
     routed,
     select,
 )
+from nestpatch.nest_train._ranks import from_first
 from nestpatch.nest_train._run import Run
 from nestpatch.nest_train._run_dir import digest_json
 from nestpatch.nest_train.data import TrainingData
@@ -105,10 +106,14 @@ class Activations:
         self._make = make
         self._made: list[FloatArray] | None = None
 
-    def __getitem__(self, place: int) -> FloatArray:
+    def ready(self) -> None:
+        """Finds or records them, unless that is done. All ranks must call it; the first one has them afterwards."""
         if self._made is None:
             self._made = self._make()
-        return self._made[place]
+
+    def __getitem__(self, place: int) -> FloatArray:
+        self.ready()
+        return (self._made or [])[place]
 
 
 def selected(
@@ -137,9 +142,9 @@ def selected(
     found = _found(run, "selections", inputs, _selection, blocks)
     for place, block in enumerate(blocks):
         if place == len(found):
-            block_acts = acts[place]
+            acts.ready()
             with run.run_dir.record.timed("select"):
-                found.append(select(block.layer, block_acts, harmful, run.recipe))
+                found.append(from_first(lambda: select(block.layer, acts[place], harmful, run.recipe)))  # noqa: B023 - called at once
             run.run_dir.keep_rows("selections", inputs, map(_row, found))
         run.on_event(Event("select", place + 1, len(blocks)))
     require_neurons(found)
@@ -160,9 +165,9 @@ def _clustered(
         found = []
     for place, selection in enumerate(selections):
         if place == len(found):
-            block_acts = acts[place]
+            acts.ready()
             with run.run_dir.record.timed("cluster"):
-                found.append(cluster(selection, block_acts, run.recipe))
+                found.append(from_first(lambda: cluster(selection, acts[place], run.recipe)))  # noqa: B023 - called at once
             run.run_dir.keep_rows("clusters", inputs, map(_row, found))
         run.note(f"layer {selection.layer}: {selection.reason}; {found[place].k} clusters")
         run.on_event(Event("cluster", place + 1, len(blocks)))

@@ -12,10 +12,11 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from nestpatch.errors import OutOfMemoryError
+from nestpatch.nest_train import _ranks
 from nestpatch.nest_train._run import Run
 from nestpatch.nest_train._targets import Example, Examples
 from nestpatch.nest_train._trunk import Trunk
-from nestpatch.nest_train._tune import batch_loss, batch_sizes
+from nestpatch.nest_train._tune import batch_loss, batch_sizes, part_of
 from nestpatch.nest_train._tune_state import Trainable
 from nestpatch.nest_train.recipe import Recipe
 
@@ -47,7 +48,7 @@ def fit_memory(run: Run, trunk: Trunk, change: Trainable, examples: Examples, fo
         OutOfMemoryError: Not even one example fits.
     """
     recipe = run.recipe
-    batch = longest_batch(examples, recipe)
+    batch = part_of(longest_batch(examples, recipe), 0)  # of many ranks the first has the longest examples
     whole = len(batch.harmful + batch.harmless)
     sizes = [min(recipe.micro_batch, whole)] if recipe.micro_batch else _halvings(whole)
     modes = {"auto": (False, True), "on": (True,), "off": (False,)}[recipe.checkpointing] if trunk.layers else (False,)
@@ -60,7 +61,7 @@ def fit_memory(run: Run, trunk: Trunk, change: Trainable, examples: Examples, fo
             size = _largest(sizes, partial(_suffices, _bytes_of_one(run, trunk, change, batch, folder)))
         else:
             size = _largest(sizes, lambda size: _runs(partial(step, size)))
-        if size is not None:
+        if size := min(_ranks.gathered(size or 0)):
             _record(run, trunk, size, whole)
             return size
     longest = max(one.length for one in batch.harmful + batch.harmless)
@@ -143,7 +144,7 @@ def _survives(device: torch.device) -> bool:
 
 
 def _suffices(one: int, size: int) -> bool:
-    return size * one * _PEAK <= free_memory()
+    return size * one * _PEAK <= free_memory() / _ranks.on_this_machine()
 
 
 def free_memory(group: Path = _GROUP) -> int:

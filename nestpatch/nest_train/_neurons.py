@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from nestpatch.errors import TrainingError
 from nestpatch.events import Event, OnEvent, ignore
+from nestpatch.nest_train import _ranks
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.runtimes.text import pad_left
 from nestpatch.runtimes.weights import MlpBlock
@@ -76,20 +77,26 @@ class Clusters:
 
 def _batches(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], recipe: Recipe, pad: int, batch: Batch
-) -> Iterator[list[int]]:
-    """Runs the prompts through the model without its head, and yields the numbers of each batch after its forward pass."""
+) -> Iterator[tuple[Sequence[int], int]]:
+    """Runs the prompts through the model without its head, dealt out to the ranks.
+
+    Yields after each forward pass the numbers of the batch, none where this rank had none, and how many prompts are done.
+    """
     import torch
 
     # Prompts of similar length share a batch.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), recipe.probe_batch):
-        places = order[start : start + recipe.probe_batch]
+    size = recipe.probe_batch
+    for places, done in _ranks.rounds([order[start : start + size] for start in range(0, len(order), size)]):
+        if not places:
+            yield places, done
+            continue
         padded = pad_left([prompts[i] for i in places], pad)
         ids, mask = (torch.from_numpy(part).to(model.device) for part in padded)
         batch.mask = mask.bool()
         with torch.inference_mode():
             model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-        yield places
+        yield places, done
 
 
 def routed(
@@ -113,16 +120,22 @@ def routed(
     Returns:
         The blocks; without mixtures the same.
     """
+    import torch
+
     from nestpatch.nest_train._experts import Batch, busiest, counting
 
     if not any(block.mixture for block in blocks):
         return tuple(blocks)
-    batch, done = Batch(), 0
+    batch = Batch()
     with counting(blocks, batch) as counts:
-        for places in _batches(model, harmful, recipe, pad, batch):
-            done += len(places)
+        for _, done in _batches(model, harmful, recipe, pad, batch):
             on_event(Event("probe", done, len(harmful), "experts"))
-    return tuple(block.of_experts(busiest(counts[block.name])) if block.mixture else block for block in blocks)
+    parts = [part for part in _ranks.gathered(counts) if part]  # a rank without a batch has counted nothing
+
+    def chosen(block: MlpBlock) -> MlpBlock:
+        return block.of_experts(busiest(torch.stack([part[block.name] for part in parts]).sum(0)))
+
+    return tuple(chosen(block) if block.mixture else block for block in blocks)
 
 
 def collect(
@@ -148,20 +161,21 @@ def collect(
         on_event: Called once per batch.
 
     Returns:
-        One array per block, float32 [prompts, neurons], mapped from files in `folder`.
+        One array per block, float32 [prompts, neurons], mapped from files in `folder`; nothing on ranks beside the first.
     """
     from nestpatch.nest_train._experts import Batch, pooling
 
     stored = [
         np.lib.format.open_memmap(folder / f"{number}.npy", mode="w+", dtype=np.float32, shape=(len(prompts), block.neurons))
-        for number, block in enumerate(blocks)
+        for number, block in enumerate(blocks if _ranks.is_first() else ())
     ]
-    batch, done = Batch(), 0
+    batch = Batch()
     with pooling(blocks, batch) as pooled:
-        for places in _batches(model, prompts, recipe, pad, batch):
-            for block, out in zip(blocks, stored, strict=True):
-                out[places] = pooled[block.name].cpu().numpy()
-            done += len(places)
+        for places, done in _batches(model, prompts, recipe, pad, batch):
+            acts = [pooled[block.name].cpu().numpy() for block in blocks] if places else []
+            for part, rows in _ranks.at_first((places, acts)):
+                for out, values in zip(stored, rows, strict=False):
+                    out[part] = values
             on_event(Event("probe", done, len(prompts)))
     return [np.asarray(out) for out in stored]
 

@@ -19,6 +19,7 @@ from nestpatch.errors import DataError
 from nestpatch.evaluation.drift import drift
 from nestpatch.events import Event, OnEvent
 from nestpatch.formats.checkpoint import Checkpoint
+from nestpatch.nest_train import _ranks
 from nestpatch.nest_train._record import versions
 from nestpatch.nest_train._run_dir import RunDir, base_digest
 from nestpatch.nest_train.recipe import Recipe
@@ -110,9 +111,10 @@ class Run:
             MissingExtraError: The recipe loads in few bits, and bitsandbytes is not installed.
         """
         wait_passively()
-        source = locate(base)
-        # Before minutes of loading: can a pack change these weights? This also ends an interrupted change.
-        checkpoint, _ = open_model(source.path)
+        with _ranks.one_after_the_first():
+            source = locate(base)
+            # Before minutes of loading: can a pack change these weights? This also ends an interrupted change.
+            checkpoint, _ = open_model(source.path)
         device, device_reason = pick_device(recipe.device)
         run_dir = run_dir or RunDir()
         on_event(Event("load", note=source.model_id))
@@ -130,8 +132,11 @@ class Run:
         # It may be measured, and must then be what it was before an interruption.
         dtype, dtype_reason = run_dir.value("dtype", {"dtype": recipe.dtype}, measured, _choice)
         run_dir.context |= {"dtype": dtype, "load_in": recipe.load_in}
-        run = cls(source, checkpoint, *load_model(source.path, device, dtype, recipe.load_in), recipe, on_event, run_dir)
+        loaded = load_model(source.path, _ranks.own_device(device), dtype, recipe.load_in)
+        run = cls(source, checkpoint, *loaded, recipe, on_event, run_dir)
         run.decide("device", device, device_reason)
+        if _ranks.HERE.count > 1:
+            run.decide("processes", str(_ranks.HERE.count), "started by the launcher; each has the whole base")
         run.decide("dtype", dtype, dtype_reason)
         if recipe.load_in != "none":
             run.decide("load_in", recipe.load_in, "asked for; what is measured is the pack on the model in this form")
@@ -226,10 +231,8 @@ class Run:
             self.on_event(Event(stage, event.done, event.total, note))
 
         runtime = self.runtime if tokens is None else replace(self.runtime, max_new_tokens=tokens)
-        if not keep or self.run_dir.folder is None:
-            return runtime.generate(prompts, report)
         length = {"tokens": runtime.max_new_tokens, "prompt tokens": runtime.max_prompt_tokens}
-        return _kept_answers(self.run_dir, keep, {**length, **(inputs or {})}, runtime, prompts, report)
+        return _answers(self.run_dir, keep, {**length, **(inputs or {})}, runtime, prompts, report)
 
     def drift(self, answers: Mapping[str, str], off: Callable[[], AbstractContextManager[None]]) -> float | None:
         """How far the model with attached deltas has moved from the base.
@@ -244,21 +247,24 @@ class Run:
         return drift(replace(self.runtime, active=off), self.runtime, answers)
 
 
-def _kept_answers(
+def _answers(
     run_dir: RunDir, name: str, inputs: Mapping[str, Any], runtime: TransformersRuntime, prompts: Sequence[str], report: OnEvent
 ) -> list[str]:
-    """Answers of a record, and new ones where it has none. A batch is recorded when it is done."""
-    known = dict(run_dir.rows(name, inputs, _answer))
+    """Answers of a record, and new ones where it has none. A batch of every rank is recorded when it is done.
+
+    Without a name nothing is found or recorded.
+    """
+    known = dict(run_dir.rows(name, inputs, _answer)) if name else {}
     if found := sum(prompt in known for prompt in prompts):
         run_dir.note_reused(f"{found} of {len(prompts)} {name.replace('-', ' ')}")
-    done = 0
     # The batches of `runtime.generate`: the same prompts run together, whether or not some of the batches were done before.
-    for places in by_length(runtime.token_ids(prompts), runtime.batch):
+    for places, done in _ranks.rounds(by_length(runtime.token_ids(prompts), runtime.batch)):
         missing = [prompts[place] for place in places if prompts[place] not in known]
-        if missing:
-            known |= zip(missing, runtime.generate(missing), strict=True)
+        found = dict(zip(missing, runtime.generate(missing) if missing else [], strict=True))
+        for answers in _ranks.gathered(found):
+            known = {**answers, **known}
+        if name:
             run_dir.keep_rows(name, inputs, [{"prompt": prompt, "answer": answer} for prompt, answer in known.items()])
-        done += len(places)
         report(Event("generate", done, len(prompts)))
     return [known[prompt] for prompt in prompts]
 

@@ -4,7 +4,8 @@ Every file states its inputs, which are everything that its content depends on, 
 inputs counts as none, and so does a damaged one: a note says so, and the stage is done again. Files appear whole or not at all,
 and contain JSON, safetensors or npy without objects, since anybody may have put them there.
 
-Records are JSON Lines: a header, then one row per line.
+Records are JSON Lines: a header, then one row per line. In a training by many processes the first one alone has a folder, and
+what it finds there is sent to the others.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from nestpatch.files.atomic import new_place, remove, sync_tree, write_bytes
 from nestpatch.files.locks import lock
 from nestpatch.files.reading import open_regular, read_bounded
 from nestpatch.formats.checkpoint import Checkpoint
+from nestpatch.nest_train._ranks import from_first, is_first
 from nestpatch.nest_train._record import RunRecord
 from nestpatch.patcher.state_dir import LEDGER
 from nestpatch.rows import FloatArray
@@ -97,6 +99,10 @@ class RunDir:
         Returns:
             The rows; none where there is no record, where it is of other inputs, or where it is damaged.
         """
+        return from_first(lambda: self._rows(name, inputs, parse))
+
+    def _rows(self, name: str, inputs: Mapping[str, Any], parse: Callable[[Any], T]) -> list[T]:
+        """`rows` of this process."""
         if self.folder is None:
             return []
         try:
@@ -138,10 +144,14 @@ class RunDir:
         Returns:
             The value.
         """
-        if len(found := self.rows(name, inputs, parse)) == 1:
-            return found[0]
-        self.keep_rows(name, inputs, [made := make()])
-        return made
+
+        def found_or_made() -> T:
+            if len(found := self._rows(name, inputs, parse)) == 1:
+                return found[0]
+            self.keep_rows(name, inputs, [made := make()])
+            return made
+
+        return from_first(found_or_made)
 
     def tensors(self, name: str, inputs: Mapping[str, Any], nbytes: int) -> tuple[Any, dict[str, torch.Tensor]] | None:
         """Reads a file of tensors.
@@ -154,6 +164,10 @@ class RunDir:
         Returns:
             (facts, tensors) of `keep_tensors`; None as for `rows`.
         """
+        return from_first(lambda: self._tensors(name, inputs, nbytes))
+
+    def _tensors(self, name: str, inputs: Mapping[str, Any], nbytes: int) -> tuple[Any, dict[str, torch.Tensor]] | None:
+        """`tensors` of this process."""
         if self.folder is None:
             return None
         from safetensors import SafetensorError
@@ -207,7 +221,8 @@ class RunDir:
             make: Writes the files into an empty folder.
 
         Yields:
-            A function that returns the arrays, in the order of `shapes`; they are found or made when it is called.
+            A function that returns the arrays, in the order of `shapes`; they are found or made when it is called. Of many
+            processes all must call it, and the first one alone gets arrays.
 
         Raises:
             OutputError: The folder cannot be written.
@@ -217,15 +232,18 @@ class RunDir:
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
 
                 def made() -> list[FloatArray]:
+                    if from_first(lambda: False):  # another process has found them
+                        return []
                     make(Path(temporary))
-                    return [_mapped(Path(temporary) / file, shape) for file, shape in shapes.items()]
+                    return [_mapped(Path(temporary) / file, shape) for file, shape in shapes.items()] if is_first() else []
 
                 yield made
             return
         place = self.folder / name
 
         def kept() -> list[FloatArray]:
-            if found := self._kept_arrays(name, inputs, shapes):
+            found = self._kept_arrays(name, inputs, shapes)
+            if from_first(lambda: bool(found)) and found:
                 self.note_reused(f"{name} of {len(found)} blocks")
                 return found
             remove(place)
@@ -242,7 +260,7 @@ class RunDir:
     def _kept_arrays(
         self, name: str, inputs: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]
     ) -> list[FloatArray] | None:
-        digests = self.rows(f"{name}/files", inputs, _text)
+        digests = self._rows(f"{name}/files", inputs, _text)
         if not digests or self.folder is None:
             return None
         try:
@@ -268,7 +286,7 @@ class RunDir:
         from nestpatch.formats.nest import read_bytes
 
         try:
-            return sha256(read_bytes(output)).hexdigest() in self.rows("written", inputs, _text)
+            return sha256(read_bytes(output)).hexdigest() in self._rows("written", inputs, _text)
         except PackError:
             return False
 
@@ -279,7 +297,7 @@ class RunDir:
             digest: SHA-256 of its file.
             inputs: What makes it the same training.
         """
-        self.keep_rows("written", inputs, dict.fromkeys([*self.rows("written", inputs, _text), digest]))
+        self.keep_rows("written", inputs, dict.fromkeys([*self._rows("written", inputs, _text), digest]))
 
     def _record(self, inputs: Mapping[str, Any], rows: Iterable[Any]) -> bytes:
         body = b"".join(_json(row).encode() + b"\n" for row in rows)

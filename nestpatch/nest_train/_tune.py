@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from nestpatch.evaluation.judges import is_refusal
 from nestpatch.events import Event, OnEvent, ignore
+from nestpatch.nest_train import _ranks
 from nestpatch.nest_train._targets import Example, Examples
 from nestpatch.nest_train._trunk import Trunk
 from nestpatch.nest_train._tune_state import Look, Trainable, TuneResult, TuneState
@@ -66,12 +67,13 @@ def tune(
     groups = deltas.groups(recipe.learning_rate)
     optimizer = accelerator.prepare(torch.optim.AdamW(groups, lr=0.0, weight_decay=recipe.weight_decay))
     parameters = [parameter for group in groups for parameter in group["params"]]
-    loss_of = partial(batch_loss, trunk, recipe) if loss_function is None else partial(_whole, loss_function, trunk, recipe)
+    loss_of = partial(_whole, loss_function, trunk, recipe) if loss_function else partial(_dealt, trunk, recipe, parameters)
     state = state or TuneState()
     with deltas.attached():
 
         def look(step: int) -> None:
-            now = _look(step, held_out, loss_of, answer, recipe)
+            found = _look(step, held_out, loss_of, answer, recipe)
+            now = _ranks.from_first(lambda: found)  # it decides on every rank when the tuning stops
             state.looked(now, deltas)
             on_event(Event("tune", step, recipe.steps, str(now), now.scalars))
 
@@ -102,6 +104,22 @@ def tune(
         state.save(deltas, optimizer, now=True)
     state.keep_best(deltas)
     return state.result
+
+
+def _dealt(
+    trunk: Trunk,
+    recipe: Recipe,
+    parameters: Sequence[torch.nn.Parameter],
+    batch: Examples,
+    backward: Callable[[torch.Tensor], Any] | None = None,
+) -> torch.Tensor:
+    """`batch_loss` by all ranks: each computes its part, and has the loss and the gradients of the whole afterwards."""
+    loss = batch_loss(trunk, recipe, batch, backward, part_of(batch, _ranks.HERE.rank))
+    if _ranks.HERE.count == 1:
+        return loss
+    if backward is not None:
+        _ranks.sum_gradients(parameters)
+    return torch.tensor(sum(_ranks.gathered(loss.item())))
 
 
 def _whole(
@@ -180,7 +198,11 @@ def batch_sizes(data: Examples, recipe: Recipe) -> tuple[int, int, int]:
 
 
 def batch_loss(
-    trunk: Trunk, recipe: Recipe, batch: Examples, backward: Callable[[torch.Tensor], None] | None = None
+    trunk: Trunk,
+    recipe: Recipe,
+    batch: Examples,
+    backward: Callable[[torch.Tensor], None] | None = None,
+    part: Examples | None = None,
 ) -> torch.Tensor:
     """The loss of one batch: cross entropy of refusals, and for harmless prompts divergence from the base and cross entropy.
 
@@ -193,18 +215,20 @@ def batch_loss(
         batch: Examples that the trunk has seen.
         backward: Called with the share of each micro-batch, so that the gradients add up to those of the whole batch, and the
             activations of one micro-batch alone are in memory.
+        part: The examples of the batch that are computed; None for all of them. The losses and the gradients of all parts add
+            up to those of the batch.
 
     Returns:
         A scalar; without a gradient where `backward` was called.
     """
     shares = []
-    for part in micro_batches(batch, recipe.micro_batch):
-        share = _share(trunk, recipe, part, batch)
+    for some in micro_batches(batch if part is None else part, recipe.micro_batch):
+        share = _share(trunk, recipe, some, batch)
         if backward is not None:
             backward(share)
             share = share.detach()
         shares.append(share)
-    return torch.stack(shares).sum()
+    return torch.stack(shares).sum() if shares else torch.zeros(())
 
 
 def micro_batches(batch: Examples, size: int) -> list[Examples]:
@@ -217,13 +241,35 @@ def micro_batches(batch: Examples, size: int) -> list[Examples]:
     Returns:
         The parts; a part may have no example of a kind.
     """
+    every = _longest_first(batch)
+    if not 0 < size < len(every):
+        return [batch] if every else []
+    return [_of_kinds(every[start : start + size]) for start in range(0, len(every), size)]
+
+
+def part_of(batch: Examples, rank: int) -> Examples:
+    """What a rank computes of a batch: every n-th of its examples by length, so that all ranks have about as much to do.
+
+    Args:
+        batch: The batch.
+        rank: The number of the rank.
+
+    Returns:
+        The whole batch where there is one rank. A part may have no example of a kind, or none at all.
+    """
+    return batch if _ranks.HERE.count == 1 else _of_kinds(_longest_first(batch)[rank :: _ranks.HERE.count])
+
+
+def _longest_first(batch: Examples) -> list[tuple[int, Example]]:
+    """(kind, example) of a batch."""
     kinds = (batch.harmful, batch.benign, batch.lookalike)
     every = [(kind, example) for kind, examples in enumerate(kinds) for example in examples]
-    if not 0 < size < len(every):
-        return [batch]
-    every.sort(key=lambda one: one[1].length, reverse=True)
-    parts = [every[start : start + size] for start in range(0, len(every), size)]
-    return [Examples(*(tuple(one for place, one in part if place == kind) for kind in range(len(kinds)))) for part in parts]
+    return sorted(every, key=lambda one: one[1].length, reverse=True)
+
+
+def _of_kinds(examples: Sequence[tuple[int, Example]]) -> Examples:
+    """The opposite of `_longest_first`."""
+    return Examples(*(tuple(one for place, one in examples if place == kind) for kind in range(3)))
 
 
 def _share(trunk: Trunk, recipe: Recipe, part: Examples, whole: Examples) -> torch.Tensor:

@@ -16,6 +16,7 @@ import numpy as np
 
 from nestpatch.evaluation.suites import Suite
 from nestpatch.events import Event, OnEvent, ignore
+from nestpatch.nest_train import _ranks
 from nestpatch.nest_train._layers import busy_blocks
 from nestpatch.nest_train._neurons import Clusters, Selection, cluster, collect, select
 from nestpatch.nest_train._record import Stopwatch
@@ -124,7 +125,7 @@ def plan(
     data.check()
     recipe = recipe or Recipe()
     data = data.sampled(recipe.max_prompts, recipe.seed)
-    with limited_threads(threads):
+    with _ranks.together(recipe.device), limited_threads(threads):
         watch = Stopwatch()
         with watch("load"):
             run = Run.start(base, recipe, on_event)

@@ -23,6 +23,7 @@ from nestpatch.evaluation.suites import BENIGN, Scores, Suite, evaluate_suites
 from nestpatch.events import OnEvent, ignore
 from nestpatch.files.atomic import check_output
 from nestpatch.formats import nest
+from nestpatch.nest_train import _ranks
 from nestpatch.nest_train._fit import fit
 from nestpatch.nest_train._layers import busy_blocks, digest_layers, find_clusters
 from nestpatch.nest_train._neurons import Clusters, Selection
@@ -130,6 +131,9 @@ def train(
     with the numbers: an evaluation that fails costs the numbers, not the pack. The same call with the same run directory
     goes on where an earlier one was interrupted, and gives the same pack as a call that was not.
 
+    Processes that torchrun or accelerate launch started share the work when all of them make the same call: the first one
+    writes and reports, and every one returns the result.
+
     Args:
         base: A model directory, or a Hub id ("user/model" or "user/model@revision").
         data: The prompts to refuse and to go on answering.
@@ -159,10 +163,30 @@ def train(
     require_tracker(track)
     label.check()
     data.check()
+    recipe = recipe or Recipe()
+    with _ranks.together(recipe.device):
+        if not _ranks.is_first():  # it computes, and leaves files and reports to the first
+            output, run_dir, track, on_event = None, None, None, ignore
+        return _trained(base, data, label, recipe, suites, output, threads, run_dir, track, on_event)
+
+
+def _trained(
+    base: str | Path,
+    data: TrainingData,
+    label: Label,
+    recipe: Recipe,
+    suites: Sequence[Suite],
+    output: str | Path | None,
+    threads: int | None,
+    run_dir: str | Path | None,
+    track: str | None,
+    on_event: OnEvent,
+) -> Trained:
+    """`train` of one process."""
     target = None if output is None else Path(output)
     require_place(target, run_dir)
     with limited_threads(threads), open_run(run_dir, on_event) as kept:
-        data = data.sampled((recipe := recipe or Recipe()).max_prompts, recipe.seed)
+        data = data.sampled(recipe.max_prompts, recipe.seed)
         with kept.record.timed("load"):
             run = Run.start(base, recipe, on_event, kept)
         request = _request(data, label, recipe, suites)
@@ -307,7 +331,9 @@ def _evaluated(
         with deltas.attached():
             after = _evaluate(run, suites, "pack-answers", {"pack": digest_json(tensors)})
             drift = run.drift(before.answers(BENIGN), deltas.off)
-    except Exception as error:  # noqa: BLE001 - whatever fails here must not cost a trained pack
+    except Exception as error:  # whatever fails here must not cost a trained pack
+        if _ranks.HERE.count > 1:  # the others wait for this process; the pack is written
+            raise
         return dataclasses.replace(trained, problem=f"{type(error).__name__}: {error}")
     after = Scores(after.suites, drift)
     manifest = trained.pack.manifest
