@@ -19,6 +19,7 @@ from nestpatch.runtimes.transformers import pick_device
 
 if TYPE_CHECKING:
     import torch
+    from torch._C._distributed_c10d import Store
 
 T = TypeVar("T")
 _WAIT = timedelta(days=1)
@@ -68,7 +69,7 @@ def together(device: str) -> Iterator[None]:
     from torch import distributed
 
     try:
-        store, rank, _ = next(iter(distributed.rendezvous("env://")))
+        store, rank, _ = next(iter(distributed.rendezvous("env://")))  # type: ignore[attr-defined]
     except (ValueError, RuntimeError, OSError) as error:
         advice = "Start the processes with torchrun or accelerate launch, or unset WORLD_SIZE to train with one."
         raise DataError(f"the {count} processes of WORLD_SIZE do not find each other: {error}", advice=advice) from error
@@ -88,7 +89,7 @@ def together(device: str) -> Iterator[None]:
         HERE.rank, HERE.count = 0, 1
 
 
-def _start(device: str, store: torch.distributed.Store) -> None:
+def _start(device: str, store: Store) -> None:
     import torch
 
     if device.startswith("cuda"):
@@ -98,7 +99,7 @@ def _start(device: str, store: torch.distributed.Store) -> None:
     torch.distributed.init_process_group(backend, store=store, rank=HERE.rank, world_size=HERE.count, timeout=_WAIT)
 
 
-def _claims(store: torch.distributed.Store) -> bool:
+def _claims(store: Store) -> bool:
     """Whether this is the first process that fails."""
     try:
         return bool(store.add("nestpatch failed", 1) == 1)

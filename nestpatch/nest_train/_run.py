@@ -255,15 +255,16 @@ def _answers(
     Without a name nothing is found or recorded.
     """
     known = dict(run_dir.rows(name, inputs, _answer)) if name else {}
-    if found := sum(prompt in known for prompt in prompts):
-        run_dir.note_reused(f"{found} of {len(prompts)} {name.replace('-', ' ')}")
+    if reused := sum(prompt in known for prompt in prompts):
+        run_dir.note_reused(f"{reused} of {len(prompts)} {name.replace('-', ' ')}")
     # The batches of `runtime.generate`: the same prompts run together, whether or not some of the batches were done before.
     for places, done in _ranks.rounds(by_length(runtime.token_ids(prompts), runtime.batch)):
         missing = [prompts[place] for place in places if prompts[place] not in known]
-        found = dict(zip(missing, runtime.generate(missing) if missing else [], strict=True))
-        for answers in _ranks.gathered(found):
-            known = {**answers, **known}
-        if name:
+        answers = dict(zip(missing, runtime.generate(missing) if missing else [], strict=True))
+        before = len(known)
+        for new in _ranks.gathered(answers):
+            known = {**new, **known}
+        if name and len(known) > before:
             run_dir.keep_rows(name, inputs, [{"prompt": prompt, "answer": answer} for prompt, answer in known.items()])
         report(Event("generate", done, len(prompts)))
     return [known[prompt] for prompt in prompts]
