@@ -67,9 +67,10 @@ def together(device: str) -> Iterator[None]:
         yield
         return
     from torch import distributed
+    from torch.distributed.rendezvous import rendezvous
 
     try:
-        store, rank, _ = next(iter(distributed.rendezvous("env://")))  # type: ignore[attr-defined]
+        store, rank, _ = next(iter(rendezvous("env://")))
     except (ValueError, RuntimeError, OSError) as error:
         advice = "Start the processes with torchrun or accelerate launch, or unset WORLD_SIZE to train with one."
         raise DataError(f"the {count} processes of WORLD_SIZE do not find each other: {error}", advice=advice) from error
