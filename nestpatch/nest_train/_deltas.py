@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +21,7 @@ from nestpatch.runtimes.stored import StoredWeights
 from nestpatch.runtimes.weights import MlpBlock, Projection
 
 
-class RowDeltas(nn.Module):
+class RowDeltas(nn.Module, ABC):
     """A frozen module plus shared deltas on some rows of its weight. `delta`, float32 [clusters, in], starts at zero.
 
     Args:
@@ -51,9 +52,9 @@ class RowDeltas(nn.Module):
         self.register_buffer("cluster", cluster, persistent=False)
 
     @property
+    @abstractmethod
     def matrix(self) -> torch.Tensor:
         """The rows of the base, [rows, in]."""
-        raise NotImplementedError
 
     def change(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """What the deltas add to the products with some rows of the base.
