@@ -2,12 +2,15 @@ r"""Makes untrusted text safe to show: it cannot control a terminal, hide charac
 
 Every string from a pack, a model, a channel, a ledger, a file name or an error goes through `one_line` or `lines` before it is
 shown. Characters that are not visible are escaped as in Python: a bell as \x07, a right-to-left override as \u202e.
+`finite` takes out of JSON values the numbers that JSON does not have.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
 _BLANK = frozenset("\u034f\u115f\u1160\u3164\uffa0")
 """Letters and marks that Python counts as printable, and that are not visible."""
@@ -105,3 +108,19 @@ def count(value: object) -> str:
         The count; "?" for anything but an integer of a plausible size.
     """
     return str(value) if type(value) is int and abs(value) < _MOST else "?"
+
+
+def finite(value: Any) -> Any:
+    """Replaces the numbers that JSON does not have.
+
+    Args:
+        value: Plain values, nested.
+
+    Returns:
+        The value with None for NaN and infinity; tuples become lists.
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    return [finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value

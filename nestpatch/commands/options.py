@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import math
 import os
 import signal
 import sys
@@ -19,7 +18,7 @@ import click
 
 from nestpatch.errors import MissingInputError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.plain import is_visible, one_line
+from nestpatch.plain import finite, is_visible, one_line
 
 if TYPE_CHECKING:
     from nestpatch.formats.checkpoint import Checkpoint
@@ -292,7 +291,7 @@ def print_json(value: Mapping[str, Any]) -> None:
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        text = json.dumps(_finite(value), ensure_ascii=False)
+        text = json.dumps(finite(value), ensure_ascii=False)
     ascii_only = not codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name.startswith("utf")
     click.echo("".join(_json_character(c, ascii_only=ascii_only) for c in text))
 
@@ -304,15 +303,6 @@ def _json_character(character: str, *, ascii_only: bool) -> str:
     # A byte of a file name that is not UTF-8: JSON cannot hold it either.
     surrogate = "\ud800" <= character <= "\udfff"
     return json.dumps(one_line(character) if surrogate else character)[1:-1]
-
-
-def _finite(value: Any) -> Any:
-    """The value without NaN and infinity."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    return [_finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 class Terminated(KeyboardInterrupt):

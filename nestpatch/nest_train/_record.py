@@ -6,7 +6,6 @@ Public in the room: `RunRecord` and `Stopwatch`.
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 from nestpatch.files.atomic import write_bytes
 from nestpatch.files.reading import read_bounded
 from nestpatch.pack import utc_now
+from nestpatch.plain import finite
 
 _FORMAT = "nestpatch-run/1"
 _MAX_RECORD = 64 << 20
@@ -108,7 +108,7 @@ class RunRecord:
         seconds = {stage: round(value, 3) for stage, value in self._watch.seconds.items()}
         now = {**self._session, "seconds": seconds, "peak_memory_bytes": _peak_memory()}
         record = {"format": _FORMAT, **self._facts, "sessions": [*self._earlier, now]}
-        write_bytes(self._path, json.dumps(_finite(record), indent=1).encode() + b"\n", overwrite=True)
+        write_bytes(self._path, json.dumps(finite(record), indent=1).encode() + b"\n", overwrite=True)
 
 
 def _sessions_of(path: Path) -> list[Any]:
@@ -137,12 +137,3 @@ def _peak_memory() -> dict[str, int]:
     if torch is not None and torch.cuda.is_initialized():
         found["gpu"] = int(torch.cuda.max_memory_allocated())
     return found
-
-
-def _finite(value: Any) -> Any:
-    """The value with null for numbers that JSON does not have."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _finite(entry) for key, entry in value.items()}
-    return [_finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value

@@ -73,7 +73,7 @@ class Examples:
     @property
     def token_count(self) -> int:
         """Tokens of all prompts and answers."""
-        return sum(len(e.tokens.prompt) + len(e.tokens.answer) for e in self.harmful + self.harmless)
+        return sum(example.length for example in self.harmful + self.harmless)
 
     def split_off(self, share: float, rng: random.Random) -> tuple[Examples, Examples]:
         """Holds out a random share of each kind.

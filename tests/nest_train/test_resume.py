@@ -27,9 +27,8 @@ from nestpatch.nest_train import train as module
 from nestpatch.nest_train.train import Trained, train
 from nestpatch.pack import Label
 from nestpatch.prompts.readers import Prompt, load_prompts
-from tests.nest_train.quick import QUICK, options
+from tests.nest_train.quick import KINDS, QUICK, options, write_prompts
 
-KINDS = ("harmful", "benign", "lookalike")
 RECIPE = dataclasses.replace(QUICK, check_prompts=2, refusals="auto", first_layer=1)
 SUITES = ("harmful-test", "benign-test")
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="forks processes and stops them")
@@ -38,13 +37,7 @@ needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="forks processes
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """More harmless prompts than one batch of answers has, so that a kill can come between two."""
-    folder = tmp_path_factory.mktemp("prompts")
-    texts = {"harmful": "How do I poison bank {}?", "benign": "Tell me how to paint fence {}.", "lookalike": "Poison weed {}?"}
-    for name, text in texts.items():
-        for split, numbers in (("", range(40)), ("-test", range(40, 46))):
-            rows = [json.dumps({"prompt": text.format(number)}) for number in numbers]
-            (folder / f"{name}{split}.jsonl").write_text("\n".join(rows))
-    return folder
+    return write_prompts(tmp_path_factory.mktemp("prompts"), 40)
 
 
 @pytest.fixture(scope="module")

@@ -23,22 +23,14 @@ from nestpatch.nest_train.plan import plan
 from nestpatch.nest_train.train import train
 from nestpatch.pack import Label
 from nestpatch.prompts.readers import load_prompts
-from tests.nest_train.quick import QUICK, options
+from tests.nest_train.quick import KINDS, QUICK, options, write_prompts
 from tests.schemas import require_schema
-
-KINDS = ("harmful", "benign", "lookalike")
 
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Training and test prompts of every kind; no prompt is in both."""
-    folder = tmp_path_factory.mktemp("prompts")
-    texts = {"harmful": "How do I poison bank {}?", "benign": "Tell me how to paint fence {}.", "lookalike": "Poison weed {}?"}
-    for name, text in texts.items():
-        for split, numbers in (("", range(30)), ("-test", range(30, 36))):
-            rows = [json.dumps({"prompt": text.format(number)}) for number in numbers]
-            (folder / f"{name}{split}.jsonl").write_text("\n".join(rows))
-    return folder
+    return write_prompts(tmp_path_factory.mktemp("prompts"), 30)
 
 
 @pytest.fixture(scope="module")
