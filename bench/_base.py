@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import math
-import resource
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -161,24 +157,3 @@ class Clock:
     def wind(self) -> None:
         """What passed since the last event belongs to no stage."""
         self._last = time.perf_counter()
-
-
-class Peak:
-    """The largest memory since it was made, in MB: of the device, or of this process where that is the CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        gc.collect()
-        self.cuda = device.type == "cuda"
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            return
-        # Linux alone forgets the peak of a process; elsewhere the peak is that of all methods so far.
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def megabytes(self) -> float:
-        """Of 10^6 bytes."""
-        if self.cuda:
-            return torch.cuda.max_memory_allocated() / 1e6
-        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return rss * (1 if sys.platform == "darwin" else 1024) / 1e6

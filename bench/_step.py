@@ -11,10 +11,10 @@ from tempfile import mkdtemp
 from typing import Any, Protocol
 
 import numpy as np
-import psutil
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
+from bench._peak import Peak
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.nest_train._deltas import DeltaSet
 from nestpatch.nest_train._neurons import Clusters
@@ -233,36 +233,8 @@ class Bench:
         """Peak memory of the steps over what the base takes, in MB."""
         model = self.load()
         data = self.batches(steps)
-        read = _GpuPeak() if self.device == "cuda" else _ProcessPeak()
+        peak = Peak(torch.device(self.device))
         side = self.contender(name, model, data)
         for batch in data:
             side.step(batch)
-        return {"extra_mb": read.extra() / 1e6}
-
-
-class _GpuPeak:
-    """What PyTorch allocated at most since this was made, without what there was."""
-
-    def __init__(self) -> None:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        self.before = torch.cuda.memory_allocated()
-
-    def extra(self) -> int:
-        """Bytes."""
-        return torch.cuda.max_memory_allocated() - self.before
-
-
-class _ProcessPeak:
-    """The peak of the process's resident memory since this was made, without what there was."""
-
-    def __init__(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident (proc(5))
-        self.before = psutil.Process().memory_info().rss
-
-    def extra(self) -> int:
-        """Bytes."""
-        status = Path("/proc/self/status").read_text()
-        peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-        return int(peak.split()[1]) * 1024 - self.before
+        return {"extra_mb": peak.extra() / 1e6}

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from bench._base import BaseRun, Clock, Measured, Peak
+from bench._base import BaseRun, Clock, Measured
+from bench._peak import Peak
 from bench.methods import METHODS, PEERS, Attempt, Method, Scene
 from nestpatch.errors import TrainingError
 from nestpatch.evaluation.suites import BENIGN, HARMFUL, LOOKALIKE, Scores, Suite, builtin_suites, limited, load_suite
@@ -217,7 +218,7 @@ class Bench:
             "seed": recipe.seed,
             "max_prompts": recipe.max_prompts,
             "trained": change.trainable,
-            "peak_mb": round(peak.megabytes()),
+            "peak_mb": round(peak.total() / 1e6),
             "steps": result.steps,
             "kept_step": result.kept.step,
             "seconds": seconds,
