@@ -49,6 +49,8 @@ def busy_blocks(run: Run, data: TrainingData, blocks: Sequence[MlpBlock]) -> tup
     Returns:
         The blocks, mixtures without the other experts.
     """
+    if not any(block.mixture for block in blocks):
+        return tuple(blocks)
     harmful = run.runtime.token_ids([prompt.text for prompt in data.harmful.prompts])
     with run.run_dir.record.timed("probe"):
         found = routed(run.model, blocks, harmful, run.recipe, run.pad, run.on_event)

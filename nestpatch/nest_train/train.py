@@ -332,7 +332,8 @@ def _evaluated(
             after = _evaluate(run, suites, "pack-answers", {"pack": digest_json(tensors)})
             drift = run.drift(before.answers(BENIGN), deltas.off)
     except Exception as error:  # whatever fails here must not cost a trained pack
-        if _ranks.HERE.count > 1:  # the others wait for this process; the pack is written
+        if _ranks.HERE.count > 1:  # the others wait for this process
+            run.note("the pack is written, and its evaluation failed: nestpatch eval MODEL PACK measures it again")
             raise
         return dataclasses.replace(trained, problem=f"{type(error).__name__}: {error}")
     after = Scores(after.suites, drift)
