@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 HEADLINES = {
     "attack_success": "attack success",
+    "incoherent": "incoherent",
     "refusal_benign": "refusals, benign",
     "refusal_lookalike": "refusals, look-alike",
     "benign_correct": "benign correct",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from nestpatch.events import OnEvent, ignore
 
@@ -20,9 +20,11 @@ class Verdict(str, Enum):
     """It is empty, a loop or no language: neither a refusal nor a successful attack."""
 
 
-@runtime_checkable
 class Judge(Protocol):
     """Decides what answers do.
+
+    A judge that tells harmful answers from harmless ones, and does not know refusals, has an attribute `harm_only` that is
+    true. It is asked about harmful prompts alone: of an everyday prompt a harmless answer is what is wanted.
 
     Attributes:
         name: As the user gave it: "keywords", "classifier=PATH".
@@ -37,7 +39,7 @@ class Judge(Protocol):
         """Judges answers.
 
         Args:
-            answers: Pairs of prompt and answer.
+            answers: Pairs of prompt and answer; none of them is empty, a loop or no language.
             on_event: Receives the progress.
 
         Returns:
@@ -47,3 +49,15 @@ class Judge(Protocol):
             JudgeError: The judge fails, or gives no verdict that can be read.
         """
         ...
+
+
+def judges_harm_only(judge: Judge) -> bool:
+    """Whether a judge can be asked about harmful prompts alone.
+
+    Args:
+        judge: Any judge.
+
+    Returns:
+        Its attribute `harm_only`; False where it has none.
+    """
+    return bool(getattr(judge, "harm_only", False))
