@@ -31,6 +31,7 @@ from nestpatch.commands.options import (
 
 if TYPE_CHECKING:
     from nestpatch.evaluation.agreement import Agreement
+    from nestpatch.evaluation.suites import Evaluation
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -125,9 +126,8 @@ def evaluate(
     where there is one; their names are those of --json.
     """
     require_order(model, pack, "eval")
-    from nestpatch.evaluation.evaluator import evaluate, write_answers
+    from nestpatch.evaluation.evaluator import evaluate
     from nestpatch.evaluation.judges.opening import parse_judge_labels, require_judges
-    from nestpatch.evaluation.labelling import write_sheet
     from nestpatch.evaluation.limits import exceeded, parse_limits
     from nestpatch.evaluation.suites import choose_suites
     from nestpatch.files.atomic import check_output
@@ -161,11 +161,7 @@ def evaluate(
             on_event=on_event,
         )
     say_unchecked(checked)
-    if answers is not None:
-        write_answers(result, answers)
-    if label is not None:
-        many = write_sheet(result, label)
-        say(f"wrote {many} answers to {label}: fill the column verdict, then run nestpatch judge {label}", err=True)
+    _write(result, answers, label)
     if as_json:
         name, adapter = checked.pack.label if checked else None, str(lora) if lora else None
         print_json({"model": model, "pack": name, "adapter": adapter, **result.as_json()})
@@ -182,6 +178,18 @@ def evaluate(
     for failure in failures:
         say(f"FAILED: {failure}", err=True)
     sys.exit(1 if failures else 0)
+
+
+def _write(result: Evaluation, answers: Path | None, label: Path | None) -> None:
+    """Writes the files of --answers and --label, where they were asked for."""
+    from nestpatch.evaluation.evaluator import write_answers
+    from nestpatch.evaluation.labelling import write_sheet
+
+    if answers is not None:
+        write_answers(result, answers)
+    if label is not None:
+        many = write_sheet(result, label)
+        say(f"wrote {many} answers to {label}: fill the column verdict, then run nestpatch judge {label}", err=True)
 
 
 @click.command(
