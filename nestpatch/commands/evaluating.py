@@ -63,7 +63,7 @@ def judge_options(command: F) -> F:
 def _say_agreement(agreement: Sequence[Agreement]) -> None:
     """Prints how far judges agree."""
     from nestpatch.views.console import out
-    from nestpatch.views.judging import agreement_table
+    from nestpatch.views.evaluation import agreement_table
 
     if agreement:
         out.print()
