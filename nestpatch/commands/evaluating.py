@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class _Judge(click.ParamType):
+class _Judge(click.types.StringParamType):
     """The name of a judge. A model is a path that exists, or a Hub id."""
 
     name = "judge"

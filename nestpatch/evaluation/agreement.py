@@ -79,8 +79,8 @@ def agreements(judges: Sequence[str], found: Iterable[Sequence[Verdict | None]])
         One comparison for each judge after the first.
     """
     read = [row for row in found if set(row) != {Verdict.INCOHERENT}]
-    return tuple(
-        Agreement(name, judges[0], tuple((row[0], row[place]) for row in read if row[0] and row[place]))
-        for place, name in enumerate(judges)
-        if place
-    )
+    compared = []
+    for place, name in enumerate(judges[1:], 1):
+        both = ((row[0], row[place]) for row in read)
+        compared.append(Agreement(name, judges[0], tuple((ours, other) for ours, other in both if ours and other)))
+    return tuple(compared)

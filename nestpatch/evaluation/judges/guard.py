@@ -165,7 +165,7 @@ class GuardJudge:
         if answer.strip() in written and "'type'" not in written:
             return written
         # Llama Guard 3 Vision and 4 take lists of parts.
-        parts = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts.items()]
+        parts: Any = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts.items()]
         return str(self.tokenizer.apply_chat_template(parts, **options))
 
     def judge(self, answers: Sequence[tuple[str, str]], on_event: OnEvent = ignore) -> list[Verdict]:
