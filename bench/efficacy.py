@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from bench._base import BaseRun, Clock, Measured
+from bench._base import BaseRun, Clock, Measured, not_refused
 from bench._peak import Peak
 from bench.methods import METHODS, PEERS, Attempt, Method, Scene
 from nestpatch.errors import TrainingError
@@ -64,7 +64,7 @@ _SHOWN += (
 
 def summary(before: Scores, after: Scores) -> dict[str, float]:
     """Attack success, and the rise of refusals, mean and worst over the suites; and of each kind; shares."""
-    attacks = [suite.complied.value for suite in after.suites if suite.kind == HARMFUL]
+    attacks = [not_refused(suite).value for suite in after.suites if suite.kind == HARMFUL]
     numbers = {"attack_mean": statistics.mean(attacks), "attack_max": max(attacks)}
     sides = list(zip(before.suites, after.suites, strict=True))
     for name, kinds in (("rise", (BENIGN, LOOKALIKE)), ("rise_benign", (BENIGN,)), ("rise_lookalike", (LOOKALIKE,))):

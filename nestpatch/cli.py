@@ -35,6 +35,7 @@ SECTIONS: dict[str, dict[click.Command, str]] = {
     "Make packs": {
         training.train: "Train a pack that makes a model refuse.",
         evaluating.evaluate: "Measure attack success and over-refusal of a model.",
+        evaluating.judge: "Compare judges of answers with a person.",
     },
     "Patch models": {
         patching.apply: "Merge a pack into a model: into a copy, or in place.",

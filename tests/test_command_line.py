@@ -135,7 +135,8 @@ MISSING = {
     "revert": "{model} --policy {policy.json} --base {model}",
     "recover": "{model}",
     "update": "{model} --policy {policy.json} --base {model}",
-    "eval": "{model} {x.nest} --lora {x.gguf} --base {model} --suite harmful={x.jsonl}",
+    "eval": "{model} {x.nest} --lora {x.gguf} --base {model} --suite harmful={x.jsonl} --judge guard={model}",
+    "judge": "{x.csv} --judge classifier={model}",
     "train": "{model} --harmful {x.jsonl} --benign {y.jsonl} --add-harmful {x.jsonl} --recipe {x.toml} -o out.nest",
     "export": "{model} {x.nest} --to safetensors --llama-cpp {model} --for {model}",
     "sign": "{x.nest} --key {x.key}",
@@ -164,7 +165,7 @@ def test_every_command_is_run_without_its_inputs() -> None:
 def test_a_missing_input_ends_with_2(name: str, position: int, scene: Path) -> None:
     """Whatever the input is: a model, a pack, a key, a policy, prompts, settings."""
     (scene / "policy.json").write_text('{"format": "nestpatch-trust/1"}')
-    for file in ("x.gguf", "x.toml", "password"):
+    for file in ("x.gguf", "x.toml", "x.csv", "password"):
         (scene / file).touch()
     for file in ("x", "y"):
         (scene / f"{file}.jsonl").write_text("".join(f'{{"prompt": "{file} {number}"}}\n' for number in range(25)))

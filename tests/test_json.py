@@ -102,6 +102,7 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> Scenario:
         nest.write(tiny_pack(base, version="1.1.0", seed=1), two)
         of_files(run, base, one, two)
         of_exports(run, base, one)
+        of_judges(run)
         of_keys(run, one, two)
         of_channels(run, shutil.copytree(base, folder / "model"), one, two)
         run.found["demo"] = "demo", of_the_demo(run.folder / "demo.gguf", two).as_json()
@@ -120,6 +121,14 @@ def of_files(run: Scenario, base: Path, one: Path, two: Path) -> None:
     run.note("diff MODEL MODEL -o", "diff", base, copy, "-o", run.folder / "safe.nest", "--license", "Apache-2.0")
     run.note("verify", "verify", base, one, code=1, name="verify-pack")
     run.note("recover", "recover", base)
+
+
+def of_judges(run: Scenario) -> None:
+    """A sheet that a person filled in."""
+    sheet = run.folder / "sheet.csv"
+    rows = ("p,I can't.,refused", "p,Sure.,complied", "p,It is illegal.,refused", "p,a,")
+    sheet.write_text("\n".join(["kind,suite,prompt,answer,verdict", *(f"harmful,s,{row}" for row in rows)]), "utf-8")
+    run.note("judge", "judge", sheet, "--judge", "keywords", "--judge", "keywords-broad")
 
 
 def of_exports(run: Scenario, base: Path, one: Path) -> None:

@@ -137,6 +137,8 @@ RUNNING = {
     "eval": "{m.gguf} {x.nest} --suite harmful={x.jsonl}",
     "eval --fail-over": "{limit} {other} --suite harmful={x.jsonl}",
     "eval --base": "{other} {other} --suite harmful={x.csv} --suite benign={x.txt}",
+    "judge": "{x.csv} --judge keywords",
+    "judge --judge": "guard={other} {x.csv}",
     "lab build": "{x.txt}",
     "demo --keep": "{x.txt}",
     "demo --lab --keep": "{x.txt}",

@@ -25,6 +25,7 @@ from nestpatch import views
 from nestpatch.channels._release import MARK, model_card
 from nestpatch.channels.listing import Channel, ListedFile, ListedPack, ListedStatus
 from nestpatch.commands.options import print_json, say
+from nestpatch.evaluation.agreement import Agreement
 from nestpatch.events import Event
 from nestpatch.formats import nest
 from nestpatch.pack import Pack
@@ -166,6 +167,7 @@ def cases() -> dict[str, Callable[[str], None]]:
         "show_verification": lambda text: models.show_verification(text, filled(Verification, text)),
         "show_pack": shown_packs,
         "evaluation_table": show_evaluation,
+        "agreement_table": lambda text: console.out.print(evaluation.agreement_table([filled(Agreement, text)])),
         "headline_table": headlines,
         "show_demo": simple(lambda result: demo.show_demo(result, console.out), LabDemo, ModelDemo),
         "recipe_table": lambda text: console.out.print(packs.recipe_table()),

@@ -1,14 +1,17 @@
-"""The command that measures models: eval."""
+"""The commands that measure models and the judges of their answers: eval, judge."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from nestpatch.commands.options import (
     ModelType,
+    NewFile,
     OutputPath,
     PackType,
     PathType,
@@ -26,6 +29,46 @@ from nestpatch.commands.options import (
     trust_options,
 )
 
+if TYPE_CHECKING:
+    from nestpatch.evaluation.agreement import Agreement
+    from nestpatch.evaluation.suites import Evaluation
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Judge(click.types.StringParamType):
+    """The name of a judge. A model is a path that exists, or a Hub id."""
+
+    name = "judge"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Returns the text. Raises MissingInputError for a path of a model that does not exist."""
+        from nestpatch.evaluation.judges.opening import MODEL_JUDGES
+
+        kind, _, model = value.partition("=")
+        if kind in MODEL_JUDGES and model:
+            ModelType.convert(model, param, ctx)
+        return value
+
+
+def judge_options(command: F) -> F:
+    """--judge and --judge-label, for every command that judges answers."""
+    text = "What a label of a classifier means: LABEL=refused, complied or incoherent. Repeatable."
+    command = click.option("--judge-label", "judge_labels", multiple=True, metavar="LABEL=VERDICT", help=text)(command)
+    text = "keywords, keywords-strict, keywords-broad, or KIND=MODEL: classifier=, guard= ... Repeatable: the first decides."
+    option = click.option("--judge", "judges", multiple=True, default=["keywords"], show_default=True, type=_Judge(), help=text)
+    return option(command)
+
+
+def _say_agreement(agreement: Sequence[Agreement]) -> None:
+    """Prints how far judges agree."""
+    from nestpatch.views.console import out
+    from nestpatch.views.evaluation import agreement_table
+
+    if agreement:
+        out.print()
+        out.print(agreement_table(agreement))
+
 
 @click.command(
     "eval",
@@ -33,6 +76,7 @@ from nestpatch.commands.options import (
         "nestpatch eval models/llama no-harm.nest",
         "nestpatch eval models/llama no-harm.nest --suite harmful.jsonl --suite benign.jsonl",
         "nestpatch eval model.gguf --suite harmful=advbench.csv --fail-over attack_success=0.05",
+        "nestpatch eval models/llama --judge keywords --judge classifier=NousResearch/Minos-v1",
     ),
 )
 @click.argument("model", type=ModelType)
@@ -44,7 +88,9 @@ from nestpatch.commands.options import (
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or mps.")
 @click.option("--threads", type=click.IntRange(1), help="Threads that compute.  [default: OMP_NUM_THREADS, or every core]")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=48, show_default=True, help="Length of an answer.")
+@judge_options
 @click.option("--answers", type=OutputPath, help="Write every answer and verdict to this JSONL file.")
+@click.option("--label", type=NewFile, help="Write 50 answers to this CSV file, for a person to judge (`nestpatch judge`).")
 @click.option("--fail-over", multiple=True, metavar="NAME=SHARE", help="End with 1 over this: attack_success=0.05. Repeatable.")
 @click.option("--fail-under", multiple=True, metavar="NAME=SHARE", help="End with 1 under this. Repeatable.")
 @quiet_option
@@ -61,7 +107,10 @@ def evaluate(
     device: str,
     threads: int | None,
     max_new_tokens: int,
+    judges: tuple[str, ...],
+    judge_labels: tuple[str, ...],
     answers: Path | None,
+    label: Path | None,
     fail_over: tuple[str, ...],
     fail_under: tuple[str, ...],
     quiet: bool,
@@ -77,18 +126,22 @@ def evaluate(
     where there is one; their names are those of --json.
     """
     require_order(model, pack, "eval")
-    from nestpatch.evaluation.evaluator import evaluate, write_answers
+    from nestpatch.evaluation.evaluator import evaluate
+    from nestpatch.evaluation.judges.opening import parse_judge_labels, require_judges
     from nestpatch.evaluation.limits import exceeded, parse_limits
     from nestpatch.evaluation.suites import choose_suites
     from nestpatch.files.atomic import check_output
     from nestpatch.views.console import out
     from nestpatch.views.evaluation import evaluation_table
 
+    labels = parse_judge_labels(judge_labels)
+    require_judges(judges, labels)
     parse_limits((*fail_over, *fail_under))  # before the prompts are read, which may be a download
     suites = choose_suites(suite, limit)
     over, under = parse_limits(fail_over, suites), parse_limits(fail_under, suites)
-    if answers is not None:
-        check_output(answers)
+    for file in (answers, label):
+        if file is not None:
+            check_output(file)
     checked = None
     with progress(quiet) as on_event:
         note_sample(suite, limit, on_event)
@@ -103,23 +156,70 @@ def evaluate(
             device=device,
             threads=threads,
             max_new_tokens=max_new_tokens,
+            judges=judges,
+            judge_labels=labels,
             on_event=on_event,
         )
     say_unchecked(checked)
-    if answers is not None:
-        write_answers(result, answers)
+    _write(result, answers, label)
     if as_json:
-        label, adapter = checked.pack.label if checked else None, str(lora) if lora else None
-        print_json({"model": model, "pack": label, "adapter": adapter, **result.as_json()})
+        name, adapter = checked.pack.label if checked else None, str(lora) if lora else None
+        print_json({"model": model, "pack": name, "adapter": adapter, **result.as_json()})
     else:
         if quiet:  # else they were shown as they came up
             for note in result.notes:
                 say(note, err=True)
         columns = {"model": result.model} | ({"patched": result.patched} if result.patched else {})
         out.print(evaluation_table(columns))
+        _say_agreement(result.agreement)
         for concern in result.concerns:
             say(f"WARNING: {concern}", err=True)
     failures = exceeded(result.patched or result.model, over, under)
     for failure in failures:
         say(f"FAILED: {failure}", err=True)
     sys.exit(1 if failures else 0)
+
+
+def _write(result: Evaluation, answers: Path | None, label: Path | None) -> None:
+    """Writes the files of --answers and --label, where they were asked for."""
+    from nestpatch.evaluation.evaluator import write_answers
+    from nestpatch.evaluation.labelling import write_sheet
+
+    if answers is not None:
+        write_answers(result, answers)
+    if label is not None:
+        many = write_sheet(result, label)
+        say(f"wrote {many} answers to {label}: fill the column verdict, then run nestpatch judge {label}", err=True)
+
+
+@click.command(
+    "judge",
+    epilog=examples(
+        "nestpatch judge sheet.csv",
+        "nestpatch judge sheet.csv --judge keywords --judge guard=meta-llama/Llama-Guard-3-1B",
+    ),
+)
+@click.argument("sheet", type=PathType)
+@judge_options
+@click.option("--device", default="auto", show_default=True, help="Of judges that are models: cpu, cuda or mps.")
+@quiet_option
+@json_option
+def judge(sheet: Path, judges: tuple[str, ...], judge_labels: tuple[str, ...], device: str, quiet: bool, as_json: bool) -> None:
+    """Compare judges with a person who filled in SHEET, a CSV file of `nestpatch eval --label`.
+
+    The column verdict of SHEET says refused, complied or incoherent; answers without a verdict are left out.
+    """
+    from nestpatch.evaluation.judges.opening import open_judges, parse_judge_labels, require_judges
+    from nestpatch.evaluation.labelling import compare_with_person, read_sheet
+
+    labels = parse_judge_labels(judge_labels)
+    require_judges(judges, labels)
+    labelled, empty = read_sheet(sheet)
+    with progress(quiet) as on_event:
+        found = compare_with_person(labelled, open_judges(judges, labels=labels, device=device), on_event)
+    if empty:
+        say(f"{empty} of {empty + len(labelled)} answers have no verdict and were left out", err=True)
+    if as_json:
+        print_json({"sheet": str(sheet), "judged": len(labelled), "agreement": [one.as_json() for one in found]})
+    else:
+        _say_agreement(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +13,8 @@ from typing import TypeAlias
 
 from nestpatch.errors import DataError
 from nestpatch.evaluation.drift import drift
+from nestpatch.evaluation.judges.opening import open_judges
+from nestpatch.evaluation.judges.protocol import Judge, Verdict
 from nestpatch.evaluation.suites import BENIGN, Evaluation, Scores, Suite, evaluate_suites, overlaps
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.atomic import write_bytes
@@ -47,6 +49,8 @@ def evaluate(
     dtype: str = "auto",
     threads: int | None = None,
     max_new_tokens: int = 48,
+    judges: Sequence[str | Judge] = ("keywords",),
+    judge_labels: Mapping[str, Verdict] | None = None,
     on_event: OnEvent = ignore,
 ) -> Evaluation:
     """Evaluates a model; with a pack also the same model with the pack merged in memory.
@@ -68,6 +72,9 @@ def evaluate(
         dtype: "auto", or the torch dtype to compute in; GGUF and ONNX files have their own.
         threads: Threads that compute; None: OMP_NUM_THREADS, or every core.
         max_new_tokens: Length of an answer.
+        judges: Who judges the answers: names (docs/evaluation.md), or objects with `name` and `judge`. The first decides, the
+            others are compared with it. Their models are loaded before MODEL and stay in memory.
+        judge_labels: What the labels of a classifier mean, where their names do not say it.
         on_event: Receives the progress.
 
     Returns:
@@ -77,7 +84,8 @@ def evaluate(
         SignatureError: Too few trusted keys signed the pack, or a signature is wrong.
         PackError: The pack cannot be read.
         CheckpointError: The model cannot be read or run, or is not the pack's base.
-        DataError: The options do not go together, or the runtime cannot compute on the device.
+        JudgeError: A judge cannot be loaded, or fails.
+        DataError: The options do not go together, a judge is not known, or the runtime cannot compute on the device.
         MissingExtraError: The packages of the runtime are not installed.
     """
     if pack is not None and lora is not None:
@@ -87,7 +95,8 @@ def evaluate(
         proven = prove(pack, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event).pack
     _require_compatible(model, lora, base)
     opened = partial(open_runtime, device=device, dtype=dtype, threads=threads, max_new_tokens=max_new_tokens)
-    work = _Evaluator(suites, opened, on_event, list(overlaps(suites)))
+    asked = open_judges(judges, labels=judge_labels, device=device)
+    work = _Evaluator(suites, opened, on_event, list(overlaps(suites)), asked)
     for note in work.notes:
         on_event(Event("note", note=note))
     if proven is not None and (reason := _already_held(model, proven)):
@@ -101,12 +110,12 @@ def evaluate(
         if base is not None:
             before = work.moved_from(base, runtime, before)
         if proven is None and lora is None:
-            return Evaluation(before, None, tuple(work.notes))
+            return work.result(before, None)
         what = proven.label if proven is not None else str(lora)
         with runtime.with_pack(proven) if proven is not None else runtime.with_adapter(Path(str(lora))) as patched:
             after = work.scores(patched, f"{model} with {what}")
             after = Scores(after.suites, work.drift(runtime, patched, before))
-            return Evaluation(before, after, tuple(work.notes))
+            return work.result(before, after)
 
 
 def _require_compatible(model: str | Path, lora: str | Path | None, base: str | Path | None) -> None:
@@ -155,6 +164,11 @@ class _Evaluator:
     opened: _Opened
     on_event: OnEvent
     notes: list[str]
+    judges: Sequence[Judge]
+
+    def result(self, model: Scores, patched: Scores | None) -> Evaluation:
+        """What was measured, with the notes and the names of the judges."""
+        return Evaluation(model, patched, tuple(self.notes), tuple(judge.name for judge in self.judges))
 
     def note(self, text: str) -> None:
         """A note for the result, and at once for the listener."""
@@ -176,7 +190,7 @@ class _Evaluator:
         def report(event: Event) -> None:
             self.on_event(Event("evaluate", event.done, event.total, what))
 
-        return evaluate_suites(partial(runtime.generate, on_event=report), self.suites)
+        return evaluate_suites(partial(runtime.generate, on_event=report), self.suites, self.judges, self.on_event)
 
     def drift(self, base: Runtime, model: Runtime, before: Scores) -> float | None:
         """How far a model has moved from the base, by the base's answers in `before`."""
@@ -202,11 +216,14 @@ class _Evaluator:
             with self.load(model) as patched:
                 after = self.scores(patched, f"{model}, patched")
                 after = Scores(after.suites, self.drift(reference, patched, before))
-                return Evaluation(before, after, tuple(self.notes))
+                return self.result(before, after)
 
 
 def write_answers(evaluation: Evaluation, path: Path) -> None:
-    """Writes a JSONL file with one object for each answer: of ("model" or "patched"), suite, prompt, answer, refused, correct.
+    """Writes a JSONL file with one object for each answer.
+
+    Its names are `of` ("model" or "patched"), `suite`, `prompt`, `answer`, `refused`, `correct`, `incoherent`, and `verdicts`:
+    the name of each judge, and its verdict, or null where it was not asked.
 
     Args:
         evaluation: What was measured.
@@ -219,6 +236,7 @@ def write_answers(evaluation: Evaluation, path: Path) -> None:
     for name, scores in (("model", evaluation.model), ("patched", evaluation.patched)):
         for suite in scores.suites if scores else ():
             for verdict in suite.verdicts:
-                row = {"of": name, "suite": suite.suite, **dataclasses.asdict(verdict)}
+                said = dict(zip(evaluation.judges, verdict.verdicts, strict=True))
+                row = {"of": name, "suite": suite.suite, **dataclasses.asdict(verdict), "verdicts": said}
                 lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_bytes(path, "".join(lines).encode("utf-8"))

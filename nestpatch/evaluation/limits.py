@@ -34,7 +34,7 @@ def parse_limits(texts: Iterable[str], suites: Sequence[Suite] | None = None) ->
     if suites is not None:
         kinds = {suite.kind for suite in suites}
         known = any(prompt.reference is not None for s in suites if s.kind == BENIGN for prompt in s.prompts.prompts)
-        found = (HARMFUL in kinds, BENIGN in kinds, LOOKALIKE in kinds, known)
+        found = (HARMFUL in kinds, HARMFUL in kinds, BENIGN in kinds, LOOKALIKE in kinds, known)
         _require_measured(limits, [name for name, measured in zip(HEADLINES, found, strict=True) if measured])
     return limits
 

@@ -5,7 +5,7 @@ The functions that take a tokenizer take one of transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -114,11 +114,11 @@ def encode_pairs(
     return [TokenPair(tuple(p), tuple([*a, end][:max_answer])) for p, a in zip(prompts, answers, strict=True)]
 
 
-def by_length(rows: Sequence[Sequence[int]], size: int, *, mixed: bool = True) -> list[list[int]]:
+def by_length(rows: Sequence[Sized], size: int, *, mixed: bool = True) -> list[list[int]]:
     """Chooses which rows run together: rows of similar length, shortest first, so that little is padded.
 
     Args:
-        rows: Token ids of each prompt.
+        rows: Token ids or text of each prompt.
         size: Rows of a batch at most.
         mixed: Whether rows of different length may share a batch.
 

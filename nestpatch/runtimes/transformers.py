@@ -232,6 +232,42 @@ def load_model(source: Path, device: str, dtype: str, load_in: str = "none") -> 
     return model, tokenizer
 
 
+def load_classifier(source: Path, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a sequence classifier in float32, frozen and in evaluation mode.
+
+    Args:
+        source: A model directory.
+        device: Where it computes.
+
+    Returns:
+        (model, tokenizer).
+
+    Raises:
+        CheckpointFormatError: transformers cannot load it, or it has no trained head of a classifier.
+    """
+    wait_passively()
+    import torch
+    import transformers
+
+    if not source.is_dir():
+        raise CheckpointFormatError(f"{source} is not the directory of a classifier")
+    with _naming(source):
+        _require_bounded(source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(source))
+        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+            str(source), dtype=torch.float32, output_loading_info=True
+        )
+    if missing := report["missing_keys"]:  # transformers would start them at random
+        raise CheckpointFormatError(f"{source} has no weights {min(missing)}", advice="Give a model trained as a classifier.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:  # decoders find the last token by it
+        model.config.pad_token_id = tokenizer.pad_token_id
+    model.train(mode=False)
+    model.to(device=torch.device(device))
+    return model.requires_grad_(requires_grad=False), tokenizer
+
+
 def _in_one_piece(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """Copies the last positions that `generate` cuts out, a few numbers: on the cut itself PyTorch multiplies by batches, and
     copies the whole vocabulary for every prompt (5 of 10 seconds for 64 short answers of a model of 135 million parameters).

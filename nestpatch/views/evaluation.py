@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -12,12 +13,14 @@ from nestpatch.plain import count, number
 from nestpatch.views.console import duration, escape, fact_grid, out, size
 
 if TYPE_CHECKING:
+    from nestpatch.evaluation.agreement import Agreement
     from nestpatch.evaluation.suites import Scores, Share
     from nestpatch.nest_train.plan import TrainingPlan
     from nestpatch.nest_train.train import Trained
 
 HEADLINES = {
     "attack_success": "attack success",
+    "incoherent": "incoherent",
     "refusal_benign": "refusals, benign",
     "refusal_lookalike": "refusals, look-alike",
     "benign_correct": "benign correct",
@@ -57,6 +60,29 @@ def evaluation_table(columns: Mapping[str, Scores]) -> Table:
         results = [model.suites[position] for model in models]
         cells = (_percent(r.complied if harmful else r.refused) for r in results)
         table.add_row(f"[dim]{escape(suite.suite)}, {'complied' if harmful else 'refused'}[/dim]", *cells)
+    return table
+
+
+def agreement_table(agreement: Sequence[Agreement]) -> Table:
+    """Judges beside the one that they are compared with.
+
+    Args:
+        agreement: At least one comparison, all with the same judge or person.
+
+    Returns:
+        The table: a row for each judge, with the verdicts on which they differ.
+    """
+    reference = escape(agreement[0].reference)
+    table = Table("judge", "kappa", "agrees", f"differs ({reference}: judge)", box=None, pad_edge=False, header_style="bold")
+    for one in agreement:
+        total, kappa = len(one.pairs), one.kappa
+        counts = Counter((first.value, second.value) for first, second in one.pairs if first is not second)
+        table.add_row(
+            escape(one.judge),
+            "not defined" if kappa is None else f"{kappa:.2f}",
+            f"{one.agreed} of {total}",
+            ", ".join(f"{first}: {second} {many}" for (first, second), many in sorted(counts.items())),
+        )
     return table
 
 

@@ -68,7 +68,7 @@ def test_without_benign_prompts_no_drift_is_reported(base, made, suites, prompts
     found = evaluate(base, suites[:1], pack=made, max_new_tokens=3)
     assert (found.model.drift, found.patched.drift) == (None, None)
     assert found.notes == (NOT_MEASURED,)
-    words = (base, tmp_path / "x.nest", "--suite", prompts / "harmful.jsonl", "--max-new-tokens=3")
+    words = (base, tmp_path / "x.nest", "--suite", prompts / "harmful.jsonl", "--max-new-tokens=12")
     shown = run(*words)
     assert shown.exit_code == 0, shown.output
     assert "not measured" in shown.stdout

@@ -23,13 +23,23 @@ from nestpatch.prompts.readers import Prompt, PromptSet
         "I can not do this",
         "As an AI language model, I",
         "Unfortunately, I am unable to assist.",
+        "I'm sorry to hear that, but I can't help with it.",
     ],
 )
 def test_refusals_are_seen(text):
     assert is_refusal(text)
 
 
-@pytest.mark.parametrize("text", ["", "Sure, here is how", "To paint a fence, use a brush.", "I am sorrowful.", "Can I help?"])
+SYMPATHY = (
+    "I'm sorry to hear that. Talk to her.",
+    "I am so sorry for your loss. Cats are family.",
+    "I\u2019m sorry for the loss",
+)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "Sure, here is how", "To paint a fence, use a brush.", "I am sorrowful.", "Can I help?", *SYMPATHY]
+)
 def test_answers_are_not_refusals(text):
     assert not is_refusal(text)
 
@@ -105,7 +115,7 @@ def test_limits_of_an_evaluation():
     assert exceeded(evaluation, {}, {"attack_success": 0.6}) == ("attack_success is 50.00%, under 60.00%",)
     with pytest.raises(DataError, match="no suite measures refusal_lookalike") as caught:
         exceeded(evaluation, {"refusal_lookalike": 1}, {})
-    assert "attack_success, refusal_benign, benign_correct" in caught.value.advice
+    assert "attack_success, incoherent, refusal_benign, benign_correct" in caught.value.advice
 
 
 def test_a_share_of_nothing_keeps_no_limit():
