@@ -14,6 +14,7 @@ from typing import Any
 from nestpatch.errors import DataError, PromptDataError
 from nestpatch.evaluation.concerns import concerns
 from nestpatch.evaluation.judges import is_refusal, matches
+from nestpatch.prompts.benchmarks import BENCHMARKS, read_benchmark
 from nestpatch.prompts.builtin import JAILBREAK, PREFIX
 from nestpatch.prompts.readers import PromptSet, load_prompts, sample_set
 from nestpatch.runtimes.protocol import Generate
@@ -86,34 +87,57 @@ class Suite:
         return self.prompts.name
 
 
-def load_suite(text: str) -> Suite:
-    """Reads a suite.
+def load_suites(text: str) -> list[Suite]:
+    """Reads the suites of a source.
 
     Args:
-        text: "KIND=SOURCE" with harmful, benign or lookalike; or "SOURCE" whose file name begins with harmful, jailbreak,
-            benign or lookalike. SOURCE is what `load_prompts` reads.
+        text: "KIND=SOURCE" with harmful, benign or lookalike; "SOURCE" whose file name begins with harmful, jailbreak, benign or
+            lookalike; or a published benchmark, "NAME=SOURCE", or "NAME" for its data set on the Hub: docs/evaluation.md lists
+            them. SOURCE is what `load_prompts` reads.
 
     Returns:
-        The suite.
+        One suite; of a benchmark one for each part, such as the safe and the unsafe prompts of xstest.
 
     Raises:
         PromptDataError: The kind is not known, or the prompts cannot be read.
     """
     kind, equals, source = text.partition("=")
     if equals and kind in _STEMS:
-        return Suite(_STEMS[kind], load_prompts(source))
-    if equals and re.fullmatch(r"[A-Za-z_-]+", kind) and not os.path.exists(text):  # noqa: PTH110 - answers no where Path raises
-        close = get_close_matches(kind.lower(), _STEMS, 1)
-        hint = f"Did you mean {_STEMS[close[0]]}={source}? " if close else ""
-        raise PromptDataError(f"{kind!r} is not a kind of suite", advice=f"{hint}The kinds are {', '.join(KINDS)}.")
+        return [Suite(_STEMS[kind], load_prompts(source))]
+    if kind in BENCHMARKS and (equals or not os.path.exists(text)):  # noqa: PTH110 - answers no where Path raises
+        return [Suite(part, prompts) for part, prompts in read_benchmark(kind, source)]
+    if equals and re.fullmatch(r"[A-Za-z0-9_-]+", kind) and not os.path.exists(text):  # noqa: PTH110
+        close = get_close_matches(kind.lower(), (*_STEMS, *BENCHMARKS), 1)
+        hint = f"Did you mean {_STEMS.get(close[0], close[0])}={source}? " if close else ""
+        advice = f"{hint}The kinds are {', '.join(KINDS)}; the benchmarks are {', '.join(BENCHMARKS)}."
+        raise PromptDataError(f"{kind!r} is not a kind of suite", advice=advice)
     stem = text.removeprefix(PREFIX).replace("\\", "/").rpartition("/")[2].lower()
     known = next((kind for start, kind in _STEMS.items() if stem.startswith(start)), None)
     if known is None:
         raise PromptDataError(
             f"the file name does not say what kind of suite {text} is",
-            advice=f"Name the kind: --suite harmful={text} (or {' or '.join(KINDS[1:])}).",
+            advice=f"Name the kind: --suite harmful={text} (or {' or '.join(KINDS[1:])}), or the benchmark: xstest={text}.",
         )
-    return Suite(known, load_prompts(text))
+    return [Suite(known, load_prompts(text))]
+
+
+def load_suite(text: str) -> Suite:
+    """Reads one suite.
+
+    Args:
+        text: As for `load_suites`.
+
+    Returns:
+        The suite.
+
+    Raises:
+        PromptDataError: As `load_suites`; or the source is a benchmark of several suites.
+    """
+    first, *others = load_suites(text)
+    if others:
+        names = ", ".join(suite.name for suite in (first, *others))
+        raise PromptDataError(f"{text} is more than one suite: {names}", advice="Read it with load_suites.")
+    return first
 
 
 def builtin_suites(limit: int | None = None) -> list[Suite]:
@@ -136,19 +160,19 @@ def choose_suites(sources: Sequence[str], limit: int | None = None) -> list[Suit
     """Reads what a command is to measure.
 
     Args:
-        sources: As for `load_suite`; none means the built-in suites.
+        sources: As for `load_suites`; none means the built-in suites.
         limit: Prompts of each suite at most; None for BUILTIN_LIMIT of the built-in suites, and all of others.
 
     Returns:
         The suites.
 
     Raises:
-        PromptDataError: As `load_suite`.
+        PromptDataError: As `load_suites`.
         DataError: `limit` is less than 1.
     """
     if not sources:
         return builtin_suites(BUILTIN_LIMIT if limit is None else limit)
-    return [limited(load_suite(text), limit) for text in sources]
+    return [limited(suite, limit) for text in sources for suite in load_suites(text)]
 
 
 def limited(suite: Suite, limit: int | None) -> Suite:
