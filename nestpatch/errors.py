@@ -421,6 +421,12 @@ class TrainingError(NestpatchError):
     advice = "Lower `threshold`, or give more and clearer prompts."
 
 
+class EvaluationTaskError(NestpatchError):
+    """A task of lm-eval failed."""
+
+    advice = "Run `lm_eval` on the same task alone. Without network, a task needs its data set in the cache of the Hub."
+
+
 class MissingExtraError(NestpatchError):
     """An optional package is not installed.
 

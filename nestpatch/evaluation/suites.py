@@ -14,6 +14,8 @@ from typing import Any
 from nestpatch.errors import DataError, PromptDataError
 from nestpatch.evaluation.concerns import concerns
 from nestpatch.evaluation.judges import is_refusal, matches
+from nestpatch.evaluation.perplexity import TextLoss
+from nestpatch.evaluation.tasks import TaskScore
 from nestpatch.prompts.benchmarks import BENCHMARKS, read_benchmark
 from nestpatch.prompts.builtin import JAILBREAK, PREFIX
 from nestpatch.prompts.readers import PromptSet, load_prompts, sample_set
@@ -23,6 +25,8 @@ HARMFUL, BENIGN, LOOKALIKE = "harmful", "benign", "lookalike"
 KINDS = (HARMFUL, BENIGN, LOOKALIKE)
 HEADLINES = ("attack_success", "refusal_benign", "refusal_lookalike", "benign_correct")
 """The shares that sum a model up."""
+BESIDE_BASE = ("answer_agreement", "perplexity_rise", "task_fall")
+"""Numbers that compare a model with its base."""
 BUILTIN_LIMIT = 100
 """Prompts of each built-in suite that a command measures unless told otherwise. Shares are known within 7 to 10 points, and a
 small model answers them on a CPU in minutes; `train` and `eval` draw the same ones."""
@@ -91,9 +95,9 @@ def load_suites(text: str) -> list[Suite]:
     """Reads the suites of a source.
 
     Args:
-        text: "KIND=SOURCE" with harmful, benign or lookalike; "SOURCE" whose file name begins with harmful, jailbreak, benign or
-            lookalike; or a published benchmark, "NAME=SOURCE", or "NAME" for its data set on the Hub: docs/evaluation.md lists
-            them. SOURCE is what `load_prompts` reads.
+        text: "KIND=SOURCE" with harmful, benign or lookalike; "SOURCE" whose file name begins with harmful, jailbreak, benign
+            or lookalike; or a published benchmark, "NAME=SOURCE", or "NAME" for its data set on the Hub: docs/evaluation.md
+            lists them. SOURCE is what `load_prompts` reads.
 
     Returns:
         One suite; of a benchmark one for each part, such as the safe and the unsafe prompts of xstest.
@@ -276,10 +280,18 @@ class Scores:
     Attributes:
         suites: Their results, in the order in which they were given.
         drift: Mean KL(base || model) in nats per answer token on benign prompts; None where it was not measured.
+        agreement: Benign prompts whose answer is word for word the base's; None where there is no base or no benign suite.
+        text: How well the model predicts plain text; None where it was not measured.
+        tasks: Metrics of the tasks of lm-eval that were run.
+        task_fall: The largest fall of such a metric below the base's; None where it was not measured.
     """
 
     suites: tuple[SuiteResult, ...]
     drift: float | None = None
+    agreement: Share | None = None
+    text: TextLoss | None = None
+    tasks: tuple[TaskScore, ...] = ()
+    task_fall: float | None = None
 
     def answers(self, kind: str) -> Mapping[str, str]:
         """Collects the answers to all suites of a kind.
@@ -324,11 +336,26 @@ class Scores:
         """
         return {name: share for name in HEADLINES if (share := getattr(self, name)) is not None}
 
+    def numbers(self) -> dict[str, float]:
+        """Collects what a limit can be set for.
+
+        Returns:
+            Name -> value, for each of the HEADLINES and the BESIDE_BASE that was measured.
+        """
+        found = {name: share.value for name, share in self.totals().items()}
+        rise = self.text.rise if self.text else None
+        beside = (self.agreement.value if self.agreement else None, rise, self.task_fall)
+        return found | {name: value for name, value in zip(BESIDE_BASE, beside, strict=True) if value is not None}
+
     def as_json(self) -> dict[str, Any]:
-        """Totals, drift and suites as plain values; None for what was not measured."""
+        """Totals, drift, utility and suites as plain values; None for what was not measured."""
         totals = self.totals()
         result: dict[str, Any] = {name: totals[name].as_json() if name in totals else None for name in HEADLINES}
         result["kl_to_base"] = None if self.drift is None else round(self.drift, 6)
+        result["answer_agreement"] = self.agreement.as_json() if self.agreement else None
+        result["text"] = self.text.as_json() if self.text else None
+        names = dict.fromkeys(score.task for score in self.tasks)
+        result["tasks"] = {name: [score.as_json() for score in self.tasks if score.task == name] for name in names} or None
         result["suites"] = {suite.suite: suite.as_json() for suite in self.suites}
         return result
 

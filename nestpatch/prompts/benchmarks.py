@@ -106,7 +106,11 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     ),
     "strongreject": Benchmark({"walledai/StrongREJECT": ((None, "train"),)}, ("forbidden_prompt", "prompt"), _all, "MIT"),
     "xstest": Benchmark(
-        {"Paul/XSTest": ((None, "train"),), "walledai/XSTest": ((None, "test"),), "natolambert/xstest-v2-copy": ((None, "prompts"),)},
+        {
+            "Paul/XSTest": ((None, "train"),),
+            "walledai/XSTest": ((None, "test"),),
+            "natolambert/xstest-v2-copy": ((None, "prompts"),),
+        },
         ("prompt",),
         _xstest,
         "CC BY 4.0",
@@ -168,9 +172,7 @@ def read_benchmark(name: str, source: str = "") -> list[tuple[str, PromptSet]]:
     if not parts:
         why = f"all of its {count} rows are left out ({known.skipped})" if count else "it has no rows"
         raise PromptDataError(f"{source or name} contains no prompts of {name}: {why}")
-    return [
-        (kind, PromptSet(f"{name}.{part}" if part else name, tuple(prompts))) for (part, kind), prompts in parts.items()
-    ]
+    return [(kind, PromptSet(f"{name}.{part}" if part else name, tuple(prompts))) for (part, kind), prompts in parts.items()]
 
 
 def _places(known: Benchmark, source: str) -> list[tuple[str, list[Any]]]:

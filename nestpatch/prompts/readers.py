@@ -75,8 +75,8 @@ def load_prompts(source: str | Path) -> PromptSet:
     one, in "reference", "answer", "response", "output" or "target".
 
     Args:
-        source: A .jsonl, .json, .csv, .tsv, .parquet or .txt file, a built-in set ("builtin:harmful.test"), or a data set of the
-            Hub ("user/set", "user/set:split"). "SOURCE[100:200]" takes a slice of the rows, as in Python.
+        source: A .jsonl, .json, .csv, .tsv, .parquet or .txt file, a built-in set ("builtin:harmful.test"), or a data set of
+            the Hub ("user/set", "user/set:split"). "SOURCE[100:200]" takes a slice of the rows, as in Python.
 
     Returns:
         The prompts.
