@@ -48,7 +48,7 @@ def parse_limits(
     if suites is not None:
         kinds = {suite.kind for suite in suites}
         known = any(prompt.reference is not None for s in suites if s.kind == BENIGN for prompt in s.prompts.prompts)
-        found = (HARMFUL in kinds, BENIGN in kinds, LOOKALIKE in kinds, known)
+        found: tuple[bool, ...] = (HARMFUL in kinds, BENIGN in kinds, LOOKALIKE in kinds, known)
         found += (compared and BENIGN in kinds, compared and texts_given, compared and tasks_given)
         _require_measured(limits, [name for name, measured in zip(_NAMES, found, strict=True) if measured])
     return limits

@@ -88,7 +88,9 @@ def find_tasks(texts: Sequence[str], model: str | Path, limit: int | None = None
         raise MissingExtraError("lm-eval", "running tasks of lm-eval") from error
     files = {text: Path(text) for text in texts if Path(text).suffix in _YAML}
     names = tuple(_name(files[text]) if text in files else text for text in texts)
-    manager = TaskManager(include_path=[str(file.resolve().parent) for file in files.values()] or None)
+    folders = [str(file.resolve().parent) for file in files.values()]
+    # lm-eval's own tasks are thousands of files, which take most of a minute to read.
+    manager = TaskManager(include_path=folders or None, include_defaults=len(files) < len(texts))
     for name in names:
         if name not in manager.all_tasks:
             close = get_close_matches(name, manager.all_tasks, 1)

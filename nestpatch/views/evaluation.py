@@ -53,8 +53,8 @@ def evaluation_table(columns: Mapping[str, Scores]) -> Table:
         missing = ["" if len(models) > 1 else "not measured", *["not measured"] * (len(models) - 1)]
         drifts = zip((model.drift for model in models), missing, strict=True)
         table.add_row("KL to the base, benign", *(n if d is None else f"{d:.4f} nats per token" for d, n in drifts))
-    for title, cells in _utility(models):
-        table.add_row(title, *cells)
+    for title, row in _utility(models):
+        table.add_row(title, *row)
     for position, suite in enumerate(models[0].suites):
         harmful = suite.kind == "harmful"
         results = [model.suites[position] for model in models]
