@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from nestpatch.evaluation.judges.coherence import is_incoherent
+from nestpatch.evaluation.perplexity import text_loss
 from nestpatch.evaluation.suites import HARMFUL, Scores, Share, Suite, SuiteResult, evaluate_suites
 from nestpatch.events import Event
 from nestpatch.nest_train._run import Run
@@ -22,8 +22,6 @@ from nestpatch.nest_train._targets import JUDGED_TOKENS
 from nestpatch.runtimes.text import collate
 from nestpatch.runtimes.transformers import answer_logits
 
-_TEXT_TOKENS = 512
-"""Tokens that the model reads at once to predict a text."""
 _BATCH = 32
 _UNLIKELY = 3.0
 """Nats per token, under the base, from which an answer is no language: the base's own answers are below 1."""
@@ -124,19 +122,9 @@ class BaseRun(Run):
                     found.add(prompt)
         return frozenset(found)
 
-    @torch.inference_mode()
     def perplexity(self, texts: Sequence[str]) -> float:
-        """exp of the mean negative log-likelihood per token, of texts outside the chat template."""
-        loss, tokens = 0.0, 0
-        most = min(_TEXT_TOKENS, getattr(self.model.config, "max_position_embeddings", _TEXT_TOKENS))
-        for text in texts:
-            ids = torch.tensor(self.tokenizer(text)["input_ids"], device=self.model.device)
-            for part in ids.split(most):
-                if len(part) > 1:
-                    logits = self.model(part[None]).logits[0, :-1].float()
-                    loss += cross_entropy(logits, part[1:], reduction="sum").item()
-                    tokens += len(part) - 1
-        return math.exp(loss / tokens)
+        """Of texts outside the chat template."""
+        return text_loss(self.runtime, texts).perplexity
 
 
 class Clock:

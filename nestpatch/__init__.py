@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from nestpatch.evaluation.suites import Suite as Suite
     from nestpatch.evaluation.suites import builtin_suites as builtin_suites
     from nestpatch.evaluation.suites import load_suite as load_suite
+    from nestpatch.evaluation.suites import load_suites as load_suites
     from nestpatch.events import Event as Event
     from nestpatch.export.adapters import export_gguf_lora as export_gguf_lora
     from nestpatch.export.adapters import export_lora as export_lora
@@ -97,6 +98,7 @@ _HOMES = {
     "load_policy": "signing.store",
     "load_prompts": "prompts.readers",
     "load_suite": "evaluation.suites",
+    "load_suites": "evaluation.suites",
     "patched_models": "patcher.registry",
     "plan_training": "nest_train.plan:plan",
     "prove": "gate",

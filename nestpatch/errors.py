@@ -428,6 +428,12 @@ class JudgeError(NestpatchError):
     advice = "Check the judge with a few prompts (--limit 5), or use the judge keywords."
 
 
+class EvaluationTaskError(NestpatchError):
+    """A task of lm-eval failed."""
+
+    advice = "Run `lm_eval` on the same task alone. Without network, a task needs its data set in the cache of the Hub."
+
+
 class MissingExtraError(NestpatchError):
     """An optional package is not installed.
 

@@ -75,6 +75,7 @@ def _say_agreement(agreement: Sequence[Agreement]) -> None:
     epilog=examples(
         "nestpatch eval models/llama no-harm.nest",
         "nestpatch eval models/llama no-harm.nest --suite harmful.jsonl --suite benign.jsonl",
+        "nestpatch eval models/llama no-harm.nest --suite xstest=xstest_prompts.csv --text prose.txt",
         "nestpatch eval model.gguf --suite harmful=advbench.csv --fail-over attack_success=0.05",
         "nestpatch eval models/llama --judge keywords --judge classifier=NousResearch/Minos-v1",
     ),
@@ -83,6 +84,10 @@ def _say_agreement(agreement: Sequence[Agreement]) -> None:
 @click.argument("pack", type=PackType, required=False)
 @trust_options
 @suite_options
+@click.option("--jailbreak", metavar="builtin|FILE", help="Ask harmful prompts inside jailbreak templates, too.")
+@click.option("--text", type=PathType, multiple=True, help="Measure the perplexity on this plain text. Repeatable.")
+@click.option("--task", multiple=True, metavar="NAME|FILE", help="Run this task of lm-eval, such as gsm8k. Repeatable.")
+@click.option("--task-limit", type=click.IntRange(1), metavar="N", help="Questions of each task at most.")
 @click.option("--lora", type=PathType, help="An adapter, .gguf or .onnx_adapter, for such a MODEL: measured like PACK.")
 @click.option("--base", type=ModelType, help="The unpatched model: measures how far MODEL has moved from it.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or mps.")
@@ -102,6 +107,10 @@ def evaluate(
     allow_unsigned: bool,
     suite: tuple[str, ...],
     limit: int | None,
+    jailbreak: str | None,
+    text: tuple[Path, ...],
+    task: tuple[str, ...],
+    task_limit: int | None,
     lora: Path | None,
     base: str | None,
     device: str,
@@ -122,14 +131,17 @@ def evaluate(
     a file, or hub://owner/name[@VERSION] and other channels. Its signatures are checked first.
 
     Without --suite, prompts that ship with nestpatch are asked. The kind of another suite is in its file name (harmful*,
-    jailbreak*, benign*, lookalike*) or before it: harmful=FILE. What --fail-over and --fail-under compare is MODEL with PACK,
-    where there is one; their names are those of --json.
+    jailbreak*, benign*, lookalike*) or before it: harmful=FILE. Published benchmarks have names of their own: xstest=FILE, or
+    xstest alone for the data set of the Hub. What --fail-over and --fail-under compare is MODEL with PACK, where there is
+    one; their names are those of --json.
     """
     require_order(model, pack, "eval")
     from nestpatch.evaluation.evaluator import evaluate
+    from nestpatch.evaluation.jailbreaks import load_templates, with_jailbreaks
     from nestpatch.evaluation.judges.opening import parse_judge_labels, require_judges
     from nestpatch.evaluation.limits import exceeded, parse_limits
-    from nestpatch.evaluation.suites import choose_suites
+    from nestpatch.evaluation.perplexity import load_texts
+    from nestpatch.evaluation.suites import BUILTIN_LIMIT, choose_suites, limited
     from nestpatch.files.atomic import check_output
     from nestpatch.views.console import out
     from nestpatch.views.evaluation import evaluation_table
@@ -137,8 +149,14 @@ def evaluate(
     labels = parse_judge_labels(judge_labels)
     require_judges(judges, labels)
     parse_limits((*fail_over, *fail_under))  # before the prompts are read, which may be a download
+    templates, texts = load_templates(jailbreak) if jailbreak else (), load_texts(text)
     suites = choose_suites(suite, limit)
-    over, under = parse_limits(fail_over, suites), parse_limits(fail_under, suites)
+    if jailbreak:
+        most = BUILTIN_LIMIT if limit is None and not suite else limit
+        suites = [limited(each, most) for each in with_jailbreaks(suites, templates)]
+    changed = pack is not None or lora is not None
+    compared = {"compared": changed or base is not None, "texts_given": bool(text), "tasks_given": bool(task) and changed}
+    over, under = parse_limits(fail_over, suites, **compared), parse_limits(fail_under, suites, **compared)
     for file in (answers, label):
         if file is not None:
             check_output(file)
@@ -153,6 +171,9 @@ def evaluate(
             pack=checked,
             lora=lora,
             base=base,
+            texts=texts,
+            tasks=task,
+            task_limit=task_limit,
             device=device,
             threads=threads,
             max_new_tokens=max_new_tokens,

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -15,7 +15,9 @@ from nestpatch.errors import DataError
 from nestpatch.evaluation.drift import drift
 from nestpatch.evaluation.judges.opening import open_judges
 from nestpatch.evaluation.judges.protocol import Judge, Verdict
-from nestpatch.evaluation.suites import BENIGN, Evaluation, Scores, Suite, evaluate_suites, overlaps
+from nestpatch.evaluation.perplexity import TextLoss, text_loss
+from nestpatch.evaluation.suites import BENIGN, Evaluation, Scores, Share, Suite, evaluate_suites, overlaps
+from nestpatch.evaluation.tasks import Tasks, TaskScore, find_tasks, largest_fall, run_tasks
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.atomic import write_bytes
 from nestpatch.formats import nest
@@ -28,7 +30,7 @@ from nestpatch.patcher.ledger import read_ledger
 from nestpatch.patcher.plan import make_plan
 from nestpatch.patcher.recovery import open_model
 from nestpatch.runtimes.protocol import Runtime, open_runtime, runtime_of
-from nestpatch.runtimes.transformers import locate
+from nestpatch.runtimes.transformers import TransformersRuntime, locate
 from nestpatch.signing.trust import Policy
 
 NOT_MEASURED = "no benign suite: the drift from the base was not measured"
@@ -45,6 +47,9 @@ def evaluate(
     allow_unsigned: bool = False,
     lora: str | Path | None = None,
     base: str | Path | None = None,
+    texts: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    task_limit: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     threads: int | None = None,
@@ -68,6 +73,9 @@ def evaluate(
         allow_unsigned: Accepts a pack that too few trusted keys have signed.
         lora: An adapter file for a .gguf or ONNX model, instead of `pack`.
         base: The unpatched model: measures how far `model` has moved from it.
+        texts: Plain texts: measures the perplexity.
+        tasks: Tasks of lm-eval, by name or as .yaml files; only in transformers. With `base` alone they run on `model` alone.
+        task_limit: Questions of each task at most; None for all.
         device: "auto", "cpu", "cuda" or "mps".
         dtype: "auto", or the torch dtype to compute in; GGUF and ONNX files have their own.
         threads: Threads that compute; None: OMP_NUM_THREADS, or every core.
@@ -85,7 +93,8 @@ def evaluate(
         PackError: The pack cannot be read.
         CheckpointError: The model cannot be read or run, or is not the pack's base.
         JudgeError: A judge cannot be loaded, or fails.
-        DataError: The options do not go together, a judge is not known, or the runtime cannot compute on the device.
+        DataError: The options do not go together, a judge or a task is not known, or the runtime cannot compute on the device.
+        EvaluationTaskError: A task fails.
         MissingExtraError: The packages of the runtime are not installed.
     """
     if pack is not None and lora is not None:
@@ -94,9 +103,10 @@ def evaluate(
     if pack is not None:
         proven = prove(pack, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event).pack
     _require_compatible(model, lora, base)
+    found_tasks = find_tasks(tasks, model, task_limit)
     opened = partial(open_runtime, device=device, dtype=dtype, threads=threads, max_new_tokens=max_new_tokens)
     asked = open_judges(judges, labels=judge_labels, device=device)
-    work = _Evaluator(suites, opened, on_event, list(overlaps(suites)), asked)
+    work = _Evaluator(suites, opened, on_event, list(overlaps(suites)), asked, texts, found_tasks)
     for note in work.notes:
         on_event(Event("note", note=note))
     if proven is not None and (reason := _already_held(model, proven)):
@@ -114,7 +124,7 @@ def evaluate(
         what = proven.label if proven is not None else str(lora)
         with runtime.with_pack(proven) if proven is not None else runtime.with_adapter(Path(str(lora))) as patched:
             after = work.scores(patched, f"{model} with {what}")
-            after = Scores(after.suites, work.drift(runtime, patched, before))
+            after = work.beside(runtime, before, patched, after)
             return work.result(before, after)
 
 
@@ -165,6 +175,8 @@ class _Evaluator:
     on_event: OnEvent
     notes: list[str]
     judges: Sequence[Judge]
+    texts: Sequence[str]
+    tasks: Tasks | None
 
     def result(self, model: Scores, patched: Scores | None) -> Evaluation:
         """What was measured, with the notes and the names of the judges."""
@@ -190,24 +202,46 @@ class _Evaluator:
         def report(event: Event) -> None:
             self.on_event(Event("evaluate", event.done, event.total, what))
 
-        return evaluate_suites(partial(runtime.generate, on_event=report), self.suites, self.judges, self.on_event)
+        scores = evaluate_suites(partial(runtime.generate, on_event=report), self.suites, self.judges, self.on_event)
+        text = self.text(runtime, what)
+        return replace(scores, text=text, tasks=self.task_scores(runtime, what))
 
-    def drift(self, base: Runtime, model: Runtime, before: Scores) -> float | None:
-        """How far a model has moved from the base, by the base's answers in `before`."""
-        found = drift(base, model, before.answers(BENIGN))
-        if found is None:
+    def task_scores(self, runtime: Runtime, what: str) -> tuple[TaskScore, ...]:
+        """The metrics of the tasks; none in other runtimes than transformers, which `find_tasks` has refused."""
+        if self.tasks is None or not isinstance(runtime, TransformersRuntime):
+            return ()
+        self.on_event(Event("tasks", note=f"{', '.join(self.tasks.names)} on {what}"))
+        return run_tasks(runtime, self.tasks)
+
+    def text(self, runtime: Runtime, what: str) -> TextLoss | None:
+        """How well a model predicts the texts; None without any."""
+        if not self.texts:
+            return None
+        return text_loss(runtime, self.texts, lambda event: self.on_event(Event("text", event.done, event.total, what)))
+
+    def beside(self, base: Runtime, before: Scores, model: Runtime, after: Scores) -> Scores:
+        """The scores of a model, with what compares it with its base."""
+        answers = before.answers(BENIGN)
+        moved = drift(base, model, answers)
+        if moved is None:
             self.note(NOT_MEASURED)
-        return found
+        text = after.text.beside(before.text) if after.text and before.text else None
+        fall = largest_fall(before.tasks, after.tasks)
+        return replace(after, drift=moved, agreement=_agreement(answers, after), text=text, task_fall=fall)
 
     def moved_from(self, base: str | Path, model: Runtime, scores: Scores) -> Scores:
         """The scores of a model, with its drift from a base, which is out of memory again afterwards."""
         prompts = list(scores.answers(BENIGN))
         if not prompts:
             self.note(NOT_MEASURED)
+        if not (prompts or scores.text):
             return scores
         with self.load(base) as reference:
             answers = dict(zip(prompts, reference.generate(prompts), strict=True))
-            return Scores(scores.suites, drift(reference, model, answers))
+            text = self.text(reference, f"{base}, the base")
+            beside = scores.text.beside(text) if scores.text and text else None
+            agreement = _agreement(answers, scores)
+            return replace(scores, drift=drift(reference, model, answers), agreement=agreement, text=beside)
 
     def compare(self, base: str | Path, model: str | Path) -> Evaluation:
         """A base and the model that was made from it by patching."""
@@ -215,8 +249,14 @@ class _Evaluator:
             before = self.scores(reference, f"{base}, the base")
             with self.load(model) as patched:
                 after = self.scores(patched, f"{model}, patched")
-                after = Scores(after.suites, self.drift(reference, patched, before))
+                after = self.beside(reference, before, patched, after)
                 return self.result(before, after)
+
+
+def _agreement(answers: Mapping[str, str], model: Scores) -> Share | None:
+    """How many answers to benign prompts are the base's, word for word; None without any."""
+    own = model.answers(BENIGN)
+    return Share(sum(own[prompt] == answer for prompt, answer in answers.items()), len(answers)) if answers else None
 
 
 def write_answers(evaluation: Evaluation, path: Path) -> None:

@@ -6,15 +6,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
 from nestpatch.errors import DataError
-from nestpatch.evaluation.suites import BENIGN, HARMFUL, HEADLINES, LOOKALIKE, Scores, Suite
+from nestpatch.evaluation.suites import BENIGN, BESIDE_BASE, HARMFUL, HEADLINES, LOOKALIKE, Scores, Suite
+
+_NAMES = (*HEADLINES, *BESIDE_BASE)
+_NEEDS = {"answer_agreement": ", on a benign suite", "perplexity_rise": ", on --text", "task_fall": ", on --task"}
+"""What else a number that compares two models needs."""
 
 
-def parse_limits(texts: Iterable[str], suites: Sequence[Suite] | None = None) -> dict[str, float]:
+def parse_limits(
+    texts: Iterable[str],
+    suites: Sequence[Suite] | None = None,
+    *,
+    compared: bool = False,
+    texts_given: bool = False,
+    tasks_given: bool = False,
+) -> dict[str, float]:
     """Reads limits, and makes sure before any work that the suites measure them.
 
     Args:
         texts: NAME=SHARE each, with a share between 0 and 1.
         suites: What will be evaluated; None: names are not checked.
+        compared: Whether a model is measured beside its base.
+        texts_given: Whether the perplexity is measured.
+        tasks_given: Whether tasks are run before and after a patch.
 
     Returns:
         Name -> share.
@@ -34,8 +48,9 @@ def parse_limits(texts: Iterable[str], suites: Sequence[Suite] | None = None) ->
     if suites is not None:
         kinds = {suite.kind for suite in suites}
         known = any(prompt.reference is not None for s in suites if s.kind == BENIGN for prompt in s.prompts.prompts)
-        found = (HARMFUL in kinds, HARMFUL in kinds, BENIGN in kinds, LOOKALIKE in kinds, known)
-        _require_measured(limits, [name for name, measured in zip(HEADLINES, found, strict=True) if measured])
+        found: tuple[bool, ...] = (HARMFUL in kinds, HARMFUL in kinds, BENIGN in kinds, LOOKALIKE in kinds, known)
+        found += (compared and BENIGN in kinds, compared and texts_given, compared and tasks_given)
+        _require_measured(limits, [name for name, measured in zip(_NAMES, found, strict=True) if measured])
     return limits
 
 
@@ -45,8 +60,11 @@ def _require_measured(names: Iterable[str], measured: Sequence[str]) -> None:
     if not missing:
         return
     listed = ", ".join(measured) or "nothing that a limit can be set for"
+    if missing[0] in BESIDE_BASE:
+        advice = f"It compares MODEL with PACK, or with --base{_NEEDS[missing[0]]}."
+        raise DataError(f"{missing[0]} is not measured here", advice=advice)
     if missing[0] not in HEADLINES:
-        close = get_close_matches(missing[0], HEADLINES, 1)
+        close = get_close_matches(missing[0], _NAMES, 1)
         hint = f"Did you mean {close[0]}? " if close else ""
         raise DataError(f"{missing[0]!r} is not a number of an evaluation", advice=f"{hint}These suites measure {listed}.")
     raise DataError(f"no suite measures {missing[0]}", advice=f"These suites measure {listed}.")
@@ -66,9 +84,8 @@ def exceeded(scores: Scores, over: Mapping[str, float], under: Mapping[str, floa
     Raises:
         DataError: A number was not measured.
     """
-    totals = scores.totals()
-    _require_measured(over.keys() | under.keys(), tuple(totals))
-    values = {name: share.value for name, share in totals.items()}
+    values = scores.numbers()
+    _require_measured(over.keys() | under.keys(), tuple(values))
     # Turned this way so that NaN, a share of nothing, passes neither.
     found = [f"{name} is {values[name]:.2%}, over {limit:.2%}" for name, limit in over.items() if not values[name] <= limit]
     found += [f"{name} is {values[name]:.2%}, under {limit:.2%}" for name, limit in under.items() if not values[name] >= limit]

@@ -17,7 +17,10 @@ from nestpatch.evaluation.concerns import concerns
 from nestpatch.evaluation.judges.keywords import KEYWORDS, is_refusal, matches
 from nestpatch.evaluation.judges.panel import decision, verdicts
 from nestpatch.evaluation.judges.protocol import Judge, Verdict
+from nestpatch.evaluation.perplexity import TextLoss
+from nestpatch.evaluation.tasks import TaskScore
 from nestpatch.events import OnEvent, ignore
+from nestpatch.prompts.benchmarks import BENCHMARKS, read_benchmark
 from nestpatch.prompts.builtin import JAILBREAK, PREFIX
 from nestpatch.prompts.readers import Prompt, PromptSet, load_prompts, sample_set
 from nestpatch.runtimes.protocol import Generate
@@ -26,6 +29,8 @@ HARMFUL, BENIGN, LOOKALIKE = "harmful", "benign", "lookalike"
 KINDS = (HARMFUL, BENIGN, LOOKALIKE)
 HEADLINES = ("attack_success", "incoherent", "refusal_benign", "refusal_lookalike", "benign_correct")
 """The shares that sum a model up."""
+BESIDE_BASE = ("answer_agreement", "perplexity_rise", "task_fall")
+"""Numbers that compare a model with its base."""
 BUILTIN_LIMIT = 100
 """Prompts of each built-in suite that a command measures unless told otherwise. Shares are known within 7 to 10 points, and a
 small model answers them on a CPU in minutes; `train` and `eval` draw the same ones."""
@@ -90,34 +95,57 @@ class Suite:
         return self.prompts.name
 
 
-def load_suite(text: str) -> Suite:
-    """Reads a suite.
+def load_suites(text: str) -> list[Suite]:
+    """Reads the suites of a source.
 
     Args:
-        text: "KIND=SOURCE" with harmful, benign or lookalike; or "SOURCE" whose file name begins with harmful, jailbreak,
-            benign or lookalike. SOURCE is what `load_prompts` reads.
+        text: "KIND=SOURCE" with harmful, benign or lookalike; "SOURCE" whose file name begins with harmful, jailbreak, benign
+            or lookalike; or a published benchmark, "NAME=SOURCE", or "NAME" for its data set on the Hub: docs/evaluation.md
+            lists them. SOURCE is what `load_prompts` reads.
 
     Returns:
-        The suite.
+        One suite; of a benchmark one for each part, such as the safe and the unsafe prompts of xstest.
 
     Raises:
         PromptDataError: The kind is not known, or the prompts cannot be read.
     """
     kind, equals, source = text.partition("=")
     if equals and kind in _STEMS:
-        return Suite(_STEMS[kind], load_prompts(source))
-    if equals and re.fullmatch(r"[A-Za-z_-]+", kind) and not os.path.exists(text):  # noqa: PTH110 - answers no where Path raises
-        close = get_close_matches(kind.lower(), _STEMS, 1)
-        hint = f"Did you mean {_STEMS[close[0]]}={source}? " if close else ""
-        raise PromptDataError(f"{kind!r} is not a kind of suite", advice=f"{hint}The kinds are {', '.join(KINDS)}.")
+        return [Suite(_STEMS[kind], load_prompts(source))]
+    if kind in BENCHMARKS and (equals or not os.path.exists(text)):  # noqa: PTH110 - answers no where Path raises
+        return [Suite(part, prompts) for part, prompts in read_benchmark(kind, source)]
+    if equals and re.fullmatch(r"[A-Za-z0-9_-]+", kind) and not os.path.exists(text):  # noqa: PTH110
+        close = get_close_matches(kind.lower(), (*_STEMS, *BENCHMARKS), 1)
+        hint = f"Did you mean {_STEMS.get(close[0], close[0])}={source}? " if close else ""
+        advice = f"{hint}The kinds are {', '.join(KINDS)}; the benchmarks are {', '.join(BENCHMARKS)}."
+        raise PromptDataError(f"{kind!r} is not a kind of suite", advice=advice)
     stem = text.removeprefix(PREFIX).replace("\\", "/").rpartition("/")[2].lower()
     known = next((kind for start, kind in _STEMS.items() if stem.startswith(start)), None)
     if known is None:
         raise PromptDataError(
             f"the file name does not say what kind of suite {text} is",
-            advice=f"Name the kind: --suite harmful={text} (or {' or '.join(KINDS[1:])}).",
+            advice=f"Name the kind: --suite harmful={text} (or {' or '.join(KINDS[1:])}), or the benchmark: xstest={text}.",
         )
-    return Suite(known, load_prompts(text))
+    return [Suite(known, load_prompts(text))]
+
+
+def load_suite(text: str) -> Suite:
+    """Reads one suite.
+
+    Args:
+        text: As for `load_suites`.
+
+    Returns:
+        The suite.
+
+    Raises:
+        PromptDataError: As `load_suites`; or the source is a benchmark of several suites.
+    """
+    first, *others = load_suites(text)
+    if others:
+        names = ", ".join(suite.name for suite in (first, *others))
+        raise PromptDataError(f"{text} is more than one suite: {names}", advice="Read it with load_suites.")
+    return first
 
 
 def builtin_suites(limit: int | None = None) -> list[Suite]:
@@ -140,19 +168,19 @@ def choose_suites(sources: Sequence[str], limit: int | None = None) -> list[Suit
     """Reads what a command is to measure.
 
     Args:
-        sources: As for `load_suite`; none means the built-in suites.
+        sources: As for `load_suites`; none means the built-in suites.
         limit: Prompts of each suite at most; None for BUILTIN_LIMIT of the built-in suites, and all of others.
 
     Returns:
         The suites.
 
     Raises:
-        PromptDataError: As `load_suite`.
+        PromptDataError: As `load_suites`.
         DataError: `limit` is less than 1.
     """
     if not sources:
         return builtin_suites(BUILTIN_LIMIT if limit is None else limit)
-    return [limited(load_suite(text), limit) for text in sources]
+    return [limited(suite, limit) for text in sources for suite in load_suites(text)]
 
 
 def limited(suite: Suite, limit: int | None) -> Suite:
@@ -266,10 +294,18 @@ class Scores:
     Attributes:
         suites: Their results, in the order in which they were given.
         drift: Mean KL(base || model) in nats per answer token on benign prompts; None where it was not measured.
+        agreement: Benign prompts whose answer is word for word the base's; None where there is no base or no benign suite.
+        text: How well the model predicts plain text; None where it was not measured.
+        tasks: Metrics of the tasks of lm-eval that were run.
+        task_fall: The largest fall of such a metric below the base's; None where it was not measured.
     """
 
     suites: tuple[SuiteResult, ...]
     drift: float | None = None
+    agreement: Share | None = None
+    text: TextLoss | None = None
+    tasks: tuple[TaskScore, ...] = ()
+    task_fall: float | None = None
 
     def answers(self, kind: str) -> Mapping[str, str]:
         """Collects the answers to all suites of a kind.
@@ -319,11 +355,26 @@ class Scores:
         """
         return {name: share for name in HEADLINES if (share := getattr(self, name)) is not None}
 
+    def numbers(self) -> dict[str, float]:
+        """Collects what a limit can be set for.
+
+        Returns:
+            Name -> value, for each of the HEADLINES and the BESIDE_BASE that was measured.
+        """
+        found = {name: share.value for name, share in self.totals().items()}
+        rise = self.text.rise if self.text else None
+        beside = (self.agreement.value if self.agreement else None, rise, self.task_fall)
+        return found | {name: value for name, value in zip(BESIDE_BASE, beside, strict=True) if value is not None}
+
     def as_json(self) -> dict[str, Any]:
-        """Totals, drift and suites as plain values; None for what was not measured."""
+        """Totals, drift, utility and suites as plain values; None for what was not measured."""
         totals = self.totals()
         result: dict[str, Any] = {name: totals[name].as_json() if name in totals else None for name in HEADLINES}
         result["kl_to_base"] = None if self.drift is None else round(self.drift, 6)
+        result["answer_agreement"] = self.agreement.as_json() if self.agreement else None
+        result["text"] = self.text.as_json() if self.text else None
+        names = dict.fromkeys(score.task for score in self.tasks)
+        result["tasks"] = {name: [score.as_json() for score in self.tasks if score.task == name] for name in names} or None
         result["suites"] = {suite.suite: suite.as_json() for suite in self.suites}
         return result
 

@@ -10,22 +10,24 @@ import json
 from collections.abc import Iterator
 from difflib import get_close_matches
 from importlib.resources import files
-from math import gcd
 
 from nestpatch.errors import PromptDataError
+from nestpatch.prompts.jailbreaks import fill, spread
 
 PREFIX = "builtin:"
 """What the name of a built-in set begins with where a source is asked for: "builtin:harmful.test"."""
 SETS = tuple(f"{kind}.{split}" for kind in ("harmful", "benign", "lookalike") for split in ("train", "test"))
 JAILBREAK = "jailbreak.test"
-_WRAPPERS, _SLOT, _PER_WRAPPER = "jailbreak.wrappers", "{prompt}", 3
+WRAPPERS = "jailbreak.wrappers"
+"""The texts that jailbreak prompts are put into."""
+_PER_WRAPPER = 3
 
 
 def builtin_rows(name: str) -> Iterator[dict[str, str]]:
     """Reads a built-in set.
 
     Args:
-        name: One of SETS, or JAILBREAK.
+        name: One of SETS, JAILBREAK or WRAPPERS.
 
     Yields:
         Rows with "prompt", "category", "form" and "topic".
@@ -36,7 +38,7 @@ def builtin_rows(name: str) -> Iterator[dict[str, str]]:
     if name == JAILBREAK:
         yield from _jailbreaks()
         return
-    if name not in SETS:
+    if name not in (*SETS, WRAPPERS):
         close = get_close_matches(name, (*SETS, JAILBREAK), 1)
         hint = f"Did you mean {PREFIX}{close[0]}? " if close else ""
         raise PromptDataError(
@@ -52,12 +54,6 @@ def _read(name: str) -> Iterator[dict[str, str]]:
 
 
 def _jailbreaks() -> Iterator[dict[str, str]]:
-    """Every wrapper around a few harmful test prompts; each prompt is used once before any is used again."""
-    harmful = list(_read("harmful.test"))
-    # Steps of about 0.62 of the set, without a common factor with its size, spread evenly over the categories.
-    stride, place = next(n for n in range(round(0.618 * len(harmful)), len(harmful)) if gcd(n, len(harmful)) == 1), 0
-    for wrapper in _read(_WRAPPERS):
-        for _ in range(_PER_WRAPPER):
-            inner = harmful[place % len(harmful)]
-            place += stride
-            yield inner | {"prompt": wrapper["prompt"].replace(_SLOT, inner["prompt"]), "form": wrapper["category"]}
+    """Every wrapper around a few harmful test prompts."""
+    for wrapper, inner in spread(list(_read(WRAPPERS)), list(_read("harmful.test")), _PER_WRAPPER):
+        yield inner | {"prompt": fill(wrapper["prompt"], inner["prompt"]), "form": wrapper["category"]}

@@ -8,7 +8,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +22,7 @@ MAX_FILE = 256 << 20
 """Bytes of a prompt file at most: some million prompts."""
 MAX_TABLE = 1 << 30
 """Bytes of the content of a Parquet file at most, unpacked."""
-_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _PROMPT_COLUMNS = ("prompt", "instruction", "question", "goal", "text")
 _ANSWER_COLUMNS = ("reference", "answer", "response", "output", "target")
 _DATA_SET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[^/]+)?", re.ASCII)
@@ -75,8 +75,8 @@ def load_prompts(source: str | Path) -> PromptSet:
     one, in "reference", "answer", "response", "output" or "target".
 
     Args:
-        source: A .jsonl, .json, .csv, .parquet or .txt file, a built-in set ("builtin:harmful.test"), or a data set of the Hub
-            ("user/set", "user/set:split"). "SOURCE[100:200]" takes a slice of the rows, as in Python.
+        source: A .jsonl, .json, .csv, .tsv, .parquet or .txt file, a built-in set ("builtin:harmful.test"), or a data set of
+            the Hub ("user/set", "user/set:split"). "SOURCE[100:200]" takes a slice of the rows, as in Python.
 
     Returns:
         The prompts.
@@ -89,23 +89,10 @@ def load_prompts(source: str | Path) -> PromptSet:
     place = slicing[1] if slicing else str(source)
     start, stop = (int(slicing[part]) if slicing and slicing[part] else None for part in (2, 3))
     path = Path(place)
-    rows: list[Any]
     if place.startswith(PREFIX):
-        rows = list(builtin_rows(place.removeprefix(PREFIX)))
-    elif path.suffix in _ENDINGS:
-        try:
-            rows = list(_rows(path))
-        except FileNotFoundError as error:
-            raise PromptDataError(f"there is no prompt file {path}") from error
-        except (OSError, ValueError, RecursionError, csv.Error) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise PromptDataError(f"cannot read {path}: {reason}") from error
-    elif os.path.exists(path):  # noqa: PTH110 - answers no where Path.exists raises
-        raise PromptDataError(f"{path} is not a prompt file: expected a name that ends in {', '.join(_ENDINGS)}")
-    elif _DATA_SET.fullmatch(place) is None:
-        raise PromptDataError(f"there is no prompt file {path}")
+        rows: list[Any] = list(builtin_rows(place.removeprefix(PREFIX)))
     else:
-        rows = list(_hub(place))
+        rows = file_rows(path) if is_file_name(place) else hub_rows(place)
     prompts = tuple(dict.fromkeys(_prompt(row, source, number) for number, row in enumerate(rows[start:stop], start=1)))
     if not prompts:
         raise PromptDataError(f"{source} contains no prompts")
@@ -145,15 +132,58 @@ def sample_set(prompts: PromptSet, limit: int, seed: int) -> PromptSet:
     return PromptSet(prompts.name, tuple(prompts.prompts[i] for i in kept))
 
 
+def is_file_name(place: str) -> bool:
+    """Decides whether a text names a prompt file, or else a data set of the Hub.
+
+    Args:
+        place: Without a slice.
+
+    Returns:
+        True for a name with the ending of a prompt file.
+
+    Raises:
+        PromptDataError: It is neither.
+    """
+    if Path(place).suffix in _ENDINGS:
+        return True
+    if os.path.exists(place):  # noqa: PTH110 - answers no where Path.exists raises
+        raise PromptDataError(f"{place} is not a prompt file: expected a name that ends in {', '.join(_ENDINGS)}")
+    if _DATA_SET.fullmatch(place) is None:
+        raise PromptDataError(f"there is no prompt file {place}")
+    return False
+
+
+def file_rows(path: Path) -> list[Any]:
+    """Reads the rows of a prompt file.
+
+    Args:
+        path: Its ending decides how it is read.
+
+    Returns:
+        One mapping for each row; one text for each line of a .txt file.
+
+    Raises:
+        PromptDataError: The file is missing or malformed.
+        MissingExtraError: The package that reads Parquet is not installed.
+    """
+    try:
+        return list(_rows(path))
+    except FileNotFoundError as error:
+        raise PromptDataError(f"there is no prompt file {path}") from error
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise PromptDataError(f"cannot read {path}: {reason}") from error
+
+
 def _rows(path: Path) -> Iterator[Any]:
     """The rows of a file, by its ending."""
     if path.suffix == ".json":
         yield from _json(path)
     elif path.suffix == ".parquet":
         yield from _parquet(path)
-    elif path.suffix == ".csv":
-        text = read_bounded(path, MAX_FILE).decode("utf-8")
-        yield from csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    elif path.suffix in (".csv", ".tsv"):
+        text, between = read_bounded(path, MAX_FILE).decode("utf-8"), "\t" if path.suffix == ".tsv" else ","
+        yield from csv.DictReader(io.StringIO(text, newline=""), delimiter=between, strict=True)
     else:
         for number, line in enumerate(read_text(path, MAX_FILE).splitlines(), start=1):
             if line.strip():
@@ -188,7 +218,21 @@ def _parquet(path: Path) -> Iterator[Any]:
         yield from table.read().to_pylist()
 
 
-def _hub(source: str) -> Iterable[Any]:
+def hub_rows(source: str, config: str | None = None, **options: Any) -> list[Any]:
+    """Reads a data set of the Hub, or of its cache.
+
+    Args:
+        source: "user/set", or "user/set:split"; the split is "train" unless named.
+        config: The configuration of a set that has several.
+        options: Passed on to `datasets.load_dataset`.
+
+    Returns:
+        One mapping for each row.
+
+    Raises:
+        PromptDataError: There is no such data set, it is gated, or it cannot be read.
+        MissingExtraError: `datasets` is not installed.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -199,10 +243,14 @@ def _hub(source: str) -> Iterable[Any]:
     try:
         # Without the Hub, `datasets` retries for half a minute, with a warning for each attempt, and then fails.
         cached = constants.HF_HUB_OFFLINE or try_to_load_from_cache(name, "README.md", repo_type="dataset") is not None
-        if not cached and not Path(name).is_dir():
+        if not cached:
             HfApi().dataset_info(name, timeout=_TIMEOUT)
-        return list(datasets.load_dataset(name, split=split or "train"))
+        return list(datasets.load_dataset(name, config, split=split or "train", **options))
     except Exception as error:  # `datasets` raises network, parsing and script errors of many kinds
+        if "gated" in str(error).lower():
+            page = f"{constants.ENDPOINT}/datasets/{name}"
+            advice = f"Accept its terms on {page} and log in with `hf auth login`, or download the file and give its path."
+            raise PromptDataError(f"the data set {name} is gated, and this account may not read it", advice=advice) from error
         raise PromptDataError(f"there is no prompt file {source}, and the Hub gave no data set: {error}") from error
 
 

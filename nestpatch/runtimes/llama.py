@@ -290,6 +290,25 @@ class LlamaRuntime:
         render = chat_renderer(template, {name: text for name, text in found.items() if text is not None})
         return [render(prompt) for prompt in prompts]
 
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model reads at once at most; None where the file does not say."""
+        return int(self._library.llama_model_n_ctx_train(self._model)) or None
+
+    def text_ids(self, text: str) -> list[int]:
+        """Turns plain text into token ids, without the chat template.
+
+        Args:
+            text: Any text.
+
+        Returns:
+            The ids, with the begin token where the file asks for one.
+
+        Raises:
+            CheckpointError: llama.cpp cannot tokenize the text.
+        """
+        return self.encode(text, special=True)
+
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """Turns prompts in chat form into token ids.
 

@@ -214,6 +214,23 @@ class OnnxRuntime:
         graph = onnx.load_from_string(read_bounded(self.path, MAX_GRAPH, error=CheckpointFormatError)).graph
         return all(node.op_type != "GroupQueryAttention" for node in graph.node)
 
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model reads at once at most; None where its configuration does not say."""
+        known = _read_object(self.folder / "config.json").get("max_position_embeddings")
+        return known if isinstance(known, int) and known > 0 else None
+
+    def text_ids(self, text: str) -> list[int]:
+        """Turns plain text into token ids, without the chat template.
+
+        Args:
+            text: Any text.
+
+        Returns:
+            The ids, with the begin token where the tokenizer adds one.
+        """
+        return list(self.tokenizer(text, verbose=False)["input_ids"])
+
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """Turns prompts in chat form into token ids.
 

@@ -25,6 +25,22 @@ Generate: TypeAlias = Callable[[Sequence[str]], list[str]]
 class Runtime(Protocol):
     """A loaded model that answers prompts and exposes its logits."""
 
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model reads at once at most; None where its files do not say."""
+        ...
+
+    def text_ids(self, text: str) -> list[int]:
+        """Turns plain text into token ids, without the chat template.
+
+        Args:
+            text: Any text.
+
+        Returns:
+            The ids, with the begin token where the model has one.
+        """
+        ...
+
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """Turns prompts in chat form into token ids, as the model reads them.
 

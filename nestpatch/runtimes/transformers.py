@@ -404,6 +404,22 @@ class TransformersRuntime:
         model, tokenizer = load_model(path, device, pick_dtype(dtype, device)[0])
         return cls(model, tokenizer, max_new_tokens, path=path)
 
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model reads at once at most; None where its configuration does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def text_ids(self, text: str) -> list[int]:
+        """Turns plain text into token ids, without the chat template.
+
+        Args:
+            text: Any text.
+
+        Returns:
+            The ids, with the begin token where the tokenizer adds one.
+        """
+        return list(self.tokenizer(text, verbose=False)["input_ids"])
+
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """Turns prompts in chat form into token ids.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -14,6 +14,7 @@ from nestpatch.views.console import duration, escape, fact_grid, out, size
 
 if TYPE_CHECKING:
     from nestpatch.evaluation.agreement import Agreement
+    from nestpatch.evaluation.perplexity import TextLoss
     from nestpatch.evaluation.suites import Scores, Share
     from nestpatch.nest_train.plan import TrainingPlan
     from nestpatch.nest_train.train import Trained
@@ -55,6 +56,8 @@ def evaluation_table(columns: Mapping[str, Scores]) -> Table:
         missing = ["" if len(models) > 1 else "not measured", *["not measured"] * (len(models) - 1)]
         drifts = zip((model.drift for model in models), missing, strict=True)
         table.add_row("KL to the base, benign", *(n if d is None else f"{d:.4f} nats per token" for d, n in drifts))
+    for title, row in _utility(models):
+        table.add_row(title, *row)
     for position, suite in enumerate(models[0].suites):
         harmful = suite.kind == "harmful"
         results = [model.suites[position] for model in models]
@@ -84,6 +87,23 @@ def agreement_table(agreement: Sequence[Agreement]) -> Table:
             ", ".join(f"{first}: {second} {many}" for (first, second), many in sorted(counts.items())),
         )
     return table
+
+
+def _utility(models: Sequence[Scores]) -> Iterator[tuple[str, list[str]]]:
+    """The rows of what a patch may cost: (title, a cell for each model)."""
+    if any(model.agreement for model in models):
+        yield "answers as the base's, benign", [_percent(model.agreement) if model.agreement else "" for model in models]
+    if any(model.text for model in models):
+        yield "perplexity", [_perplexity(model.text) if model.text else "" for model in models]
+    for position, score in enumerate(models[0].tasks):
+        values = (model.tasks[position] for model in models)
+        cells = [f"{s.value:.4f}" + ("" if s.error is None else f"  [dim]standard error {s.error:.4f}[/dim]") for s in values]
+        yield escape(f"{score.task}, {score.metric}"), cells
+
+
+def _perplexity(loss: TextLoss) -> str:
+    rise = "" if loss.rise is None else f" ({loss.rise:+.2%})"
+    return f"{loss.perplexity:.3f}{rise}  [dim]{loss.nats:.4f} nats per token, {loss.tokens:,} tokens[/dim]"
 
 
 def headline_table(title: str, before: Mapping[str, Any], after: Mapping[str, Any] | None) -> Table:

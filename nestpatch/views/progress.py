@@ -36,6 +36,8 @@ STAGES = {
     "look": "answering held-out prompts",
     "measure": "timing the stages",
     "evaluate": "evaluating",
+    "text": "predicting text",
+    "tasks": "running tasks of lm-eval",
     "generate": "generating answers",
     "copy": "copying",
     "merge": "merging rows",

@@ -69,7 +69,7 @@ def test_a_data_set_of_the_hub_is_a_source_too(tmp_path):
     (folder / "train.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     from nestpatch.prompts import readers as data
 
-    assert [row["prompt"] for row in data._hub(str(folder))] == ["a", "b"]
+    assert [row["prompt"] for row in data.hub_rows(str(folder))] == ["a", "b"]
     with pytest.raises(PromptDataError, match="the Hub gave no data set"):
         load_prompts("nobody/nothing-here")
 

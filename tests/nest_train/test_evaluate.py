@@ -210,7 +210,7 @@ def test_kinds_may_be_named_as_files_are(prompts):
 
 
 def test_a_path_is_not_looked_up_on_the_hub(monkeypatch):
-    monkeypatch.setattr("nestpatch.prompts.readers._hub", lambda _: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr("nestpatch.prompts.readers.hub_rows", lambda _: pytest.fail("the Hub was asked"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the Hub was asked"))
     for source in ("./prompts/harmful", "/no/such/place", "a/b/c", "~/x"):
         with pytest.raises(PromptDataError, match="there is no prompt file"):
