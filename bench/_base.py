@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from nestpatch.evaluation.suites import HARMFUL, Scores, Share, Suite, SuiteResult, evaluate_suites
+from nestpatch.evaluation.shares import Share
+from nestpatch.evaluation.suites import HARMFUL, Scores, Suite, SuiteResult, evaluate_suites
 from nestpatch.events import Event
 from nestpatch.nest_train._run import Run
 from nestpatch.nest_train._targets import JUDGED_TOKENS

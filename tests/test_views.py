@@ -86,7 +86,7 @@ def filled(cls: type, text: str, depth: int = 0) -> Any:
 
 def names_of(cls: type) -> dict[str, Any]:
     """What annotations of a module may name though only type checkers import it."""
-    from nestpatch.evaluation.suites import Share
+    from nestpatch.evaluation.shares import Share
     from nestpatch.export.results import Parity
 
     return {"Share": Share, "Parity": Parity, **vars(importlib.import_module(cls.__module__))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -26,12 +27,16 @@ from nestpatch.commands.options import (
     trust_options,
 )
 
+if TYPE_CHECKING:
+    from nestpatch.evaluation.suites import Evaluation
+
 
 @click.command(
     "eval",
     epilog=examples(
         "nestpatch eval models/llama no-harm.nest",
         "nestpatch eval models/llama no-harm.nest --suite harmful.jsonl --suite benign.jsonl",
+        "nestpatch eval models/llama no-harm.nest --strength 0:1.5:0.25",
         "nestpatch eval model.gguf --suite harmful=advbench.csv --fail-over attack_success=0.05",
     ),
 )
@@ -39,6 +44,11 @@ from nestpatch.commands.options import (
 @click.argument("pack", type=PackType, required=False)
 @trust_options
 @suite_options
+@click.option(
+    "--strength",
+    metavar="S[,S..]",
+    help="Factor of PACK's change, over 0 and up to 1.5. Several (0,0.5,1 or 0:1.5:0.25) give its dose curve.  [default: 1]",
+)
 @click.option("--lora", type=PathType, help="An adapter, .gguf or .onnx_adapter, for such a MODEL: measured like PACK.")
 @click.option("--base", type=ModelType, help="The unpatched model: measures how far MODEL has moved from it.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or mps.")
@@ -56,6 +66,7 @@ def evaluate(
     allow_unsigned: bool,
     suite: tuple[str, ...],
     limit: int | None,
+    strength: str | None,
     lora: Path | None,
     base: str | None,
     device: str,
@@ -81,9 +92,8 @@ def evaluate(
     from nestpatch.evaluation.limits import exceeded, parse_limits
     from nestpatch.evaluation.suites import choose_suites
     from nestpatch.files.atomic import check_output
-    from nestpatch.views.console import out
-    from nestpatch.views.evaluation import evaluation_table
 
+    strengths = _strengths(strength, pack, limited=bool(fail_over or fail_under))
     parse_limits((*fail_over, *fail_under))  # before the prompts are read, which may be a download
     suites = choose_suites(suite, limit)
     over, under = parse_limits(fail_over, suites), parse_limits(fail_under, suites)
@@ -98,6 +108,7 @@ def evaluate(
             model,
             suites,
             pack=checked,
+            strengths=strengths,
             lora=lora,
             base=base,
             device=device,
@@ -112,14 +123,39 @@ def evaluate(
         label, adapter = checked.pack.label if checked else None, str(lora) if lora else None
         print_json({"model": model, "pack": label, "adapter": adapter, **result.as_json()})
     else:
-        if quiet:  # else they were shown as they came up
-            for note in result.notes:
-                say(note, err=True)
-        columns = {"model": result.model} | ({"patched": result.patched} if result.patched else {})
-        out.print(evaluation_table(columns))
-        for concern in result.concerns:
-            say(f"WARNING: {concern}", err=True)
+        _show(result, quiet=quiet)
     failures = exceeded(result.patched or result.model, over, under)
     for failure in failures:
         say(f"FAILED: {failure}", err=True)
     sys.exit(1 if failures else 0)
+
+
+def _strengths(text: str | None, pack: str | None, *, limited: bool) -> tuple[float, ...]:
+    """The strengths that --strength names; `limited` where the numbers of the pack are compared with limits."""
+    from nestpatch.evaluation.dose import parse_strengths
+
+    if text is None:
+        return (1.0,)
+    if pack is None:
+        raise click.UsageError("--strength: only with a PACK")
+    found = parse_strengths(text)
+    if limited and len(found) > 1 and 1.0 not in found:
+        raise click.UsageError("--fail-over and --fail-under compare PACK at strength 1 with the limit: add 1 to --strength")
+    return found
+
+
+def _show(result: Evaluation, *, quiet: bool) -> None:
+    """The numbers for people, and what speaks against the pack."""
+    from nestpatch.views.console import out
+    from nestpatch.views.evaluation import evaluation_table, show_dose
+
+    if quiet:  # else they were shown as they came up
+        for note in result.notes:
+            say(note, err=True)
+    if result.dose is not None:
+        show_dose(result.dose)
+    else:
+        title = "patched" if result.strength in (None, 1.0) else f"patched, strength {result.strength:g}"
+        out.print(evaluation_table({"model": result.model} | ({title: result.patched} if result.patched else {})))
+    for concern in result.concerns:
+        say(f"WARNING: {concern}", err=True)

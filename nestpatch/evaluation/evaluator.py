@@ -9,9 +9,10 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from nestpatch.errors import DataError
+from nestpatch.evaluation.dose import check_strengths
 from nestpatch.evaluation.drift import drift
 from nestpatch.evaluation.suites import BENIGN, Evaluation, Scores, Suite, evaluate_suites, overlaps
 from nestpatch.events import Event, OnEvent, ignore
@@ -41,6 +42,7 @@ def evaluate(
     policy: Policy | None = None,
     trust: Trust = "policy",
     allow_unsigned: bool = False,
+    strengths: Sequence[float] = (1.0,),
     lora: str | Path | None = None,
     base: str | Path | None = None,
     device: str = "auto",
@@ -62,6 +64,8 @@ def evaluate(
         policy: Whose signatures the pack needs; None means the policy of this user and this machine.
         trust: "none" skips the judgement of signatures.
         allow_unsigned: Accepts a pack that too few trusted keys have signed.
+        strengths: Factors of the pack's change, over 0 and at most 1.5. More than one are measured one after the other, as
+            the dose curve; 0 names the model alone, which is measured in any case.
         lora: An adapter file for a .gguf or ONNX model, instead of `pack`.
         base: The unpatched model: measures how far `model` has moved from it.
         device: "auto", "cpu", "cuda" or "mps".
@@ -80,8 +84,11 @@ def evaluate(
         DataError: The options do not go together, or the runtime cannot compute on the device.
         MissingExtraError: The packages of the runtime are not installed.
     """
+    wanted = check_strengths(strengths)
     if pack is not None and lora is not None:
         raise DataError("a pack and an adapter were given: either of them makes the patched model")
+    if wanted != (1.0,) and pack is None:
+        raise DataError("strengths without a pack: a strength is a factor of a pack's change")
     proven = None
     if pack is not None:
         proven = prove(pack, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event).pack
@@ -91,7 +98,7 @@ def evaluate(
     for note in work.notes:
         on_event(Event("note", note=note))
     if proven is not None and (reason := _already_held(model, proven)):
-        work.note(f"{model} holds {proven.label} already ({reason}): it is evaluated as it is")
+        work.note_held(model, proven, reason, wanted)
         if base is not None:
             return work.compare(base, model)
         work.note("give the unpatched model with --base to measure both")
@@ -100,12 +107,15 @@ def evaluate(
         before = work.scores(runtime, str(model))
         if base is not None:
             before = work.moved_from(base, runtime, before)
-        if proven is None and lora is None:
+        if proven is not None:
+            found = work.at_strengths(runtime, proven, wanted, before, f"{model} with {proven.label}")
+            curve = tuple(found.items()) if len(wanted) > 1 else ()
+            strength = 1.0 if curve else wanted[0]
+            return Evaluation(before, found.get(strength), tuple(work.notes), strength if strength in found else None, curve)
+        if lora is None:
             return Evaluation(before, None, tuple(work.notes))
-        what = proven.label if proven is not None else str(lora)
-        with runtime.with_pack(proven) if proven is not None else runtime.with_adapter(Path(str(lora))) as patched:
-            after = work.scores(patched, f"{model} with {what}")
-            after = Scores(after.suites, work.drift(runtime, patched, before))
+        with runtime.with_adapter(Path(lora)) as patched:
+            after = work.patched(runtime, patched, before, f"{model} with {lora}")
             return Evaluation(before, after, tuple(work.notes))
 
 
@@ -162,6 +172,13 @@ class _Evaluator:
             self.notes.append(text)
             self.on_event(Event("note", note=text))
 
+    def note_held(self, model: str | Path, pack: Pack, reason: str, strengths: Sequence[float]) -> None:
+        """Notes that a model holds the pack already. Raises DataError where other strengths are to be measured."""
+        held = f"{model} holds {pack.label} already ({reason})"
+        if strengths != (1.0,):
+            raise DataError(f"{held}: no other strength can be measured", advice="Give the unpatched model.")
+        self.note(f"{held}: it is evaluated as it is")
+
     @contextmanager
     def load(self, model: str | Path) -> Iterator[Runtime]:
         """Opens a model, and reports which."""
@@ -185,6 +202,23 @@ class _Evaluator:
             self.note(NOT_MEASURED)
         return found
 
+    def patched(self, base: Runtime, model: Runtime, before: Scores, what: str) -> Scores:
+        """The scores of a patched model, with its drift from the base."""
+        after = self.scores(model, what)
+        return Scores(after.suites, self.drift(base, model, before))
+
+    def at_strengths(
+        self, base: Runtime, pack: Pack, strengths: Sequence[float], before: Scores, what: str
+    ) -> dict[float, Scores]:
+        """Strength -> scores of the base with a pack; `strengths` as from `check_strengths`."""
+        found, positive = {}, [strength for strength in strengths if strength]
+        for number, strength in enumerate(positive, start=1):
+            which = f", {number} of {len(positive)}" if len(strengths) > 1 else ""
+            note = "" if strengths == (1.0,) else f" at strength {strength:g}{which}"
+            with base.with_pack(pack, strength) as patched:
+                found[strength] = self.patched(base, patched, before, what + note)
+        return found
+
     def moved_from(self, base: str | Path, model: Runtime, scores: Scores) -> Scores:
         """The scores of a model, with its drift from a base, which is out of memory again afterwards."""
         prompts = list(scores.answers(BENIGN))
@@ -200,13 +234,13 @@ class _Evaluator:
         with self.load(base) as reference:
             before = self.scores(reference, f"{base}, the base")
             with self.load(model) as patched:
-                after = self.scores(patched, f"{model}, patched")
-                after = Scores(after.suites, self.drift(reference, patched, before))
-                return Evaluation(before, after, tuple(self.notes))
+                return Evaluation(before, self.patched(reference, patched, before, f"{model}, patched"), tuple(self.notes))
 
 
 def write_answers(evaluation: Evaluation, path: Path) -> None:
     """Writes a JSONL file with one object for each answer: of ("model" or "patched"), suite, prompt, answer, refused, correct.
+
+    Those of a curve also name the strength.
 
     Args:
         evaluation: What was measured.
@@ -216,9 +250,13 @@ def write_answers(evaluation: Evaluation, path: Path) -> None:
         OutputError: The file cannot be written.
     """
     lines = []
-    for name, scores in (("model", evaluation.model), ("patched", evaluation.patched)):
-        for suite in scores.suites if scores else ():
+    sides: list[tuple[dict[str, Any], Scores]] = [({"of": "model"}, evaluation.model)]
+    sides += [({"of": "patched", "strength": strength}, scores) for strength, scores in evaluation.curve]
+    if evaluation.patched is not None and not evaluation.curve:
+        sides.append(({"of": "patched"}, evaluation.patched))
+    for name, scores in sides:
+        for suite in scores.suites:
             for verdict in suite.verdicts:
-                row = {"of": name, "suite": suite.suite, **dataclasses.asdict(verdict)}
+                row = {**name, "suite": suite.suite, **dataclasses.asdict(verdict)}
                 lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_bytes(path, "".join(lines).encode("utf-8"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,9 @@ from typing import Any
 
 from nestpatch.errors import DataError, PromptDataError
 from nestpatch.evaluation.concerns import concerns
+from nestpatch.evaluation.dose import Dose, DosePoint, dose_json
 from nestpatch.evaluation.judges import is_refusal, matches
+from nestpatch.evaluation.shares import Share
 from nestpatch.prompts.builtin import JAILBREAK, PREFIX
 from nestpatch.prompts.readers import PromptSet, load_prompts, sample_set
 from nestpatch.runtimes.protocol import Generate
@@ -26,46 +27,6 @@ BUILTIN_LIMIT = 100
 """Prompts of each built-in suite that a command measures unless told otherwise. Shares are known within 7 to 10 points, and a
 small model answers them on a CPU in minutes; `train` and `eval` draw the same ones."""
 _STEMS = {"harmful": HARMFUL, "jailbreak": HARMFUL, "benign": BENIGN, "lookalike": LOOKALIKE}
-
-
-@dataclass(frozen=True)
-class Share:
-    """`count` of `total`, with its 95 % Wilson score interval.
-
-    Attributes:
-        count: How many.
-        total: Of how many.
-    """
-
-    count: int
-    total: int
-
-    @property
-    def value(self) -> float:
-        """Between 0 and 1; NaN for an empty total."""
-        return self.count / self.total if self.total else math.nan
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """(low, high). Wilson (1927): holds its level for shares near 0 and 1, where the normal approximation does not."""
-        if not self.total:
-            return 0.0, 1.0
-        z, n, p = 1.959963984540054, self.total, self.value
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        low = 0.0 if self.count == 0 else centre - half
-        high = 1.0 if self.count == n else centre + half
-        return low, high
-
-    def __add__(self, other: Share) -> Share:
-        """The share over both totals."""
-        return Share(self.count + other.count, self.total + other.total)
-
-    def as_json(self) -> dict[str, Any]:
-        """Value, count, total and interval, rounded to four digits; the value of an empty total is None."""
-        low, high = self.interval
-        value = round(self.value, 4) if self.total else None
-        return {"value": value, "count": self.count, "total": self.total, "low": round(low, 4), "high": round(high, 4)}
 
 
 @dataclass(frozen=True)
@@ -315,13 +276,17 @@ class Evaluation:
 
     Attributes:
         model: The model as it is on disk.
-        patched: The same model with a pack or an adapter; None where none was given.
+        patched: The same model with a pack or an adapter; None where none was given, and where a curve lacks strength 1.
         notes: What a reader of the numbers must know: prompts in several suites, a model that holds the pack already.
+        strength: Of the pack in `patched`; None where there is none, and where it is not known.
+        curve: (strength, scores) of the pack at each of several strengths over 0; empty where one was measured.
     """
 
     model: Scores
     patched: Scores | None = None
     notes: tuple[str, ...] = ()
+    strength: float | None = None
+    curve: tuple[tuple[float, Scores], ...] = ()
 
     @property
     def concerns(self) -> tuple[str, ...]:
@@ -329,6 +294,14 @@ class Evaluation:
         if self.patched is None:
             return ()
         return concerns({"before": self.model.as_json(), "after": self.patched.as_json()})
+
+    @property
+    def dose(self) -> Dose | None:
+        """The numbers of every strength, and the recommended one; None where no curve was measured."""
+        if not self.curve:
+            return None
+        sides = ((0.0, self.model), *self.curve)
+        return Dose(tuple(DosePoint.of(strength, scores.totals(), scores.drift) for strength, scores in sides))
 
     def as_json(self) -> dict[str, Any]:
         """The result for `--json`, without the model and the pack that the command was given.
@@ -339,8 +312,10 @@ class Evaluation:
         return {
             "before": self.model.as_json(),
             "after": self.patched.as_json() if self.patched is not None else None,
+            "strength": self.strength,
             "warnings": list(self.concerns),
             "notes": list(self.notes),
+            **dose_json(self.dose),
         }
 
 

@@ -12,7 +12,9 @@ from nestpatch.plain import count, number
 from nestpatch.views.console import duration, escape, fact_grid, out, size
 
 if TYPE_CHECKING:
-    from nestpatch.evaluation.suites import Scores, Share
+    from nestpatch.evaluation.dose import Dose, Recommendation
+    from nestpatch.evaluation.shares import Share
+    from nestpatch.evaluation.suites import Scores
     from nestpatch.nest_train.plan import TrainingPlan
     from nestpatch.nest_train.train import Trained
 
@@ -58,6 +60,60 @@ def evaluation_table(columns: Mapping[str, Scores]) -> Table:
         cells = (_percent(r.complied if harmful else r.refused) for r in results)
         table.add_row(f"[dim]{escape(suite.suite)}, {'complied' if harmful else 'refused'}[/dim]", *cells)
     return table
+
+
+def dose_table(dose: Dose) -> Table:
+    """A row for each strength: shares in percent with their intervals, and the drift.
+
+    Args:
+        dose: The curve.
+
+    Returns:
+        The table, without the columns that nothing was measured for.
+    """
+    shown = [name for name in HEADLINES if any(getattr(point, name) is not None for point in dose.points)]
+    drifts = any(point.kl_to_base is not None for point in dose.points)
+    heads = ("strength", *(HEADLINES[name] for name in shown), *(["KL"] if drifts else []))
+    table = Table(*heads, box=None, pad_edge=False, header_style="bold")
+    for point in dose.points:
+        shares = (getattr(point, name) for name in shown)
+        drift = "" if point.kl_to_base is None else f"{point.kl_to_base:.4f}"
+        title = f"{point.strength:g}" if point.strength else "0, the base"
+        table.add_row(title, *map(_narrow, shares), *([drift] if drifts else []))
+    return table
+
+
+def _narrow(share: Share | None) -> str:
+    """A share and its interval in percent."""
+    if share is None:
+        return _NOT_MEASURED
+    low, high = share.interval
+    return f"{100 * share.value:5.1f} [dim]{100 * low:.1f}-{100 * high:.1f}[/dim]"
+
+
+def show_dose(dose: Dose) -> None:
+    """The curve and the recommended strength.
+
+    Args:
+        dose: The curve.
+    """
+    out.print(dose_table(dose))
+    out.print("[dim]shares in percent, with 95 % intervals; KL to the base in nats per token[/dim]")
+    out.print()
+    out.print(recommendation_line(dose.recommended))
+
+
+def recommendation_line(recommended: Recommendation) -> str:
+    """A recommendation for people.
+
+    Args:
+        recommended: Measured here, or read from a pack.
+
+    Returns:
+        One line with markup.
+    """
+    strength = "none" if recommended.strength is None else f"{recommended.strength:g}"
+    return f"recommended strength: [bold]{strength}[/], {escape(recommended.reason)}"
 
 
 def headline_table(title: str, before: Mapping[str, Any], after: Mapping[str, Any] | None) -> Table:
