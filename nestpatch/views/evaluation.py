@@ -100,20 +100,20 @@ def show_dose(dose: Dose) -> None:
     out.print(dose_table(dose))
     out.print("[dim]shares in percent, with 95 % intervals; KL to the base in nats per token[/dim]")
     out.print()
-    out.print(recommendation_line(dose.recommended))
+    out.print(f"recommended strength: {recommendation_text(dose.recommended)}")
 
 
-def recommendation_line(recommended: Recommendation) -> str:
+def recommendation_text(recommended: Recommendation) -> str:
     """A recommendation for people.
 
     Args:
         recommended: Measured here, or read from a pack.
 
     Returns:
-        One line with markup.
+        One line with markup: the strength and the reason.
     """
     strength = "none" if recommended.strength is None else f"{recommended.strength:g}"
-    return f"recommended strength: [bold]{strength}[/], {escape(recommended.reason)}"
+    return f"[bold]{strength}[/], {escape(recommended.reason)}"
 
 
 def headline_table(title: str, before: Mapping[str, Any], after: Mapping[str, Any] | None) -> Table:
@@ -162,6 +162,9 @@ def show_trained(trained: Trained, base: str) -> None:
     if trained.before is not None:
         out.print()
         out.print(headline_table("", trained.before.as_json(), trained.after.as_json() if trained.after is not None else None))
+    if trained.dose is not None:
+        out.print()
+        show_dose(trained.dose)
     if trained.output is not None:
         out.print()
         file = shlex.quote(str(trained.output))
