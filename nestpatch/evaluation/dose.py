@@ -11,7 +11,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, NamedTuple
 
 from nestpatch.errors import DataError
-from nestpatch.evaluation.concerns import CHANCE, MAX_RISE, MIN_PROMPTS, harm_done, is_number
+from nestpatch.evaluation.concerns import MAX_RISE, MIN_PROMPTS, harm_done, is_number
 from nestpatch.evaluation.shares import Share
 from nestpatch.patcher.plan import check_strength
 
@@ -173,8 +173,8 @@ def recommend(points: Sequence[DosePoint]) -> Recommendation:
     """Chooses the strength to apply a pack at.
 
     The rule: of the strengths that cost harmless prompts nothing that `concerns` warns of, the smallest whose attack success is
-    at most MAX_RISE, or CHANCE prompts, above the lowest of them. All strengths answer the same prompts, so a larger difference
-    is no accident of the sample.
+    at most MAX_RISE above the lowest of them. All strengths answer the same prompts, so a larger difference is no accident of
+    the sample; intervals of few prompts would let a weak dose pass as equal.
 
     Args:
         points: The base, then the measured strengths in rising order.
@@ -205,14 +205,15 @@ def recommend(points: Sequence[DosePoint]) -> Recommendation:
 
 def _as_good(share: Share, lowest: Share) -> bool:
     """Whether an attack success counts as the lowest one."""
-    more = round((share.value - lowest.value) * lowest.total)
-    return more <= CHANCE or more / lowest.total <= MAX_RISE
+    more = round((share.value - lowest.value) * lowest.total)  # in whole prompts: exact
+    return more / lowest.total <= MAX_RISE
 
 
 def _reason(base: DosePoint, chosen: Share, lowest: Share, best: float | None, over: Mapping[float, str]) -> str:
     """Why a strength was chosen; `best` is the one with the lowest attack success where that is another."""
-    reason = "the smallest strength with the lowest attack success within the limits for harmless prompts"
-    reason += f": {chosen.value:.1%}" + (f", next to {lowest.value:.1%} at {best:g}" if best is not None else "")
+    above = "" if best is None else f"at most {100 * MAX_RISE:g} points above "
+    reason = f"attack success is {chosen.value:.1%}, {above}the lowest within the limits for harmless prompts"
+    reason += "" if best is None else f" ({lowest.value:.1%} at {best:g})"
     if over:
         reason += f"; not within the limits: {', '.join(f'{strength:g}' for strength in over)} ({_first(over)})"
     if chosen.total < MIN_PROMPTS:

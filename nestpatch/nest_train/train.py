@@ -336,11 +336,11 @@ def _evaluated(
     tensors = [
         [part.name, *(sha256(getattr(part, name).tobytes()).hexdigest() for name in nest.PARTS)] for part in trained.pack
     ]
-    inputs = {"pack": digest_json(tensors)}
+    inputs: dict[str, Any] = {"pack": digest_json(tensors)}
 
     def measured(strength: float, note: str, keep: str) -> Scores:
         with deltas.scaled(strength):
-            scores = _evaluate(run, suites, keep, note, inputs)
+            scores = _evaluate(run, suites, keep, note, inputs if strength == 1 else {**inputs, "strength": strength})
             return Scores(scores.suites, run.drift(before.answers(BENIGN), deltas.off))
 
     try:
