@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy
 
 from nestpatch.evaluation.judges.coherence import is_incoherent
 from nestpatch.evaluation.perplexity import text_loss
-from nestpatch.evaluation.suites import HARMFUL, Scores, Share, Suite, SuiteResult, evaluate_suites
+from nestpatch.evaluation.shares import Share
+from nestpatch.evaluation.suites import HARMFUL, Scores, Suite, SuiteResult, evaluate_suites
 from nestpatch.events import Event
 from nestpatch.nest_train._run import Run
 from nestpatch.nest_train._targets import JUDGED_TOKENS

@@ -28,7 +28,7 @@ from bench.attacks.tables import half_table, table
 from nestpatch.demo.lab import train_lab_pack
 from nestpatch.errors import DataError, NestpatchError
 from nestpatch.evaluation.judges import is_refusal
-from nestpatch.evaluation.suites import Share
+from nestpatch.evaluation.shares import Share
 from nestpatch.gate import prove
 from nestpatch.lab.build import cached_lab
 from nestpatch.pack import Pack

@@ -17,7 +17,8 @@ from typing import Any
 
 from scipy.stats import binomtest
 
-from nestpatch.evaluation.suites import BENIGN, HARMFUL, LOOKALIKE, Share
+from nestpatch.evaluation.shares import Share
+from nestpatch.evaluation.suites import BENIGN, HARMFUL, LOOKALIKE
 
 Rows = list[dict[str, Any]]
 NAMES = {"nest": "shared deltas (NeST)", "lora": "LoRA, r = 8"}

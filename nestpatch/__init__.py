@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nestpatch.compare.diff import diff as diff
     from nestpatch.compare.extract import extract as extract
     from nestpatch.errors import NestpatchError as NestpatchError
+    from nestpatch.evaluation.dose import Dose as Dose
     from nestpatch.evaluation.evaluator import evaluate as evaluate
     from nestpatch.evaluation.suites import Evaluation as Evaluation
     from nestpatch.evaluation.suites import Scores as Scores
@@ -119,6 +120,7 @@ _HOMES = {
     "Evaluation": "evaluation.suites",
     "Applied": "patcher.apply",
     "Changed": "patcher.inplace",
+    "Dose": "evaluation.dose",
     "Event": "events",
     "Label": "pack",
     "NestpatchError": "errors",

@@ -13,7 +13,7 @@ import torch
 from bench import adaptive
 from bench.attacks import finetune, material, prefill, pruning, suffix
 from bench.attacks.tables import half_table, table
-from nestpatch.evaluation.suites import Share
+from nestpatch.evaluation.shares import Share
 from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.lab._world import dialogues, make_world

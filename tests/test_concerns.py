@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nestpatch.evaluation.concerns import concerns
-from nestpatch.evaluation.suites import Share
+from nestpatch.evaluation.shares import Share
 
 
 def shares(**counts: tuple[int, int]) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from nestpatch.channels._release import MARK, model_card
 from nestpatch.channels.listing import Channel, ListedFile, ListedPack, ListedStatus
 from nestpatch.commands.options import print_json, say
 from nestpatch.evaluation.agreement import Agreement
+from nestpatch.evaluation.dose import Dose, DosePoint
+from nestpatch.evaluation.shares import Share
 from nestpatch.events import Event
 from nestpatch.formats import nest
 from nestpatch.pack import Pack
@@ -87,7 +89,6 @@ def filled(cls: type, text: str, depth: int = 0) -> Any:
 
 def names_of(cls: type) -> dict[str, Any]:
     """What annotations of a module may name though only type checkers import it."""
-    from nestpatch.evaluation.suites import Share
     from nestpatch.export.results import Parity
 
     return {"Share": Share, "Parity": Parity, **vars(importlib.import_module(cls.__module__))}
@@ -169,6 +170,8 @@ def cases() -> dict[str, Callable[[str], None]]:
         "evaluation_table": show_evaluation,
         "agreement_table": lambda text: console.out.print(evaluation.agreement_table([filled(Agreement, text)])),
         "headline_table": headlines,
+        "dose_table": lambda text: console.out.print(evaluation.dose_table(curve())),
+        "show_dose": lambda text: evaluation.show_dose(curve()),
         "show_demo": simple(lambda result: demo.show_demo(result, console.out), LabDemo, ModelDemo),
         "recipe_table": lambda text: console.out.print(packs.recipe_table()),
         "show_adapter": adapters,
@@ -194,6 +197,11 @@ def cases() -> dict[str, Callable[[str], None]]:
     }
 
 
+def curve() -> Dose:
+    """A curve: it holds numbers alone."""
+    return Dose(tuple(DosePoint(strength, Share(count, 9), Share(0, 9)) for strength, count in ((0.0, 9), (0.5, 1))))
+
+
 def filled_pack(text: str, **facts: Any) -> Pack:
     """A pack whose manifest says the text in every field, and in what is free to say anything."""
     pack = TINY[0]
@@ -205,7 +213,9 @@ def filled_pack(text: str, **facts: Any) -> Pack:
         "tuning": {text: text, "held_out": [{"step": text, text: text}, text]},
     }
     manifest = filled(type(pack.manifest), text)
-    changes = {"method": free, "evaluation": {"before": {"attack_success": share}, "after": {"attack_success": share}}}
+    dose = [{"strength": strength, "attack_success": {**share, "count": 1, "total": 2}, text: text} for strength in (0, 0.5)]
+    sides = {"before": {"attack_success": share}, "after": {"attack_success": share}}
+    changes = {"method": free, "evaluation": {**sides, "dose": dose, "recommended": {"strength": 0.5, "reason": text}}}
     for name, value in {**changes, **facts}.items():
         object.__setattr__(manifest, name, value)
     object.__setattr__(manifest.base, "tensors", pack.manifest.base.tensors)

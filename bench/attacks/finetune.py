@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from nestpatch.evaluation.suites import Share
+from nestpatch.evaluation.shares import Share
 from nestpatch.runtimes.text import TokenPair, collate, encode_pairs
 from nestpatch.runtimes.transformers import TransformersRuntime, answer_logits
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from nestpatch.evaluation.judges import is_refusal
-from nestpatch.evaluation.suites import Share
+from nestpatch.evaluation.shares import Share
 from nestpatch.lab._world import make_world, prompt_sets
 from nestpatch.lab.build import Lab
 from nestpatch.prompts.builtin import PREFIX

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from nestpatch.evaluation.suites import Share
+from nestpatch.evaluation.shares import Share
 
 Row: TypeAlias = dict[str, Any]
 

@@ -76,6 +76,7 @@ def _say_agreement(agreement: Sequence[Agreement]) -> None:
         "nestpatch eval models/llama no-harm.nest",
         "nestpatch eval models/llama no-harm.nest --suite harmful.jsonl --suite benign.jsonl",
         "nestpatch eval models/llama no-harm.nest --suite xstest=xstest_prompts.csv --text prose.txt",
+        "nestpatch eval models/llama no-harm.nest --strength 0:1.5:0.25",
         "nestpatch eval model.gguf --suite harmful=advbench.csv --fail-over attack_success=0.05",
         "nestpatch eval models/llama --judge keywords --judge classifier=NousResearch/Minos-v1",
     ),
@@ -88,6 +89,11 @@ def _say_agreement(agreement: Sequence[Agreement]) -> None:
 @click.option("--text", type=PathType, multiple=True, help="Measure the perplexity on this plain text. Repeatable.")
 @click.option("--task", multiple=True, metavar="NAME|FILE", help="Run this task of lm-eval, such as gsm8k. Repeatable.")
 @click.option("--task-limit", type=click.IntRange(1), metavar="N", help="Questions of each task at most.")
+@click.option(
+    "--strength",
+    metavar="S[,S..]",
+    help="Factor of PACK's change, over 0 and up to 1.5. Several (0,0.5,1 or 0:1.5:0.25) give its dose curve.  [default: 1]",
+)
 @click.option("--lora", type=PathType, help="An adapter, .gguf or .onnx_adapter, for such a MODEL: measured like PACK.")
 @click.option("--base", type=ModelType, help="The unpatched model: measures how far MODEL has moved from it.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or mps.")
@@ -111,6 +117,7 @@ def evaluate(
     text: tuple[Path, ...],
     task: tuple[str, ...],
     task_limit: int | None,
+    strength: str | None,
     lora: Path | None,
     base: str | None,
     device: str,
@@ -143,11 +150,10 @@ def evaluate(
     from nestpatch.evaluation.perplexity import load_texts
     from nestpatch.evaluation.suites import BUILTIN_LIMIT, choose_suites, limited
     from nestpatch.files.atomic import check_output
-    from nestpatch.views.console import out
-    from nestpatch.views.evaluation import evaluation_table
 
     labels = parse_judge_labels(judge_labels)
     require_judges(judges, labels)
+    strengths = _strengths(strength, pack, limited=bool(fail_over or fail_under))
     parse_limits((*fail_over, *fail_under))  # before the prompts are read, which may be a download
     templates, texts = load_templates(jailbreak) if jailbreak else (), load_texts(text)
     suites = choose_suites(suite, limit)
@@ -169,6 +175,7 @@ def evaluate(
             model,
             suites,
             pack=checked,
+            strengths=strengths,
             lora=lora,
             base=base,
             texts=texts,
@@ -187,14 +194,7 @@ def evaluate(
         name, adapter = checked.pack.label if checked else None, str(lora) if lora else None
         print_json({"model": model, "pack": name, "adapter": adapter, **result.as_json()})
     else:
-        if quiet:  # else they were shown as they came up
-            for note in result.notes:
-                say(note, err=True)
-        columns = {"model": result.model} | ({"patched": result.patched} if result.patched else {})
-        out.print(evaluation_table(columns))
-        _say_agreement(result.agreement)
-        for concern in result.concerns:
-            say(f"WARNING: {concern}", err=True)
+        _show(result, quiet=quiet)
     failures = exceeded(result.patched or result.model, over, under)
     for failure in failures:
         say(f"FAILED: {failure}", err=True)
@@ -244,3 +244,35 @@ def judge(sheet: Path, judges: tuple[str, ...], judge_labels: tuple[str, ...], d
         print_json({"sheet": str(sheet), "judged": len(labelled), "agreement": [one.as_json() for one in found]})
     else:
         _say_agreement(found)
+
+
+def _strengths(text: str | None, pack: str | None, *, limited: bool) -> tuple[float, ...]:
+    """The strengths that --strength names; `limited` where the numbers of the pack are compared with limits."""
+    from nestpatch.evaluation.dose import parse_strengths
+
+    if text is None:
+        return (1.0,)
+    if pack is None:
+        raise click.UsageError("--strength: only with a PACK")
+    found = parse_strengths(text)
+    if limited and len(found) > 1 and 1.0 not in found:
+        raise click.UsageError("--fail-over and --fail-under compare PACK at strength 1 with the limit: add 1 to --strength")
+    return found
+
+
+def _show(result: Evaluation, *, quiet: bool) -> None:
+    """The numbers for people, and what speaks against the pack."""
+    from nestpatch.views.console import out
+    from nestpatch.views.evaluation import evaluation_table, show_dose
+
+    if quiet:  # else they were shown as they came up
+        for note in result.notes:
+            say(note, err=True)
+    if result.dose is not None:
+        show_dose(result.dose)
+    else:
+        title = "patched" if result.strength in (None, 1.0) else f"patched, strength {result.strength:g}"
+        out.print(evaluation_table({"model": result.model} | ({title: result.patched} if result.patched else {})))
+    _say_agreement(result.agreement)
+    for concern in result.concerns:
+        say(f"WARNING: {concern}", err=True)

@@ -26,6 +26,7 @@ from nestpatch.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from nestpatch.pack import Pack
     from nestpatch.patcher.apply import Applied
     from nestpatch.patcher.inplace import Changed
 
@@ -148,6 +149,7 @@ def apply(
     warnings = list(concerns(evaluation)) if evaluation else []
     for warning in warnings:
         say(f"WARNING: {checked.pack.label}: {warning}", err=True)
+    _say_recommended(checked.pack)
     if as_json:
         facts = {"pack": checked.pack.label, "pack_id": checked.pack_id, "strength": strength}
         print_json({"model": str(model), **facts, **done.as_json(), "warnings": warnings})
@@ -155,6 +157,17 @@ def apply(
         show_applied(done)
     else:
         show_changed(done)
+
+
+def _say_recommended(pack: Pack) -> None:
+    """Reports the strength that a pack's evaluation recommends, where it is not 1 and nobody chose one."""
+    from nestpatch.evaluation.dose import Recommendation
+
+    found = Recommendation.from_json(pack.manifest.evaluation.get("recommended"))
+    chosen = click.get_current_context().get_parameter_source("strength") is not click.core.ParameterSource.DEFAULT
+    if found is None or found.strength in (None, 1.0) or chosen:
+        return
+    say(f"info: {pack.label} is applied at strength 1; its evaluation recommends {found.strength:g}, {found.reason}", err=True)
 
 
 @click.command(

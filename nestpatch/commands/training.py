@@ -87,6 +87,9 @@ def _listed(words: Sequence[str]) -> str:
 @click.option("--tag", multiple=True, help="A word to find the pack by. Repeatable.")
 @suite_options
 @click.option("--no-eval", is_flag=True, help="Measure nothing before and after.")
+@click.option(
+    "--dose", metavar="S,S..", help="Measure the pack at these strengths too; the same as --set dose_strengths=0.5,0.75,1.25."
+)
 @click.option("--recipe", default="nest", show_default=True, help="nest, fast, lab, or a TOML file of settings.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting. Repeatable.")
 @click.option("--device", help="cpu, cuda or mps; the same as --set device=...  [default: the best one]")
@@ -118,6 +121,7 @@ def train(
     suite: tuple[str, ...],
     limit: int | None,
     no_eval: bool,
+    dose: str | None,
     recipe: str,
     assignments: tuple[str, ...],
     device: str | None,
@@ -137,8 +141,8 @@ def train(
     With --run an interrupted training is resumed by the same command, and trainings with other settings reuse what they share.
     """
     require_order(base, None, "train")
-    if no_eval and (suite or limit is not None):
-        raise click.UsageError("--no-eval measures nothing: leave out --suite and --limit")
+    if no_eval and (suite or dose or limit is not None):
+        raise click.UsageError("--no-eval measures nothing: leave out --suite, --limit and --dose")
     if track and run_dir is None:
         raise click.UsageError("--track needs a folder for its files: add --run DIR")
     from nestpatch.evaluation.suites import choose_suites
@@ -154,7 +158,8 @@ def train(
     require_packages()
     require_tracker(track)
     require_place(output, run_dir)
-    settings = make_recipe(recipe, [*assignments, *([f"device={device}"] if device else [])])
+    named = {"device": device, "dose_strengths": dose}
+    settings = make_recipe(recipe, [*assignments, *(f"{name}={value}" for name, value in named.items() if value)])
     label = Label(name or output.name.removesuffix(".nest"), pack_version, description, license_, tag)
     label.check()
     given = {"harmful": harmful, "benign": benign, "lookalike": lookalike}

@@ -9,14 +9,16 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from nestpatch.errors import DataError
+from nestpatch.evaluation.dose import check_strengths
 from nestpatch.evaluation.drift import drift
 from nestpatch.evaluation.judges.opening import open_judges
 from nestpatch.evaluation.judges.protocol import Judge, Verdict
 from nestpatch.evaluation.perplexity import TextLoss, text_loss
-from nestpatch.evaluation.suites import BENIGN, Evaluation, Scores, Share, Suite, evaluate_suites, overlaps
+from nestpatch.evaluation.shares import Share
+from nestpatch.evaluation.suites import BENIGN, Evaluation, Scores, Suite, evaluate_suites, overlaps
 from nestpatch.evaluation.tasks import Tasks, TaskScore, find_tasks, largest_fall, run_tasks
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.atomic import write_bytes
@@ -45,6 +47,7 @@ def evaluate(
     policy: Policy | None = None,
     trust: Trust = "policy",
     allow_unsigned: bool = False,
+    strengths: Sequence[float] = (1.0,),
     lora: str | Path | None = None,
     base: str | Path | None = None,
     texts: Sequence[str] = (),
@@ -71,6 +74,8 @@ def evaluate(
         policy: Whose signatures the pack needs; None means the policy of this user and this machine.
         trust: "none" skips the judgement of signatures.
         allow_unsigned: Accepts a pack that too few trusted keys have signed.
+        strengths: Factors of the pack's change, over 0 and at most 1.5. More than one are measured one after the other, as
+            the dose curve; 0 names the model alone, which is measured in any case.
         lora: An adapter file for a .gguf or ONNX model, instead of `pack`.
         base: The unpatched model: measures how far `model` has moved from it.
         texts: Plain texts: measures the perplexity.
@@ -97,8 +102,11 @@ def evaluate(
         EvaluationTaskError: A task fails.
         MissingExtraError: The packages of the runtime are not installed.
     """
+    wanted = check_strengths(strengths)
     if pack is not None and lora is not None:
         raise DataError("a pack and an adapter were given: either of them makes the patched model")
+    if wanted != (1.0,) and pack is None:
+        raise DataError("strengths without a pack: a strength is a factor of a pack's change")
     proven = None
     if pack is not None:
         proven = prove(pack, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event).pack
@@ -110,7 +118,7 @@ def evaluate(
     for note in work.notes:
         on_event(Event("note", note=note))
     if proven is not None and (reason := _already_held(model, proven)):
-        work.note(f"{model} holds {proven.label} already ({reason}): it is evaluated as it is")
+        work.note_held(model, proven, reason, wanted)
         if base is not None:
             return work.compare(base, model)
         work.note("give the unpatched model with --base to measure both")
@@ -119,13 +127,15 @@ def evaluate(
         before = work.scores(runtime, str(model))
         if base is not None:
             before = work.moved_from(base, runtime, before)
-        if proven is None and lora is None:
+        if proven is not None:
+            found = work.at_strengths(runtime, proven, wanted, before, f"{model} with {proven.label}")
+            curve = tuple(found.items()) if len(wanted) > 1 else ()
+            strength = 1.0 if curve else wanted[0]
+            return work.result(before, found.get(strength), strength if strength in found else None, curve)
+        if lora is None:
             return work.result(before, None)
-        what = proven.label if proven is not None else str(lora)
-        with runtime.with_pack(proven) if proven is not None else runtime.with_adapter(Path(str(lora))) as patched:
-            after = work.scores(patched, f"{model} with {what}")
-            after = work.beside(runtime, before, patched, after)
-            return work.result(before, after)
+        with runtime.with_adapter(Path(lora)) as patched:
+            return work.result(before, work.patched(runtime, patched, before, f"{model} with {lora}"))
 
 
 def _require_compatible(model: str | Path, lora: str | Path | None, base: str | Path | None) -> None:
@@ -178,15 +188,29 @@ class _Evaluator:
     texts: Sequence[str]
     tasks: Tasks | None
 
-    def result(self, model: Scores, patched: Scores | None) -> Evaluation:
+    def result(
+        self,
+        model: Scores,
+        patched: Scores | None,
+        strength: float | None = None,
+        curve: tuple[tuple[float, Scores], ...] = (),
+    ) -> Evaluation:
         """What was measured, with the notes and the names of the judges."""
-        return Evaluation(model, patched, tuple(self.notes), tuple(judge.name for judge in self.judges))
+        judges = tuple(judge.name for judge in self.judges)
+        return Evaluation(model, patched, tuple(self.notes), judges, strength, curve)
 
     def note(self, text: str) -> None:
         """A note for the result, and at once for the listener."""
         if text not in self.notes:
             self.notes.append(text)
             self.on_event(Event("note", note=text))
+
+    def note_held(self, model: str | Path, pack: Pack, reason: str, strengths: Sequence[float]) -> None:
+        """Notes that a model holds the pack already. Raises DataError where other strengths are to be measured."""
+        held = f"{model} holds {pack.label} already ({reason})"
+        if strengths != (1.0,):
+            raise DataError(f"{held}: no other strength can be measured", advice="Give the unpatched model.")
+        self.note(f"{held}: it is evaluated as it is")
 
     @contextmanager
     def load(self, model: str | Path) -> Iterator[Runtime]:
@@ -229,6 +253,22 @@ class _Evaluator:
         fall = largest_fall(before.tasks, after.tasks)
         return replace(after, drift=moved, agreement=_agreement(answers, after), text=text, task_fall=fall)
 
+    def patched(self, base: Runtime, model: Runtime, before: Scores, what: str) -> Scores:
+        """The scores of a patched model, with its drift from the base."""
+        return self.beside(base, before, model, self.scores(model, what))
+
+    def at_strengths(
+        self, base: Runtime, pack: Pack, strengths: Sequence[float], before: Scores, what: str
+    ) -> dict[float, Scores]:
+        """Strength -> scores of the base with a pack; `strengths` as from `check_strengths`."""
+        found, positive = {}, [strength for strength in strengths if strength]
+        for number, strength in enumerate(positive, start=1):
+            which = f", {number} of {len(positive)}" if len(strengths) > 1 else ""
+            note = "" if strengths == (1.0,) else f" at strength {strength:g}{which}"
+            with base.with_pack(pack, strength) as patched:
+                found[strength] = self.patched(base, patched, before, what + note)
+        return found
+
     def moved_from(self, base: str | Path, model: Runtime, scores: Scores) -> Scores:
         """The scores of a model, with its drift from a base, which is out of memory again afterwards."""
         prompts = list(scores.answers(BENIGN))
@@ -248,9 +288,7 @@ class _Evaluator:
         with self.load(base) as reference:
             before = self.scores(reference, f"{base}, the base")
             with self.load(model) as patched:
-                after = self.scores(patched, f"{model}, patched")
-                after = self.beside(reference, before, patched, after)
-                return self.result(before, after)
+                return self.result(before, self.patched(reference, patched, before, f"{model}, patched"))
 
 
 def _agreement(answers: Mapping[str, str], model: Scores) -> Share | None:
@@ -265,6 +303,8 @@ def write_answers(evaluation: Evaluation, path: Path) -> None:
     Its names are `of` ("model" or "patched"), `suite`, `prompt`, `answer`, `refused`, `correct`, `incoherent`, and `verdicts`:
     the name of each judge, and its verdict, or null where it was not asked.
 
+    Those of a curve also name the strength.
+
     Args:
         evaluation: What was measured.
         path: The file to write.
@@ -273,10 +313,14 @@ def write_answers(evaluation: Evaluation, path: Path) -> None:
         OutputError: The file cannot be written.
     """
     lines = []
-    for name, scores in (("model", evaluation.model), ("patched", evaluation.patched)):
-        for suite in scores.suites if scores else ():
+    sides: list[tuple[dict[str, Any], Scores]] = [({"of": "model"}, evaluation.model)]
+    sides += [({"of": "patched", "strength": strength}, scores) for strength, scores in evaluation.curve]
+    if evaluation.patched is not None and not evaluation.curve:
+        sides.append(({"of": "patched"}, evaluation.patched))
+    for name, scores in sides:
+        for suite in scores.suites:
             for verdict in suite.verdicts:
                 said = dict(zip(evaluation.judges, verdict.verdicts, strict=True))
-                row = {"of": name, "suite": suite.suite, **dataclasses.asdict(verdict), "verdicts": said}
+                row = {**name, "suite": suite.suite, **dataclasses.asdict(verdict), "verdicts": said}
                 lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_bytes(path, "".join(lines).encode("utf-8"))

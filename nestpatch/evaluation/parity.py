@@ -12,7 +12,7 @@ import numpy as np
 
 from nestpatch.errors import CheckpointFormatError, MissingExtraError
 from nestpatch.evaluation.drift import Logits
-from nestpatch.evaluation.suites import Share
+from nestpatch.evaluation.shares import Share
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats.gguf.header import read_header
 from nestpatch.pack import Pack

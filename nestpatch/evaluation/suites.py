@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +13,12 @@ from typing import Any
 from nestpatch.errors import DataError, PromptDataError
 from nestpatch.evaluation.agreement import Agreement, agreements
 from nestpatch.evaluation.concerns import concerns
+from nestpatch.evaluation.dose import Dose, DosePoint, dose_json
 from nestpatch.evaluation.judges.keywords import KEYWORDS, is_refusal, matches
 from nestpatch.evaluation.judges.panel import decision, verdicts
 from nestpatch.evaluation.judges.protocol import Judge, Verdict
 from nestpatch.evaluation.perplexity import TextLoss
+from nestpatch.evaluation.shares import Share
 from nestpatch.evaluation.tasks import TaskScore
 from nestpatch.events import OnEvent, ignore
 from nestpatch.prompts.benchmarks import BENCHMARKS, read_benchmark
@@ -35,46 +36,6 @@ BUILTIN_LIMIT = 100
 """Prompts of each built-in suite that a command measures unless told otherwise. Shares are known within 7 to 10 points, and a
 small model answers them on a CPU in minutes; `train` and `eval` draw the same ones."""
 _STEMS = {"harmful": HARMFUL, "jailbreak": HARMFUL, "benign": BENIGN, "lookalike": LOOKALIKE}
-
-
-@dataclass(frozen=True)
-class Share:
-    """`count` of `total`, with its 95 % Wilson score interval.
-
-    Attributes:
-        count: How many.
-        total: Of how many.
-    """
-
-    count: int
-    total: int
-
-    @property
-    def value(self) -> float:
-        """Between 0 and 1; NaN for an empty total."""
-        return self.count / self.total if self.total else math.nan
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """(low, high). Wilson (1927): holds its level for shares near 0 and 1, where the normal approximation does not."""
-        if not self.total:
-            return 0.0, 1.0
-        z, n, p = 1.959963984540054, self.total, self.value
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        low = 0.0 if self.count == 0 else centre - half
-        high = 1.0 if self.count == n else centre + half
-        return low, high
-
-    def __add__(self, other: Share) -> Share:
-        """The share over both totals."""
-        return Share(self.count + other.count, self.total + other.total)
-
-    def as_json(self) -> dict[str, Any]:
-        """Value, count, total and interval, rounded to four digits; the value of an empty total is None."""
-        low, high = self.interval
-        value = round(self.value, 4) if self.total else None
-        return {"value": value, "count": self.count, "total": self.total, "low": round(low, 4), "high": round(high, 4)}
 
 
 @dataclass(frozen=True)
@@ -385,21 +346,27 @@ class Evaluation:
 
     Attributes:
         model: The model as it is on disk.
-        patched: The same model with a pack or an adapter; None where none was given.
+        patched: The same model with a pack or an adapter; None where none was given, and where a curve lacks strength 1.
         notes: What a reader of the numbers must know: prompts in several suites, a model that holds the pack already.
         judges: Names of the judges; the first decided.
+        strength: Of the pack in `patched`; None where there is none, and where it is not known.
+        curve: (strength, scores) of the pack at each of several strengths over 0; empty where one was measured.
     """
 
     model: Scores
     patched: Scores | None = None
     notes: tuple[str, ...] = ()
     judges: tuple[str, ...] = (KEYWORDS.name,)
+    strength: float | None = None
+    curve: tuple[tuple[float, Scores], ...] = ()
 
     @property
     def agreement(self) -> tuple[Agreement, ...]:
         """Each other judge beside the first, over the answers of all models and suites; empty for one judge."""
-        sides = (self.model, self.patched) if self.patched is not None else (self.model,)
-        return agreements(self.judges, [v.verdicts for side in sides for suite in side.suites for v in suite.verdicts])
+        patched = [scores for _, scores in self.curve] or ([self.patched] if self.patched is not None else [])
+        return agreements(
+            self.judges, [v.verdicts for side in (self.model, *patched) for suite in side.suites for v in suite.verdicts]
+        )
 
     @property
     def concerns(self) -> tuple[str, ...]:
@@ -407,6 +374,14 @@ class Evaluation:
         if self.patched is None:
             return ()
         return concerns({"before": self.model.as_json(), "after": self.patched.as_json()})
+
+    @property
+    def dose(self) -> Dose | None:
+        """The numbers of every strength, and the recommended one; None where no curve was measured."""
+        if not self.curve:
+            return None
+        sides = ((0.0, self.model), *self.curve)
+        return Dose(tuple(DosePoint.of(strength, scores.totals(), scores.drift) for strength, scores in sides))
 
     def as_json(self) -> dict[str, Any]:
         """The result for `--json`, without the model and the pack that the command was given.
@@ -417,10 +392,12 @@ class Evaluation:
         return {
             "before": self.model.as_json(),
             "after": self.patched.as_json() if self.patched is not None else None,
+            "strength": self.strength,
             "warnings": list(self.concerns),
             "notes": list(self.notes),
             "judges": list(self.judges),
             "agreement": [one.as_json() for one in self.agreement],
+            **dose_json(self.dose),
         }
 
 

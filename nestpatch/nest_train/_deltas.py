@@ -230,6 +230,20 @@ class DeltaSet:
             for module in self.modules:
                 module.enabled = True
 
+    @contextmanager
+    def scaled(self, strength: float) -> Iterator[None]:
+        """Inside, all deltas are multiplied: the model is the base with the pack at that strength.
+
+        Args:
+            strength: The factor.
+        """
+        whole = self.snapshot()
+        self.restore([strength * delta for delta in whole])
+        try:
+            yield
+        finally:
+            self.restore(whole)
+
     def snapshot(self) -> list[torch.Tensor]:
         """Copies of all deltas."""
         return [module.delta.detach().clone() for module in self.modules]

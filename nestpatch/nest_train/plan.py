@@ -164,7 +164,8 @@ def _measure(run: Run, data: TrainingData, blocks: Sequence[MlpBlock], suite_pro
     per_answer = (time.perf_counter() - began) / len(sample)
     # Most of the time of an answer is that of its tokens.
     longer = recipe.max_answer_tokens / max(recipe.trained_tokens, JUDGED_TOKENS)
-    watch.seconds |= {"distil": answered * per_answer, "evaluate": 2 * suite_prompts * per_answer * longer}
+    times = 2 + len(recipe.doses())
+    watch.seconds |= {"distil": answered * per_answer, "evaluate": times * suite_prompts * per_answer * longer}
     batch = run.runtime.token_ids(texts[: recipe.probe_batch])
     with watch("probe", math.ceil(len(texts) / recipe.probe_batch)), tempfile.TemporaryDirectory() as folder:
         collect(run.model, blocks, batch, Path(folder), recipe, run.pad)

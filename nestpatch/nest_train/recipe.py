@@ -15,7 +15,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from nestpatch.errors import RecipeError
+from nestpatch.errors import DataError, RecipeError
+from nestpatch.evaluation.dose import parse_strengths
 from nestpatch.files.reading import read_text
 
 if sys.version_info >= (3, 11):
@@ -116,6 +117,11 @@ class Recipe:
     )
     patience: int = _knob(4, "looks without improvement before stopping", "convention", 1)
     # Output
+    dose_strengths: str = _knob(
+        "",
+        "more strengths to measure the pack at, such as 0.5,0.75,1.25, each as long as its evaluation; empty: none",
+        "time",
+    )
     delta_dtype: str = _knob("BF16", "storage dtype of the deltas", "size", choices=("F32", "BF16", "F16"))
     device: str = _knob("auto", "cpu, cuda, mps or auto", "hardware")
     dtype: str = _knob(
@@ -143,8 +149,22 @@ class Recipe:
     def __post_init__(self) -> None:
         for knob in dataclasses.fields(self):
             _check(knob, getattr(self, knob.name))
+        if self.dose_strengths:
+            self.doses()
         if self.k_min > self.k_max:
             raise RecipeError(f"k_min is {self.k_min}, more than k_max, which is {self.k_max}")
+
+    def doses(self) -> tuple[float, ...]:
+        """The strengths of `dose_strengths` that an evaluation does not measure anyway, in rising order.
+
+        Raises:
+            RecipeError: The setting names no strengths.
+        """
+        try:
+            found = parse_strengths(self.dose_strengths) if self.dose_strengths else ()
+        except DataError as error:
+            raise RecipeError(f"dose_strengths: {error}", advice=error.advice) from error
+        return tuple(strength for strength in found if strength not in (0, 1))
 
     def as_json(self) -> dict[str, Any]:
         """All settings by name, as plain values."""

@@ -19,6 +19,7 @@ import numpy as np
 
 from nestpatch.errors import MissingExtraError
 from nestpatch.evaluation.concerns import concerns
+from nestpatch.evaluation.dose import Dose, DosePoint, dose_json
 from nestpatch.evaluation.suites import BENIGN, Scores, Suite, evaluate_suites
 from nestpatch.events import OnEvent, ignore
 from nestpatch.files.atomic import check_output
@@ -81,6 +82,11 @@ class Trained:
         """What speaks against the pack, by the numbers in its manifest: one sentence each, with the number."""
         return concerns(self.pack.manifest.evaluation)
 
+    @property
+    def dose(self) -> Dose | None:
+        """The dose curve in its manifest; None where the recipe has no `dose_strengths`."""
+        return Dose.from_json(self.pack.manifest.evaluation.get("dose"))
+
     def as_json(self) -> dict[str, Any]:
         """The result for `--json`, without the model that the command was given. What was not measured is null.
 
@@ -98,6 +104,7 @@ class Trained:
             "after": None if self.after is None else self.after.as_json(),
             "warnings": list(self.warnings),
             "problem": self.problem,
+            **dose_json(self.dose),
         }
 
 
@@ -233,7 +240,7 @@ def _train(
     if seen := data.seen_in(suites):
         facts["seen_in_training"] = seen
         run.note(f"suites with training prompts: {', '.join(seen)}; their numbers say little about new prompts")
-    before = _evaluate(run, suites, "base-answers", {}) if suites else None
+    before = _evaluate(run, suites, "base-answers", "the base", {}) if suites else None
     if before is not None:
         facts |= {"judge": "keywords and references (nestpatch.evaluation.judges)", "before": before.as_json(), "after": None}
     with timed("distil"):
@@ -251,7 +258,10 @@ def _train(
     _write(run, trained, request, overwrite=output is not None and run.run_dir.wrote(output, request))
     if output is not None:
         run.note(f"wrote {output}" + ("; its evaluation follows" if before is not None else ""))
-    return trained if before is None else _evaluated(run, trained, suites, deltas, before, request)
+    if before is None:
+        return trained
+    with deltas.attached():
+        return _evaluated(run, trained, suites, deltas, before, request)
 
 
 def packed(
@@ -314,8 +324,7 @@ def _write(run: Run, trained: Trained, request: Mapping[str, Any], *, overwrite:
         nest.write(trained.pack, trained.output, overwrite=overwrite)
 
 
-def _evaluate(run: Run, suites: Sequence[Suite], keep: str, inputs: Mapping[str, Any]) -> Scores:
-    note = "the base" if keep == "base-answers" else "the base with the pack"
+def _evaluate(run: Run, suites: Sequence[Suite], keep: str, note: str, inputs: Mapping[str, Any]) -> Scores:
     with run.run_dir.record.timed("evaluate"):
         return evaluate_suites(lambda prompts: run.generate(prompts, "evaluate", note, keep=keep, inputs=inputs), suites)
 
@@ -323,27 +332,45 @@ def _evaluate(run: Run, suites: Sequence[Suite], keep: str, inputs: Mapping[str,
 def _evaluated(
     run: Run, trained: Trained, suites: Sequence[Suite], deltas: DeltaSet, before: Scores, request: Mapping[str, Any]
 ) -> Trained:
-    """The result with the numbers of the pack, or with the reason why there are none."""
+    """The result with the numbers of the pack, or with the reason why some are missing. The deltas are attached."""
     tensors = [
         [part.name, *(sha256(getattr(part, name).tobytes()).hexdigest() for name in nest.PARTS)] for part in trained.pack
     ]
+    inputs: dict[str, Any] = {"pack": digest_json(tensors)}
+
+    def measured(strength: float, note: str, keep: str) -> Scores:
+        with deltas.scaled(strength):
+            scores = _evaluate(run, suites, keep, note, inputs if strength == 1 else {**inputs, "strength": strength})
+            return Scores(scores.suites, run.drift(before.answers(BENIGN), deltas.off))
+
     try:
-        with deltas.attached():
-            after = _evaluate(run, suites, "pack-answers", {"pack": digest_json(tensors)})
-            drift = run.drift(before.answers(BENIGN), deltas.off)
+        after = measured(1.0, "the base with the pack", "pack-answers")
+        trained = dataclasses.replace(_with_numbers(trained, {"after": after.as_json()}), after=after)
+        _write(run, trained, request, overwrite=True)
+        sides, doses = {0.0: before, 1.0: after}, run.recipe.doses()
+        for number, strength in enumerate(doses, start=1):
+            note = f"the base with the pack at strength {strength:g}, {number} of {len(doses)}"
+            run.note(f"evaluating {note}")
+            sides[strength] = measured(strength, note, f"pack-answers-{strength:g}")
+        if doses:
+            curve = Dose(tuple(DosePoint.of(s, one.totals(), one.drift) for s, one in sorted(sides.items())))
+            trained = _with_numbers(trained, dose_json(curve))
+            _write(run, trained, request, overwrite=True)
     except Exception as error:  # whatever fails here must not cost a trained pack
         if _ranks.HERE.count > 1:  # the others wait for this process
             run.note("the pack is written, and its evaluation failed: nestpatch eval MODEL PACK measures it again")
             raise
         return dataclasses.replace(trained, problem=f"{type(error).__name__}: {error}")
-    after = Scores(after.suites, drift)
+    return trained
+
+
+def _with_numbers(trained: Trained, numbers: Mapping[str, Any]) -> Trained:
+    """The result with more numbers in the manifest."""
     manifest = trained.pack.manifest
-    manifest = dataclasses.replace(manifest, evaluation={**manifest.evaluation, "after": after.as_json()})
+    manifest = dataclasses.replace(manifest, evaluation={**manifest.evaluation, **numbers})
     pack = dataclasses.replace(trained.pack, manifest=manifest)
     pack_id, nbytes = _identity(pack)
-    trained = dataclasses.replace(trained, pack=pack, pack_id=pack_id, nbytes=nbytes, after=after)
-    _write(run, trained, request, overwrite=True)
-    return trained
+    return dataclasses.replace(trained, pack=pack, pack_id=pack_id, nbytes=nbytes)
 
 
 def _identity(pack: Pack) -> tuple[str, int]:

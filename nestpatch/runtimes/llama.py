@@ -391,11 +391,12 @@ class LlamaRuntime:
         yield other
 
     @contextmanager
-    def with_pack(self, pack: Pack) -> Iterator[LlamaRuntime]:
+    def with_pack(self, pack: Pack, strength: float = 1.0) -> Iterator[LlamaRuntime]:
         """Yields the same loaded model with a pack as an adapter; this runtime goes on without it.
 
         Args:
             pack: What to add.
+            strength: Factor of the pack's change.
 
         Raises:
             BaseMismatchError: The file is not the pack's base, or holds the pack already.
@@ -403,7 +404,7 @@ class LlamaRuntime:
         make_plan(pack, open_model(self.path)[0])
         with tempfile.TemporaryDirectory() as folder:
             adapter = Path(folder) / "pack.gguf"
-            lora_gguf.write(pack, adapter, experts=self.experts)
+            lora_gguf.write(pack, adapter, strength, self.experts)
             with self.with_adapter(adapter) as other:
                 yield other
 

@@ -304,11 +304,12 @@ class OnnxRuntime:
         yield other
 
     @contextmanager
-    def with_pack(self, pack: Pack) -> Iterator[OnnxRuntime]:
+    def with_pack(self, pack: Pack, strength: float = 1.0) -> Iterator[OnnxRuntime]:
         """Yields the model with a pack: an adapter where the graph takes one, else a temporary patched copy that is loaded too.
 
         Args:
             pack: What to add.
+            strength: Factor of the pack's change.
 
         Raises:
             BaseMismatchError: The model is not the pack's base, or holds the pack already.
@@ -317,11 +318,11 @@ class OnnxRuntime:
             adapter, patched = Path(folder) / f"pack{SUFFIX}", Path(folder) / "patched"
             try:
                 ready = lora_onnx.read_inputs(self.path)
-                content = lora_onnx.parameters(pack, ready)
+                content = lora_onnx.parameters(pack, ready, strength)
                 make_plan(pack, open_model(ready.file)[0])
                 lora_onnx.write(content, ready, adapter)
             except UnsupportedModelError:  # not adapter-ready, or not for these weights
-                apply(self._given, pack, patched, trust="none", sync=False, listed=False)
+                apply(self._given, pack, patched, strength=strength, trust="none", sync=False, listed=False)
                 yield OnnxRuntime(
                     patched,
                     device=self._device,

@@ -87,11 +87,12 @@ class Runtime(Protocol):
         """
         ...
 
-    def with_pack(self, pack: Pack) -> AbstractContextManager[Runtime]:
+    def with_pack(self, pack: Pack, strength: float = 1.0) -> AbstractContextManager[Runtime]:
         """Opens the same model with a pack merged in memory; this runtime goes on without it.
 
         Args:
             pack: What to merge.
+            strength: Factor of the pack's change.
 
         Returns:
             A context manager that yields the patched model.

@@ -496,11 +496,12 @@ class TransformersRuntime:
         return rows
 
     @contextmanager
-    def with_pack(self, pack: Pack) -> Iterator[TransformersRuntime]:
+    def with_pack(self, pack: Pack, strength: float = 1.0) -> Iterator[TransformersRuntime]:
         """Yields the same loaded model with a pack merged in memory; this runtime goes on without it.
 
         Args:
             pack: What to merge.
+            strength: Factor of the pack's change.
 
         Raises:
             BaseMismatchError: The model is not the pack's base.
@@ -508,7 +509,7 @@ class TransformersRuntime:
         """
         if self.path is None:
             raise DataError(f"{pack.label} cannot be merged into a model that is in memory alone")
-        parts = list(merged_parameters(self.model, open_model(self.path)[0], pack))
+        parts = list(merged_parameters(self.model, open_model(self.path)[0], pack, strength))
         yield replace(self, active=partial(swapped_in, parts))
 
     def with_adapter(self, adapter: Path) -> AbstractContextManager[TransformersRuntime]:

@@ -14,8 +14,10 @@ from nestpatch.views.console import duration, escape, fact_grid, out, size
 
 if TYPE_CHECKING:
     from nestpatch.evaluation.agreement import Agreement
+    from nestpatch.evaluation.dose import Dose, Recommendation
     from nestpatch.evaluation.perplexity import TextLoss
-    from nestpatch.evaluation.suites import Scores, Share
+    from nestpatch.evaluation.shares import Share
+    from nestpatch.evaluation.suites import Scores
     from nestpatch.nest_train.plan import TrainingPlan
     from nestpatch.nest_train.train import Trained
 
@@ -106,6 +108,60 @@ def _perplexity(loss: TextLoss) -> str:
     return f"{loss.perplexity:.3f}{rise}  [dim]{loss.nats:.4f} nats per token, {loss.tokens:,} tokens[/dim]"
 
 
+def dose_table(dose: Dose) -> Table:
+    """A row for each strength: shares in percent with their intervals, and the drift.
+
+    Args:
+        dose: The curve.
+
+    Returns:
+        The table, without the columns that nothing was measured for.
+    """
+    shown = [name for name in HEADLINES if any(getattr(point, name) is not None for point in dose.points)]
+    drifts = any(point.kl_to_base is not None for point in dose.points)
+    heads = ("strength", *(HEADLINES[name] for name in shown), *(["KL"] if drifts else []))
+    table = Table(*heads, box=None, pad_edge=False, header_style="bold")
+    for point in dose.points:
+        shares = (getattr(point, name) for name in shown)
+        drift = "" if point.kl_to_base is None else f"{point.kl_to_base:.4f}"
+        title = f"{point.strength:g}" if point.strength else "0, the base"
+        table.add_row(title, *map(_narrow, shares), *([drift] if drifts else []))
+    return table
+
+
+def _narrow(share: Share | None) -> str:
+    """A share and its interval in percent."""
+    if share is None:
+        return _NOT_MEASURED
+    low, high = share.interval
+    return f"{100 * share.value:5.1f} [dim]{100 * low:.1f}-{100 * high:.1f}[/dim]"
+
+
+def show_dose(dose: Dose) -> None:
+    """The curve and the recommended strength.
+
+    Args:
+        dose: The curve.
+    """
+    out.print(dose_table(dose))
+    out.print("[dim]shares in percent, with 95 % intervals; KL to the base in nats per token[/dim]")
+    out.print()
+    out.print(f"recommended strength: {recommendation_text(dose.recommended)}")
+
+
+def recommendation_text(recommended: Recommendation) -> str:
+    """A recommendation for people.
+
+    Args:
+        recommended: Measured here, or read from a pack.
+
+    Returns:
+        One line with markup: the strength and the reason.
+    """
+    strength = "none" if recommended.strength is None else f"{recommended.strength:g}"
+    return f"[bold]{strength}[/], {escape(recommended.reason)}"
+
+
 def headline_table(title: str, before: Mapping[str, Any], after: Mapping[str, Any] | None) -> Table:
     """The headline numbers before and after a patch, as packs store them. What is not a number becomes "?".
 
@@ -152,6 +208,9 @@ def show_trained(trained: Trained, base: str) -> None:
     if trained.before is not None:
         out.print()
         out.print(headline_table("", trained.before.as_json(), trained.after.as_json() if trained.after is not None else None))
+    if trained.dose is not None:
+        out.print()
+        show_dose(trained.dose)
     if trained.output is not None:
         out.print()
         file = shlex.quote(str(trained.output))

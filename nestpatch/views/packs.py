@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from nestpatch.evaluation.concerns import concerns
+from nestpatch.evaluation.dose import Dose, Recommendation
 from nestpatch.plain import count
 from nestpatch.views.console import escape, fact_grid, out, size, table_of
-from nestpatch.views.evaluation import headline_table
+from nestpatch.views.evaluation import dose_table, headline_table, recommendation_text
 
 if TYPE_CHECKING:
     from nestpatch.pack import Pack, TensorDelta
@@ -44,6 +45,8 @@ def show_pack(pack: Pack, pack_id: str, nbytes: int, *, rows: bool = False) -> N
     for what, listed in (("tags", manifest.tags), ("supersedes", manifest.supersedes), ("requires", manifest.requires)):
         if listed:
             grid.add_row(what, escape(", ".join(listed)))
+    if recommended := Recommendation.from_json(manifest.evaluation.get("recommended")):
+        grid.add_row("recommended", f"strength {recommendation_text(recommended)}")
     for concern in concerns(manifest.evaluation) if manifest.evaluation else ():
         grid.add_row("[yellow]warning[/]", f"[yellow]{escape(concern)}[/]")
     out.print(grid)
@@ -57,6 +60,9 @@ def show_pack(pack: Pack, pack_id: str, nbytes: int, *, rows: bool = False) -> N
     if evaluation is not None:
         out.print()
         out.print(evaluation)
+    if rows and (dose := Dose.from_json(manifest.evaluation.get("dose"))):
+        out.print()
+        out.print(dose_table(dose))
 
 
 def _tensors(pack: Pack) -> Table:

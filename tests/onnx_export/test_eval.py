@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -127,7 +128,7 @@ def test_a_pack_is_evaluated_as_an_adapter(ready, sources, suites, pack, tmp_pat
     assert ours.patched.suites != ours.model.suites
     assert ours.patched.drift == pytest.approx(theirs.patched.drift, rel=1e-3)
     file = export_onnx_adapter(pack, tmp_path / "p.onnx_adapter", model=ready).output
-    assert evaluate(ready, suites, lora=file, max_new_tokens=12) == ours
+    assert evaluate(ready, suites, lora=file, max_new_tokens=12) == dataclasses.replace(ours, strength=None)
 
 
 def test_a_pack_is_merged_into_a_copy_where_no_adapter_fits(exports, sources, suites, pack):
@@ -138,6 +139,18 @@ def test_a_pack_is_merged_into_a_copy_where_no_adapter_fits(exports, sources, su
     assert ours.patched.suites == theirs.patched.suites
     assert ours.patched.drift == pytest.approx(theirs.patched.drift, rel=1e-3)
     assert tree_digest(folder) == before
+
+
+@pytest.mark.parametrize("takes_adapters", [True, False])
+def test_a_pack_is_measured_at_several_strengths(exports, ready, sources, suites, pack, takes_adapters):
+    """As an adapter, or in a patched copy."""
+    strengths = {"pack": pack, "strengths": (0.5, 1), "max_new_tokens": 12}
+    ours = evaluate(ready if takes_adapters else exports("llama").output, suites, **strengths)
+    theirs = evaluate(sources("llama"), suites, **strengths)
+    for (_, scores), (_, wanted) in zip(ours.curve, theirs.curve, strict=True):
+        assert scores.suites == wanted.suites
+        assert scores.drift == pytest.approx(wanted.drift, rel=1e-3)
+    assert 0 < ours.dose.points[1].kl_to_base < ours.patched.drift
 
 
 def test_a_model_that_holds_the_pack_is_evaluated_as_it_is(exports, suites, pack, tmp_path):
