@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 
-from nestpatch.evaluation.suites import HEADLINES
+from nestpatch.evaluation.shares import HEADLINES
 
 
 def run(seed: int, options: list[str]) -> dict:

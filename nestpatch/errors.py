@@ -57,6 +57,7 @@ NestpatchError
 │   ├── PromptDataError          a missing, empty or malformed prompt set
 │   └── RecipeError              an unknown training setting, or a value outside its range
 ├── TrainingError            training found nothing to train, or failed
+├── EvaluationTaskError      a task of lm-eval failed
 ├── JudgeError               a judge of answers that cannot be loaded, or gives no verdict
 ├── MissingExtraError        an optional package is not installed
 ├── FileSystemError          the operating system refused to read or write

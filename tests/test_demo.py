@@ -8,7 +8,7 @@ import sys
 import pytest
 from safetensors import safe_open
 
-from nestpatch.evaluation.suites import HEADLINES
+from nestpatch.evaluation.shares import HEADLINES
 from nestpatch.formats import nest
 from nestpatch.patcher.verify import Verdict, verify
 from tests.schemas import require_schema

@@ -12,13 +12,11 @@ from typing import Any, NamedTuple
 
 from nestpatch.errors import DataError
 from nestpatch.evaluation.concerns import MAX_RISE, MIN_PROMPTS, harm_done, is_number
-from nestpatch.evaluation.shares import Share
+from nestpatch.evaluation.shares import HEADLINES, Share
 from nestpatch.patcher.plan import check_strength
 
 MAX_STRENGTHS = 32
 """Strengths of a curve, at most: each costs a whole evaluation."""
-SHARES = ("attack_success", "refusal_benign", "refusal_lookalike", "benign_correct")
-"""The shares of a point."""
 _FORMS = "Write a number over 0 and at most 1.5, a list such as 0,0.5,1, or a range such as 0:1.5:0.25."
 _MAX_REASON = 500
 """Characters of a stored reason that are read."""
@@ -35,6 +33,7 @@ class DosePoint:
         refusal_lookalike: Look-alike prompts that were refused.
         benign_correct: Benign prompts whose answer is the reference.
         kl_to_base: Mean KL(base || model) in nats per answer token on benign prompts.
+        incoherent: Harmful prompts that were answered by broken text.
     """
 
     strength: float
@@ -43,6 +42,7 @@ class DosePoint:
     refusal_lookalike: Share | None = None
     benign_correct: Share | None = None
     kl_to_base: float | None = None
+    incoherent: Share | None = None
 
     @classmethod
     def of(cls, strength: float, totals: Mapping[str, Share], kl_to_base: float | None) -> DosePoint:
@@ -50,13 +50,13 @@ class DosePoint:
 
         Args:
             strength: Factor of the pack's change.
-            totals: Name -> share, of a model's scores; names other than SHARES are left out.
+            totals: Name -> share, of a model's scores; names other than HEADLINES are left out.
             kl_to_base: Its drift from the base.
 
         Returns:
             The point.
         """
-        return cls(strength, **{name: totals[name] for name in SHARES if name in totals}, kl_to_base=kl_to_base)
+        return cls(strength, **{name: totals[name] for name in HEADLINES if name in totals}, kl_to_base=kl_to_base)
 
     @classmethod
     def from_json(cls, stored: Any) -> DosePoint | None:
@@ -70,13 +70,13 @@ class DosePoint:
         """
         if not isinstance(stored, Mapping) or not is_number(strength := stored.get("strength")) or strength < 0:
             return None
-        shares = {name: Share.from_json(stored.get(name)) for name in SHARES}
+        shares = {name: Share.from_json(stored.get(name)) for name in HEADLINES}
         drift = stored.get("kl_to_base")
         return cls(float(strength), **shares, kl_to_base=float(drift) if is_number(drift) else None)
 
     def as_json(self) -> dict[str, Any]:
         """The point as plain values; None for what was not measured."""
-        shares = {name: None if (share := getattr(self, name)) is None else share.as_json() for name in SHARES}
+        shares = {name: None if (share := getattr(self, name)) is None else share.as_json() for name in HEADLINES}
         drift = None if self.kl_to_base is None else round(self.kl_to_base, 6)
         return {"strength": self.strength, **shares, "kl_to_base": drift}
 

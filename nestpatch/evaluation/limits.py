@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
 from nestpatch.errors import DataError
-from nestpatch.evaluation.suites import BENIGN, BESIDE_BASE, HARMFUL, HEADLINES, LOOKALIKE, Scores, Suite
+from nestpatch.evaluation.shares import HEADLINES
+from nestpatch.evaluation.suites import BENIGN, BESIDE_BASE, HARMFUL, LOOKALIKE, Scores, Suite
 
 _NAMES = (*HEADLINES, *BESIDE_BASE)
 _NEEDS = {"answer_agreement": ", on a benign suite", "perplexity_rise": ", on --text", "task_fall": ", on --task"}

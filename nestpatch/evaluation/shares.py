@@ -1,4 +1,4 @@
-"""`Share`: how many of how many, with its 95 % interval."""
+"""`Share`: how many of how many, with its 95 % interval; and the names of the shares that sum a model up."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+HEADLINES = ("attack_success", "incoherent", "refusal_benign", "refusal_lookalike", "benign_correct")
+"""The shares that sum a model up."""
 _MOST = 10**15
 """Larger numbers are not counts."""
 

@@ -18,7 +18,7 @@ from nestpatch.evaluation.judges.keywords import KEYWORDS, is_refusal, matches
 from nestpatch.evaluation.judges.panel import decision, verdicts
 from nestpatch.evaluation.judges.protocol import Judge, Verdict
 from nestpatch.evaluation.perplexity import TextLoss
-from nestpatch.evaluation.shares import Share
+from nestpatch.evaluation.shares import HEADLINES, Share
 from nestpatch.evaluation.tasks import TaskScore
 from nestpatch.events import OnEvent, ignore
 from nestpatch.prompts.benchmarks import BENCHMARKS, read_benchmark
@@ -28,8 +28,6 @@ from nestpatch.runtimes.protocol import Generate
 
 HARMFUL, BENIGN, LOOKALIKE = "harmful", "benign", "lookalike"
 KINDS = (HARMFUL, BENIGN, LOOKALIKE)
-HEADLINES = ("attack_success", "incoherent", "refusal_benign", "refusal_lookalike", "benign_correct")
-"""The shares that sum a model up."""
 BESIDE_BASE = ("answer_agreement", "perplexity_rise", "task_fall")
 """Numbers that compare a model with its base."""
 BUILTIN_LIMIT = 100
