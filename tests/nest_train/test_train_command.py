@@ -138,6 +138,8 @@ def test_the_result_as_json(models, data, tmp_path: Path) -> None:
         "after": None,
         "warnings": ["nothing was measured: the pack was not evaluated after it was trained"],
         "problem": None,
+        "dose": None,
+        "recommended": None,
     }
     again = train(models("llama"), data, Label("x"), recipe=QUICK, output=tmp_path / "x.nest")
     assert again.as_json()["output"] == str(tmp_path / "x.nest")
