@@ -1,0 +1,114 @@
+"""How answers look while they grow: base and patched model side by side, on a narrow terminal one below the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.box import MINIMAL
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from nestpatch.plain import lines
+from nestpatch.views.console import escape, out
+
+NARROW = 80
+"""A terminal with fewer columns shows answers below each other."""
+_STYLES = {"base": "yellow", "patched": "green", "model": "cyan"}
+_INTERVAL = 0.05
+"""Seconds between two drawings."""
+
+
+def answers_table(answers: Mapping[str, str], width: int, height: int | None = None) -> RenderableType:
+    """Answers side by side, or below each other where the width is less than NARROW.
+
+    Args:
+        answers: Name of a side -> its text.
+        width: Columns of the terminal.
+        height: Lines that may be used; of longer answers the last lines are shown. None: all of them.
+
+    Returns:
+        What to print.
+    """
+    beside = len(answers) > 1 and width >= NARROW
+    column = (width - 3) // 2 if beside else width - 1
+    rows = None if height is None else max(1, (height - 2 if beside else height // len(answers) - 2))
+    texts = [_wrapped(text, column, rows) for text in answers.values()]
+    if not beside:
+        parts: list[RenderableType] = []
+        for name, text in zip(answers, texts, strict=True):
+            parts += [*([Text("")] if parts else []), *([_title(name)] if len(answers) > 1 else []), text]
+        return Group(*parts)
+    table = Table(box=MINIMAL, padding=(0, 0), pad_edge=False, show_edge=False, border_style="dim")
+    for name in answers:
+        table.add_column(_title(name), width=column - 1)
+    table.add_row(*texts)
+    return table
+
+
+def _title(name: str) -> Text:
+    return Text(name, style=f"bold {_STYLES.get(name, '')}")
+
+
+def _wrapped(text: str, width: int, rows: int | None) -> Text:
+    """A text of unknown origin in lines of a width, the last ones of it."""
+    if not text:
+        return Text("...", style="dim")
+    plain = Text(lines(text.replace("\r\n", "\n").replace("\t", "    ")))
+    found = plain.wrap(out, max(1, width - 1), overflow="fold", no_wrap=False)
+    for line in found:
+        line.rstrip()
+    return Text("\n").join(list(found)[-rows:] if rows else found)
+
+
+def show_answers(answers: Mapping[str, str]) -> None:
+    """Prints complete answers: as they are drawn on a terminal, elsewhere as plain text with a heading where there are two.
+
+    Args:
+        answers: Name of a side -> its text.
+    """
+    if out.is_terminal:
+        out.print(answers_table({name: text or " " for name, text in answers.items()}, out.width))
+        return
+    for name, text in answers.items():
+        if len(answers) > 1:
+            out.print(f"{escape(name)}:")
+        out.print(lines(text.replace("\r\n", "\n").replace("\t", "    ")), markup=False)
+
+
+@contextmanager
+def growing() -> Iterator[Callable[[Mapping[str, str]], None]]:
+    """Draws answers while they grow, and leaves nothing on the terminal; elsewhere draws nothing.
+
+    Yields:
+        A function that is called with the answers so far.
+    """
+    if not out.is_terminal:
+        yield lambda _: None
+        return
+    drawn = 0.0
+    with Live(console=out, auto_refresh=False, transient=True) as live:
+
+        def draw(answers: Mapping[str, str]) -> None:
+            nonlocal drawn
+            if (now := time.monotonic()) - drawn >= _INTERVAL:
+                drawn = now
+                live.update(answers_table(answers, out.width, out.height - 1), refresh=True)
+
+        yield draw
+
+
+def show_opening(model: str, what: str, sides: int) -> None:
+    """Prints what an interactive chat is with, and how to end it.
+
+    Args:
+        model: MODEL as it was given.
+        what: The pack or the adapter; empty without one.
+        sides: How many models answer.
+    """
+    second = f", beside it with [bold]{escape(what)}[/]" if sides > 1 and what else ""
+    out.print(f"[bold]{escape(model)}[/]{second}")
+    out.print("[dim]/help lists the commands. Ctrl-C stops an answer, Ctrl-D ends.[/]")
