@@ -25,11 +25,13 @@ class Side:
 
     Attributes:
         name: "base", "patched" or "model".
+        what: The model for people, with what patches it.
         runtime: The loaded model.
         turns: The conversation so far, oldest first.
     """
 
     name: str
+    what: str
     runtime: Runtime
     turns: list[Turn] = field(default_factory=list)
 
@@ -85,11 +87,9 @@ class Chat:
 
     Attributes:
         sides: The base and the patched model, or one model.
-        what: What makes the patched model: the label of a pack, or the path of an adapter; empty without one.
     """
 
     sides: tuple[Side, ...]
-    what: str = ""
 
     def ask(self, prompt: str, *, names: Sequence[str] | None = None, on_event: OnEvent = ignore) -> Iterator[dict[str, str]]:
         """Asks the models, which answer in turns, a piece each. Closing the iterator ends the answers where they are.
@@ -185,8 +185,9 @@ def open_chat(
         if base is not None:
             on_event(Event("load", note=str(base)))
             left = stack.enter_context(load(base))
-        sides = [] if left is None else [Side(BASE, left)]
-        yield Chat((*sides, Side(PATCHED if what else MODEL, right)), what)
+        sides = [] if left is None else [Side(BASE, str(base or model), left)]
+        name, whole = (PATCHED, f"{model} with {what}") if what else (MODEL, str(model))
+        yield Chat((*sides, Side(name, whole, right)))
 
 
 def as_json(

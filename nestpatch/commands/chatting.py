@@ -89,7 +89,7 @@ def chat(
     from nestpatch.chat import open_chat
 
     with ExitStack() as stack:
-        with progress(quiet) as on_event:
+        with progress(quiet, transient=True) as on_event:
             checked = proven(pack, model, policy_file, on_event, allow_unsigned=allow_unsigned) if pack is not None else None
             opened = open_chat(
                 model,
@@ -110,7 +110,7 @@ def chat(
             else:
                 session.answer(prompt, echo=len(given) > 1)
         if not given and sys.stdin.isatty() and sys.stdout.isatty():
-            session.converse(model)
+            session.converse()
         elif not given:
             session.read_lines()
 
@@ -177,18 +177,18 @@ class _Session:
             if text.strip() and not self._obeys(prompt := _readable(text, where)):
                 self.answer(prompt, echo=True)
 
-    def converse(self, model: str) -> None:
+    def converse(self) -> None:
         """Answers what is typed on the terminal until the user ends it."""
         from nestpatch.views.chat import show_opening
         from nestpatch.views.console import show_error
 
         with suppress(ImportError):  # Windows has none
             import readline  # noqa: F401 - `input` edits lines with it
-        show_opening(model, self.chat.what, len(self.chat.sides))
+        show_opening({side.name: side.what for side in self.chat.sides})
         while (line := _typed()) is not None:
             try:
                 if line.strip() and not self._obeys(prompt := _readable(line, "the terminal")):
-                    with _stoppable() as stopped:
+                    with _stoppable() as stopped, _without_echo():
                         self.answer(prompt, stopped=stopped)
                     if stopped():
                         say("stopped", err=True)
@@ -238,6 +238,23 @@ def _typed() -> str | None:
             click.echo("\nCtrl-D or /quit ends.", err=True)
         except UnicodeDecodeError:
             say("this is not UTF-8 text", err=True)
+
+
+@contextmanager
+def _without_echo() -> Iterator[None]:
+    """Inside, the terminal does not show what is typed, which would move the answers; the next prompt gets it."""
+    try:
+        import termios
+    except ImportError:  # Windows
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 @contextmanager

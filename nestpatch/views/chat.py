@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from nestpatch.plain import lines
+from nestpatch.plain import lines, one_line
 from nestpatch.views.console import escape, out
 
 NARROW = 80
@@ -34,7 +34,7 @@ def answers_table(answers: Mapping[str, str], width: int, height: int | None = N
         What to print.
     """
     beside = len(answers) > 1 and width >= NARROW
-    column = (width - 3) // 2 if beside else width - 1
+    column = (width - 4) // 2 if beside else width - 1
     rows = None if height is None else max(1, (height - 2 if beside else height // len(answers) - 2))
     texts = [_wrapped(text, column, rows) for text in answers.values()]
     if not beside:
@@ -42,15 +42,15 @@ def answers_table(answers: Mapping[str, str], width: int, height: int | None = N
         for name, text in zip(answers, texts, strict=True):
             parts += [*([Text("")] if parts else []), *([_title(name)] if len(answers) > 1 else []), text]
         return Group(*parts)
-    table = Table(box=MINIMAL, padding=(0, 0), pad_edge=False, show_edge=False, border_style="dim")
+    table = Table(box=MINIMAL, padding=(0, 1), pad_edge=False, show_edge=False, border_style="dim")
     for name in answers:
-        table.add_column(_title(name), width=column - 1)
+        table.add_column(_title(name), width=column)
     table.add_row(*texts)
     return table
 
 
 def _title(name: str) -> Text:
-    return Text(name, style=f"bold {_STYLES.get(name, '')}")
+    return Text(one_line(name), style=f"bold {_STYLES.get(name, '')}")
 
 
 def _wrapped(text: str, width: int, rows: int | None) -> Text:
@@ -58,7 +58,7 @@ def _wrapped(text: str, width: int, rows: int | None) -> Text:
     if not text:
         return Text("...", style="dim")
     plain = Text(lines(text.replace("\r\n", "\n").replace("\t", "    ")))
-    found = plain.wrap(out, max(1, width - 1), overflow="fold", no_wrap=False)
+    found = plain.wrap(out, max(1, width), overflow="fold", no_wrap=False)
     for line in found:
         line.rstrip()
     return Text("\n").join(list(found)[-rows:] if rows else found)
@@ -72,6 +72,7 @@ def show_answers(answers: Mapping[str, str]) -> None:
     """
     if out.is_terminal:
         out.print(answers_table({name: text or " " for name, text in answers.items()}, out.width))
+        out.print()
         return
     for name, text in answers.items():
         if len(answers) > 1:
@@ -101,14 +102,15 @@ def growing() -> Iterator[Callable[[Mapping[str, str]], None]]:
         yield draw
 
 
-def show_opening(model: str, what: str, sides: int) -> None:
+def show_opening(models: Mapping[str, str]) -> None:
     """Prints what an interactive chat is with, and how to end it.
 
     Args:
-        model: MODEL as it was given.
-        what: The pack or the adapter; empty without one.
-        sides: How many models answer.
+        models: Name of a side -> its model.
     """
-    second = f", beside it with [bold]{escape(what)}[/]" if sides > 1 and what else ""
-    out.print(f"[bold]{escape(model)}[/]{second}")
+    grid = Table.grid(padding=(0, 2))
+    for name, model in models.items():
+        grid.add_row(_title(name), Text(one_line(model), overflow="fold"))
+    out.print(grid)
     out.print("[dim]/help lists the commands. Ctrl-C stops an answer, Ctrl-D ends.[/]")
+    out.print()
