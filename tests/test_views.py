@@ -112,6 +112,12 @@ def shown_packs(text: str) -> None:
         packs.show_pack(filled_pack(text), text, 5, rows=rows)
 
 
+def answers(text: str) -> None:
+    for width in (79, 120):
+        console.out.print(chat.answers_table({"base": text, text: f"a{text}"}, width), width=width)
+    chat.show_answers({text: text, "patched": text})
+
+
 def cases() -> dict[str, Callable[[str], None]]:
     """Name of each function that draws -> how it is called with a text everywhere."""
     from nestpatch.channels.follow import Pulled
@@ -157,13 +163,8 @@ def cases() -> dict[str, Callable[[str], None]]:
         share = {"value": text, "count": text, "total": text}
         console.out.print(evaluation.headline_table(console.escape(text), {"attack_success": share}, {"kl_to_base": text}))
 
-    def answers(text: str) -> None:
-        for width in (79, 120):
-            console.out.print(chat.answers_table({"base": text, text: f"a{text}"}, width), width=width)
-        chat.show_answers({text: text, "patched": text})
-
     return {
-        "answers_table": lambda text: answers(text),
+        "answers_table": answers,
         "show_answers": lambda text: chat.show_answers({text: text}),
         "show_opening": lambda text: chat.show_opening({text: text}),
         "show_error": lambda text: console.show_error(ValueError(text), text),

@@ -117,7 +117,7 @@ def chat(
 
 def _stdin() -> str:
     try:
-        return click.get_binary_stream("stdin").read().decode("utf-8")
+        return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise PromptDataError("stdin is not UTF-8 text") from error
 
@@ -168,7 +168,7 @@ class _Session:
 
     def read_lines(self) -> None:
         """Answers the lines of stdin, which may be commands too."""
-        for number, line in enumerate(click.get_binary_stream("stdin"), 1):
+        for number, line in enumerate(sys.stdin.buffer, 1):
             where = f"line {number} of stdin"
             try:
                 text = line.decode("utf-8")
