@@ -165,7 +165,7 @@ def cases() -> dict[str, Callable[[str], None]]:
 
     return {
         "answers_table": answers,
-        "show_answers": lambda text: chat.show_answers({text: text}),
+        "show_answers": lambda text: chat.show_answers({text: text, "patched": text}),
         "show_opening": lambda text: chat.show_opening({text: text}),
         "show_error": lambda text: console.show_error(ValueError(text), text),
         "show_applied": simple(models.show_applied, Applied),

@@ -18,6 +18,8 @@ from nestpatch.views.console import escape, out
 NARROW = 80
 """A terminal with fewer columns shows answers below each other."""
 _STYLES = {"base": "yellow", "patched": "green", "model": "cyan"}
+_INDENT = "  "
+"""Before the lines of an answer, so that none of them looks like a heading."""
 _INTERVAL = 0.05
 """Seconds between two drawings."""
 
@@ -34,19 +36,23 @@ def answers_table(answers: Mapping[str, str], width: int, height: int | None = N
         What to print.
     """
     beside = len(answers) > 1 and width >= NARROW
-    column = (width - 4) // 2 if beside else width - 1
+    column = (width - 5) // 2 if beside else width - 1 - len(_INDENT)
     rows = None if height is None else max(1, (height - 2 if beside else height // len(answers) - 2))
     texts = [_wrapped(text, column, rows) for text in answers.values()]
     if not beside:
         parts: list[RenderableType] = []
         for name, text in zip(answers, texts, strict=True):
-            parts += [*([Text("")] if parts else []), *([_title(name)] if len(answers) > 1 else []), text]
+            parts += [*([Text("")] if parts else []), *([_title(name)] if len(answers) > 1 else []), _indented(text)]
         return Group(*parts)
-    table = Table(box=MINIMAL, padding=(0, 1), pad_edge=False, show_edge=False, border_style="dim")
+    table = Table(box=MINIMAL, padding=(0, 1), show_edge=False, border_style="dim")
     for name in answers:
         table.add_column(_title(name), width=column)
     table.add_row(*texts)
     return table
+
+
+def _indented(text: Text) -> Text:
+    return Text("\n").join(Text(_INDENT if line else "") + line for line in text.split("\n", allow_blank=True))
 
 
 def _title(name: str) -> Text:
@@ -57,11 +63,15 @@ def _wrapped(text: str, width: int, rows: int | None) -> Text:
     """A text of unknown origin in lines of a width, the last ones of it."""
     if not text:
         return Text("...", style="dim")
-    plain = Text(lines(text.replace("\r\n", "\n").replace("\t", "    ")))
-    found = plain.wrap(out, max(1, width), overflow="fold", no_wrap=False)
+    found = Text(_plain(text)).wrap(out, max(1, width), overflow="fold", no_wrap=False)
     for line in found:
         line.rstrip()
     return Text("\n").join(list(found)[-rows:] if rows else found)
+
+
+def _plain(text: str) -> str:
+    """An answer without what could act on a terminal."""
+    return lines(text.replace("\r\n", "\n").replace("\t", "    "))
 
 
 def show_answers(answers: Mapping[str, str]) -> None:
@@ -75,9 +85,11 @@ def show_answers(answers: Mapping[str, str]) -> None:
         out.print()
         return
     for name, text in answers.items():
-        if len(answers) > 1:
+        if len(answers) == 1:
+            out.print(_plain(text), markup=False)
+        else:
             out.print(f"{escape(name)}:")
-        out.print(lines(text.replace("\r\n", "\n").replace("\t", "    ")), markup=False)
+            out.print(_indented(Text(_plain(text))))
 
 
 @contextmanager
