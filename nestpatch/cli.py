@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from nestpatch import __version__
-from nestpatch.commands import demo, evaluating, exporting, fleet, inspecting, patching, signing, training
+from nestpatch.commands import chatting, demo, evaluating, exporting, fleet, inspecting, patching, signing, training
 from nestpatch.commands.options import Terminated, print_json, say
 from nestpatch.errors import FileSystemError, MissingExtraError, NestpatchError, OutOfMemoryError, UnexpectedError
 from nestpatch.plain import lines
@@ -64,6 +64,7 @@ SECTIONS: dict[str, dict[click.Command, str]] = {
         signing.trust: "Add, list and remove trusted keys.",
     },
     "Try": {
+        chatting.chat: "Talk with a model and its patched self, side by side.",
         demo.demo: "Train, apply, measure and undo a pack on a chat model.",
         demo.lab: "Build the small model and prompts of demo --lab.",
     },

@@ -135,6 +135,7 @@ MISSING = {
     "revert": "{model} --policy {policy.json} --base {model}",
     "recover": "{model}",
     "update": "{model} --policy {policy.json} --base {model}",
+    "chat": "{model} {x.nest} --lora {x.gguf} --base {model}",
     "eval": "{model} {x.nest} --lora {x.gguf} --base {model} --suite harmful={x.jsonl} --judge guard={model}",
     "judge": "{x.csv} --judge classifier={model}",
     "train": "{model} --harmful {x.jsonl} --benign {y.jsonl} --add-harmful {x.jsonl} --recipe {x.toml} -o out.nest",

@@ -44,6 +44,7 @@ LAYERS = [
     {"nestpatch.runtimes"},
     {"nestpatch.export"},
     {"nestpatch.evaluation"},
+    {"nestpatch.chat"},
     {"nestpatch.nest_train"},
     {"nestpatch.lab"},
     {"nestpatch.demo"},

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from rich.cells import cell_len
 
 from nestpatch import views
 from nestpatch.channels._release import MARK, model_card
@@ -33,7 +34,7 @@ from nestpatch.formats import nest
 from nestpatch.pack import Pack
 from nestpatch.plain import count, lines, markdown, number, one_line
 from nestpatch.signing import keys
-from nestpatch.views import comparing, console, demo, evaluation, exporting, models, packs, progress, publishing
+from nestpatch.views import chat, comparing, console, demo, evaluation, exporting, models, packs, progress, publishing
 from tests.helpers import tiny_checkpoint, tiny_pack
 
 HOSTILE = (
@@ -42,7 +43,7 @@ HOSTILE = (
     "\u200b", "\u2028", "\x00", "\x07", "[link=http://evil", "x]", "\\", "\\\\\\", ":boom:", "\udcff", "\u3164", "[bold",
 )  # fmt: skip
 RAW = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\u3164]")
-MODULES = (comparing, console, demo, evaluation, exporting, models, packs, progress, publishing)
+MODULES = (chat, comparing, console, demo, evaluation, exporting, models, packs, progress, publishing)
 
 
 def value_of(kind: Any, text: str, depth: int = 0) -> Any:
@@ -113,6 +114,12 @@ def shown_packs(text: str) -> None:
         packs.show_pack(filled_pack(text), text, 5, rows=rows)
 
 
+def answers(text: str) -> None:
+    for width in (79, 120):
+        console.out.print(chat.answers_table({"base": text, text: f"a{text}"}, width), width=width)
+    chat.show_answers({text: text, "patched": text})
+
+
 def cases() -> dict[str, Callable[[str], None]]:
     """Name of each function that draws -> how it is called with a text everywhere."""
     from nestpatch.channels.follow import Pulled
@@ -159,6 +166,9 @@ def cases() -> dict[str, Callable[[str], None]]:
         console.out.print(evaluation.headline_table(console.escape(text), {"attack_success": share}, {"kl_to_base": text}))
 
     return {
+        "answers_table": answers,
+        "show_answers": lambda text: chat.show_answers({text: text, "patched": text}),
+        "show_opening": lambda text: chat.show_opening({text: text}),
         "show_error": lambda text: console.show_error(ValueError(text), text),
         "show_applied": simple(models.show_applied, Applied),
         "show_exported": simple(exporting.show_exported, ExportedGguf, ExportedSafetensors, ExportedOnnx),
@@ -285,6 +295,35 @@ def test_escaped_texts_are_themselves_also_side_by_side(first: str, second: str,
     """One text may end the tag that the other begins, or swallow a tag of ours with a backslash."""
     console.out.print(f"[bold]{console.escape(first)}{console.escape(second)}[/bold][dim]{console.escape(first)}[/]")
     assert shown.getvalue() == one_line(first) + one_line(second) + one_line(first) + "\n"
+
+
+LONG = {"base": "one two three " * 40, "patched": "\u6f22\u5b57 I cannot help with that.\n\n\tok"}
+
+
+def drawn(width: int, height: int | None, shown: io.StringIO) -> list[str]:
+    shown.truncate(0)
+    shown.seek(0)
+    console.out.print(chat.answers_table(LONG, width, height), width=width)
+    return shown.getvalue().splitlines()
+
+
+def test_answers_are_side_by_side_where_there_is_room(shown: io.StringIO) -> None:
+    whole = drawn(100, None, shown)
+    assert re.search(r"base +\u2502 patched", whole[0])
+    assert re.search(r"one two three .* \u2502 \u6f22\u5b57 I cannot help", whole[2])
+    assert " ".join(line.partition("\u2502")[0] for line in whole[2:]).split() == LONG["base"].split()
+    tail = drawn(100, 6, shown)
+    assert len(tail) == 6
+    assert tail[-1].partition("\u2502")[0] == whole[-1].partition("\u2502")[0], "the newest lines are shown"
+    assert max(cell_len(line) for line in whole) <= 100
+
+
+def test_answers_are_below_each_other_on_a_narrow_terminal(shown: io.StringIO) -> None:
+    whole = drawn(79, None, shown)
+    assert [line for line in whole if line in LONG] == ["base", "patched"]
+    assert " ".join(whole).split() == ["base", *LONG["base"].split(), "patched", *LONG["patched"].split()]
+    assert max(cell_len(line) for line in whole) <= 79
+    assert len(drawn(79, 12, shown)) <= 12
 
 
 def test_progress_shows_notes_harmlessly(shown: io.StringIO) -> None:

@@ -326,11 +326,12 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def progress(quiet: bool) -> AbstractContextManager[OnEvent]:
+def progress(quiet: bool, *, transient: bool = False) -> AbstractContextManager[OnEvent]:
     """Shows progress on stderr.
 
     Args:
         quiet: Whether to show nothing, and to import nothing that draws.
+        transient: Whether bars are taken away at the end.
 
     Returns:
         A context manager that yields the listener for events.
@@ -339,7 +340,7 @@ def progress(quiet: bool) -> AbstractContextManager[OnEvent]:
         return nullcontext(ignore)
     from nestpatch.views.progress import shown
 
-    return shown()
+    return shown(transient=transient)
 
 
 @contextmanager

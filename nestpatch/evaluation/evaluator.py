@@ -117,7 +117,7 @@ def evaluate(
     work = _Evaluator(suites, opened, on_event, list(overlaps(suites)), asked, texts, found_tasks)
     for note in work.notes:
         on_event(Event("note", note=note))
-    if proven is not None and (reason := _already_held(model, proven)):
+    if proven is not None and (reason := already_held(model, proven)):
         work.note_held(model, proven, reason, wanted)
         if base is not None:
             return work.compare(base, model)
@@ -138,22 +138,43 @@ def evaluate(
             return work.result(before, work.patched(runtime, patched, before, f"{model} with {lora}"))
 
 
+def require_adapter_runtime(model: str | Path, lora: str | Path | None) -> None:
+    """Rejects an adapter file for a model whose runtime takes none, before the model is loaded.
+
+    Args:
+        model: A model directory, weight file or Hub id.
+        lora: The adapter file; None is accepted.
+
+    Raises:
+        DataError: transformers runs the model.
+    """
+    if lora is not None and runtime_of(model) == "transformers":
+        advice = "Give the pack itself instead of --lora: MODEL PACK"
+        raise DataError("an adapter file goes with a .gguf or an ONNX model", advice=advice)
+
+
 def _require_compatible(model: str | Path, lora: str | Path | None, base: str | Path | None) -> None:
     """Raises DataError for an adapter or a base that the model's runtime does not accept."""
+    require_adapter_runtime(model, lora)
     kind = runtime_of(model)
-    if lora is not None and kind == "transformers":
-        advice = "Give the pack itself: nestpatch eval MODEL PACK"
-        raise DataError("an adapter file goes with a .gguf or an ONNX model", advice=advice)
     other = kind if base is None else runtime_of(base)
     if other not in (kind, "transformers"):
         what, where = ("a .gguf", ".gguf") if other == "llama.cpp" else ("an ONNX", "ONNX")
         raise DataError(f"the drift from {what} base can be measured for {where} models", advice="Give the base's directory.")
 
 
-def _already_held(model: str | Path, pack: Pack) -> str:
-    """What proves, before anything is loaded, that a model holds a pack already; empty where it does not.
+def already_held(model: str | Path, pack: Pack) -> str:
+    """What proves, before anything is loaded, that a model holds a pack already.
 
-    Raises BaseMismatchError for a model that the pack is not for.
+    Args:
+        model: A model directory, weight file or Hub id.
+        pack: The pack.
+
+    Returns:
+        The proof in words; empty where the model does not hold the pack.
+
+    Raises:
+        BaseMismatchError: The pack is not for this model.
     """
     kind = runtime_of(model)
     if kind == "transformers":

@@ -8,12 +8,13 @@ from datetime import datetime
 from typing import Any
 
 from nestpatch.errors import CheckpointFormatError, MissingExtraError
+from nestpatch.runtimes.text import Conversation, messages_of
 
 _SAFE = (3, 1, 6)
 """Older versions of jinja2 let a template out of its sandbox, and templates are part of models that anyone may publish."""
 
 
-def chat_renderer(template: str, tokens: Mapping[str, str]) -> Callable[[str], str]:
+def chat_renderer(template: str, tokens: Mapping[str, str]) -> Callable[[Conversation], str]:
     """Compiles a chat template.
 
     Args:
@@ -21,8 +22,8 @@ def chat_renderer(template: str, tokens: Mapping[str, str]) -> Callable[[str], s
         tokens: Name of a special token, such as "bos_token" -> its text.
 
     Returns:
-        A function: prompt -> the text that the model reads, up to where its answer begins. It raises CheckpointFormatError
-        when the template fails.
+        A function: prompt or turns -> the text that the model reads, up to where its answer begins. It raises
+        CheckpointFormatError when the template fails.
 
     Raises:
         MissingExtraError: jinja2 is missing, or too old to be safe.
@@ -39,8 +40,8 @@ def chat_renderer(template: str, tokens: Mapping[str, str]) -> Callable[[str], s
     except (jinja2.TemplateError, RecursionError) as error:
         raise _broken(error) from error
 
-    def render(prompt: str) -> str:
-        messages = [{"role": "user", "content": prompt}]
+    def render(prompt: Conversation) -> str:
+        messages = messages_of(prompt)
         try:
             return str(compiled.render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **tokens))
         except Exception as error:  # a template may provoke any of Python's errors

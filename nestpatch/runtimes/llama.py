@@ -10,8 +10,8 @@ import ctypes
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from nestpatch.errors import CheckpointError, CheckpointFormatError, DataError, MissingExtraError
+from nestpatch.errors import CheckpointError, CheckpointFormatError, DataError, MissingExtraError, NestpatchError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats.lora import gguf as lora_gguf
 from nestpatch.pack import Pack
@@ -27,7 +27,8 @@ from nestpatch.patcher.plan import make_plan
 from nestpatch.patcher.recovery import open_model
 from nestpatch.rows import FloatArray
 from nestpatch.runtimes._chat import chat_renderer
-from nestpatch.runtimes.text import MAX_TOKENS, TokenPair, by_length
+from nestpatch.runtimes._pieces import pieces
+from nestpatch.runtimes.text import MAX_TOKENS, Conversation, TokenPair, by_length, plain_text, prompt_room
 from nestpatch.runtimes.threads import pick_threads, wait_passively
 
 _BATCH = 512
@@ -109,6 +110,7 @@ class LlamaRuntime:
         device: str = "auto",
         threads: int | None = None,
         max_new_tokens: int = 48,
+        max_prompt_tokens: int | None = MAX_TOKENS,
         batch: int = 8,
     ) -> None:
         """Loads a file.
@@ -119,25 +121,28 @@ class LlamaRuntime:
             device: "auto", "cpu", "cuda", or "mps" for Metal.
             threads: For `pick_threads`.
             max_new_tokens: Length of an answer.
+            max_prompt_tokens: A longer prompt keeps its last tokens; None: what the context leaves beside an answer.
             batch: Prompts that run side by side.
 
         Raises:
             MissingExtraError: llama-cpp-python is not installed.
             CheckpointFormatError: llama.cpp does not load the file.
-            DataError: This llama.cpp cannot compute on the device.
+            DataError: This llama.cpp cannot compute on the device, or an answer is longer than the context.
         """
         self.path, self.threads = Path(path), pick_threads(threads)
-        self.max_new_tokens, self.max_prompt_tokens, self.batch = max_new_tokens, MAX_TOKENS, batch
+        self.max_new_tokens, self.batch = max_new_tokens, batch
         self._library = library()
         self._model: Any = None
         self._adapter: Any = None
         self._load(device)
-        if adapter is not None:
-            try:
+        try:
+            context = int(self._library.llama_model_n_ctx_train(self._model))
+            self.max_prompt_tokens = prompt_room(context, max_new_tokens) if max_prompt_tokens is None else max_prompt_tokens
+            if adapter is not None:
                 self._adapter = self._load_adapter(Path(adapter))
-            except CheckpointError:
-                self.close()
-                raise
+        except NestpatchError:
+            self.close()
+            raise
         self._vocabulary = self._library.llama_model_get_vocab(self._model)
         self.vocabulary = int(self._library.llama_vocab_n_tokens(self._vocabulary))
         self.end = int(self._library.llama_vocab_eos(self._vocabulary))
@@ -271,21 +276,21 @@ class LlamaRuntime:
                 return buffer.raw[:length].decode("utf-8", "replace")
             size = -length
 
-    def chat_texts(self, prompts: Sequence[str]) -> list[str]:
+    def chat_texts(self, prompts: Sequence[Conversation]) -> list[str]:
         """Renders prompts with the chat template of the file.
 
         Args:
-            prompts: What a user asks.
+            prompts: What a user asks, or turns of conversations.
 
         Returns:
-            The text that the model reads for each prompt, up to where its answer begins; without a template, a line.
+            The text that the model reads for each prompt, up to where its answer begins; without a template, lines.
 
         Raises:
             CheckpointFormatError: The chat template does not work.
         """
         template = self.metadata(_TEMPLATE)
         if template is None:
-            return [f"{prompt}\n" for prompt in prompts]
+            return [plain_text(prompt) for prompt in prompts]
         found = {name: self.token_text(key) for name, key in _TOKENS.items()}
         render = chat_renderer(template, {name: text for name, text in found.items() if text is not None})
         return [render(prompt) for prompt in prompts]
@@ -309,11 +314,11 @@ class LlamaRuntime:
         """
         return self.encode(text, special=True)
 
-    def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+    def token_ids(self, prompts: Sequence[Conversation]) -> list[list[int]]:
         """Turns prompts in chat form into token ids.
 
         Args:
-            prompts: What a user asks. A longer one keeps its last `max_prompt_tokens`.
+            prompts: What a user asks, or turns of conversations. A longer one keeps its last `max_prompt_tokens`.
 
         Returns:
             The ids of each prompt.
@@ -353,6 +358,18 @@ class LlamaRuntime:
         """
         rows = self.token_ids(prompts)
         return [self.decode(ids).strip() for ids in self.greedy(rows, self.max_new_tokens, on_event)]
+
+    def stream(self, prompt: Conversation) -> Iterator[str]:
+        """Generates a greedy answer piece by piece.
+
+        Args:
+            prompt: What a user asks, or the turns of a conversation.
+
+        Yields:
+            Pieces of the answer; joined they are what `generate` returns for the prompt.
+        """
+        with closing(self._steps(self.token_ids([prompt]), self.max_new_tokens)) as steps:
+            yield from pieces((slots[0].answer[-1] for slots in steps), self.decode)
 
     def logits(self, ids: Sequence[int], start: int = 0) -> FloatArray:
         """Runs the model on one text.
@@ -430,14 +447,21 @@ class LlamaRuntime:
         return answers
 
     def _answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-        slots = [_Slot(number, [], len(prompt)) for number, prompt in enumerate(prompts)]
+        answers: list[list[int]] = [[] for _ in prompts]
+        for slots in self._steps(prompts, max_new_tokens):
+            for slot in slots:
+                answers[slot.number] = slot.answer
+        return answers
+
+    def _steps(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Generator[list[_Slot]]:
+        """Continues prompts side by side; yields after each step those that got a token."""
+        running = [_Slot(number, [], len(prompt)) for number, prompt in enumerate(prompts)]
         with self._context(len(prompts), max(map(len, prompts)) + max_new_tokens) as context:
             tokens = [
                 (token, position, number, position + 1 == len(prompt))
                 for number, prompt in enumerate(prompts)
                 for position, token in enumerate(prompt)
             ]
-            running = slots
             while tokens:
                 chosen: dict[int, int] = {}
                 for start in range(0, len(tokens), _BATCH):
@@ -447,9 +471,10 @@ class LlamaRuntime:
                 for slot in running:
                     slot.answer.append(chosen[slot.number])
                     slot.position += 1
+                if running:
+                    yield running
                 running = [slot for slot in running if len(slot.answer) < max_new_tokens]
                 tokens = [(slot.answer[-1], slot.position - 1, slot.number, True) for slot in running]
-        return [slot.answer for slot in slots]
 
     @contextmanager
     def _context(self, sequences: int, length: int) -> Iterator[Any]:

@@ -28,7 +28,18 @@ from nestpatch.patcher.apply import apply
 from nestpatch.patcher.plan import make_plan
 from nestpatch.patcher.recovery import open_model
 from nestpatch.rows import FloatArray
-from nestpatch.runtimes.text import MAX_TOKENS, IntArray, TokenPair, by_length, encode_pairs, pad_left, prompt_ids
+from nestpatch.runtimes._pieces import decoded
+from nestpatch.runtimes.text import (
+    MAX_TOKENS,
+    Conversation,
+    IntArray,
+    TokenPair,
+    by_length,
+    encode_pairs,
+    pad_left,
+    prompt_ids,
+    prompt_room,
+)
 from nestpatch.runtimes.threads import may_spin, pick_threads, wait_passively
 
 if TYPE_CHECKING:
@@ -61,6 +72,7 @@ class OnnxRuntime:
         device: str = "auto",
         threads: int | None = None,
         max_new_tokens: int = 48,
+        max_prompt_tokens: int | None = MAX_TOKENS,
         batch: int = 16,
         mapped: bool = False,
     ) -> None:
@@ -72,13 +84,14 @@ class OnnxRuntime:
             device: "auto", "cpu", "cuda", or the prefix of an execution provider's name, such as "CoreML".
             threads: For `pick_threads`.
             max_new_tokens: Length of an answer.
+            max_prompt_tokens: A longer prompt keeps its last tokens; None: what the context leaves beside an answer.
             batch: Prompts that run side by side.
             mapped: Leaves float weights in their file instead of rearranging them in memory: faster for a few runs.
 
         Raises:
             MissingExtraError: onnxruntime is not installed.
             CheckpointFormatError: onnxruntime does not load the files, or they are no decoder.
-            DataError: This onnxruntime cannot compute on the device.
+            DataError: This onnxruntime cannot compute on the device, or an answer is longer than the context.
         """
         file = onnx_file(Path(model))
         if file is None:
@@ -88,7 +101,8 @@ class OnnxRuntime:
         self.path, self._given = file, Path(model)
         inside = file.parent
         self.folder = inside.parent if inside.name == "onnx" and not (inside / "config.json").is_file() else inside
-        self.max_new_tokens, self.max_prompt_tokens, self.batch = max_new_tokens, MAX_TOKENS, batch
+        self.max_new_tokens, self.batch = max_new_tokens, batch
+        self.max_prompt_tokens = prompt_room(self._context, max_new_tokens) if max_prompt_tokens is None else max_prompt_tokens
         wait_passively()
         try:
             import onnxruntime
@@ -101,6 +115,15 @@ class OnnxRuntime:
         self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
         self._outputs = [entry.name for entry in self._session.get_outputs()]
         self._check()
+
+    @property
+    def _context(self) -> int | None:
+        """Tokens that the model was made for, as the files beside it say; None where none of them does."""
+        found = _read_object(self.folder / "config.json").get("max_position_embeddings")
+        if not isinstance(found, int):
+            model = _read_object(self.folder / "genai_config.json").get("model")
+            found = model.get("context_length") if isinstance(model, dict) else None
+        return found if isinstance(found, int) else None
 
     def _load(self, *, mapped: bool) -> Any:
         runtime = self._runtime
@@ -231,11 +254,11 @@ class OnnxRuntime:
         """
         return list(self.tokenizer(text, verbose=False)["input_ids"])
 
-    def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+    def token_ids(self, prompts: Sequence[Conversation]) -> list[list[int]]:
         """Turns prompts in chat form into token ids.
 
         Args:
-            prompts: What a user asks. A longer one keeps its last `max_prompt_tokens`.
+            prompts: What a user asks, or turns of conversations. A longer one keeps its last `max_prompt_tokens`.
 
         Returns:
             The ids of each prompt.
@@ -271,6 +294,18 @@ class OnnxRuntime:
         """
         found = self.greedy(self.token_ids(prompts), self.max_new_tokens, self.ends, on_event)
         return [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in found]
+
+    def stream(self, prompt: Conversation) -> Iterator[str]:
+        """Generates a greedy answer piece by piece.
+
+        Args:
+            prompt: What a user asks, or the turns of a conversation.
+
+        Yields:
+            Pieces of the answer; joined they are what `generate` returns for the prompt.
+        """
+        steps = self._steps(self.token_ids([prompt]), self.max_new_tokens, self.ends)
+        yield from decoded(self.tokenizer, (answers[0][-1] for answers in steps))
 
     def logits(self, ids: Sequence[int], start: int = 0) -> FloatArray:
         """Runs the model on one text.
@@ -328,6 +363,7 @@ class OnnxRuntime:
                     device=self._device,
                     threads=self._threads,
                     max_new_tokens=self.max_new_tokens,
+                    max_prompt_tokens=self.max_prompt_tokens,
                     batch=self.batch,
                 )
                 return
@@ -396,6 +432,13 @@ class OnnxRuntime:
         return answers
 
     def _answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int]) -> list[list[int]]:
+        answers: list[list[int]] = [[] for _ in prompts]
+        for answers in self._steps(prompts, max_new_tokens, ends):  # noqa: B007 - the last ones are whole
+            pass
+        return answers
+
+    def _steps(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int]) -> Iterator[list[list[int]]]:
+        """Continues prompts side by side; yields all answers after each step."""
         ids, mask = pad_left(prompts)
         answers: list[list[int]] = [[] for _ in prompts]
         running = np.ones(len(prompts), bool)
@@ -406,11 +449,11 @@ class OnnxRuntime:
             for place in np.flatnonzero(running):
                 answers[place].append(int(chosen[place]))
                 running[place] = chosen[place] not in ends
+            yield answers
             if not running.any():
                 break
             ids = chosen[:, None]
             mask = np.concatenate([mask, np.ones_like(ids)], 1)
-        return answers
 
 
 def _read_object(path: Path) -> dict[str, Any]:

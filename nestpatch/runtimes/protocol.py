@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, TypedDict
 
 from nestpatch.events import OnEvent, ignore
 from nestpatch.formats.lora.onnx import onnx_file
 from nestpatch.pack import Pack
 from nestpatch.rows import FloatArray
-from nestpatch.runtimes.text import TokenPair
+from nestpatch.runtimes.text import MAX_TOKENS, Conversation, TokenPair
 
 Kind: TypeAlias = Literal["transformers", "llama.cpp", "onnxruntime"]
 Generate: TypeAlias = Callable[[Sequence[str]], list[str]]
@@ -41,11 +41,16 @@ class Runtime(Protocol):
         """
         ...
 
-    def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens of a prompt in chat form at most; a longer one keeps its last tokens."""
+        ...
+
+    def token_ids(self, prompts: Sequence[Conversation]) -> list[list[int]]:
         """Turns prompts in chat form into token ids, as the model reads them.
 
         Args:
-            prompts: What a user asks.
+            prompts: What a user asks, or the turns of conversations.
 
         Returns:
             The ids of each prompt.
@@ -72,6 +77,18 @@ class Runtime(Protocol):
 
         Returns:
             The answers, in the same order.
+        """
+        ...
+
+    def stream(self, prompt: Conversation) -> Iterator[str]:
+        """Generates a greedy answer piece by piece.
+
+        Args:
+            prompt: What a user asks, or the turns of a conversation.
+
+        Returns:
+            An iterator of pieces, which never end inside a character; joined they are what `generate` returns for the prompt.
+            Closing it ends the answer.
         """
         ...
 
@@ -136,6 +153,13 @@ def runtime_of(model: str | Path) -> Kind:
     return "transformers"
 
 
+class _Lengths(TypedDict):
+    """What all runtimes take alike."""
+
+    max_new_tokens: int
+    max_prompt_tokens: int | None
+
+
 @contextmanager
 def open_runtime(
     model: str | Path,
@@ -144,6 +168,7 @@ def open_runtime(
     dtype: str = "auto",
     threads: int | None = None,
     max_new_tokens: int = 48,
+    max_prompt_tokens: int | None = MAX_TOKENS,
 ) -> Iterator[Runtime]:
     """Loads a model in the runtime that it is for, and frees it at the end.
 
@@ -153,27 +178,29 @@ def open_runtime(
         dtype: "auto", or the torch dtype to compute in; only transformers uses it.
         threads: Threads that compute; None: OMP_NUM_THREADS, or every core.
         max_new_tokens: Length of an answer.
+        max_prompt_tokens: A longer prompt keeps its last tokens; None: what the model's context leaves beside an answer.
 
     Yields:
         The loaded model.
 
     Raises:
         CheckpointError: The model cannot be loaded.
-        DataError: The runtime cannot compute on the device.
+        DataError: The runtime cannot compute on the device, or an answer is longer than the model's context.
         MissingExtraError: The packages of the runtime are not installed.
     """
     kind = runtime_of(model)
+    lengths: _Lengths = {"max_new_tokens": max_new_tokens, "max_prompt_tokens": max_prompt_tokens}
     if kind == "llama.cpp":
         from nestpatch.runtimes.llama import LlamaRuntime
 
-        with LlamaRuntime(model, device=device, threads=threads, max_new_tokens=max_new_tokens) as loaded:
+        with LlamaRuntime(model, device=device, threads=threads, **lengths) as loaded:
             yield loaded
     elif kind == "onnxruntime":
         from nestpatch.runtimes.onnx import OnnxRuntime
 
-        yield OnnxRuntime(model, device=device, threads=threads, max_new_tokens=max_new_tokens)
+        yield OnnxRuntime(model, device=device, threads=threads, **lengths)
     else:
         from nestpatch.runtimes.transformers import TransformersRuntime, locate
 
         path = locate(model).path
-        yield TransformersRuntime.load(path, device=device, dtype=dtype, threads=threads, max_new_tokens=max_new_tokens)
+        yield TransformersRuntime.load(path, device=device, dtype=dtype, threads=threads, **lengths)

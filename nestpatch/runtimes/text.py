@@ -5,12 +5,15 @@ The functions that take a tokenizer take one of transformers.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from nestpatch.errors import DataError
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +24,82 @@ IGNORED = -100
 MAX_TOKENS = 512
 """Tokens of a prompt, and of an answer, that an evaluation reads at most."""
 IntArray: TypeAlias = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation.
+
+    Attributes:
+        role: "user" or "assistant", as chat templates name them.
+        content: What was said.
+    """
+
+    role: str
+    content: str
+
+
+Conversation: TypeAlias = str | Sequence[Turn]
+"""What a model answers: the turns of a conversation, oldest first, or one prompt, which is a conversation of one turn."""
+
+
+def prompt_room(context: int | None, answer: int) -> int:
+    """How long a prompt may be in the context of a model.
+
+    Args:
+        context: Tokens that the model was made for; None where nothing says so.
+        answer: Tokens that are kept free for an answer.
+
+    Returns:
+        Tokens of a prompt at most.
+
+    Raises:
+        DataError: An answer alone fills the context.
+    """
+    if context is None:
+        return sys.maxsize
+    if answer >= context:
+        raise DataError(
+            f"an answer of {answer} tokens leaves no room for a prompt: the context of the model has {context} tokens",
+            advice="Give a smaller number with --max-new-tokens.",
+        )
+    return context - answer
+
+
+def turns_of(prompt: Conversation) -> Sequence[Turn]:
+    """The turns of a conversation.
+
+    Args:
+        prompt: What a user asks, or turns.
+
+    Returns:
+        The turns, oldest first.
+    """
+    return [Turn("user", prompt)] if isinstance(prompt, str) else prompt
+
+
+def messages_of(prompt: Conversation) -> list[dict[str, Any]]:
+    """A conversation as chat templates take it.
+
+    Args:
+        prompt: What a user asks, or turns.
+
+    Returns:
+        One message for each turn, with its role and its content.
+    """
+    return [{"role": turn.role, "content": turn.content} for turn in turns_of(prompt)]
+
+
+def plain_text(prompt: Conversation) -> str:
+    """A conversation as a model without a chat template reads it.
+
+    Args:
+        prompt: What a user asks, or turns.
+
+    Returns:
+        A line for each turn.
+    """
+    return "".join(f"{turn.content}\n" for turn in turns_of(prompt))
 
 
 @dataclass(frozen=True)
@@ -36,35 +115,31 @@ class TokenPair:
     answer: tuple[int, ...]
 
 
-def chat_texts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
+def chat_texts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Conversation]) -> list[str]:
     """The text that the model reads for each prompt, up to where its answer begins.
 
     Args:
-        tokenizer: Its chat template is used; without one a prompt becomes a line.
-        prompts: What a user asks.
+        tokenizer: Its chat template is used; without one a turn becomes a line.
+        prompts: What a user asks, or turns of conversations.
 
     Returns:
         One text for each prompt.
     """
     if tokenizer.chat_template is None:
-        return [f"{prompt}\n" for prompt in prompts]
+        return [plain_text(prompt) for prompt in prompts]
     if not prompts:  # transformers takes no empty list
         return []
     # Those of some vision-language models take a list of parts, and write nothing of a text.
-    wrap = _as_parts if _writes(tokenizer, _as_parts) and not _writes(tokenizer, _as_text) else _as_text
+    wrap = _as_parts if _writes(tokenizer, _as_parts) and not _writes(tokenizer, messages_of) else messages_of
     texts = tokenizer.apply_chat_template([wrap(prompt) for prompt in prompts], tokenize=False, add_generation_prompt=True)
     return [str(text) for text in texts]
 
 
-def _as_text(prompt: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": prompt}]
+def _as_parts(prompt: Conversation) -> list[dict[str, Any]]:
+    return [{"role": turn.role, "content": [{"type": "text", "text": turn.content}]} for turn in turns_of(prompt)]
 
 
-def _as_parts(prompt: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
-
-
-def _writes(tokenizer: PreTrainedTokenizerBase, wrap: Callable[[str], list[dict[str, Any]]]) -> bool:
+def _writes(tokenizer: PreTrainedTokenizerBase, wrap: Callable[[Conversation], list[dict[str, Any]]]) -> bool:
     """Whether the chat template writes a prompt that is wrapped so, and nothing but the prompt of it."""
     try:
         text = str(tokenizer.apply_chat_template(wrap("a prompt"), tokenize=False))
@@ -73,12 +148,12 @@ def _writes(tokenizer: PreTrainedTokenizerBase, wrap: Callable[[str], list[dict[
     return "a prompt" in text and "'type'" not in text
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limit: int) -> list[list[int]]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Conversation], limit: int) -> list[list[int]]:
     """Token ids of the prompts in chat form.
 
     Args:
         tokenizer: Of the model.
-        prompts: What a user asks.
+        prompts: What a user asks, or turns of conversations.
         limit: A longer prompt keeps its last `limit` tokens.
 
     Returns:

@@ -26,14 +26,25 @@ from nestpatch.hub.client import Reference
 from nestpatch.pack import Pack
 from nestpatch.patcher.recovery import open_model
 from nestpatch.rows import DTYPES, FloatArray
+from nestpatch.runtimes._pieces import decoded
 from nestpatch.runtimes.quantized import keep_gradients, loading_options
-from nestpatch.runtimes.text import IGNORED, MAX_TOKENS, TokenPair, by_length, encode_pairs, pad_left, prompt_ids
+from nestpatch.runtimes.text import (
+    IGNORED,
+    MAX_TOKENS,
+    Conversation,
+    TokenPair,
+    by_length,
+    encode_pairs,
+    pad_left,
+    prompt_ids,
+    prompt_room,
+)
 from nestpatch.runtimes.threads import wait_passively
 from nestpatch.runtimes.weights import merged_parameters, swapped_in
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _FETCHED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 """The files of a Hub repository that are needed: no weights of other formats."""
@@ -377,7 +388,14 @@ class TransformersRuntime:
 
     @classmethod
     def load(
-        cls, path: Path, *, device: str = "auto", dtype: str = "auto", threads: int | None = None, max_new_tokens: int = 48
+        cls,
+        path: Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        threads: int | None = None,
+        max_new_tokens: int = 48,
+        max_prompt_tokens: int | None = MAX_TOKENS,
     ) -> TransformersRuntime:
         """Loads a model.
 
@@ -387,13 +405,14 @@ class TransformersRuntime:
             dtype: For `pick_dtype`.
             threads: Threads of PyTorch, for the whole process; None leaves PyTorch's own number, which OMP_NUM_THREADS sets.
             max_new_tokens: Length of an answer.
+            max_prompt_tokens: A longer prompt keeps its last tokens; None: what the context leaves beside an answer.
 
         Returns:
             The runtime.
 
         Raises:
             CheckpointFormatError: transformers cannot load it.
-            DataError: PyTorch cannot compute on the device.
+            DataError: PyTorch cannot compute on the device, or an answer is longer than the context.
         """
         wait_passively()
         import torch
@@ -402,7 +421,10 @@ class TransformersRuntime:
             torch.set_num_threads(threads)
         device = pick_device(device)[0]
         model, tokenizer = load_model(path, device, pick_dtype(dtype, device)[0])
-        return cls(model, tokenizer, max_new_tokens, path=path)
+        if max_prompt_tokens is None:
+            context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            max_prompt_tokens = prompt_room(context, max_new_tokens)
+        return cls(model, tokenizer, max_new_tokens, max_prompt_tokens, path=path)
 
     @property
     def context(self) -> int | None:
@@ -420,11 +442,11 @@ class TransformersRuntime:
         """
         return list(self.tokenizer(text, verbose=False)["input_ids"])
 
-    def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+    def token_ids(self, prompts: Sequence[Conversation]) -> list[list[int]]:
         """Turns prompts in chat form into token ids.
 
         Args:
-            prompts: What a user asks. A longer one keeps its last `max_prompt_tokens`.
+            prompts: What a user asks, or turns of conversations. A longer one keeps its last `max_prompt_tokens`.
 
         Returns:
             The ids of each prompt.
@@ -453,17 +475,8 @@ class TransformersRuntime:
             One answer for each prompt, which ends at an end token or after `max_new_tokens`.
         """
         import torch
-        from transformers import GenerationConfig
 
-        stop = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        # A config of our own: a shipped one may ask for sampling, penalties or beams.
-        config = GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=stop if stop is not None else self.tokenizer.eos_token_id,
-        )
+        config = self._greedily(self.max_new_tokens)
         rows = self.token_ids(prompts)
         answers, done = [""] * len(rows), 0
         for places in by_length(rows, self.batch):
@@ -477,6 +490,49 @@ class TransformersRuntime:
             done += len(places)
             on_event(Event("generate", done, len(rows)))
         return answers
+
+    def stream(self, prompt: Conversation) -> Iterator[str]:
+        """Generates a greedy answer piece by piece.
+
+        Args:
+            prompt: What a user asks, or the turns of a conversation.
+
+        Yields:
+            Pieces of the answer; joined they are what `generate` returns for the prompt.
+        """
+        (row,) = self.token_ids([prompt])
+        yield from decoded(self.tokenizer, self._steps(row))
+
+    def _steps(self, row: Sequence[int]) -> Iterator[int]:
+        """The tokens of an answer; other weights are in the model only while it computes one."""
+        import torch
+        from transformers import DynamicCache
+
+        config = self._greedily(1)
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        ids, past = torch.tensor([list(row)], device=self.model.device), DynamicCache(config=self.model.config)
+        for _ in range(self.max_new_tokens):
+            with self.active(), torch.inference_mode():
+                ids = self.model.generate(  # type: ignore[operator]
+                    input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, past_key_values=past
+                )
+            token = int(ids[0, -1])
+            yield token
+            if token in ends:
+                return
+
+    def _greedily(self, max_new_tokens: int) -> GenerationConfig:
+        """A config of our own: a shipped one may ask for sampling, penalties or beams."""
+        from transformers import GenerationConfig
+
+        stop = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=stop if stop is not None else self.tokenizer.eos_token_id,
+        )
 
     def logits(self, ids: Sequence[int], start: int = 0) -> FloatArray:
         """Runs the model on one text.

@@ -58,8 +58,11 @@ STAGES = {
 
 
 @contextmanager
-def shown() -> Iterator[OnEvent]:
+def shown(*, transient: bool = False) -> Iterator[OnEvent]:
     """Shows progress while the context is open: as bars on a terminal, else as lines.
+
+    Args:
+        transient: Whether the bars are taken away at the end.
 
     Yields:
         The listener that receives the events.
@@ -69,7 +72,7 @@ def shown() -> Iterator[OnEvent]:
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
     left = (TextColumn("[dim]left"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"))
-    with Progress(*columns, *left, console=err) as bars:
+    with Progress(*columns, *left, console=err, transient=transient) as bars:
         yield _Bars(bars)
 
 

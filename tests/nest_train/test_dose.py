@@ -120,7 +120,17 @@ def test_a_curve_is_a_table_and_a_list(words, tmp_path):
     shown = run(*words, "--strength", "0:1:0.5", "--answers", tmp_path / "a.jsonl")
     assert shown.exit_code == 0, shown.output
     lines = shown.stdout.splitlines()
-    assert lines[0].split() == ["strength", "attack", "success", "incoherent", "refusals,", "benign", "refusals,", "look-alike", "KL"]
+    assert lines[0].split() == [
+        "strength",
+        "attack",
+        "success",
+        "incoherent",
+        "refusals,",
+        "benign",
+        "refusals,",
+        "look-alike",
+        "KL",
+    ]
     assert [line.split("  ")[0] for line in lines[1:4]] == ["0, the base", "0.5", "1"]
     assert "100.0 51.0-100.0" in lines[1]
     reason = "no strength is within the limits for harmless prompts: at 0.5, benign answers moved far from the base: "
