@@ -102,7 +102,7 @@ class OnnxRuntime:
         inside = file.parent
         self.folder = inside.parent if inside.name == "onnx" and not (inside / "config.json").is_file() else inside
         self.max_new_tokens, self.batch = max_new_tokens, batch
-        self.max_prompt_tokens = prompt_room(self._context, max_new_tokens) if max_prompt_tokens is None else max_prompt_tokens
+        self.max_prompt_tokens = prompt_room(self.context, max_new_tokens) if max_prompt_tokens is None else max_prompt_tokens
         wait_passively()
         try:
             import onnxruntime
@@ -115,15 +115,6 @@ class OnnxRuntime:
         self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
         self._outputs = [entry.name for entry in self._session.get_outputs()]
         self._check()
-
-    @property
-    def _context(self) -> int | None:
-        """Tokens that the model was made for, as the files beside it say; None where none of them does."""
-        found = _read_object(self.folder / "config.json").get("max_position_embeddings")
-        if not isinstance(found, int):
-            model = _read_object(self.folder / "genai_config.json").get("model")
-            found = model.get("context_length") if isinstance(model, dict) else None
-        return found if isinstance(found, int) else None
 
     def _load(self, *, mapped: bool) -> Any:
         runtime = self._runtime
@@ -239,9 +230,12 @@ class OnnxRuntime:
 
     @property
     def context(self) -> int | None:
-        """Tokens that the model reads at once at most; None where its configuration does not say."""
-        known = _read_object(self.folder / "config.json").get("max_position_embeddings")
-        return known if isinstance(known, int) and known > 0 else None
+        """Tokens that the model reads at once at most; None where the files beside it do not say."""
+        found = _read_object(self.folder / "config.json").get("max_position_embeddings")
+        if not isinstance(found, int):
+            model = _read_object(self.folder / "genai_config.json").get("model")
+            found = model.get("context_length") if isinstance(model, dict) else None
+        return found if isinstance(found, int) and found > 0 else None
 
     def text_ids(self, text: str) -> list[int]:
         """Turns plain text into token ids, without the chat template.
