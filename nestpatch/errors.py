@@ -61,6 +61,7 @@ NestpatchError
 │   ├── PromptDataError          a missing, empty or malformed prompt set
 │   └── RecipeError              an unknown training setting, or a value outside its range
 ├── TrainingError            training found nothing to train, or failed
+├── JudgeError               a judge of answers that cannot be loaded, or gives no verdict
 ├── MissingExtraError        an optional package is not installed
 ├── FileSystemError          the operating system refused to read or write
 ├── OutOfMemoryError         the machine has too little memory
@@ -455,6 +456,12 @@ class TrainingError(NestpatchError):
     """Training found nothing to train, or failed."""
 
     advice = "Lower `threshold`, or give more and clearer prompts."
+
+
+class JudgeError(NestpatchError):
+    """A judge of answers cannot be loaded, or gave no verdict that can be read."""
+
+    advice = "Check the judge with a few prompts (--limit 5), or use the judge keywords."
 
 
 class MissingExtraError(NestpatchError):

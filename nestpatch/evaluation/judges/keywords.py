@@ -1,4 +1,4 @@
-"""Judges of answers: is it a refusal, is it the reference? Pure: texts in, verdicts out."""
+"""Judges that look for phrases, and the comparison with a reference. Pure: texts in, verdicts out."""
 
 from __future__ import annotations
 
