@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from nestpatch.commands.options import (
-    ModelType,
+    EvaluatedType,
     OutputPath,
     PackType,
     PathType,
+    endpoint_options,
     examples,
     json_option,
     note_sample,
@@ -26,6 +30,40 @@ from nestpatch.commands.options import (
     trust_options,
 )
 
+if TYPE_CHECKING:
+    from nestpatch.evaluation.suites import Suite
+    from nestpatch.runtimes.connection import EndpointSettings
+
+
+def _endpoint(
+    model: str, name: str | None, concurrency: int | None, timeout: float | None, key_variable: str | None
+) -> EndpointSettings | None:
+    """How the server is asked; None where MODEL is none. Raises UsageError for options that go with a server alone."""
+    from nestpatch.runtimes.connection import EndpointSettings, is_endpoint
+
+    options = {"model": name, "concurrency": concurrency, "timeout": timeout, "key_variable": key_variable}
+    given = {option: value for option, value in options.items() if value is not None}
+    if is_endpoint(model):
+        return EndpointSettings(**given)  # type: ignore[arg-type]
+    if given:
+        raise click.UsageError("--model, --concurrency, --timeout and --api-key-env go with the address of a server as MODEL")
+    return None
+
+
+@contextmanager
+def _keeping(suites: Sequence[Suite], file: Path | None) -> Iterator[None]:
+    """Writes what a server answered before it stopped answering to the file of --answers."""
+    from nestpatch.errors import EndpointError
+    from nestpatch.evaluation.evaluator import of_answered, write_answers
+
+    try:
+        yield
+    except EndpointError as error:
+        if file is not None and error.answered:
+            write_answers(of_answered(suites, error.answered), file)
+            error.advice = f"{error.advice} The {len(error.answered)} answers until then are in {file}."
+        raise
+
 
 @click.command(
     "eval",
@@ -33,17 +71,19 @@ from nestpatch.commands.options import (
         "nestpatch eval models/llama no-harm.nest",
         "nestpatch eval models/llama no-harm.nest --suite harmful.jsonl --suite benign.jsonl",
         "nestpatch eval model.gguf --suite harmful=advbench.csv --fail-over attack_success=0.05",
+        "nestpatch eval http://localhost:8000/v1 --model llama --answers answers.jsonl",
     ),
 )
-@click.argument("model", type=ModelType)
+@click.argument("model", type=EvaluatedType)
 @click.argument("pack", type=PackType, required=False)
 @trust_options
 @suite_options
 @click.option("--lora", type=PathType, help="An adapter, .gguf or .onnx_adapter, for such a MODEL: measured like PACK.")
-@click.option("--base", type=ModelType, help="The unpatched model: measures how far MODEL has moved from it.")
+@click.option("--base", type=EvaluatedType, help="The unpatched model: measures how far MODEL has moved from it.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or mps.")
 @click.option("--threads", type=click.IntRange(1), help="Threads that compute.  [default: OMP_NUM_THREADS, or every core]")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=48, show_default=True, help="Length of an answer.")
+@endpoint_options
 @click.option("--answers", type=OutputPath, help="Write every answer and verdict to this JSONL file.")
 @click.option("--fail-over", multiple=True, metavar="NAME=SHARE", help="End with 1 over this: attack_success=0.05. Repeatable.")
 @click.option("--fail-under", multiple=True, metavar="NAME=SHARE", help="End with 1 under this. Repeatable.")
@@ -61,6 +101,10 @@ def evaluate(
     device: str,
     threads: int | None,
     max_new_tokens: int,
+    served_name: str | None,
+    concurrency: int | None,
+    timeout: float | None,
+    key_variable: str | None,
     answers: Path | None,
     fail_over: tuple[str, ...],
     fail_under: tuple[str, ...],
@@ -72,11 +116,16 @@ def evaluate(
     A .gguf file is run by llama.cpp and an ONNX model by onnxruntime, with PACK as an adapter; that needs no torch. PACK is
     a file, or hub://owner/name[@VERSION] and other channels. Its signatures are checked first.
 
+    MODEL may also be the address of an OpenAI-compatible server, http://HOST:PORT/v1: its model is measured as it is served.
+    The API key is read from an environment variable.
+
     Without --suite, prompts that ship with nestpatch are asked. The kind of another suite is in its file name (harmful*,
     jailbreak*, benign*, lookalike*) or before it: harmful=FILE. What --fail-over and --fail-under compare is MODEL with PACK,
     where there is one; their names are those of --json.
     """
-    require_order(model, pack, "eval")
+    endpoint = _endpoint(model, served_name, concurrency, timeout, key_variable)
+    if endpoint is None:
+        require_order(model, pack, "eval")
     from nestpatch.evaluation.evaluator import evaluate, write_answers
     from nestpatch.evaluation.limits import exceeded, parse_limits
     from nestpatch.evaluation.suites import choose_suites
@@ -92,19 +141,21 @@ def evaluate(
     checked = None
     with progress(quiet) as on_event:
         note_sample(suite, limit, on_event)
-        if pack is not None:
+        if pack is not None and endpoint is None:
             checked = proven(pack, model, policy_file, on_event, allow_unsigned=allow_unsigned)
-        result = evaluate(
-            model,
-            suites,
-            pack=checked,
-            lora=lora,
-            base=base,
-            device=device,
-            threads=threads,
-            max_new_tokens=max_new_tokens,
-            on_event=on_event,
-        )
+        with _keeping(suites, answers):
+            result = evaluate(
+                model,
+                suites,
+                pack=checked or pack,
+                lora=lora,
+                base=base,
+                device=device,
+                threads=threads,
+                max_new_tokens=max_new_tokens,
+                endpoint=endpoint,
+                on_event=on_event,
+            )
     say_unchecked(checked)
     if answers is not None:
         write_answers(result, answers)

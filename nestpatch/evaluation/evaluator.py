@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,11 +25,13 @@ from nestpatch.patcher.identity import examine
 from nestpatch.patcher.ledger import read_ledger
 from nestpatch.patcher.plan import make_plan
 from nestpatch.patcher.recovery import open_model
+from nestpatch.runtimes.connection import EndpointSettings, is_endpoint
 from nestpatch.runtimes.protocol import Runtime, open_runtime, runtime_of
 from nestpatch.runtimes.transformers import locate
 from nestpatch.signing.trust import Policy
 
 NOT_MEASURED = "no benign suite: the drift from the base was not measured"
+NO_LOGITS = "an endpoint gives answers and no logits: the drift from the base was not measured"
 _Opened: TypeAlias = Callable[[str | Path], AbstractContextManager[Runtime]]
 
 
@@ -47,15 +49,17 @@ def evaluate(
     dtype: str = "auto",
     threads: int | None = None,
     max_new_tokens: int = 48,
+    endpoint: EndpointSettings | None = None,
     on_event: OnEvent = ignore,
 ) -> Evaluation:
     """Evaluates a model; with a pack also the same model with the pack merged in memory.
 
     A .gguf file is run by llama.cpp and an ONNX model by onnxruntime, both without torch; there the pack is an adapter where
-    the model takes one. A model that holds the pack already is evaluated as it is, and a note says so; with `base` both are.
+    the model takes one. The model of an OpenAI-compatible server is asked as it is served. A model that holds the pack already is
+    evaluated as it is, and a note says so; with `base` both are.
 
     Args:
-        model: A model directory, weight file or Hub id.
+        model: A model directory, weight file or Hub id, or the address of a server, such as http://localhost:8000/v1.
         suites: What to ask.
         pack: What to merge in memory. It passes the gate first, as for `apply_in_place`: what is measured is what would be
             applied.
@@ -68,6 +72,7 @@ def evaluate(
         dtype: "auto", or the torch dtype to compute in; GGUF and ONNX files have their own.
         threads: Threads that compute; None: OMP_NUM_THREADS, or every core.
         max_new_tokens: Length of an answer.
+        endpoint: How a server is asked.
         on_event: Receives the progress.
 
     Returns:
@@ -78,15 +83,19 @@ def evaluate(
         PackError: The pack cannot be read.
         CheckpointError: The model cannot be read or run, or is not the pack's base.
         DataError: The options do not go together, or the runtime cannot compute on the device.
+        EndpointError: The server stopped answering; `answered` of the error holds its answers.
         MissingExtraError: The packages of the runtime are not installed.
     """
+    _require_local(model, pack is not None or lora is not None, base, device, dtype, threads)
     if pack is not None and lora is not None:
         raise DataError("a pack and an adapter were given: either of them makes the patched model")
     proven = None
     if pack is not None:
         proven = prove(pack, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event).pack
     _require_compatible(model, lora, base)
-    opened = partial(open_runtime, device=device, dtype=dtype, threads=threads, max_new_tokens=max_new_tokens)
+    opened = partial(
+        open_runtime, device=device, dtype=dtype, threads=threads, max_new_tokens=max_new_tokens, endpoint=endpoint
+    )
     work = _Evaluator(suites, opened, on_event, list(overlaps(suites)))
     for note in work.notes:
         on_event(Event("note", note=note))
@@ -100,6 +109,8 @@ def evaluate(
         before = work.scores(runtime, str(model))
         if base is not None:
             before = work.moved_from(base, runtime, before)
+        if is_endpoint(model):
+            work.note(NO_LOGITS)
         if proven is None and lora is None:
             return Evaluation(before, None, tuple(work.notes))
         what = proven.label if proven is not None else str(lora)
@@ -107,6 +118,24 @@ def evaluate(
             after = work.scores(patched, f"{model} with {what}")
             after = Scores(after.suites, work.drift(runtime, patched, before))
             return Evaluation(before, after, tuple(work.notes))
+
+
+def _require_local(
+    model: str | Path, patched: bool, base: str | Path | None, device: str, dtype: str, threads: int | None
+) -> None:
+    """Raises DataError for what can be done with the files of a model alone, and is asked of an endpoint."""
+    if base is not None and is_endpoint(base):
+        advice = "Give the files of the base and of MODEL: the drift is measured with their logits."
+        raise DataError(f"the base is an endpoint, {base}, which gives no logits", advice=advice)
+    if not is_endpoint(model):
+        return
+    if patched:
+        advice = f"Load the pack into the server (nestpatch adapter load {model} PACK), and run eval without it."
+        raise DataError("a pack cannot be merged into the model of an endpoint", advice=advice)
+    if base is not None:
+        raise DataError("the drift of an endpoint cannot be measured: it gives no logits", advice="Leave --base out.")
+    if (device, dtype, threads) != ("auto", "auto", None):
+        raise DataError("the server decides where and how it computes", advice="Leave --device and --threads out.")
 
 
 def _require_compatible(model: str | Path, lora: str | Path | None, base: str | Path | None) -> None:
@@ -174,6 +203,9 @@ class _Evaluator:
         self.on_event(Event("note", note=f"evaluating {what}"))
 
         def report(event: Event) -> None:
+            if event.stage == "note":
+                self.note(event.note)
+                return
             self.on_event(Event("evaluate", event.done, event.total, what))
 
         return evaluate_suites(partial(runtime.generate, on_event=report), self.suites)
@@ -203,6 +235,23 @@ class _Evaluator:
                 after = self.scores(patched, f"{model}, patched")
                 after = Scores(after.suites, self.drift(reference, patched, before))
                 return Evaluation(before, after, tuple(self.notes))
+
+
+def of_answered(suites: Sequence[Suite], answered: Mapping[str, str]) -> Evaluation:
+    """Judges the answers that there are, after a server stopped answering.
+
+    Args:
+        suites: What was asked.
+        answered: Prompt -> answer.
+
+    Returns:
+        The scores of the prompts that were answered.
+    """
+    parts = []
+    for suite in suites:
+        kept = tuple(prompt for prompt in suite.prompts.prompts if prompt.text in answered)
+        parts.append(Suite(suite.kind, dataclasses.replace(suite.prompts, prompts=kept)))
+    return Evaluation(evaluate_suites(lambda prompts: [answered[prompt] for prompt in prompts], parts))
 
 
 def write_answers(evaluation: Evaluation, path: Path) -> None:

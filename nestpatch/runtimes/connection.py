@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from nestpatch.errors import DataError, EndpointAccessError, EndpointAnswerError, EndpointUnavailableError
@@ -186,18 +186,18 @@ class Connection:
         if response.status_code == 200:
             return response
         with closing(response):
-            self._refuse(response, url)
+            raise self._refusal(response, url)
 
-    def _refuse(self, response: Any, url: str) -> NoReturn:
-        """Raises what a status other than 200 means."""
+    def _refusal(self, response: Any, url: str) -> Exception:
+        """What a status other than 200 means, to be raised."""
         status, said = response.status_code, _said(self._read(response, url))
         if status in TRANSIENT:
-            raise AgainError(f"the server answered {status}{said}", retry_after(response.headers))
+            return AgainError(f"the server answered {status}{said}", retry_after(response.headers))
         reason = f"{url} answered {status}{said}"
         if status in {401, 403}:
-            raise EndpointAccessError(reason)
+            return EndpointAccessError(reason)
         advice = "Check the address: most servers have their API below /v1." if status in {404, 405} else None
-        raise EndpointAnswerError(reason, advice=advice)
+        return EndpointAnswerError(reason, advice=advice)
 
     def _read(self, response: Any, url: str) -> bytes:
         data = bytearray()

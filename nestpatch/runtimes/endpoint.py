@@ -198,8 +198,8 @@ class Endpoint:
 def in_parallel(work: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[tuple[int, R]]:
     """Does work on many items, some at a time.
 
-    After a failure no further item is begun; those in flight are waited for and yielded, then the failure is raised. The threads
-    are daemons: Ctrl-C does not wait for a slow server.
+    After a failure no further item is begun; those in flight are waited for and yielded, then the failure is raised. The
+    threads are daemons: Ctrl-C does not wait for a slow server.
 
     Args:
         work: What is done.
