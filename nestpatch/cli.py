@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from nestpatch import __version__
-from nestpatch.commands import demo, evaluating, exporting, fleet, inspecting, patching, signing, training
+from nestpatch.commands import demo, evaluating, exporting, fleet, inspecting, patching, serving, signing, training
 from nestpatch.commands.options import Terminated, print_json, say
 from nestpatch.errors import FileSystemError, MissingExtraError, NestpatchError, OutOfMemoryError, UnexpectedError
 from nestpatch.plain import lines
@@ -51,6 +51,7 @@ SECTIONS: dict[str, dict[click.Command, str]] = {
     },
     "Ship": {
         exporting.export: "Write a patched model or a pack in another format.",
+        serving.adapter: "Load a pack into a running server, as an adapter.",
         fleet.push: "Publish a pack as the next version of a channel.",
         fleet.pull: "Download a version from a channel and check it.",
         fleet.yank: "Withdraw a version from a channel.",

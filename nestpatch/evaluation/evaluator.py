@@ -55,8 +55,8 @@ def evaluate(
     """Evaluates a model; with a pack also the same model with the pack merged in memory.
 
     A .gguf file is run by llama.cpp and an ONNX model by onnxruntime, both without torch; there the pack is an adapter where
-    the model takes one. The model of an OpenAI-compatible server is asked as it is served. A model that holds the pack already is
-    evaluated as it is, and a note says so; with `base` both are.
+    the model takes one. The model of an OpenAI-compatible server is asked as it is served. A model that holds the pack already
+    is evaluated as it is, and a note says so; with `base` both are.
 
     Args:
         model: A model directory, weight file or Hub id, or the address of a server, such as http://localhost:8000/v1.

@@ -224,8 +224,8 @@ def in_parallel(work: Callable[[T], R], items: Sequence[T], workers: int) -> Ite
             try:
                 results.put((place, work(item), None))
             except BaseException as error:  # noqa: BLE001 - raised again below
+                stop.set()
                 results.put((place, None, error))
-                break
         results.put((-1, None, None))
 
     threads = [Thread(target=run, daemon=True) for _ in range(min(workers, len(items)))]
@@ -237,7 +237,6 @@ def in_parallel(work: Callable[[T], R], items: Sequence[T], workers: int) -> Ite
             place, result, error = results.get()
             running -= place < 0
             if error is not None:
-                stop.set()
                 failure = failure or error
             elif place >= 0:
                 yield place, result  # type: ignore[misc]
