@@ -31,7 +31,9 @@ from tests.helpers import tiny_checkpoint, tiny_pack
 from tests.schemas import document, require_schema
 
 GOLDEN = Path(__file__).parent / "golden" / "json"
-ELSEWHERE = {"train", "train --dry-run", "eval", "demo --lab", "lab build", "export --to onnx", "export --to onnx-adapter"}
+ELSEWHERE = {"train", "train --dry-run", "eval", "demo --lab", "lab build", "export --to onnx", "export --to onnx-adapter"} | {
+    f"adapter {verb}" for verb in ("load", "list", "scale", "unload")
+}
 """Objects that the tests of these commands check: making them takes a while."""
 TEXTS = (
     (r"-----BEGIN PUBLIC KEY-----.*-----END PUBLIC KEY-----", "-----BEGIN PUBLIC KEY-----..."),

@@ -27,7 +27,7 @@ from nestpatch.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from nestpatch.export.serving import Server, ServedAdapter
+    from nestpatch.export.serving import ServedAdapter, Server
     from nestpatch.runtimes.endpoint import Endpoint
 
 

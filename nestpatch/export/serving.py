@@ -1,13 +1,14 @@
 """Packs as adapters of a running server: llama-server (llama.cpp) and vLLM.
 
-llama-server reads its adapters when it starts (`--lora FILE`); GET and POST /lora-adapters read and set their scales, and an adapter
-that a POST leaves out is disabled (tools/server/README.md of llama.cpp). vLLM loads and drops PEFT directories while it runs (POST
-/v1/load_lora_adapter and /v1/unload_lora_adapter) and lists them as models whose parent is the base; a request chooses one by its
-name (docs/features/lora.md of vLLM).
+llama-server reads its adapters when it starts (`--lora FILE`); GET and POST /lora-adapters read and set their scales, and an
+adapter that a POST leaves out is disabled (tools/server/README.md of llama.cpp). vLLM loads and drops PEFT directories while it
+runs (POST /v1/load_lora_adapter and /v1/unload_lora_adapter) and lists them as models whose parent is the base; a request
+chooses one by its name (docs/features/lora.md of vLLM).
 """
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from typing import Any, Literal, TypeAlias
 from nestpatch.errors import DataError, EndpointAnswerError, OutputError
 from nestpatch.export.adapters import export_gguf_lora, export_lora
 from nestpatch.export.results import VLLM_RANKS
-from nestpatch.files.hashing import sha256_file
 from nestpatch.gate import Proven
 from nestpatch.patcher.plan import check_strength, make_plan
 from nestpatch.patcher.recovery import open_model
@@ -45,7 +45,7 @@ class ServedAdapter:
 
     def as_json(self) -> dict[str, Any]:
         """The adapter for `--json`."""
-        return {"name": self.name, "path": self.path, "scale": self.scale}
+        return {"id": self.name, "path": self.path, "scale": self.scale}
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def load(
         server: Its kind.
         proven: The pack, which passed the gate.
         output: Where the adapter is written; the same adapter may be there already.
-        base: The files of the server's model. They are compared with the pack's base; a server does not say what its weights are.
+        base: The files of the server's model, which are compared with the pack's base: a server does not show its weights.
         strength: Multiplies the pack's deltas: in the adapter for vLLM, as its scale for llama-server.
         name: Its name in vLLM; None: name and version of the pack.
         server_path: Where the server finds the adapter, if not at the absolute path of `output`.
@@ -236,7 +236,7 @@ def _write(proven: Proven, server: Server, output: Path, base: Path | None, stre
 def _digests(adapter: Path) -> dict[str, str]:
     """The files of an adapter, a file or a directory."""
     files = sorted(adapter.iterdir()) if adapter.is_dir() else [adapter]
-    return {file.name: sha256_file(file) for file in files}
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def _load_into_vllm(endpoint: Endpoint, wanted: ServedAdapter, adapters: Sequence[ServedAdapter], rank: int) -> None:
