@@ -52,6 +52,13 @@ def _connected(url: str, server: Server | None, key_variable: str | None) -> Ite
         yield endpoint, server or server_of(endpoint)
 
 
+_STALE = (
+    "llama-server goes on from what it has cached at the old scale where a prompt begins like an earlier one: start it with "
+    "--no-cache-prompt --cache-ram 0, or again after this change"
+)
+"""Measured with llama.cpp 0.5.0: most answers after a change were neither those of the old scale nor those of the new one."""
+
+
 @click.group()
 def adapter() -> None:
     """Load packs as adapters into running servers: llama-server and vLLM."""
@@ -111,6 +118,8 @@ def load(
         say(f"  {done.start}")
     else:
         say(f"{done.pack} is loaded: {_described(done.adapter)}")
+    if kind == "llama-server" and done.adapter is not None:
+        say(f"WARNING: {_STALE}", err=True)
     sys.exit(0 if done.adapter is not None else 1)
 
 
@@ -134,6 +143,8 @@ def unload(url: str, server: Server | None, key_variable: str | None, name: str,
         print_json({"url": endpoint.url, "server": kind, "adapter": found.as_json()})
     else:
         say(f"disabled: {_described(found)}" if kind == "llama-server" else f"dropped: {_described(found)}")
+    if kind == "llama-server":
+        say(f"WARNING: {_STALE}", err=True)
 
 
 @adapter.command(
@@ -157,6 +168,7 @@ def scale_adapter(url: str, server: Server | None, key_variable: str | None, nam
         print_json({"url": endpoint.url, "server": kind, "adapter": found.as_json()})
     else:
         say(_described(found))
+    say(f"WARNING: {_STALE}", err=True)
 
 
 @adapter.command(

@@ -188,6 +188,8 @@ def set_scale(endpoint: Endpoint, server: Server, name: str, scale: float) -> Se
         raise DataError("vLLM has no scales of adapters", advice=advice)
     adapters = list_adapters(endpoint, server)
     found = _named(adapters, name)
+    if found.scale == scale:
+        return found
     scales = [{"id": int(one.name), "scale": scale if one == found else one.scale} for one in adapters]
     endpoint.server.text("POST", f"{endpoint.server.root}/lora-adapters", scales)
     now = _named(list_adapters(endpoint, server), found.name)

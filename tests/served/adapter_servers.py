@@ -59,7 +59,8 @@ class LlamaServer(AdapterServer):
             self.scales = [wanted.get(number, 0.0) for number in range(len(self.files))]
             return as_json({"success": True})
         pairs = enumerate(zip(self.files, self.scales, strict=True))
-        return as_json([{"id": number, "path": file, "scale": scale, "task_name": "", "prompt_prefix": ""} for number, (file, scale) in pairs])  # fmt: skip
+        more = {"task_name": "", "prompt_prefix": ""}
+        return as_json([{"id": number, "path": file, "scale": scale} | more for number, (file, scale) in pairs])
 
 
 class Vllm(AdapterServer):
