@@ -12,6 +12,10 @@ from typing import Any, TypeVar
 from nestpatch.errors import DataError, EndpointAnswerError
 from nestpatch.runtimes.connection import Connection, EndpointSettings
 
+_PLAIN = {"repeat_penalty": 1, "repetition_penalty": 1, "cache_prompt": False}
+"""Fields outside of OpenAI's API that make answers the model's own: llama-cpp-python punishes repetition by default, vLLM by
+the model's generation_config.json, and llama-server goes on from what it cached before the scale of an adapter was changed. Servers
+ignore fields that they do not know, or refuse the request: then it is sent without them."""
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -52,6 +56,7 @@ class Endpoint:
         self.server = Connection(url, settings or EndpointSettings())
         self.url, self.settings, self.notes = self.server.url, self.server.settings, self.server.notes
         self._model: str | None = None
+        self._extras: dict[str, Any] = dict(_PLAIN)
 
     def __enter__(self) -> Endpoint:
         """Returns the endpoint itself."""
@@ -122,7 +127,12 @@ class Endpoint:
             EndpointError: The server does not answer.
         """
         address = f"{self.url}/chat/completions"
-        answer = self.server.json("POST", address, self._request(prompt, max_tokens))
+        body = self._request(prompt, max_tokens)
+        try:
+            answer = self.server.json("POST", address, body | self._extras)
+        except EndpointAnswerError:
+            answer = self.server.json("POST", address, body)
+            self._without_extras()
         try:
             message = answer["choices"][0]["message"]
             text, thought = message.get("content"), message.get("reasoning_content") or message.get("reasoning")
@@ -169,11 +179,32 @@ class Endpoint:
             EndpointError: The server does not answer, or breaks off.
         """
         address = f"{self.url}/chat/completions"
-        for line in self.server.lines(address, self._request(prompt, max_tokens) | {"stream": True}):
+        for line in self._lines(address, self._request(prompt, max_tokens) | {"stream": True}):
             if line.strip() == "data: [DONE]":
                 return
             if line.startswith("data:"):
                 yield from self._piece(line[5:], address)
+
+    def _lines(self, address: str, body: dict[str, Any]) -> Iterator[str]:
+        """The lines of a streamed answer."""
+        lines = self.server.lines(address, body | self._extras)
+        try:
+            first = next(lines, "")
+        except EndpointAnswerError:
+            lines = self.server.lines(address, body)
+            first = next(lines, "")
+            self._without_extras()
+        yield first
+        yield from lines
+
+    def _without_extras(self) -> None:
+        """Notes that the server took a request only after the fields of `_PLAIN` were left out."""
+        self._extras = {}
+        note = (
+            f"{self.url} refuses {', '.join(_PLAIN)}: if it punishes repetition by default, its answers are not the model's own"
+        )
+        if note not in self.notes:
+            self.notes.append(note)
 
     def _piece(self, data: str, address: str) -> Iterator[str]:
         """The text of one server-sent event."""

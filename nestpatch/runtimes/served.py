@@ -40,6 +40,7 @@ class ServedRuntime:
         self.endpoint = Endpoint(url, settings)
         self.max_new_tokens = max_new_tokens
         self.answered: dict[str, str] = {}
+        self._reported: list[str] = []
         try:
             self.endpoint.model()
         except BaseException:
@@ -79,13 +80,13 @@ class ServedRuntime:
             self.answered[prompts[place]] = reply.text.strip()
             on_event(Event("generate", done, len(prompts)))
 
-        for note in self._notes():
-            on_event(Event("note", note=note))
+        self._report(on_event)
         try:
             replies = self.endpoint.chat_all(prompts, self.max_new_tokens, keep)
         except EndpointError as error:
             error.answered = dict(self.answered)
             raise
+        self._report(on_event)
         if cut := sum(reply.reasoned and not reply.text.strip() for reply in replies):
             note = (
                 f"{cut} answers are empty because the model was still reasoning: raise --max-new-tokens, or turn reasoning off"
@@ -93,9 +94,12 @@ class ServedRuntime:
             on_event(Event("note", note=note))
         return [reply.text.strip() for reply in replies]
 
-    def _notes(self) -> Iterator[str]:
-        yield f"{self.endpoint.url} answered as {self.endpoint.model()}"
-        yield from self.endpoint.notes
+    def _report(self, on_event: OnEvent) -> None:
+        """Reports each note about the server once."""
+        for note in (f"{self.endpoint.url} answers as {self.endpoint.model()}", *self.endpoint.notes):
+            if note not in self._reported:
+                self._reported.append(note)
+                on_event(Event("note", note=note))
 
     def stream(self, prompt: str) -> Iterator[str]:
         """Yields a greedy answer as it is written.

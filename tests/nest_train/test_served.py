@@ -84,8 +84,9 @@ def test_answers_of_a_real_server_are_those_of_its_file(file):
             sound = [place for place, text in enumerate(wanted) if "\ufffd" not in text]
             assert len(sound) > 1
             assert [answers[place] for place in sound] == [wanted[place] for place in sound]
-            # This server also leaves out what stands after broken UTF-8 at the end of an answer.
-            assert all(long.startswith(short) and short for short, long in zip(whole(answers), whole(wanted), strict=True))
+            # Broken UTF-8, which a random model writes, is left out by this server together with what is near it.
+            starts = [text.partition("\ufffd")[0] for text in wanted]
+            assert all(answer.startswith(start) for answer, start in zip(answers, starts, strict=True))
             assert "".join(served.stream(PROMPTS[sound[0]])).strip() == wanted[sound[0]]
             for ask in (lambda: served.logits([1]), lambda: served.token_ids(["x"]), lambda: served.token_pairs({})):
                 with pytest.raises(DataError, match="gives answers, and no"):

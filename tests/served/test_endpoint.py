@@ -119,7 +119,7 @@ def test_a_server_that_takes_too_long_has_a_name(chat):
 
 def test_an_answer_without_end_is_not_read_to_its_end(chat, monkeypatch):
     monkeypatch.setattr(connection, "_LIMIT", 1000)
-    chat.faults = [Answer(200, body=b" " * 5000)]
+    chat.faults = [Answer(200, body=b" " * 5000)] * 9
     with ServedRuntime(chat.url) as served, pytest.raises(EndpointAnswerError, match="more than 0 MiB"):
         served.generate(["a"])
 
@@ -137,6 +137,26 @@ def test_the_first_failure_ends_the_work_and_what_was_done_counts():
         with pytest.raises(EndpointError, match="five"):
             found.extend(result for _, result in results)
         assert {1, 2, 3, 4} <= set(found) <= set(range(1, 20))
+
+
+def test_a_server_that_refuses_unknown_fields_is_asked_without_them(chat):
+    allowed, notes = {"model", "messages", "max_tokens", "temperature", "seed", "stream"}, []
+    whole = chat.answer
+
+    def strict(request):
+        if request.method == "POST" and set(request.json()) - allowed:
+            return as_json({"error": {"message": "Unrecognized request argument supplied: repeat_penalty"}}, 400)
+        return whole(request)
+
+    chat.listener.answer = strict
+    chat.listener.stop()
+    chat.listener.start()
+    with ServedRuntime(chat.url, EndpointSettings(concurrency=2)) as served:
+        assert served.generate(["a", "b", "c"], lambda event: notes.append(event.note)) == [f"answer to {p}" for p in "abc"]
+        assert sum("refuses repeat_penalty" in note for note in notes) == 1
+    chat.reply = lambda prompt: events("one")
+    with ServedRuntime(chat.url) as served:
+        assert list(served.stream("x")) == ["one"]
 
 
 # Models and addresses
@@ -228,7 +248,7 @@ def test_eval_measures_an_endpoint_and_notes_what_it_cannot_give(chat, suites):
     assert (found["model"], found["before"]["attack_success"]["count"], found["after"]) == (chat.url, 0, None)
     assert found["before"]["kl_to_base"] is None
     assert found["notes"] == [
-        f"{chat.url} answered as tiny",
+        f"{chat.url} answers as tiny",
         "an endpoint gives answers and no logits: the drift from the base was not measured",
     ]
 
