@@ -14,7 +14,7 @@ from nestpatch.runtimes.connection import Connection, EndpointSettings
 
 _PLAIN = {"repeat_penalty": 1, "repetition_penalty": 1, "cache_prompt": False}
 """Fields outside of OpenAI's API that make answers the model's own: llama-cpp-python punishes repetition by default, vLLM by
-the model's generation_config.json, and llama-server goes on from what it cached before the scale of an adapter was changed. Servers
+the model's generation_config.json, and llama-server goes on from what it cached before an adapter's scale was changed. Servers
 ignore fields that they do not know, or refuse the request: then it is sent without them."""
 T = TypeVar("T")
 R = TypeVar("R")
