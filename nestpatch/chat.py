@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from nestpatch.errors import DataError
-from nestpatch.evaluation.evaluator import already_held, require_adapter_runtime
+from nestpatch.evaluation.preconditions import already_held, require_adapter_runtime
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.pack import Pack
 from nestpatch.runtimes.protocol import Runtime, open_runtime

@@ -20,7 +20,19 @@ from typing import Any
 import click
 
 from nestpatch import __version__
-from nestpatch.commands import chatting, demo, evaluating, exporting, fleet, inspecting, patching, signing, training
+from nestpatch.commands import (
+    chatting,
+    demo,
+    evaluating,
+    exporting,
+    fleet,
+    inspecting,
+    judging,
+    patching,
+    serving,
+    signing,
+    training,
+)
 from nestpatch.commands.options import Terminated, print_json, say
 from nestpatch.errors import FileSystemError, MissingExtraError, NestpatchError, OutOfMemoryError, UnexpectedError
 from nestpatch.plain import lines
@@ -35,7 +47,7 @@ SECTIONS: dict[str, dict[click.Command, str]] = {
     "Make packs": {
         training.train: "Train a pack that makes a model refuse.",
         evaluating.evaluate: "Measure attack success and over-refusal of a model.",
-        evaluating.judge: "Compare judges of answers with a person.",
+        judging.judge: "Compare judges of answers with a person.",
     },
     "Patch models": {
         patching.apply: "Merge a pack into a model: into a copy, or in place.",
@@ -52,6 +64,7 @@ SECTIONS: dict[str, dict[click.Command, str]] = {
     },
     "Ship": {
         exporting.export: "Write a patched model or a pack in another format.",
+        serving.adapter: "Load a pack into a running server, as an adapter.",
         fleet.push: "Publish a pack as the next version of a channel.",
         fleet.pull: "Download a version from a channel and check it.",
         fleet.yank: "Withdraw a version from a channel.",

@@ -52,6 +52,10 @@ NestpatchError
 │   ├── HubAccessError           private or gated, or an insufficient token
 │   ├── HubUnavailableError      unreachable or failing
 │   └── HubAnswerError           an answer with other content than requested
+├── EndpointError            a server that answers prompts
+│   ├── EndpointUnavailableError unreachable, failing or too slow
+│   ├── EndpointAccessError      a missing or refused API key
+│   └── EndpointAnswerError      it refuses the request, or answers with something else than asked for
 ├── DataError                what the user passed; exit code 2
 │   ├── MissingInputError        an input path that does not exist
 │   ├── PromptDataError          a missing, empty or malformed prompt set
@@ -69,6 +73,8 @@ the command line (docs/cli.md).
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 class NestpatchError(Exception):
@@ -390,6 +396,36 @@ class HubAnswerError(HubError):
     """The answer is not what was requested: other bytes, another commit, a login page."""
 
     advice = "Check HF_ENDPOINT and the proxy in between, or download the model and pass its folder."
+
+
+class EndpointError(NestpatchError):
+    """A server that answers prompts did not do so.
+
+    Attributes:
+        answered: Prompt -> answer, of the prompts that were answered before.
+    """
+
+    advice = "Check the address and the log of the server."
+
+    def __init__(self, reason: str, *, advice: str | None = None) -> None:
+        super().__init__(reason, advice=advice)
+        self.answered: Mapping[str, str] = {}
+
+
+class EndpointUnavailableError(EndpointError):
+    """The server is unreachable, fails, or takes too long."""
+
+    advice = "Check that the server runs and has loaded its model. A slow one: raise --timeout, or lower --concurrency."
+
+
+class EndpointAccessError(EndpointError):
+    """The server wants another API key."""
+
+    advice = "Put the key into the environment variable NESTPATCH_API_KEY, or name its variable with --api-key-env."
+
+
+class EndpointAnswerError(EndpointError):
+    """The server refuses the request, or its answer is not that of an OpenAI-compatible server."""
 
 
 class DataError(NestpatchError):

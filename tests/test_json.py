@@ -40,7 +40,7 @@ ELSEWHERE = {
     "lab build",
     "export --to onnx",
     "export --to onnx-adapter",
-}
+} | {f"adapter {verb}" for verb in ("load", "list", "scale", "unload")}
 """Objects that the tests of these commands check: making them takes a while."""
 TEXTS = (
     (r"-----BEGIN PUBLIC KEY-----.*-----END PUBLIC KEY-----", "-----BEGIN PUBLIC KEY-----..."),

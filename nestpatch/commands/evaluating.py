@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
+from nestpatch.commands.judging import judge_options, say_agreement
 from nestpatch.commands.options import (
-    ModelType,
+    EvaluatedType,
     NewFile,
     OutputPath,
     PackType,
     PathType,
+    endpoint_options,
     examples,
     json_option,
     note_sample,
@@ -30,44 +33,38 @@ from nestpatch.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from nestpatch.evaluation.agreement import Agreement
-    from nestpatch.evaluation.suites import Evaluation
-
-F = TypeVar("F", bound=Callable[..., Any])
+    from nestpatch.evaluation.suites import Evaluation, Suite
+    from nestpatch.runtimes.connection import EndpointSettings
 
 
-class _Judge(click.types.StringParamType):
-    """The name of a judge. A model is a path that exists, or a Hub id."""
+def _endpoint(
+    model: str, name: str | None, concurrency: int | None, timeout: float | None, key_variable: str | None
+) -> EndpointSettings | None:
+    """How the server is asked; None where MODEL is none. Raises UsageError for options that go with a server alone."""
+    from nestpatch.runtimes.connection import EndpointSettings, is_endpoint
 
-    name = "judge"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Returns the text. Raises MissingInputError for a path of a model that does not exist."""
-        from nestpatch.evaluation.judges.opening import MODEL_JUDGES
-
-        kind, _, model = value.partition("=")
-        if kind in MODEL_JUDGES and model:
-            ModelType.convert(model, param, ctx)
-        return value
-
-
-def judge_options(command: F) -> F:
-    """--judge and --judge-label, for every command that judges answers."""
-    text = "What a label of a classifier means: LABEL=refused, complied or incoherent. Repeatable."
-    command = click.option("--judge-label", "judge_labels", multiple=True, metavar="LABEL=VERDICT", help=text)(command)
-    text = "keywords, keywords-strict, keywords-broad, or KIND=MODEL: classifier=, guard= ... Repeatable: the first decides."
-    option = click.option("--judge", "judges", multiple=True, default=["keywords"], show_default=True, type=_Judge(), help=text)
-    return option(command)
+    options = {"model": name, "concurrency": concurrency, "timeout": timeout, "key_variable": key_variable}
+    given = {option: value for option, value in options.items() if value is not None}
+    if is_endpoint(model):
+        return EndpointSettings(**given)  # type: ignore[arg-type]
+    if given:
+        raise click.UsageError("--model, --concurrency, --timeout and --api-key-env go with the address of a server as MODEL")
+    return None
 
 
-def _say_agreement(agreement: Sequence[Agreement]) -> None:
-    """Prints how far judges agree."""
-    from nestpatch.views.console import out
-    from nestpatch.views.evaluation import agreement_table
+@contextmanager
+def _keeping(suites: Sequence[Suite], file: Path | None) -> Iterator[None]:
+    """Writes what a server answered before it stopped answering to the file of --answers."""
+    from nestpatch.errors import EndpointError
+    from nestpatch.evaluation.answers import of_answered, write_answers
 
-    if agreement:
-        out.print()
-        out.print(agreement_table(agreement))
+    try:
+        yield
+    except EndpointError as error:
+        if file is not None and error.answered:
+            write_answers(of_answered(suites, error.answered), file)
+            error.advice = f"{error.advice} The {len(error.answered)} answers until then are in {file}."
+        raise
 
 
 @click.command(
@@ -79,9 +76,10 @@ def _say_agreement(agreement: Sequence[Agreement]) -> None:
         "nestpatch eval models/llama no-harm.nest --strength 0:1.5:0.25",
         "nestpatch eval model.gguf --suite harmful=advbench.csv --fail-over attack_success=0.05",
         "nestpatch eval models/llama --judge keywords --judge classifier=NousResearch/Minos-v1",
+        "nestpatch eval http://localhost:8000/v1 --model llama --answers answers.jsonl",
     ),
 )
-@click.argument("model", type=ModelType)
+@click.argument("model", type=EvaluatedType)
 @click.argument("pack", type=PackType, required=False)
 @trust_options
 @suite_options
@@ -95,11 +93,12 @@ def _say_agreement(agreement: Sequence[Agreement]) -> None:
     help="Factor of PACK's change, over 0 and up to 1.5. Several (0,0.5,1 or 0:1.5:0.25) give its dose curve.  [default: 1]",
 )
 @click.option("--lora", type=PathType, help="An adapter, .gguf or .onnx_adapter, for such a MODEL: measured like PACK.")
-@click.option("--base", type=ModelType, help="The unpatched model: measures how far MODEL has moved from it.")
+@click.option("--base", type=EvaluatedType, help="The unpatched model: measures how far MODEL has moved from it.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or mps.")
 @click.option("--threads", type=click.IntRange(1), help="Threads that compute.  [default: OMP_NUM_THREADS, or every core]")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=48, show_default=True, help="Length of an answer.")
 @judge_options
+@endpoint_options
 @click.option("--answers", type=OutputPath, help="Write every answer and verdict to this JSONL file.")
 @click.option("--label", type=NewFile, help="Write 50 answers to this CSV file, for a person to judge (`nestpatch judge`).")
 @click.option("--fail-over", multiple=True, metavar="NAME=SHARE", help="End with 1 over this: attack_success=0.05. Repeatable.")
@@ -125,6 +124,10 @@ def evaluate(
     max_new_tokens: int,
     judges: tuple[str, ...],
     judge_labels: tuple[str, ...],
+    served_name: str | None,
+    concurrency: int | None,
+    timeout: float | None,
+    key_variable: str | None,
     answers: Path | None,
     label: Path | None,
     fail_over: tuple[str, ...],
@@ -137,12 +140,17 @@ def evaluate(
     A .gguf file is run by llama.cpp and an ONNX model by onnxruntime, with PACK as an adapter; that needs no torch. PACK is
     a file, or hub://owner/name[@VERSION] and other channels. Its signatures are checked first.
 
+    MODEL may also be the address of an OpenAI-compatible server, http://HOST:PORT/v1: its model is measured as it is served.
+    The API key is read from an environment variable.
+
     Without --suite, prompts that ship with nestpatch are asked. The kind of another suite is in its file name (harmful*,
     jailbreak*, benign*, lookalike*) or before it: harmful=FILE. Published benchmarks have names of their own: xstest=FILE, or
     xstest alone for the data set of the Hub. What --fail-over and --fail-under compare is MODEL with PACK, where there is
     one; their names are those of --json.
     """
-    require_order(model, pack, "eval")
+    endpoint = _endpoint(model, served_name, concurrency, timeout, key_variable)
+    if endpoint is None:
+        require_order(model, pack, "eval")
     from nestpatch.evaluation.evaluator import evaluate
     from nestpatch.evaluation.jailbreaks import load_templates, with_jailbreaks
     from nestpatch.evaluation.judges.opening import parse_judge_labels, require_judges
@@ -169,25 +177,27 @@ def evaluate(
     checked = None
     with progress(quiet) as on_event:
         note_sample(suite, limit, on_event)
-        if pack is not None:
+        if pack is not None and endpoint is None:
             checked = proven(pack, model, policy_file, on_event, allow_unsigned=allow_unsigned)
-        result = evaluate(
-            model,
-            suites,
-            pack=checked,
-            strengths=strengths,
-            lora=lora,
-            base=base,
-            texts=texts,
-            tasks=task,
-            task_limit=task_limit,
-            device=device,
-            threads=threads,
-            max_new_tokens=max_new_tokens,
-            judges=judges,
-            judge_labels=labels,
-            on_event=on_event,
-        )
+        with _keeping(suites, answers):
+            result = evaluate(
+                model,
+                suites,
+                pack=checked or pack,
+                strengths=strengths,
+                lora=lora,
+                base=base,
+                texts=texts,
+                tasks=task,
+                task_limit=task_limit,
+                device=device,
+                threads=threads,
+                max_new_tokens=max_new_tokens,
+                judges=judges,
+                judge_labels=labels,
+                endpoint=endpoint,
+                on_event=on_event,
+            )
     say_unchecked(checked)
     _write(result, answers, label)
     if as_json:
@@ -203,7 +213,7 @@ def evaluate(
 
 def _write(result: Evaluation, answers: Path | None, label: Path | None) -> None:
     """Writes the files of --answers and --label, where they were asked for."""
-    from nestpatch.evaluation.evaluator import write_answers
+    from nestpatch.evaluation.answers import write_answers
     from nestpatch.evaluation.labelling import write_sheet
 
     if answers is not None:
@@ -211,39 +221,6 @@ def _write(result: Evaluation, answers: Path | None, label: Path | None) -> None
     if label is not None:
         many = write_sheet(result, label)
         say(f"wrote {many} answers to {label}: fill the column verdict, then run nestpatch judge {label}", err=True)
-
-
-@click.command(
-    "judge",
-    epilog=examples(
-        "nestpatch judge sheet.csv",
-        "nestpatch judge sheet.csv --judge keywords --judge guard=meta-llama/Llama-Guard-3-1B",
-    ),
-)
-@click.argument("sheet", type=PathType)
-@judge_options
-@click.option("--device", default="auto", show_default=True, help="Of judges that are models: cpu, cuda or mps.")
-@quiet_option
-@json_option
-def judge(sheet: Path, judges: tuple[str, ...], judge_labels: tuple[str, ...], device: str, quiet: bool, as_json: bool) -> None:
-    """Compare judges with a person who filled in SHEET, a CSV file of `nestpatch eval --label`.
-
-    The column verdict of SHEET says refused, complied or incoherent; answers without a verdict are left out.
-    """
-    from nestpatch.evaluation.judges.opening import open_judges, parse_judge_labels, require_judges
-    from nestpatch.evaluation.labelling import compare_with_person, read_sheet
-
-    labels = parse_judge_labels(judge_labels)
-    require_judges(judges, labels)
-    labelled, empty = read_sheet(sheet)
-    with progress(quiet) as on_event:
-        found = compare_with_person(labelled, open_judges(judges, labels=labels, device=device), on_event)
-    if empty:
-        say(f"{empty} of {empty + len(labelled)} answers have no verdict and were left out", err=True)
-    if as_json:
-        print_json({"sheet": str(sheet), "judged": len(labelled), "agreement": [one.as_json() for one in found]})
-    else:
-        _say_agreement(found)
 
 
 def _strengths(text: str | None, pack: str | None, *, limited: bool) -> tuple[float, ...]:
@@ -273,6 +250,6 @@ def _show(result: Evaluation, *, quiet: bool) -> None:
     else:
         title = "patched" if result.strength in (None, 1.0) else f"patched, strength {result.strength:g}"
         out.print(evaluation_table({"model": result.model} | ({title: result.patched} if result.patched else {})))
-    _say_agreement(result.agreement)
+    say_agreement(result.agreement)
     for concern in result.concerns:
         say(f"WARNING: {concern}", err=True)

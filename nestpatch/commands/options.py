@@ -111,11 +111,31 @@ def _on_hub(text: str) -> bool:
     return text.startswith(SCHEME) or (not looks_local(text) and Reference.parse(text) is not None)
 
 
+def _on_hub_or_served(text: str) -> bool:
+    from nestpatch.runtimes.connection import is_endpoint
+
+    return is_endpoint(text) or _on_hub(text)
+
+
 PathType: click.Path = _InputPath(path_type=Path)
 OutputPath: click.Path = _Path(path_type=Path)
 NewFile: click.Path = _NewFile(path_type=Path)
 PackType = _Source("pack", _is_channel, "Check the path. A pack of a channel is written hub://owner/name.")
 ModelType = _Source("model", _on_hub, "Check the path. A model of the Hub is written owner/name.")
+
+EvaluatedType = _Source("model", _on_hub_or_served, "Check the path. A model of the Hub is written owner/name.")
+
+
+def endpoint_options(command: F) -> F:
+    """--model, --concurrency, --timeout and --api-key-env, for every command that asks a server."""
+    text = "The environment variable that holds the API key of a server.  [default: NESTPATCH_API_KEY]"
+    command = click.option("--api-key-env", "key_variable", metavar="NAME", help=text)(command)
+    text = "Seconds that a server may take for an answer.  [default: 300]"
+    command = click.option("--timeout", type=click.FloatRange(0, min_open=True), help=text)(command)
+    text = "Requests to a server at a time.  [default: 8]"
+    command = click.option("--concurrency", type=click.IntRange(1, 256), help=text)(command)
+    text = "The name of the model on a server.  [default: the only one there]"
+    return click.option("--model", "served_name", metavar="NAME", help=text)(command)
 
 
 def require_order(model: str | Path, pack: str | Path | None, command: str) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from nestpatch.errors import DataError
 from nestpatch.evaluation.dose import check_strengths
@@ -17,25 +15,20 @@ from nestpatch.evaluation.drift import drift
 from nestpatch.evaluation.judges.opening import open_judges
 from nestpatch.evaluation.judges.protocol import Judge, Verdict
 from nestpatch.evaluation.perplexity import TextLoss, text_loss
+from nestpatch.evaluation.preconditions import already_held, require_together
 from nestpatch.evaluation.shares import Share
 from nestpatch.evaluation.suites import BENIGN, Evaluation, Scores, Suite, evaluate_suites, overlaps
 from nestpatch.evaluation.tasks import Tasks, TaskScore, find_tasks, largest_fall, run_tasks
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.files.atomic import write_bytes
-from nestpatch.formats import nest
-from nestpatch.formats.provenance import read_packs
 from nestpatch.gate import PackLike, Trust, prove
 from nestpatch.pack import Pack
-from nestpatch.patcher.findings import APPLICABLE, State
-from nestpatch.patcher.identity import examine
-from nestpatch.patcher.ledger import read_ledger
-from nestpatch.patcher.plan import make_plan
-from nestpatch.patcher.recovery import open_model
-from nestpatch.runtimes.protocol import Runtime, open_runtime, runtime_of
-from nestpatch.runtimes.transformers import TransformersRuntime, locate
+from nestpatch.runtimes.connection import EndpointSettings, is_endpoint
+from nestpatch.runtimes.protocol import Runtime, open_runtime
+from nestpatch.runtimes.transformers import TransformersRuntime
 from nestpatch.signing.trust import Policy
 
 NOT_MEASURED = "no benign suite: the drift from the base was not measured"
+NO_LOGITS = "an endpoint gives answers and no logits: the drift from the base was not measured"
 _Opened: TypeAlias = Callable[[str | Path], AbstractContextManager[Runtime]]
 
 
@@ -59,15 +52,17 @@ def evaluate(
     max_new_tokens: int = 48,
     judges: Sequence[str | Judge] = ("keywords",),
     judge_labels: Mapping[str, Verdict] | None = None,
+    endpoint: EndpointSettings | None = None,
     on_event: OnEvent = ignore,
 ) -> Evaluation:
     """Evaluates a model; with a pack also the same model with the pack merged in memory.
 
     A .gguf file is run by llama.cpp and an ONNX model by onnxruntime, both without torch; there the pack is an adapter where
-    the model takes one. A model that holds the pack already is evaluated as it is, and a note says so; with `base` both are.
+    the model takes one. The model of an OpenAI-compatible server is asked as it is served. A model that holds the pack already
+    is evaluated as it is, and a note says so; with `base` both are.
 
     Args:
-        model: A model directory, weight file or Hub id.
+        model: A model directory, weight file or Hub id, or the address of a server, such as http://localhost:8000/v1.
         suites: What to ask.
         pack: What to merge in memory. It passes the gate first, as for `apply_in_place`: what is measured is what would be
             applied.
@@ -88,6 +83,7 @@ def evaluate(
         judges: Who judges the answers: names (docs/evaluation.md), or objects with `name` and `judge`. The first decides, the
             others are compared with it. Their models are loaded before MODEL and stay in memory.
         judge_labels: What the labels of a classifier mean, where their names do not say it.
+        endpoint: How a server is asked.
         on_event: Receives the progress.
 
     Returns:
@@ -99,20 +95,21 @@ def evaluate(
         CheckpointError: The model cannot be read or run, or is not the pack's base.
         JudgeError: A judge cannot be loaded, or fails.
         DataError: The options do not go together, a judge or a task is not known, or the runtime cannot compute on the device.
+        EndpointError: The server stopped answering; `answered` of the error holds its answers.
         EvaluationTaskError: A task fails.
         MissingExtraError: The packages of the runtime are not installed.
     """
     wanted = check_strengths(strengths)
-    if pack is not None and lora is not None:
-        raise DataError("a pack and an adapter were given: either of them makes the patched model")
-    if wanted != (1.0,) and pack is None:
-        raise DataError("strengths without a pack: a strength is a factor of a pack's change")
+    require_together(model, pack=pack, lora=lora, base=base, strengths=wanted, texts=texts)
+    if is_endpoint(model) and (device, dtype, threads) != ("auto", "auto", None):
+        raise DataError("the server decides where and how it computes", advice="Leave --device and --threads out.")
     proven = None
     if pack is not None:
         proven = prove(pack, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event).pack
-    _require_compatible(model, lora, base)
     found_tasks = find_tasks(tasks, model, task_limit)
-    opened = partial(open_runtime, device=device, dtype=dtype, threads=threads, max_new_tokens=max_new_tokens)
+    opened = partial(
+        open_runtime, device=device, dtype=dtype, threads=threads, max_new_tokens=max_new_tokens, endpoint=endpoint
+    )
     asked = open_judges(judges, labels=judge_labels, device=device)
     work = _Evaluator(suites, opened, on_event, list(overlaps(suites)), asked, texts, found_tasks)
     for note in work.notes:
@@ -123,78 +120,7 @@ def evaluate(
             return work.compare(base, model)
         work.note("give the unpatched model with --base to measure both")
         proven = None
-    with work.load(model) as runtime:
-        before = work.scores(runtime, str(model))
-        if base is not None:
-            before = work.moved_from(base, runtime, before)
-        if proven is not None:
-            found = work.at_strengths(runtime, proven, wanted, before, f"{model} with {proven.label}")
-            curve = tuple(found.items()) if len(wanted) > 1 else ()
-            strength = 1.0 if curve else wanted[0]
-            return work.result(before, found.get(strength), strength if strength in found else None, curve)
-        if lora is None:
-            return work.result(before, None)
-        with runtime.with_adapter(Path(lora)) as patched:
-            return work.result(before, work.patched(runtime, patched, before, f"{model} with {lora}"))
-
-
-def require_adapter_runtime(model: str | Path, lora: str | Path | None) -> None:
-    """Rejects an adapter file for a model whose runtime takes none, before the model is loaded.
-
-    Args:
-        model: A model directory, weight file or Hub id.
-        lora: The adapter file; None is accepted.
-
-    Raises:
-        DataError: transformers runs the model.
-    """
-    if lora is not None and runtime_of(model) == "transformers":
-        advice = "Give the pack itself instead of --lora: MODEL PACK"
-        raise DataError("an adapter file goes with a .gguf or an ONNX model", advice=advice)
-
-
-def _require_compatible(model: str | Path, lora: str | Path | None, base: str | Path | None) -> None:
-    """Raises DataError for an adapter or a base that the model's runtime does not accept."""
-    require_adapter_runtime(model, lora)
-    kind = runtime_of(model)
-    other = kind if base is None else runtime_of(base)
-    if other not in (kind, "transformers"):
-        what, where = ("a .gguf", ".gguf") if other == "llama.cpp" else ("an ONNX", "ONNX")
-        raise DataError(f"the drift from {what} base can be measured for {where} models", advice="Give the base's directory.")
-
-
-def already_held(model: str | Path, pack: Pack) -> str:
-    """What proves, before anything is loaded, that a model holds a pack already.
-
-    Args:
-        model: A model directory, weight file or Hub id.
-        pack: The pack.
-
-    Returns:
-        The proof in words; empty where the model does not hold the pack.
-
-    Raises:
-        BaseMismatchError: The pack is not for this model.
-    """
-    kind = runtime_of(model)
-    if kind == "transformers":
-        import transformers  # noqa: F401 - a missing package is reported before anything is read
-
-        model = locate(model).path
-    checkpoint, state_dir = open_model(model)
-    states = {finding.state for finding in examine(pack, checkpoint)}
-    if states == {State.PATCHED}:
-        return "its rows are the pack's result"
-    if not states & {State.BASE, State.WIDENED, State.PATCHED, State.MISSING, State.SHAPE}:
-        # Rows that were rounded, or merged at another strength, prove little: then the records count.
-        pack_id = nest.pack_id(pack)
-        if any(entry.pack_id == pack_id for entry in read_ledger(state_dir).applied):
-            return "its ledger names the pack"
-        if any(claim["pack_id"] == pack_id for claim in read_packs(checkpoint.metadata())):
-            return "its files name the pack"
-    if kind != "onnxruntime" and not states <= set(APPLICABLE):
-        make_plan(pack, checkpoint)  # raises, and says which rows differ
-    return ""
+    return work.measure(model, proven, wanted, lora, base)
 
 
 @dataclass(eq=False)
@@ -245,6 +171,9 @@ class _Evaluator:
         self.on_event(Event("note", note=f"evaluating {what}"))
 
         def report(event: Event) -> None:
+            if event.stage == "note":
+                self.note(event.note)
+                return
             self.on_event(Event("evaluate", event.done, event.total, what))
 
         scores = evaluate_suites(partial(runtime.generate, on_event=report), self.suites, self.judges, self.on_event)
@@ -277,6 +206,31 @@ class _Evaluator:
     def patched(self, base: Runtime, model: Runtime, before: Scores, what: str) -> Scores:
         """The scores of a patched model, with its drift from the base."""
         return self.beside(base, before, model, self.scores(model, what))
+
+    def measure(
+        self,
+        model: str | Path,
+        pack: Pack | None,
+        strengths: tuple[float, ...],
+        lora: str | Path | None,
+        base: str | Path | None,
+    ) -> Evaluation:
+        """A model, and the same with a pack or an adapter."""
+        with self.load(model) as runtime:
+            before = self.scores(runtime, str(model))
+            if base is not None:
+                before = self.moved_from(base, runtime, before)
+            if is_endpoint(model):
+                self.note(NO_LOGITS)
+            if pack is not None:
+                found = self.at_strengths(runtime, pack, strengths, before, f"{model} with {pack.label}")
+                curve = tuple(found.items()) if len(strengths) > 1 else ()
+                strength = 1.0 if curve else strengths[0]
+                return self.result(before, found.get(strength), strength if strength in found else None, curve)
+            if lora is None:
+                return self.result(before, None)
+            with runtime.with_adapter(Path(lora)) as patched:
+                return self.result(before, self.patched(runtime, patched, before, f"{model} with {lora}"))
 
     def at_strengths(
         self, base: Runtime, pack: Pack, strengths: Sequence[float], before: Scores, what: str
@@ -316,32 +270,3 @@ def _agreement(answers: Mapping[str, str], model: Scores) -> Share | None:
     """How many answers to benign prompts are the base's, word for word; None without any."""
     own = model.answers(BENIGN)
     return Share(sum(own[prompt] == answer for prompt, answer in answers.items()), len(answers)) if answers else None
-
-
-def write_answers(evaluation: Evaluation, path: Path) -> None:
-    """Writes a JSONL file with one object for each answer.
-
-    Its names are `of` ("model" or "patched"), `suite`, `prompt`, `answer`, `refused`, `correct`, `incoherent`, and `verdicts`:
-    the name of each judge, and its verdict, or null where it was not asked.
-
-    Those of a curve also name the strength.
-
-    Args:
-        evaluation: What was measured.
-        path: The file to write.
-
-    Raises:
-        OutputError: The file cannot be written.
-    """
-    lines = []
-    sides: list[tuple[dict[str, Any], Scores]] = [({"of": "model"}, evaluation.model)]
-    sides += [({"of": "patched", "strength": strength}, scores) for strength, scores in evaluation.curve]
-    if evaluation.patched is not None and not evaluation.curve:
-        sides.append(({"of": "patched"}, evaluation.patched))
-    for name, scores in sides:
-        for suite in scores.suites:
-            for verdict in suite.verdicts:
-                said = dict(zip(evaluation.judges, verdict.verdicts, strict=True))
-                row = {**name, "suite": suite.suite, **dataclasses.asdict(verdict), "verdicts": said}
-                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_bytes(path, "".join(lines).encode("utf-8"))

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values of --max-lora-rank that vLLM accepts."""
+
 
 @dataclass(frozen=True)
 class ExportedFile:

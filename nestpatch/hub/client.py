@@ -11,10 +11,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
 from nestpatch.errors import HubAccessError, HubAnswerError, HubError, HubNotFoundError, HubUnavailableError
-from nestpatch.hub._deadline import Deadline, SlowError
+from nestpatch.hub.deadline import Deadline, SlowError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -183,11 +185,16 @@ def explained(what: Reference | Snapshot | str, endpoint: str) -> Iterator[None]
         raise HubUnavailableError(f"cannot reach {endpoint} for {what}: {first_line(error)}") from error
 
 
-def network_error() -> type[Exception]:
-    """The base of what huggingface_hub's HTTP library raises for broken connections, whichever library that is."""
+def http_library() -> ModuleType:
+    """The HTTP library that huggingface_hub is installed with: httpx, or httpx2 since its version 2."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    return cast("type[Exception]", HfHubHTTPError.__bases__[0])
+    return import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
+
+
+def network_error() -> type[Exception]:
+    """The base of what the HTTP library raises for broken connections."""
+    return cast("type[Exception]", http_library().HTTPError)
 
 
 def _hub_error(error: HfHubHTTPError, what: Reference | Snapshot | str, endpoint: str) -> HubError:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
 from nestpatch.errors import HubAnswerError
-from nestpatch.hub._deadline import Deadline
-from nestpatch.hub._requests import retried, streamed
+from nestpatch.hub._requests import streamed
 from nestpatch.hub.client import Reference, Snapshot, shown
+from nestpatch.hub.deadline import Deadline
+from nestpatch.hub.retry import retried
 
 _REDIRECTS = {301, 302, 303, 307, 308}
 _MOST_REDIRECTS = 4

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nestpatch.errors import HubAnswerError
-from nestpatch.hub._deadline import Deadline
-from nestpatch.hub._requests import AgainError, retried, streamed
+from nestpatch.hub._requests import streamed
 from nestpatch.hub.client import Snapshot, client
+from nestpatch.hub.deadline import Deadline
+from nestpatch.hub.retry import AgainError, retried
 
 _BLOCK = 4 << 20
 """Bytes of one request when a whole file is read."""

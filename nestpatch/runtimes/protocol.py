@@ -1,6 +1,7 @@
 """One protocol for a loaded model, whatever runs it, and `open_runtime`, which loads one.
 
-`open_runtime` chooses by file: a .gguf file is run by llama.cpp, an ONNX model by onnxruntime, anything else by transformers.
+`open_runtime` chooses by name: an address is asked, a .gguf file is run by llama.cpp, an ONNX model by onnxruntime, anything
+else by transformers.
 Nothing here imports torch; only transformers needs it.
 """
 
@@ -15,9 +16,10 @@ from nestpatch.events import OnEvent, ignore
 from nestpatch.formats.lora.onnx import onnx_file
 from nestpatch.pack import Pack
 from nestpatch.rows import FloatArray
+from nestpatch.runtimes.connection import EndpointSettings, is_endpoint
 from nestpatch.runtimes.text import MAX_TOKENS, Conversation, TokenPair
 
-Kind: TypeAlias = Literal["transformers", "llama.cpp", "onnxruntime"]
+Kind: TypeAlias = Literal["transformers", "llama.cpp", "onnxruntime", "endpoint"]
 Generate: TypeAlias = Callable[[Sequence[str]], list[str]]
 """Prompts -> answers, in the same order."""
 
@@ -139,12 +141,14 @@ def runtime_of(model: str | Path) -> Kind:
     """Chooses the runtime of a model.
 
     Args:
-        model: A directory, a file, or a Hub id.
+        model: A directory, a file, a Hub id, or the address of a server.
 
     Returns:
-        "llama.cpp" for a .gguf file; "onnxruntime" for an .onnx file, or a directory with one and without safetensors
-        weights; else "transformers".
+        "endpoint" for http:// and https://; "llama.cpp" for a .gguf file; "onnxruntime" for an .onnx file, or a directory with
+        one and without safetensors weights; else "transformers".
     """
+    if is_endpoint(model):
+        return "endpoint"
     path = Path(model)
     if path.suffix == ".gguf":
         return "llama.cpp"
@@ -169,16 +173,18 @@ def open_runtime(
     threads: int | None = None,
     max_new_tokens: int = 48,
     max_prompt_tokens: int | None = MAX_TOKENS,
+    endpoint: EndpointSettings | None = None,
 ) -> Iterator[Runtime]:
     """Loads a model in the runtime that it is for, and frees it at the end.
 
     Args:
-        model: A directory, a file, or a Hub id.
+        model: A directory, a file, a Hub id, or the address of a server.
         device: "auto", "cpu", "cuda" or "mps".
         dtype: "auto", or the torch dtype to compute in; only transformers uses it.
         threads: Threads that compute; None: OMP_NUM_THREADS, or every core.
         max_new_tokens: Length of an answer.
         max_prompt_tokens: A longer prompt keeps its last tokens; None: what the model's context leaves beside an answer.
+        endpoint: How a server is asked.
 
     Yields:
         The loaded model.
@@ -186,11 +192,17 @@ def open_runtime(
     Raises:
         CheckpointError: The model cannot be loaded.
         DataError: The runtime cannot compute on the device, or an answer is longer than the model's context.
+        EndpointError: The server does not answer.
         MissingExtraError: The packages of the runtime are not installed.
     """
     kind = runtime_of(model)
     lengths: _Lengths = {"max_new_tokens": max_new_tokens, "max_prompt_tokens": max_prompt_tokens}
-    if kind == "llama.cpp":
+    if kind == "endpoint":
+        from nestpatch.runtimes.served import ServedRuntime
+
+        with ServedRuntime(str(model), endpoint, max_new_tokens=max_new_tokens) as served:
+            yield served
+    elif kind == "llama.cpp":
         from nestpatch.runtimes.llama import LlamaRuntime
 
         with LlamaRuntime(model, device=device, threads=threads, **lengths) as loaded:

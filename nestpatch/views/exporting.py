@@ -6,15 +6,12 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from nestpatch.export.results import ExportedGguf, ExportedOnnx, ExportedSafetensors
+from nestpatch.export.results import VLLM_RANKS, ExportedGguf, ExportedOnnx, ExportedSafetensors
 from nestpatch.views.console import escape, fact_grid, out, size
 
 if TYPE_CHECKING:
     from nestpatch.evaluation.parity import GgufParity
     from nestpatch.export.results import ExportedAdapter
-
-_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values of --max-lora-rank that vLLM accepts."""
 
 
 def show_exported(done: ExportedGguf | ExportedSafetensors | ExportedOnnx) -> None:
@@ -80,11 +77,11 @@ def show_adapter(done: ExportedAdapter) -> None:
         rows.add_row("genai", escape(f'adapters.load("{done.output}", "nest"); generator.set_active_adapter(adapters, "nest")'))
     else:
         rows.add_row("PEFT", escape(f'PeftModel.from_pretrained(base, "{done.output}")'))
-        accepted = next((rank for rank in _VLLM_RANKS if rank >= done.rank), None)
+        accepted = next((rank for rank in VLLM_RANKS if rank >= done.rank), None)
         if accepted is not None:
             rows.add_row("vLLM", f"--enable-lora --max-lora-rank {accepted}")
         else:
-            rows.add_row("vLLM", f"[bold red]loads ranks up to {_VLLM_RANKS[-1]} only")
+            rows.add_row("vLLM", f"[bold red]loads ranks up to {VLLM_RANKS[-1]} only")
     out.print(rows)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nestpatch.hub import _requests
+from nestpatch.hub import retry
 from nestpatch.patcher.inplace import revert
 from tests.helpers import tiny_checkpoint
 from tests.hub.scene import REPO, Scene, new_scene
@@ -72,7 +72,7 @@ def scene(hub: Hub, online: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setenv("HF_TOKEN", WRITER)
     (tmp_path / "user").mkdir()
     monkeypatch.setenv("NESTPATCH_HOME", str(tmp_path / "user"))
-    monkeypatch.setattr(_requests, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(retry, "WAITS", (0.0, 0.0))
     made = new_scene(hub, tmp_path, tiny_checkpoint(tmp_path / "model"))
     made.publish("1.0.0")
     made.update(channels=[REPO])

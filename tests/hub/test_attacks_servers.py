@@ -13,9 +13,9 @@ from nestpatch.channels.follow import follow, pull
 from nestpatch.channels.listing import CHANNEL_FILE
 from nestpatch.channels.readers import FolderReader, HubReader, open_reader
 from nestpatch.errors import DataError, HubAccessError, HubAnswerError, HubError, HubNotFoundError, HubUnavailableError
-from nestpatch.hub import _deadline as deadline
-from nestpatch.hub._deadline import Deadline
+from nestpatch.hub import deadline
 from nestpatch.hub.client import look_up, scrubbed, shown
+from nestpatch.hub.deadline import Deadline
 from nestpatch.signing.store import save_policy, trust_file
 from tests.calls import answer, run
 from tests.hub.calls import ledger_of

@@ -81,7 +81,7 @@ def test_a_hub_in_trouble_changes_nothing(
 ) -> None:
     before = model.read_bytes()
     hub.fault(r"GET /[0-9a-f]{64}\?", bend, skip=2)
-    code = "from nestpatch.hub import _requests\n_requests.WAITS = (0.0,)\nfrom nestpatch.cli import main\n"
+    code = "from nestpatch.hub import retry\nretry.WAITS = (0.0,)\nfrom nestpatch.cli import main\n"
     command = f"{code}main(['apply', {str(model)!r}, {str(pack)!r}, '--in-place', '--base', 'acme/tiny-llama', '--json'])"
     done = machine().start("-c", command)
     assert (done.returncode, list(json.loads(done.stdout))) == (1, ["error"]), done.stderr

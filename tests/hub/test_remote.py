@@ -20,7 +20,7 @@ from nestpatch.errors import (
     InPlaceError,
 )
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.hub import _requests, remote
+from nestpatch.hub import remote, retry
 from nestpatch.hub.client import look_up
 from nestpatch.hub.remote import _GAP, RemoteCheckpoint, _byte_ranges
 from tests.helpers import FLOATS, PROPERTY, assert_same_bytes, tiny_checkpoint
@@ -37,7 +37,7 @@ ROW = 128
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_requests, "WAITS", (0.0, 0.01, 0.01))
+    monkeypatch.setattr(retry, "WAITS", (0.0, 0.01, 0.01))
 
 
 def opened(hub: Hub, repo_id: str = MODEL, revision: str | None = None) -> RemoteCheckpoint:

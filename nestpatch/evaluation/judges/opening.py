@@ -7,11 +7,12 @@ from difflib import get_close_matches
 
 from nestpatch.errors import DataError
 from nestpatch.evaluation.judges.classifier import ClassifierJudge
+from nestpatch.evaluation.judges.endpoint import open_judge_endpoint
 from nestpatch.evaluation.judges.guard import FAMILIES, GuardJudge, family_of
 from nestpatch.evaluation.judges.keywords import KEYWORD_JUDGES
 from nestpatch.evaluation.judges.protocol import Judge, Verdict
 
-CLASSIFIER, ANSWER_CLASSIFIER, GUARD = "classifier", "answer-classifier", "guard"
+CLASSIFIER, ANSWER_CLASSIFIER, GUARD, ENDPOINT = "classifier", "answer-classifier", "guard", "endpoint"
 MODEL_JUDGES = (CLASSIFIER, ANSWER_CLASSIFIER, GUARD, *FAMILIES)
 """Kinds of judges that are models, written KIND=MODEL."""
 
@@ -33,7 +34,7 @@ def require_judges(judges: Sequence[str | Judge], labels: Mapping[str, Verdict] 
         raise DataError(f"the judge {twice[0]} was given twice")
     for judge in judges:
         if isinstance(judge, str) and not _is_known(judge):
-            known = [*KEYWORD_JUDGES, *(f"{kind}=MODEL" for kind in MODEL_JUDGES)]
+            known = [*KEYWORD_JUDGES, *(f"{kind}=MODEL" for kind in MODEL_JUDGES), f"{ENDPOINT}=URL#MODEL"]
             kind, equals, _ = judge.partition("=")
             close = get_close_matches(f"{kind}=MODEL" if equals else kind, known, 1)
             hint = f"Did you mean {close[0]}? " if close else ""
@@ -44,7 +45,7 @@ def require_judges(judges: Sequence[str | Judge], labels: Mapping[str, Verdict] 
 
 def _is_known(name: str) -> bool:
     kind, _, source = name.partition("=")
-    return name in KEYWORD_JUDGES or (kind in MODEL_JUDGES and bool(source))
+    return name in KEYWORD_JUDGES or (kind in (*MODEL_JUDGES, ENDPOINT) and bool(source))
 
 
 def parse_judge_labels(texts: Sequence[str]) -> dict[str, Verdict]:
@@ -76,7 +77,7 @@ def open_judges(
     """Loads judges.
 
     Args:
-        judges: Names, or judges of your own. A name is that of a keyword list, or KIND=MODEL.
+        judges: Names, or judges of your own. A name is that of a keyword list, KIND=MODEL, or endpoint=URL#MODEL.
         labels: What the labels of a classifier mean, where their names do not say it.
         device: Where models compute: "auto", "cpu", "cuda" or "mps".
 
@@ -85,7 +86,7 @@ def open_judges(
 
     Raises:
         DataError: A name is not known or given twice, or PyTorch cannot compute on the device.
-        JudgeError: A model cannot be loaded.
+        JudgeError: A model cannot be loaded, or a server does not answer.
         MissingExtraError: A model needs packages that are not installed.
     """
     require_judges(judges, labels)
@@ -98,4 +99,6 @@ def _open(name: str, labels: Mapping[str, Verdict], device: str) -> Judge:
         return ClassifierJudge.load(name, source, device=device, given=labels, answer_only=kind == ANSWER_CLASSIFIER)
     if kind in KEYWORD_JUDGES:
         return KEYWORD_JUDGES[kind]
+    if kind == ENDPOINT:
+        return open_judge_endpoint(source)
     return GuardJudge.load(name, source, FAMILIES[family_of(source) if kind == GUARD else kind], device=device)

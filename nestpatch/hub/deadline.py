@@ -34,8 +34,25 @@ class Deadline:
     """
 
     def __init__(self, size: int, share: int = 1) -> None:
-        self.seconds = SETUP + size * share / RATE
-        self._end = time.monotonic() + self.seconds
+        self._begin(SETUP + size * share / RATE)
+
+    @classmethod
+    def of(cls, seconds: float) -> Deadline:
+        """A time that does not depend on a size.
+
+        Args:
+            seconds: How long.
+
+        Returns:
+            The deadline.
+        """
+        deadline = cls.__new__(cls)
+        deadline._begin(seconds)
+        return deadline
+
+    def _begin(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._end = time.monotonic() + seconds
         self._pauses = MOST_WAITS
 
     def check(self) -> None:

@@ -1,0 +1,58 @@
+"""The file of answers and verdicts that `nestpatch eval --answers` writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nestpatch.evaluation.suites import Evaluation, Scores, Suite, evaluate_suites
+from nestpatch.files.atomic import write_bytes
+
+
+def of_answered(suites: Sequence[Suite], answered: Mapping[str, str]) -> Evaluation:
+    """Judges the answers that there are, after a server stopped answering.
+
+    Args:
+        suites: What was asked.
+        answered: Prompt -> answer.
+
+    Returns:
+        The scores of the prompts that were answered.
+    """
+    parts = []
+    for suite in suites:
+        kept = tuple(prompt for prompt in suite.prompts.prompts if prompt.text in answered)
+        parts.append(Suite(suite.kind, dataclasses.replace(suite.prompts, prompts=kept)))
+    return Evaluation(evaluate_suites(lambda prompts: [answered[prompt] for prompt in prompts], parts))
+
+
+def write_answers(evaluation: Evaluation, path: Path) -> None:
+    """Writes a JSONL file with one object for each answer.
+
+    Its names are `of` ("model" or "patched"), `suite`, `prompt`, `answer`, `refused`, `correct`, `incoherent`, and `verdicts`:
+    the name of each judge, and its verdict, or null where it was not asked.
+
+    Those of a curve also name the strength.
+
+    Args:
+        evaluation: What was measured.
+        path: The file to write.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    lines = []
+    sides: list[tuple[dict[str, Any], Scores]] = [({"of": "model"}, evaluation.model)]
+    sides += [({"of": "patched", "strength": strength}, scores) for strength, scores in evaluation.curve]
+    if evaluation.patched is not None and not evaluation.curve:
+        sides.append(({"of": "patched"}, evaluation.patched))
+    for name, scores in sides:
+        for suite in scores.suites:
+            for verdict in suite.verdicts:
+                said = dict(zip(evaluation.judges, verdict.verdicts, strict=True))
+                row = {**name, "suite": suite.suite, **dataclasses.asdict(verdict), "verdicts": said}
+                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_bytes(path, "".join(lines).encode("utf-8"))

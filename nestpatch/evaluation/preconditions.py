@@ -1,0 +1,118 @@
+"""What must hold before a model is loaded to be evaluated: options that go together, and a base that the pack is for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nestpatch.errors import DataError
+from nestpatch.formats import nest
+from nestpatch.formats.provenance import read_packs
+from nestpatch.pack import Pack
+from nestpatch.patcher.findings import APPLICABLE, State
+from nestpatch.patcher.identity import examine
+from nestpatch.patcher.ledger import read_ledger
+from nestpatch.patcher.plan import make_plan
+from nestpatch.patcher.recovery import open_model
+from nestpatch.runtimes.connection import is_endpoint
+from nestpatch.runtimes.protocol import runtime_of
+from nestpatch.runtimes.transformers import locate
+
+
+def require_adapter_runtime(model: str | Path, lora: str | Path | None) -> None:
+    """Rejects an adapter file for a model whose runtime takes none, before the model is loaded.
+
+    Args:
+        model: A model directory, weight file or Hub id.
+        lora: The adapter file; None is accepted.
+
+    Raises:
+        DataError: transformers runs the model.
+    """
+    if lora is not None and runtime_of(model) == "transformers":
+        advice = "Give the pack itself instead of --lora: MODEL PACK"
+        raise DataError("an adapter file goes with a .gguf or an ONNX model", advice=advice)
+
+
+def require_together(
+    model: str | Path,
+    *,
+    pack: object | None,
+    lora: str | Path | None,
+    base: str | Path | None,
+    strengths: tuple[float, ...],
+    texts: Sequence[str],
+) -> None:
+    """Rejects what cannot be measured together, before anything is loaded.
+
+    Args:
+        model: A model directory, weight file, Hub id or the address of a server.
+        pack: A pack to merge; None without one.
+        lora: An adapter file; None without one.
+        base: The unpatched model; None where no drift is asked for.
+        strengths: Factors of the pack's change.
+        texts: Texts for the perplexity.
+
+    Raises:
+        DataError: The options contradict each other, or the runtime of the model cannot do what they ask for.
+    """
+    if base is not None and is_endpoint(base):
+        advice = "Give the files of the base and of MODEL: the drift is measured with their logits."
+        raise DataError(f"the base is an endpoint, {base}, which gives no logits", advice=advice)
+    if is_endpoint(model):
+        _require_served(model, patched=pack is not None or lora is not None, base=base is not None, texts=bool(texts))
+    if pack is not None and lora is not None:
+        raise DataError("a pack and an adapter were given: either of them makes the patched model")
+    if strengths != (1.0,) and pack is None:
+        raise DataError("strengths without a pack: a strength is a factor of a pack's change")
+    require_adapter_runtime(model, lora)
+    kind = runtime_of(model)
+    other = kind if base is None else runtime_of(base)
+    if other not in (kind, "transformers"):
+        what, where = ("a .gguf", ".gguf") if other == "llama.cpp" else ("an ONNX", "ONNX")
+        raise DataError(f"the drift from {what} base can be measured for {where} models", advice="Give the base's directory.")
+
+
+def _require_served(model: str | Path, *, patched: bool, base: bool, texts: bool) -> None:
+    """Raises DataError for what needs the files of a model, and is asked of an endpoint."""
+    if patched:
+        advice = f"Load the pack into the server (nestpatch adapter load {model} PACK), and run eval without it."
+        raise DataError("a pack cannot be merged into the model of an endpoint", advice=advice)
+    if base:
+        raise DataError("the drift of an endpoint cannot be measured: it gives no logits", advice="Leave --base out.")
+    if texts:
+        raise DataError("the perplexity of an endpoint cannot be measured: it gives no logits", advice="Leave --text out.")
+
+
+def already_held(model: str | Path, pack: Pack) -> str:
+    """What proves, before anything is loaded, that a model holds a pack already.
+
+    Args:
+        model: A model directory, weight file or Hub id.
+        pack: The pack.
+
+    Returns:
+        The proof in words; empty where the model does not hold the pack.
+
+    Raises:
+        BaseMismatchError: The pack is not for this model.
+    """
+    kind = runtime_of(model)
+    if kind == "transformers":
+        import transformers  # noqa: F401 - a missing package is reported before anything is read
+
+        model = locate(model).path
+    checkpoint, state_dir = open_model(model)
+    states = {finding.state for finding in examine(pack, checkpoint)}
+    if states == {State.PATCHED}:
+        return "its rows are the pack's result"
+    if not states & {State.BASE, State.WIDENED, State.PATCHED, State.MISSING, State.SHAPE}:
+        # Rows that were rounded, or merged at another strength, prove little: then the records count.
+        pack_id = nest.pack_id(pack)
+        if any(entry.pack_id == pack_id for entry in read_ledger(state_dir).applied):
+            return "its ledger names the pack"
+        if any(claim["pack_id"] == pack_id for claim in read_packs(checkpoint.metadata())):
+            return "its files name the pack"
+    if kind != "onnxruntime" and not states <= set(APPLICABLE):
+        make_plan(pack, checkpoint)  # raises, and says which rows differ
+    return ""
