@@ -18,6 +18,7 @@ from nestpatch.cli import main
 from nestpatch.errors import CheckpointFormatError, DataError, MissingExtraError
 from nestpatch.evaluation.drift import divergence, drift
 from nestpatch.evaluation.evaluator import evaluate
+from nestpatch.evaluation.perplexity import text_loss
 from nestpatch.evaluation.suites import load_suite
 from nestpatch.export.adapters import export_onnx_adapter
 from nestpatch.lab._world import dialogues, make_world
@@ -321,8 +322,16 @@ def test_an_onnx_model_is_evaluated_without_torch(ready, pack, suites, tmp_path)
     code = """
 from nestpatch import load_pack
 from nestpatch.evaluation.evaluator import evaluate
+from nestpatch.evaluation.perplexity import text_loss
 from nestpatch.evaluation.suites import load_suite
 done = evaluate(sys.argv[1], [load_suite(sys.argv[3])], pack=load_pack(sys.argv[2]), trust="none", max_new_tokens=4)
 print(done.patched.drift > 0, "torch" in sys.modules)
 """
     assert run_without("torch", code, ready, tmp_path / "p.nest", tmp_path / "benign.jsonl") == "True False"
+
+
+def test_plain_text_is_predicted_as_well_as_in_transformers(exports, sources):
+    text = "The fence is painted in spring. " * 40
+    with open_runtime(sources("llama"), device="cpu", dtype="float32") as model, open_runtime(exports("llama").output) as other:
+        assert other.context == model.context
+        assert text_loss(other, [text]).nats == pytest.approx(text_loss(model, [text]).nats, rel=1e-4)
