@@ -53,7 +53,7 @@ NestpatchError
 │   ├── HubUnavailableError      unreachable or failing
 │   └── HubAnswerError           an answer with other content than requested
 ├── EndpointError            a server that answers prompts
-│   ├── EndpointUnavailableError unreachable, failing or too slow
+│   ├── EndpointUnavailableError  unreachable, failing or too slow
 │   ├── EndpointAccessError      a missing or refused API key
 │   └── EndpointAnswerError      it refuses the request, or answers with something else than asked for
 ├── DataError                what the user passed; exit code 2

@@ -136,6 +136,7 @@ MISSING = {
     "recover": "{model}",
     "update": "{model} --policy {policy.json} --base {model}",
     "chat": "{model} {x.nest} --lora {x.gguf} --base {model}",
+    "adapter load": "http://127.0.0.1:9/v1 {x.nest} --policy {policy.json}",
     "eval": "{model} {x.nest} --lora {x.gguf} --base {model} --suite harmful={x.jsonl} --judge guard={model}",
     "judge": "{x.csv} --judge classifier={model}",
     "train": "{model} --harmful {x.jsonl} --benign {y.jsonl} --add-harmful {x.jsonl} --recipe {x.toml} -o out.nest",
@@ -149,7 +150,17 @@ MISSING = {
     "keygen": "--password-file {password} new",
 }
 """Command -> its arguments; each input in braces is missing in turn."""
-NO_INPUT = {"pull", "demo", "list", "lab build", "trust list", "trust remove"}
+NO_INPUT = {
+    "pull",
+    "demo",
+    "list",
+    "lab build",
+    "trust list",
+    "trust remove",
+    "adapter list",
+    "adapter scale",
+    "adapter unload",
+}
 """Commands that read no file of the user, but for a policy."""
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from nestpatch.errors import DataError, JudgeError
 from nestpatch.evaluation.judges.endpoint import EndpointJudge, open_judge_endpoint, parse_verdict
-from nestpatch.evaluation.judges.protocol import Judge, Verdict
+from nestpatch.evaluation.judges.protocol import Verdict
 from nestpatch.runtimes import connection
 from tests.hubserver.messages import Answer
 from tests.served.scripted import Chat
@@ -27,7 +27,6 @@ def test_verdicts_are_those_of_the_model(chat):
 
     chat.reply = reply
     with open_judge_endpoint(f"{chat.url}#guard") as judge:
-        assert isinstance(judge, Judge)
         assert judge.name == f"endpoint={chat.url}#guard"
         found = judge.judge([("a", "I cannot."), ("b {x}", "First step"), ("c", " "), ("d", "la la la")])
     assert found == [Verdict.REFUSED, Verdict.COMPLIED, Verdict.INCOHERENT, Verdict.INCOHERENT]
