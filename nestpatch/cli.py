@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from nestpatch import __version__
-from nestpatch.commands import demo, evaluating, exporting, fleet, inspecting, patching, signing, training
+from nestpatch.commands import checking, demo, evaluating, exporting, fleet, inspecting, patching, signing, training
 from nestpatch.commands.options import Terminated, print_json, say
 from nestpatch.errors import FileSystemError, MissingExtraError, NestpatchError, OutOfMemoryError, UnexpectedError
 from nestpatch.plain import lines
@@ -47,6 +47,7 @@ SECTIONS: dict[str, dict[click.Command, str]] = {
         inspecting.status: "Show what is applied to a model.",
         inspecting.list_models: "List the models that you have patched.",
         inspecting.verify: "Check which state the weights of a model are in.",
+        checking.doctor: "Check the health of a deployed, patched model.",
         inspecting.diff: "Compare two models or two packs.",
     },
     "Ship": {
@@ -75,6 +76,7 @@ MEANT = {
     "eval": ("evaluate", "test", "measure"),
     "show": ("info", "inspect", "describe"),
     "verify": ("check",),
+    "doctor": ("health", "diagnose"),
     "diff": ("compare",),
     "export": ("convert",),
     "push": ("publish", "upload"),
