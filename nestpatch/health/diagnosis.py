@@ -37,7 +37,7 @@ from nestpatch.patcher.kept import load_pack
 from nestpatch.patcher.plan import check_strength
 from nestpatch.patcher.recovery import require_settled
 from nestpatch.patcher.state_dir import StateDir, state_dir_of
-from nestpatch.patcher.status import Status, released_packs
+from nestpatch.patcher.status import ReleasedPack, Status, released_packs
 from nestpatch.patcher.status import status as read_status
 from nestpatch.runtimes.chat_form import read_chat_form
 from nestpatch.signing.store import load_policy
@@ -265,11 +265,12 @@ class _Doctor:
             self.checks.append(measurement_check(pack.label, pack.manifest.evaluation, measured))
 
 
-def _strength(claim: Any, given: float) -> float:
+def _strength(claim: ReleasedPack | None, given: float) -> float:
     """The strength that the files name, where it is one; else the one that the user gave."""
     found = claim.strength if claim is not None else None
-    valid = isinstance(found, (int, float)) and not isinstance(found, bool) and 0 < found <= 2
-    return float(found) if valid else given
+    if isinstance(found, (int, float)) and not isinstance(found, bool) and 0 < found <= 2:
+        return float(found)
+    return given
 
 
 def _chat_facts(known: Sequence[KnownPack], base: str | Path | None) -> tuple[Mapping[str, Any] | None, str]:

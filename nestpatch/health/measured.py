@@ -35,7 +35,8 @@ def measurement_check(label: str, stated: Mapping[str, Any], measured: Mapping[s
     after = stated.get("after")
     cards = after.get("suites") if isinstance(after, Mapping) else None
     cards = cards if isinstance(cards, Mapping) else {}
-    worse, within = [], []
+    worse: list[str] = []
+    within: list[str] = []
     for name, result in measured["suites"].items():
         key, title = _SHARES[result["kind"]]
         card = cards.get(name)

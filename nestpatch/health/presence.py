@@ -26,6 +26,10 @@ VISIBLE = 0.006
 sketches' own rounding to half precision make 0.001."""
 OVERWRITTEN = 0.75
 """Change of a row, relative to its delta, from which the row no longer counts as patched."""
+_NOISE = 4.0
+"""The same in rows that were rounded to few bits, relative to the median change, most of which is the rounding's."""
+_QUIET = 0.3
+"""Median change relative to the deltas up to which single rows of such types can be judged."""
 _SAME = 0.85
 """Correlation of sketches from which rows are those of the base with changes: that of coarse quantization."""
 _ROUNDS = 30
@@ -121,7 +125,7 @@ class Presence:
             "standard_error": self.error,
             "likeness": self.likeness,
             "missing": list(self.missing),
-            "tensors": [one.as_json() for one in self.tensors if not one.exact],
+            "by_tensor": [one.as_json() for one in self.tensors if not one.exact],
         }
 
 
@@ -143,11 +147,14 @@ class _Projected:
     products: Numbers
     """[rows, 3]: <row, row>, <row, delta>, <delta, delta>."""
     plain: bool
+    rounded: bool
+    """Whether the rows, or the base that the pack was merged into, are of a quantized type."""
 
     def norms(self, share: float) -> Numbers:
         """[rows, 1]: norms of the rows without `share` of the delta."""
         whole, mixed, alone = self.products.T
-        return np.sqrt(np.maximum(whole - 2 * share * mixed + share * share * alone, 1e-30))[:, None]
+        norms: Numbers = np.sqrt(np.maximum(whole - 2 * share * mixed + share * share * alone, 1e-30))[:, None]
+        return norms
 
     def gaps(self, share: float) -> Numbers:
         """[rows, k]: what is left of the rows without the base and `share` of the delta, in the scale of the weights."""
@@ -189,7 +196,8 @@ def presence(
             strength == 1 and digest(rows for _, rows in touched_blocks(delta, checkpoint)) == pack.manifest.result[delta.name]
         )
         left_out = (others or {}).get(delta.name, np.empty(0, np.int64))
-        found[delta.name] = (None if exact else _projected(delta, checkpoint, base, left_out)), exact
+        rounded = pack.manifest.base.tensors[delta.name].quantized
+        found[delta.name] = (None if exact else _projected(delta, checkpoint, base, left_out, rounded=rounded)), exact
     unsure = [one for one, _ in found.values() if one is not None and len(one.rows)]
     by = "digests" if not unsure else "base" if base is not None else "sketches"
     share, error = _fit(unsure)
@@ -204,7 +212,7 @@ def presence(
 
 
 def _projected(
-    delta: TensorDelta, checkpoint: Checkpoint, base: Checkpoint | None, left_out: npt.NDArray[np.int64]
+    delta: TensorDelta, checkpoint: Checkpoint, base: Checkpoint | None, left_out: npt.NDArray[np.int64], *, rounded: bool
 ) -> _Projected:
     info = checkpoint.info(delta.name)
     parts: list[tuple[Numbers, Numbers, Numbers, Numbers]] = []
@@ -225,7 +233,7 @@ def _projected(
             along, size = _along(moved, change)
             parts.append((along, size, np.zeros_like(along), products))
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    return _Projected(columns[0], columns[1], columns[2], columns[3], info.plain)
+    return _Projected(columns[0], columns[1], columns[2], columns[3], info.plain, rounded or not info.plain)
 
 
 def _along(moved: FloatArray | Numbers, change: Numbers) -> tuple[Numbers, Numbers]:
@@ -266,9 +274,11 @@ def _weights(one: _Projected, share: float) -> Numbers:
         gaps = np.sqrt(((one.gaps(share) / one.norms(share)) ** 2).sum(1, keepdims=True))
         finite = np.isfinite(gaps)
         if not one.plain or not finite.any():
-            return finite.astype(np.float64)
+            alike: Numbers = finite.astype(np.float64)
+            return alike
         scale = 3 * max(float(np.median(gaps[finite])), VISIBLE / 3)
-        return np.where(finite, 1 / (1 + (gaps / scale) ** 2), 0.0)
+        weights: Numbers = np.where(finite, 1 / (1 + (gaps / scale) ** 2), 0.0)
+        return weights
 
 
 def _tensor(name: str, one: _Projected, strength: float) -> TensorRows:
@@ -278,12 +288,16 @@ def _tensor(name: str, one: _Projected, strength: float) -> TensorRows:
     change = np.sqrt((one.gaps(strength if share is None else share) ** 2).sum(1))
     whole = float(np.sqrt((sizes**2).sum()))
     relative = float(np.sqrt((change**2).sum())) / whole if whole > 0 else None
-    if not one.plain:
-        return TensorRows(name, len(one.rows), False, None, None, share, relative)
     apart = np.sqrt((one.gaps(strength) ** 2).sum(1))
+    lengths, norms = np.sqrt((one.delta**2).sum(1)), one.norms(strength)[:, 0]
+    visible = VISIBLE
+    if one.rounded and len(apart):
+        if not np.median(apart) <= _QUIET * np.median(lengths):
+            return TensorRows(name, len(one.rows), False, None, None, share, relative)
+        visible = max(VISIBLE, _NOISE * float(np.median(apart / norms)))
     # NaN, from rows that are not finite, counts as changed.
-    changed = ~(apart <= VISIBLE * one.norms(strength)[:, 0])
-    lost = changed & ~(apart < OVERWRITTEN * abs(strength) * np.sqrt((one.delta**2).sum(1)))
+    changed = ~(apart <= visible * norms)
+    lost = changed & ~(apart < OVERWRITTEN * abs(strength) * lengths)
     return TensorRows(name, len(one.rows), False, int(changed.sum()), int(lost.sum()), share, relative)
 
 
@@ -291,8 +305,12 @@ def _likeness(tensors: Sequence[_Projected], share: float | None, with_base: boo
     """Correlation of the base's sketches with those of the rows without the pack; 1 where there is nothing to compare."""
     if with_base or not tensors:
         return 1.0
-    with np.errstate(invalid="ignore", over="ignore"):
-        found = np.concatenate([((t.rows - (share or 0.0) * t.delta) / t.norms(share or 0.0)).ravel() for t in tensors])
-        ours = np.concatenate([one.base.ravel() for one in tensors])
-        norm = float(np.sqrt((found @ found) * (ours @ ours)))
-    return float(found @ ours) / norm if norm > 0 and math.isfinite(norm) else 0.0
+    part = share or 0.0
+    both = ours = theirs = 0.0
+    for one in tensors:
+        weights, found = _weights(one, part), (one.rows - part * one.delta) / one.norms(part)
+        found = np.where(weights > 0, found, 0.0)
+        both += float((weights * found * one.base).sum())
+        ours += float((weights * one.base * one.base).sum())
+        theirs += float((weights * found * found).sum())
+    return both / math.sqrt(ours * theirs) if ours * theirs > 0 else 0.0
