@@ -18,7 +18,10 @@ CHATML = (
 )
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant named Tiny.<|im_end|>\n"
 THINKING = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n\n</think>\n\n{% endif")
-INSTRUCT = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}{% endif %}{% endfor %}"
+INSTRUCT = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}{% endif %}{% endfor %}"
+)
 
 
 def form(folder: Path, template: str, **generation: object) -> ChatForm:
