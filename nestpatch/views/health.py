@@ -23,7 +23,7 @@ def show_diagnosis(found: Diagnosis) -> None:
     for check in found.checks:
         quiet = check.state.value == "not checked"
         text = f"[dim]not checked: {escape(check.detail)}[/]" if quiet else escape(check.detail)
-        out.print(f"{_SIGNS[check.state.value]} {check.name:<{_WIDTH}} {text}")
+        out.print(f"{_SIGNS[check.state.value]} {escape(f'{check.name:<{_WIDTH}}')} {text}")
         if check.advice and check.state.value in ("warning", "failed"):
             out.print(f"{'':<{_WIDTH + 3}}[bold]What to do[/]: {escape(check.advice)}")
     verdict = "[green]healthy[/]" if found.healthy else "[bold red]not healthy[/]"
