@@ -19,7 +19,8 @@ from nestpatch.formats import nest
 from nestpatch.health.checks import NAMES, Check, Health
 from nestpatch.pack import Pack
 from tests.calls import answer, run
-from tests.gguf.files import gguf_of
+from tests.gguf.files import NAMES as GGUF_NAMES
+from tests.gguf.files import gguf_of, repacked, values
 from tests.helpers import DTYPES, load_tensors, tiny_checkpoint, tiny_pack, tree_digest
 from tests.onnx.files import build
 from tests.onnx.files import save as save_onnx
@@ -225,6 +226,26 @@ def test_gguf(tmp_path: Path, kind: str) -> None:
     assert found.healthy, found.checks
     assert found.presence[LABEL].share == pytest.approx(1, abs=0.05)
     assert states(found)["generation"] == "not checked"
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_a_fine_tune_of_a_pack_for_a_quantized_file(tmp_path: Path, kind: str) -> None:
+    """The pack was merged into blocks: their rounding is no change, in float files that were made of them."""
+    base = tiny_checkpoint(tmp_path / "base", dtype="F32", hidden=64, inter=64)
+    file = gguf_of(base, tmp_path / "m.gguf", kind)
+    pack = repacked(file, tiny_pack(base, neurons=40))
+    nestpatch.apply_in_place(file, pack)
+    ours = {name: key for key, name in GGUF_NAMES.items()}
+    tensors = {ours[name]: rows for name, rows in values(file).items() if name in ours}
+    for changed in (0, 3):
+        for delta in pack:
+            tensors[delta.name][delta.rows[:changed]] *= -1
+        (tmp_path / "tuned.safetensors").write_bytes(save({name: np.ascontiguousarray(t) for name, t in tensors.items()}))
+        found = doctor(tmp_path / "tuned.safetensors", [pack])
+        assert states(found)["pack"] == "ok", found.checks
+        assert states(found)["rows"] == ("warning" if changed else "ok"), found.checks
+        if changed:
+            assert (found.presence[LABEL].changed, found.presence[LABEL].overwritten) == (12, 12)
 
 
 def test_onnx(tmp_path: Path) -> None:
