@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from nestpatch.formats.nest import write as save_pack
     from nestpatch.gate import Proven as Proven
     from nestpatch.gate import prove as prove
+    from nestpatch.health.diagnosis import Diagnosis as Diagnosis
+    from nestpatch.health.diagnosis import doctor as doctor
     from nestpatch.nest_train.data import TrainingData as TrainingData
     from nestpatch.nest_train.plan import TrainingPlan as TrainingPlan
     from nestpatch.nest_train.plan import plan as plan_training
@@ -85,6 +87,7 @@ _HOMES = {
     "apply_in_place": "patcher.inplace",
     "builtin_suites": "evaluation.suites",
     "diff": "compare.diff",
+    "doctor": "health.diagnosis",
     "evaluate": "evaluation.evaluator",
     "export_gguf": "export.gguf",
     "export_gguf_lora": "export.adapters",
@@ -120,6 +123,7 @@ _HOMES = {
     "Evaluation": "evaluation.suites",
     "Applied": "patcher.apply",
     "Changed": "patcher.inplace",
+    "Diagnosis": "health.diagnosis",
     "Dose": "evaluation.dose",
     "Event": "events",
     "Label": "pack",

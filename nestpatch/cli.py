@@ -22,6 +22,7 @@ import click
 from nestpatch import __version__
 from nestpatch.commands import (
     chatting,
+    checking,
     demo,
     evaluating,
     exporting,
@@ -60,6 +61,7 @@ SECTIONS: dict[str, dict[click.Command, str]] = {
         inspecting.status: "Show what is applied to a model.",
         inspecting.list_models: "List the models that you have patched.",
         inspecting.verify: "Check which state the weights of a model are in.",
+        checking.doctor: "Check the health of a deployed, patched model.",
         inspecting.diff: "Compare two models or two packs.",
     },
     "Ship": {
@@ -90,6 +92,7 @@ MEANT = {
     "eval": ("evaluate", "test", "measure"),
     "show": ("info", "inspect", "describe"),
     "verify": ("check",),
+    "doctor": ("health", "diagnose"),
     "diff": ("compare",),
     "export": ("convert",),
     "push": ("publish", "upload"),

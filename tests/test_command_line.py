@@ -130,6 +130,7 @@ MISSING = {
     "show": "{x.nest}",
     "status": "{model}",
     "verify": "{model} {x.nest} --base {model}",
+    "doctor": "{model} --pack {x.nest} --base {model} --policy {policy.json} --suite harmful={x.jsonl}",
     "diff": "{x.nest} {x.nest}",
     "apply": "{model} {x.nest} --policy {policy.json} --base {model}",
     "revert": "{model} --policy {policy.json} --base {model}",

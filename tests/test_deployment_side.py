@@ -42,6 +42,7 @@ LAYERS = [
     {"nestpatch.compare"},
     {"nestpatch.prompts"},
     {"nestpatch.runtimes"},
+    {"nestpatch.health"},
     {"nestpatch.export"},
     {"nestpatch.evaluation"},
     {"nestpatch.chat"},
@@ -72,7 +73,7 @@ def module_name(file: Path) -> str:
 
 
 FILES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
-LIGHT = ("files", "formats", "signing", "patcher", "compare", "export")
+LIGHT = ("files", "formats", "signing", "patcher", "compare", "health", "export")
 DEPLOYED = [
     name for name in FILES if name.startswith(tuple(f"nestpatch.{room}" for room in LIGHT)) and ".export.onnx" not in name
 ]

@@ -129,6 +129,7 @@ def of_files(run: Scenario, base: Path, one: Path, two: Path) -> None:
     run.note("diff MODEL MODEL", "diff", base, copy, code=1)
     run.note("diff MODEL MODEL -o", "diff", base, copy, "-o", run.folder / "safe.nest", "--license", "Apache-2.0")
     run.note("verify", "verify", base, one, code=1, name="verify-pack")
+    run.note("doctor", "doctor", base, "--pack", one, code=1, name="doctor-unpatched")
     run.note("recover", "recover", base)
 
 
@@ -188,6 +189,7 @@ def of_channels(run: Scenario, model: Path, one: Path, two: Path) -> None:
     run.note("apply --in-place", "apply", model, channel, "--in-place", "--strength", "0.5")
     run.note("status", "status", model)
     run.note("verify", "verify", model, "--full")
+    run.note("doctor", "doctor", model)
     answer("push", two, channel, *key)
     run.note("update", "update", model, "--check", code=10, name="update-check")
     run.note("update", "update", model)

@@ -34,7 +34,7 @@ from nestpatch.formats import nest
 from nestpatch.pack import Pack
 from nestpatch.plain import count, lines, markdown, number, one_line
 from nestpatch.signing import keys
-from nestpatch.views import chat, comparing, console, demo, evaluation, exporting, models, packs, progress, publishing
+from nestpatch.views import chat, comparing, console, demo, evaluation, exporting, health, models, packs, progress, publishing
 from tests.helpers import tiny_checkpoint, tiny_pack
 
 HOSTILE = (
@@ -43,7 +43,7 @@ HOSTILE = (
     "\u200b", "\u2028", "\x00", "\x07", "[link=http://evil", "x]", "\\", "\\\\\\", ":boom:", "\udcff", "\u3164", "[bold",
 )  # fmt: skip
 RAW = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\u3164]")
-MODULES = (chat, comparing, console, demo, evaluation, exporting, models, packs, progress, publishing)
+MODULES = (chat, comparing, console, demo, evaluation, exporting, health, models, packs, progress, publishing)
 
 
 def value_of(kind: Any, text: str, depth: int = 0) -> Any:
@@ -132,6 +132,7 @@ def cases() -> dict[str, Callable[[str], None]]:
     from nestpatch.evaluation.parity import GgufParity
     from nestpatch.evaluation.suites import Scores
     from nestpatch.export.results import ExportedAdapter, ExportedGguf, ExportedOnnx, ExportedSafetensors
+    from nestpatch.health.diagnosis import Diagnosis
     from nestpatch.nest_train.plan import TrainingPlan
     from nestpatch.nest_train.train import Trained
     from nestpatch.patcher.apply import Applied
@@ -176,6 +177,7 @@ def cases() -> dict[str, Callable[[str], None]]:
         "show_status": simple(models.show_status, Status),
         "show_patched": lambda text: models.show_patched([filled(PatchedModel, text)]),
         "show_verification": lambda text: models.show_verification(text, filled(Verification, text)),
+        "show_diagnosis": simple(health.show_diagnosis, Diagnosis),
         "show_pack": shown_packs,
         "evaluation_table": show_evaluation,
         "agreement_table": lambda text: console.out.print(evaluation.agreement_table([filled(Agreement, text)])),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nestpatch.errors import MissingExtraError
+from nestpatch.errors import CheckpointError, MissingExtraError
 from nestpatch.evaluation.concerns import concerns
 from nestpatch.evaluation.dose import Dose, DosePoint, dose_json
 from nestpatch.evaluation.suites import BENIGN, Scores, Suite, evaluate_suites
@@ -38,6 +38,7 @@ from nestpatch.nest_train.track import require_tracker, tracked
 from nestpatch.pack import Label, Pack, creation_time, is_utc_time
 from nestpatch.packing import PackedTensor, build_pack, pack_tensor
 from nestpatch.rows import DTYPES
+from nestpatch.runtimes.chat_form import read_chat_form
 
 if TYPE_CHECKING:
     from nestpatch.nest_train._deltas import DeltaSet
@@ -411,6 +412,7 @@ def _method(run: Run, data: TrainingData, layers: Sequence[tuple[Selection, Clus
         "recipe": run.recipe.as_json(),
         "decisions": run.decisions,
         "data": data.facts(),
+        "chat": _chat_facts(run.source.path),
         "layers": facts,
         "tuning": {
             "steps": result.steps,
@@ -420,3 +422,14 @@ def _method(run: Run, data: TrainingData, layers: Sequence[tuple[Selection, Clus
         },
         "versions": versions(),
     }
+
+
+def _chat_facts(base: Path) -> dict[str, Any]:
+    """The form in which the base reads prompts, for `nestpatch doctor`; empty where it cannot be told.
+
+    The training has used the tokenizer's own rendering: what fails here must not cost a trained pack.
+    """
+    try:
+        return read_chat_form(base).facts()
+    except (CheckpointError, MissingExtraError):
+        return {}

@@ -5,7 +5,7 @@ and `recover`, end the change first, provided that its journal is confirmed: by 
 that it would put back are, by their digests, the base or the result of packs that trusted keys signed.
 
 Public: `open_model`, `require_settled`, `recover_model`, `Foreign`, `Recovery`; for commands that hold the lock also
-`finish_or_roll_back`, `require_writable`, `remove_undo_records`, `remove_temporary_files`.
+`finish_or_roll_back`, `require_writable`, `remove_undo_records`, `remove_temporary_files`, `temporary_files`.
 """
 
 from __future__ import annotations
@@ -285,14 +285,29 @@ def remove_temporary_files(state_dir: StateDir, checkpoint: Checkpoint) -> None:
         state_dir: Where the state of the model is.
         checkpoint: The model.
     """
+    with suppress(OSError):
+        for file in temporary_files(state_dir, checkpoint):
+            file.unlink(missing_ok=True)
+
+
+def temporary_files(state_dir: StateDir, checkpoint: Checkpoint) -> list[Path]:
+    """Finds the temporary files that interrupted writes left.
+
+    Args:
+        state_dir: Where the state of the model is.
+        checkpoint: The model.
+
+    Returns:
+        The files.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
     # The names that files/atomic.py gives to files which replace others as a whole.
     patterns = [(state_dir.folder, ".*.tmp")]
     patterns += [(file.parent, f".{escape(file.name)}.????????.tmp") for file in (state_dir.ledger, *checkpoint.files)]
-    with suppress(OSError):
-        for folder, pattern in patterns:
-            for file in folder.glob(pattern):
-                if not file.is_dir() or file.is_symlink():
-                    file.unlink(missing_ok=True)
+    found = dict.fromkeys(file for folder, pattern in patterns for file in folder.glob(pattern))
+    return [file for file in found if not file.is_dir() or file.is_symlink()]
 
 
 def require_writable(checkpoint: Checkpoint, names: Sequence[str]) -> None:

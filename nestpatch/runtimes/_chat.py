@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -29,6 +29,25 @@ def chat_renderer(template: str, tokens: Mapping[str, str]) -> Callable[[Convers
         MissingExtraError: jinja2 is missing, or too old to be safe.
         CheckpointFormatError: The template does not compile.
     """
+    write = conversation_renderer(template, tokens)
+    return lambda prompt: write(messages_of(prompt), True)
+
+
+def conversation_renderer(template: str, given: Mapping[str, Any]) -> Callable[[Sequence[Mapping[str, str]], bool], str]:
+    """Compiles a chat template for whole conversations.
+
+    Args:
+        template: The template of the model.
+        given: Names that the template can use, such as "bos_token" -> their values.
+
+    Returns:
+        A function: messages of {"role", "content"}, and whether the beginning of an answer follows -> the text. It raises
+        CheckpointFormatError when the template fails.
+
+    Raises:
+        MissingExtraError: jinja2 is missing, or too old to be safe.
+        CheckpointFormatError: The template does not compile.
+    """
     try:
         import jinja2
     except ImportError as error:
@@ -40,10 +59,9 @@ def chat_renderer(template: str, tokens: Mapping[str, str]) -> Callable[[Convers
     except (jinja2.TemplateError, RecursionError) as error:
         raise _broken(error) from error
 
-    def render(prompt: Conversation) -> str:
-        messages = messages_of(prompt)
+    def render(messages: Sequence[Mapping[str, str]], answer: bool) -> str:
         try:
-            return str(compiled.render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **tokens))
+            return str(compiled.render(messages=messages, tools=None, documents=None, add_generation_prompt=answer, **given))
         except Exception as error:  # a template may provoke any of Python's errors
             raise _broken(error) from error
 

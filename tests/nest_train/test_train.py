@@ -23,6 +23,7 @@ from nestpatch.nest_train.train import train
 from nestpatch.pack import Label
 from nestpatch.patcher.apply import apply
 from nestpatch.prompts.readers import load_prompts
+from nestpatch.runtimes.chat_form import read_chat_form
 from nestpatch.runtimes.transformers import load_model
 from nestpatch.views.progress import STAGES
 from tests.nest_train.quick import QUICK, options
@@ -89,6 +90,8 @@ def test_the_pack_tells_how_it_was_made(models, data, prompts, monkeypatch):
     assert manifest.method["data"]["harmful"]["sha256"] == data.harmful.digest
     assert len(manifest.method["layers"]) == 2
     assert set(manifest.method["decisions"]) >= {"device", "dtype", "refusals", "benign answers"}
+    assert manifest.method["chat"] == read_chat_form(models("llama")).facts()
+    assert "What is the capital of France?" in manifest.method["chat"]["prompt"]
     assert manifest.evaluation["before"]["attack_success"]["total"] == 30
     assert manifest.evaluation["after"]["kl_to_base"] > 0
     again = train(models("llama"), data, label, recipe=QUICK, suites=suites)
