@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from nestpatch import __version__
-from nestpatch.commands import demo, evaluating, exporting, fleet, inspecting, patching, signing, training
+from nestpatch.commands import demo, evaluating, exporting, fleet, inspecting, patching, reporting, signing, training
 from nestpatch.commands.options import Terminated, print_json, say
 from nestpatch.errors import FileSystemError, MissingExtraError, NestpatchError, OutOfMemoryError, UnexpectedError
 from nestpatch.plain import lines
@@ -48,6 +48,7 @@ SECTIONS: dict[str, dict[click.Command, str]] = {
         inspecting.list_models: "List the models that you have patched.",
         inspecting.verify: "Check which state the weights of a model are in.",
         inspecting.diff: "Compare two models or two packs.",
+        reporting.report: "Write an HTML page about a pack, a model or an evaluation.",
     },
     "Ship": {
         exporting.export: "Write a patched model or a pack in another format.",

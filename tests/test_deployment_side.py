@@ -27,6 +27,7 @@ LAYERS = [
     {"nestpatch"},  # the root holds __version__; its own imports happen on first use
     {"nestpatch.errors"},
     {"nestpatch.plain"},
+    {"nestpatch.measured"},
     {"nestpatch.events"},
     {"nestpatch.version"},
     {"nestpatch.rows"},
@@ -47,6 +48,7 @@ LAYERS = [
     {"nestpatch.nest_train"},
     {"nestpatch.lab"},
     {"nestpatch.demo"},
+    {"nestpatch.report"},
     {"nestpatch.views"},
     {"nestpatch.commands"},
     {"nestpatch.cli"},

@@ -1,0 +1,177 @@
+"""Charts as inline SVG, drawn by pygal.
+
+pygal puts its configuration into a script and its style into a `<style>`; both are taken out. The colours, fonts and lines are
+those of the page, so that charts follow its light, dark and printed form.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from nestpatch.measured import Row, StoredShare, is_number
+from nestpatch.plain import lines
+
+if TYPE_CHECKING:
+    from pygal.graph.graph import Graph
+
+_NOISE = ("defs", "title", "desc")
+"""Elements of pygal that a page without its script does not need; their words would be read aloud."""
+_DECIMALS = re.compile(r"(\d+\.\d\d)\d+")
+SHARES = {
+    "attack_success": "attack success",
+    "refusal_benign": "refusals of benign prompts",
+    "refusal_lookalike": "refusals of look-alike prompts",
+}
+"""The curves of a dose chart -> their titles."""
+
+
+@dataclass(frozen=True)
+class Dose:
+    """The numbers of a pack at one strength.
+
+    Attributes:
+        strength: Factor of the pack's change.
+        shares: Name -> share, for each of SHARES that was measured.
+        kl: Mean KL to the base, nats per token; None where it was not measured.
+    """
+
+    strength: float
+    shares: dict[str, StoredShare]
+    kl: float | None
+
+    @classmethod
+    def parse(cls, stored: Any) -> Dose | None:
+        """Reads a point of a stored dose curve; None for anything that is none."""
+        if not isinstance(stored, dict) or not is_number(stored.get("strength")):
+            return None
+        shares = {name: share for name in SHARES if (share := _share(stored.get(name))) is not None}
+        kl = stored.get("kl")
+        return cls(float(stored["strength"]), shares, float(kl) if is_number(kl) else None)
+
+
+def _share(stored: Any) -> StoredShare | None:
+    """A share of a dose curve, which may come without its counts."""
+    if isinstance(stored, dict) and "total" not in stored:
+        stored = {**stored, "count": 0, "total": 1}
+    return StoredShare.parse(stored)
+
+
+def doses(stored: Any) -> list[Dose]:
+    """Reads a dose curve.
+
+    Args:
+        stored: The member `dose` of an evaluation: a list of points; or anything else.
+
+    Returns:
+        The points, by strength; fewer than two make no curve and give none.
+    """
+    found = [dose for one in stored if (dose := Dose.parse(one)) is not None] if isinstance(stored, list) else []
+    return sorted(found, key=lambda dose: dose.strength) if len(found) > 1 else []
+
+
+class Charts:
+    """Draws the charts of one page; each gets ids of its own."""
+
+    def __init__(self) -> None:
+        self._numbers = count(1)
+
+    def bars(self, row: Row) -> Markup:
+        """Two bars from 0 to 100 %, before and after, each with its 95 % interval.
+
+        Args:
+            row: The number.
+
+        Returns:
+            An SVG element; empty where nothing was measured.
+        """
+        import pygal
+
+        sides = [(name, share) for name, share in (("before", row.before), ("after", row.after)) if share is not None]
+        if not sides:
+            return Markup("")
+        chart = pygal.HorizontalBar(**_PLAIN, width=480, height=15 * len(sides), range=(0, 1), show_y_labels=False,
+                                    show_x_labels=False, classes=("bars", *(name for name, _ in sides)))  # fmt: skip
+        for name, share in sides:
+            chart.add(name, [{"value": share.value, "ci": {"low": share.low, "high": share.high}}])
+        texts = [f"{name} {share.value:.1%}, {share.low:.1%} to {share.high:.1%}" for name, share in sides]
+        return self._inline(chart, f"{row.name}: {row.title}", "; ".join(texts))
+
+    def curve(self, points: Sequence[Dose]) -> Markup:
+        """Attack success and refusals by strength.
+
+        Args:
+            points: At least two.
+
+        Returns:
+            An SVG element.
+        """
+        series = {
+            title: [(dose.strength, dose.shares[name].value) for dose in points if name in dose.shares]
+            for name, title in SHARES.items()
+        }
+        return self._xy(series, "Shares by strength", "share", lambda y: f"{y:.0%}", {"range": (0, 1)})
+
+    def drift(self, points: Sequence[Dose]) -> Markup:
+        """The divergence from the base by strength.
+
+        Args:
+            points: At least two.
+
+        Returns:
+            An SVG element; empty where fewer than two points have it.
+        """
+        values = [(dose.strength, dose.kl) for dose in points if dose.kl is not None]
+        if len(values) < 2:
+            return Markup("")
+        return self._xy({"KL to the base": values}, "KL to the base by strength", "nats per token", lambda y: f"{y:.2g}", {})
+
+    def _xy(self, series: dict[str, Any], title: str, unit: str, form: Any, more: dict[str, Any]) -> Markup:
+        import pygal
+
+        chart = pygal.XY(**_PLAIN | {"margin": 8}, **more, width=440, height=260, dots_size=4, y_labels_major_count=3,
+                         value_formatter=form, x_value_formatter=lambda x: f"{x:g}", classes=("curve",))  # fmt: skip
+        chart.x_labels = sorted({x for values in series.values() for x, _ in values})
+        for name, values in series.items():
+            chart.add(name, values)
+        points = (f"{name}: " + ", ".join(f"{x:g} {form(y)}" for x, y in values) for name, values in series.items() if values)
+        return self._inline(chart, title, f"{unit}; strength and value. " + "; ".join(points))
+
+    def _inline(self, chart: Graph, title: str, text: str) -> Markup:
+        """A chart as an element of the page, which names and describes itself."""
+        from pygal.etree import etree
+
+        root, number = chart.render_tree(), next(self._numbers)
+        for parent in list(root.iter()):
+            for child in list(parent):
+                noise = not isinstance(child.tag, str) or child.tag in _NOISE or "tooltip" in child.get("class", "").split()
+                if noise:
+                    parent.remove(child)
+            for name, value in parent.attrib.items():
+                parent.set(name, _DECIMALS.sub(r"\1", value))
+        root.attrib.pop("id", None)
+        root.set("role", "img")
+        root.set("aria-labelledby", f"chart-{number}-title chart-{number}-text")
+        for place, (tag, content) in enumerate((("title", title), ("desc", text))):
+            node = etree.Element(tag, {"id": f"chart-{number}-{'title' if tag == 'title' else 'text'}"})
+            node.text = lines(content)
+            root.insert(place, node)
+        # Serialized by an XML library, which escapes every text.
+        return Markup(etree.tostring(root, encoding="unicode"))  # noqa: S704
+
+
+_PLAIN: dict[str, Any] = {
+    "js": (),
+    "css": (),
+    "no_prefix": True,
+    "explicit_size": False,
+    "show_legend": False,
+    "margin": 0,
+    "spacing": 2,
+}
+"""Nothing from elsewhere, no size of its own, no legend: the page has one."""
