@@ -129,6 +129,7 @@ def test_an_unknown_option_names_the_closest() -> None:
 MISSING = {
     "show": "{x.nest}",
     "status": "{model}",
+    "report": "{model} --pack {x.nest} --answers {x.jsonl} --policy {policy.json} -o out.html",
     "verify": "{model} {x.nest} --base {model}",
     "diff": "{x.nest} {x.nest}",
     "apply": "{model} {x.nest} --policy {policy.json} --base {model}",

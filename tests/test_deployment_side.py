@@ -129,6 +129,16 @@ export_gguf_lora(sys.argv[1], sys.argv[3])"""
     assert not loaded & HEAVY
 
 
+def test_a_report_stays_light(tmp_path: Path) -> None:
+    nest.write(tiny_pack(tiny_checkpoint(tmp_path / "base")), tmp_path / "x.nest")
+    code = "import sys\nfrom pathlib import Path\nfrom nestpatch.report.page import write_report\n"
+    loaded = modules_after(
+        code + "write_report(sys.argv[1], Path(sys.argv[2]))", str(tmp_path / "x.nest"), str(tmp_path / "x.html")
+    )
+    assert (tmp_path / "x.html").is_file()
+    assert not loaded & (HEAVY | {"matplotlib", "lxml"})
+
+
 def test_exporting_stays_light(tmp_path: Path) -> None:
     model = model_around(tmp_path / "model")
     byte_level(model, "gpt2")

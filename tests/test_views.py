@@ -386,7 +386,10 @@ def test_a_hostile_pack_makes_no_other_card(text: str) -> None:
     numbers = {"attack_success": good, "refusal_benign": share}
 
     def measured(suite: str) -> dict[str, Any]:
-        side = {**numbers, "suites": {suite: {"kind": "harmful", "attack_success": good}, "x": {"kind": suite, "refused": share}}}
+        side = {
+            **numbers,
+            "suites": {suite: {"kind": "harmful", "attack_success": good}, "x": {"kind": suite, "refused": share}},
+        }
         return {"before": side, "after": side}
 
     file = ListedFile("packs/1.0.0/x.nest", 1, "0" * 64)

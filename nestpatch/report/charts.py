@@ -7,7 +7,8 @@ those of the page, so that charts follow its light, dark and printed form.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,14 @@ def doses(stored: Any) -> list[Dose]:
     return sorted(found, key=lambda dose: dose.strength) if len(found) > 1 else []
 
 
+def _library() -> Any:
+    """pygal, without the finder of modules that it installs for its maps: the finder warns at every later import."""
+    import pygal
+
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("pygal")]
+    return pygal
+
+
 class Charts:
     """Draws the charts of one page; each gets ids of its own."""
 
@@ -90,8 +99,7 @@ class Charts:
         Returns:
             An SVG element; empty where nothing was measured.
         """
-        import pygal
-
+        pygal = _library()
         sides = [(name, share) for name, share in (("before", row.before), ("after", row.after)) if share is not None]
         if not sides:
             return Markup("")
@@ -111,11 +119,15 @@ class Charts:
         Returns:
             An SVG element.
         """
-        series = {
-            title: [(dose.strength, dose.shares[name].value) for dose in points if name in dose.shares]
+        measured = {
+            title: [(dose.strength, dose.shares[name]) for dose in points if name in dose.shares]
             for name, title in SHARES.items()
         }
-        return self._xy(series, "Shares by strength", "share", lambda y: f"{y:.0%}", {"range": (0, 1)})
+        series = {title: [(x, share.value) for x, share in found] for title, found in measured.items()}
+        # pygal has no intervals in the plane: each is a line of its own from its low to its high end.
+        whiskers = [[point for x, one in found for point in ((x, one.low), (x, one.high), None)] for found in measured.values()]
+        labels = {"range": (0, 1), "y_labels": (0, 0.25, 0.5, 0.75, 1)}
+        return self._xy(series, "Shares by strength", "share", lambda y: f"{y:.0%}", labels, whiskers)
 
     def drift(self, points: Sequence[Dose]) -> Markup:
         """The divergence from the base by strength.
@@ -129,16 +141,26 @@ class Charts:
         values = [(dose.strength, dose.kl) for dose in points if dose.kl is not None]
         if len(values) < 2:
             return Markup("")
-        return self._xy({"KL to the base": values}, "KL to the base by strength", "nats per token", lambda y: f"{y:.2g}", {})
+        return self._xy(
+            {"KL to the base": values}, "KL to the base by strength", "nats per token", lambda y: f"{y:.2g}", {"max_scale": 6}
+        )
 
-    def _xy(self, series: dict[str, Any], title: str, unit: str, form: Any, more: dict[str, Any]) -> Markup:
-        import pygal
-
-        chart = pygal.XY(**_PLAIN | {"margin": 8}, **more, width=440, height=260, dots_size=4, y_labels_major_count=3,
-                         value_formatter=form, x_value_formatter=lambda x: f"{x:g}", classes=("curve",))  # fmt: skip
+    def _xy(
+        self,
+        series: dict[str, Any],
+        title: str,
+        unit: str,
+        form: Callable[[float], str],
+        more: dict[str, Any],
+        whiskers: Sequence[Any] = (),
+    ) -> Markup:
+        chart = _library().XY(**_PLAIN | {"margin": 8}, **more, width=440, height=260, dots_size=4, value_formatter=form,
+                              x_value_formatter=lambda x: f"{x:g}", classes=("curve",), allow_interruptions=True)  # fmt: skip
         chart.x_labels = sorted({x for values in series.values() for x, _ in values})
         for name, values in series.items():
             chart.add(name, values)
+        for ends in whiskers:
+            chart.add("", ends, show_dots=False)
         points = (f"{name}: " + ", ".join(f"{x:g} {form(y)}" for x, y in values) for name, values in series.items() if values)
         return self._inline(chart, title, f"{unit}; strength and value. " + "; ".join(points))
 

@@ -99,7 +99,7 @@ def read_examples(path: Path, rows: list[Row], *, show_harmful: bool = False) ->
 
 
 def _lines(path: Path) -> list[Mapping[str, Any]]:
-    found = []
+    found: list[Mapping[str, Any]] = []
     texts = {"of": str, "suite": str, "prompt": str, "answer": str, "refused": bool}
     # Not splitlines: U+2028 and other separators may stand inside of a JSON string.
     for number, text in enumerate(read_text(path, MAX_BYTES, error=DataError).split("\n"), start=1):

@@ -36,10 +36,15 @@ class SignedPack:
 
     @property
     def verdict(self) -> str:
-        """ "signed", "not trusted" or "not signed"."""
+        """Whether it is "signed", "not trusted" or "not signed"."""
         if not self.lack:
             return "signed"
         return "not trusted" if self.proven.origin.signatures else "not signed"
+
+    @property
+    def reason(self) -> str:
+        """Why it is not "signed", for people."""
+        return self.lack if self.proven.origin.signatures else f"no signature of {self.proven.pack.label} was found"
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +91,8 @@ def read_subject(source: str, pack: str | None = None, policy_file: Path | None 
     if is_pack(source):
         if pack is not None:
             raise DataError(f"{source} is a pack already: --pack goes with a model or an evaluation")
-        signed = _signed(source, policy, on_event)
-        return Subject(source, signed, evaluation=signed.proven.pack.manifest.evaluation)
+        own = _signed(source, policy, on_event)
+        return Subject(source, own, evaluation=own.proven.pack.manifest.evaluation)
     evaluation = _evaluation(Path(source)) if _may_be_evaluation(Path(source)) else None
     signed = None if pack is None else _signed(pack, policy, on_event)
     if evaluation is None:
