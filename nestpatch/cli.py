@@ -30,6 +30,7 @@ from nestpatch.commands import (
     inspecting,
     judging,
     patching,
+    reporting,
     serving,
     signing,
     training,
@@ -63,6 +64,7 @@ SECTIONS: dict[str, dict[click.Command, str]] = {
         inspecting.verify: "Check which state the weights of a model are in.",
         checking.doctor: "Check the health of a deployed, patched model.",
         inspecting.diff: "Compare two models or two packs.",
+        reporting.report: "Write an HTML page about a pack, a model or an evaluation.",
     },
     "Ship": {
         exporting.export: "Write a patched model or a pack in another format.",

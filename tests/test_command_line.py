@@ -129,6 +129,7 @@ def test_an_unknown_option_names_the_closest() -> None:
 MISSING = {
     "show": "{x.nest}",
     "status": "{model}",
+    "report": "{model} --pack {x.nest} --answers {x.jsonl} --policy {policy.json} -o out.html",
     "verify": "{model} {x.nest} --base {model}",
     "doctor": "{model} --pack {x.nest} --base {model} --policy {policy.json} --suite harmful={x.jsonl}",
     "diff": "{x.nest} {x.nest}",

@@ -27,6 +27,7 @@ LAYERS = [
     {"nestpatch"},  # the root holds __version__; its own imports happen on first use
     {"nestpatch.errors"},
     {"nestpatch.plain"},
+    {"nestpatch.measured"},
     {"nestpatch.events"},
     {"nestpatch.version"},
     {"nestpatch.rows"},
@@ -49,6 +50,7 @@ LAYERS = [
     {"nestpatch.nest_train"},
     {"nestpatch.lab"},
     {"nestpatch.demo"},
+    {"nestpatch.report"},
     {"nestpatch.views"},
     {"nestpatch.commands"},
     {"nestpatch.cli"},
@@ -127,6 +129,16 @@ export_gguf_lora(sys.argv[1], sys.argv[3])"""
     assert (tmp_path / "lora" / "adapter_config.json").is_file()
     assert (tmp_path / "lora.gguf").is_file()
     assert not loaded & HEAVY
+
+
+def test_a_report_stays_light(tmp_path: Path) -> None:
+    nest.write(tiny_pack(tiny_checkpoint(tmp_path / "base")), tmp_path / "x.nest")
+    code = "import sys\nfrom pathlib import Path\nfrom nestpatch.report.page import write_report\n"
+    loaded = modules_after(
+        code + "write_report(sys.argv[1], Path(sys.argv[2]))", str(tmp_path / "x.nest"), str(tmp_path / "x.html")
+    )
+    assert (tmp_path / "x.html").is_file()
+    assert not loaded & (HEAVY | {"matplotlib", "lxml"})
 
 
 def test_exporting_stays_light(tmp_path: Path) -> None:

@@ -387,7 +387,7 @@ def test_what_is_no_number_in_a_pack_is_shown_as_a_question_mark(value: Any, sho
         packs.show_pack(
             filled_pack("x", method={"layers": layers, "data": data, "tuning": value, "decisions": value}, **facts), "x", 1
         )
-    assert "? of ?" in shown.getvalue()
+    assert re.search(r"attack success +not measured +not measured", shown.getvalue())
     if value != 1e308:
         assert number(value, ".1%") == "?"
     assert count(value) == "?"
@@ -436,7 +436,15 @@ def test_a_hostile_pack_makes_no_other_card(text: str) -> None:
     key = keys.PrivateKey.generate().public
     share = {"value": text, "count": text, "total": text}
     good = {"value": 0.5, "count": 1, "total": 2}
-    evaluation = {"before": {text: good, "x": share}, "after": {text: good, "x": share}}
+    numbers = {"attack_success": good, "refusal_benign": share}
+
+    def measured(suite: str) -> dict[str, Any]:
+        side = {
+            **numbers,
+            "suites": {suite: {"kind": "harmful", "attack_success": good}, "x": {"kind": suite, "refused": share}},
+        }
+        return {"before": side, "after": side}
+
     file = ListedFile("packs/1.0.0/x.nest", 1, "0" * 64)
 
     def card(said: str) -> str:
@@ -446,7 +454,7 @@ def test_a_hostile_pack_makes_no_other_card(text: str) -> None:
         channel = filled(Channel, "acme/x")
         for name, value in {"root": key, "packs": (patch,)}.items():
             object.__setattr__(channel, name, value)
-        pack = filled_pack(said, evaluation=evaluation if said == text else {"before": {"y": good}, "after": {"y": good}})
+        pack = filled_pack(said, evaluation=measured(said if said == text else "y"))
         return model_card(channel, pack.manifest, "hub://acme/x")
 
     made, honest = card(text), card("x")

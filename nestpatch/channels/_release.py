@@ -30,8 +30,9 @@ from nestpatch.channels.rules import choose, latest
 from nestpatch.errors import PublishError, VersionError
 from nestpatch.formats.nest import canonical_json
 from nestpatch.hub.client import Reference
+from nestpatch.measured import StoredShare, headlines, suites
 from nestpatch.pack import TIME_FORMAT, Manifest
-from nestpatch.plain import count, markdown, number, one_line
+from nestpatch.plain import markdown, one_line
 from nestpatch.signing.envelopes import MAX_BYTES, Envelope
 from nestpatch.signing.keys import PrivateKey
 
@@ -235,16 +236,11 @@ def model_card(channel: Channel, manifest: Manifest | None, address: str) -> str
 
 def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
     before, after = evaluation.get("before"), evaluation.get("after")
-    if not isinstance(before, dict) or not isinstance(after, dict):
-        return []
-    names = [name for name in after if _share(before.get(name)) and _share(after[name])]
-    rows = [f"| {markdown(name.replace('_', ' '))} | {_share(before[name])} | {_share(after[name])} |" for name in names]
-    return ["## Evaluation", "", "| | before | after |", "|---|---|---|", *rows, ""] if rows else []
+    rows = [(row.title, row.before, row.after) for row in headlines(before, after)]
+    rows += [(f"{row.name}, {row.title}", row.before, row.after) for row in suites(before, after)]
+    lines = [f"| {markdown(title)} | {_share(old)} | {_share(new)} |" for title, old, new in rows if old and new]
+    return ["## Evaluation", "", "| | before | after |", "|---|---|---|", *lines, ""] if lines else []
 
 
-def _share(value: Any) -> str:
-    """A share as packs store it, for a table; empty for anything else."""
-    if not isinstance(value, Mapping):
-        return ""
-    parts = number(value.get("value"), ".1%"), count(value.get("count")), count(value.get("total"))
-    return "" if "?" in parts else f"{parts[0]} ({parts[1]} of {parts[2]})"
+def _share(share: StoredShare) -> str:
+    return f"{share.value:.1%} ({share.count} of {share.total})"

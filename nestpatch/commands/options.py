@@ -121,6 +121,7 @@ PathType: click.Path = _InputPath(path_type=Path)
 OutputPath: click.Path = _Path(path_type=Path)
 NewFile: click.Path = _NewFile(path_type=Path)
 PackType = _Source("pack", _is_channel, "Check the path. A pack of a channel is written hub://owner/name.")
+SourceType = _Source("source", _is_channel, "Check the path. A pack of a channel is written hub://owner/name.")
 ModelType = _Source("model", _on_hub, "Check the path. A model of the Hub is written owner/name.")
 
 EvaluatedType = _Source("model", _on_hub_or_served, "Check the path. A model of the Hub is written owner/name.")

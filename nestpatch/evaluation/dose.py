@@ -11,8 +11,9 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, NamedTuple
 
 from nestpatch.errors import DataError
-from nestpatch.evaluation.concerns import MAX_RISE, MIN_PROMPTS, harm_done, is_number
+from nestpatch.evaluation.concerns import MAX_RISE, MIN_PROMPTS, harm_done
 from nestpatch.evaluation.shares import HEADLINES, Share
+from nestpatch.measured import is_number
 from nestpatch.patcher.plan import check_strength
 
 MAX_STRENGTHS = 32

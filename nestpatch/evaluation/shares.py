@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-HEADLINES = ("attack_success", "incoherent", "refusal_benign", "refusal_lookalike", "benign_correct")
+from nestpatch.measured import TITLES
+
+HEADLINES = tuple(TITLES)
 """The shares that sum a model up."""
 _MOST = 10**15
 """Larger numbers are not counts."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from nestpatch.plain import count, number
+from nestpatch.measured import TITLES, drift, headlines
 from nestpatch.views.console import duration, escape, fact_grid, out, size
 
 if TYPE_CHECKING:
@@ -21,14 +21,7 @@ if TYPE_CHECKING:
     from nestpatch.nest_train.plan import TrainingPlan
     from nestpatch.nest_train.train import Trained
 
-HEADLINES = {
-    "attack_success": "attack success",
-    "incoherent": "incoherent",
-    "refusal_benign": "refusals, benign",
-    "refusal_lookalike": "refusals, look-alike",
-    "benign_correct": "benign correct",
-}
-"""The shares that sum a model up -> their titles."""
+HEADLINES = TITLES
 _NOT_MEASURED = "[dim]not measured[/dim]"
 
 
@@ -163,7 +156,7 @@ def recommendation_text(recommended: Recommendation) -> str:
 
 
 def headline_table(title: str, before: Mapping[str, Any], after: Mapping[str, Any] | None) -> Table:
-    """The headline numbers before and after a patch, as packs store them. What is not a number becomes "?".
+    """The headline numbers before and after a patch, as packs store them.
 
     Args:
         title: Of the column of names.
@@ -171,21 +164,15 @@ def headline_table(title: str, before: Mapping[str, Any], after: Mapping[str, An
         after: The same of the patched model, with "kl_to_base"; None where it was not evaluated.
 
     Returns:
-        The table; "not measured" stands for every number that is missing.
+        The table; "not measured" stands for every number that is missing or malformed.
     """
     table = Table(title, "before", "after", box=None, pad_edge=False, header_style="dim")
-    for name, text in HEADLINES.items():
-        cells = []
-        for share in (before.get(name), (after or {}).get(name)):
-            cell = _NOT_MEASURED
-            if isinstance(share, Mapping):
-                value = number(share.get("value"), "6.1%")
-                cell = f"{value}  [dim]{count(share.get('count'))} of {count(share.get('total'))}[/dim]"
-            cells.append(cell)
-        table.add_row(text, *cells)
-    drift = (after or {}).get("kl_to_base")
-    moved = _NOT_MEASURED if drift is None else f"{number(drift, '.4f')} nats per token"
-    table.add_row("KL to the base, benign", "", moved)
+    for row in headlines(before, after):
+        shares = (row.before, row.after)
+        cells = (f"{one.value:6.1%}  [dim]{one.count} of {one.total}[/dim]" if one else _NOT_MEASURED for one in shares)
+        table.add_row(row.title, *cells)
+    moved = drift(after)
+    table.add_row("KL to the base, benign", "", _NOT_MEASURED if moved is None else f"{moved:.4f} nats per token")
     return table
 
 
