@@ -1,4 +1,4 @@
-"""What the commands of the documentation find in their folder: tiny models, packs, prompts and keys under the names used there."""
+"""What the documentation's commands find in their folder: tiny models, packs, prompts and keys, under the names used there."""
 
 from __future__ import annotations
 
@@ -24,34 +24,37 @@ SHORT = {
 """Command -> options that make it short. They come last, so they decide."""
 FIRST = {
     # A channel and a model that follows it, for what is shown of their later life.
-    "nestpatch push no-harm-1.0.0.nest acme/no-harm --key publisher.key": [
+    ("README.md", "nestpatch push no-harm-1.0.0.nest acme/no-harm --key publisher.key"): [
         "nestpatch push no-harm-1.0.0.nest acme/no-harm --key publisher.key",
         "nestpatch push no-harm-1.1.0.nest acme/no-harm --key publisher.key",
         "nestpatch trust add publisher.pub --name publisher",
     ],
-    'nestpatch yank acme/no-harm 1.1.0 --reason "refuses arithmetic" --key acme.key': [
+    ("docs/fleet.md", 'nestpatch yank acme/no-harm 1.1.0 --reason "refuses arithmetic" --key acme.key'): [
         "nestpatch push no-harm-1.0.0.nest acme/no-harm --key acme.key",
         "nestpatch push no-harm-1.1.0.nest acme/no-harm --key acme.key",
     ],
-    "nestpatch trust add acme.pub --name acme": ["nestpatch push no-harm-1.0.0.nest acme/no-harm --key acme.key"],
-    "nestpatch pull acme/no-harm -o candidate.nest": [
+    ("docs/fleet.md", "nestpatch trust add acme.pub --name acme"): [
+        "nestpatch push no-harm-1.0.0.nest acme/no-harm --key acme.key"
+    ],
+    ("docs/fleet.md", "nestpatch pull acme/no-harm -o candidate.nest"): [
         "nestpatch trust add acme.pub --name acme",
         "nestpatch trust add fleet.pub --name fleet",
         "nestpatch push no-harm-1.0.0.nest acme/no-harm --key acme.key",
     ],
-    "nestpatch update /srv/models/llama": [
+    ("docs/fleet.md", "nestpatch update /srv/models/llama"): [
         "nestpatch trust add drill.pub --name drill",
         "nestpatch push no-harm-1.0.0.nest acme/drill --key drill.key",
         "nestpatch apply /srv/models/llama hub://acme/drill --in-place",
     ],
-    "nestpatch keygen acme-2": ["nestpatch push no-harm-1.0.0.nest acme/no-harm --key acme.key"],
-    "hf download acme/no-harm --local-dir no-harm": ["nestpatch push no-harm-1.0.0.nest acme/no-harm --key acme.key"],
-    "model_signing verify key no-harm.nest --signature no-harm.nest.sig --public_key acme.pub": [
+    ("docs/fleet.md", "nestpatch keygen acme-2"): ["nestpatch push no-harm-1.0.0.nest acme/no-harm --key acme.key"],
+    ("docs/fleet.md", "hf download acme/no-harm --local-dir no-harm"): [
+        "nestpatch push no-harm-1.0.0.nest acme/no-harm --key acme.key"
+    ],
+    ("docs/signing.md", "model_signing verify key no-harm.nest --signature no-harm.nest.sig --public_key acme.pub"): [
         "nestpatch sign no-harm.nest --key acme.key"
     ],
-    "nestpatch revert model.Q4_K_M.gguf": ["nestpatch apply model.Q4_K_M.gguf no-harm.nest --in-place --base path/to/model"],
 }
-"""First command of a block -> what has happened before it."""
+"""(page, first command of a block) -> what has happened before it."""
 
 
 def build(folder: Path) -> None:
@@ -64,7 +67,7 @@ def build(folder: Path) -> None:
     nest.write(tiny_pack(model, version="1.1.0", seed=2), folder / "drill-1.1.0.nest")
     _files(folder, model)
     for kind, form in PROMPTS.items():
-        rows = [json.dumps({"prompt": form.format(number)}) for number in range(60)]
+        rows = [json.dumps({"prompt": form.format(number), "response": "Yes."}) for number in range(60)]
         (folder / f"{kind}.jsonl").write_text("\n".join(rows[:40]), "utf-8")
         (folder / f"{kind}.test.jsonl").write_text("\n".join(rows[40:]), "utf-8")
     shutil.copy(folder / "harmful.jsonl", folder / "policy.jsonl")
@@ -76,7 +79,7 @@ def build(folder: Path) -> None:
 
 
 def _model(folder: Path) -> Path:
-    """A random Llama of two layers, wide enough for 4-bit types of llama.cpp."""
+    """A random Llama of one layer, wide enough for 4-bit types of llama.cpp."""
     import torch
     import transformers
 
@@ -86,7 +89,8 @@ def _model(folder: Path) -> Path:
 
     text = [f"{prompt} {answer}" for prompt, answer in islice(dialogues(make_world(0)), 400)]
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SIZES, **(LLAMA | {"hidden_size": 256, "intermediate_size": 256}))
+    sizes = LLAMA | {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**SIZES, **sizes)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     train_tokenizer(text, VOCABULARY).save_pretrained(folder)
     return folder
@@ -99,8 +103,8 @@ def _files(folder: Path, model: Path) -> None:
     from nestpatch.export.safetensors import export_safetensors
 
     export_safetensors(model, folder / "no-harm.nest", output=folder / "path/to/tuned", trust="none")
-    export_gguf(model, output=folder / "model.Q4_K_M.gguf", file_type="q4_k_m")
-    export_gguf(model, output=folder / "model.Q4_1.gguf", file_type="q4_1")
+    export_gguf(model, output=folder / "model.Q4_K_M.gguf", type="q4_k_m")
+    export_gguf(model, output=folder / "model.Q4_1.gguf", type="q4_1")
     shutil.copy(folder / "model.Q4_K_M.gguf", folder / "patched.gguf")
     export_onnx(model, output=folder / "path/to/onnx")
     shutil.copytree(folder / "path/to/onnx", folder / "patched-onnx")
