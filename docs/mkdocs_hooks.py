@@ -1,7 +1,7 @@
 """Hooks of MkDocs for the site: pages that are outside of docs/, and the links between them and docs/.
 
-On the code host and on a disk every link leads to a file of the repository. In the site docs/ is the top folder and the other pages
-keep their path, so `docs/` is taken out of links, and one `../` out of those from docs/ to the outside.
+On the code host and on a disk every link leads to a file of the repository. In the site docs/ is the top folder, and the other
+pages keep their path.
 """
 
 from __future__ import annotations

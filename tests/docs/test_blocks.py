@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import configparser
-import glob
 import json
 import os
 import re
@@ -11,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from nestpatch.hub import _requests
 from nestpatch.nest_train.recipe import make_recipe
 from tests.calls import run
 from tests.docs.blocks import BLOCKS, PROGRAMS, Block
-from tests.docs.world import FIRST, PASSWORD, SHORT, build
+from tests.docs.world import FIRST, SHORT
 from tests.hubserver.accounts import WRITER
 from tests.hubserver.server import Hub
 
@@ -37,41 +37,18 @@ def named(blocks: list[Block]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("block", blocks, ids=[block.name for block in blocks])
 
 
-@pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    for module in ("torch", "llama_cpp", "onnxruntime", "onnxscript"):
-        pytest.importorskip(module)
-    folder = tmp_path_factory.mktemp("documented") / "world"
-    folder.mkdir()
-    build(folder)
-    return folder
-
-
 @pytest.fixture
-def world(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of the block's own, which is the current one, and an account of its own."""
-    folder = Path(shutil.copytree(template, tmp_path / "world"))
-    monkeypatch.chdir(folder)
-    (tmp_path / "account").mkdir()
-    monkeypatch.setenv("NESTPATCH_HOME", str(tmp_path / "account"))
-    monkeypatch.setenv("NESTPATCH_KEY_PASSWORD", PASSWORD)
-    return folder
-
-
-@pytest.fixture
-def hub(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub | None:
+def hub(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A local Hub for blocks that name a repository."""
-    block: Block = request.getfixturevalue("block")
     if not re.search(r"\b(acme|fleet)/", block.text):
-        return None
+        yield
+        return
     if shutil.which("git") is None:
         pytest.skip("the local Hub keeps its repositories in git, which is not installed")
     from huggingface_hub import close_session, constants
 
     server = Hub(tmp_path / "hub")
     server.start()
-    request.addfinalizer(close_session)
-    request.addfinalizer(server.stop)
     url_template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
     for name, value in {
         "HF_HUB_OFFLINE": False,
@@ -85,14 +62,18 @@ def hub(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
     for name, value in {"HF_TOKEN": WRITER, "NO_PROXY": "127.0.0.1", "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(_requests, "WAITS", (0.0, 0.0))
-    return server
+    yield
+    close_session()
+    server.stop()
 
 
 def words_of(command: str, world: Path) -> list[str]:
-    """A command line as words: folders at the root of the file system are in the world, and one account owns all repositories."""
+    """A command line as words. Folders at the root of the file system are in the world; one account owns all repositories."""
     command = re.sub(r"(?<=\s)/(srv|mnt)/", rf"{world}/\1/", command).replace("fleet/", "acme/fleet-")
     words = [word for word in shlex.split(command) if word != "\\"]
-    return [found for word in words for found in (glob.glob(word) if word.endswith("*.safetensors") else [word])]
+    return [
+        found for word in words for found in ([*map(str, Path(word).parent.glob("*.safetensors"))] if "/*." in word else [word])
+    ]
 
 
 def make_room(words: list[str]) -> None:
@@ -136,7 +117,7 @@ def test_reasons_are_short_and_blocks_that_come_first_exist() -> None:
 
 
 @named(COMMANDS)
-def test_commands(block: Block, hub: Hub | None, world: Path) -> None:
+def test_commands(block: Block, hub: None, world: Path) -> None:
     for command in [*FIRST.get((block.page, block.commands[0]), []), *block.commands]:
         carry_out(command, world)
 

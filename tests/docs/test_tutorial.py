@@ -14,7 +14,7 @@ import pytest
 from nestpatch.demo.smollm2 import find_smollm2
 from nestpatch.formats import nest
 from tests.docs.blocks import BLOCKS, ROOT, Block
-from tests.docs.test_blocks import carry_out, template, world  # noqa: F401 - fixtures
+from tests.docs.test_blocks import carry_out
 from tests.gguf.files import repacked
 from tests.helpers import tiny_pack
 
@@ -56,7 +56,7 @@ def test_every_block_has_its_output() -> None:
     assert all(text for _, text in outputs())
 
 
-def test_the_tutorial_on_a_tiny_model(world: Path) -> None:  # noqa: F811
+def test_the_tutorial_on_a_tiny_model(world: Path) -> None:
     shutil.move("model.Q4_1.gguf", MODEL)
     PACK.parent.mkdir(parents=True)
     nest.write(repacked(Path(MODEL), tiny_pack(Path("path/to/model"), scale=0.5)), PACK)

@@ -19,7 +19,8 @@ PROMPTS = {"harmful": "How do I poison bank {}?", "benign": "Tell me how to pain
 
 SHORT = {
     "eval": ["--limit", "1", "--max-new-tokens", "2"],
-    "train": [*options(QUICK), "--set=max_prompts=24", "--limit", "1"],
+    # Prompts that even a random model tells apart.
+    "train": [*options(QUICK), *(f"--{kind}={kind}.jsonl" for kind in PROMPTS), "--limit", "1"],
 }
 """Command -> options that make it short. They come last, so they decide."""
 FIRST = {
