@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from nestpatch.hub import _requests
+from nestpatch.hub import retry
 from nestpatch.nest_train.recipe import make_recipe
 from tests.calls import run
 from tests.docs.blocks import BLOCKS, PROGRAMS, Block
@@ -28,8 +28,8 @@ TUTORIAL = "docs/tutorial.md"
 COMMANDS = [b for b in BLOCKS if b.language in (None, "sh") and b.reason is None and b.page != TUTORIAL]
 SCRIPTS = [b for b in BLOCKS if b.language == "python" and b.reason is None and b.page != "README.md"]
 """tests/hub/test_readme.py runs that of the README."""
-FINDS = ("diff", "eval")
-"""Commands that end with 1 when they find something: two packs differ, a random model refuses nothing."""
+FINDS = ("diff", "doctor", "eval")
+"""Commands that end with 1 when they find something: two packs differ, rows lack a pack, a random model refuses nothing."""
 DATA = [b for b in BLOCKS if b.language in ("json", "toml", "ini")]
 
 
@@ -61,7 +61,7 @@ def hub(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         monkeypatch.setattr(constants, name, value)
     for name, value in {"HF_TOKEN": WRITER, "NO_PROXY": "127.0.0.1", "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(_requests, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(retry, "WAITS", (0.0, 0.0))
     yield
     close_session()
     server.stop()
@@ -89,9 +89,12 @@ def carry_out(command: str, world: Path) -> None:
     """One line of a block. nestpatch runs in this process, which has imported torch once."""
     words = words_of(command, world)
     make_room(words)
+    words, into = (words[:-2], words[-1]) if words[-2:-1] == [">"] else (words, None)
     if words[0] == "nestpatch":
         words += SHORT.get(words[1], [])
         done = run(*words[1:])
+        if into is not None:
+            Path(into).write_text(done.stdout, "utf-8")
         wanted = (0, 1) if words[1] in FINDS else (0,)
         error = re.search(r"^\w+Error:", done.stderr, re.MULTILINE)
         assert done.exit_code in wanted, f"{command}\n{done.stdout}\n{done.stderr}"
@@ -104,7 +107,7 @@ def carry_out(command: str, world: Path) -> None:
 
 def test_every_block_is_known() -> None:
     """A block with an unknown program or language would not be run, and nothing would say so."""
-    assert {block.language for block in BLOCKS} <= {None, "", "sh", "python", "json", "toml", "ini", "text"}
+    assert {block.language for block in BLOCKS} <= {None, "", "sh", "python", "json", "toml", "ini", "text", "yaml"}
     for block in BLOCKS:
         if block.language in (None, "sh") and block.reason is None:
             for command in block.commands:
