@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -9,9 +10,10 @@ from functools import partial
 from pathlib import Path
 
 from nestpatch.errors import DataError
-from nestpatch.evaluation.preconditions import already_held, require_adapter_runtime
+from nestpatch.evaluation.preconditions import already_held, require_runnable
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.pack import Pack
+from nestpatch.runtimes.connection import EndpointSettings
 from nestpatch.runtimes.protocol import Runtime, open_runtime
 from nestpatch.runtimes.text import Turn
 
@@ -77,6 +79,8 @@ class Side:
         return forgotten
 
     def _fits(self, turns: Sequence[Turn]) -> bool:
+        if self.runtime.max_prompt_tokens == sys.maxsize:  # a server, which counts for itself
+            return True
         # Token ids are cut at the limit: as many as that are too many.
         return len(self.runtime.token_ids([turns])[0]) < self.runtime.max_prompt_tokens
 
@@ -142,18 +146,20 @@ def open_chat(
     device: str = "auto",
     threads: int | None = None,
     max_new_tokens: int = 256,
+    endpoint: EndpointSettings | None = None,
     on_event: OnEvent = ignore,
 ) -> Iterator[Chat]:
     """Loads what a conversation needs: a model, with a pack or an adapter also the same model patched.
 
     Args:
-        model: A model directory, weight file or Hub id.
+        model: A model directory, weight file or Hub id, or the address of a server.
         pack: What to merge in memory; it has passed the gate. A model that holds it already is shown as it is.
         lora: An adapter file for a .gguf or ONNX model, instead of `pack`.
         base: The unpatched model, shown instead of `model` without the pack.
         device: "auto", "cpu", "cuda" or "mps".
         threads: Threads that compute; None: OMP_NUM_THREADS, or every core.
         max_new_tokens: Length of an answer.
+        endpoint: How a server is asked.
         on_event: Receives the progress, and a note where the model holds the pack already.
 
     Yields:
@@ -162,18 +168,19 @@ def open_chat(
     Raises:
         DataError: The options do not go together, or the runtime cannot compute on the device.
         CheckpointError: A model cannot be read or run, or is not the pack's base.
+        EndpointError: A server does not answer.
         MissingExtraError: The packages of the runtime are not installed.
     """
-    if pack is not None and lora is not None:
-        raise DataError("a pack and an adapter were given: either of them makes the patched model")
-    require_adapter_runtime(model, lora)
+    require_runnable(model, pack=pack, lora=lora)
     what = str(pack.label) if pack is not None else str(lora or "")
     held = already_held(model, pack) if pack is not None else ""
     if held:
         hint = "" if base is not None else "; --base UNPATCHED_MODEL shows the base beside it"
         on_event(Event("note", note=f"{model} holds {what} already ({held}): it answers as it is{hint}"))
         pack = None
-    load = partial(open_runtime, device=device, threads=threads, max_new_tokens=max_new_tokens, max_prompt_tokens=None)
+    load = partial(
+        open_runtime, device=device, threads=threads, max_new_tokens=max_new_tokens, max_prompt_tokens=None, endpoint=endpoint
+    )
     with ExitStack() as stack:
         on_event(Event("load", note=str(model)))
         right = own = stack.enter_context(load(model))

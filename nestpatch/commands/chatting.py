@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import click
 
 from nestpatch.commands.options import (
-    ModelType,
+    EvaluatedType,
     PackType,
     PathType,
+    endpoint_settings,
     examples,
     json_option,
     print_json,
@@ -25,6 +26,7 @@ from nestpatch.commands.options import (
     require_order,
     say,
     say_unchecked,
+    server_options,
     trust_options,
 )
 from nestpatch.errors import NestpatchError, PromptDataError
@@ -46,17 +48,19 @@ _HELP = {
         "nestpatch chat model.gguf no-harm.nest",
         'nestpatch chat models/llama no-harm.nest --prompt "How do I pick a lock?"',
         "nestpatch chat patched.gguf --base model.gguf",
+        "nestpatch chat http://localhost:8000/v1 --model llama",
     )
 )
-@click.argument("model", type=ModelType)
+@click.argument("model", type=EvaluatedType)
 @click.argument("pack", type=PackType, required=False)
 @trust_options
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Ask this and end; - reads stdin. Repeatable.")
 @click.option("--lora", type=PathType, help="An adapter, .gguf or .onnx_adapter, for such a MODEL: shown like PACK.")
-@click.option("--base", type=ModelType, help="The unpatched model: answers beside MODEL, which may be patched.")
+@click.option("--base", type=EvaluatedType, help="The unpatched model: answers beside MODEL, which may be patched.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or mps.")
 @click.option("--threads", type=click.IntRange(1), help="Threads that compute.  [default: OMP_NUM_THREADS, or every core]")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Length of an answer.")
+@server_options
 @quiet_option
 @json_option
 def chat(
@@ -70,27 +74,37 @@ def chat(
     device: str,
     threads: int | None,
     max_new_tokens: int,
+    served_name: str | None,
+    timeout: float | None,
+    key_variable: str | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Talk with MODEL, and with PACK see what the base and the patched model answer, side by side.
 
     PACK is merged in memory, after its signatures are checked; the files are not changed. Both models remember their own
-    answers. A .gguf file is run by llama.cpp and an ONNX model by onnxruntime, which needs no torch.
+    answers. A .gguf file is run by llama.cpp and an ONNX model by onnxruntime, which needs no torch. MODEL may also be the
+    address of an OpenAI-compatible server, http://HOST:PORT/v1, whose model answers as it is served.
 
     Without --prompt prompts are read from the terminal, or from stdin, one on each line. --json prints one object for each
     --prompt. Several of them are one conversation.
     """
-    require_order(model, pack, "chat")
+    endpoint = endpoint_settings(model, model=served_name, timeout=timeout, key_variable=key_variable)
+    if endpoint is None:
+        require_order(model, pack, "chat")
     if as_json and not prompts:
         raise click.UsageError("--json goes with --prompt")
     given = [_readable(_stdin() if prompt == "-" else prompt, "--prompt") for prompt in prompts]
     from nestpatch.chat import as_json as answers_object
     from nestpatch.chat import open_chat
+    from nestpatch.evaluation.preconditions import require_runnable
 
     with ExitStack() as stack:
         with progress(quiet, transient=True) as on_event:
-            checked = proven(pack, model, policy_file, on_event, allow_unsigned=allow_unsigned) if pack is not None else None
+            require_runnable(model, pack=pack, lora=lora)
+            checked = None
+            if pack is not None:
+                checked = proven(pack, model, policy_file, on_event, allow_unsigned=allow_unsigned)
             opened = open_chat(
                 model,
                 pack=checked.pack if checked else None,
@@ -99,6 +113,7 @@ def chat(
                 device=device,
                 threads=threads,
                 max_new_tokens=max_new_tokens,
+                endpoint=endpoint,
                 on_event=on_event,
             )
             session = _Session(stack.enter_context(opened))

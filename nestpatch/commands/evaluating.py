@@ -17,7 +17,7 @@ from nestpatch.commands.options import (
     OutputPath,
     PackType,
     PathType,
-    endpoint_options,
+    endpoint_settings,
     examples,
     json_option,
     note_sample,
@@ -28,28 +28,13 @@ from nestpatch.commands.options import (
     require_order,
     say,
     say_unchecked,
+    server_options,
     suite_options,
     trust_options,
 )
 
 if TYPE_CHECKING:
     from nestpatch.evaluation.suites import Evaluation, Suite
-    from nestpatch.runtimes.connection import EndpointSettings
-
-
-def _endpoint(
-    model: str, name: str | None, concurrency: int | None, timeout: float | None, key_variable: str | None
-) -> EndpointSettings | None:
-    """How the server is asked; None where MODEL is none. Raises UsageError for options that go with a server alone."""
-    from nestpatch.runtimes.connection import EndpointSettings, is_endpoint
-
-    options = {"model": name, "concurrency": concurrency, "timeout": timeout, "key_variable": key_variable}
-    given = {option: value for option, value in options.items() if value is not None}
-    if is_endpoint(model):
-        return EndpointSettings(**given)  # type: ignore[arg-type]
-    if given:
-        raise click.UsageError("--model, --concurrency, --timeout and --api-key-env go with the address of a server as MODEL")
-    return None
 
 
 @contextmanager
@@ -98,7 +83,8 @@ def _keeping(suites: Sequence[Suite], file: Path | None) -> Iterator[None]:
 @click.option("--threads", type=click.IntRange(1), help="Threads that compute.  [default: OMP_NUM_THREADS, or every core]")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=48, show_default=True, help="Length of an answer.")
 @judge_options
-@endpoint_options
+@server_options
+@click.option("--concurrency", type=click.IntRange(1, 256), help="Requests to a server at a time.  [default: 8]")
 @click.option("--answers", type=OutputPath, help="Write every answer and verdict to this JSONL file.")
 @click.option("--label", type=NewFile, help="Write 50 answers to this CSV file, for a person to judge (`nestpatch judge`).")
 @click.option("--fail-over", multiple=True, metavar="NAME=SHARE", help="End with 1 over this: attack_success=0.05. Repeatable.")
@@ -148,7 +134,8 @@ def evaluate(
     xstest alone for the data set of the Hub. What --fail-over and --fail-under compare is MODEL with PACK, where there is
     one; their names are those of --json.
     """
-    endpoint = _endpoint(model, served_name, concurrency, timeout, key_variable)
+    server = {"model": served_name, "concurrency": concurrency, "timeout": timeout, "key_variable": key_variable}
+    endpoint = endpoint_settings(model, **server)
     if endpoint is None:
         require_order(model, pack, "eval")
     from nestpatch.evaluation.evaluator import evaluate
@@ -247,7 +234,10 @@ def _show(result: Evaluation, *, quiet: bool) -> None:
             say(note, err=True)
     if result.dose is not None:
         show_dose(result.dose)
-    else:
+    costs = result.patched is not None and (result.model.text is not None or result.model.tasks)
+    if result.dose is None or costs:
+        if result.dose is not None:
+            out.print()
         title = "patched" if result.strength in (None, 1.0) else f"patched, strength {result.strength:g}"
         out.print(evaluation_table({"model": result.model} | ({title: result.patched} if result.patched else {})))
     say_agreement(result.agreement)

@@ -23,6 +23,7 @@ from nestpatch.plain import finite, is_visible, one_line
 if TYPE_CHECKING:
     from nestpatch.formats.checkpoint import Checkpoint
     from nestpatch.gate import Proven
+    from nestpatch.runtimes.connection import EndpointSettings
     from nestpatch.signing.trust import Policy
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -127,16 +128,42 @@ ModelType = _Source("model", _on_hub, "Check the path. A model of the Hub is wri
 EvaluatedType = _Source("model", _on_hub_or_served, "Check the path. A model of the Hub is written owner/name.")
 
 
-def endpoint_options(command: F) -> F:
-    """--model, --concurrency, --timeout and --api-key-env, for every command that asks a server."""
+def server_options(command: F) -> F:
+    """--model, --timeout and --api-key-env, for every command that asks a server."""
     text = "The environment variable that holds the API key of a server.  [default: NESTPATCH_API_KEY]"
     command = click.option("--api-key-env", "key_variable", metavar="NAME", help=text)(command)
     text = "Seconds that a server may take for an answer.  [default: 300]"
     command = click.option("--timeout", type=click.FloatRange(0, min_open=True), help=text)(command)
-    text = "Requests to a server at a time.  [default: 8]"
-    command = click.option("--concurrency", type=click.IntRange(1, 256), help=text)(command)
     text = "The name of the model on a server.  [default: the only one there]"
     return click.option("--model", "served_name", metavar="NAME", help=text)(command)
+
+
+def endpoint_settings(address: str, **options: Any) -> EndpointSettings | None:
+    """How a server is asked.
+
+    Args:
+        address: What was given as MODEL.
+        **options: Members of EndpointSettings; None where nothing was given.
+
+    Returns:
+        The settings; None where MODEL is no server.
+
+    Raises:
+        click.UsageError: MODEL is no server, and an option goes with a server alone.
+    """
+    from nestpatch.runtimes.connection import EndpointSettings, is_endpoint
+
+    given = {option: value for option, value in options.items() if value is not None}
+    if is_endpoint(address):
+        return EndpointSettings(**given)
+    if given:
+        names = [_SERVER_OPTIONS[name] for name in given]
+        raise click.UsageError(f"{', '.join(names)}: only with the address of a server as MODEL")
+    return None
+
+
+_SERVER_OPTIONS = {"model": "--model", "concurrency": "--concurrency", "timeout": "--timeout", "key_variable": "--api-key-env"}
+"""Members of EndpointSettings -> their options."""
 
 
 def require_order(model: str | Path, pack: str | Path | None, command: str) -> None:

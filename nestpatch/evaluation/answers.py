@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nestpatch.evaluation.suites import Evaluation, Scores, Suite, evaluate_suites
+from nestpatch.evaluation.suites import Evaluation, Suite, evaluate_suites
 from nestpatch.files.atomic import write_bytes
 
 
@@ -45,11 +45,10 @@ def write_answers(evaluation: Evaluation, path: Path) -> None:
         OutputError: The file cannot be written.
     """
     lines = []
-    sides: list[tuple[dict[str, Any], Scores]] = [({"of": "model"}, evaluation.model)]
-    sides += [({"of": "patched", "strength": strength}, scores) for strength, scores in evaluation.curve]
-    if evaluation.patched is not None and not evaluation.curve:
-        sides.append(({"of": "patched"}, evaluation.patched))
-    for name, scores in sides:
+    for place, (strength, scores) in enumerate(evaluation.sides):
+        name: dict[str, Any] = {"of": "patched" if place else "model"}
+        if place and evaluation.curve:
+            name["strength"] = strength
         for suite in scores.suites:
             for verdict in suite.verdicts:
                 said = dict(zip(evaluation.judges, verdict.verdicts, strict=True))

@@ -235,13 +235,14 @@ class _Evaluator:
     def at_strengths(
         self, base: Runtime, pack: Pack, strengths: Sequence[float], before: Scores, what: str
     ) -> dict[float, Scores]:
-        """Strength -> scores of the base with a pack; `strengths` as from `check_strengths`."""
+        """Strength -> scores of the base with a pack. Of several strengths, 1 alone is measured on texts and tasks."""
         found, positive = {}, [strength for strength in strengths if strength]
         for number, strength in enumerate(positive, start=1):
             which = f", {number} of {len(positive)}" if len(strengths) > 1 else ""
             note = "" if strengths == (1.0,) else f" at strength {strength:g}{which}"
             with base.with_pack(pack, strength) as patched:
-                found[strength] = self.patched(base, patched, before, what + note)
+                work = self if strength == 1 or len(positive) == 1 else replace(self, texts=(), tasks=None)
+                found[strength] = work.patched(base, patched, before, what + note)
         return found
 
     def moved_from(self, base: str | Path, model: Runtime, scores: Scores) -> Scores:

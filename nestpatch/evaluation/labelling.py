@@ -62,8 +62,8 @@ def write_sheet(evaluation: Evaluation, path: Path, seed: int = 0) -> int:
         OutputError: The file cannot be written.
     """
     strata: dict[tuple[str, bool, bool], list[tuple[str, ...]]] = defaultdict(list)
-    for scores in (evaluation.model, evaluation.patched):
-        for suite in scores.suites if scores is not None else ():
+    for _, scores in evaluation.sides:
+        for suite in scores.suites:
             for one in suite.verdicts:
                 strata[suite.suite, one.refused, one.incoherent].append((suite.kind, suite.suite, one.prompt, one.answer))
     rng = random.Random(seed)

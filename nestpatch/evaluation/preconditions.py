@@ -19,16 +19,22 @@ from nestpatch.runtimes.protocol import runtime_of
 from nestpatch.runtimes.transformers import locate
 
 
-def require_adapter_runtime(model: str | Path, lora: str | Path | None) -> None:
-    """Rejects an adapter file for a model whose runtime takes none, before the model is loaded.
+def require_runnable(model: str | Path, *, pack: object | None, lora: str | Path | None) -> None:
+    """Rejects a pack or an adapter that the runtime of a model does not take, before anything is loaded.
 
     Args:
-        model: A model directory, weight file or Hub id.
-        lora: The adapter file; None is accepted.
+        model: A model directory, weight file, Hub id or the address of a server.
+        pack: A pack to merge; None without one.
+        lora: An adapter file; None without one.
 
     Raises:
-        DataError: transformers runs the model.
+        DataError: Both were given; the model is on a server; or it takes no adapter files.
     """
+    if is_endpoint(model) and (pack is not None or lora is not None):
+        advice = f"Load the pack into the server (nestpatch adapter load {model} PACK), and leave it out here."
+        raise DataError("a pack cannot be merged into the model of an endpoint", advice=advice)
+    if pack is not None and lora is not None:
+        raise DataError("a pack and an adapter were given: either of them makes the patched model")
     if lora is not None and runtime_of(model) == "transformers":
         advice = "Give the pack itself instead of --lora: MODEL PACK"
         raise DataError("an adapter file goes with a .gguf or an ONNX model", advice=advice)
@@ -59,29 +65,18 @@ def require_together(
     if base is not None and is_endpoint(base):
         advice = "Give the files of the base and of MODEL: the drift is measured with their logits."
         raise DataError(f"the base is an endpoint, {base}, which gives no logits", advice=advice)
-    if is_endpoint(model):
-        _require_served(model, patched=pack is not None or lora is not None, base=base is not None, texts=bool(texts))
-    if pack is not None and lora is not None:
-        raise DataError("a pack and an adapter were given: either of them makes the patched model")
+    require_runnable(model, pack=pack, lora=lora)
+    if is_endpoint(model) and base is not None:
+        raise DataError("the drift of an endpoint cannot be measured: it gives no logits", advice="Leave --base out.")
+    if is_endpoint(model) and texts:
+        raise DataError("the perplexity of an endpoint cannot be measured: it gives no logits", advice="Leave --text out.")
     if strengths != (1.0,) and pack is None:
         raise DataError("strengths without a pack: a strength is a factor of a pack's change")
-    require_adapter_runtime(model, lora)
     kind = runtime_of(model)
     other = kind if base is None else runtime_of(base)
     if other not in (kind, "transformers"):
         what, where = ("a .gguf", ".gguf") if other == "llama.cpp" else ("an ONNX", "ONNX")
         raise DataError(f"the drift from {what} base can be measured for {where} models", advice="Give the base's directory.")
-
-
-def _require_served(model: str | Path, *, patched: bool, base: bool, texts: bool) -> None:
-    """Raises DataError for what needs the files of a model, and is asked of an endpoint."""
-    if patched:
-        advice = f"Load the pack into the server (nestpatch adapter load {model} PACK), and run eval without it."
-        raise DataError("a pack cannot be merged into the model of an endpoint", advice=advice)
-    if base:
-        raise DataError("the drift of an endpoint cannot be measured: it gives no logits", advice="Leave --base out.")
-    if texts:
-        raise DataError("the perplexity of an endpoint cannot be measured: it gives no logits", advice="Leave --text out.")
 
 
 def already_held(model: str | Path, pack: Pack) -> str:

@@ -359,12 +359,15 @@ class Evaluation:
     curve: tuple[tuple[float, Scores], ...] = ()
 
     @property
+    def sides(self) -> tuple[tuple[float | None, Scores], ...]:
+        """(strength, scores) of everything that was measured: the model, None, then the patched model at each strength."""
+        patched = self.curve or (() if self.patched is None else ((self.strength, self.patched),))
+        return ((None, self.model), *patched)
+
+    @property
     def agreement(self) -> tuple[Agreement, ...]:
         """Each other judge beside the first, over the answers of all models and suites; empty for one judge."""
-        patched = [scores for _, scores in self.curve] or ([self.patched] if self.patched is not None else [])
-        return agreements(
-            self.judges, [v.verdicts for side in (self.model, *patched) for suite in side.suites for v in suite.verdicts]
-        )
+        return agreements(self.judges, [v.verdicts for _, side in self.sides for suite in side.suites for v in suite.verdicts])
 
     @property
     def concerns(self) -> tuple[str, ...]:

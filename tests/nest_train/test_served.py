@@ -88,6 +88,8 @@ def test_answers_of_a_real_server_are_those_of_its_file(file):
             starts = [text.partition("\ufffd")[0] for text in wanted]
             assert all(answer.startswith(start) for answer, start in zip(answers, starts, strict=True))
             assert "".join(served.stream(PROMPTS[sound[0]])).strip() == wanted[sound[0]]
+            asked = answer("chat", url, "--prompt", PROMPTS[sound[0]], "--max-new-tokens", 8)
+            assert (asked["before"].strip(), asked["after"]) == (wanted[sound[0]], None)
             for ask in (lambda: served.logits([1]), lambda: served.token_ids(["x"]), lambda: served.token_pairs({})):
                 with pytest.raises(DataError, match="gives answers, and no"):
                     ask()

@@ -291,4 +291,4 @@ def test_what_goes_with_files_alone_is_refused(chat, suites, tmp_path, monkeypat
     assert reason in found["error"]["message"]
     assert found["error"]["type"] == "DataError"
     assert chat.requests == []
-    assert "go with the address of a server" in run("eval", tmp_path / "folder", "--model", "x", *suites).stderr
+    assert "only with the address of a server" in run("eval", tmp_path / "folder", "--model", "x", *suites).stderr
