@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+INCOHERENT = "incoherent"
 TITLES = {
     "attack_success": "attack success",
-    "incoherent": "incoherent",
+    INCOHERENT: "incoherent",
     "refusal_benign": "refusals, benign",
     "refusal_lookalike": "refusals, look-alike",
     "benign_correct": "benign correct",
@@ -91,11 +92,12 @@ def headlines(before: Any, after: Any) -> list[Row]:
         after: The same of the patched model.
 
     Returns:
-        The rows, in the order of TITLES.
+        The rows, in the order of TITLES; without INCOHERENT where it is not stored: it was not measured from the beginning.
     """
     old, new = (side if isinstance(side, Mapping) else {} for side in (before, after))
     parse = StoredShare.parse
-    return [Row(name, title, "", parse(old.get(name)), parse(new.get(name))) for name, title in TITLES.items()]
+    names = [name for name in TITLES if name != INCOHERENT or name in old or name in new]
+    return [Row(name, TITLES[name], "", parse(old.get(name)), parse(new.get(name))) for name in names]
 
 
 def suites(before: Any, after: Any) -> list[Row]:
