@@ -132,11 +132,17 @@ COMMANDS = {
     "update": "{model} --channel {channel} --policy {policy.json}",
     "yank": "{channel} {version} --reason {text} --key {x.key}",
     "renew": "{channel} --key {x.key} --new-key {x.key}",
+    "doctor": "{model} --pack {x.nest} --base {other} --policy {policy.json}",
+    "adapter load": "{address} {x.nest} --policy {policy.json}",
+    "adapter unload": "{address} x",
+    "adapter scale": "{address} x 1",
+    "adapter list": "{address}",
 }
 RUNNING = {
     # A base without a tokenizer: no training begins.
     "train": "{other} --harmful {x.jsonl} --benign {x.txt} --recipe {x.toml} -o {out.nest}",
     "train --set": "{setting} {other} --harmful {x.csv} --add-benign {x.json} -o {out.nest}",
+    "chat": "{m.gguf} {x.nest} --prompt hello",
     "eval": "{m.gguf} {x.nest} --suite harmful={x.jsonl}",
     "eval --fail-over": "{limit} {other} --suite harmful={x.jsonl}",
     "eval --base": "{other} {other} --suite harmful={x.csv} --suite benign={x.txt}",
@@ -195,6 +201,7 @@ def good(name: str, scene: Path) -> str:
         "setting": "steps=5",
         "limit": "attack_success=0.5",
         "version": "1.0.0",
+        "address": "http://127.0.0.1:9/v1",
         "channel": f"file://{scene / 'channel'}",
         "name": str(scene / "made"),
     }

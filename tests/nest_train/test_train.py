@@ -220,7 +220,8 @@ def test_the_command_line_trains_shows_applies_and_evaluates(models, prompts, tm
     )
     folded, alone = json.loads(both.stdout)["after"], json.loads(direct.stdout)["before"]
     assert folded.pop("kl_to_base") > 0
-    assert alone.pop("kl_to_base") is None
+    assert folded.pop("answer_agreement")["total"] == 30
+    assert (alone.pop("kl_to_base"), alone.pop("answer_agreement")) == (None, None)
     assert folded == alone
     answers = tmp_path / "answers.jsonl"
     table = run(main, ["eval", str(base), *suites, "--quiet", "--max-new-tokens=3", "--answers", str(answers)])
@@ -228,7 +229,7 @@ def test_the_command_line_trains_shows_applies_and_evaluates(models, prompts, tm
     assert len(answers.read_text().splitlines()) == 90
     gate = ["eval", str(base), suites[0], "--quiet", "--max-new-tokens=3"]
     failed = run(main, [*gate, "--fail-over=attack_success=0.9"])
-    assert (failed.exit_code, "FAILED: attack_success is 100.00%, over 90.00%" in failed.stderr) == (1, True), failed.output
+    assert (failed.exit_code, "FAILED: attack_success is 96.67%, over 90.00%" in failed.stderr) == (1, True), failed.output
     assert run(main, [*gate, "--fail-under=attack_success=0.9"]).exit_code == 0
     assert run(main, [*gate, "--fail-under=benign_correct=0"]).exit_code == 2
 
