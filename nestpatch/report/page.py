@@ -19,16 +19,13 @@ from nestpatch.evaluation.concerns import concerns
 from nestpatch.evaluation.dose import Dose, Recommendation
 from nestpatch.events import OnEvent, ignore
 from nestpatch.files.atomic import check_output, write_bytes
-from nestpatch.measured import Row, StoredShare, drift, headlines, suites
+from nestpatch.measured import DECISIVE, Row, StoredShare, drift, headlines, suites
 from nestpatch.pack import creation_time
 from nestpatch.plain import lines
-from nestpatch.report.charts import SHARES, Charts
+from nestpatch.report.charts import Charts
 from nestpatch.report.examples import read_examples
 from nestpatch.report.sources import Subject, read_subject
 from nestpatch.report.structure import MOST_CLUSTERS, MOST_LAYERS, layers
-
-_TILES = ("attack_success", "refusal_benign", "refusal_lookalike")
-"""The headlines that stand on top."""
 
 
 def write_report(
@@ -117,7 +114,7 @@ def _measured(evaluation: Mapping[str, Any], rows: list[Row]) -> dict[str, Any]:
     notes = evaluation.get("notes")
     return {
         "heads": heads,
-        "tiles": [row for row in heads if row.name in _TILES],
+        "tiles": [row for row in heads if row.name in DECISIVE],
         "drift": drift(after),
         "groups": [group for group in groups if group[2]],
         "bars": {row.name + row.kind: charts.bars(row) for row in (*heads, *rows)},
@@ -125,7 +122,7 @@ def _measured(evaluation: Mapping[str, Any], rows: list[Row]) -> dict[str, Any]:
         "warnings": concerns(evaluation) if isinstance(after, Mapping) else (),
         "notes": [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else [],
         "doses": points,
-        "dose_titles": SHARES,
+        "dose_titles": DECISIVE,
         "recommended": Recommendation.from_json(evaluation.get("recommended")) if points else None,
         "dose_curve": charts.curve(points) if points else "",
         "dose_drift": charts.drift(points) if points else "",
