@@ -140,6 +140,19 @@ def drift(side: Any) -> float | None:
     return float(stored) if is_number(stored) else None
 
 
+def strength_of(evaluation: Mapping[str, Any]) -> float:
+    """The strength of the pack in the numbers `after`.
+
+    Args:
+        evaluation: As packs and `eval --json` store it.
+
+    Returns:
+        Factor of the pack's change; 1 where none is stored.
+    """
+    stored = evaluation.get("strength")
+    return float(stored) if is_number(stored) else 1.0
+
+
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether a stored value is a finite number of a plausible size.
 
