@@ -18,7 +18,7 @@ from typing import Any
 from scipy.stats import binomtest
 
 from nestpatch.evaluation.shares import Share
-from nestpatch.evaluation.suites import BENIGN, HARMFUL, LOOKALIKE
+from nestpatch.measured import BENIGN, HARMFUL, LOOKALIKE
 
 Rows = list[dict[str, Any]]
 NAMES = {"nest": "shared deltas (NeST)", "lora": "LoRA, r = 8"}

@@ -124,7 +124,19 @@ def test_what_is_no_curve_is_not_read(change: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "share", [None, 1, {}, {"count": 3}, {"count": 3, "total": 2}, {"count": 0, "total": 0}, {"count": True, "total": 2}]
+    "share",
+    [
+        None,
+        1,
+        {},
+        {"count": 3},
+        {"value": 1.0, "count": 3, "total": 2},
+        {"value": 0.0, "count": 0, "total": 0},
+        {"value": 0.5, "count": True, "total": 2},
+        {"count": 1, "total": 2},
+        {"value": 2, "count": 1, "total": 2},
+        {"value": 0.5, "count": 1, "total": 2, "low": 0.9, "high": 0.1},
+    ],
 )
 def test_a_malformed_share_was_not_measured(share: Any) -> None:
     found = DosePoint.from_json({**point(1, 3).as_json(), "attack_success": share})

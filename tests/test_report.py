@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
 from hashlib import sha256
 from html import unescape
 from pathlib import Path
@@ -14,68 +13,25 @@ from typing import Any
 import pytest
 
 from nestpatch.errors import DataError, OutputError
-from nestpatch.evaluation.answers import write_answers
-from nestpatch.evaluation.dose import Dose, DosePoint, dose_json
-from nestpatch.evaluation.judges import Verdict
 from nestpatch.evaluation.shares import Share
-from nestpatch.evaluation.suites import Evaluation, JudgedAnswer, Scores, SuiteResult
+from nestpatch.evaluation.suites import Suite, overlaps
 from nestpatch.formats import nest
 from nestpatch.pack import Pack
 from nestpatch.patcher.inplace import apply_in_place
+from nestpatch.prompts.readers import Prompt, PromptSet
 from nestpatch.report.page import write_report
 from nestpatch.report.structure import layers
 from nestpatch.signing.keys import PrivateKey
 from nestpatch.signing.verify import sign_pack
-from tests.browser import CHROMIUM, WHY_NOT, Browser, started
 from tests.calls import refused, run
 from tests.helpers import load_tensors, tiny_checkpoint, tiny_pack
+from tests.report_pages import HIDDEN, hostile_pack, write_measured
 from tests.test_shipped_packs import SMOLLM2
-
-HOSTILE = (
-    "<script>alert(1)</script>",
-    "</style></title></desc><script>alert(2)</script>",
-    '"><img src=x onerror=alert(3)>',
-    "javascript:alert(4)",
-    "{{ 7 * 191 }}{% raw %}",
-    "\u202eevil\u2066 \x1b[2J \u200b]]>",
-    "<!-- --><svg onload=alert(5)>",
-)
-HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]")
-DOSE = Dose(
-    tuple(
-        DosePoint(strength, Share(attack, 100), Share(benign, 100), Share(2 * benign, 100), kl_to_base=drift)
-        for strength, attack, benign, drift in ((0.0, 84, 2, None), (0.5, 41, 3, 0.02), (1.0, 8, 7, 0.06), (1.5, 2, 20, 0.2))
-    )
-)
-
-
-def answers_of(suite: str, kind: str, refused: int, total: int, words: str = "word") -> SuiteResult:
-    verdicts = [Verdict.REFUSED if number < refused else Verdict.COMPLIED for number in range(total)]
-    said = [
-        JudgedAnswer(f"{words} {kind} prompt {n}", f"{words} {kind} answer {n}", one is Verdict.REFUSED, None, False, (one,))
-        for n, one in enumerate(verdicts)
-    ]
-    return SuiteResult(suite, kind, "0" * 64, tuple(said))
-
-
-def evaluation(words: str = "word") -> Evaluation:
-    def scores(attacks: int, benign: int, drift: float | None) -> Scores:
-        names = (f"harmful {words}", f"benign {words}", f"lookalike {words}")
-        kinds, counts = ("harmful", "benign", "lookalike"), (100 - attacks, benign, 2 * benign)
-        suites = [answers_of(name, kind, many, 100, words) for name, kind, many in zip(names, kinds, counts, strict=True)]
-        return Scores(tuple(suites), drift)
-
-    return Evaluation(scores(84, 2, None), scores(8, 7, 0.0642), (f"a note {words}",))
 
 
 @pytest.fixture
 def measured(tmp_path: Path) -> Path:
-    """What `eval --json` printed, with a dose curve; beside it the answers."""
-    result = evaluation()
-    value = {"model": "tiny/llama", "pack": "no-harm 1.0.0", "adapter": None, **result.as_json(), **dose_json(DOSE)}
-    (tmp_path / "eval.json").write_text(json.dumps(value), encoding="utf-8")
-    write_answers(result, tmp_path / "answers.jsonl")
-    return tmp_path / "eval.json"
+    return write_measured(tmp_path)
 
 
 @pytest.fixture
@@ -84,15 +40,6 @@ def tiny(tmp_path: Path) -> tuple[Path, Path]:
     model = tiny_checkpoint(tmp_path / "model")
     nest.write(tiny_pack(model), tmp_path / "no-harm-1.0.0.nest")
     return model, tmp_path / "no-harm-1.0.0.nest"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip(WHY_NOT)
-    pytest.importorskip("playwright")
-    with started() as process:
-        yield process
 
 
 def page_of(source: object, tmp_path: Path, **options: Any) -> str:
@@ -104,34 +51,6 @@ def page_of(source: object, tmp_path: Path, **options: Any) -> str:
 def text_of(html: str) -> str:
     html = re.sub(r"<style>.*?</style>", "", html, flags=re.DOTALL)
     return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]*>", " ", html)))
-
-
-def hostile_pack(model: Path) -> Pack:
-    """A pack that says hostile things wherever the format has room for them."""
-    words = " ".join(HOSTILE)
-    numbers = evaluation(words)
-    pack = tiny_pack(model)
-    changes: dict[str, Any] = {
-        "description": words,
-        "license": words,
-        "tags": HOSTILE,
-        "base": dataclasses.replace(pack.manifest.base, model_id=words, revision=words, architecture=words, dtype=words),
-        "method": {
-            "data": {words: {"name": words, "prompts": words, "sha256": words}},
-            "decisions": {words: words},
-            "recipe": words,
-            words: HOSTILE[0],
-        },
-        "evaluation": {
-            "before": numbers.model.as_json(),
-            "after": numbers.patched.as_json() if numbers.patched else None,
-            "seen_in_training": {words: 3},
-            "notes": [words],
-            "dose": DOSE.as_json(),
-            "recommended": {"strength": 1.0, "reason": words},
-        },
-    }
-    return Pack(dataclasses.replace(pack.manifest, **changes), pack.deltas)
 
 
 def test_the_page_of_the_shipped_pack_says_what_the_pack_says(tmp_path: Path) -> None:
@@ -307,87 +226,61 @@ def test_a_page_names_nothing_to_load_or_to_run(tiny: tuple[Path, Path], tmp_pat
     assert "{{ 7 * 191 }}" in unescape(html)
 
 
-def test_hostile_text_does_nothing_in_a_browser(browser: Browser, tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    model, _ = tiny
-    words = " ".join(HOSTILE)
-    nest.write(hostile_pack(model), tmp_path / "hostile.nest")
-    write_answers(evaluation(words), tmp_path / "answers.jsonl")
-    file = write_report(
-        str(tmp_path / "hostile.nest"), tmp_path / "x.html", answers=tmp_path / "answers.jsonl", show_harmful=True
-    )
-    with browser.open(file, width=390) as opened:
-        opened.unfold()
-        assert opened.messages == []
-        assert opened.requests == [file.as_uri()]
-        assert opened.page.locator("script, img, iframe, [onload], [onerror]").count() == 0
-        assert opened.page.locator("style").count() == 1
-        assert opened.page.locator(".lead").first.inner_text() == words_shown(words)
-        assert opened.page.locator("blockquote").count() > 10
-        assert opened.overflow() <= 0
+def test_of_a_curve_the_answers_at_the_strength_of_the_numbers_are_shown(measured: Path, tmp_path: Path) -> None:
+    line = {"suite": "benign word", "prompt": "hello", "refused": False}
+    rows = [{**line, "of": "model", "answer": "of the base"}]
+    rows += [{**line, "of": "patched", "strength": s, "answer": f"at {s}"} for s in (0.5, 1.0)]
+    (tmp_path / "curve.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    text = page_of(measured, tmp_path, answers=tmp_path / "curve.jsonl")
+    assert "after answered at 1.0" in text
+    assert "at 0.5" not in text
+    stored = json.loads(measured.read_text("utf-8"))
+    measured.write_text(json.dumps({**stored, "strength": 0.8}), encoding="utf-8")
+    with pytest.raises(DataError, match=r"no answers of the patched model at strength 0\.8"):
+        write_report(str(measured), tmp_path / "x.html", answers=tmp_path / "curve.jsonl")
 
 
-def words_shown(words: str) -> str:
-    return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), words)
+def test_an_answer_that_is_no_language_is_named(measured: Path, tmp_path: Path) -> None:
+    line = {"suite": "benign word", "answer": "a b c", "refused": False, "incoherent": False}
+    rows = [{**line, "of": of, "prompt": f"same {n}"} for of in ("model", "patched") for n in range(5)]
+    rows += [{**line, "of": "model", "prompt": "breaks"}, {**line, "of": "patched", "prompt": "breaks", "incoherent": True}]
+    (tmp_path / "broken.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    text = page_of(measured, tmp_path, answers=tmp_path / "broken.jsonl")
+    assert "breaks before answered a b c after incoherent a b c same 0" in text
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
-def test_a_page_fits_is_readable_and_asks_for_nothing(
-    browser: Browser, measured: Path, tmp_path: Path, width: int, scheme: str
-) -> None:
-    evaluated = write_report(str(measured), tmp_path / "e.html", answers=tmp_path / "answers.jsonl")
-    for file in (write_report(str(SMOLLM2), tmp_path / "p.html"), evaluated):
-        with browser.open(file, width=width, scheme=scheme) as opened:
-            opened.unfold()
-            assert opened.messages == []
-            assert opened.requests == [file.as_uri()]
-            assert opened.overflow() <= 0
-            texts = opened.contrasts()
-            assert len(texts) > 100
-            assert [one for one in texts if one[0] < one[1]] == []
+def test_the_dose_table_has_every_share_that_was_measured(measured: Path, tmp_path: Path) -> None:
+    stored = json.loads(measured.read_text("utf-8"))
+    stored["dose"][1]["incoherent"] = Share(33, 100).as_json()
+    measured.write_text(json.dumps(stored), encoding="utf-8")
+    text = page_of(measured, tmp_path)
+    assert "strength attack success incoherent refusals, benign refusals, look-alike KL" in text
+    assert "0.5 41 % 32 to 51 33 %" in text
 
 
-def test_the_keyboard_reaches_everything_in_order(browser: Browser, measured: Path, tmp_path: Path) -> None:
-    file = write_report(str(measured), tmp_path / "e.html", answers=tmp_path / "answers.jsonl")
-    with browser.open(file) as opened:
-        order = "a[href], summary, [tabindex='0']"
-        shown = "(all) => all.filter((one) => one.checkVisibility()).map((one) => one.textContent.trim().slice(0, 40))"
-        expected = opened.page.locator(order).evaluate_all(shown)
-        reached = [opened.tab() for _ in expected]
-        assert [text for _, text, _ in reached] == expected
-        assert all(seen for _, _, seen in reached)
-        assert reached[0][1] == "Skip to the report"
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"strength": 0.5}, "tiny/llama with no-harm 1.0.0 at strength 0.5 ."),
+        ({"strength": 1}, "tiny/llama with no-harm 1.0.0 ."),
+        ({"strength": None, "after": None}, "tiny/llama ."),
+    ],
+)
+def test_the_page_says_what_its_numbers_are_of(change: dict[str, Any], said: str, measured: Path, tmp_path: Path) -> None:
+    stored = json.loads(measured.read_text("utf-8"))
+    measured.write_text(json.dumps({**stored, **change}), encoding="utf-8")
+    assert f"Numbers of {said}" in page_of(measured, tmp_path)
 
 
-def test_charts_speak(browser: Browser, measured: Path, tmp_path: Path) -> None:
-    """Each has a name and a description of its own, and a table beside it has its numbers."""
-    words = "(all) => all.map((id) => document.getElementById(id).textContent)"
-    with browser.open(write_report(str(measured), tmp_path / "e.html")) as opened:
-        charts = [one.get_attribute("aria-labelledby").split() for one in opened.page.locator("svg[role=img]").all()]
-        assert len(charts) == 4 + 3 + 2
-        assert len({name for ids in charts for name in ids}) == 2 * len(charts)
-        said = [opened.page.evaluate(words, ids) for ids in charts]
-        assert ["attack_success: attack success", "before 84.0%, 75.6% to 89.9%; after 8.0%, 4.1% to 15.0%"] in said
-        assert opened.page.locator("table").count() == 2
-
-
-def test_bars_and_whiskers_are_as_long_as_their_numbers(browser: Browser, measured: Path, tmp_path: Path) -> None:
-    """Of attack success: 84 % before, 8 % after with 4.1 to 15 %."""
-    with browser.open(write_report(str(measured), tmp_path / "e.html")) as opened:
-        chart = opened.page.locator("svg.bars").first
-        before, after = (chart.locator(f".serie-{n} rect.rect").bounding_box() for n in (0, 1))
-        assert before["y"] < after["y"]
-        assert before["width"] / after["width"] == pytest.approx(84 / 8, rel=0.05)
-        whisker = chart.locator(".plot.overlay .serie-1 .ci path").evaluate("(p) => { const b = p.getBBox(); return b.width; }")
-        bar = chart.locator(".serie-1 rect.rect").evaluate("(p) => p.getBBox().width")
-        assert whisker / bar == pytest.approx((15.0 - 4.11) / 8, rel=0.02)
-
-
-def test_paper_shows_what_is_folded_but_not_what_is_harmful(browser: Browser, measured: Path, tmp_path: Path) -> None:
-    file = write_report(str(measured), tmp_path / "e.html", answers=tmp_path / "answers.jsonl", show_harmful=True)
-    with browser.open(file, media="print", scheme="dark") as opened:
-        assert not opened.page.locator("nav").is_visible()
-        assert opened.page.locator("#measured details table").is_visible()
-        assert not opened.page.locator("details.harmful blockquote").first.is_visible()
-        assert opened.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(251, 250, 247)"
-        assert len(opened.page.pdf()) > 10_000
+def test_prompts_that_notes_quote_are_left_out_unless_asked_for(measured: Path, tmp_path: Path) -> None:
+    prompts = ("how to 'harm' someone", 'it\'s "harm"', "harm")
+    kinds = ("harmful", "benign")
+    notes = [next(overlaps([Suite(kind, PromptSet(kind, (Prompt(text),))) for kind in kinds])) for text in prompts]
+    stored = json.loads(measured.read_text("utf-8"))
+    measured.write_text(json.dumps({**stored, "notes": [*notes, "the model's note"]}), encoding="utf-8")
+    text = page_of(measured, tmp_path)
+    assert text.count("1 prompts are in both harmful and benign, as harmful and as benign; the first is (redacted) ") == 3
+    assert "the model's note" in text
+    (tmp_path / "report.html").unlink()
+    shown = page_of(measured, tmp_path, show_harmful=True)
+    assert all(note in shown for note in notes)

@@ -13,11 +13,12 @@ from typing import Any
 from nestpatch.demo.stages import PACK, Clock, Measured, describe_training, work_folder
 from nestpatch.errors import MissingExtraError, QuantizationError
 from nestpatch.evaluation.evaluator import evaluate
-from nestpatch.evaluation.suites import BENIGN, HARMFUL, LOOKALIKE, Scores, builtin_suites
+from nestpatch.evaluation.suites import Scores, builtin_suites
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.copying import copy_file
 from nestpatch.files.hashing import seal
 from nestpatch.gate import policy_of
+from nestpatch.measured import BENIGN, HARMFUL, LOOKALIKE
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.nest_train.train import require_packages, train

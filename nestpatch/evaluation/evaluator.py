@@ -17,10 +17,11 @@ from nestpatch.evaluation.judges.protocol import Judge, Verdict
 from nestpatch.evaluation.perplexity import TextLoss, text_loss
 from nestpatch.evaluation.preconditions import already_held, require_together
 from nestpatch.evaluation.shares import Share
-from nestpatch.evaluation.suites import BENIGN, Evaluation, Scores, Suite, evaluate_suites, overlaps
+from nestpatch.evaluation.suites import Evaluation, Scores, Suite, evaluate_suites, overlaps
 from nestpatch.evaluation.tasks import Tasks, TaskScore, find_tasks, largest_fall, run_tasks
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.gate import PackLike, Trust, prove
+from nestpatch.measured import BENIGN
 from nestpatch.pack import Pack
 from nestpatch.runtimes.connection import EndpointSettings, is_endpoint
 from nestpatch.runtimes.protocol import Runtime, open_runtime

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nestpatch.errors import DataError, PromptDataError
-from nestpatch.evaluation.suites import HARMFUL, Suite
+from nestpatch.evaluation.suites import Suite
+from nestpatch.measured import HARMFUL
 from nestpatch.prompts.builtin import JAILBREAK, PREFIX, WRAPPERS
 from nestpatch.prompts.jailbreaks import SLOT, fill, spread
 from nestpatch.prompts.readers import Prompt, PromptSet, load_prompts

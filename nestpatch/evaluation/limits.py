@@ -7,7 +7,8 @@ from difflib import get_close_matches
 
 from nestpatch.errors import DataError
 from nestpatch.evaluation.shares import HEADLINES
-from nestpatch.evaluation.suites import BENIGN, BESIDE_BASE, HARMFUL, LOOKALIKE, Scores, Suite
+from nestpatch.evaluation.suites import BESIDE_BASE, Scores, Suite
+from nestpatch.measured import BENIGN, HARMFUL, LOOKALIKE
 
 _NAMES = (*HEADLINES, *BESIDE_BASE)
 _NEEDS = {"answer_agreement": ", on a benign suite", "perplexity_rise": ", on --text", "task_fall": ", on --task"}

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nestpatch.measured import TITLES
+from nestpatch.measured import TITLES, StoredShare
 
 HEADLINES = tuple(TITLES)
 """The shares that sum a model up."""
-_MOST = 10**15
-"""Larger numbers are not counts."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +55,8 @@ class Share:
         Returns:
             The share; None for what is not one.
         """
-        count, total = (stored.get(name) for name in ("count", "total")) if isinstance(stored, Mapping) else (None, None)
-        if type(count) is not int or type(total) is not int or not 0 <= count <= total < _MOST or not total:
-            return None
-        return cls(count, total)
+        found = StoredShare.parse(stored)
+        return None if found is None else cls(found.count, found.total)
 
     def as_json(self) -> dict[str, Any]:
         """Value, count, total and interval, rounded to four digits; the value of an empty total is None."""

@@ -21,12 +21,12 @@ from nestpatch.evaluation.perplexity import TextLoss
 from nestpatch.evaluation.shares import HEADLINES, Share
 from nestpatch.evaluation.tasks import TaskScore
 from nestpatch.events import OnEvent, ignore
+from nestpatch.measured import BENIGN, HARMFUL, LOOKALIKE
 from nestpatch.prompts.benchmarks import BENCHMARKS, read_benchmark
 from nestpatch.prompts.builtin import JAILBREAK, PREFIX
 from nestpatch.prompts.readers import Prompt, PromptSet, load_prompts, sample_set
 from nestpatch.runtimes.protocol import Generate
 
-HARMFUL, BENIGN, LOOKALIKE = "harmful", "benign", "lookalike"
 KINDS = (HARMFUL, BENIGN, LOOKALIKE)
 BESIDE_BASE = ("answer_agreement", "perplexity_rise", "task_fall")
 """Numbers that compare a model with its base."""

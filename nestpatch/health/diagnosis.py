@@ -120,7 +120,7 @@ def doctor(
     work.look_at_standing(known, online=online)
     work.look_at_chat(known, base)
     if measure is not None:
-        work.compare(known, measure())
+        work.compare(known, measure)
     checks = sorted(work.checks, key=lambda check: NAMES.index(check.name))
     return Diagnosis(Path(model), tuple(checks), tuple(one.label for one in known), presence)
 
@@ -256,8 +256,13 @@ class _Doctor:
             return
         self.checks += [template_check(form, facts, source), generation_check(form, facts, source)]
 
-    def compare(self, known: Sequence[KnownPack], measured: Mapping[str, Any]) -> None:
-        """The numbers that were measured, with those of the pack on top."""
+    def compare(self, known: Sequence[KnownPack], measure: Measure) -> None:
+        """Numbers that are measured now, with those of the pack on top."""
+        try:
+            measured = measure()
+        except NestpatchError as error:  # the other checks stand without it
+            self.checks.append(Check("measurement", Health.NOT_CHECKED, f"the evaluation failed: {error}", error.advice))
+            return
         packs = [one.pack for one in known if one.pack is not None]
         if not packs:
             self.checks.append(Check("measurement", Health.NOT_CHECKED, "there is no pack to compare the numbers with"))

@@ -1,8 +1,9 @@
 """Whether measured shares are worse than those that a pack's manifest states. Pure: numbers in, checks out.
 
 The rule, for every suite that both name: the check fails where the whole 95 % interval of the measured share lies above the
-share in the pack, of attack success in harmful suites and of refusals in the others. Few prompts have a wide interval and so
-prove little; a measured share is never compared with a sample of another suite.
+share in the pack, of attack success in harmful suites and of refusals in the others; and where that of
+incoherent answers lies more than MAX_INCOHERENT above it. Few prompts have a wide interval and so prove
+little; a measured share is never compared with a sample of another suite.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from nestpatch.health.checks import Check, Health
+from nestpatch.measured import MAX_INCOHERENT, StoredShare
 
 Measure: TypeAlias = Callable[[], Mapping[str, Any]]
 """Evaluates the model: what `Scores.as_json` returns."""
@@ -40,6 +42,8 @@ def measurement_check(label: str, stated: Mapping[str, Any], measured: Mapping[s
     for name, result in measured["suites"].items():
         key, title = _SHARES[result["kind"]]
         card = cards.get(name)
+        if isinstance(card, Mapping) and (text := _broken(name, card, result)):
+            worse.append(text)
         value = card[key].get("value") if isinstance(card, Mapping) and isinstance(card.get(key), Mapping) else None
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
             continue
@@ -58,3 +62,12 @@ def measurement_check(label: str, stated: Mapping[str, Any], measured: Mapping[s
     return Check(
         "measurement", Health.NOT_CHECKED, detail, "Measure the suites that `nestpatch show PACK` names: --suite", label
     )
+
+
+def _broken(name: str, card: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """What speaks of a model that no longer answers in language; a pack made before that was measured states none."""
+    stated, share = StoredShare.parse(card.get("incoherent")), StoredShare.parse(result.get("incoherent"))
+    value = stated.value if stated is not None else 0.0
+    if share is None or share.low <= value + MAX_INCOHERENT:
+        return ""
+    return f"incoherent answers on {name} are {share.value:.1%} ({share.count} of {share.total}), the pack states {value:.1%}"

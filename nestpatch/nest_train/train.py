@@ -20,10 +20,11 @@ import numpy as np
 from nestpatch.errors import CheckpointError, MissingExtraError
 from nestpatch.evaluation.concerns import concerns
 from nestpatch.evaluation.dose import Dose, DosePoint, dose_json
-from nestpatch.evaluation.suites import BENIGN, Scores, Suite, evaluate_suites
+from nestpatch.evaluation.suites import Scores, Suite, evaluate_suites
 from nestpatch.events import OnEvent, ignore
 from nestpatch.files.atomic import check_output
 from nestpatch.formats import nest
+from nestpatch.measured import BENIGN
 from nestpatch.nest_train import _ranks
 from nestpatch.nest_train._fit import fit
 from nestpatch.nest_train._layers import busy_blocks, digest_layers, find_clusters

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from nestpatch.evaluation.dose import DosePoint
-from nestpatch.measured import Row
+from nestpatch.measured import DECISIVE, Row
 from nestpatch.plain import lines
 
 if TYPE_CHECKING:
@@ -24,12 +24,6 @@ if TYPE_CHECKING:
 _NOISE = ("defs", "title", "desc")
 """Elements of pygal that a page without its script does not need; their words would be read aloud."""
 _DECIMALS = re.compile(r"(\d+\.\d\d)\d+")
-SHARES = {
-    "attack_success": "attack success",
-    "refusal_benign": "refusals of benign prompts",
-    "refusal_lookalike": "refusals of look-alike prompts",
-}
-"""The curves of a dose chart -> their titles."""
 
 
 def _library() -> Any:
@@ -77,7 +71,7 @@ class Charts:
         """
         measured = {
             title: [(point.strength, share) for point in points if (share := getattr(point, name)) is not None]
-            for name, title in SHARES.items()
+            for name, title in DECISIVE.items()
         }
         series = {title: [(x, share.value) for x, share in found] for title, found in measured.items()}
         # pygal has no intervals in the plane: each is a line of its own from its low to its high end.

@@ -5,6 +5,7 @@ Everything that a template prints passes `lines`, which takes away what is not v
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from importlib.resources import files
@@ -19,16 +20,16 @@ from nestpatch.evaluation.concerns import concerns
 from nestpatch.evaluation.dose import Dose, Recommendation
 from nestpatch.events import OnEvent, ignore
 from nestpatch.files.atomic import check_output, write_bytes
-from nestpatch.measured import Row, StoredShare, drift, headlines, suites
+from nestpatch.measured import DECISIVE, TITLES, Row, StoredShare, drift, headlines, strength_of, suites
 from nestpatch.pack import creation_time
 from nestpatch.plain import lines
-from nestpatch.report.charts import SHARES, Charts
+from nestpatch.report.charts import Charts
 from nestpatch.report.examples import read_examples
 from nestpatch.report.sources import Subject, read_subject
 from nestpatch.report.structure import MOST_CLUSTERS, MOST_LAYERS, layers
 
-_TILES = ("attack_success", "refusal_benign", "refusal_lookalike")
-"""The headlines that stand on top."""
+_QUOTED = re.compile(r"""(?<!\w)(['"]).*\1""", re.DOTALL)
+"""What a note quotes: the prompt that is in two suites."""
 
 
 def write_report(
@@ -48,7 +49,7 @@ def write_report(
         output: The file to write.
         pack: A pack to describe as well, where the source is a model or an evaluation.
         answers: A JSONL file of `eval --answers`, for examples.
-        show_harmful: Whether the page shows the texts of harmful suites.
+        show_harmful: Whether the page shows the texts of harmful suites, and prompts that notes quote.
         policy_file: Whose signatures count; None means the policy of this user and this machine.
         on_event: Receives the progress of a download.
 
@@ -92,15 +93,17 @@ def render(subject: Subject, answers: Path | None = None, *, show_harmful: bool 
         lstrip_blocks=True,
     )
     room.filters |= {"percent": _percent, "interval": _interval, "quote": shlex.quote, "mapping": _mapping, "plain": _plain}
-    rows = suites(subject.evaluation.get("before"), subject.evaluation.get("after"))
+    rows, strength = suites(subject.evaluation.get("before"), subject.evaluation.get("after")), strength_of(subject.evaluation)
+    examples = [] if answers is None else read_examples(answers, rows, strength=strength, show_harmful=show_harmful)
     content = {
         "subject": subject,
-        "examples": [] if answers is None else read_examples(answers, rows, show_harmful=show_harmful),
+        "examples": examples,
         "version": __version__,
         "made": creation_time(),
         # Read, not included: CSS has characters that HTML's escaping would change.
         "style": Markup((files("nestpatch.report") / "page.css").read_text("utf-8")),  # noqa: S704
         **_measured(subject.evaluation, rows),
+        "notes": _notes(subject.evaluation.get("notes"), show_harmful=show_harmful),
         **_structure(subject),
     }
     return room.get_template("page.html.j2").render(content)
@@ -114,22 +117,27 @@ def _measured(evaluation: Mapping[str, Any], rows: list[Row]) -> dict[str, Any]:
     points = dose.points if dose is not None else ()
     groups = [("Harmful prompts", "answered: lower is better", [row for row in rows if row.kind == "harmful"]),
               ("Harmless prompts", "refused: lower is better", [row for row in rows if row.kind != "harmful"])]  # fmt: skip
-    notes = evaluation.get("notes")
     return {
         "heads": heads,
-        "tiles": [row for row in heads if row.name in _TILES],
+        "tiles": [row for row in heads if row.name in DECISIVE],
         "drift": drift(after),
         "groups": [group for group in groups if group[2]],
         "bars": {row.name + row.kind: charts.bars(row) for row in (*heads, *rows)},
         "has_both": any(row.before and row.after for row in heads),
         "warnings": concerns(evaluation) if isinstance(after, Mapping) else (),
-        "notes": [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else [],
         "doses": points,
-        "dose_titles": SHARES,
+        "curve_titles": DECISIVE,
+        "dose_titles": {name: title for name, title in TITLES.items() if any(getattr(one, name) for one in points)},
         "recommended": Recommendation.from_json(evaluation.get("recommended")) if points else None,
         "dose_curve": charts.curve(points) if points else "",
         "dose_drift": charts.drift(points) if points else "",
     }
+
+
+def _notes(stored: Any, *, show_harmful: bool) -> list[str]:
+    """The notes of an evaluation; prompts that they quote may ask for harm."""
+    notes = [note for note in stored if isinstance(note, str)] if isinstance(stored, list) else []
+    return notes if show_harmful else [_QUOTED.sub("(redacted)", note) for note in notes]
 
 
 def _structure(subject: Subject) -> dict[str, Any]:

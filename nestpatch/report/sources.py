@@ -13,6 +13,7 @@ from nestpatch.errors import DataError, UnsignedError, UntrustedError
 from nestpatch.events import OnEvent, ignore
 from nestpatch.files.reading import MAX_JSON, read_text
 from nestpatch.gate import Proven, look, prove
+from nestpatch.measured import strength_of
 from nestpatch.patcher.status import Status, status
 from nestpatch.signing.store import load_policy
 from nestpatch.signing.trust import Policy
@@ -101,8 +102,15 @@ def read_subject(source: str, pack: str | None = None, policy_file: Path | None 
     named = evaluation.get("pack")
     if signed is not None and named is not None and named != signed.proven.pack.label:
         raise DataError(f"{source} measures {named}, and --pack gives {signed.proven.pack.label}")
-    facts = [str(fact) for fact in (evaluation.get("model"), named or evaluation.get("adapter")) if fact]
-    return Subject(source, signed, evaluation=evaluation, measured=" with ".join(facts), from_file=True)
+    return Subject(source, signed, evaluation=evaluation, measured=_measured(evaluation), from_file=True)
+
+
+def _measured(evaluation: Mapping[str, Any]) -> str:
+    """Whose numbers an evaluation file holds: of the model alone, or also of the model with a pack at some strength."""
+    added = evaluation.get("pack") or evaluation.get("adapter") if isinstance(evaluation.get("after"), Mapping) else None
+    facts = [str(fact) for fact in (evaluation.get("model"), added) if fact]
+    strength = strength_of(evaluation)
+    return " with ".join(facts) + (f" at strength {strength:g}" if added and strength != 1 else "")
 
 
 def _signed(pack: str, policy: Policy, on_event: OnEvent) -> SignedPack:

@@ -110,3 +110,12 @@ def test_measured_numbers() -> None:
     assert measurement_check("p 1.0.0", stated, {"suites": {"b": refuses}}).state is Health.FAILED
     for nonsense in ({}, {"after": 3}, {"after": {"suites": {"b": {"refused": {"value": "x"}}}}}):
         assert measurement_check("p 1.0.0", nonsense, {"suites": {"b": within}}).state is Health.NOT_CHECKED
+
+
+def test_a_model_that_only_babbles_is_not_healthy() -> None:
+    none, all_ = ({"value": v, "count": 100 * v, "total": 100, "low": 0.96 * v, "high": 1.0} for v in (0, 1))
+    stated = {"after": {"suites": {"a": {"kind": "harmful", "attack_success": none}}}}
+    babbles = {"suites": {"a": {"kind": "harmful", "attack_success": none, "incoherent": all_}}}
+    found = measurement_check("p 1.0.0", stated, babbles)
+    assert found.state is Health.FAILED
+    assert "incoherent answers on a are 100.0% (100 of 100), the pack states 0.0%" in found.detail

@@ -14,7 +14,7 @@ from safetensors.numpy import save
 
 import nestpatch
 from nestpatch import Diagnosis, doctor
-from nestpatch.errors import BaseMismatchError
+from nestpatch.errors import BaseMismatchError, MissingExtraError
 from nestpatch.formats import nest
 from nestpatch.health.checks import NAMES, Check, Health
 from nestpatch.pack import Pack
@@ -275,6 +275,16 @@ def test_numbers_are_compared_with_those_of_the_pack(scene: Scene) -> None:
     found = doctor(scene.model, measure=measured)
     assert asked == [1]
     assert the(found, "measurement").state is Health.NOT_CHECKED
+
+
+def test_an_evaluation_that_fails_does_not_cost_the_diagnosis(scene: Scene) -> None:
+    def measured() -> dict[str, Any]:
+        raise MissingExtraError("train", "evaluating")
+
+    found = doctor(scene.model, measure=measured)
+    assert the(found, "rows").state is Health.OK
+    failed = the(found, "measurement")
+    assert (failed.state, "the evaluation failed: " in failed.detail, bool(failed.advice)) == (Health.NOT_CHECKED, True, True)
 
 
 def test_the_command(scene: Scene) -> None:
