@@ -27,6 +27,8 @@ _CONNECT = 10.0
 """Seconds for a connection."""
 _LIMIT = 16 << 20
 """Bytes of an answer at most."""
+MAX_TIMEOUT = 86_400.0
+"""Seconds that a server may be given for an answer at most: waits of threads end at a finite time."""
 _LOCAL = {"localhost", "127.0.0.1", "::1"}
 T = TypeVar("T")
 
@@ -46,6 +48,12 @@ class EndpointSettings:
     concurrency: int = 8
     timeout: float = 300.0
     key_variable: str = KEY_VARIABLE
+
+    def __post_init__(self) -> None:
+        """Raises DataError for a timeout that is no time."""
+        if not 0 < self.timeout <= MAX_TIMEOUT:  # turned this way so that NaN is refused
+            reason = f"{self.timeout:g} seconds are no time limit for an answer"
+            raise DataError(reason, advice=f"Give a number over 0 and at most {MAX_TIMEOUT:g}.")
 
 
 def is_endpoint(model: object) -> bool:

@@ -87,6 +87,7 @@ def test_the_server_decides_how_long_to_wait(chat):
     assert retry_after({"Retry-After": "7"}) == 7
     assert 50 < retry_after({"Retry-After": formatdate(time.time() + 60)}) <= 60
     assert retry_after({"Retry-After": "soon"}) == retry_after({}) == retry_after({"Retry-After": formatdate(0)}) == 0
+    assert retry_after({"Retry-After": f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT"}) == 0
 
 
 @pytest.mark.parametrize(
@@ -115,6 +116,13 @@ def test_a_server_that_takes_too_long_has_a_name(chat):
     slow = pytest.raises(EndpointUnavailableError, match=r"longer than the allowed 0\.4 s")
     with ServedRuntime(chat.url, EndpointSettings(timeout=0.4)) as served, slow:
         served.generate(["a"])
+
+
+@pytest.mark.parametrize("seconds", ["inf", "nan", "1e12"])
+def test_a_time_limit_is_finite(chat, suites, seconds):
+    assert run("eval", chat.url, *suites, "--timeout", seconds).exit_code == 2
+    with pytest.raises(DataError, match="no time limit"):
+        EndpointSettings(timeout=float(seconds))
 
 
 def test_an_answer_without_end_is_not_read_to_its_end(chat, monkeypatch):
