@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 
 from nestpatch.errors import DataError
-from nestpatch.evaluation.judges.classifier import ClassifierJudge
+from nestpatch.evaluation.judges.classifier import ClassifierJudge, require_labels
 from nestpatch.evaluation.judges.endpoint import open_judge_endpoint
 from nestpatch.evaluation.judges.guard import FAMILIES, GuardJudge, family_of
 from nestpatch.evaluation.judges.keywords import KEYWORD_JUDGES
@@ -86,11 +86,13 @@ def open_judges(
 
     Raises:
         DataError: A name is not known or given twice, or PyTorch cannot compute on the device.
-        JudgeError: A model cannot be loaded, or a server does not answer.
+        JudgeError: A model cannot be loaded, no classifier has a label of `labels`, or a server does not answer.
         MissingExtraError: A model needs packages that are not installed.
     """
     require_judges(judges, labels)
-    return [_open(judge, labels or {}, device) if isinstance(judge, str) else judge for judge in judges]
+    found = [_open(judge, labels or {}, device) if isinstance(judge, str) else judge for judge in judges]
+    require_labels(labels or {}, [judge for judge in found if isinstance(judge, ClassifierJudge)])
+    return found
 
 
 def _open(name: str, labels: Mapping[str, Verdict], device: str) -> Judge:
