@@ -14,6 +14,7 @@ from nestpatch.errors import DataError, PromptDataError
 from nestpatch.evaluation.agreement import Agreement, agreements
 from nestpatch.evaluation.concerns import concerns
 from nestpatch.evaluation.dose import Dose, DosePoint, dose_json
+from nestpatch.evaluation.judges.coherence import is_incoherent
 from nestpatch.evaluation.judges.keywords import KEYWORDS, is_refusal, matches
 from nestpatch.evaluation.judges.panel import decision, verdicts
 from nestpatch.evaluation.judges.protocol import Judge, Verdict
@@ -362,9 +363,8 @@ class Evaluation:
     def agreement(self) -> tuple[Agreement, ...]:
         """Each other judge beside the first, over the answers of all models and suites; empty for one judge."""
         patched = [scores for _, scores in self.curve] or ([self.patched] if self.patched is not None else [])
-        return agreements(
-            self.judges, [v.verdicts for side in (self.model, *patched) for suite in side.suites for v in suite.verdicts]
-        )
+        judged = (one for side in (self.model, *patched) for suite in side.suites for one in suite.verdicts)
+        return agreements(self.judges, [one.verdicts for one in judged if not is_incoherent(one.answer)])  # no judge read those
 
     @property
     def concerns(self) -> tuple[str, ...]:
