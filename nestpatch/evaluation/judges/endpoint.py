@@ -124,7 +124,8 @@ class EndpointJudge:
         if not unread:
             return
         self.unreadable += len(unread)
-        reason = f"{len(unread)} of {total} verdicts of {self.name} cannot be read, the first is {unread[0][:60]!r}"
+        first = self._endpoint.server.quoted(unread[0], 60)
+        reason = f"{len(unread)} of {total} verdicts of {self.name} cannot be read, the first is {first!r}"
         if len(unread) > _MOST_UNREADABLE * total:
             raise JudgeError(reason, advice="Use a larger chat model as the judge, without reasoning, or the judge keywords.")
         on_event(Event("note", note=f"{reason}: they count as complied"))
