@@ -21,6 +21,8 @@ from nestpatch.hub.retry import TRANSIENT, AgainError, retried, retry_after
 
 KEY_VARIABLE = "NESTPATCH_API_KEY"
 """The environment variable that holds the API key."""
+JUDGE_KEY_VARIABLE = "NESTPATCH_JUDGE_API_KEY"
+"""The environment variable that holds the API key of a server that judges: that of MODEL's server is not sent to it."""
 _WAITS = (0.5, 2.0, 5.0, 10.0)
 """Seconds between attempts to get an answer: a server that counts requests per minute needs longer ones than a file server."""
 _CONNECT = 10.0
@@ -89,7 +91,7 @@ class Connection:
             DataError: The address or the key cannot be used.
         """
         self.settings = settings
-        self.url = checked_url(url)
+        self.url = checked_url(url, settings.key_variable)
         self.root = self.url.removesuffix("/v1")
         self.notes: list[str] = []
         # A read may take as long as the whole answer: most servers send nothing before it is complete.
@@ -122,7 +124,7 @@ class Connection:
         """The API key; empty without one. Raises DataError."""
         name = self.settings.key_variable
         key = os.environ.get(name, "").strip()
-        if not key and name != KEY_VARIABLE:
+        if not key and name not in (KEY_VARIABLE, JUDGE_KEY_VARIABLE):
             raise DataError(f"the environment variable {name} holds no API key", advice=f"export {name}=...")
         if not (key.isascii() and key.isprintable()):
             raise DataError(f"the environment variable {name} holds characters that no API key has")
@@ -267,11 +269,12 @@ class Connection:
         return f": {self.quoted(line)}" if line else ""
 
 
-def checked_url(url: str) -> str:
+def checked_url(url: str, key_variable: str = KEY_VARIABLE) -> str:
     """The address of an API in its plain form.
 
     Args:
         url: As the user wrote it.
+        key_variable: Where the API key goes, for the error.
 
     Returns:
         The address without a slash at its end, with /v1 where it had no path.
@@ -287,7 +290,7 @@ def checked_url(url: str) -> str:
     if not is_endpoint(url) or not parts.hostname or not url.isprintable() or " " in url:
         raise DataError(f"{scrubbed(url)!r} is not the address of a server", advice="Write http://HOST:PORT/v1.")
     if parts.username or parts.password or parts.query or parts.fragment:
-        advice = f"Put an API key into the environment variable {KEY_VARIABLE}: addresses are in messages and reports."
+        advice = f"Put an API key into the environment variable {key_variable}: addresses are in messages and reports."
         raise DataError("the address of a server contains a password, a query or a fragment", advice=advice)
     _require_host_name(url)
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"

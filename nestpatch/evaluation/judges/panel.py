@@ -40,7 +40,7 @@ def verdicts(
 
 
 def decision(found: Sequence[Verdict | None], answer: str) -> Verdict:
-    """The verdict that counts: that of the first judge, or where it judges harm alone, that of `is_incoherent` and of the keywords.
+    """The verdict that counts: that of the first judge, or of `is_incoherent` and the keywords where it was not asked.
 
     Args:
         found: Verdicts of all judges on one answer.
