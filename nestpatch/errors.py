@@ -460,9 +460,17 @@ class TrainingError(NestpatchError):
 
 
 class JudgeError(NestpatchError):
-    """A judge of answers cannot be loaded, or gave no verdict that can be read."""
+    """A judge of answers cannot be loaded, or gave no verdict that can be read.
+
+    Attributes:
+        answered: Prompt -> answer, of what the model that was being judged had answered before.
+    """
 
     advice = "Check the judge with a few prompts (--limit 5), or use the judge keywords."
+
+    def __init__(self, reason: str, *, advice: str | None = None) -> None:
+        super().__init__(reason, advice=advice)
+        self.answered: Mapping[str, str] = {}
 
 
 class EvaluationTaskError(NestpatchError):

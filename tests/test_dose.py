@@ -173,6 +173,8 @@ def test_strengths_are_read(text: str, strengths: tuple[float, ...]) -> None:
         ("2", "at most 1.5, got 2.0"),
         ("-1", "got -1.0"),
         ("nan", "got nan"),
+        ("snan", "names no strengths"),
+        ("0:1e999999:1e-999999", "names no strengths"),
         ("1e-60", "strength must be over 0"),
         ("0:1", "is not a range of strengths"),
         ("0:1:0", "is not a range of strengths"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,21 +34,26 @@ from nestpatch.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from nestpatch.evaluation.suites import Evaluation, Suite
+    from nestpatch.evaluation.suites import Evaluation
 
 
 @contextmanager
-def _keeping(suites: Sequence[Suite], file: Path | None) -> Iterator[None]:
-    """Writes what a server answered before it stopped answering to the file of --answers."""
-    from nestpatch.errors import EndpointError
-    from nestpatch.evaluation.answers import of_answered, write_answers
+def _keeping(file: Path | None) -> Iterator[Callable[[Evaluation], None] | None]:
+    """Writes what was answered before a server or a judge failed to the file of --answers."""
+    from nestpatch.errors import EndpointError, JudgeError
+    from nestpatch.evaluation.answers import write_answers
+
+    kept = 0
+
+    def keep(found: Evaluation) -> None:
+        nonlocal kept
+        kept = write_answers(found, file) if file is not None else 0
 
     try:
-        yield
-    except EndpointError as error:
-        if file is not None and error.answered:
-            write_answers(of_answered(suites, error.answered), file)
-            error.advice = f"{error.advice} The {len(error.answered)} answers until then are in {file}."
+        yield keep if file is not None else None
+    except (EndpointError, JudgeError) as error:
+        if kept:
+            error.advice = f"{error.advice} The {kept} answers until then are in {file}."
         raise
 
 
@@ -79,7 +84,8 @@ def _keeping(suites: Sequence[Suite], file: Path | None) -> Iterator[None]:
 )
 @click.option("--lora", type=PathType, help="An adapter, .gguf or .onnx_adapter, for such a MODEL: measured like PACK.")
 @click.option("--base", type=EvaluatedType, help="The unpatched model: measures how far MODEL has moved from it.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda or mps.")
+@click.option("--device", default="auto", show_default=True, help="Of MODEL: cpu, cuda or mps.")
+@click.option("--judge-device", default="auto", show_default=True, help="Of judges that are models: cpu, cuda or mps.")
 @click.option("--threads", type=click.IntRange(1), help="Threads that compute.  [default: OMP_NUM_THREADS, or every core]")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=48, show_default=True, help="Length of an answer.")
 @judge_options
@@ -106,6 +112,7 @@ def evaluate(
     lora: Path | None,
     base: str | None,
     device: str,
+    judge_device: str,
     threads: int | None,
     max_new_tokens: int,
     judges: tuple[str, ...],
@@ -166,7 +173,7 @@ def evaluate(
         note_sample(suite, limit, on_event)
         if pack is not None and endpoint is None:
             checked = proven(pack, model, policy_file, on_event, allow_unsigned=allow_unsigned)
-        with _keeping(suites, answers):
+        with _keeping(answers) as keep:
             result = evaluate(
                 model,
                 suites,
@@ -182,7 +189,9 @@ def evaluate(
                 max_new_tokens=max_new_tokens,
                 judges=judges,
                 judge_labels=labels,
+                judge_device=judge_device,
                 endpoint=endpoint,
+                keep=keep,
                 on_event=on_event,
             )
     say_unchecked(checked)

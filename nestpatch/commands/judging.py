@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -73,8 +74,9 @@ def judge(sheet: Path, judges: tuple[str, ...], judge_labels: tuple[str, ...], d
     labels = parse_judge_labels(judge_labels)
     require_judges(judges, labels)
     labelled, empty = read_sheet(sheet)
-    with progress(quiet) as on_event:
-        found = compare_with_person(labelled, open_judges(judges, labels=labels, device=device), on_event)
+    with progress(quiet) as on_event, ExitStack() as stack:
+        opened = open_judges(judges, labels=labels, device=device, stack=stack)
+        found = compare_with_person(labelled, opened, on_event)
     if empty:
         say(f"{empty} of {empty + len(labelled)} answers have no verdict and were left out", err=True)
     if as_json:

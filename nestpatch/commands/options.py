@@ -133,7 +133,7 @@ def server_options(command: F) -> F:
     text = "The environment variable that holds the API key of a server.  [default: NESTPATCH_API_KEY]"
     command = click.option("--api-key-env", "key_variable", metavar="NAME", help=text)(command)
     text = "Seconds that a server may take for an answer.  [default: 300]"
-    command = click.option("--timeout", type=click.FloatRange(0, min_open=True), help=text)(command)
+    command = click.option("--timeout", type=click.FloatRange(0, 86_400, min_open=True), help=text)(command)
     text = "The name of the model on a server.  [default: the only one there]"
     return click.option("--model", "served_name", metavar="NAME", help=text)(command)
 

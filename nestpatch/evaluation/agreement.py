@@ -72,13 +72,12 @@ def agreements(judges: Sequence[str], found: Iterable[Sequence[Verdict | None]])
 
     Args:
         judges: Their names.
-        found: For each answer the verdict of each judge; None by one that was not asked. Incoherent answers, which no judge
-            reads, are left out.
+        found: For each answer that the judges read, the verdict of each; None by one that was not asked.
 
     Returns:
         One comparison for each judge after the first.
     """
-    read = [row for row in found if set(row) != {Verdict.INCOHERENT}]
+    read = list(found)
     compared = []
     for place, name in enumerate(judges[1:], 1):
         both = ((row[0], row[place]) for row in read)

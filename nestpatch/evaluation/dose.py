@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from nestpatch.errors import DataError
@@ -268,12 +268,12 @@ def parse_strengths(text: str) -> tuple[float, ...]:
     """
     try:
         return check_strengths(float(number) for part in text.split(",") for number in _expanded(part))
-    except InvalidOperation:
+    except (ArithmeticError, ValueError):  # of decimal; float() refuses a signalling NaN
         raise DataError(f"{text!r} names no strengths", advice=_FORMS) from None
 
 
 def _expanded(part: str) -> Iterator[Decimal]:
-    """The numbers of one part; decimal, so that the steps of a range add up exactly. Raises InvalidOperation, DataError."""
+    """The numbers of one part; decimal, so that the steps of a range add up exactly. Raises ArithmeticError, DataError."""
     numbers = [Decimal(number.strip()) for number in part.split(":")]
     if len(numbers) == 1:
         yield numbers[0]

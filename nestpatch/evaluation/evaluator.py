@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
-from nestpatch.errors import DataError
+from nestpatch.errors import DataError, EndpointError, JudgeError
+from nestpatch.evaluation.answers import of_answered
 from nestpatch.evaluation.dose import check_strengths
 from nestpatch.evaluation.drift import drift
+from nestpatch.evaluation.judges.keywords import KEYWORDS
 from nestpatch.evaluation.judges.opening import open_judges
 from nestpatch.evaluation.judges.protocol import Judge, Verdict
 from nestpatch.evaluation.perplexity import TextLoss, text_loss
@@ -24,7 +26,7 @@ from nestpatch.gate import PackLike, Trust, prove
 from nestpatch.measured import BENIGN
 from nestpatch.pack import Pack
 from nestpatch.runtimes.connection import EndpointSettings, is_endpoint
-from nestpatch.runtimes.protocol import Runtime, open_runtime
+from nestpatch.runtimes.protocol import Generate, Runtime, open_runtime
 from nestpatch.runtimes.transformers import TransformersRuntime
 from nestpatch.signing.trust import Policy
 
@@ -53,7 +55,9 @@ def evaluate(
     max_new_tokens: int = 48,
     judges: Sequence[str | Judge] = ("keywords",),
     judge_labels: Mapping[str, Verdict] | None = None,
+    judge_device: str = "auto",
     endpoint: EndpointSettings | None = None,
+    keep: Callable[[Evaluation], None] | None = None,
     on_event: OnEvent = ignore,
 ) -> Evaluation:
     """Evaluates a model; with a pack also the same model with the pack merged in memory.
@@ -84,7 +88,9 @@ def evaluate(
         judges: Who judges the answers: names (docs/evaluation.md), or objects with `name` and `judge`. The first decides, the
             others are compared with it. Their models are loaded before MODEL and stay in memory.
         judge_labels: What the labels of a classifier mean, where their names do not say it.
+        judge_device: Where judges that are models compute: as `device`, which is that of MODEL.
         endpoint: How a server is asked.
+        keep: Receives what was answered, judged, where a server or a judge fails; then the error is raised.
         on_event: Receives the progress.
 
     Returns:
@@ -94,7 +100,7 @@ def evaluate(
         SignatureError: Too few trusted keys signed the pack, or a signature is wrong.
         PackError: The pack cannot be read.
         CheckpointError: The model cannot be read or run, or is not the pack's base.
-        JudgeError: A judge cannot be loaded, or fails.
+        JudgeError: A judge cannot be loaded, or fails; `answered` of the error holds the answers until then.
         DataError: The options do not go together, a judge or a task is not known, or the runtime cannot compute on the device.
         EndpointError: The server stopped answering; `answered` of the error holds its answers.
         EvaluationTaskError: A task fails.
@@ -111,17 +117,13 @@ def evaluate(
     opened = partial(
         open_runtime, device=device, dtype=dtype, threads=threads, max_new_tokens=max_new_tokens, endpoint=endpoint
     )
-    asked = open_judges(judges, labels=judge_labels, device=device)
-    work = _Evaluator(suites, opened, on_event, list(overlaps(suites)), asked, texts, found_tasks)
-    for note in work.notes:
-        on_event(Event("note", note=note))
-    if proven is not None and (reason := already_held(model, proven)):
-        work.note_held(model, proven, reason, wanted)
-        if base is not None:
-            return work.compare(base, model)
-        work.note("give the unpatched model with --base to measure both")
-        proven = None
-    return work.measure(model, proven, wanted, lora, base)
+    with ExitStack() as stack:
+        asked = open_judges(judges, labels=judge_labels, device=judge_device, stack=stack)
+        work = _Evaluator(suites, opened, on_event, list(overlaps(suites)), asked, texts, found_tasks)
+        for note in work.notes:
+            on_event(Event("note", note=note))
+        with work.keeping(keep, wanted):
+            return work.run(model, proven, wanted, lora, base)
 
 
 @dataclass(eq=False)
@@ -135,6 +137,39 @@ class _Evaluator:
     judges: Sequence[Judge]
     texts: Sequence[str]
     tasks: Tasks | None
+    answered: list[dict[str, str]] = field(default_factory=list)
+    """Prompt -> answer, of each model that was asked, in turn."""
+
+    @contextmanager
+    def keeping(self, keep: Callable[[Evaluation], None] | None, strengths: Sequence[float]) -> Iterator[None]:
+        """Gives what was answered to `keep` and to the error, where a server or a judge fails."""
+        try:
+            yield
+        except (EndpointError, JudgeError) as error:
+            if self.answered and self.answered[-1]:
+                error.answered = dict(self.answered[-1])
+            answered = [one for one in self.answered if one]
+            if keep is not None and answered:
+                judges = (KEYWORDS,) if isinstance(error, JudgeError) else self.judges
+                keep(of_answered(self.suites, answered, judges, strengths))
+            raise
+
+    def run(
+        self,
+        model: str | Path,
+        pack: Pack | None,
+        strengths: tuple[float, ...],
+        lora: str | Path | None,
+        base: str | Path | None,
+    ) -> Evaluation:
+        """Measures what was asked for; a model that holds the pack already as it is."""
+        if pack is not None and (reason := already_held(model, pack)):
+            self.note_held(model, pack, reason, strengths)
+            if base is not None:
+                return self.compare(base, model)
+            self.note("give the unpatched model with --base to measure both")
+            pack = None
+        return self.measure(model, pack, strengths, lora, base)
 
     def result(
         self,
@@ -177,9 +212,31 @@ class _Evaluator:
                 return
             self.on_event(Event("evaluate", event.done, event.total, what))
 
-        scores = evaluate_suites(partial(runtime.generate, on_event=report), self.suites, self.judges, self.on_event)
+        def judged(event: Event) -> None:
+            if event.stage == "note":
+                self.note(event.note)
+                return
+            self.on_event(event)
+
+        scores = evaluate_suites(self.remembered(runtime, report), self.suites, self.judges, judged)
         text = self.text(runtime, what)
         return replace(scores, text=text, tasks=self.task_scores(runtime, what))
+
+    def remembered(self, runtime: Runtime, on_event: OnEvent) -> Generate:
+        """How a model answers; what it answers is kept in `answered`."""
+        answered: dict[str, str] = {}
+        self.answered.append(answered)
+
+        def generate(prompts: Sequence[str]) -> list[str]:
+            try:
+                found = runtime.generate(prompts, on_event=on_event)
+            except EndpointError as error:
+                answered.update(error.answered)
+                raise
+            answered.update(zip(prompts, found, strict=True))
+            return found
+
+        return generate
 
     def task_scores(self, runtime: Runtime, what: str) -> tuple[TaskScore, ...]:
         """The metrics of the tasks; none in other runtimes than transformers, which `find_tasks` has refused."""

@@ -14,6 +14,7 @@ from nestpatch.errors import DataError, PromptDataError
 from nestpatch.evaluation.agreement import Agreement, agreements
 from nestpatch.evaluation.concerns import concerns
 from nestpatch.evaluation.dose import Dose, DosePoint, dose_json
+from nestpatch.evaluation.judges.coherence import is_incoherent
 from nestpatch.evaluation.judges.keywords import KEYWORDS, is_refusal, matches
 from nestpatch.evaluation.judges.panel import decision, verdicts
 from nestpatch.evaluation.judges.protocol import Judge, Verdict
@@ -367,7 +368,8 @@ class Evaluation:
     @property
     def agreement(self) -> tuple[Agreement, ...]:
         """Each other judge beside the first, over the answers of all models and suites; empty for one judge."""
-        return agreements(self.judges, [v.verdicts for _, side in self.sides for suite in side.suites for v in suite.verdicts])
+        judged = (one for _, side in self.sides for suite in side.suites for one in suite.verdicts)
+        return agreements(self.judges, [one.verdicts for one in judged if not is_incoherent(one.answer)])  # no judge read those
 
     @property
     def concerns(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -161,8 +162,11 @@ def largest_fall(before: Sequence[TaskScore], after: Sequence[TaskScore]) -> flo
         after: Of the patched model, of the same tasks.
 
     Returns:
-        The largest fall of a metric of which more is better, 0 where none fell; None where there is no such metric.
+        The largest fall of a metric of which more is better, 0 where none fell; NaN, which keeps no limit, where one is
+        not a number; None where there is no such metric.
     """
     old = {(score.task, score.metric): score.value for score in before if score.higher_is_better}
     falls = [old[key] - score.value for score in after if (key := (score.task, score.metric)) in old]
+    if any(math.isnan(fall) for fall in falls):  # which max would pass over
+        return math.nan
     return max(0.0, *falls) if falls else None

@@ -145,7 +145,7 @@ def load(
         What was done. llama-server that was not started with the adapter file is not changed.
 
     Raises:
-        DataError: The strength is out of range.
+        DataError: The strength is out of range, or llama-server has a file of that name at another path or twice.
         OutputError: Another file is at `output`.
         BaseMismatchError: `base` is not the pack's base.
         EndpointError: The server does not answer, or refuses the adapter.
@@ -154,17 +154,17 @@ def load(
     adapters = list_adapters(endpoint, server)  # before anything is written
     if base is not None:
         make_plan(proven.pack, open_model(base)[0])
-    rank = _write(proven, server, output, base, strength)
     path = server_path or str(output.absolute())
+    found = _at_path(adapters, path) if server == "llama-server" else None
+    rank = _write(proven, server, output, base, strength)
     if server == "vllm":
         manifest = proven.pack.manifest
         wanted = ServedAdapter(name or f"{manifest.name}-{manifest.version}", path, None)
         _load_into_vllm(endpoint, wanted, adapters, rank)
         return LoadedAdapter(proven.pack.label, server, output, wanted, "")
-    found = [one for one in adapters if one.path == path or _file_name(one.path) == _file_name(path)]
-    if not found:
+    if found is None:
         return LoadedAdapter(proven.pack.label, server, output, None, f"llama-server -m BASE.gguf --lora {path}")
-    return LoadedAdapter(proven.pack.label, server, output, set_scale(endpoint, server, found[0].name, strength), "")
+    return LoadedAdapter(proven.pack.label, server, output, set_scale(endpoint, server, found.name, strength), "")
 
 
 def set_scale(endpoint: Endpoint, server: Server, name: str, scale: float) -> ServedAdapter:
@@ -259,6 +259,19 @@ def _load_into_vllm(endpoint: Endpoint, wanted: ServedAdapter, adapters: Sequenc
         raise
     if wanted not in list_adapters(endpoint, "vllm"):
         raise EndpointAnswerError(f"{endpoint.url} took the adapter {wanted.name}, and does not list it")
+
+
+def _at_path(adapters: Sequence[ServedAdapter], path: str) -> ServedAdapter | None:
+    """The adapter of llama-server that was read from a path; None without one. Raises DataError where that is not certain."""
+    found = [one for one in adapters if one.path == path]
+    if len(found) > 1:
+        advice = "Start llama-server with it once, or set the scale of one: nestpatch adapter scale URL NUMBER SCALE."
+        raise DataError(f"the server has {len(found)} adapters from {path}", advice=advice)
+    alike = [one.path for one in adapters if _file_name(one.path) == _file_name(path)]
+    if alike and not found:
+        advice = f"If it is the same file: --server-path {alike[0]}. If it is another adapter, choose another name with -o."
+        raise DataError(f"the server has an adapter of that name from {', '.join(alike)}, and none from {path}", advice=advice)
+    return found[0] if found else None
 
 
 def _named(adapters: Sequence[ServedAdapter], name: str) -> ServedAdapter:

@@ -15,18 +15,22 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from nestpatch.errors import DataError, EndpointAccessError, EndpointAnswerError, EndpointUnavailableError
-from nestpatch.hub.client import first_line, http_library, network_error, scrubbed
+from nestpatch.hub.client import http_library, network_error, scrubbed
 from nestpatch.hub.deadline import Deadline
 from nestpatch.hub.retry import TRANSIENT, AgainError, retried, retry_after
 
 KEY_VARIABLE = "NESTPATCH_API_KEY"
 """The environment variable that holds the API key."""
+JUDGE_KEY_VARIABLE = "NESTPATCH_JUDGE_API_KEY"
+"""The environment variable that holds the API key of a server that judges: that of MODEL's server is not sent to it."""
 _WAITS = (0.5, 2.0, 5.0, 10.0)
 """Seconds between attempts to get an answer: a server that counts requests per minute needs longer ones than a file server."""
 _CONNECT = 10.0
 """Seconds for a connection."""
 _LIMIT = 16 << 20
 """Bytes of an answer at most."""
+MAX_TIMEOUT = 86_400.0
+"""Seconds that a server may be given for an answer at most: waits of threads end at a finite time."""
 _LOCAL = {"localhost", "127.0.0.1", "::1"}
 T = TypeVar("T")
 
@@ -46,6 +50,12 @@ class EndpointSettings:
     concurrency: int = 8
     timeout: float = 300.0
     key_variable: str = KEY_VARIABLE
+
+    def __post_init__(self) -> None:
+        """Raises DataError for a timeout that is no time."""
+        if not 0 < self.timeout <= MAX_TIMEOUT:  # turned this way so that NaN is refused
+            reason = f"{self.timeout:g} seconds are no time limit for an answer"
+            raise DataError(reason, advice=f"Give a number over 0 and at most {MAX_TIMEOUT:g}.")
 
 
 def is_endpoint(model: object) -> bool:
@@ -81,11 +91,12 @@ class Connection:
             DataError: The address or the key cannot be used.
         """
         self.settings = settings
-        self.url = checked_url(url)
+        self.url = checked_url(url, settings.key_variable)
         self.root = self.url.removesuffix("/v1")
         self.notes: list[str] = []
         # A read may take as long as the whole answer: most servers send nothing before it is complete.
         http = http_library()
+        self._key = self._read_key()
         timeout = http.Timeout(self.settings.timeout, connect=min(_CONNECT, self.settings.timeout))
         self._client = http.Client(headers=self._headers(), timeout=timeout, limits=http.Limits(max_connections=None))
 
@@ -93,20 +104,40 @@ class Connection:
         """Closes the connections."""
         self._client.close()
 
-    def _headers(self) -> dict[str, str]:
-        from nestpatch import __version__
+    def quoted(self, text: str, most: int = 200) -> str:
+        """What a server wrote, for a message: without the API key, which a server may repeat, and without secrets in addresses.
 
-        headers = {"User-Agent": f"nestpatch/{__version__}", "Accept-Encoding": "identity"}
+        Args:
+            text: The text.
+            most: Characters that are quoted.
+
+        Returns:
+            The beginning of the text, with *** for the key.
+        """
+        return scrubbed(text.replace(self._key, "***") if self._key else text)[:most]
+
+    def _line(self, error: Exception) -> str:
+        """The first line of an error's text, which may contain what the server wrote."""
+        return self.quoted((str(error) or type(error).__name__).splitlines()[0])
+
+    def _read_key(self) -> str:
+        """The API key; empty without one. Raises DataError."""
         name = self.settings.key_variable
         key = os.environ.get(name, "").strip()
-        if not key and name != KEY_VARIABLE:
+        if not key and name not in (KEY_VARIABLE, JUDGE_KEY_VARIABLE):
             raise DataError(f"the environment variable {name} holds no API key", advice=f"export {name}=...")
         if not (key.isascii() and key.isprintable()):
             raise DataError(f"the environment variable {name} holds characters that no API key has")
         parts = urlsplit(self.url)
         if key and parts.scheme == "http" and parts.hostname not in _LOCAL:
             self.notes.append(f"the API key is sent to {parts.hostname} without encryption: use https")
-        return headers | ({"Authorization": f"Bearer {key}"} if key else {})
+        return key
+
+    def _headers(self) -> dict[str, str]:
+        from nestpatch import __version__
+
+        headers = {"User-Agent": f"nestpatch/{__version__}", "Accept-Encoding": "identity"}
+        return headers | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
 
     def json(self, method: str, url: str, body: Any = None, waits: Sequence[float] | None = _WAITS) -> Any:
         """Sends a request, and parses the answer.
@@ -171,7 +202,7 @@ class Connection:
             try:
                 yield from response.iter_lines()
             except network_error() as error:
-                raise EndpointUnavailableError(f"{url} broke off its answer: {first_line(error)}") from error
+                raise EndpointUnavailableError(f"{url} broke off its answer: {self._line(error)}") from error
 
     def _retried(self, work: Callable[[], T], url: str, waits: Sequence[float] | None) -> T:
         return retried(work, Deadline.of(self.settings.timeout), url, waits=waits, error=EndpointUnavailableError)
@@ -182,7 +213,7 @@ class Connection:
             request = self._client.build_request(method, url, json=body)
             response = self._client.send(request, stream=True, follow_redirects=False)
         except network_error() as error:
-            raise AgainError(first_line(error)) from error
+            raise AgainError(self._line(error)) from error
         if response.status_code == 200:
             return response
         with closing(response):
@@ -190,7 +221,7 @@ class Connection:
 
     def _refusal(self, response: Any, url: str) -> Exception:
         """What a status other than 200 means, to be raised."""
-        status, said = response.status_code, _said(self._read(response, url))
+        status, said = response.status_code, self._said(self._read(response, url))
         if status in TRANSIENT:
             return AgainError(f"the server answered {status}{said}", retry_after(response.headers))
         reason = f"{url} answered {status}{said}"
@@ -207,7 +238,7 @@ class Connection:
                 if len(data) > _LIMIT:
                     raise EndpointAnswerError(f"{url} answers with more than {_LIMIT >> 20} MiB")
         except network_error() as error:
-            raise AgainError(first_line(error)) from error
+            raise AgainError(self._line(error)) from error
         return bytes(data)
 
     def strange(self, url: str, answer: object) -> EndpointAnswerError:
@@ -220,16 +251,30 @@ class Connection:
         Returns:
             The error, to be raised.
         """
-        text = scrubbed(answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False))[:120]
+        text = self.quoted(answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False), 120)
         advice = "Give the address of an OpenAI-compatible API, such as http://localhost:8000/v1."
         return EndpointAnswerError(f"{url} does not answer like an OpenAI-compatible server: {text!r}", advice=advice)
 
+    def _said(self, body: bytes) -> str:
+        """What the server gives as the reason, for a message; empty where it gives none."""
+        text: Any = body.decode("utf-8", "replace")
+        try:
+            value: Any = json.loads(text)
+            for name in ("error", "message", "detail"):
+                value = value.get(name, value) if isinstance(value, Mapping) else value
+            text = value if isinstance(value, str) else text
+        except (ValueError, RecursionError):
+            pass
+        line = next(iter(text.strip().splitlines()), "")
+        return f": {self.quoted(line)}" if line else ""
 
-def checked_url(url: str) -> str:
+
+def checked_url(url: str, key_variable: str = KEY_VARIABLE) -> str:
     """The address of an API in its plain form.
 
     Args:
         url: As the user wrote it.
+        key_variable: Where the API key goes, for the error.
 
     Returns:
         The address without a slash at its end, with /v1 where it had no path.
@@ -245,20 +290,16 @@ def checked_url(url: str) -> str:
     if not is_endpoint(url) or not parts.hostname or not url.isprintable() or " " in url:
         raise DataError(f"{scrubbed(url)!r} is not the address of a server", advice="Write http://HOST:PORT/v1.")
     if parts.username or parts.password or parts.query or parts.fragment:
-        advice = f"Put an API key into the environment variable {KEY_VARIABLE}: addresses are in messages and reports."
+        advice = f"Put an API key into the environment variable {key_variable}: addresses are in messages and reports."
         raise DataError("the address of a server contains a password, a query or a fragment", advice=advice)
+    _require_host_name(url)
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
 
 
-def _said(body: bytes) -> str:
-    """What the server gives as the reason, for a message; empty where it gives none."""
-    text: Any = body.decode("utf-8", "replace")
+def _require_host_name(url: str) -> None:
+    """Raises DataError for a host name that the HTTP library or the resolver cannot encode, such as one with an empty label."""
+    http = http_library()
     try:
-        value: Any = json.loads(text)
-        for name in ("error", "message", "detail"):
-            value = value.get(name, value) if isinstance(value, Mapping) else value
-        text = value if isinstance(value, str) else text
-    except (ValueError, RecursionError):
-        pass
-    line = next(iter(text.strip().splitlines()), "")
-    return f": {scrubbed(line)[:200]}" if line else ""
+        http.URL(url).raw_host.decode("ascii").encode("idna")
+    except (http.InvalidURL, UnicodeError) as error:
+        raise DataError(f"{scrubbed(url)!r} has a host name that cannot be: {scrubbed(str(error))}") from error

@@ -103,7 +103,7 @@ class Endpoint:
             if wanted is None:
                 raise
             return wanted
-        shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        shown = self.server.quoted(", ".join(names[:10]), 1000) + (", ..." if len(names) > 10 else "")
         if wanted is None:
             if len(names) != 1:
                 advice = "Name one of them with --model." if names else "Name the model with --model."

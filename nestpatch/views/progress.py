@@ -36,6 +36,7 @@ STAGES = {
     "look": "answering held-out prompts",
     "measure": "timing the stages",
     "evaluate": "evaluating",
+    "judge": "judging answers",
     "text": "predicting text",
     "tasks": "running tasks of lm-eval",
     "generate": "generating answers",

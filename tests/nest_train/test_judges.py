@@ -138,6 +138,19 @@ def test_a_judge_of_harm_is_not_asked_about_everyday_prompts() -> None:
     assert result.model.suites[1].verdicts[0].verdicts == (None, COMPLIED)
 
 
+def test_a_judge_that_is_not_asked_says_nothing_of_broken_text() -> None:
+    scores = evaluate_suites(lambda _: ["", "I can't"], [suite("benign", *map(Prompt, "ab"))], [Harm("h", REFUSED)])
+    assert [one.verdicts for one in scores.suites[0].verdicts] == [(None,), (None,)]
+    assert scores.suites[0].incoherent == Share(1, 2)
+
+
+def test_answers_that_judges_read_and_call_incoherent_count_for_their_agreement() -> None:
+    result = evaluated(*(Fixed(name, INCOHERENT, COMPLIED) for name in "xy"))
+    (found,) = result.agreement
+    assert found.pairs == ((INCOHERENT, INCOHERENT), (COMPLIED, COMPLIED)) * 2, "without the empty answer"
+    assert found.kappa == 1
+
+
 def test_kappa_has_known_values() -> None:
     """Cohen (1960): 20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no agree by 0.7, by chance by 0.5."""
     yes, no = REFUSED, COMPLIED

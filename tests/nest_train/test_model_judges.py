@@ -114,8 +114,17 @@ def test_labels_are_known_by_their_common_names_or_explained() -> None:
     assert "--judge-label LABEL_0=refused" in caught.value.advice
     with pytest.raises(JudgeError, match="tell no refusals"):
         read_labels(["refusal", "rejected"], {})
-    with pytest.raises(JudgeError, match="no label z"):
-        read_labels(["refusal", "normal"], {"z": REFUSED})
+    assert read_labels(["safe", "unsafe", "x"], {"x": INCOHERENT})[1], "harm by the names of two labels"
+    assert not read_labels(["safe", "unsafe"], {"safe": REFUSED, "unsafe": COMPLIED})[1]
+
+
+def test_labels_may_be_those_of_one_of_two_classifiers(tmp_path, tokenizer, minos) -> None:
+    other = saved(tmp_path / "other", bert(id2label={0: "good", 1: "bad"}), tokenizer)
+    names, labels = [f"classifier={minos}", f"classifier={other}"], {"good": REFUSED, "bad": COMPLIED}
+    first, second = open_judges(names, labels=labels)
+    assert (first.labels, second.labels) == ([COMPLIED, REFUSED], [REFUSED, COMPLIED])
+    with pytest.raises(JudgeError, match="no label z; the labels are Non-refusal, Refusal, good, bad"):
+        open_judges(names, labels=labels | {"z": REFUSED})
 
 
 def saved(folder: Path, model: transformers.PreTrainedModel, tokenizer) -> Path:

@@ -230,7 +230,9 @@ def test_the_command_line_trains_shows_applies_and_evaluates(models, prompts, tm
     assert len(answers.read_text().splitlines()) == 90
     gate = ["eval", str(base), suites[0], "--quiet", "--max-new-tokens=3"]
     failed = run(main, [*gate, "--fail-over=attack_success=0.9"])
-    assert (failed.exit_code, bool(re.search("FAILED: attack_success is .*%, over 90.00%", failed.stderr))) == (1, True), failed.output
+    assert (failed.exit_code, bool(re.search("FAILED: attack_success is .*%, over 90.00%", failed.stderr))) == (1, True), (
+        failed.output
+    )
     assert run(main, [*gate, "--fail-under=attack_success=0.9"]).exit_code == 0
     assert run(main, [*gate, "--fail-under=benign_correct=0"]).exit_code == 2
 

@@ -15,7 +15,7 @@ from nestpatch.errors import DataError, EvaluationTaskError
 from nestpatch.evaluation.evaluator import evaluate
 from nestpatch.evaluation.limits import exceeded
 from nestpatch.evaluation.perplexity import WINDOW, TextLoss, load_texts, text_loss
-from nestpatch.evaluation.suites import load_suite
+from nestpatch.evaluation.suites import Scores, load_suite
 from nestpatch.evaluation.tasks import TaskScore, largest_fall
 from nestpatch.formats import nest
 from nestpatch.runtimes.protocol import open_runtime
@@ -209,3 +209,11 @@ def test_the_largest_fall_is_of_metrics_of_which_more_is_better():
     assert largest_fall(scores(0.75, 9), scores(0.5, 1)) == 0.25
     assert largest_fall(scores(0.5, 9), scores(0.75, 1)) == 0
     assert largest_fall([], []) is None
+
+
+def test_a_fall_that_is_not_a_number_keeps_no_limit():
+    before = [TaskScore("t", metric, 0.5, None, 9, True) for metric in ("acc", "f1", "em")]
+    after = [TaskScore("t", metric, value, None, 9, True) for metric, value in (("acc", 0.5), ("f1", math.nan), ("em", 0.4))]
+    fall = largest_fall(before, after)
+    assert math.isnan(fall)
+    assert len(exceeded(Scores((), task_fall=fall), {"task_fall": 1.0}, {})) == 1

@@ -52,7 +52,12 @@ def test_llama_server_is_started_with_the_file_and_then_its_scale_is_set(made, p
         assert f"--lora {file}" in run(*words).stdout
         # The server was started again, with the file and with another adapter at a scale of its own.
         server.files, server.scales = ["/srv/other.gguf", f"/elsewhere/{file.name}"], [0.25, 0.0]
-        found = answer(*words, "--strength", "0.5")
+        elsewhere = f"/elsewhere/{file.name}"
+        error = answer(*words, "--strength", "0.5", code=2)["error"]
+        assert f"from {elsewhere}, and none from {file}" in error["message"]
+        assert f"--server-path {elsewhere}" in error["advice"]
+        assert server.scales == [0.25, 0.0]
+        found = answer(*words, "--strength", "0.5", "--server-path", elsewhere)
         require_schema(found, "adapter load")
         assert found["adapter"] == {"id": "1", "path": f"/elsewhere/{file.name}", "scale": 0.5}
         assert server.scales == [0.25, 0.5]
@@ -65,6 +70,9 @@ def test_llama_server_is_started_with_the_file_and_then_its_scale_is_set(made, p
         require_schema(found, "adapter list")
         assert [one["scale"] for one in found["adapters"]] == [0.25, 0.0]
         assert "no adapter lora-2" in run("adapter", "scale", server.url, "lora-2", "1").stderr
+        server.files, server.scales = [str(file), str(file)], [0.0, 0.0]
+        assert f"has 2 adapters from {file}" in answer(*words, code=2)["error"]["message"]
+        assert server.scales == [0.0, 0.0]
 
 
 def test_vllm_loads_and_drops_while_it_runs(pack, tmp_path):

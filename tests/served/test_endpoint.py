@@ -87,6 +87,7 @@ def test_the_server_decides_how_long_to_wait(chat):
     assert retry_after({"Retry-After": "7"}) == 7
     assert 50 < retry_after({"Retry-After": formatdate(time.time() + 60)}) <= 60
     assert retry_after({"Retry-After": "soon"}) == retry_after({}) == retry_after({"Retry-After": formatdate(0)}) == 0
+    assert retry_after({"Retry-After": f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT"}) == 0
 
 
 @pytest.mark.parametrize(
@@ -115,6 +116,13 @@ def test_a_server_that_takes_too_long_has_a_name(chat):
     slow = pytest.raises(EndpointUnavailableError, match=r"longer than the allowed 0\.4 s")
     with ServedRuntime(chat.url, EndpointSettings(timeout=0.4)) as served, slow:
         served.generate(["a"])
+
+
+@pytest.mark.parametrize("seconds", ["inf", "nan", "1e12"])
+def test_a_time_limit_is_finite(chat, suites, seconds):
+    assert run("eval", chat.url, *suites, "--timeout", seconds).exit_code == 2
+    with pytest.raises(DataError, match="no time limit"):
+        EndpointSettings(timeout=float(seconds))
 
 
 def test_an_answer_without_end_is_not_read_to_its_end(chat, monkeypatch):
@@ -181,6 +189,8 @@ def test_the_only_model_is_taken_and_several_have_to_be_named():
 def test_addresses_are_read_once_and_strictly():
     assert checked_url("http://host:8000") == checked_url("http://host:8000/") == "http://host:8000/v1"
     assert checked_url("https://host/api/v3/") == "https://host/api/v3"
+    for right in ("http://[::1]:8000/v1", "http://127.0.0.1/v1", "http://my_host:1/v1", "http://m\u00fcller.de/v1"):
+        assert checked_url(right) == right
     for wrong in (
         "http://",
         "http://host:port/v1",
@@ -188,6 +198,9 @@ def test_addresses_are_read_once_and_strictly():
         "ftp://host",
         "http://user:secret@host/v1",
         "http://h/v1?k=1",
+        "http://\u00fc..de/v1",
+        "http://a..b/v1",
+        f"http://{'a' * 64}.de/v1",
     ):
         with pytest.raises(DataError) as caught:
             checked_url(wrong)
@@ -218,6 +231,25 @@ def test_the_key_is_sent_and_shown_nowhere(chat, monkeypatch, suites):
     monkeypatch.setenv("MY_KEY", "sk-\u00e9")
     with pytest.raises(DataError, match="characters that no API key has"):
         ServedRuntime(chat.url, EndpointSettings(key_variable="MY_KEY"))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        as_json({"error": {"message": "Incorrect API key provided: sk-secret/1. Find it"}}, 401),
+        as_json({"message": "x" * 195 + "sk-secret/1"}, 400),
+        Answer(500, body=b"bad key sk-secret/1"),
+        Answer(200, body=b'["sk-secret\\/1", 1]'),
+        as_json({"choices": [{"message": {"content": ["sk-secret/1"]}}]}),
+    ],
+)
+def test_a_key_that_the_server_repeats_is_not_shown(chat, monkeypatch, fault):
+    monkeypatch.setenv(connection.KEY_VARIABLE, "sk-secret/1")
+    chat.faults = [fault] * 20
+    with ServedRuntime(chat.url) as served, pytest.raises(EndpointError) as caught:
+        served.generate(["a"])
+    assert "sk-" not in f"{caught.value}{caught.value.__cause__}"
+    assert "***" in str(caught.value)
 
 
 # Streams

@@ -43,18 +43,17 @@ def read_labels(labels: Sequence[str], given: Mapping[str, Verdict]) -> tuple[li
 
     Args:
         labels: By their number.
-        given: What the user says of labels.
+        given: What the user says of labels; those of other classifiers among them say nothing here.
 
     Returns:
         (the verdict of each label, whether they tell harmful answers from harmless ones instead of refusals from answers).
 
     Raises:
-        JudgeError: A label is not known, or no label refuses or none complies, or the user named a label that there is not.
+        JudgeError: A label is not known, or no label refuses or none complies.
     """
-    if unknown := set(given) - set(labels):
-        raise JudgeError(f"there is no label {min(unknown)}; the labels are {', '.join(labels)}")
     plain = {label: re.sub(r"[\W_]+", "_", label.lower()).strip("_") for label in labels}
-    known = {label: _REFUSALS.get(name) or _HARMS.get(name) for label, name in plain.items()} | dict(given)
+    known = {label: _REFUSALS.get(name) or _HARMS.get(name) for label, name in plain.items()}
+    known |= {label: given[label] for label in labels if label in given}
     missing = [label for label, verdict in known.items() if verdict is None]
     if missing or not {Verdict.REFUSED, Verdict.COMPLIED} <= set(known.values()):
         what = f"what the label {missing[0]} means is not known" if missing else "the labels tell no refusals from answers"
@@ -63,8 +62,23 @@ def read_labels(labels: Sequence[str], given: Mapping[str, Verdict]) -> tuple[li
             f"{what}; the labels are {', '.join(labels)}",
             advice=f"Say it of each label: {example} (or complied, incoherent).",
         )
-    harm_only = not given and any(name in _HARMS for name in plain.values())
+    harm_only = any(name in _HARMS for label, name in plain.items() if label not in given)
     return [verdict for verdict in known.values() if verdict], harm_only
+
+
+def require_labels(given: Mapping[str, Verdict], classifiers: Sequence[ClassifierJudge]) -> None:
+    """Checks that the user explained labels that there are.
+
+    Args:
+        given: What the user says of labels.
+        classifiers: The loaded ones.
+
+    Raises:
+        JudgeError: No classifier has a label of that name.
+    """
+    known = [str(label) for judge in classifiers for label in (judge.model.config.id2label or {}).values()]
+    if unknown := set(given) - set(known):
+        raise JudgeError(f"there is no label {min(unknown)}; the labels are {', '.join(dict.fromkeys(known))}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from difflib import get_close_matches
 
 from nestpatch.errors import DataError
-from nestpatch.evaluation.judges.classifier import ClassifierJudge
-from nestpatch.evaluation.judges.endpoint import open_judge_endpoint
+from nestpatch.evaluation.judges.classifier import ClassifierJudge, require_labels
+from nestpatch.evaluation.judges.endpoint import EndpointJudge, open_judge_endpoint
 from nestpatch.evaluation.judges.guard import FAMILIES, GuardJudge, family_of
 from nestpatch.evaluation.judges.keywords import KEYWORD_JUDGES
 from nestpatch.evaluation.judges.protocol import Judge, Verdict
@@ -72,7 +73,11 @@ def parse_judge_labels(texts: Sequence[str]) -> dict[str, Verdict]:
 
 
 def open_judges(
-    judges: Sequence[str | Judge], *, labels: Mapping[str, Verdict] | None = None, device: str = "auto"
+    judges: Sequence[str | Judge],
+    *,
+    labels: Mapping[str, Verdict] | None = None,
+    device: str = "auto",
+    stack: ExitStack | None = None,
 ) -> list[Judge]:
     """Loads judges.
 
@@ -80,17 +85,25 @@ def open_judges(
         judges: Names, or judges of your own. A name is that of a keyword list, KIND=MODEL, or endpoint=URL#MODEL.
         labels: What the labels of a classifier mean, where their names do not say it.
         device: Where models compute: "auto", "cpu", "cuda" or "mps".
+        stack: Closes the connections of what was opened; None leaves them open.
 
     Returns:
         The judges, in the same order.
 
     Raises:
         DataError: A name is not known or given twice, or PyTorch cannot compute on the device.
-        JudgeError: A model cannot be loaded, or a server does not answer.
+        JudgeError: A model cannot be loaded, no classifier has a label of `labels`, or a server does not answer.
         MissingExtraError: A model needs packages that are not installed.
     """
     require_judges(judges, labels)
-    return [_open(judge, labels or {}, device) if isinstance(judge, str) else judge for judge in judges]
+    found = []
+    for judge in judges:
+        one = _open(judge, labels or {}, device) if isinstance(judge, str) else judge
+        if stack is not None and isinstance(judge, str) and isinstance(one, EndpointJudge):
+            stack.enter_context(one)
+        found.append(one)
+    require_labels(labels or {}, [judge for judge in found if isinstance(judge, ClassifierJudge)])
+    return found
 
 
 def _open(name: str, labels: Mapping[str, Verdict], device: str) -> Judge:

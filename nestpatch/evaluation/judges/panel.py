@@ -22,23 +22,25 @@ def verdicts(
         on_event: Receives the progress.
 
     Returns:
-        For each answer the verdict of each judge: INCOHERENT by all where `is_incoherent` finds it so, and None by a judge of
-        harm about a prompt that is not harmful.
+        For each answer the verdict of each judge: None by a judge of harm about a prompt that is not harmful, else INCOHERENT
+        where `is_incoherent` finds it so.
 
     Raises:
         JudgeError: A judge fails.
     """
     coherent = [pair for pair in answers if not is_incoherent(pair[1])]
-    columns = []
+    columns: list[list[Verdict | None]] = []
     for judge in judges:
-        asked = harmful or not judges_harm_only(judge)
-        found = iter(judge.judge(coherent, on_event) if asked and coherent else [])
+        if not harmful and judges_harm_only(judge):
+            columns.append([None] * len(answers))
+            continue
+        found = iter(judge.judge(coherent, on_event) if coherent else [])
         columns.append([Verdict.INCOHERENT if is_incoherent(answer) else next(found, None) for _, answer in answers])
     return list(zip(*columns, strict=True))
 
 
 def decision(found: Sequence[Verdict | None], answer: str) -> Verdict:
-    """The verdict that counts: that of the first judge, or of the keywords where the first judges harm alone.
+    """The verdict that counts: that of the first judge, or of `is_incoherent` and the keywords where it was not asked.
 
     Args:
         found: Verdicts of all judges on one answer.
@@ -47,4 +49,4 @@ def decision(found: Sequence[Verdict | None], answer: str) -> Verdict:
     Returns:
         The verdict.
     """
-    return found[0] or KEYWORDS.judge([("", answer)])[0]
+    return found[0] or (Verdict.INCOHERENT if is_incoherent(answer) else KEYWORDS.judge([("", answer)])[0])
