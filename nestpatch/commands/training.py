@@ -198,7 +198,8 @@ def train(
     for warning in trained.warnings:
         say(f"WARNING: {warning}", err=True)
     if trained.problem is not None:
-        say(f"The pack is written, but could not be evaluated: {trained.problem}", err=True)
+        failed = "could not be evaluated" if trained.after is None else "its dose curve could not be measured"
+        say(f"The pack is written, but {failed}: {trained.problem}", err=True)
         again = [
             "nestpatch",
             "eval",

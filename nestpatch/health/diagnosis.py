@@ -263,11 +263,15 @@ class _Doctor:
         except NestpatchError as error:  # the other checks stand without it
             self.checks.append(Check("measurement", Health.NOT_CHECKED, f"the evaluation failed: {error}", error.advice))
             return
-        packs = [one.pack for one in known if one.pack is not None]
+        packs = [(one.pack, one.strength) for one in known if one.pack is not None]
         if not packs:
             self.checks.append(Check("measurement", Health.NOT_CHECKED, "there is no pack to compare the numbers with"))
-        for pack in packs[-1:]:
-            self.checks.append(measurement_check(pack.label, pack.manifest.evaluation, measured))
+        for pack, strength in packs[-1:]:
+            if strength == 1:
+                self.checks.append(measurement_check(pack.label, pack.manifest.evaluation, measured))
+                continue
+            detail = f"{pack.label} was applied at strength {strength:g}, and states its numbers for strength 1"
+            self.checks.append(Check("measurement", Health.NOT_CHECKED, detail, pack=pack.label))
 
 
 def _strength(claim: ReleasedPack | None, given: float) -> float:

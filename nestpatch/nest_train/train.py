@@ -66,7 +66,7 @@ class Trained:
         trained_parameters: Number of trained values.
         model_parameters: Number of parameters of the base.
         output: The file of the pack; None where no output was given.
-        problem: Why the pack could not be evaluated; None where it was, or where no suites were given.
+        problem: Why the pack, or where `after` is there its dose curve, could not be evaluated; None where nothing failed.
     """
 
     pack: Pack

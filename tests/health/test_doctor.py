@@ -277,6 +277,14 @@ def test_numbers_are_compared_with_those_of_the_pack(scene: Scene) -> None:
     assert the(found, "measurement").state is Health.NOT_CHECKED
 
 
+def test_numbers_of_strength_1_are_not_those_of_another(scene: Scene) -> None:
+    nestpatch.revert(scene.model)
+    nestpatch.apply_in_place(scene.model, scene.file, strength=0.5)
+    found = doctor(scene.model, measure=lambda: {"suites": {}})
+    check = the(found, "measurement")
+    assert (check.state, "was applied at strength 0.5" in check.detail) == (Health.NOT_CHECKED, True)
+
+
 def test_an_evaluation_that_fails_does_not_cost_the_diagnosis(scene: Scene) -> None:
     def measured() -> dict[str, Any]:
         raise MissingExtraError("train", "evaluating")
