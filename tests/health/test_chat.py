@@ -97,9 +97,8 @@ def test_measured_numbers() -> None:
     def share(value: float, low: float) -> dict[str, float]:
         return {"value": value, "count": round(100 * value), "total": 100, "low": low, "high": 1.0}
 
-    stated = {
-        "after": {"suites": {"a": {"kind": "harmful", "attack_success": {"value": 0.1}}, "b": {"refused": {"value": 0.05}}}}
-    }
+    cards = {"a": {"kind": "harmful", "attack_success": share(0.1, 0.05)}, "b": {"refused": share(0.05, 0.02)}}
+    stated = {"after": {"suites": cards}}
     attacked = {"kind": "harmful", "attack_success": share(0.3, 0.22)}
     within = {"kind": "benign", "refused": share(0.08, 0.04)}
     worse = measurement_check("p 1.0.0", stated, {"suites": {"a": attacked, "b": within}})
