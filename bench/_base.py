@@ -15,8 +15,9 @@ from torch.nn.functional import cross_entropy
 
 from nestpatch.evaluation.judges.coherence import is_incoherent
 from nestpatch.evaluation.perplexity import text_loss
+from nestpatch.evaluation.scores import Scores, SuiteResult, evaluate_suites
 from nestpatch.evaluation.shares import Share
-from nestpatch.evaluation.suites import Scores, Suite, SuiteResult, evaluate_suites
+from nestpatch.evaluation.suites import Suite
 from nestpatch.events import Event
 from nestpatch.measured import HARMFUL
 from nestpatch.nest_train._run import Run

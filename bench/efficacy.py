@@ -26,7 +26,8 @@ from bench._base import BaseRun, Clock, Measured, not_refused
 from bench._peak import Peak
 from bench.methods import METHODS, PEERS, Attempt, Method, Scene
 from nestpatch.errors import TrainingError
-from nestpatch.evaluation.suites import Scores, Suite, builtin_suites, limited, load_suite
+from nestpatch.evaluation.scores import Scores
+from nestpatch.evaluation.suites import Suite, builtin_suites, limited, load_suite
 from nestpatch.formats import nest
 from nestpatch.lab.build import Lab, cached_lab
 from nestpatch.measured import BENIGN, HARMFUL, LOOKALIKE

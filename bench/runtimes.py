@@ -22,7 +22,8 @@ from pathlib import Path
 
 import nestpatch
 from nestpatch.errors import EndpointError
-from nestpatch.evaluation.suites import Scores, Suite
+from nestpatch.evaluation.scores import Scores
+from nestpatch.evaluation.suites import Suite
 from nestpatch.runtimes.connection import EndpointSettings
 from nestpatch.runtimes.served import ServedRuntime
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from nestpatch.errors import NestpatchError as NestpatchError
     from nestpatch.evaluation.dose import Dose as Dose
     from nestpatch.evaluation.evaluator import evaluate as evaluate
-    from nestpatch.evaluation.suites import Evaluation as Evaluation
-    from nestpatch.evaluation.suites import Scores as Scores
+    from nestpatch.evaluation.scores import Evaluation as Evaluation
+    from nestpatch.evaluation.scores import Scores as Scores
     from nestpatch.evaluation.suites import Suite as Suite
     from nestpatch.evaluation.suites import builtin_suites as builtin_suites
     from nestpatch.evaluation.suites import load_suite as load_suite
@@ -120,7 +120,7 @@ _HOMES = {
     "verify": "patcher.verify",
     "verify_signature": "signing.verify",
     "yank": "channels.publish",
-    "Evaluation": "evaluation.suites",
+    "Evaluation": "evaluation.scores",
     "Applied": "patcher.apply",
     "Changed": "patcher.inplace",
     "Diagnosis": "health.diagnosis",
@@ -135,7 +135,7 @@ _HOMES = {
     "PromptSet": "prompts.readers",
     "Proven": "gate",
     "Recipe": "nest_train.recipe",
-    "Scores": "evaluation.suites",
+    "Scores": "evaluation.scores",
     "Status": "patcher.status",
     "Suite": "evaluation.suites",
     "Trained": "nest_train.train",

@@ -20,7 +20,7 @@ from jsonschema import Draft202012Validator
 
 from nestpatch.cli import main
 from nestpatch.demo.model import Answered, Digests, ModelDemo
-from nestpatch.evaluation.suites import JudgedAnswer, Scores, SuiteResult
+from nestpatch.evaluation.scores import JudgedAnswer, Scores, SuiteResult
 from nestpatch.formats import nest
 from nestpatch.patcher.inplace import Changed
 from nestpatch.patcher.verify import Verdict, Verification

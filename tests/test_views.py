@@ -130,7 +130,7 @@ def cases() -> dict[str, Callable[[str], None]]:
     from nestpatch.demo.lab import LabDemo
     from nestpatch.demo.model import ModelDemo
     from nestpatch.evaluation.parity import GgufParity
-    from nestpatch.evaluation.suites import Scores
+    from nestpatch.evaluation.scores import Scores
     from nestpatch.export.results import ExportedAdapter, ExportedGguf, ExportedOnnx, ExportedSafetensors
     from nestpatch.health.diagnosis import Diagnosis
     from nestpatch.nest_train.plan import TrainingPlan

@@ -34,7 +34,7 @@ from nestpatch.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from nestpatch.evaluation.suites import Evaluation
+    from nestpatch.evaluation.scores import Evaluation
 
 
 @contextmanager

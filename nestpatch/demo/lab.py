@@ -13,7 +13,8 @@ from typing import Any
 
 from nestpatch.demo.stages import PACK, Clock, Measured, describe_training, work_folder
 from nestpatch.evaluation.evaluator import evaluate
-from nestpatch.evaluation.suites import Scores, Suite, load_suite
+from nestpatch.evaluation.scores import Scores
+from nestpatch.evaluation.suites import Suite, load_suite
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.export.adapters import export_gguf_lora, export_onnx_adapter
 from nestpatch.export.gguf import export_gguf

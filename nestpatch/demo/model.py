@@ -13,7 +13,8 @@ from typing import Any
 from nestpatch.demo.stages import PACK, Clock, Measured, describe_training, work_folder
 from nestpatch.errors import MissingExtraError, QuantizationError
 from nestpatch.evaluation.evaluator import evaluate
-from nestpatch.evaluation.suites import Scores, builtin_suites
+from nestpatch.evaluation.scores import Scores
+from nestpatch.evaluation.suites import builtin_suites
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.copying import copy_file
 from nestpatch.files.hashing import seal

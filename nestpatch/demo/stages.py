@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nestpatch.errors import OutputError
-from nestpatch.evaluation.suites import Scores
+from nestpatch.evaluation.scores import Scores
 from nestpatch.nest_train.train import Trained
 
 PACK = "pack.nest"

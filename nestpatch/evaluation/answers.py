@@ -11,7 +11,8 @@ from typing import Any
 from nestpatch.errors import JudgeError
 from nestpatch.evaluation.judges.keywords import KEYWORDS
 from nestpatch.evaluation.judges.protocol import Judge
-from nestpatch.evaluation.suites import Evaluation, Scores, Suite, evaluate_suites
+from nestpatch.evaluation.scores import Evaluation, Scores, evaluate_suites
+from nestpatch.evaluation.suites import Suite
 from nestpatch.files.atomic import write_bytes
 
 

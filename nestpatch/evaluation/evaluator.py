@@ -18,8 +18,9 @@ from nestpatch.evaluation.judges.opening import open_judges
 from nestpatch.evaluation.judges.protocol import Judge, Verdict
 from nestpatch.evaluation.perplexity import TextLoss, text_loss
 from nestpatch.evaluation.preconditions import already_held, require_together
+from nestpatch.evaluation.scores import Evaluation, Scores, evaluate_suites
 from nestpatch.evaluation.shares import Share
-from nestpatch.evaluation.suites import Evaluation, Scores, Suite, evaluate_suites, overlaps
+from nestpatch.evaluation.suites import Suite, overlaps
 from nestpatch.evaluation.tasks import Tasks, TaskScore, find_tasks, largest_fall, run_tasks
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.gate import PackLike, Trust, prove

@@ -15,7 +15,8 @@ from nestpatch.errors import PromptDataError
 from nestpatch.evaluation.agreement import Agreement
 from nestpatch.evaluation.judges.panel import verdicts
 from nestpatch.evaluation.judges.protocol import Judge, Verdict
-from nestpatch.evaluation.suites import KINDS, Evaluation
+from nestpatch.evaluation.scores import Evaluation
+from nestpatch.evaluation.suites import KINDS
 from nestpatch.events import OnEvent, ignore
 from nestpatch.files.atomic import write_bytes
 from nestpatch.files.reading import MAX_JSON, read_text

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
 from nestpatch.errors import DataError
+from nestpatch.evaluation.scores import BESIDE_BASE, Scores
 from nestpatch.evaluation.shares import HEADLINES
-from nestpatch.evaluation.suites import BESIDE_BASE, Scores, Suite
+from nestpatch.evaluation.suites import Suite
 from nestpatch.measured import BENIGN, HARMFUL, LOOKALIKE
 
 _NAMES = (*HEADLINES, *BESIDE_BASE)

@@ -20,7 +20,8 @@ import numpy as np
 from nestpatch.errors import CheckpointError, MissingExtraError
 from nestpatch.evaluation.concerns import concerns
 from nestpatch.evaluation.dose import Dose, DosePoint, dose_json
-from nestpatch.evaluation.suites import Scores, Suite, evaluate_suites
+from nestpatch.evaluation.scores import Scores, evaluate_suites
+from nestpatch.evaluation.suites import Suite
 from nestpatch.events import OnEvent, ignore
 from nestpatch.files.atomic import check_output
 from nestpatch.formats import nest

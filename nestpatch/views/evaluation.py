@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from nestpatch.evaluation.agreement import Agreement
     from nestpatch.evaluation.dose import Dose, Recommendation
     from nestpatch.evaluation.perplexity import TextLoss
+    from nestpatch.evaluation.scores import Scores
     from nestpatch.evaluation.shares import Share
-    from nestpatch.evaluation.suites import Scores
     from nestpatch.nest_train.plan import TrainingPlan
     from nestpatch.nest_train.train import Trained
 

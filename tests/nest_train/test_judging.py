@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from nestpatch.errors import DataError, PromptDataError, TrainingError
 from nestpatch.evaluation.judges import is_refusal, matches
 from nestpatch.evaluation.limits import exceeded, parse_limits
+from nestpatch.evaluation.scores import Scores, SuiteResult, evaluate_suites
 from nestpatch.evaluation.shares import Share
-from nestpatch.evaluation.suites import Scores, Suite, SuiteResult, evaluate_suites, load_suite
+from nestpatch.evaluation.suites import Suite, load_suite
 from nestpatch.nest_train._targets import BUILT_IN, choose_refusals
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.prompts.readers import Prompt, PromptSet

@@ -14,7 +14,7 @@ import pytest
 from nestpatch.demo import lab, model, smollm2
 from nestpatch.demo.model import QUESTIONS, Answered, Digests, ModelDemo, _patch, run_model_demo
 from nestpatch.errors import CheckpointFormatError, OutputError
-from nestpatch.evaluation.suites import JudgedAnswer, Scores, SuiteResult
+from nestpatch.evaluation.scores import JudgedAnswer, Scores, SuiteResult
 from nestpatch.formats import nest
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe, make_recipe

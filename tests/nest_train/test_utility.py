@@ -15,7 +15,8 @@ from nestpatch.errors import DataError, EvaluationTaskError
 from nestpatch.evaluation.evaluator import evaluate
 from nestpatch.evaluation.limits import exceeded
 from nestpatch.evaluation.perplexity import WINDOW, TextLoss, load_texts, text_loss
-from nestpatch.evaluation.suites import Scores, load_suite
+from nestpatch.evaluation.scores import Scores
+from nestpatch.evaluation.suites import load_suite
 from nestpatch.evaluation.tasks import TaskScore, largest_fall
 from nestpatch.formats import nest
 from nestpatch.runtimes.protocol import open_runtime
