@@ -364,6 +364,11 @@ def answer_logits(model: PreTrainedModel, batch: tuple[torch.Tensor, torch.Tenso
     return logits[wanted].float(), labels[:, 1:][wanted]
 
 
+def _context(model: PreTrainedModel) -> int | None:
+    """Tokens that a model reads at once at most; None where its configuration does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 @dataclass(frozen=True, eq=False)
 class TransformersRuntime:
     """A model in transformers, as `nestpatch.runtimes.protocol.Runtime`.
@@ -422,14 +427,13 @@ class TransformersRuntime:
         device = pick_device(device)[0]
         model, tokenizer = load_model(path, device, pick_dtype(dtype, device)[0])
         if max_prompt_tokens is None:
-            context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-            max_prompt_tokens = prompt_room(context, max_new_tokens)
+            max_prompt_tokens = prompt_room(_context(model), max_new_tokens)
         return cls(model, tokenizer, max_new_tokens, max_prompt_tokens, path=path)
 
     @property
     def context(self) -> int | None:
         """Tokens that the model reads at once at most; None where its configuration does not say."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return _context(self.model)
 
     def text_ids(self, text: str) -> list[int]:
         """Turns plain text into token ids, without the chat template.
