@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,20 @@ from nestpatch.formats.gguf.quants import codec
 from tests.helpers import load_tensors
 
 needs_llama = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+
+
+@cache
+def _silent() -> Any:
+    import llama_cpp
+
+    return llama_cpp.llama_log_callback(lambda *_: None)
+
+
+def silence_llama() -> None:
+    """Makes llama.cpp log nothing. It keeps the callback's address as long as the process lives, so the callback is kept too."""
+    import llama_cpp
+
+    llama_cpp.llama_log_set(_silent(), None)
 
 
 def write_gguf(model: Path, file: Path, kind: str = "F32") -> Path:

@@ -41,12 +41,12 @@ _TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_
 _errors: list[str] = []
 """The errors that llama.cpp logged since the last call; the first one is the reason of a failure. Nothing is printed."""
 _callbacks: list[Any] = []
-"""Keeps the callbacks of llama.cpp alive."""
+"""Keeps the log callback alive: llama.cpp would call into freed memory."""
 
 
 @lru_cache(maxsize=1)
 def library() -> Any:
-    """The functions of llama.cpp; its log is collected instead of printed.
+    """The functions of llama.cpp.
 
     Returns:
         The module of llama-cpp-python.
@@ -70,9 +70,15 @@ def library() -> Any:
             _errors.append(line)
 
     _callbacks.append(found.llama_log_callback(listen))
-    found.llama_log_set(_callbacks[-1], None)
+    _collect_errors(found)
     found.llama_backend_init()
     return found
+
+
+def _collect_errors(llama_cpp: Any) -> None:
+    """Forgets what was collected. Another user of llama.cpp in this process may have set a log callback, so ours is set again."""
+    _errors.clear()
+    llama_cpp.llama_log_set(_callbacks[0], None)
 
 
 def _reason() -> str:
@@ -163,13 +169,13 @@ class LlamaRuntime:
         parameters.use_extra_bufts = False
         if device == "cpu":
             parameters.n_gpu_layers = 0
-        _errors.clear()
+        _collect_errors(self._library)
         self._model = self._library.llama_model_load_from_file(os.fsencode(self.path), parameters)
         if not self._model:
             raise CheckpointFormatError(f"llama.cpp cannot load {self.path}{_reason()}")
 
     def _load_adapter(self, adapter: Path) -> Any:
-        _errors.clear()
+        _collect_errors(self._library)
         if not adapter.is_file():
             raise CheckpointFormatError(f"there is no adapter file {adapter}", advice="Check the path.")
         loaded = self._library.llama_adapter_lora_init(self._model, os.fsencode(adapter))
@@ -489,7 +495,7 @@ class LlamaRuntime:
         parameters.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
         parameters.kv_unified = False
         parameters.no_perf = True
-        _errors.clear()
+        _collect_errors(library)
         context = library.llama_init_from_model(self._model, parameters)
         if not context:
             raise CheckpointError(f"llama.cpp cannot run {self.path}{_reason()}")

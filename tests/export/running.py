@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from tests.gguf_files import silence_llama
 
 
 @contextmanager
@@ -26,7 +27,7 @@ def loaded(path: Path, context: int = 256) -> Iterator[Any]:
         return params
 
     low.llama_model_default_params = plain
-    llama_cpp.llama_log_set(_SILENT, ctypes.c_void_p(0))
+    silence_llama()
     try:
         model = llama_cpp.Llama(
             str(path), n_ctx=context, n_batch=context, logits_all=True, verbose=False, n_threads=1, n_threads_batch=1,
@@ -38,22 +39,6 @@ def loaded(path: Path, context: int = 256) -> Iterator[Any]:
         yield model
     finally:
         model.close()
-
-
-def _silent() -> Any:
-    import llama_cpp
-
-    @llama_cpp.llama_log_callback
-    def hear(level: int, text: bytes, _: Any) -> None:
-        pass
-
-    return hear
-
-
-try:
-    _SILENT = _silent()  # kept: llama.cpp calls it as long as the process lives
-except ImportError:
-    _SILENT = None
 
 
 def logits(model: Any, ids: list[int]) -> np.ndarray:

@@ -16,6 +16,7 @@ import pytest
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Label, Pack
 from nestpatch.packing import PackedTensor, build_pack, pack_tensor
+from tests.gguf_files import silence_llama
 from tests.helpers import load_tensors
 
 NAMES = {
@@ -85,8 +86,7 @@ def by_llama(source: Path, path: Path, kind: str) -> Path:
 
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype, parameters.pure, parameters.nthread = FILE_TYPES[kind], True, 1
-    quiet = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
+    silence_llama()
     code = llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(parameters))
     assert code == 0, f"llama.cpp could not write {kind}"
     source.unlink()

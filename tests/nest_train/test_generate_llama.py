@@ -133,6 +133,20 @@ def test_files_that_are_no_models_are_refused(models, files, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_log_callback_of_somebody_else_in_this_process_does_no_harm(files, tmp_path):
+    import llama_cpp
+
+    heard: list[str] = []
+    callback = llama_cpp.llama_log_callback(lambda level, line, _: heard.append(line))
+    llama_cpp.llama_log_set(callback, None)
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(CheckpointFormatError, match=r"llama.cpp cannot load .*broken.gguf: "):
+        LlamaRuntime(tmp_path / "broken.gguf")
+    with LlamaRuntime(files()) as model:
+        assert model.logits([3, 4, 5]).shape == (3, model.vocabulary)
+    assert not heard
+
+
 def test_closing_twice_does_no_harm(files):
     model = LlamaRuntime(files())
     model.close()
