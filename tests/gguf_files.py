@@ -29,7 +29,7 @@ def _silent() -> Any:
 
 
 def silence_llama() -> None:
-    """Makes llama.cpp log nothing. It keeps the callback's address as long as the process lives, so the callback is kept too."""
+    """Makes llama.cpp log nothing. It calls the callback as long as the process lives, so that is kept."""
     import llama_cpp
 
     llama_cpp.llama_log_set(_silent(), None)

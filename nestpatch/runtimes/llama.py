@@ -76,7 +76,7 @@ def library() -> Any:
 
 
 def _collect_errors(llama_cpp: Any) -> None:
-    """Forgets what was collected. Another user of llama.cpp in this process may have set a log callback, so ours is set again."""
+    """Forgets what was collected, and sets our callback: another user of llama.cpp in this process may have set its own."""
     _errors.clear()
     llama_cpp.llama_log_set(_callbacks[0], None)
 
