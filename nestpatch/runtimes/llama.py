@@ -142,8 +142,9 @@ class LlamaRuntime:
         self._adapter: Any = None
         self._load(device)
         try:
-            context = int(self._library.llama_model_n_ctx_train(self._model))
-            self.max_prompt_tokens = prompt_room(context, max_new_tokens) if max_prompt_tokens is None else max_prompt_tokens
+            self.max_prompt_tokens = (
+                prompt_room(self.context, max_new_tokens) if max_prompt_tokens is None else max_prompt_tokens
+            )
             if adapter is not None:
                 self._adapter = self._load_adapter(Path(adapter))
         except NestpatchError:
