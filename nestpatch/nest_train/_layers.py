@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nestpatch.events import Event
+from nestpatch.nest_train._digests import digest_json
 from nestpatch.nest_train._neurons import (
     Clusters,
     Selection,
@@ -26,7 +27,6 @@ from nestpatch.nest_train._neurons import (
 )
 from nestpatch.nest_train._ranks import from_first
 from nestpatch.nest_train._run import Run
-from nestpatch.nest_train._run_dir import digest_json
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.rows import FloatArray
 from nestpatch.runtimes.weights import MlpBlock

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nestpatch.evaluation.scores import Scores
     from nestpatch.evaluation.shares import Share
     from nestpatch.nest_train.plan import TrainingPlan
-    from nestpatch.nest_train.train import Trained
+    from nestpatch.nest_train.result import Trained
 
 HEADLINES = TITLES
 _NOT_MEASURED = "[dim]not measured[/dim]"

@@ -18,7 +18,7 @@ from nestpatch.errors import DataError, OutputError
 from nestpatch.evaluation.suites import load_suite
 from nestpatch.events import Event
 from nestpatch.formats import nest
-from nestpatch.nest_train import train as module
+from nestpatch.nest_train import _evaluate as module
 from nestpatch.nest_train.plan import plan
 from nestpatch.nest_train.train import train
 from nestpatch.pack import Label
