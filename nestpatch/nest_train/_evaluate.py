@@ -35,7 +35,7 @@ def evaluated(
 ) -> Trained:
     """The result with the numbers of the pack, or with the reason why some are missing. The deltas are attached."""
     tensors = [
-        [part.name, *(sha256(getattr(part, name).tobytes()).hexdigest() for name in nest.PARTS)] for part in trained.pack
+        [part.name, *(sha256(array.tobytes()).hexdigest() for array in nest.parts(part).values())] for part in trained.pack
     ]
     inputs: dict[str, Any] = {"pack": digest_json(tensors)}
 

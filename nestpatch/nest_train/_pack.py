@@ -79,7 +79,7 @@ def _pack_tensors(run: Run, deltas: DeltaSet) -> list[PackedTensor]:
         for some in run.stored.split(projection.weight_name, rows):
             # An expert that has a tensor of its own needs the vectors of its own neurons alone.
             used, labels = np.unique(groups[some.part], return_inverse=True)
-            packed.append(pack_tensor(run.checkpoint, some.tensor, some.rows, labels, delta[used]))
+            packed.append(pack_tensor(run.checkpoint, some.tensor, some.rows, delta[used], cluster=labels))
     return packed
 
 
