@@ -27,6 +27,7 @@ from nestpatch.commands import (
     evaluating,
     exporting,
     fleet,
+    guarding,
     inspecting,
     judging,
     patching,
@@ -68,6 +69,7 @@ SECTIONS: dict[str, dict[click.Command, str]] = {
     },
     "Ship": {
         exporting.export: "Write a patched model or a pack in another format.",
+        guarding.guard: "Export what a fine-tune must leave alone.",
         serving.adapter: "Load a pack into a running server, as an adapter.",
         fleet.push: "Publish a pack as the next version of a channel.",
         fleet.pull: "Download a version from a channel and check it.",

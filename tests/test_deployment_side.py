@@ -45,6 +45,7 @@ LAYERS = [
     {"nestpatch.runtimes"},
     {"nestpatch.health"},
     {"nestpatch.export"},
+    {"nestpatch.guarding"},
     {"nestpatch.evaluation"},
     {"nestpatch.chat"},
     {"nestpatch.nest_train"},
