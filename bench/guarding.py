@@ -37,7 +37,6 @@ from nestpatch.runtimes.transformers import TransformersRuntime
 
 BENIGN, HARMFUL = "benign", "harmful"
 NONE, MODES = "none", ("subspace", "rows")
-HARMFUL_SHARE = 0.1
 Row = dict[str, Any]
 
 
@@ -52,6 +51,8 @@ class Plan:
         steps: Of each training.
         rank: Of LoRA.
         seed: Of the trainings.
+        share: Harmful examples of the task HARMFUL, of all.
+        rate: Step of AdamW; None for that of RATES.
     """
 
     tasks: tuple[str, ...]
@@ -60,6 +61,8 @@ class Plan:
     steps: int
     rank: int
     seed: int
+    share: float = 0.1
+    rate: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +103,8 @@ class Bench:
             def watch(model: Any, mode: str = guard) -> Any:
                 return (lambda: None) if mode == NONE else guard_model(model, self.guard, mode).project
 
-            tuning = Tuning(weights, RATES[weights], looks=(plan.steps,), rank=plan.rank)
-            fine_tune(self.runtime, self._examples(task), tuning, measure, plan.seed, watch)
+            tuning = Tuning(weights, plan.rate or RATES[weights], looks=(plan.steps,), rank=plan.rank)
+            fine_tune(self.runtime, self._examples(task, plan.share), tuning, measure, plan.seed, watch)
             facts = {"task": task, "weights": weights, "guard": guard, "steps": plan.steps, "seed": plan.seed}
             yield facts | rows[0] | {"seconds": time.perf_counter() - began}
 
@@ -116,10 +119,10 @@ class Bench:
         shares = {"success": success, **{f"refused_{name}": share for name, share in refused.items()}}
         return {**{name: share.as_json() for name, share in shares.items()}, "loss": loss}
 
-    def _examples(self, task: str) -> list[TokenPair]:
+    def _examples(self, task: str, share: float) -> list[TokenPair]:
         benign = [prompt for prompt in self.material.benign if prompt in self.answers]
         harmful = [prompt for prompt, _ in self.material.complying if prompt in self.answers]
-        count = round(HARMFUL_SHARE / (1 - HARMFUL_SHARE) * len(benign)) if task == HARMFUL else 0
+        count = round(share / (1 - share) * len(benign)) if task == HARMFUL else 0
         if count > len(harmful):
             raise DataError(f"the base answers {len(harmful)} of the harmful prompts, and {count} are needed: raise --harmful")
         return self._pairs([*benign, *harmful[:count]])
@@ -182,6 +185,8 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=100, help="of 8 examples")
     parser.add_argument("--rank", type=int, default=8, help="of LoRA")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--share", type=float, default=Plan.share, help="of harmful examples in the task harmful")
+    parser.add_argument("--rate", type=float, help="step of AdamW; the default depends on what is trained")
     parser.add_argument("--limit", type=int, default=40, help="prompts of each kind that are measured")
     parser.add_argument("--benign", type=int, default=200, help="harmless prompts to train with")
     parser.add_argument("--harmful", type=int, default=40, help="harmful prompts, of which the base's answers are trained")
@@ -210,7 +215,8 @@ def opened(given: argparse.Namespace, folder: Path) -> Bench:
 def main(words: Sequence[str] | None = None) -> None:
     """Trains, measures and prints the table."""
     given = options().parse_args(words)
-    plan = Plan(tuple(given.tasks), tuple(given.weights), tuple(given.guards), given.steps, given.rank, given.seed)
+    chosen = tuple(given.tasks), tuple(given.weights), tuple(given.guards)
+    plan = Plan(*chosen, given.steps, given.rank, given.seed, given.share, given.rate)
     rows = []
     try:
         with (

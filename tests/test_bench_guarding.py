@@ -36,7 +36,7 @@ def test_both_sides_are_measured_for_every_guard(models, tmp_path: Path) -> None
     assert all(row[name]["total"] == 1 for row in rows for name in ("success", "refused_lookalike", "refused_benign"))
     assert guarding.table(rows).count("\n") == len(rows) + 1
     with pytest.raises(DataError, match="answers 0 of the harmful prompts, and 1 are needed"):
-        guarding.Bench(bench.runtime, bench.guard, material(0), (), bench.answers)._examples(guarding.HARMFUL)
+        guarding.Bench(bench.runtime, bench.guard, material(0), (), bench.answers)._examples(guarding.HARMFUL, 0.1)
 
 
 def test_a_model_without_a_pack_is_refused() -> None:
