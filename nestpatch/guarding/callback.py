@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from nestpatch.errors import DataError
 from nestpatch.guarding.file import read
 from nestpatch.guarding.guard import Guard
-from nestpatch.guarding.holding import GuardedModel, Mode, guard_model
+from nestpatch.guarding.holding import GuardedModel, Mode, check_mode, guard_model
 
 
 class GuardCallback(TrainerCallback):  # type: ignore[misc]
@@ -24,10 +24,12 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
         mode: "subspace" or "rows", as for `guard_model`.
 
     Raises:
+        DataError: The mode is not known.
         GuardFormatError: The file is not a guard.
     """
 
     def __init__(self, guard: str | Path | Guard, mode: Mode = "subspace") -> None:
+        check_mode(mode)
         self.guard = guard if isinstance(guard, Guard) else read(guard)
         self.mode: Mode = mode
         self._model: GuardedModel | None = None

@@ -76,7 +76,7 @@ def export_guard(
     check_strength(strength)
     check_output(target)
     proven = prove(pack, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event)
-    found = verify(model, proven.pack, strength=strength, policy=policy)
+    found = verify(model, proven.pack, strength=strength)
     if found.verdict is not Verdict.PATCHED:
         raise BaseMismatchError(
             f"{model} does not hold {proven.pack.label}: {found.detail}",

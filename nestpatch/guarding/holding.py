@@ -105,6 +105,19 @@ class GuardedModel:
                 one.project()
 
 
+def check_mode(mode: str) -> None:
+    """Checks the name of a mode before any work.
+
+    Args:
+        mode: One of Mode.
+
+    Raises:
+        DataError: It is none.
+    """
+    if mode not in get_args(Mode):
+        raise DataError(f"there is no mode {mode!r}; modes are {', '.join(get_args(Mode))}")
+
+
 def guard_model(model: nn.Module, guard: Guard, mode: Mode = "subspace") -> GuardedModel:
     """Prepares a model for a fine-tune that keeps to a guard: a full one, or one with LoRA adapters of PEFT.
 
@@ -126,8 +139,7 @@ def guard_model(model: nn.Module, guard: Guard, mode: Mode = "subspace") -> Guar
         GuardMismatchError: The model is not the one that the guard was made from, or its weights are divided between devices.
         UnsupportedModelError: A protected matrix has an adapter of another kind than LoRA.
     """
-    if mode not in get_args(Mode):
-        raise DataError(f"there is no mode {mode!r}; modes are {', '.join(get_args(Mode))}")
+    check_mode(mode)
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     homes, layers = ParameterHomes(inner), _adapted_layers(inner)
     held: list[_Held] = []
@@ -189,7 +201,8 @@ def _adapted_layers(model: nn.Module) -> dict[str, Any]:
     except ImportError:  # without PEFT there are no adapters
         return {}
     layers = ((name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    return {f"{name.replace('.base_layer', '')}.weight": layer for name, layer in layers}
+    # The layers that wrap a bare parameter, such as stacked experts, name it.
+    return {f"{name.replace('.base_layer', '')}.{getattr(layer, 'parameter_name', 'weight')}": layer for name, layer in layers}
 
 
 def _held_factors(name: str, layer: Any, tensors: Sequence[tuple[GuardedTensor, int]], mode: Mode) -> _Held:
@@ -197,10 +210,11 @@ def _held_factors(name: str, layer: Any, tensors: Sequence[tuple[GuardedTensor, 
     import torch
     from peft.tuners.lora import LoraLayer
 
-    if not isinstance(layer, LoraLayer) or len(layer.lora_magnitude_vector) or not len(layer.lora_A):
+    plain = isinstance(layer, LoraLayer) and len(layer.lora_A) and not hasattr(layer, "parameter_name")
+    if not plain or len(layer.lora_magnitude_vector) or getattr(layer, "lora_variant", None):
         raise UnsupportedModelError(
             f"{name} has an adapter of type {type(layer).__name__} that is not plain LoRA",
-            advice="Use LoRA without use_dora on the matrices of the guard, or leave them out of target_modules.",
+            advice="Use LoRA without use_dora on the matrices of the guard, or leave them out of the adapter's targets.",
         )
     device = layer.lora_A[next(iter(layer.lora_A))].weight.device
     if mode == "rows":

@@ -163,7 +163,7 @@ def test_another_model_is_refused(scene: Scene, models, tmp_path: Path, tokenize
     with pytest.raises(GuardMismatchError, match="instead of"):
         train(wider, tmp_path, nestpatch.GuardCallback(scene.file))
     with pytest.raises(DataError, match="there is no mode 'columns'"):
-        nestpatch.guard_model(scene.load(), scene.guard, "columns")  # type: ignore[arg-type]
+        nestpatch.GuardCallback(scene.guard, "columns")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("other", ["dora", "ia3"])
@@ -175,6 +175,14 @@ def test_other_adapters_are_refused(scene: Scene, other: str) -> None:
         else peft.IA3Config(target_modules=["gate_proj"], feedforward_modules=[])
     )
     with pytest.raises(UnsupportedModelError, match="not plain LoRA"):
+        nestpatch.guard_model(peft.get_peft_model(scene.load(), config), scene.guard)
+
+
+def test_adapters_of_stacked_experts_are_refused(tmp_path: Path, models) -> None:
+    peft = pytest.importorskip("peft", minversion="0.17")
+    scene = Scene(tmp_path, models("qwen3-moe"), ".experts.1.gate_proj")
+    config = peft.LoraConfig(r=4, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
+    with pytest.raises(UnsupportedModelError, match=r"experts\.gate_up_proj has an adapter"):
         nestpatch.guard_model(peft.get_peft_model(scene.load(), config), scene.guard)
 
 
