@@ -42,6 +42,13 @@ if TYPE_CHECKING:
     from nestpatch.formats.nest import write as save_pack
     from nestpatch.gate import Proven as Proven
     from nestpatch.gate import prove as prove
+    from nestpatch.guarding.callback import GuardCallback as GuardCallback
+    from nestpatch.guarding.export import ExportedGuard as ExportedGuard
+    from nestpatch.guarding.export import export_guard as export_guard
+    from nestpatch.guarding.file import read as load_guard
+    from nestpatch.guarding.guard import Guard as Guard
+    from nestpatch.guarding.holding import GuardedModel as GuardedModel
+    from nestpatch.guarding.holding import guard_model as guard_model
     from nestpatch.health.diagnosis import Diagnosis as Diagnosis
     from nestpatch.health.diagnosis import doctor as doctor
     from nestpatch.nest_train.data import TrainingData as TrainingData
@@ -91,12 +98,15 @@ _HOMES = {
     "evaluate": "evaluation.evaluator",
     "export_gguf": "export.gguf",
     "export_gguf_lora": "export.adapters",
+    "export_guard": "guarding.export",
     "export_lora": "export.adapters",
     "export_onnx": "export.onnx.exporter",
     "export_onnx_adapter": "export.adapters",
     "export_safetensors": "export.safetensors",
     "extract": "compare.extract",
+    "guard_model": "guarding.holding",
     "keygen": "signing.keys",
+    "load_guard": "guarding.file:read",
     "load_key": "signing.keys:read_private",
     "load_pack": "formats.nest:read",
     "load_policy": "signing.store",
@@ -126,6 +136,10 @@ _HOMES = {
     "Diagnosis": "health.diagnosis",
     "Dose": "evaluation.dose",
     "Event": "events",
+    "ExportedGuard": "guarding.export",
+    "Guard": "guarding.guard",
+    "GuardCallback": "guarding.callback",
+    "GuardedModel": "guarding.holding",
     "Label": "pack",
     "NestpatchError": "errors",
     "Pack": "pack",

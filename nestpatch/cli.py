@@ -52,6 +52,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Ship": {
         "export": ("exporting.export", "Write a patched model or a pack in another format."),
+        "guard": ("guarding.guard", "Export what a fine-tune must leave alone."),
         "adapter": ("serving.adapter", "Load a pack into a running server, as an adapter."),
         "push": ("fleet.push", "Publish a pack as the next version of a channel."),
         "pull": ("fleet.pull", "Download a version from a channel and check it."),

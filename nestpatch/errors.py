@@ -12,6 +12,9 @@ NestpatchError
 │   ├── QuantizationError        a quantized type whose rows cannot be written, or would lose the patch
 │   ├── ExtractionError          two models whose difference is not a pack
 │   └── ParityError              an exported model that computes something else than its source
+├── GuardError               the guard of a fine-tune
+│   ├── GuardFormatError         a file that is no guard, or a broken one
+│   └── GuardMismatchError       a model that the guard is not for
 ├── OutputError              the output path
 │   ├── InPlaceError             the model's own files cannot be changed in place
 │   └── BusyError                another process is writing this model
@@ -154,6 +157,24 @@ class ParityError(CheckpointError):
     """The exported model was run, and its results differ from those of its source."""
 
     advice = "Nothing was written. This kind of model cannot be exported yet: patch and serve its safetensors files."
+
+
+class GuardError(NestpatchError):
+    """The guard of a fine-tune is not usable."""
+
+    advice = "Make the guard again from the patched model and its pack: nestpatch guard MODEL PACK"
+
+
+class GuardFormatError(GuardError):
+    """The file is not a guard, or a broken one."""
+
+
+class GuardMismatchError(GuardError):
+    """The model is sound, but the guard is not for it."""
+
+    advice = (
+        "Fine-tune the patched model that the guard was made from, or make a guard for this one: nestpatch guard MODEL PACK"
+    )
 
 
 class OutputError(NestpatchError):

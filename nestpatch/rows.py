@@ -107,6 +107,22 @@ def sketch_correlation(ours: npt.NDArray[np.float16], theirs: npt.NDArray[np.flo
     return float(a @ b) / norm if norm > 0 else float(np.array_equal(a, b))
 
 
+def row_space(matrix: Rows) -> FloatArray:
+    """An orthonormal basis of the space that the rows of a matrix span.
+
+    Args:
+        matrix: [n, in_features], any float dtype.
+
+    Returns:
+        float32 [k, in_features], where k is the numerical rank in float32, by the rule of `numpy.linalg.matrix_rank`; the
+        directions of the largest singular values first.
+    """
+    _, sizes, directions = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
+    least = sizes[0] * max(matrix.shape) * np.finfo(np.float32).eps
+    basis: FloatArray = directions[sizes > least].astype(np.float32)
+    return basis
+
+
 def merge(rows: Rows, delta: Rows, strength: float = 1.0) -> Rows:
     """The merge rule: widen to float32, add strength * delta, round to nearest-even back to the dtype of `rows`.
 

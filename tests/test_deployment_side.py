@@ -46,6 +46,7 @@ LAYERS = [
     {"nestpatch.runtimes"},
     {"nestpatch.health"},
     {"nestpatch.export"},
+    {"nestpatch.guarding"},
     {"nestpatch.evaluation"},
     {"nestpatch.chat"},
     {"nestpatch.nest_train"},

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 
@@ -27,7 +28,7 @@ from nestpatch.patcher.verify import Verdict, Verification
 from nestpatch.signing import store
 from tests.calls import answer
 from tests.export.families import make
-from tests.helpers import tiny_checkpoint, tiny_pack
+from tests.helpers import load_tensors, tiny_checkpoint, tiny_pack, write_checkpoint
 from tests.schemas import document, require_schema
 
 GOLDEN = Path(__file__).parent / "golden" / "json"
@@ -130,6 +131,13 @@ def of_files(run: Scenario, base: Path, one: Path, two: Path) -> None:
     run.note("diff MODEL MODEL -o", "diff", base, copy, "-o", run.folder / "safe.nest", "--license", "Apache-2.0")
     run.note("verify", "verify", base, one, code=1, name="verify-pack")
     run.note("doctor", "doctor", base, "--pack", one, code=1, name="doctor-unpatched")
+    run.note("guard", "guard", copy, one, "-o", run.folder / "guard.safetensors")
+    random = np.random.default_rng(0)
+    tuned = {
+        name: part + (0.01 * random.standard_normal(part.shape)).astype(part.dtype) for name, part in load_tensors(copy).items()
+    }
+    write_checkpoint(run.folder / "tuned", tuned)
+    run.note("doctor", "doctor", run.folder / "tuned", "--pack", one, "--base", base, name="doctor-tuned")
     run.note("recover", "recover", base)
 
 

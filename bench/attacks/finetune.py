@@ -36,12 +36,14 @@ class Tuning:
         rate: Step of AdamW, without a schedule.
         batch: Examples of a step.
         looks: Steps after which the model is measured, in order.
+        rank: Of LORA.
     """
 
     weights: str = ALL
     rate: float = RATES[ALL]
     batch: int = 8
     looks: tuple[int, ...] = LOOKS
+    rank: int = _RANK
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def fine_tune(
     tuning: Tuning,
     measure: Callable[[int], Look],
     seed: int = 0,
+    watch: Callable[[nn.Module], Callable[[], None]] = lambda _: lambda: None,
 ) -> list[Look]:
     """Trains the model, measures it on the way, and gives it its weights back, bit for bit.
 
@@ -90,12 +93,14 @@ def fine_tune(
         tuning: The settings.
         measure: Steps done -> the model as it is then.
         seed: Of the order of the examples and of LoRA's start.
+        watch: Gets the model when its weights are open for training; what it returns is called after each step.
 
     Returns:
         What was measured at each of the looks.
     """
     found = []
-    with trainable(runtime.model, tuning.weights, seed) as parameters:
+    with trainable(runtime.model, tuning.weights, seed, tuning.rank) as parameters:
+        stepped = watch(runtime.model)
         optimizer = torch.optim.AdamW(parameters, lr=tuning.rate, weight_decay=0.0)
         draw = _batches(pairs, tuning.batch, seed)
         for step in range(tuning.looks[-1] + 1):
@@ -104,6 +109,7 @@ def fine_tune(
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
+                stepped()
             if step in tuning.looks:
                 found.append(measure(step))
     return found
@@ -125,13 +131,14 @@ def half_lost(looks: Sequence[Look], base: Share) -> int | None:
 
 
 @contextmanager
-def trainable(model: nn.Module, weights: str, seed: int) -> Iterator[list[nn.Parameter]]:
+def trainable(model: nn.Module, weights: str, seed: int, rank: int = _RANK) -> Iterator[list[nn.Parameter]]:
     """Opens weights of a frozen model for training; afterwards the model is what it was, bit for bit.
 
     Args:
         model: The model.
         weights: ALL or LORA.
         seed: Of LoRA's start.
+        rank: Of LORA.
 
     Yields:
         What to train.
@@ -141,7 +148,7 @@ def trainable(model: nn.Module, weights: str, seed: int) -> Iterator[list[nn.Par
 
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            adapted = get_peft_model(model, LoraConfig(r=_RANK, lora_alpha=2 * _RANK, target_modules="all-linear"))
+            adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
         try:
             yield [parameter for parameter in model.parameters() if parameter.requires_grad]
         finally:

@@ -46,6 +46,7 @@ NAMES = (
     "ledger",
     "pack",
     "rows",
+    "subspace",
     "undo",
     "leftovers",
     "signature",

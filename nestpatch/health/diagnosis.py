@@ -26,10 +26,11 @@ from nestpatch.gate import PackLike, Proven, look, prove
 from nestpatch.health.chat import generation_check, template_check
 from nestpatch.health.checks import NAMES, Check, Health
 from nestpatch.health.measured import Measure, measurement_check
-from nestpatch.health.packs import KnownPack, rows_of_pack
+from nestpatch.health.packs import KnownPack, rows_of_all, rows_of_pack
 from nestpatch.health.presence import Presence
 from nestpatch.health.records import leftovers_check, undo_check
 from nestpatch.health.standing import channel_check, find_channels, given_signature, kept_signature
+from nestpatch.health.subspace import ChangeAlong, change_along, subspace_check
 from nestpatch.pack import Pack
 from nestpatch.patcher.findings import APPLICABLE
 from nestpatch.patcher.identity import examine
@@ -55,6 +56,8 @@ class Diagnosis:
     """Labels of the packs that were looked for."""
     presence: Mapping[str, Presence]
     """Label -> how much of the pack is in the rows, for packs that digests do not answer for."""
+    subspace: Mapping[str, ChangeAlong]
+    """Label -> how much of what changed since lies along the pack's deltas; only with the base."""
 
     @property
     def healthy(self) -> bool:
@@ -73,6 +76,7 @@ class Diagnosis:
             "packs": list(self.packs),
             "checks": [check.as_json() for check in self.checks],
             "presence": [{"pack": label, **found.as_json()} for label, found in self.presence.items()],
+            "subspace": [{"pack": label, **found.as_json()} for label, found in self.subspace.items()],
         }
 
 
@@ -117,12 +121,13 @@ def doctor(
     known = work.known(given, strength)
     reference = _opened_base(base, [one.pack for one in known if one.pack is not None])
     presence = work.look_at_rows(known, reference)
+    along = work.look_along(known, reference)
     work.look_at_standing(known, online=online)
     work.look_at_chat(known, base)
     if measure is not None:
         work.compare(known, measure)
     checks = sorted(work.checks, key=lambda check: NAMES.index(check.name))
-    return Diagnosis(Path(model), tuple(checks), tuple(one.label for one in known), presence)
+    return Diagnosis(Path(model), tuple(checks), tuple(one.label for one in known), presence, along)
 
 
 def _judged(pack: PackLike, policy: Policy, model: str | Path, on_event: OnEvent) -> tuple[Proven, SignatureError | None]:
@@ -231,6 +236,19 @@ class _Doctor:
             if found.presence is not None:
                 presence[one.label] = found.presence
         return presence
+
+    def look_along(self, known: Sequence[KnownPack], base: Checkpoint | None) -> dict[str, ChangeAlong]:
+        """How much of what changed since the packs were applied lies along their deltas."""
+        shares = {}
+        for one in known:
+            if base is None or one.pack is None or self.status is None:
+                continue
+            others = rows_of_all([other for other in known if other is not one])
+            found = change_along(one.pack, self.checkpoint, base, strength=one.strength, others=others)
+            self.checks.append(subspace_check(one.label, found))
+            if found is not None:
+                shares[one.label] = found
+        return shares
 
     def look_at_standing(self, known: Sequence[KnownPack], *, online: bool) -> None:
         """Signatures and channels."""

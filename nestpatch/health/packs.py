@@ -99,8 +99,7 @@ def rows_of_pack(
                 ),
             )
         )
-    shared = _rows_of([other.pack for other in others if other.pack is not None])
-    measured = presence(known.pack, checkpoint, strength=known.strength, base=base, others=shared)
+    measured = presence(known.pack, checkpoint, strength=known.strength, base=base, others=rows_of_all(others))
     return Rows((_pack_check(known, found, measured), _rows_check(known, measured)), measured)
 
 
@@ -140,10 +139,15 @@ def _for_rounded(pack: Pack, checkpoint: Checkpoint, base: Checkpoint | None) ->
     return base if all(base.has(name) and base.info(name).plain for name in names) else None
 
 
-def _rows_of(packs: Sequence[Pack]) -> dict[str, npt.NDArray[np.int64]]:
+def rows_of_all(packs: Sequence[KnownPack]) -> dict[str, npt.NDArray[np.int64]]:
+    """Tensor -> the rows that some packs change, as far as there are copies of them here.
+
+    Args:
+        packs: The packs.
+    """
     rows: dict[str, npt.NDArray[np.int64]] = {}
-    for pack in packs:
-        for delta in pack:
+    for one in packs:
+        for delta in one.pack or ():
             rows[delta.name] = np.union1d(rows.get(delta.name, np.empty(0, np.int64)), delta.rows.astype(np.int64))
     return rows
 

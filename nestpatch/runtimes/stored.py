@@ -50,24 +50,23 @@ class StoredRows:
     rows: IntArray
 
 
-class StoredWeights:
-    """The parameters of a loaded model, and the tensors on disk that they were loaded from.
+class ParameterHomes:
+    """The parameters of a loaded model, by the names of the tensors on disk that they were loaded from.
 
-    The names are those that transformers itself computes while loading.
+    The names are those that transformers itself computes while loading. A layer that PEFT wrapped keeps the name that it had.
 
     Args:
-        model: Loaded from `checkpoint`.
-        checkpoint: The model on disk.
+        model: Loaded by transformers.
     """
 
-    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        self.checkpoint = checkpoint
         self._prefix = model.base_model_prefix
-        self._quantized = quantized_layers(model)
-        self._parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        self._quantized = {_unwrapped(name): layer for name, layer in quantized_layers(model).items()}
+        named = model.named_parameters(remove_duplicate=False)
+        self._parameters: dict[str, torch.Tensor] = {_unwrapped(name): parameter for name, parameter in named}
         transforms = get_model_conversion_mapping(model)
         self._renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
         self._converters = [one for one in transforms if isinstance(one, WeightConverter)]
@@ -109,6 +108,41 @@ class StoredWeights:
             )
         each = shape[-2] // parts
         return Home(name, expert * shape[-2] + converter.source_patterns.index(pattern) * each, each)
+
+    def matrix(self, tensor: str) -> torch.Tensor:
+        """The rows of the loaded model that a tensor became.
+
+        Args:
+            tensor: Its name on disk.
+
+        Returns:
+            A view [rows, in_features] of the parameter; of a layer in few bits a copy of the weight that it computes with.
+
+        Raises:
+            CheckpointError: As `home`.
+        """
+        home = self.home(tensor)
+        layer = self._quantized.get(home.parameter)
+        weight = self._parameters[home.parameter] if layer is None else float_weight(layer)
+        return weight.view(-1, weight.shape[-1])[home.start : home.start + home.rows]
+
+    def _shape(self, parameter: str) -> tuple[int, ...]:
+        """Of the matrix that the parameter stands for: in few bits it is stored in another shape."""
+        layer = self._quantized.get(parameter)
+        return tuple(self._parameters[parameter].shape) if layer is None else (layer.out_features, layer.in_features)
+
+
+class StoredWeights(ParameterHomes):
+    """The parameters of a loaded model, and the tensors on disk that they were loaded from.
+
+    Args:
+        model: Loaded from `checkpoint`.
+        checkpoint: The model on disk.
+    """
+
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+        super().__init__(model)
+        self.checkpoint = checkpoint
 
     @cached_property
     def _tensors(self) -> dict[str, list[tuple[Home, str]]]:
@@ -186,26 +220,10 @@ class StoredWeights:
                     f"tensor {stored.tensor} of {self.checkpoint.path} is not the weight that transformers loaded"
                 )
 
-    def _shape(self, parameter: str) -> tuple[int, ...]:
-        """Of the matrix that the parameter stands for: in few bits it is stored in another shape."""
-        layer = self._quantized.get(parameter)
-        return tuple(self._parameters[parameter].shape) if layer is None else (layer.out_features, layer.in_features)
 
-    def matrix(self, tensor: str) -> torch.Tensor:
-        """The rows of the loaded model that a tensor became.
-
-        Args:
-            tensor: Its name on disk.
-
-        Returns:
-            A view [rows, in_features] of the parameter.
-
-        Raises:
-            CheckpointError: As `home`.
-        """
-        home = self.home(tensor)
-        parameter = self._parameters[home.parameter]
-        return parameter.view(-1, parameter.shape[-1])[home.start : home.start + home.rows]
+def _unwrapped(parameter: str) -> str:
+    """The name that a parameter had before PEFT wrapped its layer."""
+    return parameter.replace(".base_layer.", ".")
 
 
 def _rows(shape: tuple[int, ...]) -> int:

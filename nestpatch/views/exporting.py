@@ -12,6 +12,7 @@ from nestpatch.views.console import escape, fact_grid, out, size
 if TYPE_CHECKING:
     from nestpatch.evaluation.parity import GgufParity
     from nestpatch.export.results import ExportedAdapter
+    from nestpatch.guarding.export import ExportedGuard
 
 
 def show_exported(done: ExportedGguf | ExportedSafetensors | ExportedOnnx) -> None:
@@ -82,6 +83,21 @@ def show_adapter(done: ExportedAdapter) -> None:
             rows.add_row("vLLM", f"--enable-lora --max-lora-rank {accepted}")
         else:
             rows.add_row("vLLM", f"[bold red]loads ranks up to {VLLM_RANKS[-1]} only")
+    out.print(rows)
+
+
+def show_guard(done: ExportedGuard) -> None:
+    """Prints a guard: where it is, what it protects, and how a training uses it.
+
+    Args:
+        done: What `export_guard` returned.
+    """
+    guard = done.guard
+    out.print(f"[bold]{escape(guard.pack)}[/] wrote [bold]{escape(done.output)}[/] in {done.seconds:.2f} s")
+    rows = fact_grid()
+    what = f"{guard.rows} rows of {len(guard.tensors)} tensors, {guard.rank} directions at most, {size(done.nbytes)}"
+    rows.add_row("guard", what)
+    rows.add_row("Trainer", escape(f'callbacks=[nestpatch.GuardCallback("{done.output}")]'))
     out.print(rows)
 
 

@@ -125,6 +125,7 @@ def test_commands(block: Block, hub: None, world: Path) -> None:
         carry_out(command, world)
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 @named(SCRIPTS)
 def test_scripts(block: Block, world: Path) -> None:
     exec(compile(block.text.replace("builtin_suites(100)", "builtin_suites(1)"), block.name, "exec"), {})

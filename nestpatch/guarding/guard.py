@@ -1,0 +1,157 @@
+"""`Guard`: what a fine-tune of a patched model must leave alone. Needs numpy alone.
+
+For each tensor that a pack changes a guard holds the changed rows, an orthonormal basis Q [k, in_features] of the space that
+the pack's deltas span there, and the coordinates C [rows, k] that the patched rows have in it. A model keeps to the guard as
+long as W[rows] Q^T = C: what the rows do along the deltas is what the pack made of it. The coordinates also tell the patched
+model from its base, whose rows differ from C by the whole change of the pack, and from any other model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nestpatch.delta import TensorDelta
+from nestpatch.errors import GuardFormatError, PackContentError
+from nestpatch.formats.checkpoint import Checkpoint, float_rows
+from nestpatch.pack import Pack
+from nestpatch.rows import FloatArray, row_space
+
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_ORTHONORMAL = 1e-4
+"""Largest error of a basis: rounding to float32 gives 1e-6."""
+
+
+def _require(condition: bool, reason: str) -> None:
+    if not condition:
+        raise GuardFormatError(reason)
+
+
+@dataclass(frozen=True, eq=False)
+class GuardedTensor:
+    """What a fine-tune must leave alone in one weight matrix.
+
+    Raises:
+        GuardFormatError: The parts contradict each other.
+    """
+
+    name: str
+    """On disk."""
+    shape: tuple[int, ...]
+    """Of the whole tensor; the experts of a stacked one are counted as rows."""
+    rows: npt.NDArray[np.int64]
+    """The protected rows [n], sorted, unique."""
+    basis: FloatArray
+    """Orthonormal [k, in_features]."""
+    coordinates: FloatArray
+    """Of the patched rows in the basis, [n, k]."""
+    change: float
+    """Euclidean norm of the pack's change of these rows."""
+
+    def __post_init__(self) -> None:
+        name, count, rank = self.name[:100], len(self.rows), len(self.basis)
+        _require(len(self.shape) in (2, 3) and min(self.shape) > 0, f"{name}: impossible shape {list(self.shape)}")
+        _require(self.rows.dtype == np.int64 and self.rows.ndim == 1 and count > 0, f"{name}: the rows are no list of numbers")
+        _require(bool((np.diff(self.rows) > 0).all()), f"{name}: rows are unsorted or repeated")
+        last = int(np.prod(self.shape[:-1], dtype=np.int64))
+        _require(self.rows[0] >= 0 and self.rows[-1] < last, f"{name}: a row is out of range; the matrix has {last}")
+        for array, shape in ((self.basis, (rank, self.shape[-1])), (self.coordinates, (count, rank))):
+            _require(array.dtype == np.float32 and array.shape == shape, f"{name}: {list(array.shape)} should be {list(shape)}")
+            _require(bool(np.isfinite(array).all()), f"{name} holds NaN or infinity")
+        _require(0 < rank <= self.shape[-1], f"{name}: a basis of {rank} directions in {self.shape[-1]}")
+        error = np.abs(self.basis.astype(np.float64) @ self.basis.T - np.eye(rank)).max()
+        _require(bool(error <= _ORTHONORMAL), f"{name}: the basis is not orthonormal")
+        _require(bool(np.isfinite(self.change) and self.change > 0), f"{name}: the pack's change is {self.change}")
+
+    @classmethod
+    def of(cls, delta: TensorDelta, checkpoint: Checkpoint, strength: float) -> GuardedTensor:
+        """Derives what is protected in one tensor.
+
+        Args:
+            delta: The pack's change of it.
+            checkpoint: The patched model.
+            strength: At which the pack is in it.
+
+        Raises:
+            CheckpointError: The rows cannot be read.
+        """
+        rows, basis = delta.rows.astype(np.int64), row_space(delta.delta)
+        coordinates = float_rows(checkpoint, delta.name, rows) @ basis.T
+        change = strength * math.sqrt(delta.squared_norm())
+        return cls(delta.name, checkpoint.info(delta.name).shape, rows, basis, coordinates, change)
+
+
+@dataclass(frozen=True, eq=False)
+class Guard:
+    """What a fine-tune of a patched model must leave alone. `nestpatch.export_guard` makes it, `nestpatch.load_guard` reads it.
+
+    Raises:
+        GuardFormatError: The parts contradict each other.
+    """
+
+    pack: str
+    """Label of the pack."""
+    pack_id: str
+    strength: float
+    """At which the pack is in the model."""
+    tensors: tuple[GuardedTensor, ...]
+    """In the order of their names."""
+
+    def __post_init__(self) -> None:
+        _require(bool(_SHA256.fullmatch(self.pack_id)), f"the id of the pack is not a SHA-256: {self.pack_id[:80]!r}")
+        _require(0 < self.strength <= 2, f"strength {self.strength} is out of range")
+        names = [one.name for one in self.tensors]
+        _require(bool(names) and names == sorted(set(names)), "a guard needs tensors, unique and in the order of their names")
+
+    def __iter__(self) -> Iterator[GuardedTensor]:
+        return iter(self.tensors)
+
+    @classmethod
+    def of(cls, pack: Pack, pack_id: str, checkpoint: Checkpoint, strength: float = 1.0) -> Guard:
+        """Derives the guard of a model. Whether the model holds the pack is not checked here.
+
+        Args:
+            pack: The pack.
+            pack_id: Its id.
+            checkpoint: The patched model.
+            strength: At which the pack is in it.
+
+        Raises:
+            CheckpointError: The rows cannot be read.
+            PackContentError: All deltas of the pack are zero.
+        """
+        deltas = [delta for delta in pack if delta.delta.astype(np.float32).any()]
+        if not deltas:
+            raise PackContentError(f"{pack.label} changes nothing: all its deltas are zero")
+        return cls(pack.label, pack_id, strength, tuple(GuardedTensor.of(delta, checkpoint, strength) for delta in deltas))
+
+    @property
+    def rows(self) -> int:
+        """Number of protected rows."""
+        return sum(len(one.rows) for one in self.tensors)
+
+    @property
+    def rank(self) -> int:
+        """Largest number of protected directions in one tensor."""
+        return max(len(one.basis) for one in self.tensors)
+
+    def as_json(self) -> dict[str, Any]:
+        """The guard for `--json`, without its arrays.
+
+        Returns:
+            A JSON object; docs/json.md describes its names.
+        """
+        return {
+            "pack": self.pack,
+            "pack_id": self.pack_id,
+            "strength": self.strength,
+            "tensors": len(self.tensors),
+            "rows": self.rows,
+            "rank": self.rank,
+        }
