@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nestpatch.detector import Detector, DetectorFacts
 from nestpatch.errors import DataError, PackContentError
 from nestpatch.rows import BLOCK_TYPES, DTYPES, SKETCHES, FloatArray, Rows, dtype_name
 
 FORMATS = ("nest/1", "nest/2")
-"""nest/2 is that of the packs whose base is quantized, at least in part."""
+"""nest/2 is that of the packs whose base is quantized, at least in part, and of those with a detector."""
 # semver.org, section "Is there a suggested regular expression", without build metadata groups.
 _SEMVER = re.compile(
     r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
@@ -137,6 +138,8 @@ class Manifest:
     """How the pack was made: the recipe, seeds, digests and sizes of the data, library versions, device."""
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     """What was measured `before` and `after`; empty where nothing was."""
+    detector: DetectorFacts | None = None
+    """What is known of the pack's detector; None where it has none."""
 
     def __post_init__(self) -> None:
         for problem in (name_problem(self.name), version_problem(self.version)):
@@ -149,8 +152,8 @@ class Manifest:
 
     @property
     def format(self) -> str:
-        """The format of the file, one of FORMATS: the base decides."""
-        return FORMATS[any(tensor.quantized for tensor in self.base.tensors.values())]
+        """The format of the file, one of FORMATS: the base and the detector decide."""
+        return FORMATS[self.detector is not None or any(tensor.quantized for tensor in self.base.tensors.values())]
 
 
 def is_utc_time(text: str) -> bool:
@@ -232,8 +235,14 @@ class Pack:
     manifest: Manifest
     deltas: tuple[TensorDelta, ...]
     """In the order of their names."""
+    detector_weight: FloatArray | None = None
+    """The weight of the detector that the manifest describes, float32 [hidden]; None where there is none."""
 
     def __post_init__(self) -> None:
+        found, facts = self.detector_weight is not None, self.manifest.detector is not None
+        _require(found or not facts, "the manifest describes a detector, and there is no tensor detector:weight")
+        _require(facts or not found, "there is a tensor detector:weight, and the manifest describes no detector")
+        _ = self.detector  # checks itself
         names = [delta.name for delta in self.deltas]
         _require(bool(names), "the pack changes nothing: it has no tensors")
         _require(names == sorted(set(names)), "the tensors of a pack must be unique and in the order of their names")
@@ -248,6 +257,12 @@ class Pack:
 
     def __iter__(self) -> Iterator[TensorDelta]:
         return iter(self.deltas)
+
+    @property
+    def detector(self) -> Detector | None:
+        """The detector; None where the pack has none."""
+        facts, weight = self.manifest.detector, self.detector_weight
+        return None if facts is None or weight is None else Detector(facts, weight)
 
     @property
     def parameters(self) -> int:

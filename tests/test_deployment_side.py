@@ -31,6 +31,7 @@ LAYERS = [
     {"nestpatch.events"},
     {"nestpatch.version"},
     {"nestpatch.rows"},
+    {"nestpatch.detector"},
     {"nestpatch.files"},
     {"nestpatch.pack"},
     {"nestpatch.formats"},

@@ -19,6 +19,7 @@ from typing import Any, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
+from nestpatch.detector import DetectorFacts
 from nestpatch.errors import PackContentError, PackError, PackFormatError, PackTooNewError
 from nestpatch.files.atomic import write_bytes
 from nestpatch.files.reading import open_regular
@@ -32,6 +33,8 @@ ALIGNMENT = 64
 _MAX_SIDE = 1 << 31
 """Rows or columns, at most: an empty tensor with a side of 0 could claim any number for the other."""
 PARTS = ("delta", "rows", "cluster", "sketch")
+DETECTOR = "detector:weight"
+"""No part of a matrix is called weight, so it is no part of a matrix that is named detector."""
 _CODES: dict[str, np.dtype[Any]] = {
     **DTYPES,
     "I32": np.dtype("<i4"),
@@ -54,6 +57,18 @@ _MANIFEST_FIELDS: dict[str, type] = {
     "requires": list,
     "method": dict,
     "evaluation": dict,
+}
+_DETECTOR_FIELDS: dict[str, type] = {
+    "layer": int,
+    "pooling": str,
+    "bias": float,
+    "threshold": float,
+    "max_false_positive_rate": float,
+    "auc": float,
+    "detection_rate": float,
+    "false_positive_rate": float,
+    "harmful": int,
+    "harmless": int,
 }
 _BASE_FIELDS: dict[str, type] = {
     "model_id": str,
@@ -99,6 +114,8 @@ def encode(pack: Pack) -> bytes:
         PackContentError: The header or the file would be too long.
     """
     arrays = {f"{d.name}:{part}": np.ascontiguousarray(getattr(d, part)) for d in pack for part in PARTS}
+    if pack.detector_weight is not None:
+        arrays[DETECTOR] = np.ascontiguousarray(pack.detector_weight)
     # Wide types first, so that every array begins at a multiple of its item size.
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     codes = {dtype: code for code, dtype in _CODES.items()}
@@ -154,6 +171,7 @@ def decode(data: bytes) -> Pack:
         )
     manifest = parse_manifest(metadata["nest"])
     arrays = {name: _array(name, entry, body) for name, entry in header.items()}
+    detector = arrays.pop(DETECTOR, None)
     names = sorted({name.rpartition(":")[0] for name in arrays})
     expected = {f"{name}:{part}" for name in names for part in PARTS}
     if unknown := sorted(set(arrays) - expected):
@@ -161,7 +179,7 @@ def decode(data: bytes) -> Pack:
     if missing := sorted(expected - set(arrays)):
         raise PackFormatError(f"tensor {missing[0]!r} is missing")
     deltas = tuple(TensorDelta(name, *(arrays[f"{name}:{part}"] for part in PARTS)) for name in names)
-    pack = Pack(manifest, deltas)
+    pack = Pack(manifest, deltas, detector)
     if encode(pack) != data:
         raise PackFormatError("the file is not in canonical form (order, padding, alignment or manifest)")
     return pack
@@ -329,6 +347,7 @@ def manifest_json(manifest: Manifest) -> dict[str, Any]:
         name: {"shape": list(t.shape), "dtype": t.dtype, "sha256": t.sha256, "rows_sha256": t.rows_sha256}
         for name, t in base.tensors.items()
     }
+    detector = {} if manifest.detector is None else {"detector": manifest.detector.as_json()}
     return {
         "format": manifest.format,
         "name": manifest.name,
@@ -349,6 +368,7 @@ def manifest_json(manifest: Manifest) -> dict[str, Any]:
         "requires": list(manifest.requires),
         "method": dict(manifest.method),
         "evaluation": dict(manifest.evaluation),
+        **detector,
     }
 
 
@@ -370,7 +390,8 @@ def parse_manifest(text: str) -> Manifest:
     if isinstance(value, dict) and isinstance(value.get("format"), str) and value["format"] not in FORMATS:
         known = " and ".join(map(repr, FORMATS))
         raise PackTooNewError(f"the pack has format {value['format'][:40]!r}; this nestpatch reads {known}")
-    _require_fields(value, _MANIFEST_FIELDS, "manifest")
+    optional = {"detector": dict} if isinstance(value, dict) and "detector" in value else {}
+    _require_fields(value, {**_MANIFEST_FIELDS, **optional}, "manifest")
     if canonical_json(value) != text:
         raise PackFormatError("the manifest is not canonical JSON (sorted keys, no spaces)")
     base, result = value["base"], value["result"]
@@ -385,7 +406,9 @@ def parse_manifest(text: str) -> Manifest:
         _require_fields(entry, _IDENTITY_FIELDS, f"base tensor {name!r}")
         if not _whole_numbers(entry["shape"]):
             raise PackFormatError(f"base tensor {name!r} has an impossible shape")
-    _require_format(value["format"], base["tensors"])
+    if optional:
+        _require_fields(value["detector"], _DETECTOR_FIELDS, "manifest's detector")
+    _require_format(value["format"], base["tensors"], detector=bool(optional))
     identities = {
         name: TensorIdentity(tuple(entry["shape"]), entry["dtype"], entry["sha256"], entry["rows_sha256"])
         for name, entry in base["tensors"].items()
@@ -398,17 +421,24 @@ def parse_manifest(text: str) -> Manifest:
         requires=tuple(value["requires"]),
         base=BaseIdentity(base["model_id"], base["revision"], base["architecture"], base["dtype"], identities),
         result={name: entry["rows_sha256"] for name, entry in result["tensors"].items()},
+        detector=DetectorFacts(**value["detector"]) if optional else None,
     )
 
 
-def _require_format(named: str, tensors: Mapping[str, Any]) -> None:
+def _require_format(named: str, tensors: Mapping[str, Any], *, detector: bool) -> None:
     """Raises PackContentError unless the format is the one that packs with such base tensors have."""
+    if detector and named == FORMATS[0]:
+        raise PackContentError(f"a {named} pack has a detector: its format must be {FORMATS[1]}")
+    if detector:
+        return
     quantized = [name for name, entry in tensors.items() if entry["dtype"] in BLOCK_TYPES]
     if quantized and named == FORMATS[0]:
         dtype = tensors[quantized[0]]["dtype"]
         raise PackContentError(f"a base tensor of a {named} pack is quantized: {quantized[0]!r} has dtype {dtype}")
     if not quantized and named != FORMATS[0]:
-        raise PackContentError(f"no base tensor of a {named} pack is quantized: its format must be {FORMATS[0]}")
+        raise PackContentError(
+            f"no base tensor of a {named} pack is quantized, and it has no detector: its format must be {FORMATS[0]}"
+        )
 
 
 def _require_fields(value: Any, fields: Mapping[str, type], what: str) -> None:

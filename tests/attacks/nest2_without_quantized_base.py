@@ -4,7 +4,7 @@ from nestpatch.errors import PackContentError
 from tests.attacks.tools import with_manifest
 
 ERROR = PackContentError
-SAYS = "no base tensor of a nest/2 pack is quantized: its format must be nest/1"
+SAYS = "no base tensor of a nest/2 pack is quantized, and it has no detector: its format must be nest/1"
 
 
 def attack(good: bytes) -> bytes:
