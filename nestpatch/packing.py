@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nestpatch.detector import Detector
 from nestpatch.errors import PackContentError, QuantizationError
 from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo, row_blocks
 from nestpatch.pack import BaseIdentity, Label, Manifest, Pack, TensorDelta, TensorIdentity, creation_time
@@ -116,6 +117,7 @@ def build_pack(
     architecture: str = "",
     method: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
+    detector: Detector | None = None,
 ) -> Pack:
     """Puts packed tensors and the facts about them together.
 
@@ -127,6 +129,7 @@ def build_pack(
         architecture: The base's model class, a hint for people.
         method: How the deltas were made, plain JSON values.
         evaluation: What was measured, plain JSON values.
+        detector: Tells harmful prompts from harmless ones; None for a pack without one.
 
     Returns:
         The pack, its tensors in the order of their names, created now (or at SOURCE_DATE_EPOCH).
@@ -150,5 +153,7 @@ def build_pack(
         requires=label.requires,
         method=method or {},
         evaluation=evaluation or {},
+        detector=None if detector is None else detector.facts,
     )
-    return Pack(manifest, tuple(sorted((tensor.delta for tensor in tensors), key=lambda delta: delta.name)))
+    deltas = tuple(sorted((tensor.delta for tensor in tensors), key=lambda delta: delta.name))
+    return Pack(manifest, deltas, None if detector is None else detector.weight)

@@ -1,4 +1,4 @@
-"""Training from start to end, as one line of stages: load, distil, probe, select, cluster, remember, tune, pack,
+"""Training from start to end, as one line of stages: load, distil, probe, select, cluster, detector, remember, tune, pack,
 evaluate.
 
 Public: `train` and its result `Trained`. `plan` in the module of that name says beforehand what a training would do.
@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nestpatch.detector import Detector
 from nestpatch.errors import CheckpointError, MissingExtraError
 from nestpatch.evaluation.concerns import concerns
+from nestpatch.evaluation.detection import detect_suites
 from nestpatch.evaluation.dose import Dose, DosePoint, dose_json
 from nestpatch.evaluation.scores import Scores, evaluate_suites
 from nestpatch.evaluation.suites import Suite
@@ -28,7 +30,7 @@ from nestpatch.formats import nest
 from nestpatch.measured import BENIGN
 from nestpatch.nest_train import _ranks
 from nestpatch.nest_train._fit import fit
-from nestpatch.nest_train._layers import busy_blocks, digest_layers, find_clusters
+from nestpatch.nest_train._layers import busy_blocks, digest_layers, find_layers
 from nestpatch.nest_train._neurons import Clusters, Selection
 from nestpatch.nest_train._record import versions
 from nestpatch.nest_train._run import Run, limited_threads
@@ -249,13 +251,16 @@ def _train(
     with timed("distil"):
         examples = distil(run, data)
     blocks = busy_blocks(run, data, blocks)
-    layers = find_clusters(run, data, blocks)
+    layers, detector = find_layers(run, data, blocks, detector=run.recipe.detector)
+    if detector is not None and suites:
+        with timed("evaluate"):
+            facts["detector"] = detect_suites(run.runtime, detector, suites).as_json()
     deltas = DeltaSet(blocks, [clusters for _, clusters in layers])
     if kinds := deltas.quantize_like(run.stored):
         run.decide("rounding", "", f"deltas are trained through the rounding to {', '.join(kinds)} of the base's file")
     result = fit(run, blocks, deltas, examples, digest_layers(layers))
     with timed("pack"):
-        pack = packed(run, data, layers, deltas, result, label, facts)
+        pack = packed(run, data, layers, deltas, result, label, facts, detector)
         pack = _created(run, pack, request)
     trained = Trained(pack, *_identity(pack), before, None, deltas.trainable, run.parameters, output)
     _write(run, trained, request, overwrite=output is not None and run.run_dir.wrote(output, request))
@@ -275,17 +280,19 @@ def packed(
     result: TuneResult,
     label: Label,
     evaluation: dict[str, Any],
+    detector: Detector | None = None,
 ) -> Pack:
     """The stage pack: rounds the deltas to the type in which they are stored, and builds the pack.
 
     Args:
         run: The base.
         data: What it was trained on.
-        layers: From `find_clusters`.
+        layers: From `find_layers`.
         deltas: What was trained; rounded in place, so that what is evaluated is what ships.
         result: From `fit`.
         label: Name, version and other facts of the pack.
         evaluation: What was measured, for the manifest.
+        detector: From `find_layers`.
 
     Returns:
         The pack.
@@ -302,6 +309,7 @@ def packed(
         architecture=type(run.model).__name__,
         method=_method(run, data, layers, result),
         evaluation=evaluation,
+        detector=detector,
     )
 
 

@@ -31,6 +31,7 @@ STAGES = {
     "probe": "probing neurons",
     "select": "selecting neurons",
     "cluster": "clustering neurons",
+    "detector": "fitting the detector",
     "remember": "running the frozen layers once",
     "tune": "tuning deltas",
     "look": "answering held-out prompts",

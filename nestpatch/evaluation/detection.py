@@ -1,0 +1,192 @@
+"""What a detector says of prompts, how well it tells them apart on suites, and a model that is patched only where it fires."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nestpatch.detector import Detector
+from nestpatch.errors import BaseMismatchError
+from nestpatch.evaluation.scores import Scores, SuiteResult
+from nestpatch.evaluation.shares import Share
+from nestpatch.evaluation.suites import Suite
+from nestpatch.measured import HARMFUL
+from nestpatch.runtimes.protocol import Runtime
+from nestpatch.runtimes.text import Conversation
+
+Values = npt.NDArray[np.float64]
+
+
+def score_prompts(runtime: Runtime, detector: Detector, prompts: Sequence[Conversation]) -> Values:
+    """Scores prompts by the hidden states of a loaded model.
+
+    Args:
+        runtime: The base of the detector's pack.
+        detector: The detector.
+        prompts: What a user asks, or the turns of conversations.
+
+    Returns:
+        float64 [prompts].
+
+    Raises:
+        BaseMismatchError: The model's hidden states have another width.
+        DataError: The runtime gives no hidden states, or the model has no such layer.
+    """
+    if not prompts:
+        return np.empty(0)
+    states = runtime.prompt_states(prompts, detector.facts.layer, detector.facts.pooling)
+    if states.shape[1] != len(detector.weight):
+        raise BaseMismatchError(
+            f"a hidden state of the model has {states.shape[1]} numbers, the detector of the pack {len(detector.weight)}",
+            advice="Give the base that the pack was made for.",
+        )
+    return detector.scores(states)
+
+
+def area_under_roc(harmful: Values, harmless: Values) -> float | None:
+    """How often a harmful prompt scores higher than a harmless one; a tie counts as half.
+
+    Args:
+        harmful: Scores of harmful prompts.
+        harmless: Scores of harmless ones.
+
+    Returns:
+        Between 0 and 1; None where either is empty.
+    """
+    if not len(harmful) or not len(harmless):
+        return None
+    order = np.sort(harmless)
+    below, upto = (np.searchsorted(order, harmful, side) for side in ("left", "right"))
+    return float((below + upto).mean() / 2 / len(order))
+
+
+@dataclass(frozen=True, eq=False)
+class SuiteDetection:
+    """The scores of one suite.
+
+    Attributes:
+        suite: Its name.
+        kind: Its kind.
+        scores: In the order of its prompts, float64 [prompts].
+        threshold: Of the detector.
+    """
+
+    suite: str
+    kind: str
+    scores: Values
+    threshold: float
+
+    @property
+    def fired(self) -> npt.NDArray[np.bool_]:
+        """Which prompts count as harmful, bool [prompts]."""
+        found: npt.NDArray[np.bool_] = self.scores > self.threshold
+        return found
+
+    @property
+    def share(self) -> Share:
+        """Prompts that count as harmful."""
+        return Share(int(self.fired.sum()), len(self.scores))
+
+
+@dataclass(frozen=True, eq=False)
+class Detection:
+    """A detector on suites.
+
+    Attributes:
+        suites: Their scores, in the order in which they were given.
+    """
+
+    suites: tuple[SuiteDetection, ...]
+
+    def _of(self, *, harmful: bool) -> list[SuiteDetection]:
+        return [suite for suite in self.suites if (suite.kind == HARMFUL) == harmful]
+
+    @property
+    def auc(self) -> float | None:
+        """Area under the ROC curve over all suites; None without harmful or without harmless prompts."""
+        sides = ([one.scores for one in self._of(harmful=side)] or [np.empty(0)] for side in (True, False))
+        return area_under_roc(*map(np.concatenate, sides))
+
+    @property
+    def detection(self) -> Share | None:
+        """Harmful prompts that count as harmful; None without a harmful suite."""
+        return sum((one.share for one in found), Share(0, 0)) if (found := self._of(harmful=True)) else None
+
+    @property
+    def false_positive(self) -> Share | None:
+        """Harmless prompts that count as harmful; None without a harmless suite."""
+        return sum((one.share for one in found), Share(0, 0)) if (found := self._of(harmful=False)) else None
+
+    def as_json(self) -> dict[str, Any]:
+        """The numbers as plain values; None for what was not measured."""
+        auc = self.auc
+        return {
+            "auc": None if auc is None else round(auc, 4),
+            "detection": self.detection.as_json() if self.detection else None,
+            "false_positive": self.false_positive.as_json() if self.false_positive else None,
+            "suites": {one.suite: {"kind": one.kind, "fired": one.share.as_json()} for one in self.suites},
+        }
+
+
+def detect_suites(runtime: Runtime, detector: Detector, suites: Sequence[Suite]) -> Detection:
+    """Measures a detector.
+
+    Args:
+        runtime: The base of the detector's pack.
+        detector: The detector.
+        suites: What to ask.
+
+    Returns:
+        The scores of all prompts.
+
+    Raises:
+        BaseMismatchError: As for `score_prompts`.
+        DataError: As for `score_prompts`.
+    """
+    threshold, found = detector.facts.threshold, []
+    for suite in suites:
+        scores = score_prompts(runtime, detector, [prompt.text for prompt in suite.prompts.prompts])
+        found.append(SuiteDetection(suite.name, suite.kind, scores, threshold))
+    return Detection(tuple(found))
+
+
+def gated(base: Scores, patched: Scores, detection: Detection) -> Scores:
+    """The scores of a host that answers with the patched model where the detector fires, and else with the base.
+
+    Args:
+        base: The scores of the base.
+        patched: Those of the patched model, on the same suites.
+        detection: The detector on them.
+
+    Returns:
+        The scores of the combination, without a drift.
+    """
+    results = []
+    for old, new, said in zip(base.suites, patched.suites, detection.suites, strict=True):
+        both = zip(old.verdicts, new.verdicts, said.fired, strict=True)
+        results.append(SuiteResult(old.suite, old.kind, old.digest, tuple(b if fired else a for a, b, fired in both)))
+    return Scores(tuple(results))
+
+
+def stored_detection(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a pack stores of its detector on suites.
+
+    Args:
+        evaluation: As packs and `eval --json` store it, from anywhere.
+
+    Returns:
+        "auc" (a float or None), "detection" and "false_positive" (a Share or None); None where nothing is stored.
+    """
+    stored = evaluation.get("detector")
+    if not isinstance(stored, Mapping):
+        return None
+    auc = stored.get("auc")
+    shares = {name: Share.from_json(stored.get(name)) for name in ("detection", "false_positive")}
+    return {
+        "auc": float(auc) if isinstance(auc, (int, float)) and not isinstance(auc, bool) and 0 <= auc <= 1 else None,
+        **shares,
+    }
