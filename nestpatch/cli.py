@@ -24,6 +24,7 @@ from nestpatch.commands import (
     chatting,
     checking,
     demo,
+    detecting,
     evaluating,
     exporting,
     fleet,
@@ -50,6 +51,7 @@ SECTIONS: dict[str, dict[click.Command, str]] = {
         training.train: "Train a pack that makes a model refuse.",
         evaluating.evaluate: "Measure attack success and over-refusal of a model.",
         judging.judge: "Compare judges of answers with a person.",
+        detecting.detect: "Say which prompts ask for harm, by a pack's detector.",
     },
     "Patch models": {
         patching.apply: "Merge a pack into a model: into a copy, or in place.",

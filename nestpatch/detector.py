@@ -66,6 +66,15 @@ class DetectorFacts:
             if not 0 <= (share := getattr(self, name)) <= 1:
                 yield f"{name} is {share}, not between 0 and 1"
 
+    @property
+    def sentence(self) -> str:
+        """The detector in one line for people."""
+        return (
+            f"layer {self.layer}, {self.pooling} over the prompt's tokens; of held-out training prompts it detects "
+            f"{self.detection_rate:.1%} of {self.harmful} harmful ones, with false alarms on {self.false_positive_rate:.1%} of "
+            f"{self.harmless} harmless ones (AUC {self.auc:.3f})"
+        )
+
     def as_json(self) -> dict[str, Any]:
         """All fields by name, as plain values."""
         return asdict(self)

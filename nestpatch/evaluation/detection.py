@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from nestpatch.detector import Detector
-from nestpatch.errors import BaseMismatchError
+from nestpatch.errors import BaseMismatchError, DataError
 from nestpatch.evaluation.scores import Scores, SuiteResult
 from nestpatch.evaluation.shares import Share
 from nestpatch.evaluation.suites import Suite
 from nestpatch.measured import HARMFUL
-from nestpatch.runtimes.protocol import Runtime
+from nestpatch.pack import Pack
+from nestpatch.runtimes.protocol import Runtime, runtime_of
 from nestpatch.runtimes.text import Conversation
 
 Values = npt.NDArray[np.float64]
+_NUMBER = re.compile(r"\d+", re.ASCII)
 
 
 def score_prompts(runtime: Runtime, detector: Detector, prompts: Sequence[Conversation]) -> Values:
@@ -45,6 +49,39 @@ def score_prompts(runtime: Runtime, detector: Detector, prompts: Sequence[Conver
             advice="Give the base that the pack was made for.",
         )
     return detector.scores(states)
+
+
+def require_detector(pack: Pack, model: str | Path) -> Detector:
+    """The detector of a pack, for a model that can be asked for hidden states: checked before anything is loaded.
+
+    Args:
+        pack: The pack.
+        model: A directory, a file, a Hub id, or the address of a server.
+
+    Returns:
+        The detector.
+
+    Raises:
+        DataError: The pack has none, or the runtime of the model gives no hidden states.
+    """
+    if pack.detector is None:
+        raise DataError(f"{pack.label} has no detector", advice="Train a pack with one: nestpatch train --set detector=true")
+    if (kind := runtime_of(model)) not in ("transformers", "llama.cpp"):
+        raise DataError(
+            f"{kind} gives no hidden states, which a detector reads",
+            advice="Give the model as a directory of transformers, or as a .gguf file.",
+        )
+    return pack.detector
+
+
+def reads_below(pack: Pack) -> bool:
+    """Whether the detector of a pack reads below the layers that the pack changes, where a patched model is the base.
+
+    Args:
+        pack: A pack with a detector.
+    """
+    numbers = [int(found[0]) if (found := _NUMBER.search(delta.name)) else 0 for delta in pack]
+    return pack.manifest.detector is not None and pack.manifest.detector.layer < min(numbers)
 
 
 def area_under_roc(harmful: Values, harmless: Values) -> float | None:

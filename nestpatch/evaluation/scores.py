@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nestpatch.evaluation.agreement import Agreement, agreements
 from nestpatch.evaluation.concerns import concerns
@@ -21,6 +21,9 @@ from nestpatch.events import OnEvent, ignore
 from nestpatch.measured import BENIGN, HARMFUL, LOOKALIKE
 from nestpatch.prompts.readers import Prompt
 from nestpatch.runtimes.protocol import Generate
+
+if TYPE_CHECKING:
+    from nestpatch.evaluation.detection import Detection
 
 BESIDE_BASE = ("answer_agreement", "perplexity_rise", "task_fall")
 """Numbers that compare a model with its base."""
@@ -196,6 +199,9 @@ class Evaluation:
         judges: Names of the judges; the first decided.
         strength: Of the pack in `patched`; None where there is none, and where it is not known.
         curve: (strength, scores) of the pack at each of several strengths over 0; empty where one was measured.
+        detection: The pack's detector on the suites; None where there is none, and where it was not measured.
+        gated: The scores where the patched model answers the prompts that the detector takes for harmful, and the base all
+            others; None unless they were asked for.
     """
 
     model: Scores
@@ -204,6 +210,8 @@ class Evaluation:
     judges: tuple[str, ...] = (KEYWORDS.name,)
     strength: float | None = None
     curve: tuple[tuple[float, Scores], ...] = ()
+    detection: Detection | None = None
+    gated: Scores | None = None
 
     @property
     def sides(self) -> tuple[tuple[float | None, Scores], ...]:
@@ -247,6 +255,8 @@ class Evaluation:
             "judges": list(self.judges),
             "agreement": [one.as_json() for one in self.agreement],
             **dose_json(self.dose),
+            "detector": self.detection.as_json() if self.detection is not None else None,
+            "gated": self.gated.as_json() if self.gated is not None else None,
         }
 
 

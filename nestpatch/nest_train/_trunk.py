@@ -5,7 +5,6 @@ A step of the tuning then runs the upper layers alone, and the divergence from t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path

@@ -11,6 +11,8 @@ import numpy as np
 from nestpatch.errors import CheckpointError
 from nestpatch.rows import FloatArray
 
+_NAME = "l_out-{}"
+"""What llama.cpp calls the output of a layer."""
 _POINTER = ctypes.c_void_p
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ggml_get_name": (ctypes.c_char_p, [_POINTER]),
@@ -39,12 +41,12 @@ class LayerOutput:
         Raises:
             CheckpointError: The library does not give tensors away.
         """
-        self._name, self._width = f"l_out-{layer}".encode(), width
+        self._name, self._width = _NAME.format(layer).encode(), width
         self._parts: list[FloatArray] = []
         self._ggml = {name: _bound(library, name) for name in _SIGNATURES}
         self.callback = library.ggml_backend_sched_eval_callback(self._see)
 
-    def _see(self, tensor: int, ask: bool, _: Any) -> bool:  # noqa: FBT001 - the signature is llama.cpp's
+    def _see(self, tensor: int, ask: bool, _: Any) -> bool:
         """Called before a tensor is computed, and again afterwards where the answer was True."""
         if self._ggml["ggml_get_name"](tensor) != self._name:
             return not ask

@@ -37,6 +37,7 @@ STAGES = {
     "look": "answering held-out prompts",
     "measure": "timing the stages",
     "evaluate": "evaluating",
+    "detect": "measuring the detector",
     "judge": "judging answers",
     "text": "predicting text",
     "tasks": "running tasks of lm-eval",

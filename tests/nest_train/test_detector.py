@@ -9,10 +9,11 @@ import pytest
 
 from nestpatch import Label, load_suite, train
 from nestpatch.detector import Detector
+from nestpatch.errors import RecipeError
 from nestpatch.evaluation.detection import area_under_roc, score_prompts
 from nestpatch.formats import nest
 from nestpatch.nest_train._detector import candidates, conformal_threshold, fit_detector, standard_error
-from nestpatch.nest_train.recipe import Recipe
+from nestpatch.nest_train.recipe import Recipe, make_recipe
 from nestpatch.runtimes.transformers import TransformersRuntime
 from tests.nest_train.quick import QUICK, write_prompts
 
@@ -100,3 +101,31 @@ def test_without_the_setting_the_pack_has_the_bytes_as_ever(trained, models, dat
     plain = train(models("llama"), data, Label("x"), recipe=QUICK).pack
     assert plain.manifest.format == "nest/1"
     assert [d.delta.tobytes() for d in plain] == [d.delta.tobytes() for d in result.pack]
+
+
+def test_an_interrupted_training_finds_its_detector_again(models, data, tmp_path, monkeypatch) -> None:
+    first = train(models("llama"), data, Label("x"), recipe=DETECTING, run_dir=tmp_path / "run")
+    notes: list[str] = []
+    monkeypatch.setattr("nestpatch.nest_train._detector.fit_detector", None)  # a second fit would fail
+
+    def again(recipe: Recipe):
+        return train(models("llama"), data, Label("x"), recipe=recipe, run_dir=tmp_path / "run", on_event=listen)
+
+    def listen(event) -> None:
+        notes.append(event.note)
+
+    assert nest.encode(again(DETECTING).pack) == nest.encode(first.pack)
+    assert "reused: detector" in notes
+    row = (tmp_path / "run" / "detector.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "run" / "detector.jsonl").write_text(row.replace('"layer":0', '"layer":-1'), encoding="utf-8")
+    with pytest.raises(TypeError):
+        again(DETECTING)
+    assert any("detector of an earlier training not reused, the file is damaged" in note for note in notes)
+
+
+def test_the_setting_is_read_from_texts_and_files(tmp_path) -> None:
+    (tmp_path / "r.toml").write_text("detector = true\ndetector_false_positives = 0.1\n", encoding="utf-8")
+    assert make_recipe(tmp_path / "r.toml").detector is True
+    assert make_recipe(None, ["detector=false"], {"detector": True}).detector is False
+    with pytest.raises(RecipeError, match="detector must be bool, got 'maybe'"):
+        make_recipe(None, ["detector=maybe"])
