@@ -1,7 +1,7 @@
 """The stage detector: a linear probe of the residual stream that ships with the pack.
 
 The prompts are divided into three parts: the probe is fitted on the first; layer, pooling and threshold are chosen by the
-second; the third measures it. Source: the guard of Disentangled Safety Adapters (arXiv 2506.00166) reads the base's hidden states.
+second; the third measures it. Source: the guard of Disentangled Safety Adapters (arXiv 2506.00166), a light head on the base.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`nestpatch detect` and `nestpatch eval --gated` in transformers and llama.cpp, on a tiny model with a detector made by hand."""
+"""`nestpatch detect` and `nestpatch eval --gated` in transformers and llama.cpp, on a tiny model with a detector."""
 
 from __future__ import annotations
 
