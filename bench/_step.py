@@ -25,9 +25,10 @@ from nestpatch.nest_train._tune import batch_loss, batches
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe, make_recipe
 from nestpatch.patcher.recovery import open_model
+from nestpatch.runtimes.devices import pick_device, pick_dtype
+from nestpatch.runtimes.loading import load_model, locate
 from nestpatch.runtimes.stored import StoredWeights
 from nestpatch.runtimes.text import IGNORED, TokenPair, collate, encode_pairs
-from nestpatch.runtimes.transformers import load_model, locate, pick_device, pick_dtype
 from nestpatch.runtimes.weights import MlpBlock, find_mlps
 
 _RANK = 8

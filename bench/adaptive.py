@@ -33,8 +33,9 @@ from nestpatch.gate import prove
 from nestpatch.lab.build import cached_lab
 from nestpatch.pack import Pack
 from nestpatch.patcher.recovery import open_model
+from nestpatch.runtimes.loading import locate
 from nestpatch.runtimes.text import TokenPair
-from nestpatch.runtimes.transformers import TransformersRuntime, locate
+from nestpatch.runtimes.transformers import TransformersRuntime
 from nestpatch.runtimes.weights import fold
 
 BASE, PATCHED, ADAPTER = "base", "patched", "adapter"

@@ -33,12 +33,12 @@ from nestpatch.lab.build import Lab, cached_lab
 from nestpatch.measured import BENIGN, HARMFUL, LOOKALIKE
 from nestpatch.nest_train._deltas import DeltaSet
 from nestpatch.nest_train._fit import fit
+from nestpatch.nest_train._pack import packed
 from nestpatch.nest_train._targets import Examples
 from nestpatch.nest_train._trunk import Trunk
 from nestpatch.nest_train._tune import Loss, TuneResult
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe, make_recipe
-from nestpatch.nest_train.train import packed
 from nestpatch.pack import Label
 from nestpatch.prompts.readers import load_prompts
 from nestpatch.runtimes.text import chat_texts

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench._floor import build_floor, write_job
 from bench.harness import TOOL, Run, digest_file, in_rounds, measure, options_of, prepared, publish, ratios_of
 from bench.model import QUICK, cached_model, forget, parameters
 
@@ -44,13 +45,20 @@ def prepare(size: str) -> None:
 
         config = LoraConfig(r=LORA_RANK, target_modules=["gate_proj", "up_proj"], init_lora_weights=False)
         get_peft_model(load(folder / "base"), config).save_pretrained(folder / "lora")
+    if build_floor(folder) is not None:
+        write_job(folder / "base" / "model.safetensors", folder / "patch.nest", folder / "floor.job")
+        (folder / "kept").mkdir(exist_ok=True)
     print(folder)
 
 
 def contenders(folder: Path, *, large: bool) -> dict[str, list[object]]:
     """Name -> command, in the order of a round."""
     model, pack, out = folder / "base", folder / "patch.nest", folder / "out"
-    found = {
+    found: dict[str, list[object]] = {}
+    if (folder / "floor").is_file():
+        job = [folder / "floor.job", model / "model.safetensors", folder / "kept"]
+        found = {f"floor_{what}": [folder / "floor", what, *job] for what in ("apply", "revert")}
+    found |= {
         "in_place": [*TOOL, "apply", model, pack, "--in-place", "--json"],
         "verify": [*TOOL, "verify", model, "--json"],
         "revert": [*TOOL, "revert", model, "--json"],
@@ -100,7 +108,15 @@ def main() -> None:
     if options.large:
         results |= {f"large_{name}": run for name, run in measure_all("large", options.rounds).items()}
         facts["large_parameters"] = parameters("large")
-    pairs = [("peft", "in_place"), ("peft", "copy"), ("cp", "in_place"), ("copy_no_sync", "cp"), ("copy", "cp_sync")]
+    pairs = [
+        ("in_place", "floor_apply"),
+        ("revert", "floor_revert"),
+        ("peft", "in_place"),
+        ("peft", "copy"),
+        ("cp", "in_place"),
+        ("copy_no_sync", "cp"),
+        ("copy", "cp_sync"),
+    ]
     facts["ratios"] = ratios_of(results, pairs)
     publish(
         f"patching {parameters(size) / 1e9:.2f} B parameters",

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from nestpatch.nest_train.plan import TrainingPlan as TrainingPlan
     from nestpatch.nest_train.plan import plan as plan_training
     from nestpatch.nest_train.recipe import Recipe as Recipe
-    from nestpatch.nest_train.train import Trained as Trained
+    from nestpatch.nest_train.result import Trained as Trained
     from nestpatch.nest_train.train import train as train
     from nestpatch.pack import Label as Label
     from nestpatch.pack import Pack as Pack
@@ -142,7 +142,7 @@ _HOMES = {
     "Scores": "evaluation.scores",
     "Status": "patcher.status",
     "Suite": "evaluation.suites",
-    "Trained": "nest_train.train",
+    "Trained": "nest_train.result",
     "TrainingData": "nest_train.data",
     "TrainingPlan": "nest_train.plan",
     "TrustedKey": "signing.trust",

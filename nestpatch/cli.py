@@ -10,32 +10,15 @@ from __future__ import annotations
 import io
 import os
 import sys
-import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import suppress
-from difflib import get_close_matches
+from importlib import import_module
 from itertools import takewhile
 from typing import Any
 
 import click
 
 from nestpatch import __version__
-from nestpatch.commands import (
-    chatting,
-    checking,
-    demo,
-    detecting,
-    evaluating,
-    exporting,
-    fleet,
-    inspecting,
-    judging,
-    patching,
-    reporting,
-    serving,
-    signing,
-    training,
-)
 from nestpatch.commands.options import Terminated, print_json, say
 from nestpatch.errors import FileSystemError, MissingExtraError, NestpatchError, OutOfMemoryError, UnexpectedError
 from nestpatch.plain import lines
@@ -46,49 +29,49 @@ INTERRUPTED, TERMINATED = 130, 143
 """Exit codes after Ctrl-C and SIGTERM, as shells have them."""
 TRACEBACK = "NESTPATCH_TRACEBACK"
 """With this variable set, an unexpected error ends with its traceback."""
-SECTIONS: dict[str, dict[click.Command, str]] = {
+SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Make packs": {
-        training.train: "Train a pack that makes a model refuse.",
-        evaluating.evaluate: "Measure attack success and over-refusal of a model.",
-        judging.judge: "Compare judges of answers with a person.",
-        detecting.detect: "Say which prompts ask for harm, by a pack's detector.",
+        "train": ("training.train", "Train a pack that makes a model refuse."),
+        "eval": ("evaluating.evaluate", "Measure attack success and over-refusal of a model."),
+        "judge": ("judging.judge", "Compare judges of answers with a person."),
+        "detect": ("detecting.detect", "Say which prompts ask for harm, by a pack's detector."),
     },
     "Patch models": {
-        patching.apply: "Merge a pack into a model: into a copy, or in place.",
-        patching.revert: "Undo what was applied in place, bit for bit.",
-        fleet.update: "Bring a model to the latest version of its channels.",
-        patching.recover: "End an interrupted change of a model.",
+        "apply": ("patching.apply", "Merge a pack into a model: into a copy, or in place."),
+        "revert": ("patching.revert", "Undo what was applied in place, bit for bit."),
+        "update": ("fleet.update", "Bring a model to the latest version of its channels."),
+        "recover": ("patching.recover", "End an interrupted change of a model."),
     },
     "Inspect": {
-        inspecting.show: "Explain a pack: what it changes, how it was made.",
-        inspecting.status: "Show what is applied to a model.",
-        inspecting.list_models: "List the models that you have patched.",
-        inspecting.verify: "Check which state the weights of a model are in.",
-        checking.doctor: "Check the health of a deployed, patched model.",
-        inspecting.diff: "Compare two models or two packs.",
-        reporting.report: "Write an HTML page about a pack, a model or an evaluation.",
+        "show": ("inspecting.show", "Explain a pack: what it changes, how it was made."),
+        "status": ("inspecting.status", "Show what is applied to a model."),
+        "list": ("inspecting.list_models", "List the models that you have patched."),
+        "verify": ("inspecting.verify", "Check which state the weights of a model are in."),
+        "doctor": ("checking.doctor", "Check the health of a deployed, patched model."),
+        "diff": ("inspecting.diff", "Compare two models or two packs."),
+        "report": ("reporting.report", "Write an HTML page about a pack, a model or an evaluation."),
     },
     "Ship": {
-        exporting.export: "Write a patched model or a pack in another format.",
-        serving.adapter: "Load a pack into a running server, as an adapter.",
-        fleet.push: "Publish a pack as the next version of a channel.",
-        fleet.pull: "Download a version from a channel and check it.",
-        fleet.yank: "Withdraw a version from a channel.",
-        fleet.renew: "Sign a channel again before it expires.",
+        "export": ("exporting.export", "Write a patched model or a pack in another format."),
+        "adapter": ("serving.adapter", "Load a pack into a running server, as an adapter."),
+        "push": ("fleet.push", "Publish a pack as the next version of a channel."),
+        "pull": ("fleet.pull", "Download a version from a channel and check it."),
+        "yank": ("fleet.yank", "Withdraw a version from a channel."),
+        "renew": ("fleet.renew", "Sign a channel again before it expires."),
     },
     "Trust": {
-        signing.keygen: "Make a key pair for signing packs.",
-        signing.sign: "Sign a pack.",
-        signing.verify_signature: "Show who signed a pack.",
-        signing.trust: "Add, list and remove trusted keys.",
+        "keygen": ("signing.keygen", "Make a key pair for signing packs."),
+        "sign": ("signing.sign", "Sign a pack."),
+        "verify-signature": ("signing.verify_signature", "Show who signed a pack."),
+        "trust": ("signing.trust", "Add, list and remove trusted keys."),
     },
     "Try": {
-        chatting.chat: "Talk with a model and its patched self, side by side.",
-        demo.demo: "Train, apply, measure and undo a pack on a chat model.",
-        demo.lab: "Build the small model and prompts of demo --lab.",
+        "chat": ("chatting.chat", "Talk with a model and its patched self, side by side."),
+        "demo": ("demo.demo", "Train, apply, measure and undo a pack on a chat model."),
+        "lab": ("demo.lab", "Build the small model and prompts of demo --lab."),
     },
 }
-"""The commands in the groups and with the summaries of --help."""
+"""The commands in the groups of --help: name -> (module and function in nestpatch.commands, summary)."""
 MEANT = {
     "apply": ("install", "patch", "merge"),
     "revert": ("undo", "uninstall", "remove", "rollback"),
@@ -104,6 +87,36 @@ MEANT = {
     "yank": ("revoke", "withdraw"),
 }
 """Command -> words that other tools have for it."""
+
+
+class _OnDemand(MutableMapping[str, click.Command]):
+    """Commands by name. A module of commands is imported when one of its commands is looked up, which saves each its start."""
+
+    def __init__(self) -> None:
+        self._places = {name: place for members in SECTIONS.values() for name, (place, _) in members.items()}
+        self._loaded: dict[str, click.Command] = {}
+
+    def __getitem__(self, name: str) -> click.Command:
+        if name not in self._loaded:
+            module, _, function = self._places[name].partition(".")
+            self._loaded[name] = getattr(import_module(f"nestpatch.commands.{module}"), function)
+        return self._loaded[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places or name in self._loaded
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self._places, *self._loaded]))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __setitem__(self, name: str, command: click.Command) -> None:
+        self._loaded[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        self._places.pop(name, None)
+        self._loaded.pop(name, None)
 
 
 class Group(click.Group):
@@ -139,6 +152,8 @@ class Group(click.Group):
         """Finds the command; the error for an unknown one names the closest."""
         name = args[0]
         if name not in self.commands and not name.startswith("-") and not ctx.resilient_parsing:
+            from difflib import get_close_matches
+
             meant = [command for command, others in MEANT.items() if name.lower() in others]
             close = meant or get_close_matches(name.lower(), self.commands, 1)
             ctx.fail(f"No such command '{name}'.{f' Did you mean {close[0]!r}?' if close else ''}")
@@ -149,7 +164,7 @@ class Group(click.Group):
         width = max(map(len, self.commands))
         for title, commands in SECTIONS.items():
             with formatter.section(title):
-                formatter.write_dl([(f"{command.name:<{width}}", summary) for command, summary in commands.items()])
+                formatter.write_dl([(f"{name:<{width}}", summary) for name, (_, summary) in commands.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""
@@ -176,6 +191,8 @@ def _named(error: Exception, command: str | None) -> NestpatchError:
         return MissingExtraError(extra, f"`nestpatch {command}` (module {error.name})")
     if os.environ.get(TRACEBACK):
         raise error
+    import traceback
+
     # The last line of nestpatch's own files that the error passed.
     passed = [f"{entry.filename}:{entry.lineno}" for entry in traceback.extract_tb(error.__traceback__)]
     own = [line for line in passed if f"{os.sep}nestpatch{os.sep}" in line] or passed or ["unknown"]
@@ -230,7 +247,7 @@ def _leftover(words: Sequence[str]) -> str:
     if command is None:
         return ""
     options = command.make_context(words[0], list(words[1:]), resilient_parsing=True).params
-    if options.get("in_place") or command in (patching.revert, fleet.update, patching.recover):
+    if options.get("in_place") or words[0] in ("revert", "update", "recover"):
         from nestpatch.patcher.state_dir import state_dir_of
 
         model = options["model"]
@@ -256,7 +273,7 @@ def _abandon_output() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-@click.group(cls=Group, help=TAGLINE, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, commands=_OnDemand(), help=TAGLINE, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="nestpatch")
 def main() -> None:
     """Sets the environment variables that every command needs."""
@@ -265,8 +282,3 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     wait_passively()  # before a command imports torch
-
-
-for members in SECTIONS.values():
-    for member in members:
-        main.add_command(member)

@@ -17,8 +17,8 @@ from bench._base import Clock
 from bench.methods import METHODS, Scene
 from nestpatch.lab._world import dialogues, make_world, prompt_sets
 from nestpatch.lab.build import train_tokenizer
+from nestpatch.nest_train._fit import fit
 from nestpatch.nest_train.data import TrainingData
-from nestpatch.nest_train.train import fit
 from nestpatch.prompts.readers import Prompt, PromptSet
 from nestpatch.runtimes.text import collate
 from tests.nest_train.conftest import SIZES, VOCABULARY

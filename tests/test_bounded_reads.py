@@ -235,7 +235,7 @@ def test_the_honest_pack_is_still_read(pack: Path) -> None:
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"])
 @pytest.mark.parametrize("what", ["a pipe", "too long"])
 def test_a_model_that_transformers_would_read_whole_is_looked_at_first(name: str, what: str, tmp_path: Path) -> None:
-    from nestpatch.runtimes.transformers import _require_bounded
+    from nestpatch.runtimes.loading import _require_bounded
 
     model = tiny_checkpoint(tmp_path / "model")
     _require_bounded(model)

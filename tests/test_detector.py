@@ -37,8 +37,8 @@ def test_a_detector_survives_the_file(tmp_path: Path) -> None:
     assert found.weight.tobytes() == WEIGHT.tobytes()
     with safe_open(tmp_path / "x.nest", "np") as file:
         assert file.get_tensor("detector:weight").tobytes() == WEIGHT.tobytes()
-    assert (plain.manifest.format, pack.manifest.format) == ("nest/1", "nest/2")
-    assert "detector" not in nest.manifest_json(plain.manifest)
+    assert (plain.format, pack.format) == ("nest/1", "nest/2")
+    assert "detector" not in nest.manifest_json(plain)
 
 
 def test_a_matrix_may_be_named_detector(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nestpatch.runtimes import transformers as module
-from nestpatch.runtimes.transformers import pick_dtype
+from nestpatch.runtimes import devices as module
+from nestpatch.runtimes.devices import pick_dtype
 
 LARGE = 200_000_000
 

@@ -134,7 +134,7 @@ def cases() -> dict[str, Callable[[str], None]]:
     from nestpatch.export.results import ExportedAdapter, ExportedGguf, ExportedOnnx, ExportedSafetensors
     from nestpatch.health.diagnosis import Diagnosis
     from nestpatch.nest_train.plan import TrainingPlan
-    from nestpatch.nest_train.train import Trained
+    from nestpatch.nest_train.result import Trained
     from nestpatch.patcher.apply import Applied
     from nestpatch.patcher.registry import PatchedModel
     from nestpatch.patcher.status import Status

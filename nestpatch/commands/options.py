@@ -10,7 +10,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -84,6 +83,8 @@ def _require(text: str, param: click.Parameter | None, ctx: click.Context | None
     except (FileNotFoundError, NotADirectoryError):
         if param is None or (ctx is not None and ctx.resilient_parsing):
             return
+        from difflib import get_close_matches
+
         label = param.human_readable_name if isinstance(param, click.Argument) else max(param.opts, key=len)
         if close := get_close_matches(path.name, _names(path.parent), 1):
             advice = f"Did you mean {path.with_name(close[0])}?"

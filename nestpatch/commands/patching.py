@@ -141,8 +141,6 @@ def apply(
                 on_event=on_event,
             )
     from nestpatch.evaluation.concerns import concerns
-    from nestpatch.patcher.apply import Applied
-    from nestpatch.views.models import show_applied, show_changed
 
     say_unchecked(checked)
     evaluation = checked.pack.manifest.evaluation
@@ -153,7 +151,16 @@ def apply(
     if as_json:
         facts = {"pack": checked.pack.label, "pack_id": checked.pack_id, "strength": strength}
         print_json({"model": str(model), **facts, **done.as_json(), "warnings": warnings})
-    elif isinstance(done, Applied):
+    else:
+        _show(done)
+
+
+def _show(done: Applied | Changed) -> None:
+    """The result for people; importing what draws takes as long as patching a small model, so --json does without."""
+    from nestpatch.patcher.apply import Applied
+    from nestpatch.views.models import show_applied, show_changed
+
+    if isinstance(done, Applied):
         show_applied(done)
     else:
         show_changed(done)
@@ -202,7 +209,6 @@ def revert(
     require_order(model, None, "revert")
     from nestpatch.patcher.inplace import revert as run
     from nestpatch.signing.store import load_policy
-    from nestpatch.views.models import show_changed
 
     policy = load_policy(policy_file)
     with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:
@@ -219,7 +225,7 @@ def revert(
     if as_json:
         print_json(done.as_json())
     else:
-        show_changed(done)
+        _show(done)
 
 
 @click.command(

@@ -200,13 +200,13 @@ def train(
     if trained.problem is not None:
         failed = "could not be evaluated" if trained.after is None else "its dose curve could not be measured"
         say(f"The pack is written, but {failed}: {trained.problem}", err=True)
-        again = [
-            "nestpatch",
-            "eval",
-            base,
-            str(output),
-            *(f"--suite={text}" for text in suite),
-            *([f"--limit={limit}"] if limit else []),
-        ]
-        say(f"Evaluate it again: {shlex.join(again)}", err=True)
+        say(f"Evaluate it again: {_evaluation(base, output, suite, limit, settings.doses())}", err=True)
         sys.exit(1)
+
+
+def _evaluation(base: str, pack: Path, suites: Sequence[str], limit: int | None, doses: Sequence[float]) -> str:
+    """The command that measures a trained pack: at strength 1, or as its dose curve."""
+    words = ["nestpatch", "eval", base, str(pack), *(f"--suite={text}" for text in suites)]
+    words += [f"--limit={limit}"] if limit else []
+    words += [f"--strength={','.join(f'{each:g}' for each in sorted({0.0, 1.0, *doses}))}"] if doses else []
+    return shlex.join(words)

@@ -21,7 +21,8 @@ from nestpatch.export.gguf import export_gguf
 from nestpatch.lab.build import Lab, cached_lab, copy_lab
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import make_recipe
-from nestpatch.nest_train.train import Trained, train
+from nestpatch.nest_train.result import Trained
+from nestpatch.nest_train.train import train
 from nestpatch.pack import Label
 from nestpatch.patcher.apply import Applied, apply
 from nestpatch.patcher.inplace import apply_in_place

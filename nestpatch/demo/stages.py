@@ -12,7 +12,7 @@ from typing import Any
 
 from nestpatch.errors import OutputError
 from nestpatch.evaluation.scores import Scores
-from nestpatch.nest_train.train import Trained
+from nestpatch.nest_train.result import Trained
 
 PACK = "pack.nest"
 """The pack's file in the folder of a demo."""

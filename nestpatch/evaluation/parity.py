@@ -17,9 +17,11 @@ from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats.gguf.header import read_header
 from nestpatch.pack import Pack
 from nestpatch.patcher.recovery import open_model
-from nestpatch.runtimes.llama import LlamaRuntime, library
+from nestpatch.runtimes.llama import LlamaRuntime
+from nestpatch.runtimes.llama_file import library
+from nestpatch.runtimes.loading import load_model, locate
 from nestpatch.runtimes.text import chat_texts
-from nestpatch.runtimes.transformers import TransformersRuntime, load_model, locate
+from nestpatch.runtimes.transformers import TransformersRuntime
 from nestpatch.runtimes.weights import fold
 
 MAX_TOKENS = 256

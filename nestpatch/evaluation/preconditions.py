@@ -15,8 +15,8 @@ from nestpatch.patcher.ledger import read_ledger
 from nestpatch.patcher.plan import make_plan
 from nestpatch.patcher.recovery import open_model
 from nestpatch.runtimes.connection import is_endpoint
+from nestpatch.runtimes.loading import locate
 from nestpatch.runtimes.protocol import runtime_of
-from nestpatch.runtimes.transformers import locate
 
 
 def require_runnable(model: str | Path, *, pack: object | None, lora: str | Path | None) -> None:

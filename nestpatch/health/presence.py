@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nestpatch.delta import TensorDelta
 from nestpatch.formats.checkpoint import Checkpoint, float_rows
-from nestpatch.pack import Pack, TensorDelta
+from nestpatch.pack import Pack
 from nestpatch.patcher.merge import rows_of, touched_blocks
 from nestpatch.rows import SKETCHES, FloatArray, digest, sketch_signs
 
@@ -50,6 +51,8 @@ class TensorRows:
     """Rows that were visibly changed since; None where rounding hides single rows."""
     overwritten: int | None
     """Of these, those whose change is about as large as the delta, or larger."""
+    overwritten_at: tuple[int, ...] | None
+    """The numbers of the overwritten rows in the matrix."""
     share: float | None
     """Factor of the delta that the rows hold; None where nothing can be said."""
     change: float | None
@@ -63,6 +66,7 @@ class TensorRows:
             "exact": self.exact,
             "changed_rows": self.changed,
             "overwritten_rows": self.overwritten,
+            "overwritten_at": None if self.overwritten_at is None else list(self.overwritten_at),
             "share": self.share,
             "change": self.change,
         }
@@ -138,6 +142,8 @@ def _total(counts: Any) -> int | None:
 class _Projected:
     """Numbers per row, of all rows of one tensor that are compared."""
 
+    places: npt.NDArray[np.int64]
+    """[rows]: which rows of the matrix."""
     rows: Numbers
     """[rows, k]: the rows, projected; with the base: row - base."""
     delta: Numbers
@@ -205,7 +211,7 @@ def presence(
         share, error = strength, 0.0
     counts = {delta.name: delta.neurons for delta in pack}
     tensors = tuple(
-        TensorRows(name, counts[name], True, 0, 0, strength, 0.0) if exact or one is None else _tensor(name, one, strength)
+        TensorRows(name, counts[name], True, 0, 0, (), strength, 0.0) if exact or one is None else _tensor(name, one, strength)
         for name, (one, exact) in found.items()
     )
     return Presence(by, tensors, tuple(missing), share, error, _likeness(unsure, share, base is not None))
@@ -215,9 +221,10 @@ def _projected(
     delta: TensorDelta, checkpoint: Checkpoint, base: Checkpoint | None, left_out: npt.NDArray[np.int64], *, rounded: bool
 ) -> _Projected:
     info = checkpoint.info(delta.name)
-    parts: list[tuple[Numbers, Numbers, Numbers, Numbers]] = []
+    parts: list[tuple[npt.NDArray[np.int64], Numbers, Numbers, Numbers, Numbers]] = []
     for part, stored in touched_blocks(delta, checkpoint):
         keep = ~np.isin(rows_of(delta, part), left_out)
+        places = rows_of(delta, part)[keep]
         rows, change = (
             info.decoded(stored)[keep].astype(np.float64),
             delta.dense(part.start, part.stop)[keep].astype(np.float64),
@@ -227,13 +234,15 @@ def _projected(
             signs = sketch_signs(rows.shape[1]).T.astype(np.float64)
             # Divided by two, the length of four projections estimates that of the vector.
             scale = math.sqrt(SKETCHES)
-            parts.append((rows @ signs / scale, change @ signs / scale, delta.sketch[part][keep] / np.float64(scale), products))
+            parts.append(
+                (places, rows @ signs / scale, change @ signs / scale, delta.sketch[part][keep] / np.float64(scale), products)
+            )
         else:
             moved = rows - float_rows(base, delta.name, rows_of(delta, part))[keep]
             along, size = _along(moved, change)
-            parts.append((along, size, np.zeros_like(along), products))
-    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    return _Projected(columns[0], columns[1], columns[2], columns[3], info.plain, rounded or not info.plain)
+            parts.append((places, along, size, np.zeros_like(along), products))
+    numbers, moved_by, deltas, sketches, products = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return _Projected(numbers, moved_by, deltas, sketches, products, info.plain, rounded or not info.plain)
 
 
 def _along(moved: FloatArray | Numbers, change: Numbers) -> tuple[Numbers, Numbers]:
@@ -293,12 +302,13 @@ def _tensor(name: str, one: _Projected, strength: float) -> TensorRows:
     visible = VISIBLE
     if one.rounded and len(apart):
         if not np.median(apart) <= _QUIET * np.median(lengths):
-            return TensorRows(name, len(one.rows), False, None, None, share, relative)
+            return TensorRows(name, len(one.rows), False, None, None, None, share, relative)
         visible = max(VISIBLE, _NOISE * float(np.median(apart / norms)))
     # NaN, from rows that are not finite, counts as changed.
     changed = ~(apart <= visible * norms)
     lost = changed & ~(apart < OVERWRITTEN * abs(strength) * lengths)
-    return TensorRows(name, len(one.rows), False, int(changed.sum()), int(lost.sum()), share, relative)
+    where = tuple(one.places[lost].tolist())
+    return TensorRows(name, len(one.rows), False, int(changed.sum()), len(where), where, share, relative)
 
 
 def _likeness(tensors: Sequence[_Projected], share: float | None, with_base: bool) -> float:

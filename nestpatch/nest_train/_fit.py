@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nestpatch.events import Event
+from nestpatch.nest_train._digests import digest_json
 from nestpatch.nest_train._run import Run
-from nestpatch.nest_train._run_dir import digest_json
 from nestpatch.nest_train._targets import JUDGED_TOKENS, Examples
 from nestpatch.runtimes.weights import MlpBlock
 

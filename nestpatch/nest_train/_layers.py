@@ -17,6 +17,7 @@ import numpy.typing as npt
 from nestpatch.detector import Detector
 from nestpatch.events import Event
 from nestpatch.nest_train import _detector
+from nestpatch.nest_train._digests import digest_json
 from nestpatch.nest_train._neurons import (
     Clusters,
     Selection,
@@ -29,7 +30,6 @@ from nestpatch.nest_train._neurons import (
 )
 from nestpatch.nest_train._ranks import from_first
 from nestpatch.nest_train._run import Run
-from nestpatch.nest_train._run_dir import digest_json
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.rows import FloatArray
 from nestpatch.runtimes.states import Places, hidden_size, layers_of

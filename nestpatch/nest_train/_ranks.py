@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nestpatch.errors import DataError, TrainingError
-from nestpatch.runtimes.transformers import pick_device
+from nestpatch.runtimes.devices import pick_device
 
 if TYPE_CHECKING:
     import torch

@@ -20,15 +20,18 @@ from nestpatch.evaluation.drift import drift
 from nestpatch.events import Event, OnEvent
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.nest_train import _ranks
+from nestpatch.nest_train._digests import base_digest
 from nestpatch.nest_train._record import versions
-from nestpatch.nest_train._run_dir import RunDir, base_digest
+from nestpatch.nest_train._run_dir import RunDir
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.packing import require_packable
 from nestpatch.patcher.recovery import open_model
+from nestpatch.runtimes.devices import pick_device, pick_dtype
+from nestpatch.runtimes.loading import ModelLocation, load_model, locate
 from nestpatch.runtimes.stored import StoredWeights
 from nestpatch.runtimes.text import by_length
 from nestpatch.runtimes.threads import wait_passively
-from nestpatch.runtimes.transformers import ModelLocation, TransformersRuntime, load_model, locate, pick_device, pick_dtype
+from nestpatch.runtimes.transformers import TransformersRuntime
 from nestpatch.runtimes.weights import MlpBlock, experts_left_alone, find_mlps
 
 if TYPE_CHECKING:

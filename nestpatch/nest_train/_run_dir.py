@@ -11,8 +11,6 @@ what it finds there is sent to the others.
 from __future__ import annotations
 
 import json
-import os
-import re
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,17 +21,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from nestpatch.errors import BusyError, CheckpointFormatError, OutputError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.atomic import new_place, remove, sync_tree, write_bytes
-from nestpatch.files.locks import lock
 from nestpatch.files.reading import open_regular, read_bounded
-from nestpatch.formats.checkpoint import Checkpoint
+from nestpatch.nest_train._digests import digest_array, digest_tensors, encode_json, require_digest
 from nestpatch.nest_train._ranks import from_first, is_first
 from nestpatch.nest_train._record import RunRecord
-from nestpatch.patcher.state_dir import LEDGER
 from nestpatch.rows import FloatArray
-from nestpatch.runtimes.transformers import READ_WHOLE
 
 if TYPE_CHECKING:
     import torch
@@ -41,13 +35,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 RECORD = "run.json"
 """The file that describes the run; it also marks a directory as one of runs."""
-_LOCK = "lock"
 _MAX_ROWS = 256 << 20
 """Bytes of a record, at most: some hundred thousand answers."""
 _MAX_FACTS = 64 << 20
 """Bytes of a file of tensors beside the tensors themselves, at most."""
-_BLOCK = 16 << 20
-_TEMPORARY = re.compile(r"\.[a-z][a-z.-]*\.[0-9a-f]{8}\.tmp", re.ASCII)
 _DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, struct.error)
 """What the content of a file can provoke while it is parsed."""
 
@@ -110,7 +101,7 @@ class RunDir:
             head, _, body = data.partition(b"\n")
             if not self._fits(name, header := json.loads(head), inputs):
                 return []
-            _require_digest(header["sha256"], sha256(body).hexdigest())
+            require_digest(header["sha256"], sha256(body).hexdigest())
             return [parse(json.loads(line)) for line in body.split(b"\n")[:-1]]
         except FileNotFoundError:
             return []
@@ -180,7 +171,7 @@ class RunDir:
             header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["nestpatch"])
             if not self._fits(name, header, inputs):
                 return None
-            _require_digest(header["sha256"], _digest(header["facts"], found))
+            require_digest(header["sha256"], digest_tensors(header["facts"], found))
             return header["facts"], found
         except FileNotFoundError:
             return None
@@ -205,8 +196,8 @@ class RunDir:
         from safetensors.torch import save
 
         here = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        header = {"inputs": {**self.context, **inputs}, "facts": facts, "sha256": _digest(facts, here)}
-        write_bytes(self.folder / f"{name}.safetensors", save(here, {"nestpatch": _json(header)}), overwrite=True)
+        header = {"inputs": {**self.context, **inputs}, "facts": facts, "sha256": digest_tensors(facts, here)}
+        write_bytes(self.folder / f"{name}.safetensors", save(here, {"nestpatch": encode_json(header)}), overwrite=True)
 
     @contextmanager
     def arrays(
@@ -250,7 +241,7 @@ class RunDir:
             with new_place(place) as sibling:
                 sibling.mkdir()
                 make(sibling)
-                digests = [_digest_of(_mapped(sibling / file, shape)) for file, shape in shapes.items()]
+                digests = [digest_array(_mapped(sibling / file, shape)) for file, shape in shapes.items()]
                 write_bytes(sibling / "files.jsonl", self._record(inputs, digests))
                 sync_tree(sibling)
             return [_mapped(place / file, shape) for file, shape in shapes.items()]
@@ -266,7 +257,7 @@ class RunDir:
         try:
             found = [_mapped(self.folder / name / file, shape) for file, shape in shapes.items()]
             for array, digest in zip(found, digests, strict=True):
-                _require_digest(digest, _digest_of(array, finite=True))
+                require_digest(digest, digest_array(array, finite=True))
         except _DAMAGE as error:
             self.note_damaged(name, error)
             return None
@@ -300,13 +291,13 @@ class RunDir:
         self.keep_rows("written", inputs, dict.fromkeys([*self._rows("written", inputs, _text), digest]))
 
     def _record(self, inputs: Mapping[str, Any], rows: Iterable[Any]) -> bytes:
-        body = b"".join(_json(row).encode() + b"\n" for row in rows)
+        body = b"".join(encode_json(row).encode() + b"\n" for row in rows)
         header = {"inputs": {**self.context, **inputs}, "sha256": sha256(body).hexdigest()}
-        return _json(header).encode() + b"\n" + body
+        return encode_json(header).encode() + b"\n" + body
 
     def _fits(self, name: str, header: Any, inputs: Mapping[str, Any]) -> bool:
         """Whether a file has these inputs; a note says which ones differ."""
-        wanted, found = json.loads(_json({**self.context, **inputs})), header["inputs"]
+        wanted, found = json.loads(encode_json({**self.context, **inputs})), header["inputs"]
         if found == wanted:
             return True
         differ = sorted(key for key in {*wanted, *found} if found.get(key) != wanted.get(key))
@@ -317,124 +308,10 @@ class RunDir:
         self._on_event(Event("note", note=text))
 
 
-@contextmanager
-def open_run(folder: str | Path | None, on_event: OnEvent = ignore) -> Iterator[RunDir]:
-    """Opens or creates a run directory, and keeps other trainings out of it.
-
-    Args:
-        folder: The directory; None keeps nothing.
-        on_event: Called with notes on what was reused.
-
-    Yields:
-        The run directory.
-
-    Raises:
-        OutputError: It cannot be created or locked, or it is a folder of something else.
-        BusyError: Another training uses it.
-    """
-    if folder is None:
-        yield RunDir(None, on_event)
-        return
-    path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        names = {entry.name for entry in path.iterdir()}
-        if names - {_LOCK} and RECORD not in names:
-            raise OutputError(
-                f"{path} is not empty, and is not a run directory: it has no {RECORD}",
-                advice="Give a new folder, or the one of an earlier training.",
-            )
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-        handle = os.open(path / _LOCK, flags | getattr(os, "O_CLOEXEC", 0), 0o666)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"cannot write the run directory {path}: {getattr(error, 'strerror', None) or error}") from error
-    try:
-        if not _locked(handle, path):
-            raise BusyError(
-                f"another training uses the run directory {path}", advice="Wait until it has ended, or give another folder."
-            )
-        for name in names:
-            if _TEMPORARY.fullmatch(name):  # left by a killed process
-                remove(path / name)
-        run_dir = RunDir(path, on_event)
-        with run_dir.record.session():
-            yield run_dir
-    finally:
-        os.close(handle)
-
-
-def _locked(handle: int, path: Path) -> bool:
-    try:
-        return lock(handle, wait=False)
-    except OSError as error:
-        raise OutputError(
-            f"cannot lock the run directory {path}: {error.strerror or error}",
-            advice="Give a folder on a file system with locks, such as a local disk.",
-        ) from error
-
-
-def base_digest(checkpoint: Checkpoint, path: Path) -> str:
-    """The identity of a base: everything that transformers reads of it.
-
-    Args:
-        checkpoint: The base.
-        path: Its directory or file.
-
-    Returns:
-        SHA-256, hex, of the weights, and of the configuration, the tokenizer and the chat template beside them.
-
-    Raises:
-        CheckpointFormatError: A file cannot be read.
-    """
-    files = {file.name: file for file in checkpoint.files}
-    if path.suffix != ".gguf":
-        folder = path if path.is_dir() else path.parent
-        beside = [f for f in folder.iterdir() if f.suffix in READ_WHOLE and not f.name.endswith(LEDGER) and f.is_file()]
-        files |= {file.name: file for file in beside}
-    whole = sha256()
-    for name in sorted(files):
-        state = sha256()
-        with open_regular(files[name], error=CheckpointFormatError) as file:
-            while block := file.read(_BLOCK):
-                state.update(block)
-        whole.update(f"{name} {state.hexdigest()}\n".encode())
-    return whole.hexdigest()
-
-
-def digest_json(value: Any) -> str:
-    """The digest of a JSON value, to be an input.
-
-    Args:
-        value: Any JSON value.
-
-    Returns:
-        SHA-256, hex.
-    """
-    return sha256(_json(value).encode()).hexdigest()
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError("it is not a text")
     return value
-
-
-def _require_digest(stated: Any, found: str) -> None:
-    if stated != found:
-        raise ValueError("its content is not what was written")
-
-
-def _digest(facts: Any, tensors: Mapping[str, torch.Tensor]) -> str:
-    state = sha256(_json(facts).encode())
-    for name in sorted(tensors):
-        array = tensors[name].numpy()
-        state.update(f"{name} {array.dtype} {array.shape}".encode())
-        state.update(array.tobytes())
-    return state.hexdigest()
 
 
 def _mapped(path: Path, shape: tuple[int, int]) -> FloatArray:
@@ -444,14 +321,3 @@ def _mapped(path: Path, shape: tuple[int, int]) -> FloatArray:
     if array.shape != shape or array.dtype != np.float32:
         raise ValueError(f"an array {array.shape} of {array.dtype} in the place of {shape} of float32")
     return np.asarray(array)
-
-
-def _digest_of(array: FloatArray, *, finite: bool = False) -> str:
-    """SHA-256 of an array, read in blocks; with `finite`, raises ValueError where a number is not."""
-    state, step = sha256(), max(1, _BLOCK // max(1, 4 * array.shape[1]))
-    for start in range(0, len(array), step):
-        part = np.ascontiguousarray(array[start : start + step])
-        if finite and not np.isfinite(part).all():
-            raise ValueError("it contains numbers that are not finite")
-        state.update(part.data)
-    return state.hexdigest()

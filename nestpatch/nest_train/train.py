@@ -1,7 +1,7 @@
 """Training from start to end, as one line of stages: load, distil, probe, select, cluster, detector, remember, tune, pack,
 evaluate.
 
-Public: `train` and its result `Trained`. `plan` in the module of that name says beforehand what a training would do.
+Public: `train`. `plan` in the module of that name says beforehand what a training would do.
 """
 
 from __future__ import annotations
@@ -10,43 +10,28 @@ import dataclasses
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from nestpatch.detector import Detector
-from nestpatch.errors import CheckpointError, MissingExtraError
-from nestpatch.evaluation.concerns import concerns
+from nestpatch.errors import MissingExtraError
 from nestpatch.evaluation.detection import detect_suites
-from nestpatch.evaluation.dose import Dose, DosePoint, dose_json
-from nestpatch.evaluation.scores import Scores, evaluate_suites
 from nestpatch.evaluation.suites import Suite
 from nestpatch.events import OnEvent, ignore
 from nestpatch.files.atomic import check_output
-from nestpatch.formats import nest
-from nestpatch.measured import BENIGN
 from nestpatch.nest_train import _ranks
+from nestpatch.nest_train._digests import digest_json
+from nestpatch.nest_train._evaluate import evaluate, evaluated
 from nestpatch.nest_train._fit import fit
 from nestpatch.nest_train._layers import busy_blocks, digest_layers, find_layers
-from nestpatch.nest_train._neurons import Clusters, Selection
-from nestpatch.nest_train._record import versions
+from nestpatch.nest_train._pack import created, packed, write
 from nestpatch.nest_train._run import Run, limited_threads
-from nestpatch.nest_train._run_dir import digest_json, open_run
+from nestpatch.nest_train._run_folder import open_run
 from nestpatch.nest_train._targets import distil
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe
+from nestpatch.nest_train.result import Trained, identity
 from nestpatch.nest_train.track import require_tracker, tracked
-from nestpatch.pack import Label, Pack, creation_time, is_utc_time
-from nestpatch.packing import PackedTensor, build_pack, pack_tensor
-from nestpatch.rows import DTYPES
-from nestpatch.runtimes.chat_form import read_chat_form
-
-if TYPE_CHECKING:
-    from nestpatch.nest_train._deltas import DeltaSet
-    from nestpatch.nest_train._tune_state import TuneResult
+from nestpatch.pack import Label
 
 _NO_LOOKALIKES = (
     "no look-alike prompts: nothing teaches the patched model to answer harmless prompts that look harmful, "
@@ -54,63 +39,6 @@ _NO_LOOKALIKES = (
 )
 _PACKAGES = ("torch", "transformers", "accelerate", "sklearn")
 """The modules of the extra `train` that every training imports."""
-
-
-@dataclass(frozen=True, eq=False)
-class Trained:
-    """The result of a training.
-
-    Attributes:
-        pack: The pack, with the numbers of the evaluation in its manifest.
-        pack_id: SHA-256 of its file.
-        nbytes: Size of its file.
-        before: The numbers of the base; None where no suites were given.
-        after: The numbers of the base with the pack; None where no suites were given, or where the evaluation failed.
-        trained_parameters: Number of trained values.
-        model_parameters: Number of parameters of the base.
-        output: The file of the pack; None where no output was given.
-        problem: Why the pack, or where `after` is there its dose curve, could not be evaluated; None where nothing failed.
-    """
-
-    pack: Pack
-    pack_id: str
-    nbytes: int
-    before: Scores | None
-    after: Scores | None
-    trained_parameters: int
-    model_parameters: int
-    output: Path | None = None
-    problem: str | None = None
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What speaks against the pack, by the numbers in its manifest: one sentence each, with the number."""
-        return concerns(self.pack.manifest.evaluation)
-
-    @property
-    def dose(self) -> Dose | None:
-        """The dose curve in its manifest; None where the recipe has no `dose_strengths`."""
-        return Dose.from_json(self.pack.manifest.evaluation.get("dose"))
-
-    def as_json(self) -> dict[str, Any]:
-        """The result for `--json`, without the model that the command was given. What was not measured is null.
-
-        Returns:
-            A JSON object; docs/json.md describes its names.
-        """
-        return {
-            "output": None if self.output is None else str(self.output),
-            "pack": self.pack.label,
-            "pack_id": self.pack_id,
-            "bytes": self.nbytes,
-            "trained_parameters": self.trained_parameters,
-            "model_parameters": self.model_parameters,
-            "before": None if self.before is None else self.before.as_json(),
-            "after": None if self.after is None else self.after.as_json(),
-            "warnings": list(self.warnings),
-            "problem": self.problem,
-            **dose_json(self.dose),
-        }
 
 
 def require_packages() -> None:
@@ -245,7 +173,7 @@ def _train(
     if seen := data.seen_in(suites):
         facts["seen_in_training"] = seen
         run.note(f"suites with training prompts: {', '.join(seen)}; their numbers say little about new prompts")
-    before = _evaluate(run, suites, "base-answers", "the base", {}) if suites else None
+    before = evaluate(run, suites, "base-answers", "the base", {}) if suites else None
     if before is not None:
         facts |= {"judge": "keywords and references (nestpatch.evaluation.judges)", "before": before.as_json(), "after": None}
     with timed("distil"):
@@ -261,185 +189,12 @@ def _train(
     result = fit(run, blocks, deltas, examples, digest_layers(layers))
     with timed("pack"):
         pack = packed(run, data, layers, deltas, result, label, facts, detector)
-        pack = _created(run, pack, request)
-    trained = Trained(pack, *_identity(pack), before, None, deltas.trainable, run.parameters, output)
-    _write(run, trained, request, overwrite=output is not None and run.run_dir.wrote(output, request))
+        pack = created(run, pack, request)
+    trained = Trained(pack, *identity(pack), before, None, deltas.trainable, run.parameters, output)
+    write(run, trained, request, overwrite=output is not None and run.run_dir.wrote(output, request))
     if output is not None:
         run.note(f"wrote {output}" + ("; its evaluation follows" if before is not None else ""))
     if before is None:
         return trained
     with deltas.attached():
-        return _evaluated(run, trained, suites, deltas, before, request)
-
-
-def packed(
-    run: Run,
-    data: TrainingData,
-    layers: Sequence[tuple[Selection, Clusters]],
-    deltas: DeltaSet,
-    result: TuneResult,
-    label: Label,
-    evaluation: dict[str, Any],
-    detector: Detector | None = None,
-) -> Pack:
-    """The stage pack: rounds the deltas to the type in which they are stored, and builds the pack.
-
-    Args:
-        run: The base.
-        data: What it was trained on.
-        layers: From `find_layers`.
-        deltas: What was trained; rounded in place, so that what is evaluated is what ships.
-        result: From `fit`.
-        label: Name, version and other facts of the pack.
-        evaluation: What was measured, for the manifest.
-        detector: From `find_layers`.
-
-    Returns:
-        The pack.
-
-    Raises:
-        CheckpointFormatError: A tensor on disk is not the weight that was loaded from it.
-    """
-    deltas.round_to(run.recipe.delta_dtype)
-    return build_pack(
-        _pack_tensors(run, deltas),
-        label,
-        model_id=run.source.model_id,
-        revision=run.source.revision,
-        architecture=type(run.model).__name__,
-        method=_method(run, data, layers, result),
-        evaluation=evaluation,
-        detector=detector,
-    )
-
-
-def _created(run: Run, pack: Pack, request: Mapping[str, Any]) -> Pack:
-    """The pack with the time at which this training first made it, so that going on later does not change its bytes."""
-    when = {"request": digest_json(request), "time": os.environ.get("SOURCE_DATE_EPOCH")}
-    created = run.run_dir.value("created", when, creation_time, _time)
-    return dataclasses.replace(pack, manifest=dataclasses.replace(pack.manifest, created=created))
-
-
-def _time(text: Any) -> str:
-    if not isinstance(text, str) or not is_utc_time(text):
-        raise ValueError("it is no time")
-    return text
-
-
-def _write(run: Run, trained: Trained, request: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Writes the pack, and a copy of it into the run directory."""
-    run.run_dir.keep_written(trained.pack_id, request)
-    if run.run_dir.folder is not None:
-        nest.write(trained.pack, run.run_dir.folder / "pack.nest", overwrite=True)
-    if trained.output is not None:
-        nest.write(trained.pack, trained.output, overwrite=overwrite)
-
-
-def _evaluate(run: Run, suites: Sequence[Suite], keep: str, note: str, inputs: Mapping[str, Any]) -> Scores:
-    with run.run_dir.record.timed("evaluate"):
-        return evaluate_suites(lambda prompts: run.generate(prompts, "evaluate", note, keep=keep, inputs=inputs), suites)
-
-
-def _evaluated(
-    run: Run, trained: Trained, suites: Sequence[Suite], deltas: DeltaSet, before: Scores, request: Mapping[str, Any]
-) -> Trained:
-    """The result with the numbers of the pack, or with the reason why some are missing. The deltas are attached."""
-    tensors = [
-        [part.name, *(sha256(getattr(part, name).tobytes()).hexdigest() for name in nest.PARTS)] for part in trained.pack
-    ]
-    inputs: dict[str, Any] = {"pack": digest_json(tensors)}
-
-    def measured(strength: float, note: str, keep: str) -> Scores:
-        with deltas.scaled(strength):
-            scores = _evaluate(run, suites, keep, note, inputs if strength == 1 else {**inputs, "strength": strength})
-            return Scores(scores.suites, run.drift(before.answers(BENIGN), deltas.off))
-
-    try:
-        after = measured(1.0, "the base with the pack", "pack-answers")
-        trained = dataclasses.replace(_with_numbers(trained, {"after": after.as_json()}), after=after)
-        _write(run, trained, request, overwrite=True)
-        sides, doses = {0.0: before, 1.0: after}, run.recipe.doses()
-        for number, strength in enumerate(doses, start=1):
-            note = f"the base with the pack at strength {strength:g}, {number} of {len(doses)}"
-            run.note(f"evaluating {note}")
-            sides[strength] = measured(strength, note, f"pack-answers-{strength:g}")
-        if doses:
-            curve = Dose(tuple(DosePoint.of(s, one.totals(), one.drift) for s, one in sorted(sides.items())))
-            trained = _with_numbers(trained, dose_json(curve))
-            _write(run, trained, request, overwrite=True)
-    except Exception as error:  # whatever fails here must not cost a trained pack
-        if _ranks.HERE.count > 1:  # the others wait for this process
-            run.note("the pack is written, and its evaluation failed: nestpatch eval MODEL PACK measures it again")
-            raise
-        return dataclasses.replace(trained, problem=f"{type(error).__name__}: {error}")
-    return trained
-
-
-def _with_numbers(trained: Trained, numbers: Mapping[str, Any]) -> Trained:
-    """The result with more numbers in the manifest."""
-    manifest = trained.pack.manifest
-    manifest = dataclasses.replace(manifest, evaluation={**manifest.evaluation, **numbers})
-    pack = dataclasses.replace(trained.pack, manifest=manifest)
-    pack_id, nbytes = _identity(pack)
-    return dataclasses.replace(trained, pack=pack, pack_id=pack_id, nbytes=nbytes)
-
-
-def _identity(pack: Pack) -> tuple[str, int]:
-    """(id, size) of the pack's file."""
-    data = nest.encode(pack)
-    return sha256(data).hexdigest(), len(data)
-
-
-def _pack_tensors(run: Run, deltas: DeltaSet) -> list[PackedTensor]:
-    """Packs every trained delta, for the tensors on disk that the weight was loaded from."""
-    packed = []
-    for projection, module in deltas.places:
-        rows, groups = module.rows.cpu().numpy(), module.cluster.cpu().numpy()
-        run.stored.require_same(projection.weight_name, rows)
-        delta = module.delta.detach().float().cpu().numpy().astype(DTYPES[run.recipe.delta_dtype])
-        for some in run.stored.split(projection.weight_name, rows):
-            # An expert that has a tensor of its own needs the vectors of its own neurons alone.
-            used, labels = np.unique(groups[some.part], return_inverse=True)
-            packed.append(pack_tensor(run.checkpoint, some.tensor, some.rows, labels, delta[used]))
-    return packed
-
-
-def _method(run: Run, data: TrainingData, layers: Sequence[tuple[Selection, Clusters]], result: TuneResult) -> dict[str, Any]:
-    """How the pack was made: enough to make it again."""
-    facts = [
-        {
-            "layer": s.layer,
-            "probe_accuracy": round(s.accuracy, 4),
-            "neurons": len(s.neurons),
-            "clusters": c.k,
-            "silhouette": None if c.silhouette is None else round(c.silhouette, 4),
-        }
-        for s, c in layers
-    ]
-    return {
-        "name": "NeST",
-        "source": "arXiv:2602.16835",
-        "recipe": run.recipe.as_json(),
-        "decisions": run.decisions,
-        "data": data.facts(),
-        "chat": _chat_facts(run.source.path),
-        "layers": facts,
-        "tuning": {
-            "steps": result.steps,
-            "kept_step": result.kept.step,
-            "held_out": [look.as_json() for look in result.looks],
-            "stopped": result.reason,
-        },
-        "versions": versions(),
-    }
-
-
-def _chat_facts(base: Path) -> dict[str, Any]:
-    """The form in which the base reads prompts, for `nestpatch doctor`; empty where it cannot be told.
-
-    The training has used the tokenizer's own rendering: what fails here must not cost a trained pack.
-    """
-    try:
-        return read_chat_form(base).facts()
-    except (CheckpointError, MissingExtraError):
-        return {}
+        return evaluated(run, trained, suites, deltas, before, request)

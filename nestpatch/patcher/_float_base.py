@@ -7,12 +7,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from nestpatch.delta import TensorDelta
 from nestpatch.errors import BaseMismatchError, QuantizationError
 from nestpatch.formats.checkpoint import Checkpoint, TensorInfo, float_rows
-from nestpatch.pack import TensorDelta, TensorIdentity
+from nestpatch.pack import TensorIdentity
 from nestpatch.patcher._likeness import least_likeness, likeness_of
 from nestpatch.patcher.findings import By, Evidence, Finding, State
-from nestpatch.patcher.merge import fitted, rows_of, touched_blocks, working_bytes
+from nestpatch.patcher.merge import fitted, rows_of, touched_blocks, untouched, working_bytes
 from nestpatch.rows import Rows, digest, merge
 
 _WITNESSES = 16
@@ -118,7 +119,7 @@ def is_rounded_base(delta: TensorDelta, identity: TensorIdentity, checkpoint: Ch
     if found.state is not State.ROUNDED or (found.evidence is not None and found.evidence.patched):
         return found.state is State.BASE
     # Where rows that the pack leaves alone are the base's own rows after plain rounding, so would these be.
-    spared = np.setdiff1d(np.arange(info.rows), delta.rows)[:_WITNESSES]
+    spared = untouched(delta, info.rows)[:_WITNESSES]
     origin = base.read_rows(delta.name, spared).astype(np.float32)
     stored = checkpoint.read_rows(delta.name, spared).view(np.uint8)
     return not (len(spared) and np.array_equal(info.coding.encode(origin), stored))

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from nestpatch.delta import TensorDelta
 from nestpatch.errors import PackContentError, QuantizationError
 from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.pack import TensorDelta
 from nestpatch.rows import DTYPES, FloatArray, Rows, merge
 
 FROM_ROWS = "from the quantized rows"
@@ -95,7 +95,7 @@ def fitted(checkpoint: Checkpoint, delta: TensorDelta, base: Checkpoint | None) 
     info = checkpoint.info(delta.name)
     if base is None or info.codec is None or not info.codec.witnesses:
         return info
-    spared = np.setdiff1d(np.arange(info.rows), delta.rows)
+    spared = untouched(delta, info.rows)
     rows = spared[:: max(1, len(spared) // info.codec.witnesses)][: info.codec.witnesses]
     if not len(rows):
         return info
@@ -222,3 +222,18 @@ def touched_blocks(delta: TensorDelta, checkpoint: Checkpoint) -> Iterator[tuple
         An iterator over (part of the delta's rows, their content).
     """
     return checkpoint.iter_rows(delta.name, delta.rows, row_bytes=working_bytes(checkpoint.info(delta.name)))
+
+
+def untouched(delta: TensorDelta, rows: int) -> IntArray:
+    """The rows of a matrix that a pack leaves alone.
+
+    Args:
+        delta: The pack's change of the matrix.
+        rows: How many rows the matrix has.
+
+    Returns:
+        Row numbers in rising order, int64.
+    """
+    spared = np.ones(rows, bool)
+    spared[delta.rows] = False
+    return np.flatnonzero(spared)

@@ -1,4 +1,4 @@
-"""A GGUF model in llama.cpp: token ids, logits and greedy answers. Needs llama-cpp-python, no torch.
+"""A GGUF model in llama.cpp: logits and greedy answers, with or without an adapter. Needs llama-cpp-python, no torch.
 
 The KV cache is F32, so that only the model's own rounding is measured.
 """
@@ -8,18 +8,16 @@ from __future__ import annotations
 import copy
 import ctypes
 import os
-import sys
 import tempfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nestpatch.errors import CheckpointError, CheckpointFormatError, DataError, MissingExtraError, NestpatchError
+from nestpatch.errors import CheckpointError, CheckpointFormatError, NestpatchError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats.lora import gguf as lora_gguf
 from nestpatch.pack import Pack
@@ -27,63 +25,14 @@ from nestpatch.patcher.plan import make_plan
 from nestpatch.patcher.recovery import open_model
 from nestpatch.rows import FloatArray
 from nestpatch.runtimes import _llama_states
-from nestpatch.runtimes._chat import chat_renderer
 from nestpatch.runtimes._pieces import pieces
-from nestpatch.runtimes.text import MAX_TOKENS, Conversation, TokenPair, by_length, plain_text, prompt_room
-from nestpatch.runtimes.threads import pick_threads, wait_passively
+from nestpatch.runtimes.llama_file import TEMPLATE, LlamaFile, collect_errors, reason
+from nestpatch.runtimes.text import MAX_TOKENS, Conversation, TokenPair, by_length, prompt_room
+from nestpatch.runtimes.threads import pick_threads
 
 _BATCH = 512
 """Tokens that llama.cpp computes at once."""
 _F32 = 0
-_ERROR = 4
-_TEMPLATE = "tokenizer.chat_template"
-_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-"""The names that templates use -> those of GGUF files."""
-_errors: list[str] = []
-"""The errors that llama.cpp logged since the last call; the first one is the reason of a failure. Nothing is printed."""
-_callbacks: list[Any] = []
-"""Keeps the log callback alive: llama.cpp would call into freed memory."""
-
-
-@lru_cache(maxsize=1)
-def library() -> Any:
-    """The functions of llama.cpp.
-
-    Returns:
-        The module of llama-cpp-python.
-
-    Raises:
-        MissingExtraError: llama-cpp-python is not installed.
-        CheckpointError: Its library does not load.
-    """
-    wait_passively()
-    try:
-        from llama_cpp import llama_cpp as found
-    except ImportError as error:
-        raise MissingExtraError("llama", "running a GGUF file") from error
-    except (OSError, RuntimeError) as error:
-        reason = f"llama-cpp-python is installed, but its library does not load: {error}"
-        advice = "Install it again for this machine: pip install --force-reinstall llama-cpp-python"
-        raise CheckpointError(reason, advice=advice) from error
-
-    def listen(level: int, text: bytes, _: Any) -> None:
-        if level == _ERROR and (line := text.decode("utf-8", "replace").strip()):
-            _errors.append(line)
-
-    _callbacks.append(found.llama_log_callback(listen))
-    _collect_errors(found)
-    found.llama_backend_init()
-    return found
-
-
-def _collect_errors(llama_cpp: Any) -> None:
-    """Forgets what was collected, and sets our callback: another user of llama.cpp in this process may have set its own."""
-    _errors.clear()
-    llama_cpp.llama_log_set(_callbacks[0], None)
-
-
-def _reason() -> str:
-    return f": {_errors[0]}" if _errors else ""
 
 
 @dataclass
@@ -95,7 +44,7 @@ class _Slot:
     position: int
 
 
-class LlamaRuntime:
+class LlamaRuntime(LlamaFile):
     """A loaded GGUF file, as `nestpatch.runtimes.protocol.Runtime`. Close it, or use it in a `with` statement.
 
     Attributes:
@@ -136,190 +85,36 @@ class LlamaRuntime:
             CheckpointFormatError: llama.cpp does not load the file.
             DataError: This llama.cpp cannot compute on the device, or an answer is longer than the context.
         """
-        self.path, self.threads = Path(path), pick_threads(threads)
+        super().__init__(path, device)
+        self.threads = pick_threads(threads)
         self.max_new_tokens, self.batch = max_new_tokens, batch
-        self._library = library()
-        self._model: Any = None
         self._adapter: Any = None
-        self._load(device)
         try:
-            context = int(self._library.llama_model_n_ctx_train(self._model))
-            self.max_prompt_tokens = prompt_room(context, max_new_tokens) if max_prompt_tokens is None else max_prompt_tokens
+            self.max_prompt_tokens = (
+                prompt_room(self.context, max_new_tokens) if max_prompt_tokens is None else max_prompt_tokens
+            )
             if adapter is not None:
                 self._adapter = self._load_adapter(Path(adapter))
         except NestpatchError:
             self.close()
             raise
-        self._vocabulary = self._library.llama_model_get_vocab(self._model)
-        self.vocabulary = int(self._library.llama_vocab_n_tokens(self._vocabulary))
-        self.end = int(self._library.llama_vocab_eos(self._vocabulary))
-        count = self.metadata(f"{self.metadata('general.architecture') or ''}.expert_count")
-        self.experts = int(count) if count is not None and count.isdigit() and int(count) else None
-
-    def _load(self, device: str) -> None:
-        if not self.path.is_file():
-            raise CheckpointFormatError(f"there is no model file {self.path}", advice="Check the path.")
-        gpu = "mps" if sys.platform == "darwin" else "cuda"
-        if device not in ("auto", "cpu") and not (device == gpu and self._library.llama_supports_gpu_offload()):
-            raise DataError(
-                f"this llama.cpp cannot run on the device {device!r}",
-                advice="Use --device cpu, or install llama-cpp-python built for this device.",
-            )
-        parameters = self._library.llama_model_default_params()
-        # Repacked and AMX weights are faster, but round differently and crash on some machines.
-        parameters.use_extra_bufts = False
-        if device == "cpu":
-            parameters.n_gpu_layers = 0
-        _collect_errors(self._library)
-        self._model = self._library.llama_model_load_from_file(os.fsencode(self.path), parameters)
-        if not self._model:
-            raise CheckpointFormatError(f"llama.cpp cannot load {self.path}{_reason()}")
 
     def _load_adapter(self, adapter: Path) -> Any:
-        _collect_errors(self._library)
+        collect_errors(self._library)
         if not adapter.is_file():
             raise CheckpointFormatError(f"there is no adapter file {adapter}", advice="Check the path.")
         loaded = self._library.llama_adapter_lora_init(self._model, os.fsencode(adapter))
         if not loaded:
             raise CheckpointFormatError(
-                f"llama.cpp cannot load the adapter {adapter} for {self.path}{_reason()}",
+                f"llama.cpp cannot load the adapter {adapter} for {self.path}{reason()}",
                 advice="An adapter fits models of one architecture and size: nestpatch export PACK --to gguf-lora",
             )
         return loaded
 
-    def __enter__(self) -> LlamaRuntime:
-        """Returns the runtime itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Closes the runtime."""
-        self.close()
-
     def close(self) -> None:
         """Frees the model and its adapters; closing again does nothing."""
-        model, self._model, self._adapter = self._model, None, None
-        if model:  # frees its adapters too
-            self._library.llama_model_free(model)
-
-    def metadata(self, key: str) -> str | None:
-        """Reads a value of the file's metadata.
-
-        Args:
-            key: Such as "general.architecture".
-
-        Returns:
-            The value as text; None where the file has no such key.
-        """
-        size = 256
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            length = self._library.llama_model_meta_val_str(self._model, key.encode(), buffer, size)
-            if length < size:
-                return buffer.raw[:length].decode("utf-8", "replace") if length >= 0 else None
-            size = length + 1
-
-    def token_text(self, key: str) -> str | None:
-        """Reads the text of a special token.
-
-        Args:
-            key: Such as "bos": the id is in the metadata under `tokenizer.ggml.<key>_token_id`.
-
-        Returns:
-            The text; None where the file names no such token.
-        """
-        number = self.metadata(f"tokenizer.ggml.{key}_token_id")
-        if number is None or not 0 <= int(number) < self.vocabulary:
-            return None
-        text: bytes = self._library.llama_vocab_get_text(self._vocabulary, int(number))
-        return text.decode("utf-8", "replace")
-
-    def ends(self, token: int) -> bool:
-        """Reports whether a token ends an answer.
-
-        Args:
-            token: Its id.
-
-        Returns:
-            True for an end-of-text or end-of-turn token.
-        """
-        return bool(self._library.llama_vocab_is_eog(self._vocabulary, token))
-
-    def encode(self, text: str, *, special: bool) -> list[int]:
-        """Turns a text into token ids.
-
-        Args:
-            text: Any text; special tokens in it are recognised.
-            special: Whether to add the begin and end tokens that the file asks for.
-
-        Returns:
-            The ids.
-
-        Raises:
-            CheckpointError: llama.cpp cannot tokenize the text.
-        """
-        data = text.encode("utf-8", "replace")
-        room = len(data) + 8
-        ids = (ctypes.c_int32 * room)()
-        count = self._library.llama_tokenize(self._vocabulary, data, len(data), ids, room, special, True)
-        if count < 0:
-            raise CheckpointError(f"llama.cpp cannot tokenize a text of {len(data)} bytes with {self.path}")
-        return list(ids[:count])
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Turns token ids into text.
-
-        Args:
-            ids: Token ids.
-
-        Returns:
-            Their text, without special tokens.
-        """
-        given = (ctypes.c_int32 * len(ids))(*ids)
-        size = 16 * len(ids) + 16
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            length = self._library.llama_detokenize(self._vocabulary, given, len(ids), buffer, size, False, False)
-            if length >= 0:
-                return buffer.raw[:length].decode("utf-8", "replace")
-            size = -length
-
-    def chat_texts(self, prompts: Sequence[Conversation]) -> list[str]:
-        """Renders prompts with the chat template of the file.
-
-        Args:
-            prompts: What a user asks, or turns of conversations.
-
-        Returns:
-            The text that the model reads for each prompt, up to where its answer begins; without a template, lines.
-
-        Raises:
-            CheckpointFormatError: The chat template does not work.
-        """
-        template = self.metadata(_TEMPLATE)
-        if template is None:
-            return [plain_text(prompt) for prompt in prompts]
-        found = {name: self.token_text(key) for name, key in _TOKENS.items()}
-        render = chat_renderer(template, {name: text for name, text in found.items() if text is not None})
-        return [render(prompt) for prompt in prompts]
-
-    @property
-    def context(self) -> int | None:
-        """Tokens that the model reads at once at most; None where the file does not say."""
-        return int(self._library.llama_model_n_ctx_train(self._model)) or None
-
-    def text_ids(self, text: str) -> list[int]:
-        """Turns plain text into token ids, without the chat template.
-
-        Args:
-            text: Any text.
-
-        Returns:
-            The ids, with the begin token where the file asks for one.
-
-        Raises:
-            CheckpointError: llama.cpp cannot tokenize the text.
-        """
-        return self.encode(text, special=True)
+        self._adapter = None
+        super().close()
 
     def token_ids(self, prompts: Sequence[Conversation]) -> list[list[int]]:
         """Turns prompts in chat form into token ids.
@@ -334,7 +129,7 @@ class LlamaRuntime:
             CheckpointFormatError: The chat template does not work.
         """
         # A chat template writes its own begin-of-text token.
-        special = self.metadata(_TEMPLATE) is None
+        special = self.metadata(TEMPLATE) is None
         ids = [self.encode(text, special=special)[-self.max_prompt_tokens :] for text in self.chat_texts(prompts)]
         if not all(ids):
             raise CheckpointFormatError(f"the chat template of {self.path} turns a prompt into an empty text")
@@ -527,10 +322,10 @@ class LlamaRuntime:
         parameters.no_perf = True
         if watch is not None:
             parameters.cb_eval = watch
-        _collect_errors(library)
+        collect_errors(library)
         context = library.llama_init_from_model(self._model, parameters)
         if not context:
-            raise CheckpointError(f"llama.cpp cannot run {self.path}{_reason()}")
+            raise CheckpointError(f"llama.cpp cannot run {self.path}{reason()}")
         try:
             if self._adapter:
                 adapters = (library.llama_adapter_lora_p_ctypes * 1)(self._adapter)
@@ -550,7 +345,7 @@ class LlamaRuntime:
                 batch.n_seq_id[place], batch.seq_id[place][0] = 1, sequence
                 batch.logits[place] = wanted
             if code := library.llama_decode(context, batch):
-                raise CheckpointError(f"llama.cpp fails on {self.path} with code {code}{_reason()}")
+                raise CheckpointError(f"llama.cpp fails on {self.path} with code {code}{reason()}")
         finally:
             library.llama_batch_free(batch)
         for place, (_, _, _, wanted) in enumerate(tokens):

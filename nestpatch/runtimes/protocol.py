@@ -228,7 +228,8 @@ def open_runtime(
 
         yield OnnxRuntime(model, device=device, threads=threads, **lengths)
     else:
-        from nestpatch.runtimes.transformers import TransformersRuntime, locate
+        from nestpatch.runtimes.loading import locate
+        from nestpatch.runtimes.transformers import TransformersRuntime
 
         path = locate(model).path
         yield TransformersRuntime.load(path, device=device, dtype=dtype, threads=threads, **lengths)

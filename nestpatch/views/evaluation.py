@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nestpatch.evaluation.shares import Share
     from nestpatch.evaluation.tasks import TaskScore
     from nestpatch.nest_train.plan import TrainingPlan
-    from nestpatch.nest_train.train import Trained
+    from nestpatch.nest_train.result import Trained
 
 HEADLINES = TITLES
 _NOT_MEASURED = "[dim]not measured[/dim]"

@@ -4,7 +4,7 @@ from nestpatch.errors import PackContentError
 from tests.attacks.tools import with_detector, with_manifest
 
 ERROR = PackContentError
-SAYS = "a nest/1 pack has a detector: its format must be nest/2"
+SAYS = "the format nest/1 of the pack does not have what it holds: a detector"
 
 
 def attack(good: bytes) -> bytes:

@@ -200,8 +200,8 @@ def test_several_templates_come_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama3", "qwen2", "qwen3_moe", "mixtral", "gemma3", "phi_long", "gpt_neox"])
 def test_loaded_models_compute_the_same(name: str, family: Made, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
+    from nestpatch.runtimes.loading import load_model
     from nestpatch.runtimes.stored import StoredWeights
-    from nestpatch.runtimes.transformers import load_model
     from nestpatch.runtimes.weights import find_mlps
 
     file = write_gguf(open_checkpoint(family(name)), tmp_path / "m.gguf", kind="q8_0").output
@@ -232,7 +232,7 @@ def test_loaded_models_compute_the_same(name: str, family: Made, tmp_path: Path)
 
 def test_a_loaded_model_can_be_narrower(family: Made, exported: Made) -> None:
     torch = pytest.importorskip("torch")
-    from nestpatch.runtimes.transformers import load_model
+    from nestpatch.runtimes.loading import load_model
 
     model, _ = load_model(exported("llama2"), "cpu", "bfloat16")
     want = load_tensors(family("llama2"))["model.layers.1.self_attn.q_proj.weight"]
@@ -243,7 +243,7 @@ def test_a_loaded_model_can_be_narrower(family: Made, exported: Made) -> None:
 @pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0"])
 def test_packs_are_merged_into_a_loaded_file_as_on_disk(kind: str, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    from nestpatch.runtimes.transformers import load_model
+    from nestpatch.runtimes.loading import load_model
     from nestpatch.runtimes.weights import fold
 
     base = make("llama2", tmp_path / "base", dtype="float32" if kind == "f32" else "bfloat16")

@@ -140,6 +140,9 @@ def test_a_large_fine_tune_overwrites_rows(scene: Scene, dtype: str, with_base: 
     assert not found.healthy
     assert the(found, "rows").state is Health.FAILED
     assert found.presence[LABEL].overwritten == 20
+    rows = {delta.name: delta.rows for delta in scene.pack}
+    for one in found.presence[LABEL].tensors:
+        assert one.overwritten_at == tuple(rows[one.tensor][:5].tolist())
     assert "20 of 80 rows were changed" in the(found, "rows").detail
 
 

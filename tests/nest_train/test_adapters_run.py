@@ -13,7 +13,7 @@ from nestpatch.export.adapters import export_gguf_lora, export_lora
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.patcher.apply import apply
 from nestpatch.runtimes.llama import LlamaRuntime
-from nestpatch.runtimes.transformers import load_model
+from nestpatch.runtimes.loading import load_model
 from nestpatch.runtimes.weights import fold
 from tests.gguf_files import needs_llama, write_gguf
 from tests.helpers import load_tensors

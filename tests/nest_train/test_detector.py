@@ -83,7 +83,7 @@ def trained(models, data, tmp_path_factory):
 def test_a_pack_gets_a_detector(trained) -> None:
     model, result, data = trained
     pack = nest.decode(nest.encode(result.pack))
-    assert pack.manifest.format == "nest/2"
+    assert pack.format == "nest/2"
     assert isinstance(pack.detector, Detector)
     assert pack.detector.weight.shape == (32,)
     assert pack.detector.facts.auc > 0.9
@@ -99,7 +99,7 @@ def test_without_the_setting_the_pack_has_the_bytes_as_ever(trained, models, dat
     """Everything but the detector and the settings is the same."""
     _, result, _ = trained
     plain = train(models("llama"), data, Label("x"), recipe=QUICK).pack
-    assert plain.manifest.format == "nest/1"
+    assert plain.format == "nest/1"
     assert [d.delta.tobytes() for d in plain] == [d.delta.tobytes() for d in result.pack]
 
 

@@ -17,8 +17,9 @@ from nestpatch.evaluation.suites import load_suite
 from nestpatch.formats import nest
 from nestpatch.prompts.readers import load_prompts
 from nestpatch.runtimes import protocol, threads
+from nestpatch.runtimes.loading import load_model, locate
 from nestpatch.runtimes.protocol import open_runtime
-from nestpatch.runtimes.transformers import TransformersRuntime, load_model, locate
+from nestpatch.runtimes.transformers import TransformersRuntime
 from tests.gguf_files import needs_llama, write_gguf
 from tests.schemas import require_schema
 from tests.varied_packs import varied_pack
@@ -247,7 +248,7 @@ def test_a_device_that_pytorch_lacks_is_an_error_with_a_name(base, prompts, suit
 @needs_llama
 @pytest.mark.parametrize("device", ["cuda", "nonsense"])
 def test_a_device_that_llama_cpp_lacks_is_an_error_with_a_name(base, suites, tmp_path, device):
-    from nestpatch.runtimes.llama import library
+    from nestpatch.runtimes.llama_file import library
 
     if device == "cuda" and library().llama_supports_gpu_offload():
         pytest.skip("there is one")

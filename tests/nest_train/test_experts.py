@@ -13,7 +13,7 @@ from nestpatch.nest_train._deltas import DeltaSet
 from nestpatch.nest_train._experts import busiest, computed_by, each_expert
 from nestpatch.nest_train._neurons import Clusters, collect, routed
 from nestpatch.nest_train.recipe import Recipe
-from nestpatch.runtimes.transformers import load_model
+from nestpatch.runtimes.loading import load_model
 from nestpatch.runtimes.weights import MlpBlock, find_mlps
 from tests.nest_train.conftest import MIXTURES
 

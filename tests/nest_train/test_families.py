@@ -18,16 +18,17 @@ from nestpatch.evaluation.parity import check_gguf
 from nestpatch.events import Event, ignore
 from nestpatch.export.gguf import export_gguf
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.nest_train import train as module
+from nestpatch.nest_train import _pack as module
 from nestpatch.nest_train._run import Run
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.plan import plan
-from nestpatch.nest_train.train import Trained, train
+from nestpatch.nest_train.result import Trained
+from nestpatch.nest_train.train import train
 from nestpatch.pack import Label
 from nestpatch.patcher.apply import apply
 from nestpatch.patcher.inplace import apply_in_place, revert
+from nestpatch.runtimes.loading import load_model
 from nestpatch.runtimes.text import chat_texts
-from nestpatch.runtimes.transformers import load_model
 from nestpatch.runtimes.weights import fold
 from tests.gguf_files import needs_llama, write_gguf
 from tests.helpers import tree_digest, weight_files
@@ -195,7 +196,7 @@ def test_a_mixture_in_a_quantized_gguf_file(models: Any, training: Training, tmp
     before = file.read_bytes()
     result = training(file)
     pack = result.trained.pack
-    assert pack.manifest.format == "nest/2"
+    assert pack.format == "nest/2"
     assert all(".experts." in delta.name for delta in pack)
     apply_in_place(file, pack)
     assert near(loaded_logits(file), result.live, 1e-4)

@@ -11,10 +11,11 @@ import pytest
 from nestpatch.errors import CheckpointFormatError, MissingExtraError
 from nestpatch.evaluation.parity import TEXTS
 from nestpatch.export.adapters import export_gguf_lora
-from nestpatch.runtimes import llama, text
+from nestpatch.runtimes import llama_file, text
 from nestpatch.runtimes._chat import chat_renderer
 from nestpatch.runtimes.llama import LlamaRuntime
-from nestpatch.runtimes.transformers import TransformersRuntime, load_model
+from nestpatch.runtimes.loading import load_model
+from nestpatch.runtimes.transformers import TransformersRuntime
 from tests.gguf_files import needs_llama, write_gguf
 from tests.varied_packs import varied_pack, with_architecture
 
@@ -188,12 +189,12 @@ def test_a_template_that_makes_nothing_of_a_prompt_is_refused(files, monkeypatch
 
 def test_without_llama_cpp_the_way_out_is_named(files, monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    llama.library.cache_clear()
+    llama_file.library.cache_clear()
     try:
         with pytest.raises(MissingExtraError) as caught:
             LlamaRuntime(files())
     finally:
-        llama.library.cache_clear()
+        llama_file.library.cache_clear()
     assert caught.value.advice == "pip install 'nestpatch[llama]'"
 
 

@@ -25,8 +25,8 @@ from nestpatch.nest_train.train import train
 from nestpatch.pack import Label
 from nestpatch.patcher.apply import apply
 from nestpatch.patcher.verify import verify
+from nestpatch.runtimes.loading import load_model
 from nestpatch.runtimes.quantized import float_weight, resembles
-from nestpatch.runtimes.transformers import load_model
 from tests.gguf_files import write_gguf
 from tests.nest_train.conftest import CONFIGS, LLAMA, SIZES
 from tests.nest_train.quick import QUICK
@@ -374,7 +374,7 @@ def test_accelerators_use_fused_attention_and_cpus_do_not() -> None:
 
 def test_a_missing_package_is_named_before_the_model_is_loaded(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.utils.import_utils.is_bitsandbytes_available", lambda: False)
-    monkeypatch.setattr("nestpatch.runtimes.transformers._load_directory", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("nestpatch.runtimes.loading._load_directory", lambda *_: pytest.fail("loaded"))
     with pytest.raises(MissingExtraError, match="load_in=4bit") as caught:
         load_model(models("llama"), "cpu", "float32", "4bit")
     assert "nestpatch[quantize]" in caught.value.advice

@@ -307,3 +307,11 @@ def test_a_judge_that_cannot_be_loaded_is_reported_before_any_answer(files: Path
         done = run("eval", models("llama"), "--suite", files / "harmful.jsonl", "--judge", judge, "--json")
         assert done.exit_code == code, done.output
         assert json.loads(done.stdout)["error"]["type"] == name
+
+
+def test_judges_have_a_device_of_their_own(files: Path, models, minos: Path) -> None:
+    words = ("eval", models("llama"), "--suite", files / "harmful.jsonl", "--judge", f"classifier={minos}", "--quiet")
+    done = run(*words, "--device=cpu", "--judge-device=nowhere", "--json")
+    assert done.exit_code == 2, done.output
+    error = json.loads(done.stdout)["error"]
+    assert (error["type"], "nowhere" in error["message"]) == ("DataError", True)

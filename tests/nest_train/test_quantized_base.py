@@ -14,15 +14,16 @@ from nestpatch.errors import CheckpointFormatError, QuantizationError, Unsupport
 from nestpatch.events import Event
 from nestpatch.formats.checkpoint import float_rows
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.nest_train import train as module
+from nestpatch.nest_train import _pack as module
 from nestpatch.nest_train._deltas import ClusterDelta, DeltaSet
 from nestpatch.nest_train.data import TrainingData
-from nestpatch.nest_train.train import Trained, train
+from nestpatch.nest_train.result import Trained
+from nestpatch.nest_train.train import train
 from nestpatch.pack import Label
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.verify import Verdict, verify
+from nestpatch.runtimes.loading import load_model
 from nestpatch.runtimes.stored import StoredWeights
-from nestpatch.runtimes.transformers import load_model
 from nestpatch.runtimes.weights import find_mlps, fold
 from tests.gguf_files import write_gguf
 from tests.nest_train.quick import QUICK
@@ -154,7 +155,7 @@ def test_the_file_holds_what_was_evaluated(
     pack = trained.pack
     kind = open_checkpoint(file).info("model.layers.0.mlp.gate_proj.weight").dtype
     assert f"through the rounding to {kind} of the base's file" in pack.manifest.method["decisions"]["rounding"]
-    assert pack.manifest.format == "nest/2"
+    assert pack.format == "nest/2"
     assert (verify(file, pack, full=True).verdict, verify(file, pack).by) == (Verdict.BASE, "digests")
     apply_in_place(file, pack)
     patched = open_checkpoint(file)

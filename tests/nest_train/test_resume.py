@@ -24,7 +24,8 @@ from nestpatch.evaluation.suites import load_suite
 from nestpatch.files.locks import lock
 from nestpatch.formats import nest
 from nestpatch.nest_train import train as module
-from nestpatch.nest_train.train import Trained, train
+from nestpatch.nest_train.result import Trained
+from nestpatch.nest_train.train import train
 from nestpatch.pack import Label
 from nestpatch.prompts.readers import Prompt, load_prompts
 from tests.nest_train.quick import KINDS, QUICK, options, write_prompts
@@ -372,7 +373,7 @@ def test_a_forged_state_is_refused(models, data, suites, copied: Path, kept, cha
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from nestpatch.nest_train._run_dir import _digest, _json
+    from nestpatch.nest_train._digests import digest_tensors, encode_json
 
     file = copied / "tuning.safetensors"
     with safe_open(file, "pt") as opened:
@@ -388,8 +389,8 @@ def test_a_forged_state_is_refused(models, data, suites, copied: Path, kept, cha
         header["facts"]["looks"] = [{"step": 0}]
     else:
         header["facts"]["best"] = 99
-    header["sha256"] = _digest(header["facts"], tensors)
-    save_file(tensors, file, {"nestpatch": _json(header)})
+    header["sha256"] = digest_tensors(header["facts"], tensors)
+    save_file(tensors, file, {"nestpatch": encode_json(header)})
     trained, notes = run(models("llama"), data, copied, suites=suites)
     assert any(note.startswith("tuning of an earlier training not reused, the file is damaged") for note in notes)
     assert nest.encode(trained.pack) == kept[1]

@@ -21,8 +21,8 @@ from nestpatch.nest_train._neurons import (
     standardise,
 )
 from nestpatch.nest_train.recipe import Recipe
+from nestpatch.runtimes.loading import load_model
 from nestpatch.runtimes.text import pad_left
-from nestpatch.runtimes.transformers import load_model
 from nestpatch.runtimes.weights import find_mlps
 
 

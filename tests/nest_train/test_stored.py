@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
 from nestpatch.formats.opening import open_checkpoint
+from nestpatch.runtimes.loading import load_model
 from nestpatch.runtimes.stored import Home, StoredWeights
-from nestpatch.runtimes.transformers import load_model
 from tests.helpers import load_tensors
 
 

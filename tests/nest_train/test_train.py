@@ -25,7 +25,7 @@ from nestpatch.pack import Label
 from nestpatch.patcher.apply import apply
 from nestpatch.prompts.readers import load_prompts
 from nestpatch.runtimes.chat_form import read_chat_form
-from nestpatch.runtimes.transformers import load_model
+from nestpatch.runtimes.loading import load_model
 from nestpatch.views.progress import STAGES
 from tests.nest_train.quick import QUICK, options
 from tests.schemas import require_schema
@@ -40,7 +40,7 @@ def logits(folder, dtype="float32"):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.06)])
 def test_live_deltas_and_the_patched_file_agree(models, data, tmp_path, monkeypatch, dtype, tolerance):
     """float32: to rounding. bfloat16 on disk: each merged weight is rounded to 8 bits, which live deltas are not."""
-    from nestpatch.nest_train import train as module
+    from nestpatch.nest_train import _pack as module
 
     base, live = models("llama", dtype), {}
     original = module._pack_tensors

@@ -18,7 +18,7 @@ from nestpatch.errors import DataError, OutputError
 from nestpatch.evaluation.suites import load_suite
 from nestpatch.events import Event
 from nestpatch.formats import nest
-from nestpatch.nest_train import train as module
+from nestpatch.nest_train import _evaluate as module
 from nestpatch.nest_train.plan import plan
 from nestpatch.nest_train.train import train
 from nestpatch.pack import Label
@@ -73,14 +73,14 @@ def test_the_last_screen_has_the_pack_the_numbers_and_the_next_command(models, p
     assert any("attack success was measured on 6 prompts only" in line for line in warnings), done.stderr
 
 
-def fail_after_training(monkeypatch: pytest.MonkeyPatch, pack: Path, error: BaseException) -> list[bool]:
-    """The evaluation of the pack fails, not that of the base; says whether the pack was there by then."""
+def fail_after_training(monkeypatch: pytest.MonkeyPatch, pack: Path, error: BaseException, at: int = 2) -> list[bool]:
+    """One evaluation fails, 1 being that of the base and 2 that of the pack; says whether the pack was there by then."""
     calls: list[bool] = []
     original = module.evaluate_suites
 
     def evaluate(generate: Any, suites: Any) -> Any:
         calls.append(pack.exists())
-        if len(calls) == 2:
+        if len(calls) == at:
             raise error
         return original(generate, suites)
 
@@ -102,6 +102,21 @@ def test_an_evaluation_that_fails_leaves_the_pack(
     evaluation = nest.read(pack).manifest.evaluation
     assert evaluation["after"] is None
     assert evaluation["before"]["attack_success"]["total"] == 6
+
+
+def test_a_dose_curve_that_fails_leaves_the_evaluated_pack(
+    models, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = tmp_path / "x.nest"
+    fail_after_training(monkeypatch, pack, RuntimeError("out of memory"), at=3)
+    words = (*arguments(models("llama"), prompts, pack), "--suite", prompts / "harmful-test.jsonl", "--dose=0.5,1.5", "-q")
+    done = run(*words)
+    assert done.exit_code == 1
+    assert "its dose curve could not be measured: RuntimeError: out of memory" in done.stderr
+    assert "--strength=0,0.5,1,1.5" in done.stderr
+    evaluation = nest.read(pack).manifest.evaluation
+    assert evaluation["after"]["attack_success"]["total"] == 6
+    assert "dose" not in evaluation
 
 
 def test_an_interrupted_evaluation_leaves_the_pack(

@@ -11,8 +11,9 @@ import torch
 
 from nestpatch.nest_train._deltas import DeltaSet
 from nestpatch.nest_train._trunk import Trunk
+from nestpatch.runtimes.loading import load_model
 from nestpatch.runtimes.text import TokenPair, collate
-from nestpatch.runtimes.transformers import answer_logits, load_model
+from nestpatch.runtimes.transformers import answer_logits
 from nestpatch.runtimes.weights import find_mlps
 from tests.nest_train.conftest import CONFIGS
 from tests.nest_train.test_stages import groups_of

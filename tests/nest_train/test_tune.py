@@ -21,8 +21,9 @@ from nestpatch.nest_train._targets import Example, Examples
 from nestpatch.nest_train._trunk import Trunk
 from nestpatch.nest_train._tune import Look, TuneResult, batch_loss, batches, tune
 from nestpatch.nest_train.recipe import Recipe
+from nestpatch.runtimes.loading import load_model
 from nestpatch.runtimes.text import TokenPair, collate
-from nestpatch.runtimes.transformers import answer_logits, load_model
+from nestpatch.runtimes.transformers import answer_logits
 from nestpatch.runtimes.weights import find_mlps
 from tests.nest_train.quick import QUICK
 from tests.nest_train.test_stages import groups_of

@@ -22,10 +22,11 @@ from nestpatch.evaluation.perplexity import text_loss
 from nestpatch.evaluation.suites import load_suite
 from nestpatch.export.adapters import export_onnx_adapter
 from nestpatch.lab._world import dialogues, make_world
+from nestpatch.runtimes.loading import load_model
 from nestpatch.runtimes.onnx import OnnxRuntime
 from nestpatch.runtimes.protocol import open_runtime, runtime_of
 from nestpatch.runtimes.text import by_length
-from nestpatch.runtimes.transformers import TransformersRuntime, load_model
+from nestpatch.runtimes.transformers import TransformersRuntime
 from tests.helpers import tiny_pack, tree_digest
 from tests.schemas import require_schema
 

@@ -122,7 +122,8 @@ class ClassifierJudge:
             MissingExtraError: torch or transformers is not installed.
         """
         with explained(name):
-            from nestpatch.runtimes.transformers import load_classifier, locate, pick_device
+            from nestpatch.runtimes.devices import pick_device
+            from nestpatch.runtimes.loading import load_classifier, locate
 
             model, tokenizer = load_classifier(locate(source).path, pick_device(device)[0])
             config: Any = model.config

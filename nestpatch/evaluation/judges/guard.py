@@ -139,7 +139,8 @@ class GuardJudge:
             MissingExtraError: torch or transformers is not installed.
         """
         with explained(name):
-            from nestpatch.runtimes.transformers import load_model, locate, pick_device, pick_dtype
+            from nestpatch.runtimes.devices import pick_device, pick_dtype
+            from nestpatch.runtimes.loading import load_model, locate
 
             device = pick_device(device)[0]
             loaded = cls(name, *load_model(locate(source).path, device, pick_dtype("auto", device)[0]), family)

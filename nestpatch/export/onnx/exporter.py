@@ -105,7 +105,7 @@ def export_onnx(
     _check(kind, patched=pack is not None)
     check_strength(strength)
     target = None if output is None else free_place(output, dry_run=dry_run)
-    from nestpatch.runtimes.transformers import locate
+    from nestpatch.runtimes.loading import locate
 
     proven = None
     if pack is not None:
@@ -234,7 +234,7 @@ def _trace(request: Request, source: ExportSource, folder: Path, floats: Path, k
 
 def _load(request: Request, source: ExportSource, on_event: OnEvent) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in float32 on the CPU; a pack is merged in the dtype on disk. Raises CheckpointFormatError."""
-    from nestpatch.runtimes.transformers import load_model
+    from nestpatch.runtimes.loading import load_model
     from nestpatch.runtimes.weights import fold
 
     path, origin = source.checkpoint.path, request.checkpoint.path
