@@ -1,4 +1,4 @@
-"""What a detector says of prompts, how well it tells them apart on suites, and a model that is patched only where it fires."""
+"""What a detector says of prompts, and how well it tells them apart on suites."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from nestpatch.detector import Detector
 from nestpatch.errors import BaseMismatchError, DataError
-from nestpatch.evaluation.scores import Scores, SuiteResult
 from nestpatch.evaluation.shares import Share
 from nestpatch.evaluation.suites import Suite
 from nestpatch.measured import HARMFUL
@@ -189,24 +188,6 @@ def detect_suites(runtime: Runtime, detector: Detector, suites: Sequence[Suite])
         scores = score_prompts(runtime, detector, [prompt.text for prompt in suite.prompts.prompts])
         found.append(SuiteDetection(suite.name, suite.kind, scores, threshold))
     return Detection(tuple(found))
-
-
-def gated(base: Scores, patched: Scores, detection: Detection) -> Scores:
-    """The scores of a host that answers with the patched model where the detector fires, and else with the base.
-
-    Args:
-        base: The scores of the base.
-        patched: Those of the patched model, on the same suites.
-        detection: The detector on them.
-
-    Returns:
-        The scores of the combination, without a drift.
-    """
-    results = []
-    for old, new, said in zip(base.suites, patched.suites, detection.suites, strict=True):
-        both = zip(old.verdicts, new.verdicts, said.fired, strict=True)
-        results.append(SuiteResult(old.suite, old.kind, old.digest, tuple(b if fired else a for a, b, fired in both)))
-    return Scores(tuple(results))
 
 
 def stored_detection(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:

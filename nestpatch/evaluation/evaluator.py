@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from nestpatch.errors import DataError, EndpointError, JudgeError
 from nestpatch.evaluation.answers import of_answered
-from nestpatch.evaluation.detection import Detection, detect_suites, gated, reads_below, require_detector
+from nestpatch.evaluation.detection import Detection, detect_suites, reads_below, require_detector
 from nestpatch.evaluation.dose import check_strengths
 from nestpatch.evaluation.drift import drift
 from nestpatch.evaluation.judges.keywords import KEYWORDS
@@ -19,7 +19,7 @@ from nestpatch.evaluation.judges.opening import open_judges
 from nestpatch.evaluation.judges.protocol import Judge, Verdict
 from nestpatch.evaluation.perplexity import TextLoss, text_loss
 from nestpatch.evaluation.preconditions import already_held, require_together
-from nestpatch.evaluation.scores import Evaluation, Scores, evaluate_suites
+from nestpatch.evaluation.scores import Evaluation, Scores, evaluate_suites, gated
 from nestpatch.evaluation.shares import Share
 from nestpatch.evaluation.suites import Suite, overlaps
 from nestpatch.evaluation.tasks import Tasks, TaskScore, find_tasks, largest_fall, run_tasks

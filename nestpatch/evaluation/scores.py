@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nestpatch.evaluation.agreement import Agreement, agreements
 from nestpatch.evaluation.concerns import concerns
+from nestpatch.evaluation.detection import Detection
 from nestpatch.evaluation.dose import Dose, DosePoint, dose_json
 from nestpatch.evaluation.judges.coherence import is_incoherent
 from nestpatch.evaluation.judges.keywords import KEYWORDS, is_refusal, matches
@@ -21,9 +22,6 @@ from nestpatch.events import OnEvent, ignore
 from nestpatch.measured import BENIGN, HARMFUL, LOOKALIKE
 from nestpatch.prompts.readers import Prompt
 from nestpatch.runtimes.protocol import Generate
-
-if TYPE_CHECKING:
-    from nestpatch.evaluation.detection import Detection
 
 BESIDE_BASE = ("answer_agreement", "perplexity_rise", "task_fall")
 """Numbers that compare a model with its base."""
@@ -290,6 +288,24 @@ def evaluate_suites(
             _judged(suite.kind, prompt, answer, said) for prompt, answer, said in zip(prompts, answers, found, strict=True)
         ]
         results.append(SuiteResult(suite.name, suite.kind, suite.prompts.digest, tuple(judged)))
+    return Scores(tuple(results))
+
+
+def gated(base: Scores, patched: Scores, detection: Detection) -> Scores:
+    """The scores of a host that answers with the patched model where the detector fires, and else with the base.
+
+    Args:
+        base: The scores of the base.
+        patched: Those of the patched model, on the same suites.
+        detection: The detector on them.
+
+    Returns:
+        The scores of the combination, without a drift.
+    """
+    results = []
+    for old, new, said in zip(base.suites, patched.suites, detection.suites, strict=True):
+        both = zip(old.verdicts, new.verdicts, said.fired, strict=True)
+        results.append(SuiteResult(old.suite, old.kind, old.digest, tuple(b if fired else a for a, b, fired in both)))
     return Scores(tuple(results))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from nestpatch.errors import CheckpointError, CheckpointFormatError, NestpatchError
+from nestpatch.errors import CheckpointError, CheckpointFormatError, DataError, NestpatchError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats.lora import gguf as lora_gguf
 from nestpatch.pack import Pack

@@ -12,8 +12,8 @@ import pytest
 from nestpatch import apply, detect, evaluate, load_suite
 from nestpatch.detector import DetectorFacts
 from nestpatch.errors import BaseMismatchError, CheckpointError, DataError
-from nestpatch.evaluation.detection import area_under_roc, gated, reads_below, stored_detection
-from nestpatch.evaluation.scores import JudgedAnswer, Scores, SuiteResult
+from nestpatch.evaluation.detection import Detection, area_under_roc, reads_below, stored_detection
+from nestpatch.evaluation.scores import JudgedAnswer, Scores, SuiteResult, gated
 from nestpatch.formats import nest
 from nestpatch.nest_train._detector import fit_detector
 from nestpatch.nest_train.recipe import Recipe
@@ -203,8 +203,6 @@ def test_the_area_counts_pairs_and_ties_half():
 
 def test_gating_needs_the_same_suites():
     scores = Scores((SuiteResult("s", "harmful", "0" * 64, (judged("a", refused=True),)),))
-    from nestpatch.evaluation.detection import Detection
-
     with pytest.raises(ValueError, match="zip"):
         gated(scores, scores, Detection(()))
 
