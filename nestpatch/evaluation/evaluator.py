@@ -18,7 +18,7 @@ from nestpatch.evaluation.judges.keywords import KEYWORDS
 from nestpatch.evaluation.judges.opening import open_judges
 from nestpatch.evaluation.judges.protocol import Judge, Verdict
 from nestpatch.evaluation.perplexity import TextLoss, text_loss
-from nestpatch.evaluation.preconditions import already_held, require_together
+from nestpatch.evaluation.preconditions import already_held, require_gate, require_together
 from nestpatch.evaluation.scores import Evaluation, Scores, evaluate_suites, gated
 from nestpatch.evaluation.shares import Share
 from nestpatch.evaluation.suites import Suite, overlaps
@@ -130,24 +130,6 @@ def evaluate(
             on_event(Event("note", note=note))
         with work.keeping(keep, wanted):
             return work.run(model, proven, wanted, lora, base)
-
-
-def require_gate(model: str | Path, pack: Pack | None, strengths: Sequence[float]) -> None:
-    """Rejects what cannot be gated, before anything is loaded.
-
-    Args:
-        model: A model directory, weight file, Hub id or the address of a server.
-        pack: The pack; None without one.
-        strengths: Factors of the pack's change.
-
-    Raises:
-        DataError: There is no pack, no detector in it, more than one strength, or no hidden state of the model.
-    """
-    if pack is None:
-        raise DataError("a gated model needs a pack with a detector", advice="Give the pack: nestpatch eval MODEL PACK --gated")
-    if len(strengths) > 1:
-        raise DataError("a gated model is measured at one strength", advice="Give one strength.")
-    require_detector(pack, model)
 
 
 @dataclass(eq=False)
