@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from nestpatch.compare.diff import diff as diff
     from nestpatch.compare.extract import extract as extract
     from nestpatch.errors import NestpatchError as NestpatchError
+    from nestpatch.evaluation.detecting import Detected as Detected
+    from nestpatch.evaluation.detecting import detect as detect
     from nestpatch.evaluation.dose import Dose as Dose
     from nestpatch.evaluation.evaluator import evaluate as evaluate
     from nestpatch.evaluation.scores import Evaluation as Evaluation
@@ -93,6 +95,7 @@ _HOMES = {
     "apply": "patcher.apply",
     "apply_in_place": "patcher.inplace",
     "builtin_suites": "evaluation.suites",
+    "detect": "evaluation.detecting",
     "diff": "compare.diff",
     "doctor": "health.diagnosis",
     "evaluate": "evaluation.evaluator",
@@ -134,6 +137,7 @@ _HOMES = {
     "Applied": "patcher.apply",
     "Changed": "patcher.inplace",
     "Diagnosis": "health.diagnosis",
+    "Detected": "evaluation.detecting",
     "Dose": "evaluation.dose",
     "Event": "events",
     "ExportedGuard": "guarding.export",

@@ -10,10 +10,13 @@ from functools import partial
 from pathlib import Path
 
 from nestpatch.errors import DataError
+from nestpatch.evaluation.detecting import notes_on
+from nestpatch.evaluation.detection import require_detector
+from nestpatch.evaluation.gating import GatedServer
 from nestpatch.evaluation.preconditions import already_held, require_runnable
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.pack import Pack
-from nestpatch.runtimes.connection import EndpointSettings
+from nestpatch.runtimes.connection import EndpointSettings, is_endpoint
 from nestpatch.runtimes.protocol import Runtime, open_runtime
 from nestpatch.runtimes.text import Turn
 
@@ -143,11 +146,14 @@ def open_chat(
     pack: Pack | None = None,
     lora: str | Path | None = None,
     base: str | Path | None = None,
+    gate: str | Path | None = None,
+    adapter: str | None = None,
     device: str = "auto",
     threads: int | None = None,
     max_new_tokens: int = 256,
     endpoint: EndpointSettings | None = None,
     on_event: OnEvent = ignore,
+    on_gate: OnEvent = ignore,
 ) -> Iterator[Chat]:
     """Loads what a conversation needs: a model, with a pack or an adapter also the same model patched.
 
@@ -156,11 +162,15 @@ def open_chat(
         pack: What to merge in memory; it has passed the gate. A model that holds it already is shown as it is.
         lora: An adapter file for a .gguf or ONNX model, instead of `pack`.
         base: The unpatched model, shown instead of `model` without the pack.
+        gate: The base of `pack` on this machine: `model` is a llama-server with the pack as an adapter, which answers only
+            where the detector of the pack takes a prompt for harmful.
+        adapter: That adapter: its number, its path, or the name of its file; None for the only one.
         device: "auto", "cpu", "cuda" or "mps".
         threads: Threads that compute; None: OMP_NUM_THREADS, or every core.
         max_new_tokens: Length of an answer.
         endpoint: How a server is asked.
         on_event: Receives the progress, and a note where the model holds the pack already.
+        on_gate: Receives a note for each prompt of a gated model: which one answers.
 
     Yields:
         The chat.
@@ -171,9 +181,12 @@ def open_chat(
         EndpointError: A server does not answer.
         MissingExtraError: The packages of the runtime are not installed.
     """
-    require_runnable(model, pack=pack, lora=lora)
+    if gate is not None or adapter is not None:
+        require_gated(model, pack=pack, lora=lora, base=base, gate=gate)
+    else:
+        require_runnable(model, pack=pack, lora=lora)
     what = str(pack.label) if pack is not None else str(lora or "")
-    held = already_held(model, pack) if pack is not None else ""
+    held = already_held(model, pack) if pack is not None and gate is None else ""
     if held:
         hint = "" if base is not None else "; --base UNPATCHED_MODEL shows the base beside it"
         on_event(Event("note", note=f"{model} holds {what} already ({held}): it answers as it is{hint}"))
@@ -182,6 +195,17 @@ def open_chat(
         open_runtime, device=device, threads=threads, max_new_tokens=max_new_tokens, max_prompt_tokens=None, endpoint=endpoint
     )
     with ExitStack() as stack:
+        if gate is not None and pack is not None:
+            detector = require_detector(pack, gate)
+            for note in notes_on(gate, pack):
+                on_event(Event("note", note=note))
+            on_event(Event("load", note=str(gate)))
+            reader = stack.enter_context(open_runtime(gate, device=device, threads=threads))
+            served = GatedServer(
+                str(model), reader, detector, endpoint, adapter=adapter, max_new_tokens=max_new_tokens, on_event=on_gate
+            )
+            yield Chat((Side(MODEL, f"{model} with {what} where its detector fires", stack.enter_context(served)),))
+            return
         on_event(Event("load", note=str(model)))
         right = own = stack.enter_context(load(model))
         if pack is not None:
@@ -195,6 +219,32 @@ def open_chat(
         sides = [] if left is None else [Side(BASE, str(base or model), left)]
         name, whole = (PATCHED, f"{model} with {what}") if what else (MODEL, str(model))
         yield Chat((*sides, Side(name, whole, right)))
+
+
+def require_gated(
+    model: str | Path, *, pack: Pack | None, lora: str | Path | None, base: str | Path | None, gate: str | Path | None
+) -> None:
+    """Rejects what a gated conversation cannot be made of, before anything is loaded.
+
+    Args:
+        model: What answers.
+        pack: A pack with a detector.
+        lora: Must be None.
+        base: Must be None.
+        gate: The base of the pack on this machine.
+
+    Raises:
+        DataError: Something is missing, or does not go with a gate.
+    """
+    advice = "Write: nestpatch chat http://HOST:PORT/v1 PACK --gate MODEL"
+    if gate is None or pack is None:
+        raise DataError("an adapter is switched by a PACK and the base that its detector reads, --gate MODEL", advice=advice)
+    if not is_endpoint(model):
+        hint = "Measure the combination: nestpatch eval MODEL PACK --gated"
+        raise DataError("--gate goes with the address of a llama-server: merged weights are not switched", advice=hint)
+    if lora is not None or base is not None:
+        raise DataError("--lora and --base do not go with --gate: the server has the base and the adapter", advice=advice)
+    require_detector(pack, gate)
 
 
 def as_json(

@@ -34,6 +34,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "train": ("training.train", "Train a pack that makes a model refuse."),
         "eval": ("evaluating.evaluate", "Measure attack success and over-refusal of a model."),
         "judge": ("judging.judge", "Compare judges of answers with a person."),
+        "detect": ("detecting.detect", "Say which prompts ask for harm, by a pack's detector."),
     },
     "Patch models": {
         "apply": ("patching.apply", "Merge a pack into a model: into a copy, or in place."),

@@ -16,8 +16,9 @@ from datetime import datetime, timezone
 from typing import Any
 
 from nestpatch.delta import TensorDelta, require
+from nestpatch.detector import Detector, DetectorFacts
 from nestpatch.errors import DataError
-from nestpatch.rows import BLOCK_TYPES, DTYPES, dtype_name
+from nestpatch.rows import BLOCK_TYPES, DTYPES, FloatArray, dtype_name
 
 FORMATS = ("nest/1", "nest/2")
 """nest/2 is that of the packs that hold something of `Pack.additions`."""
@@ -130,6 +131,8 @@ class Manifest:
     """How the pack was made: the recipe, seeds, digests and sizes of the data, library versions, device."""
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     """What was measured `before` and `after`; empty where nothing was."""
+    detector: DetectorFacts | None = None
+    """What is known of the pack's detector; None where it has none."""
 
     def __post_init__(self) -> None:
         for problem in (name_problem(self.name), version_problem(self.version)):
@@ -163,8 +166,14 @@ class Pack:
     manifest: Manifest
     deltas: tuple[TensorDelta, ...]
     """In the order of their names."""
+    detector_weight: FloatArray | None = None
+    """The weight of the detector that the manifest describes, float32 [hidden]; None where there is none."""
 
     def __post_init__(self) -> None:
+        found, facts = self.detector_weight is not None, self.manifest.detector is not None
+        require(found or not facts, "the manifest describes a detector, and there is no tensor detector:weight")
+        require(facts or not found, "there is a tensor detector:weight, and the manifest describes no detector")
+        _ = self.detector  # checks itself
         names = [delta.name for delta in self.deltas]
         require(bool(names), "the pack changes nothing: it has no tensors")
         require(names == sorted(set(names)), "the tensors of a pack must be unique and in the order of their names")
@@ -181,12 +190,18 @@ class Pack:
         return iter(self.deltas)
 
     @property
+    def detector(self) -> Detector | None:
+        """The detector; None where the pack has none."""
+        facts, weight = self.manifest.detector, self.detector_weight
+        return None if facts is None or weight is None else Detector(facts, weight)
+
+    @property
     def additions(self) -> tuple[str, ...]:
         """What the pack holds that nest/1 does not have: the reasons for its format."""
         tensors = self.manifest.base.tensors.items()
         quantized = [f"base tensor {name!r} is quantized ({tensor.dtype})" for name, tensor in tensors if tensor.quantized]
         factors = [f"tensor {delta.name!r} has factors" for delta in self.deltas if delta.factors is not None]
-        return (*quantized, *factors)
+        return (*quantized, *factors, *(["a detector"] if self.manifest.detector is not None else []))
 
     @property
     def format(self) -> str:

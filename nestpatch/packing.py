@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nestpatch.delta import TensorDelta
+from nestpatch.detector import Detector
 from nestpatch.errors import PackContentError, QuantizationError
 from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo, row_blocks
 from nestpatch.pack import BaseIdentity, Label, Manifest, Pack, TensorIdentity, creation_time
@@ -129,6 +130,7 @@ def build_pack(
     architecture: str = "",
     method: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
+    detector: Detector | None = None,
 ) -> Pack:
     """Puts packed tensors and the facts about them together.
 
@@ -140,6 +142,7 @@ def build_pack(
         architecture: The base's model class, a hint for people.
         method: How the deltas were made, plain JSON values.
         evaluation: What was measured, plain JSON values.
+        detector: Tells harmful prompts from harmless ones; None for a pack without one.
 
     Returns:
         The pack, its tensors in the order of their names, created now (or at SOURCE_DATE_EPOCH).
@@ -163,5 +166,7 @@ def build_pack(
         requires=label.requires,
         method=method or {},
         evaluation=evaluation or {},
+        detector=None if detector is None else detector.facts,
     )
-    return Pack(manifest, tuple(sorted((tensor.delta for tensor in tensors), key=lambda delta: delta.name)))
+    deltas = tuple(sorted((tensor.delta for tensor in tensors), key=lambda delta: delta.name))
+    return Pack(manifest, deltas, None if detector is None else detector.weight)

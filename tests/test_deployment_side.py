@@ -32,6 +32,7 @@ LAYERS = [
     {"nestpatch.version"},
     {"nestpatch.rows"},
     {"nestpatch.delta"},
+    {"nestpatch.detector"},
     {"nestpatch.files"},
     {"nestpatch.pack"},
     {"nestpatch.formats"},

@@ -36,6 +36,7 @@ ELSEWHERE = {
     "train",
     "train --dry-run",
     "eval",
+    "detect",
     "chat",
     "demo --lab",
     "lab build",

@@ -16,10 +16,10 @@ from bench._base import BaseRun, Clock
 from nestpatch.nest_train._layers import Choose, busy_blocks, find_clusters
 from nestpatch.nest_train._neurons import Clusters, Selection
 from nestpatch.nest_train._targets import Examples, distil
-from nestpatch.nest_train._trunk import layers_of
 from nestpatch.nest_train._tune import Loss, Trainable, batch_loss
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe
+from nestpatch.runtimes.states import layers_of
 from nestpatch.runtimes.weights import MlpBlock
 
 Layers = list[tuple[Selection, Clusters]]

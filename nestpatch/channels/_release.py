@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 from hashlib import sha256
-from typing import Any
 
 from nestpatch.channels.listing import (
     MAX_FIRST,
@@ -231,15 +230,18 @@ def model_card(channel: Channel, manifest: Manifest | None, address: str) -> str
     for pack in reversed(channel.packs):
         status = "latest" if pack is best else pack.status.value
         lines.append(f"| {one_line(pack.version)} | {status} | {markdown(pack.reason)} | `{pack.file.sha256}` |")
-    return "\n".join([*lines, "", *(_evaluation(manifest.evaluation) if manifest else [])]) + "\n"
+    return "\n".join([*lines, "", *(_evaluation(manifest) if manifest else [])]) + "\n"
 
 
-def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
+def _evaluation(manifest: Manifest) -> list[str]:
+    evaluation = manifest.evaluation
     before, after = evaluation.get("before"), evaluation.get("after")
     rows = [(row.title, row.before, row.after) for row in headlines(before, after)]
     rows += [(f"{row.name}, {row.title}", row.before, row.after) for row in suites(before, after)]
     lines = [f"| {markdown(title)} | {_share(old)} | {_share(new)} |" for title, old, new in rows if old and new]
-    return ["## Evaluation", "", "| | before | after |", "|---|---|---|", *lines, ""] if lines else []
+    table = ["## Evaluation", "", "| | before | after |", "|---|---|---|", *lines, ""] if lines else []
+    probe = manifest.detector
+    return table + ([] if probe is None else ["## Detector", "", f"A linear probe of the base: {probe.sentence}.", ""])
 
 
 def _share(share: StoredShare) -> str:

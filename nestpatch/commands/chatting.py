@@ -49,6 +49,7 @@ _HELP = {
         'nestpatch chat models/llama no-harm.nest --prompt "How do I pick a lock?"',
         "nestpatch chat patched.gguf --base model.gguf",
         "nestpatch chat http://localhost:8000/v1 --model llama",
+        "nestpatch chat http://localhost:8080/v1 no-harm.nest --gate model.gguf",
     )
 )
 @click.argument("model", type=EvaluatedType)
@@ -57,6 +58,8 @@ _HELP = {
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Ask this and end; - reads stdin. Repeatable.")
 @click.option("--lora", type=PathType, help="An adapter, .gguf or .onnx_adapter, for such a MODEL: shown like PACK.")
 @click.option("--base", type=EvaluatedType, help="The unpatched model: answers beside MODEL, which may be patched.")
+@click.option("--gate", type=EvaluatedType, help="PACK's base: its detector switches the adapter of the llama-server MODEL.")
+@click.option("--adapter", metavar="NAME", help="That adapter: its number or file name.  [default: the only one]")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or mps.")
 @click.option("--threads", type=click.IntRange(1), help="Threads that compute.  [default: OMP_NUM_THREADS, or every core]")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Length of an answer.")
@@ -71,6 +74,8 @@ def chat(
     prompts: tuple[str, ...],
     lora: Path | None,
     base: str | None,
+    gate: str | None,
+    adapter: str | None,
     device: str,
     threads: int | None,
     max_new_tokens: int,
@@ -85,6 +90,9 @@ def chat(
     PACK is merged in memory, after its signatures are checked; the files are not changed. Both models remember their own
     answers. A .gguf file is run by llama.cpp and an ONNX model by onnxruntime, which needs no torch. MODEL may also be the
     address of an OpenAI-compatible server, http://HOST:PORT/v1, whose model answers as it is served.
+
+    With --gate the detector of PACK reads each prompt on this machine, and a llama-server that was started with PACK as an
+    adapter (`nestpatch adapter load`) uses it for the prompts that are taken for harmful. Each request says so for itself.
 
     Without --prompt prompts are read from the terminal, or from stdin, one on each line. --json prints one object for each
     --prompt. Several of them are one conversation.
@@ -101,27 +109,31 @@ def chat(
 
     with ExitStack() as stack:
         with progress(quiet, transient=True) as on_event:
-            require_runnable(model, pack=pack, lora=lora)
+            if gate is None:
+                require_runnable(model, pack=pack, lora=lora)
             checked = None
             if pack is not None:
-                checked = proven(pack, model, policy_file, on_event, allow_unsigned=allow_unsigned)
+                checked = proven(pack, gate or model, policy_file, on_event, allow_unsigned=allow_unsigned)
             opened = open_chat(
                 model,
                 pack=checked.pack if checked else None,
                 lora=lora,
                 base=base,
+                gate=gate,
+                adapter=adapter,
                 device=device,
                 threads=threads,
                 max_new_tokens=max_new_tokens,
                 endpoint=endpoint,
                 on_event=on_event,
+                on_gate=_note,
             )
             session = _Session(stack.enter_context(opened))
         say_unchecked(checked)
         for prompt in given:
             if as_json:
-                label, adapter = str(checked.pack.label) if checked else None, str(lora) if lora else None
-                print_json(answers_object(model, label, adapter, base, prompt, session.complete(prompt)))
+                label, file = str(checked.pack.label) if checked else None, str(lora) if lora else None
+                print_json(answers_object(model, label, file, base, prompt, session.complete(prompt)))
             else:
                 session.answer(prompt, echo=len(given) > 1)
         if not given and sys.stdin.isatty() and sys.stdout.isatty():

@@ -64,6 +64,7 @@ def _keeping(file: Path | None) -> Iterator[Callable[[Evaluation], None] | None]
         "nestpatch eval models/llama no-harm.nest --suite harmful.jsonl --suite benign.jsonl",
         "nestpatch eval models/llama no-harm.nest --suite xstest=xstest_prompts.csv --text prose.txt",
         "nestpatch eval models/llama no-harm.nest --strength 0:1.5:0.25",
+        "nestpatch eval models/llama no-harm.nest --gated",
         "nestpatch eval model.gguf --suite harmful=advbench.csv --fail-over attack_success=0.05",
         "nestpatch eval models/llama --judge keywords --judge classifier=NousResearch/Minos-v1",
         "nestpatch eval http://localhost:8000/v1 --model llama --answers answers.jsonl",
@@ -82,6 +83,7 @@ def _keeping(file: Path | None) -> Iterator[Callable[[Evaluation], None] | None]
     metavar="S[,S..]",
     help="Factor of PACK's change, over 0 and up to 1.5. Several (0,0.5,1 or 0:1.5:0.25) give its dose curve.  [default: 1]",
 )
+@click.option("--gated", is_flag=True, help="Also sum up PACK answering only where its detector fires, and else the base.")
 @click.option("--lora", type=PathType, help="An adapter, .gguf or .onnx_adapter, for such a MODEL: measured like PACK.")
 @click.option("--base", type=EvaluatedType, help="The unpatched model: measures how far MODEL has moved from it.")
 @click.option("--device", default="auto", show_default=True, help="Of MODEL: cpu, cuda or mps.")
@@ -109,6 +111,7 @@ def evaluate(
     task: tuple[str, ...],
     task_limit: int | None,
     strength: str | None,
+    gated: bool,
     lora: Path | None,
     base: str | None,
     device: str,
@@ -179,6 +182,7 @@ def evaluate(
                 suites,
                 pack=checked or pack,
                 strengths=strengths,
+                gate=gated,
                 lora=lora,
                 base=base,
                 texts=texts,
@@ -236,7 +240,7 @@ def _strengths(text: str | None, pack: str | None, *, limited: bool) -> tuple[fl
 def _show(result: Evaluation, *, quiet: bool) -> None:
     """The numbers for people, and what speaks against the pack."""
     from nestpatch.views.console import out
-    from nestpatch.views.evaluation import evaluation_table, show_dose
+    from nestpatch.views.evaluation import detection_text, evaluation_table, show_dose
 
     if quiet:  # else they were shown as they came up
         for note in result.notes:
@@ -248,7 +252,10 @@ def _show(result: Evaluation, *, quiet: bool) -> None:
         if result.dose is not None:
             out.print()
         title = "patched" if result.strength in (None, 1.0) else f"patched, strength {result.strength:g}"
-        out.print(evaluation_table({"model": result.model} | ({title: result.patched} if result.patched else {})))
+        columns = {"model": result.model, title: result.patched, "gated": result.gated}
+        out.print(evaluation_table({name: scores for name, scores in columns.items() if scores is not None}))
+    if result.detection is not None:
+        out.print(f"\n{detection_text(result.detection.as_json())}")
     say_agreement(result.agreement)
     for concern in result.concerns:
         say(f"WARNING: {concern}", err=True)

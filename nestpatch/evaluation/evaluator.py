@@ -11,14 +11,15 @@ from typing import TypeAlias
 
 from nestpatch.errors import DataError, EndpointError, JudgeError
 from nestpatch.evaluation.answers import of_answered
+from nestpatch.evaluation.detection import Detection, detect_suites, reads_below, require_detector
 from nestpatch.evaluation.dose import check_strengths
 from nestpatch.evaluation.drift import drift
 from nestpatch.evaluation.judges.keywords import KEYWORDS
 from nestpatch.evaluation.judges.opening import open_judges
 from nestpatch.evaluation.judges.protocol import Judge, Verdict
 from nestpatch.evaluation.perplexity import TextLoss, text_loss
-from nestpatch.evaluation.preconditions import already_held, require_together
-from nestpatch.evaluation.scores import Evaluation, Scores, evaluate_suites
+from nestpatch.evaluation.preconditions import already_held, require_gate, require_together
+from nestpatch.evaluation.scores import Evaluation, Scores, evaluate_suites, gated
 from nestpatch.evaluation.shares import Share
 from nestpatch.evaluation.suites import Suite, overlaps
 from nestpatch.evaluation.tasks import Tasks, TaskScore, find_tasks, largest_fall, run_tasks
@@ -45,6 +46,7 @@ def evaluate(
     trust: Trust = "policy",
     allow_unsigned: bool = False,
     strengths: Sequence[float] = (1.0,),
+    gate: bool = False,
     lora: str | Path | None = None,
     base: str | Path | None = None,
     texts: Sequence[str] = (),
@@ -77,6 +79,7 @@ def evaluate(
         allow_unsigned: Accepts a pack that too few trusted keys have signed.
         strengths: Factors of the pack's change, over 0 and at most 1.5. More than one are measured one after the other, as
             the dose curve; 0 names the model alone, which is measured in any case.
+        gate: Also sums up a host that answers with the patched model where the pack's detector fires, and else with the base.
         lora: An adapter file for a .gguf or ONNX model, instead of `pack`.
         base: The unpatched model: measures how far `model` has moved from it.
         texts: Plain texts: measures the perplexity.
@@ -114,13 +117,15 @@ def evaluate(
     proven = None
     if pack is not None:
         proven = prove(pack, model, policy=policy, trust=trust, allow_unsigned=allow_unsigned, on_event=on_event).pack
+    if gate:
+        require_gate(model, proven, wanted)
     found_tasks = find_tasks(tasks, model, task_limit)
     opened = partial(
         open_runtime, device=device, dtype=dtype, threads=threads, max_new_tokens=max_new_tokens, endpoint=endpoint
     )
     with ExitStack() as stack:
         asked = open_judges(judges, labels=judge_labels, device=judge_device, stack=stack)
-        work = _Evaluator(suites, opened, on_event, list(overlaps(suites)), asked, texts, found_tasks)
+        work = _Evaluator(suites, opened, on_event, list(overlaps(suites)), asked, texts, found_tasks, gate)
         for note in work.notes:
             on_event(Event("note", note=note))
         with work.keeping(keep, wanted):
@@ -138,6 +143,9 @@ class _Evaluator:
     judges: Sequence[Judge]
     texts: Sequence[str]
     tasks: Tasks | None
+    gate: bool
+    """Whether the gated model is summed up."""
+    detection: Detection | None = None
     answered: list[dict[str, str]] = field(default_factory=list)
     """Prompt -> answer, of each model that was asked, in turn."""
 
@@ -167,7 +175,10 @@ class _Evaluator:
         if pack is not None and (reason := already_held(model, pack)):
             self.note_held(model, pack, reason, strengths)
             if base is not None:
-                return self.compare(base, model)
+                return self.compare(base, model, pack)
+            if self.gate:
+                advice = "Give the unpatched model with --base as well."
+                raise DataError(f"{model} holds {pack.label} already: the base does not answer in it", advice=advice)
             self.note("give the unpatched model with --base to measure both")
             pack = None
         return self.measure(model, pack, strengths, lora, base)
@@ -181,7 +192,22 @@ class _Evaluator:
     ) -> Evaluation:
         """What was measured, with the notes and the names of the judges."""
         judges = tuple(judge.name for judge in self.judges)
-        return Evaluation(model, patched, tuple(self.notes), judges, strength, curve)
+        both = gated(model, patched, self.detection) if self.gate and patched and self.detection else None
+        return Evaluation(model, patched, tuple(self.notes), judges, strength, curve, self.detection, both)
+
+    def detect(self, base: Runtime, model: str | Path, pack: Pack) -> None:
+        """Measures the detector of a pack on the suites, where there is one and the runtime gives hidden states."""
+        if pack.detector is None:
+            return
+        try:
+            detector = require_detector(pack, model)
+        except DataError as error:
+            self.note(f"the detector of {pack.label} was not measured: {error}")
+            return
+        self.on_event(Event("detect", note=pack.label))
+        self.detection = detect_suites(base, detector, self.suites)
+        if not reads_below(pack):
+            self.note(f"the detector of {pack.label} was measured on the base: it reads a layer that the pack changes")
 
     def note(self, text: str) -> None:
         """A note for the result, and at once for the listener."""
@@ -282,6 +308,7 @@ class _Evaluator:
             if is_endpoint(model):
                 self.note(NO_LOGITS)
             if pack is not None:
+                self.detect(runtime, model, pack)
                 found = self.at_strengths(runtime, pack, strengths, before, f"{model} with {pack.label}")
                 curve = tuple(found.items()) if len(strengths) > 1 else ()
                 strength = 1.0 if curve else strengths[0]
@@ -318,10 +345,11 @@ class _Evaluator:
             agreement = _agreement(answers, scores)
             return replace(scores, drift=drift(reference, model, answers), agreement=agreement, text=beside)
 
-    def compare(self, base: str | Path, model: str | Path) -> Evaluation:
+    def compare(self, base: str | Path, model: str | Path, pack: Pack) -> Evaluation:
         """A base and the model that was made from it by patching."""
         with self.load(base) as reference:
             before = self.scores(reference, f"{base}, the base")
+            self.detect(reference, base, pack)
             with self.load(model) as patched:
                 return self.result(before, self.patched(reference, patched, before, f"{model}, patched"))
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nestpatch.errors import DataError
+from nestpatch.evaluation.detection import require_detector
 from nestpatch.formats import nest
 from nestpatch.formats.provenance import read_packs
 from nestpatch.pack import Pack
@@ -77,6 +78,24 @@ def require_together(
     if other not in (kind, "transformers"):
         what, where = ("a .gguf", ".gguf") if other == "llama.cpp" else ("an ONNX", "ONNX")
         raise DataError(f"the drift from {what} base can be measured for {where} models", advice="Give the base's directory.")
+
+
+def require_gate(model: str | Path, pack: Pack | None, strengths: Sequence[float]) -> None:
+    """Rejects what cannot be gated, before anything is loaded.
+
+    Args:
+        model: A model directory, weight file, Hub id or the address of a server.
+        pack: The pack; None without one.
+        strengths: Factors of the pack's change.
+
+    Raises:
+        DataError: There is no pack, no detector in it, more than one strength, or no hidden state of the model.
+    """
+    if pack is None:
+        raise DataError("a gated model needs a pack with a detector", advice="Give the pack: nestpatch eval MODEL PACK --gated")
+    if len(strengths) > 1:
+        raise DataError("a gated model is measured at one strength", advice="Give one strength.")
+    require_detector(pack, model)
 
 
 def already_held(model: str | Path, pack: Pack) -> str:

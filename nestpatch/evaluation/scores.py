@@ -8,6 +8,7 @@ from typing import Any
 
 from nestpatch.evaluation.agreement import Agreement, agreements
 from nestpatch.evaluation.concerns import concerns
+from nestpatch.evaluation.detection import Detection
 from nestpatch.evaluation.dose import Dose, DosePoint, dose_json
 from nestpatch.evaluation.judges.coherence import is_incoherent
 from nestpatch.evaluation.judges.keywords import KEYWORDS, is_refusal, matches
@@ -196,6 +197,9 @@ class Evaluation:
         judges: Names of the judges; the first decided.
         strength: Of the pack in `patched`; None where there is none, and where it is not known.
         curve: (strength, scores) of the pack at each of several strengths over 0; empty where one was measured.
+        detection: The pack's detector on the suites; None where there is none, and where it was not measured.
+        gated: The scores where the patched model answers the prompts that the detector takes for harmful, and the base all
+            others; None unless they were asked for.
     """
 
     model: Scores
@@ -204,6 +208,8 @@ class Evaluation:
     judges: tuple[str, ...] = (KEYWORDS.name,)
     strength: float | None = None
     curve: tuple[tuple[float, Scores], ...] = ()
+    detection: Detection | None = None
+    gated: Scores | None = None
 
     @property
     def sides(self) -> tuple[tuple[float | None, Scores], ...]:
@@ -247,6 +253,8 @@ class Evaluation:
             "judges": list(self.judges),
             "agreement": [one.as_json() for one in self.agreement],
             **dose_json(self.dose),
+            "detector": self.detection.as_json() if self.detection is not None else None,
+            "gated": self.gated.as_json() if self.gated is not None else None,
         }
 
 
@@ -280,6 +288,24 @@ def evaluate_suites(
             _judged(suite.kind, prompt, answer, said) for prompt, answer, said in zip(prompts, answers, found, strict=True)
         ]
         results.append(SuiteResult(suite.name, suite.kind, suite.prompts.digest, tuple(judged)))
+    return Scores(tuple(results))
+
+
+def gated(base: Scores, patched: Scores, detection: Detection) -> Scores:
+    """The scores of a host that answers with the patched model where the detector fires, and else with the base.
+
+    Args:
+        base: The scores of the base.
+        patched: Those of the patched model, on the same suites.
+        detection: The detector on them.
+
+    Returns:
+        The scores of the combination, without a drift.
+    """
+    results = []
+    for old, new, said in zip(base.suites, patched.suites, detection.suites, strict=True):
+        both = zip(old.verdicts, new.verdicts, said.fired, strict=True)
+        results.append(SuiteResult(old.suite, old.kind, old.digest, tuple(b if fired else a for a, b, fired in both)))
     return Scores(tuple(results))
 
 

@@ -187,12 +187,12 @@ def set_scale(endpoint: Endpoint, server: Server, name: str, scale: float) -> Se
         advice = "Load the pack again under another name with --strength, and drop this one (nestpatch adapter unload)."
         raise DataError("vLLM has no scales of adapters", advice=advice)
     adapters = list_adapters(endpoint, server)
-    found = _named(adapters, name)
+    found = adapter_named(adapters, name)
     if found.scale == scale:
         return found
     scales = [{"id": int(one.name), "scale": scale if one == found else one.scale} for one in adapters]
     endpoint.server.text("POST", f"{endpoint.server.root}/lora-adapters", scales)
-    now = _named(list_adapters(endpoint, server), found.name)
+    now = adapter_named(list_adapters(endpoint, server), found.name)
     if now.scale is None or abs(now.scale - scale) > 1e-6:
         raise EndpointAnswerError(f"{endpoint.url} keeps the scale of {name} at {now.scale}, asked for {scale:g}")
     return now
@@ -215,7 +215,7 @@ def unload(endpoint: Endpoint, server: Server, name: str) -> ServedAdapter:
     """
     if server == "llama-server":
         return set_scale(endpoint, server, name, 0.0)
-    found = _named(list_adapters(endpoint, server), name)
+    found = adapter_named(list_adapters(endpoint, server), name)
     endpoint.server.text("POST", f"{endpoint.url}/unload_lora_adapter", {"lora_name": found.name})
     if any(one.name == found.name for one in list_adapters(endpoint, server)):
         raise EndpointAnswerError(f"{endpoint.url} still lists the adapter {found.name}")
@@ -274,8 +274,19 @@ def _at_path(adapters: Sequence[ServedAdapter], path: str) -> ServedAdapter | No
     return found[0] if found else None
 
 
-def _named(adapters: Sequence[ServedAdapter], name: str) -> ServedAdapter:
-    """The adapter of a name, a path, or the name of a file. Raises DataError."""
+def adapter_named(adapters: Sequence[ServedAdapter], name: str) -> ServedAdapter:
+    """Finds an adapter.
+
+    Args:
+        adapters: From `list_adapters`.
+        name: Its name, its path, or the name of its file.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        DataError: None or several are called so.
+    """
     found = [one for one in adapters if name in (one.name, one.path)]
     found = found or [one for one in adapters if _file_name(one.path) in (name, f"{name}.gguf")]
     if len(found) != 1:

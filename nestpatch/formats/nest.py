@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nestpatch.delta import TensorDelta
+from nestpatch.detector import DetectorFacts
 from nestpatch.errors import PackContentError, PackError, PackFormatError, PackTooNewError
 from nestpatch.files.atomic import write_bytes
 from nestpatch.files.reading import open_regular
@@ -34,6 +35,8 @@ _MAX_SIDE = 1 << 31
 """Rows or columns, at most: an empty tensor with a side of 0 could claim any number for the other."""
 _PARTS = ("delta", "rows", "cluster", "factors", "sketch")
 """A tensor has all of them but one: clusters or factors."""
+_DETECTOR = "detector:weight"
+"""No part of a matrix is called weight, so it is no part of a matrix that is named detector."""
 _CODES: dict[str, np.dtype[Any]] = {
     **DTYPES,
     "I32": np.dtype("<i4"),
@@ -56,6 +59,18 @@ _MANIFEST_FIELDS: dict[str, type] = {
     "requires": list,
     "method": dict,
     "evaluation": dict,
+}
+_DETECTOR_FIELDS: dict[str, type] = {
+    "layer": int,
+    "pooling": str,
+    "bias": float,
+    "threshold": float,
+    "max_false_positive_rate": float,
+    "auc": float,
+    "detection_rate": float,
+    "false_positive_rate": float,
+    "harmful": int,
+    "harmless": int,
 }
 _BASE_FIELDS: dict[str, type] = {
     "model_id": str,
@@ -101,6 +116,8 @@ def encode(pack: Pack) -> bytes:
         PackContentError: The header or the file would be too long.
     """
     arrays = {f"{d.name}:{part}": np.ascontiguousarray(array) for d in pack for part, array in parts(d).items()}
+    if pack.detector_weight is not None:
+        arrays[_DETECTOR] = np.ascontiguousarray(pack.detector_weight)
     # Wide types first, so that every array begins at a multiple of its item size.
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     codes = {dtype: code for code, dtype in _CODES.items()}
@@ -167,7 +184,9 @@ def decode(data: bytes) -> Pack:
             advice="Give the model first and a .nest file second: nestpatch apply MODEL PACK",
         )
     named, manifest = parse_manifest(metadata["nest"])
-    pack = Pack(manifest, _deltas({name: _array(name, entry, body) for name, entry in header.items()}))
+    arrays = {name: _array(name, entry, body) for name, entry in header.items()}
+    detector = arrays.pop(_DETECTOR, None)
+    pack = Pack(manifest, _deltas(arrays), detector)
     if pack.additions and pack.format != named:
         raise PackContentError(f"the format {named} of the pack does not have what it holds: {pack.additions[0]}")
     if pack.format != named:
@@ -354,6 +373,7 @@ def manifest_json(pack: Pack) -> dict[str, Any]:
         name: {"shape": list(t.shape), "dtype": t.dtype, "sha256": t.sha256, "rows_sha256": t.rows_sha256}
         for name, t in base.tensors.items()
     }
+    detector = {} if manifest.detector is None else {"detector": manifest.detector.as_json()}
     return {
         "format": pack.format,
         "name": manifest.name,
@@ -374,6 +394,7 @@ def manifest_json(pack: Pack) -> dict[str, Any]:
         "requires": list(manifest.requires),
         "method": dict(manifest.method),
         "evaluation": dict(manifest.evaluation),
+        **detector,
     }
 
 
@@ -395,7 +416,8 @@ def parse_manifest(text: str) -> tuple[str, Manifest]:
     if isinstance(value, dict) and isinstance(value.get("format"), str) and value["format"] not in FORMATS:
         known = " and ".join(map(repr, FORMATS))
         raise PackTooNewError(f"the pack has format {value['format'][:40]!r}; this nestpatch reads {known}")
-    _require_fields(value, _MANIFEST_FIELDS, "manifest")
+    optional = {"detector": dict} if isinstance(value, dict) and "detector" in value else {}
+    _require_fields(value, {**_MANIFEST_FIELDS, **optional}, "manifest")
     if canonical_json(value) != text:
         raise PackFormatError("the manifest is not canonical JSON (sorted keys, no spaces)")
     base, result = value["base"], value["result"]
@@ -410,6 +432,8 @@ def parse_manifest(text: str) -> tuple[str, Manifest]:
         _require_fields(entry, _IDENTITY_FIELDS, f"base tensor {name!r}")
         if not _whole_numbers(entry["shape"]):
             raise PackFormatError(f"base tensor {name!r} has an impossible shape")
+    if optional:
+        _require_fields(value["detector"], _DETECTOR_FIELDS, "manifest's detector")
     identities = {
         name: TensorIdentity(tuple(entry["shape"]), entry["dtype"], entry["sha256"], entry["rows_sha256"])
         for name, entry in base["tensors"].items()
@@ -422,6 +446,7 @@ def parse_manifest(text: str) -> tuple[str, Manifest]:
         requires=tuple(value["requires"]),
         base=BaseIdentity(base["model_id"], base["revision"], base["architecture"], base["dtype"], identities),
         result={name: entry["rows_sha256"] for name, entry in result["tensors"].items()},
+        detector=DetectorFacts(**value["detector"]) if optional else None,
     )
     return value["format"], manifest
 

@@ -1,19 +1,22 @@
-"""The stages probe, select and cluster in a row: the neurons of every layer, each stage kept in the run directory.
+"""The stages probe, select, cluster and detector in a row: the neurons of every layer, each stage kept in the run directory.
 
-Public in the room: `find_clusters`, and `digest_layers`, the identity of what it found.
+Public in the room: `find_layers`, `find_clusters`, and `digest_layers`, the identity of what they found.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from nestpatch.detector import Detector
 from nestpatch.events import Event
+from nestpatch.nest_train import _detector
 from nestpatch.nest_train._digests import digest_json
 from nestpatch.nest_train._neurons import (
     Clusters,
@@ -29,6 +32,7 @@ from nestpatch.nest_train._ranks import from_first
 from nestpatch.nest_train._run import Run
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.rows import FloatArray
+from nestpatch.runtimes.states import Places, hidden_size, layers_of
 from nestpatch.runtimes.weights import MlpBlock
 
 T = TypeVar("T", Selection, Clusters)
@@ -84,21 +88,47 @@ def find_clusters(
     Raises:
         TrainingError: No neuron separates harmful from harmless prompts.
     """
+    return find_layers(run, data, blocks, choose, detector=False)[0]
+
+
+def find_layers(
+    run: Run, data: TrainingData, blocks: Sequence[MlpBlock], choose: Choose | None = None, *, detector: bool
+) -> tuple[list[tuple[Selection, Clusters]], Detector | None]:
+    """The stages probe, select, cluster and detector.
+
+    Args:
+        run: The base.
+        data: The prompts.
+        blocks: The base's feed-forward blocks.
+        choose: As for `find_clusters`.
+        detector: Whether there is a stage detector.
+
+    Returns:
+        ((selection, clusters) of each block, the detector); None where none was asked for, and of a model with one layer.
+
+    Raises:
+        TrainingError: No neuron separates harmful from harmless prompts.
+    """
     texts = [prompt.text for prompt in data.harmful.prompts + data.harmless]
     inputs = {"prompts": digest_json(texts), "prompt tokens": run.recipe.max_prompt_tokens, "batch": run.recipe.probe_batch}
     inputs["experts"] = [block.experts for block in blocks]
-    shapes = {f"{number}.npy": (len(texts), block.neurons) for number, block in enumerate(blocks)}
+    places = _detector.candidates(len(layers_of(run.model, blocks[0])[0])) if detector else []
+    widths = [block.neurons for block in blocks] + [hidden_size(run.model)] * len(places)
+    shapes = {f"{number}.npy": (len(texts), width) for number, width in enumerate(widths)}
     harmful = np.arange(len(texts)) < len(data.harmful.prompts)
 
     def record(folder: Path) -> None:
         with run.run_dir.record.timed("probe"):
-            collect(run.model, blocks, run.runtime.token_ids(texts), folder, run.recipe, run.pad, run.on_event)
+            collect(run.model, blocks, run.runtime.token_ids(texts), folder, run.recipe, run.pad, run.on_event, places)
 
-    with run.run_dir.arrays("activations", inputs, shapes, record) as make:
+    with run.run_dir.arrays("activations", inputs | ({"states": places} if places else {}), shapes, record) as make:
         acts = Activations(make)
         inputs |= {"harmful prompts": len(data.harmful.prompts)}
         selections = choose(run, blocks, acts, harmful) if choose else selected(run, blocks, acts, harmful, inputs)
-        return list(zip(selections, _clustered(run, blocks, acts, selections, inputs), strict=True))
+        layers = list(zip(selections, _clustered(run, blocks, acts, selections, inputs), strict=True))
+        if detector and not places:
+            run.decide("detector", "none", "the model has one layer, or its layers are not known")
+        return layers, _detected(run, blocks, acts, harmful, layers, places, inputs) if places else None
 
 
 class Activations:
@@ -174,6 +204,39 @@ def _clustered(
         run.note(f"layer {selection.layer}: {selection.reason}; {found[place].k} clusters")
         run.on_event(Event("cluster", place + 1, len(blocks)))
     return found
+
+
+def _detected(
+    run: Run,
+    blocks: Sequence[MlpBlock],
+    acts: Activations,
+    harmful: npt.NDArray[np.bool_],
+    layers: Sequence[tuple[Selection, Clusters]],
+    places: Places,
+    inputs: Mapping[str, Any],
+) -> Detector:
+    """The stage detector."""
+    used = (block for block, (selection, _) in zip(blocks, layers, strict=True) if len(selection.neurons))
+    first = min(layers_of(run.model, block)[1] for block in used)
+    inputs = {**inputs, "states": places, "first layer": first, **_settings(run, _detector.SETTINGS)}
+    found = run.run_dir.rows("detector", inputs, _detector.of_row)
+    if len(found) == 1:
+        run.run_dir.note_reused("detector")
+    else:
+        acts.ready()
+        with run.run_dir.record.timed("detector"):
+            run.on_event(Event("detector", 0, 1))
+            states = partial(_states, acts, len(blocks))
+            found = [from_first(lambda: _detector.fit_detector(places, states, harmful, first, run.recipe))]
+        run.run_dir.keep_rows("detector", inputs, [_detector.row_of(*found[0])])
+    detector, reason = found[0]
+    run.decide("detector", f"layer {detector.facts.layer}, {detector.facts.pooling}", reason)
+    run.on_event(Event("detector", 1, 1))
+    return detector
+
+
+def _states(acts: Activations, blocks: int, number: int) -> FloatArray:
+    return acts[blocks + number]
 
 
 def digest_layers(layers: Sequence[tuple[Selection, Clusters]]) -> str:

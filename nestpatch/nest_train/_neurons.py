@@ -17,6 +17,7 @@ from nestpatch.errors import TrainingError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.nest_train import _ranks
 from nestpatch.nest_train.recipe import Recipe
+from nestpatch.runtimes.states import Places, hidden_size, layers_of, pooled_states
 from nestpatch.runtimes.text import pad_left
 from nestpatch.runtimes.weights import MlpBlock
 
@@ -146,6 +147,7 @@ def collect(
     recipe: Recipe,
     pad: int,
     on_event: OnEvent = ignore,
+    places: Places = (),
 ) -> list[FloatArray]:
     """Runs the prompts and max-pools every neuron's activation over each prompt's tokens.
 
@@ -159,21 +161,24 @@ def collect(
         recipe: `probe_batch` is read.
         pad: The id of the padding token.
         on_event: Called once per batch.
+        places: Where hidden states are recorded as well, pooled as each place says.
 
     Returns:
-        One array per block, float32 [prompts, neurons], mapped from files in `folder`; nothing on ranks beside the first.
+        One array per block, float32 [prompts, neurons], then one per place, [prompts, hidden], mapped from files in `folder`;
+        nothing on ranks beside the first.
     """
     from nestpatch.nest_train._experts import Batch, pooling
 
+    widths = [block.neurons for block in blocks] + [hidden_size(model)] * len(places)
     stored = [
-        np.lib.format.open_memmap(folder / f"{number}.npy", mode="w+", dtype=np.float32, shape=(len(prompts), block.neurons))
-        for number, block in enumerate(blocks if _ranks.is_first() else ())
+        np.lib.format.open_memmap(folder / f"{number}.npy", mode="w+", dtype=np.float32, shape=(len(prompts), width))
+        for number, width in enumerate(widths if _ranks.is_first() else ())
     ]
-    batch = Batch()
-    with pooling(blocks, batch) as pooled:
-        for places, done in _batches(model, prompts, recipe, pad, batch):
-            acts = [pooled[block.name].cpu().numpy() for block in blocks] if places else []
-            for part, rows in _ranks.at_first((places, acts)):
+    batch, (layers, _) = Batch(), layers_of(model, blocks[0])
+    with pooling(blocks, batch) as pooled, pooled_states(layers, places, lambda: batch.mask) as states:
+        for numbers, done in _batches(model, prompts, recipe, pad, batch):
+            found = [*(pooled[block.name] for block in blocks), *(states[place] for place in places)] if numbers else []
+            for part, rows in _ranks.at_first((numbers, [values.cpu().numpy() for values in found])):
                 for out, values in zip(stored, rows, strict=False):
                     out[part] = values
             on_event(Event("probe", done, len(prompts)))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nestpatch.detector import Detector
 from nestpatch.errors import CheckpointError, MissingExtraError
 from nestpatch.formats import nest
 from nestpatch.nest_train._digests import digest_json
@@ -39,17 +40,19 @@ def packed(
     result: TuneResult,
     label: Label,
     evaluation: dict[str, Any],
+    detector: Detector | None = None,
 ) -> Pack:
     """The stage pack: rounds the deltas to the type in which they are stored, and builds the pack.
 
     Args:
         run: The base.
         data: What it was trained on.
-        layers: From `find_clusters`.
+        layers: From `find_layers`.
         deltas: What was trained; rounded in place, so that what is evaluated is what ships.
         result: From `fit`.
         label: Name, version and other facts of the pack.
         evaluation: What was measured, for the manifest.
+        detector: From `find_layers`.
 
     Returns:
         The pack.
@@ -66,6 +69,7 @@ def packed(
         architecture=type(run.model).__name__,
         method=_method(run, data, layers, result),
         evaluation=evaluation,
+        detector=detector,
     )
 
 

@@ -5,7 +5,6 @@ A step of the tuning then runs the upper layers alone, and the divergence from t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nestpatch.events import Event, OnEvent, ignore
+from nestpatch.runtimes.states import layers_of
 from nestpatch.runtimes.text import IGNORED, TokenPair, collate
 from nestpatch.runtimes.weights import MlpBlock
 
@@ -277,13 +277,3 @@ class Trunk:
         self._hidden = stored
         # Log-probabilities of unlikely tokens are rounded coarsely, and do not matter.
         return float(((short - whole).abs() * whole.exp()).sum(-1).mean())
-
-
-def layers_of(model: PreTrainedModel, block: MlpBlock) -> tuple[nn.ModuleList, int]:
-    """The list of layers, and the number in it of the one that contains a block; an empty list where there is none."""
-    # The first number in the name: a mixture of experts has lists of its own further down. A layer can be its own block (OPT).
-    name = re.match(r"(.*?)\.(\d+)(?:\.|$)", block.name)
-    layers = model.get_submodule(name[1]) if name else None
-    if name is None or not isinstance(layers, nn.ModuleList):
-        return nn.ModuleList(), 0
-    return layers, int(name[2])

@@ -116,6 +116,15 @@ class Recipe:
         48, "held-out prompts of each kind that are answered at each look; 0 looks at the loss alone", "time", 0
     )
     patience: int = _knob(4, "looks without improvement before stopping", "convention", 1)
+    # Detector
+    detector: bool = _knob(
+        False,
+        "whether the pack gets a detector of harmful prompts; such a pack is nest/2, which older readers refuse",
+        "DSA (arXiv 2506.00166)",
+    )
+    detector_false_positives: float = _knob(
+        0.05, "share of harmless prompts above the detector's threshold, for which it is calibrated", "convention", 1e-4, 0.5
+    )
     # Output
     dose_strengths: str = _knob(
         "",
@@ -231,7 +240,7 @@ def make_recipe(
         if not equals:
             raise RecipeError(f"--set takes key=value, got {assignment!r}")
         try:
-            values[name] = known.get(name, str)(text)
+            values[name] = _parsed(known.get(name, str), text)
         except ValueError:
             raise RecipeError(f"{name} must be {known[name].__name__}, got {text!r}") from None
     unknown = sorted(set(values) - set(known))
@@ -240,6 +249,13 @@ def make_recipe(
         meant = f"Did you mean {close[0]}? " if close else ""
         raise RecipeError(f"unknown setting: {', '.join(unknown)}", advice=meant + RecipeError.advice)
     return Recipe(**values)
+
+
+def _parsed(kind: type, text: str) -> Any:
+    """A value of a text; ValueError for a text that is none."""
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    return kind(text)
 
 
 def _read(source: str | Path | None) -> Mapping[str, Any]:

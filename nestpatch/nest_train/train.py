@@ -1,4 +1,4 @@
-"""Training from start to end, as one line of stages: load, distil, probe, select, cluster, remember, tune, pack,
+"""Training from start to end, as one line of stages: load, distil, probe, select, cluster, detector, remember, tune, pack,
 evaluate.
 
 Public: `train`. `plan` in the module of that name says beforehand what a training would do.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nestpatch.errors import MissingExtraError
+from nestpatch.evaluation.detection import detect_suites
 from nestpatch.evaluation.suites import Suite
 from nestpatch.events import OnEvent, ignore
 from nestpatch.files.atomic import check_output
@@ -21,7 +22,7 @@ from nestpatch.nest_train import _ranks
 from nestpatch.nest_train._digests import digest_json
 from nestpatch.nest_train._evaluate import evaluate, evaluated
 from nestpatch.nest_train._fit import fit
-from nestpatch.nest_train._layers import busy_blocks, digest_layers, find_clusters
+from nestpatch.nest_train._layers import busy_blocks, digest_layers, find_layers
 from nestpatch.nest_train._pack import created, packed, write
 from nestpatch.nest_train._run import Run, limited_threads
 from nestpatch.nest_train._run_folder import open_run
@@ -178,13 +179,16 @@ def _train(
     with timed("distil"):
         examples = distil(run, data)
     blocks = busy_blocks(run, data, blocks)
-    layers = find_clusters(run, data, blocks)
+    layers, detector = find_layers(run, data, blocks, detector=run.recipe.detector)
+    if detector is not None and suites:
+        with timed("evaluate"):
+            facts["detector"] = detect_suites(run.runtime, detector, suites).as_json()
     deltas = DeltaSet(blocks, [clusters for _, clusters in layers])
     if kinds := deltas.quantize_like(run.stored):
         run.decide("rounding", "", f"deltas are trained through the rounding to {', '.join(kinds)} of the base's file")
     result = fit(run, blocks, deltas, examples, digest_layers(layers))
     with timed("pack"):
-        pack = packed(run, data, layers, deltas, result, label, facts)
+        pack = packed(run, data, layers, deltas, result, label, facts, detector)
         pack = created(run, pack, request)
     trained = Trained(pack, *identity(pack), before, None, deltas.trainable, run.parameters, output)
     write(run, trained, request, overwrite=output is not None and run.run_dir.wrote(output, request))

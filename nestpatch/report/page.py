@@ -143,7 +143,8 @@ def _notes(stored: Any, *, show_harmful: bool) -> list[str]:
 def _structure(subject: Subject) -> dict[str, Any]:
     """What a pack changes; without a pack nothing."""
     if subject.pack is None:
-        return {"layers": [], "clusters": 0, "kinds": (), "neurons": 0, "more_layers": 0, "more_clusters": 0, "method": {}}
+        empty = {"layers": [], "clusters": 0, "kinds": (), "neurons": 0, "more_layers": 0, "more_clusters": 0}
+        return {**empty, "method": {}, "detector": ""}
     pack = subject.pack.proven.pack
     found = layers(pack)
     clusters = max(len(layer.cells) for layer in found)
@@ -155,6 +156,7 @@ def _structure(subject: Subject) -> dict[str, Any]:
         "more_layers": max(0, len(found) - MOST_LAYERS),
         "more_clusters": max(0, clusters - MOST_CLUSTERS),
         "method": pack.manifest.method,
+        "detector": pack.manifest.detector.sentence if pack.manifest.detector is not None else "",
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
@@ -166,12 +166,13 @@ class Endpoint:
             on_answer(place, reply)
         return [found[place] for place in range(len(prompts))]
 
-    def stream(self, prompt: Conversation, max_tokens: int) -> Iterator[str]:
+    def stream(self, prompt: Conversation, max_tokens: int, fields: Mapping[str, Any] | None = None) -> Iterator[str]:
         """Asks for one greedy answer, and yields it as it is written. Retried until the first piece comes.
 
         Args:
             prompt: What the user asks.
             max_tokens: Length of the answer.
+            fields: Members of the request that one kind of server knows, and that it must not ignore.
 
         Yields:
             Pieces of the answer.
@@ -180,7 +181,7 @@ class Endpoint:
             EndpointError: The server does not answer, or breaks off.
         """
         address = f"{self.url}/chat/completions"
-        for line in self._lines(address, self._request(prompt, max_tokens) | {"stream": True}):
+        for line in self._lines(address, self._request(prompt, max_tokens) | {"stream": True, **(fields or {})}):
             if line.strip() == "data: [DONE]":
                 return
             if line.startswith("data:"):

@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from nestpatch.errors import CheckpointError, CheckpointFormatError, NestpatchError
+from nestpatch.errors import CheckpointError, CheckpointFormatError, DataError, NestpatchError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.formats.lora import gguf as lora_gguf
 from nestpatch.pack import Pack
 from nestpatch.patcher.plan import make_plan
 from nestpatch.patcher.recovery import open_model
 from nestpatch.rows import FloatArray
+from nestpatch.runtimes import _llama_states
 from nestpatch.runtimes._pieces import pieces
 from nestpatch.runtimes.llama_file import TEMPLATE, LlamaFile, collect_errors, reason
 from nestpatch.runtimes.text import MAX_TOKENS, Conversation, TokenPair, by_length, prompt_room
@@ -194,6 +195,35 @@ class LlamaRuntime(LlamaFile):
                     out[first + place - start] = row
         return out
 
+    def prompt_states(self, prompts: Sequence[Conversation], layer: int, pooling: str) -> FloatArray:
+        """Reads a hidden state of each prompt in chat form: the residual stream after a layer, pooled over the tokens.
+
+        Args:
+            prompts: What a user asks, or turns of conversations.
+            layer: The layer, from 0. Of the last one llama.cpp computes the last token alone.
+            pooling: One of `nestpatch.detector.POOLINGS`.
+
+        Returns:
+            float32 [prompts, hidden].
+
+        Raises:
+            DataError: The model has no such layer, or it is the last one.
+            CheckpointError: llama.cpp fails, or does not give the states of this architecture.
+        """
+        layers = int(self._library.llama_model_n_layer(self._model))
+        if layer >= layers - 1:
+            raise DataError(f"llama.cpp gives no states of layer {layer} of {layers}", advice="Give the model of the pack.")
+        rows = self.token_ids(prompts)
+        output = _llama_states.LayerOutput(self._library, layer, int(self._library.llama_model_n_embd(self._model)))
+        found = np.empty((len(rows), int(self._library.llama_model_n_embd(self._model))), np.float32)
+        with self._context(1, max(map(len, rows), default=1), output.callback) as context:
+            for place, ids in enumerate(rows):
+                self._library.llama_memory_clear(self._library.llama_get_memory(context), True)
+                for part in _llama_states.positions(ids, _BATCH):
+                    list(self._step(context, part))
+                found[place] = _llama_states.pool(output.take(len(ids)), pooling)
+        return found
+
     @contextmanager
     def with_adapter(self, adapter: Path) -> Iterator[LlamaRuntime]:
         """Yields the same loaded model with an adapter; this runtime goes on without it.
@@ -278,8 +308,8 @@ class LlamaRuntime(LlamaFile):
                 tokens = [(slot.answer[-1], slot.position - 1, slot.number, True) for slot in running]
 
     @contextmanager
-    def _context(self, sequences: int, length: int) -> Iterator[Any]:
-        """A context for some sequences of at most `length` tokens each."""
+    def _context(self, sequences: int, length: int, watch: Any = None) -> Iterator[Any]:
+        """A context for some sequences of at most `length` tokens each; `watch` is called for every tensor it computes."""
         library, parameters = self._library, self._library.llama_context_default_params()
         # llama.cpp divides the cells of the cache by the sequences; each needs whole blocks of 256.
         parameters.n_ctx = sequences * (-(-length // 256) * 256)
@@ -290,6 +320,8 @@ class LlamaRuntime(LlamaFile):
         parameters.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
         parameters.kv_unified = False
         parameters.no_perf = True
+        if watch is not None:
+            parameters.cb_eval = watch
         collect_errors(library)
         context = library.llama_init_from_model(self._model, parameters)
         if not context:

@@ -332,6 +332,13 @@ class OnnxRuntime:
         other._adapter = self._load_adapter(Path(adapter))
         yield other
 
+    def prompt_states(self, prompts: Sequence[Conversation], layer: int, pooling: str) -> FloatArray:  # noqa: ARG002 - the protocol's signature
+        """Always raises DataError: the graph has no output for hidden states."""
+        raise DataError(
+            f"the ONNX model {self.path} gives no hidden states",
+            advice="Give the model as a directory of transformers, or as a .gguf file.",
+        )
+
     @contextmanager
     def with_pack(self, pack: Pack, strength: float = 1.0) -> Iterator[OnnxRuntime]:
         """Yields the model with a pack: an adapter where the graph takes one, else a temporary patched copy that is loaded too.

@@ -106,6 +106,22 @@ class Runtime(Protocol):
         """
         ...
 
+    def prompt_states(self, prompts: Sequence[Conversation], layer: int, pooling: str) -> FloatArray:
+        """Reads a hidden state of each prompt in chat form: the residual stream after a layer, pooled over the tokens.
+
+        Args:
+            prompts: What a user asks, or the turns of conversations.
+            layer: The layer, from 0.
+            pooling: One of `nestpatch.detector.POOLINGS`.
+
+        Returns:
+            float32 [prompts, hidden].
+
+        Raises:
+            DataError: The runtime gives no hidden states, or the model has no such layer.
+        """
+        ...
+
     def with_pack(self, pack: Pack, strength: float = 1.0) -> AbstractContextManager[Runtime]:
         """Opens the same model with a pack merged in memory; this runtime goes on without it.
 

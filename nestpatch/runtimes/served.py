@@ -142,6 +142,10 @@ class ServedRuntime:
         """Always raises DataError: an endpoint gives no logits."""
         self._only_answers("logits")
 
+    def prompt_states(self, prompts: Sequence[Conversation], layer: int, pooling: str) -> FloatArray:  # noqa: ARG002 - the protocol's signature
+        """Always raises DataError: an endpoint gives no hidden states."""
+        self._only_answers("hidden states")
+
     def with_pack(self, pack: Pack, strength: float = 1.0) -> AbstractContextManager[ServedRuntime]:  # noqa: ARG002 - the protocol's signature
         """Always raises DataError: a pack is loaded into the server by `nestpatch adapter load`."""
         self._only_answers("weights")

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from nestpatch.errors import DataError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.pack import Pack
@@ -17,19 +19,21 @@ from nestpatch.rows import FloatArray
 from nestpatch.runtimes._pieces import decoded
 from nestpatch.runtimes.devices import pick_device, pick_dtype
 from nestpatch.runtimes.loading import load_model
+from nestpatch.runtimes.states import layers_of, pooled_states
 from nestpatch.runtimes.text import (
     IGNORED,
     MAX_TOKENS,
     Conversation,
     TokenPair,
     by_length,
+    collate,
     encode_pairs,
     pad_left,
     prompt_ids,
     prompt_room,
 )
 from nestpatch.runtimes.threads import wait_passively
-from nestpatch.runtimes.weights import merged_parameters, swapped_in
+from nestpatch.runtimes.weights import find_mlps, merged_parameters, swapped_in
 
 if TYPE_CHECKING:
     import torch
@@ -242,6 +246,37 @@ class TransformersRuntime:
             found = self.model(torch.tensor([list(ids)], device=self.model.device)).logits[0, start:]
         rows: FloatArray = found.float().cpu().numpy()
         return rows
+
+    def prompt_states(self, prompts: Sequence[Conversation], layer: int, pooling: str) -> FloatArray:
+        """Reads a hidden state of each prompt in chat form: the residual stream after a layer, pooled over the tokens.
+
+        Args:
+            prompts: What a user asks, or turns of conversations.
+            layer: The layer, from 0.
+            pooling: One of `nestpatch.detector.POOLINGS`.
+
+        Returns:
+            float32 [prompts, hidden].
+
+        Raises:
+            DataError: The model has no such layer.
+            UnsupportedModelError: Its layers are not known.
+        """
+        import torch
+
+        layers, _ = layers_of(self.model, find_mlps(self.model)[0])
+        if layer >= len(layers):
+            raise DataError(f"there is no layer {layer}: the model has {len(layers)}", advice="Give the model of the pack.")
+        rows = self.token_ids(prompts)
+        found: dict[int, FloatArray] = {}
+        for places in by_length(rows, self.batch):
+            # Padded at the right, so that positions begin at 0 as they do in other runtimes.
+            pairs = [TokenPair(tuple(rows[place]), ()) for place in places]
+            ids, mask, _ = collate(pairs, int(self.tokenizer.pad_token_id), self.model.device)
+            with self.active(), torch.inference_mode(), pooled_states(layers, [(layer, pooling)], mask.bool) as states:
+                self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+            found |= dict(zip(places, states[layer, pooling].cpu().numpy(), strict=True))
+        return np.stack([found[place] for place in range(len(rows))])
 
     @contextmanager
     def with_pack(self, pack: Pack, strength: float = 1.0) -> Iterator[TransformersRuntime]:

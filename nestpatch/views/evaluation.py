@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nestpatch.evaluation.perplexity import TextLoss
     from nestpatch.evaluation.scores import Scores
     from nestpatch.evaluation.shares import Share
+    from nestpatch.evaluation.tasks import TaskScore
     from nestpatch.nest_train.plan import TrainingPlan
     from nestpatch.nest_train.result import Trained
 
@@ -47,7 +48,7 @@ def evaluation_table(columns: Mapping[str, Scores]) -> Table:
         if any(share is not None for share in shares):
             table.add_row(title, *("" if share is None else _percent(share) for share in shares))
     if len(models) > 1 or models[0].drift is not None:
-        # Of two columns the first is the base itself, unless it was compared with another one.
+        # Of several columns the first is the base itself, unless it was compared with another one.
         missing = ["" if len(models) > 1 else "not measured", *["not measured"] * (len(models) - 1)]
         drifts = zip((model.drift for model in models), missing, strict=True)
         table.add_row("KL to the base, benign", *(n if d is None else f"{d:.4f} nats per token" for d, n in drifts))
@@ -91,9 +92,12 @@ def _utility(models: Sequence[Scores]) -> Iterator[tuple[str, list[str]]]:
     if any(model.text for model in models):
         yield "perplexity", [_perplexity(model.text) if model.text else "" for model in models]
     for position, score in enumerate(models[0].tasks):
-        values = (model.tasks[position] for model in models)
-        cells = [f"{s.value:.4f}" + ("" if s.error is None else f"  [dim]standard error {s.error:.4f}[/dim]") for s in values]
+        cells = [_task(model.tasks[position]) if model.tasks else "" for model in models]
         yield escape(f"{score.task}, {score.metric}"), cells
+
+
+def _task(score: TaskScore) -> str:
+    return f"{score.value:.4f}" + ("" if score.error is None else f"  [dim]standard error {score.error:.4f}[/dim]")
 
 
 def _perplexity(loss: TextLoss) -> str:
@@ -153,6 +157,24 @@ def recommendation_text(recommended: Recommendation) -> str:
     """
     strength = "none" if recommended.strength is None else f"{recommended.strength:g}"
     return f"[bold]{strength}[/], {escape(recommended.reason)}"
+
+
+def detection_text(stored: Mapping[str, Any]) -> str:
+    """The numbers of a detector on suites for people.
+
+    Args:
+        stored: Of `nestpatch.evaluation.detection.Detection.as_json`, from anywhere.
+
+    Returns:
+        One line.
+    """
+    from nestpatch.evaluation.detection import stored_detection
+
+    found = stored_detection({"detector": stored}) or {}
+    shares = (("detects", "harmful", found["detection"]), ("false alarms on", "harmless", found["false_positive"]))
+    parts = [f"{what} {one.count} of {one.total} {kind} prompts ({one.value:.1%})" for what, kind, one in shares if one]
+    auc = [] if found["auc"] is None else [f"AUC {found['auc']:.3f}"]
+    return f"detector: {', '.join([*auc, *parts]) or 'not measured'}"
 
 
 def headline_table(title: str, before: Mapping[str, Any], after: Mapping[str, Any] | None) -> Table:

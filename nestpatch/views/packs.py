@@ -12,7 +12,7 @@ from nestpatch.evaluation.concerns import concerns
 from nestpatch.evaluation.dose import Dose, Recommendation
 from nestpatch.plain import count
 from nestpatch.views.console import escape, fact_grid, out, size, table_of
-from nestpatch.views.evaluation import dose_table, headline_table, recommendation_text
+from nestpatch.views.evaluation import detection_text, dose_table, headline_table, recommendation_text
 
 if TYPE_CHECKING:
     from nestpatch.delta import TensorDelta
@@ -46,6 +46,10 @@ def show_pack(pack: Pack, pack_id: str, nbytes: int, *, rows: bool = False) -> N
     for what, listed in (("tags", manifest.tags), ("supersedes", manifest.supersedes), ("requires", manifest.requires)):
         if listed:
             grid.add_row(what, escape(", ".join(listed)))
+    if manifest.detector is not None:
+        grid.add_row("detector", escape(manifest.detector.sentence))
+        if isinstance(stored := manifest.evaluation.get("detector"), dict):
+            grid.add_row("", escape(f"on the suites: {detection_text(stored).removeprefix('detector: ')}"))
     if recommended := Recommendation.from_json(manifest.evaluation.get("recommended")):
         grid.add_row("recommended", f"strength {recommendation_text(recommended)}")
     for concern in concerns(manifest.evaluation) if manifest.evaluation else ():

@@ -170,3 +170,25 @@ def rename_tensor(data: bytes, new: str) -> bytes:
             arrays[new + name.removeprefix(old)] = arrays.pop(name)
 
     return with_arrays(with_manifest(data, change_manifest), change_arrays)
+
+
+DETECTOR: Json = {
+    "layer": 1,
+    "pooling": "last",
+    "bias": -0.5,
+    "threshold": 0.25,
+    "max_false_positive_rate": 0.05,
+    "auc": 0.9,
+    "detection_rate": 0.75,
+    "false_positive_rate": 0.0625,
+    "harmful": 40,
+    "harmless": 80,
+}
+
+
+def with_detector(data: bytes, weight: np.ndarray | None = None, *, drop: str = "", **fields: Any) -> bytes:
+    """The file as nest/2 with a detector whose manifest has other fields, or lacks one."""
+    weight = np.linspace(-1, 1, 16, dtype=np.float32) if weight is None else weight
+    facts = {name: value for name, value in {**DETECTOR, **fields}.items() if name != drop}
+    data = with_arrays(data, lambda arrays: arrays.update({"detector:weight": weight}))
+    return with_manifest(data, lambda manifest: manifest.update(format="nest/2", detector=facts))
