@@ -65,7 +65,7 @@ class Nest:
         blocks, self.recipe = find_mlps(model), recipe
         self.deltas = DeltaSet(blocks, [_clusters(block, len(blocks) // 2, recipe.k_min) for block in blocks])
         if checkpoint is not None:
-            self.deltas.quantize(StoredWeights(model, checkpoint))
+            self.deltas.quantize_like(StoredWeights(model, checkpoint))
         self.trained = self.deltas.trainable
         self.trunk = Trunk(model, blocks, self.deltas.first_layer, pad)
         self.trunk.checkpointing = recipe.checkpointing == "on"

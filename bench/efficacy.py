@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import AutoTokenizer
 
 from bench._base import BaseRun, Clock, Measured, not_refused
 from bench._peak import Peak
+from bench._rounding import OWN, TYPES, rounded_as
 from bench.methods import METHODS, PEERS, Attempt, Method, Scene
 from bench.methods.redundant import switched_off
 from nestpatch.errors import TrainingError
@@ -127,6 +129,7 @@ class Task:
         tag: The name of these settings in the rows.
         name: The base's name in the rows; empty for `model`.
         switch_off: Whether deltas are measured a second time without the neurons that they were selected for.
+        round_to: The type to which patched rows are rounded.
     """
 
     model: str
@@ -138,6 +141,7 @@ class Task:
     tag: str = ""
     name: str = ""
     switch_off: bool = False
+    round_to: str = OWN
 
     @property
     def base(self) -> str:
@@ -152,7 +156,8 @@ class Task:
 
     def settings_of(self, method: Method, recipe: Recipe) -> str:
         """The same for a method, with the recipe before the method's own settings."""
-        return self.settings(method.name, method.recipe(recipe).as_json(), self.data.facts())
+        rounded = [] if self.round_to == OWN else [self.round_to]
+        return self.settings(method.name, method.recipe(recipe).as_json(), self.data.facts(), *rounded)
 
 
 class Counted:
@@ -218,12 +223,13 @@ class Bench:
         clock.wind()
         own, attempt = method.prepare(scene)
         change, loss = attempt.change, Counted(attempt.loss)
-        if isinstance(change, DeltaSet):
-            change.quantize(own.run.stored, own.run.recipe.round_to)
+        as_type = partial(rounded_as, self.task.round_to)
+        if isinstance(change, DeltaSet) and method.rounding:
+            change.quantize_like(own.run.stored, as_type)
         clock.wind()
         result = fit(own.run, own.blocks, change, attempt.examples, loss_function=loss)
         if isinstance(change, DeltaSet):
-            change.quantize(own.run.stored, scene.run.recipe.round_to)
+            change.quantize_like(own.run.stored, as_type)
         seconds = {stage: round(value, 2) for stage, value in clock.seconds.items() if stage not in ("load", "evaluate")}
         recipe = own.run.recipe
         facts = {
@@ -315,6 +321,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", type=Path, nargs="+", help="texts for the perplexity")
     parser.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS)
     parser.add_argument("--switch-off", action="store_true", help="measure deltas also with the selected neurons at zero")
+    parser.add_argument("--round-to", choices=TYPES, default=OWN, help="the type to which patched rows are rounded")
     parser.add_argument("--packs", type=Path, help="a folder for the packs")
     parser.add_argument("--tag", default="", help="the name of these settings in the output")
     parser.add_argument("--output", type=Path, help="a file of JSON lines, which grows")
@@ -331,8 +338,8 @@ def task_of(given: argparse.Namespace) -> Task:
     if given.text or not texts:
         texts = [path.read_text("utf-8") for path in given.text or TEXTS]
     suites = [limited(suite, given.limit) for suite in (*suites, *map(load_suite, given.suite))]
-    strengths = tuple(given.strengths)
-    return Task(model, data, tuple(suites), tuple(texts), strengths, given.packs, given.tag, name, given.switch_off)
+    options = given.packs, given.tag, name, given.switch_off, given.round_to
+    return Task(model, data, tuple(suites), tuple(texts), tuple(given.strengths), *options)
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -196,7 +196,7 @@ def options(model: Path, folder: Path) -> list[str]:
         "check_prompts=1",
     ]
     made += ["--max-prompts", "60", "--limit", "3", "--text", str(folder / "text"), "--packs", str(folder / "packs")]
-    return [str(model), *made, "--output", str(folder / "rows.jsonl"), "--tag", "t", "--switch-off"]
+    return [str(model), *made, "--output", str(folder / "rows.jsonl"), "--tag", "t", "--switch-off", "--round-to", "q8_0"]
 
 
 def test_a_run_is_continued_and_becomes_tables(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,6 +72,7 @@ class Method:
         make: Prepares it on a scene that has its settings.
         settings: Settings of the recipe that differ.
         lookalikes: Whether it trains with look-alikes.
+        rounding: Whether deltas are trained through the rounding with which they are measured.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Method:
     make: Callable[[Scene], Attempt]
     settings: Mapping[str, Any] = field(default_factory=dict)
     lookalikes: bool = True
+    rounding: bool = True
 
     def recipe(self, recipe: Recipe) -> Recipe:
         """The recipe with the method's settings."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch.nn.functional import linear
 from nestpatch.formats.checkpoint import TensorInfo, float_rows
 from nestpatch.nest_train._experts import each_expert
 from nestpatch.nest_train._neurons import Clusters
-from nestpatch.nest_train._rounding import AUTO, rounded_as
 from nestpatch.rows import FloatArray
 from nestpatch.runtimes.quantized import float_weight
 from nestpatch.runtimes.stored import StoredWeights
@@ -76,7 +75,7 @@ class RowDeltas(nn.Module, ABC):
 
     @torch.no_grad()
     def round_rows(self) -> None:
-        """Where rows are rounded: computes what rounding changes in each row of base plus delta.
+        """Where the base is quantized: computes what rounding changes in each row of base plus delta.
 
         The forward pass adds it as a constant, so that the deltas are trained for the rows that a file will hold. The gradient
         passes the rounding unchanged (straight-through estimator, arXiv 1308.3432).
@@ -142,6 +141,10 @@ def swapped(places: Sequence[tuple[Projection, Any]]) -> Iterator[None]:
             setattr(projection.parent, projection.attribute, module.base)
 
 
+def _as_stored(info: TensorInfo) -> TensorInfo:
+    return info
+
+
 class DeltaSet:
     """All deltas of a model, attached and detached together.
 
@@ -187,34 +190,32 @@ class DeltaSet:
             groups.append({"params": [module.delta], "peak": learning_rate * rms})
         return groups
 
-    def quantize(self, stored: StoredWeights, round_to: str = AUTO) -> list[str]:
-        """Rounds patched rows, from now on: each becomes the rounded sum of the base's row and its delta.
-
-        A file that is quantized after the merge holds these rows, and so `apply` with the float base and `export` write them.
+    def quantize_like(self, stored: StoredWeights, as_type: Callable[[TensorInfo], TensorInfo] = _as_stored) -> list[str]:
+        """Rounds patched rows as the base's file rounds them, from now on; tensors of plain numbers are left alone.
 
         Args:
             stored: The base on disk.
-            round_to: The setting of the recipe; by default the type of each tensor in the base's file, where plain numbers are
-                not rounded.
+            as_type: Gives a tensor another type to be rounded to, and plain numbers to those that are left alone.
 
         Returns:
-            The types to which rows are rounded, sorted.
+            The types of the quantized tensors, sorted.
 
         Raises:
-            QuantizationError: Rows of such a type cannot be encoded on this machine, or do not fit into its blocks.
+            QuantizationError: Rows of such a type cannot be encoded on this machine.
         """
         kinds = set()
         for projection, module in self.places:
             module.rounding = []
             for some in stored.split(projection.weight_name, module.rows.cpu().numpy()):
-                if info := rounded_as(round_to, stored.checkpoint.info(some.tensor)):
+                info = as_type(stored.checkpoint.info(some.tensor))
+                if not info.plain:
                     kinds.add(info.dtype)
                     module.rounding.append((some.part, float_rows(stored.checkpoint, some.tensor, some.rows), info))
             module.round_rows()
         return sorted(kinds)
 
     def round_rows(self) -> None:
-        """Rounds the rows anew; see `RowDeltas.round_rows`."""
+        """Rounds the rows of quantized tensors; see `RowDeltas.round_rows`."""
         for module in self.modules:
             module.round_rows()
 

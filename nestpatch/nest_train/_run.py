@@ -21,7 +21,6 @@ from nestpatch.events import Event, OnEvent
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.nest_train import _ranks
 from nestpatch.nest_train._record import versions
-from nestpatch.nest_train._rounding import rounded_as
 from nestpatch.nest_train._run_dir import RunDir, base_digest
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.packing import require_packable
@@ -159,14 +158,13 @@ class Run:
             UnsupportedModelError: The architecture has none that this package knows, or the file stores their rows in another
                 order.
             CheckpointFormatError: transformers changed their weights while loading.
-            QuantizationError: The base's file stores them in a type that no pack can change on this machine, or they cannot be
-                rounded as the recipe says.
+            QuantizationError: The base's file stores them in a type that no pack can change on this machine.
         """
         blocks = find_mlps(self.model)
         for name in (projection.weight_name for block in blocks for projection in block.projections):
             tensors = self.stored.tensors(name)
             for _, tensor in tensors:
-                rounded_as(self.recipe.round_to, require_packable(self.checkpoint, tensor))
+                require_packable(self.checkpoint, tensor)
             self.stored.require_same(name, np.asarray([0, tensors[-1][0].start + tensors[-1][0].rows - 1]))
         for reason in experts_left_alone(self.model):
             self.decide("experts left alone", "", reason)

@@ -218,7 +218,7 @@ def _time_steps(
     from nestpatch.nest_train._tune import tune
 
     deltas = DeltaSet(blocks, _everywhere(blocks, groups, run.recipe))
-    deltas.quantize(run.stored, run.recipe.round_to)
+    deltas.quantize_like(run.stored)
     marks = []
 
     def mark(event: Event) -> None:

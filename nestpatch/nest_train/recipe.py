@@ -110,13 +110,6 @@ class Recipe:
         "measured: greedy decoding refuses where a fifth of the probability does, which costs forward KL little",
         choices=("reverse", "forward"),
     )
-    round_to: str = _knob(
-        "auto",
-        "type through whose rounding the deltas are trained: auto (that of the base's file), none, a type of GGUF files, or "
-        "int4, as in ONNX models",
-        "straight-through estimator (arXiv 1308.3432)",
-        choices=("auto", "none", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "q3_k", "q2_k", "int4"),
-    )
     tune_holdout: float = _knob(0.1, "share of prompts that decide which step is kept", "convention", 0.02, 0.5)
     check_every: int = _knob(80, "steps between two looks at the held-out prompts", "convention", 1)
     check_prompts: int = _knob(

@@ -31,7 +31,6 @@ from nestpatch.nest_train._fit import fit
 from nestpatch.nest_train._layers import busy_blocks, digest_layers, find_clusters
 from nestpatch.nest_train._neurons import Clusters, Selection
 from nestpatch.nest_train._record import versions
-from nestpatch.nest_train._rounding import AUTO
 from nestpatch.nest_train._run import Run, limited_threads
 from nestpatch.nest_train._run_dir import digest_json, open_run
 from nestpatch.nest_train._targets import distil
@@ -252,9 +251,8 @@ def _train(
     blocks = busy_blocks(run, data, blocks)
     layers = find_clusters(run, data, blocks)
     deltas = DeltaSet(blocks, [clusters for _, clusters in layers])
-    if kinds := deltas.quantize(run.stored, run.recipe.round_to):
-        whose = "of the base's file" if run.recipe.round_to == AUTO else "(asked for); what is measured is rounded so"
-        run.decide("rounding", "", f"deltas are trained through the rounding to {', '.join(kinds)} {whose}")
+    if kinds := deltas.quantize_like(run.stored):
+        run.decide("rounding", "", f"deltas are trained through the rounding to {', '.join(kinds)} of the base's file")
     result = fit(run, blocks, deltas, examples, digest_layers(layers))
     with timed("pack"):
         pack = packed(run, data, layers, deltas, result, label, facts)
@@ -341,7 +339,7 @@ def _evaluated(
     tensors = [
         [part.name, *(sha256(getattr(part, name).tobytes()).hexdigest() for name in nest.PARTS)] for part in trained.pack
     ]
-    inputs: dict[str, Any] = {"pack": digest_json(tensors), "round_to": run.recipe.round_to}
+    inputs: dict[str, Any] = {"pack": digest_json(tensors)}
 
     def measured(strength: float, note: str, keep: str) -> Scores:
         with deltas.scaled(strength):

@@ -59,7 +59,7 @@ def test_rows_are_rounded_as_the_file_rounds_them(file: Path) -> None:
     checkpoint, (model, deltas) = open_checkpoint(file), attachable(file)
     plain = [effective(delta) for delta in deltas.modules]
     stored = StoredWeights(model, checkpoint)
-    assert deltas.quantize(stored) == [checkpoint.info("model.layers.0.mlp.gate_proj.weight").dtype]
+    assert deltas.quantize_like(stored) == [checkpoint.info("model.layers.0.mlp.gate_proj.weight").dtype]
     for (projection, delta), before in zip(deltas.places, plain, strict=True):
         ((_, name),) = stored.tensors(projection.weight_name)
         rows = delta.rows.numpy()
@@ -76,7 +76,7 @@ def test_rows_are_rounded_as_the_file_rounds_them(file: Path) -> None:
 def test_rounding_follows_the_deltas(file: Path) -> None:
     """`restore` and `round_rows` round anew; `off` leaves the base alone."""
     checkpoint, (model, deltas) = open_checkpoint(file), attachable(file)
-    deltas.quantize(StoredWeights(model, checkpoint))
+    deltas.quantize_like(StoredWeights(model, checkpoint))
     delta, ids = deltas.modules[0], torch.tensor([[3, 4, 5]])
     base = model(ids).logits
     with deltas.attached(), deltas.off():
@@ -100,7 +100,7 @@ def test_the_gradient_passes_the_rounding(file: Path) -> None:
         return torch.autograd.grad((delta(x) * factors).sum(), delta.delta)[0]
 
     straight = gradient()
-    deltas.quantize(StoredWeights(model, open_checkpoint(file)))
+    deltas.quantize_like(StoredWeights(model, open_checkpoint(file)))
     assert delta.residual is not None
     assert torch.equal(gradient(), straight)
     inputs = x.clone().requires_grad_()
@@ -110,7 +110,7 @@ def test_the_gradient_passes_the_rounding(file: Path) -> None:
 
 def test_plain_numbers_are_not_rounded(models: Any) -> None:
     model, deltas = attachable(models("llama"))
-    assert deltas.quantize(StoredWeights(model, open_checkpoint(models("llama")))) == []
+    assert deltas.quantize_like(StoredWeights(model, open_checkpoint(models("llama")))) == []
     assert all(delta.residual is None for delta in deltas.modules)
 
 
