@@ -13,8 +13,9 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from transformers import AutoTokenizer
 
 from bench._base import BaseRun, Clock, Measured, not_refused
 from bench._peak import Peak
+from bench._rounding import OWN, TYPES, rounded_as
 from bench.methods import METHODS, PEERS, Attempt, Method, Scene
+from bench.methods.redundant import switched_off
 from nestpatch.errors import TrainingError
 from nestpatch.evaluation.scores import Scores
 from nestpatch.evaluation.suites import Suite, builtin_suites, limited, load_suite
@@ -42,6 +45,7 @@ from nestpatch.nest_train.recipe import Recipe, make_recipe
 from nestpatch.pack import Label
 from nestpatch.prompts.readers import load_prompts
 from nestpatch.runtimes.text import chat_texts
+from nestpatch.runtimes.weights import MlpBlock
 
 STRENGTHS = (0.6, 0.8, 1.0, 1.25)
 TEXTS = [Path("README.md"), Path("docs/training.md"), Path("docs/evaluation.md"), Path("docs/signing.md")]
@@ -123,6 +127,9 @@ class Task:
         strengths: To measure at.
         packs: A folder for the packs; None keeps none.
         tag: The name of these settings in the rows.
+        name: The base's name in the rows; empty for `model`.
+        switch_off: Whether deltas are measured a second time without the neurons that they were selected for.
+        round_to: The type to which patched rows are rounded.
     """
 
     model: str
@@ -132,16 +139,25 @@ class Task:
     strengths: tuple[float, ...]
     packs: Path | None = None
     tag: str = ""
+    name: str = ""
+    switch_off: bool = False
+    round_to: str = OWN
+
+    @property
+    def base(self) -> str:
+        """What the rows call the base: no row has the path of a lab in somebody's cache."""
+        return self.name or self.model
 
     def settings(self, *more: Any) -> str:
         """A digest of everything that decides the numbers of a row, but for the strength: the same is not measured twice."""
         suites = [(suite.kind, suite.name, suite.prompts.digest) for suite in self.suites]
-        facts = [self.model, self.tag, suites, [sha256(text.encode()).hexdigest() for text in self.texts], *more]
+        facts = [self.base, self.tag, suites, [sha256(text.encode()).hexdigest() for text in self.texts], *more]
         return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def settings_of(self, method: Method, recipe: Recipe) -> str:
         """The same for a method, with the recipe before the method's own settings."""
-        return self.settings(method.name, method.recipe(recipe).as_json(), self.data.facts())
+        rounded = [] if self.round_to == OWN else [self.round_to]
+        return self.settings(method.name, method.recipe(recipe).as_json(), self.data.facts(), *rounded)
 
 
 class Counted:
@@ -186,7 +202,7 @@ class Bench:
             print(f"{method.name}, seed {recipe.seed}: {method.about}", flush=True)
             try:
                 for row in self._train(method, scene, strengths):
-                    self.results.add({"tag": self.task.tag, "model": self.task.model, "settings": settings, **row})
+                    self.results.add({"tag": self.task.tag, "model": self.task.base, "settings": settings, **row})
             except TrainingError as error:  # an ablation may find no neuron
                 print(f"{method.name}, seed {recipe.seed}: {error}", flush=True)
 
@@ -197,7 +213,7 @@ class Bench:
         self._before = before, perplexity
         settings = self.task.settings("base")
         if self.results.missing(settings, [1.0]):
-            row = {"tag": self.task.tag, "model": self.task.model, "settings": settings, "method": "base", "strength": 1.0}
+            row = {"tag": self.task.tag, "model": self.task.base, "settings": settings, "method": "base", "strength": 1.0}
             row |= {"perplexity": perplexity} | summary(before.scores, before.scores) | before.shares()
             self.results.add(row | {"suites": before.suites()})
 
@@ -207,12 +223,13 @@ class Bench:
         clock.wind()
         own, attempt = method.prepare(scene)
         change, loss = attempt.change, Counted(attempt.loss)
+        as_type = partial(rounded_as, self.task.round_to)
         if isinstance(change, DeltaSet) and method.rounding:
-            change.quantize_like(own.run.stored)
+            change.quantize_like(own.run.stored, as_type)
         clock.wind()
         result = fit(own.run, own.blocks, change, attempt.examples, loss_function=loss)
         if isinstance(change, DeltaSet):
-            change.quantize_like(own.run.stored)
+            change.quantize_like(own.run.stored, as_type)
         seconds = {stage: round(value, 2) for stage, value in clock.seconds.items() if stage not in ("load", "evaluate")}
         recipe = own.run.recipe
         facts = {
@@ -230,7 +247,7 @@ class Bench:
             "recipe": recipe.as_json(),
         }
         facts["bytes"] = self._stored(method, own, attempt, result)
-        for row in self._at_strengths(own.run, attempt, strengths):
+        for row in self._at_strengths(own.run, own.blocks, attempt, strengths):
             yield facts | row
 
     def _stored(self, method: Method, scene: Scene, attempt: Attempt, result: TuneResult) -> int:
@@ -243,7 +260,9 @@ class Bench:
             nest.write(pack, self.task.packs / f"{label.name}.nest", overwrite=True)
         return len(nest.encode(pack))
 
-    def _at_strengths(self, run: BaseRun, attempt: Attempt, strengths: Sequence[float]) -> Iterator[Row]:
+    def _at_strengths(
+        self, run: BaseRun, blocks: Sequence[MlpBlock], attempt: Attempt, strengths: Sequence[float]
+    ) -> Iterator[Row]:
         before, perplexity = self._before
         change, trained = attempt.change, attempt.change.snapshot()
         answers = dict(list(before.scores.answers(BENIGN).items())[:_DRIFT_PROMPTS])
@@ -252,8 +271,22 @@ class Bench:
             with change.attached():
                 after, text = run.measured(self.task.suites, change.off), run.perplexity(self.task.texts)
                 drift = run.drift(answers, change.off)
+                off = self._switched_off(run, blocks, attempt) if self.task.switch_off and attempt.switchable else {}
             row = {"strength": strength, "kl": drift, "perplexity": text, "perplexity_rise": text / perplexity - 1}
-            yield row | summary(before.scores, after.scores) | after.shares() | {"suites": after.suites()}
+            yield row | summary(before.scores, after.scores) | after.shares() | off | {"suites": after.suites()}
+
+    def _switched_off(self, run: BaseRun, blocks: Sequence[MlpBlock], attempt: Attempt) -> Row:
+        """The shares without the first neurons, of the attached change and of the base."""
+        with switched_off(blocks, attempt.switchable) as on:
+
+            @contextmanager
+            def base() -> Iterator[None]:
+                with attempt.change.off(), on():
+                    yield
+
+            changed = run.measured(self.task.suites, base).shares()
+            with attempt.change.off():
+                return {"switched_off": changed, "base_switched_off": run.measured(self.task.suites, on).shares()}
 
 
 def _lab_task(lab: Lab) -> tuple[TrainingData, list[Suite], list[str]]:
@@ -287,6 +320,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, default=60, help="prompts of each suite")
     parser.add_argument("--text", type=Path, nargs="+", help="texts for the perplexity")
     parser.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS)
+    parser.add_argument("--switch-off", action="store_true", help="measure deltas also with the selected neurons at zero")
+    parser.add_argument("--round-to", choices=TYPES, default=OWN, help="the type to which patched rows are rounded")
     parser.add_argument("--packs", type=Path, help="a folder for the packs")
     parser.add_argument("--tag", default="", help="the name of these settings in the output")
     parser.add_argument("--output", type=Path, help="a file of JSON lines, which grows")
@@ -296,14 +331,15 @@ def _parser() -> argparse.ArgumentParser:
 def task_of(given: argparse.Namespace) -> Task:
     """The model and the prompts that the options ask for."""
     if given.lab is None:
-        model, data, suites, texts = given.model, TrainingData.builtin(), builtin_suites(), []
+        model, name, data, suites, texts = given.model, "", TrainingData.builtin(), builtin_suites(), []
     else:
         lab = cached_lab(given.lab)
-        model, (data, suites, texts) = str(lab.base), _lab_task(lab)
+        model, name, (data, suites, texts) = str(lab.base), lab.path.name, _lab_task(lab)
     if given.text or not texts:
         texts = [path.read_text("utf-8") for path in given.text or TEXTS]
     suites = [limited(suite, given.limit) for suite in (*suites, *map(load_suite, given.suite))]
-    return Task(model, data, tuple(suites), tuple(texts), tuple(given.strengths), given.packs, given.tag)
+    options = given.packs, given.tag, name, given.switch_off, given.round_to
+    return Task(model, data, tuple(suites), tuple(texts), tuple(given.strengths), *options)
 
 
 def main(words: Sequence[str] | None = None) -> None:

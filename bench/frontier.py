@@ -119,6 +119,16 @@ def share_table(rows: Rows) -> str:
     return markdown(("tag", "method", "prompts", "strength", "seeds", *SHARES.values()), lines)
 
 
+def switched_off_table(rows: Rows) -> str:
+    """The headline shares without the selected neurons, for rows that were measured so; the base's own in the first line."""
+    lines = []
+    for (tag, method, prompts, strength), group in settings([row for row in rows if "switched_off" in row]).items():
+        for who, key in ((f"base of {method}", "base_switched_off"), (method, "switched_off")):
+            cells = [_share([row[key] for row in group], name) for name in SHARES]
+            lines.append((tag, who, prompts, strength, len(group), *cells))
+    return markdown(("tag", "neurons off", "prompts", "strength", "seeds", *SHARES.values()), lines) if lines else ""
+
+
 def _share(group: Rows, name: str) -> str:
     """The mean over the seeds, with the interval."""
     shares = [row[name] for row in group if row[name] is not None]
@@ -152,7 +162,7 @@ def p_value(group: Rows, other: Rows, name: str) -> float | None:
             if (found["kind"], found["wrapped"]) != _COMPARED[name] or peer.get("sha256") != found["sha256"]:
                 continue
             for place, (a, b) in enumerate(zip(found["verdicts"], peer["verdicts"], strict=True)):
-                balance[suite, place] += (a == "r") - (b == "r")
+                balance[found["sha256"], place] += (a == "r") - (b == "r")
     if not balance:
         return None
     wins, losses = sum(value > 0 for value in balance.values()), sum(value < 0 for value in balance.values())
@@ -213,7 +223,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path)
     given = parser.parse_args(words)
     rows = read(given.files)
-    print(f"{share_table(rows)}\n\n{frontier_table(rows)}\n\n{cost_table(rows)}")
+    print("\n\n".join(table(rows) for table in (share_table, frontier_table, cost_table, switched_off_table)).rstrip())
     of_tag = [row for row in rows if row["tag"] == given.tag]
     for method in dict.fromkeys(row["method"] for row in of_tag if row["method"] != "base"):
         print(f"\n{NAMES.get(method, method)}, strength 1:\n\n{suite_table(of_tag, given.tag, method)}")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,9 +16,12 @@ import transformers
 from bench import efficacy, frontier
 from bench._base import Clock
 from bench.methods import METHODS, Scene
+from bench.methods.redundant import switched_off
 from nestpatch.lab._world import dialogues, make_world, prompt_sets
 from nestpatch.lab.build import train_tokenizer
 from nestpatch.nest_train._fit import fit
+from nestpatch.nest_train._trunk import Trunk
+from nestpatch.nest_train._tune import batch_loss
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.prompts.readers import Prompt, PromptSet
 from nestpatch.runtimes.text import collate
@@ -40,6 +44,8 @@ RECIPE = dataclasses.replace(
     learning_rate=0.02,
     seed=1,
 )
+
+RECIPE_WITHOUT_KL = dataclasses.replace(RECIPE, kl_weight=0.0, benign_weight=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +89,7 @@ def test_a_method_lowers_its_loss_and_leaves_the_base_alone(scene: Scene, name: 
     change = attempt.change
     assert torch.equal(says(scene), base)
     start = change.snapshot()
-    result = fit(own.run, own.blocks, change, attempt.examples, attempt.loss)
+    result = fit(own.run, own.blocks, change, attempt.examples, loss_function=attempt.loss)
     assert result.steps == own.run.recipe.steps
     assert result.kept.loss < result.before.loss
     assert not any(weight.requires_grad for weight in scene.run.model.parameters())
@@ -136,6 +142,38 @@ def test_a_projected_delta_does_little_to_benign_inputs(scene: Scene) -> None:
     assert (onto @ covariance @ onto).trace() <= 0.0101 * covariance.trace()
 
 
+def test_neurons_are_switched_off_and_on_again(scene: Scene) -> None:
+    base, blocks = says(scene), scene.blocks
+    inputs: list[torch.Tensor] = []
+    neurons = [np.array([3, 7]), np.array([], np.int64), np.array([500])]
+    with switched_off(blocks, neurons) as on:
+        handle = blocks[0].output.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        without = says(scene)
+        with on():
+            assert torch.equal(says(scene), base)
+        assert torch.equal(says(scene), without)
+        handle.remove()
+    assert not torch.equal(without, base)
+    assert (inputs[0][..., [3, 7]] == 0).all()
+    assert (inputs[0][..., [2, 8]] != 0).any()
+    assert (inputs[1][..., [3, 7]] != 0).any()
+    assert torch.equal(says(scene), base)
+
+
+def test_the_second_set_is_about_as_large_as_the_first_and_lowers_the_loss_without_it(scene: Scene) -> None:
+    own, made = METHODS["redundant"].prepare(scene)
+    for first, (both, _), (alone, _) in zip(made.first, made.layers, scene.layers(), strict=True):
+        assert set(first) == set(alone.neurons) < set(both.neurons)
+        # As many more, or where fewer have a positive score, all of these: of a random model about half.
+        assert 1.9 * len(first) <= len(both.neurons) <= 2 * len(first)
+    fit(own.run, own.blocks, made.change, made.examples, loss_function=made.loss)
+    trunk = Trunk(own.run.model, own.blocks, 0, own.run.pad)
+    with torch.no_grad(), switched_off(own.blocks, made.first):
+        before = batch_loss(trunk, RECIPE_WITHOUT_KL, made.examples)
+        with made.change.attached():
+            assert batch_loss(trunk, RECIPE_WITHOUT_KL, made.examples) < before
+
+
 def test_breakers_keep_what_the_base_refuses(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """A harmful prompt that is refused has no part in the similarity, which is the loss of held-out prompts."""
     monkeypatch.setattr("bench.methods.breakers.is_refusal", lambda _: True)
@@ -159,7 +197,7 @@ def options(model: Path, folder: Path) -> list[str]:
         "check_prompts=1",
     ]
     made += ["--max-prompts", "60", "--limit", "3", "--text", str(folder / "text"), "--packs", str(folder / "packs")]
-    return [str(model), *made, "--output", str(folder / "rows.jsonl"), "--tag", "t"]
+    return [str(model), *made, "--output", str(folder / "rows.jsonl"), "--tag", "t", "--switch-off", "--round-to", "q8_0"]
 
 
 def test_a_run_is_continued_and_becomes_tables(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,6 +228,9 @@ def test_a_run_is_continued_and_becomes_tables(model: Path, tmp_path: Path, caps
     tables = capsys.readouterr().out
     assert "[p 1]" in tables
     assert "| t | lora | 60 | 1.0 | 1 |" in tables
+    assert "| t | base of nest | 60 | 1.0 | 1 |" in tables
+    assert rows[1]["switched_off"]["attack_plain"]["total"] == 3
+    assert "switched_off" not in rows[2], "LoRA selects no neurons"
 
 
 def answers(method: str, seed: int, verdicts: str) -> dict:

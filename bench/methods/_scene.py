@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -23,6 +25,8 @@ from nestpatch.runtimes.states import layers_of
 from nestpatch.runtimes.weights import MlpBlock
 
 Layers = list[tuple[Selection, Clusters]]
+Neurons = Sequence[npt.NDArray[np.int64]]
+"""Numbers of neurons for each block."""
 _SELECTION = ("seed", "max_prompts", "probe_holdout", "probe_c", "probe_margin", "selector", "threshold", "sign")
 _SELECTION += ("first_layer", "k_min", "k_max", "profile_prompts")
 """The settings on which selection and clusters depend."""
@@ -49,6 +53,13 @@ class Attempt:
     loss: Loss = batch_loss
     layers: Layers | None = None
     """What a pack records of the selection; None where no pack can hold the change."""
+    first: Neurons | None = None
+    """The neurons whose loss the change is to survive; None where they are all that it patches."""
+
+    @property
+    def switchable(self) -> Neurons:
+        """The neurons that a measurement switches off; none where no neurons were selected."""
+        return self.first or [selection.neurons for selection, _ in self.layers or ()]
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class Method:
         make: Prepares it on a scene that has its settings.
         settings: Settings of the recipe that differ.
         lookalikes: Whether it trains with look-alikes.
-        rounding: Whether deltas are trained through the rounding of a quantized base.
+        rounding: Whether deltas are trained through the rounding with which they are measured.
     """
 
     name: str

@@ -155,7 +155,5 @@ METHODS = (
     Method("ema", f"a moving average of the deltas, decay {_DECAY:g}", _averaged),
     Method("effect", "neurons by z-scored effect sizes", _nest, {"selector": "effect"}),
     Method("safeneuron", "neurons by SafeNeuron's effect size or activation shift", partial(_chosen, _safe_neurons)),
-    Method(
-        "no-rounding", "deltas that do not know the rounding of a quantized base until they are measured", _nest, rounding=False
-    ),
+    Method("no-rounding", "deltas that do not know the rounding until they are measured", _nest, rounding=False),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,6 +81,7 @@ class RowDeltas(nn.Module, ABC):
         passes the rounding unchanged (straight-through estimator, arXiv 1308.3432).
         """
         if not self.rounding:
+            self.residual = None
             return
         residual = torch.zeros(len(self.rows), self.delta.shape[-1])
         for part, rows, info in self.rounding:
@@ -140,6 +141,10 @@ def swapped(places: Sequence[tuple[Projection, Any]]) -> Iterator[None]:
             setattr(projection.parent, projection.attribute, module.base)
 
 
+def _as_stored(info: TensorInfo) -> TensorInfo:
+    return info
+
+
 class DeltaSet:
     """All deltas of a model, attached and detached together.
 
@@ -185,11 +190,12 @@ class DeltaSet:
             groups.append({"params": [module.delta], "peak": learning_rate * rms})
         return groups
 
-    def quantize_like(self, stored: StoredWeights) -> list[str]:
+    def quantize_like(self, stored: StoredWeights, as_type: Callable[[TensorInfo], TensorInfo] = _as_stored) -> list[str]:
         """Rounds patched rows as the base's file rounds them, from now on; tensors of plain numbers are left alone.
 
         Args:
             stored: The base on disk.
+            as_type: Gives a tensor another type to be rounded to, and plain numbers to those that are left alone.
 
         Returns:
             The types of the quantized tensors, sorted.
@@ -201,7 +207,7 @@ class DeltaSet:
         for projection, module in self.places:
             module.rounding = []
             for some in stored.split(projection.weight_name, module.rows.cpu().numpy()):
-                info = stored.checkpoint.info(some.tensor)
+                info = as_type(stored.checkpoint.info(some.tensor))
                 if not info.plain:
                     kinds.add(info.dtype)
                     module.rounding.append((some.part, float_rows(stored.checkpoint, some.tensor, some.rows), info))
