@@ -52,7 +52,8 @@ def bytes_held(model):
     frozen = [weight for weight in model.parameters() if not weight.requires_grad]
     shares = [weight.to_local() for weight in frozen if isinstance(weight, DTensor)]
     gathered = {weight.data_ptr(): weight for weight in frozen if not isinstance(weight, DTensor)}.values()
-    return sum(weight.nbytes for weight in shares) + sum(weight.nbytes * 3 // 2 for weight in gathered)  # it keeps its share too
+    # Of what is gathered it keeps its share too.
+    return sum(weight.nbytes for weight in shares) + sum(weight.nbytes * 3 // 2 for weight in gathered)
 def loaded(*given):
     model, tokenizer = load(*given)
     def look(*_):
