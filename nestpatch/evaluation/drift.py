@@ -11,6 +11,7 @@ import numpy.typing as npt
 from nestpatch.errors import BaseMismatchError
 from nestpatch.rows import FloatArray
 from nestpatch.runtimes.protocol import Runtime
+from nestpatch.runtimes.sharded import no_gradients
 from nestpatch.runtimes.text import TokenPair, collate
 from nestpatch.runtimes.transformers import TransformersRuntime, answer_logits
 
@@ -80,9 +81,9 @@ def _in_batches(base: TransformersRuntime, model: TransformersRuntime, pairs: Se
 
     for start in range(0, len(pairs), _BATCH):
         batch = collate(pairs[start : start + _BATCH], int(base.tokenizer.pad_token_id), base.model.device)
-        with base.active(), torch.inference_mode():
+        with base.active(), no_gradients(base.model):
             theirs, _ = answer_logits(base.model, batch)
-        with model.active(), torch.inference_mode():
+        with model.active(), no_gradients(model.model):
             ours, _ = answer_logits(model.model, batch)
         _require_same_size(theirs.shape[1], ours.shape[1])
         with torch.inference_mode():

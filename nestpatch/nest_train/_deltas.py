@@ -17,6 +17,7 @@ from nestpatch.nest_train._experts import each_expert
 from nestpatch.nest_train._neurons import Clusters
 from nestpatch.rows import FloatArray
 from nestpatch.runtimes.quantized import float_weight
+from nestpatch.runtimes.sharded import whole
 from nestpatch.runtimes.stored import StoredWeights
 from nestpatch.runtimes.weights import MlpBlock, Projection
 
@@ -110,7 +111,7 @@ class ExpertsDelta(RowDeltas):
     @property
     def matrix(self) -> torch.Tensor:
         """The rows of all experts, [rows, in]."""
-        weight: torch.Tensor = self.base.gate_up_proj.detach()
+        weight = whole(self.base.gate_up_proj.detach())
         return weight.flatten(0, 1)
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:

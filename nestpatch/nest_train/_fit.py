@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nestpatch.nest_train._tune import Loss
     from nestpatch.nest_train._tune_state import Trainable, TuneResult, TuneState
 
-_AFTER_TUNING = ("max_answer_tokens", "delta_dtype", "dose_strengths", "detector", "detector_false_positives")
+_AFTER_TUNING = ("max_answer_tokens", "delta_dtype", "dose_strengths", "detector", "detector_false_positives", "shard")
 """Settings that the tuning does not depend on."""
 
 

@@ -6,25 +6,28 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import psutil
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from nestpatch.errors import OutOfMemoryError
 from nestpatch.nest_train import _ranks
+from nestpatch.nest_train._free import free_on
 from nestpatch.nest_train._run import Run
 from nestpatch.nest_train._targets import Example, Examples
 from nestpatch.nest_train._trunk import Trunk
 from nestpatch.nest_train._tune import batch_loss, batch_sizes, part_of
 from nestpatch.nest_train._tune_state import Trainable
 from nestpatch.nest_train.recipe import Recipe
+from nestpatch.runtimes.sharded import is_sharded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _PEAK = 2.5
 """Memory of a step on a CPU over what autograd keeps for its backward pass: gradients and copies of logits (1.3 to 2.2 times as
 much were measured)."""
-_GROUP = Path("/sys/fs/cgroup")
-"""Where Linux shows a container its limits."""
 
 
 def fit_memory(run: Run, trunk: Trunk, change: Trainable, examples: Examples, folder: Path) -> int:
@@ -32,7 +35,7 @@ def fit_memory(run: Run, trunk: Trunk, change: Trainable, examples: Examples, fo
 
     An accelerator tries it: a step with the longest examples is done, in micro-batches that are halved as long as the memory
     does not suffice. An operating system ends a process that takes too much instead: on a CPU the need is estimated from what
-    autograd keeps of a few examples.
+    autograd keeps of a few examples, and so it is where the base is divided between processes.
 
     Args:
         run: The base. The choices are recorded in it.
@@ -57,8 +60,9 @@ def fit_memory(run: Run, trunk: Trunk, change: Trainable, examples: Examples, fo
         trunk.checkpointing = mode
         if recipe.micro_batch and len(modes) == 1:
             size: int | None = sizes[0]
-        elif not _survives(run.model.device):
-            size = _largest(sizes, partial(_suffices, _bytes_of_one(run, trunk, change, batch, folder)))
+        elif not _survives(run.model):
+            one = _bytes_of_one(run, trunk, change, batch, folder)
+            size = _largest(sizes, partial(_suffices, run.model.device, one))
         else:
             size = _largest(sizes, lambda size: _runs(partial(step, size)))
         if size := min(_ranks.gathered(size or 0)):
@@ -138,31 +142,13 @@ def _runs(step: Callable[[], None]) -> bool:
     return done
 
 
-def _survives(device: torch.device) -> bool:
-    """Whether running out of memory is an error that can be caught."""
-    return device.type != "cpu"
+def _survives(model: PreTrainedModel) -> bool:
+    """Whether running out of memory is an error that can be caught, after which the processes are still in step."""
+    return model.device.type != "cpu" and not is_sharded(model)
 
 
-def _suffices(one: int, size: int) -> bool:
-    return size * one * _PEAK <= free_memory() / _ranks.on_this_machine()
-
-
-def free_memory(group: Path = _GROUP) -> int:
-    """Bytes that this process can still take.
-
-    Args:
-        group: The control group of the process, of version 2, whose limit counts too.
-
-    Returns:
-        At least 0.
-    """
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit = int((group / "memory.max").read_text())
-        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return max(0, min(free, limit - int(used["anon"])))
-    except (OSError, ValueError, KeyError):  # no group, or no limit ("max")
-        return free
+def _suffices(device: torch.device, one: int, size: int) -> bool:
+    return size * one * _PEAK <= free_on(device)
 
 
 def _bytes_of_one(run: Run, trunk: Trunk, change: Trainable, batch: Examples, folder: Path) -> int:
@@ -183,15 +169,18 @@ def _bytes_of_one(run: Run, trunk: Trunk, change: Trainable, batch: Examples, fo
 
 def _kept_bytes(run: Run, trunk: Trunk, batch: Examples) -> int:
     """Bytes that autograd keeps for the backward pass of a batch, without the model's own weights."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in run.model.parameters()}
-    kept: dict[int, int] = {}
+    held = [] if is_sharded(run.model) else run.model.parameters()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in held}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        kept[storage.data_ptr()] = storage
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = batch_loss(trunk, dataclasses.replace(run.recipe, micro_batch=0), batch)
-    del loss  # until here, so that no storage was freed and its address used again
-    return sum(nbytes for place, nbytes in kept.items() if place not in weights)
+    # Weights that were gathered for a layer are freed by now, and have 0 bytes.
+    found = sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
+    del loss  # until here, so that no storage of an activation was freed and its address used again
+    return found

@@ -6,6 +6,7 @@ Source: NeST (arXiv 2602.16835), sections on neuron activation, selection and cl
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from nestpatch.errors import TrainingError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.nest_train import _ranks
 from nestpatch.nest_train.recipe import Recipe
+from nestpatch.runtimes.sharded import is_sharded, no_gradients
 from nestpatch.runtimes.states import Places, hidden_size, layers_of, pooled_states
 from nestpatch.runtimes.text import pad_left
 from nestpatch.runtimes.weights import MlpBlock
@@ -79,7 +81,7 @@ class Clusters:
 def _batches(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], recipe: Recipe, pad: int, batch: Batch
 ) -> Iterator[tuple[Sequence[int], int]]:
-    """Runs the prompts through the model without its head, dealt out to the ranks.
+    """Runs the prompts through the model, dealt out to the ranks; one without a prompt is in step with them by another's.
 
     Yields after each forward pass the numbers of the batch, none where this rank had none, and how many prompts are done.
     """
@@ -89,15 +91,25 @@ def _batches(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     size = recipe.probe_batch
     for places, done in _ranks.rounds([order[start : start + size] for start in range(0, len(order), size)]):
-        if not places:
+        if not places and not is_sharded(model):
             yield places, done
             continue
-        padded = pad_left([prompts[i] for i in places], pad)
+        padded = pad_left([prompts[i] for i in places or order[:1]], pad)
         ids, mask = (torch.from_numpy(part).to(model.device) for part in padded)
-        batch.mask = mask.bool()
-        with torch.inference_mode():
-            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        batch.mask = mask.bool() & bool(places)  # without a prompt of its own a rank counts no token
+        with no_gradients(model), _one_position(model):
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
         yield places, done
+
+
+@contextmanager
+def _one_position(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the head sees the last position alone: nobody needs predictions, and FSDP requires that the whole model runs."""
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][:, -1:], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def routed(

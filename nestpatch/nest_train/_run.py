@@ -23,11 +23,13 @@ from nestpatch.nest_train import _ranks
 from nestpatch.nest_train._digests import base_digest
 from nestpatch.nest_train._record import versions
 from nestpatch.nest_train._run_dir import RunDir
+from nestpatch.nest_train._shard import base_bytes, choose_shard, require_processes
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.packing import require_packable
 from nestpatch.patcher.recovery import open_model
 from nestpatch.runtimes.devices import pick_device, pick_dtype
 from nestpatch.runtimes.loading import ModelLocation, load_model, locate
+from nestpatch.runtimes.sharded import held_bytes, is_sharded
 from nestpatch.runtimes.stored import StoredWeights
 from nestpatch.runtimes.text import by_length
 from nestpatch.runtimes.threads import wait_passively
@@ -102,7 +104,7 @@ class Run:
 
         Args:
             base: A model directory, or a Hub id.
-            recipe: `device`, `dtype` and `load_in` are read.
+            recipe: `device`, `dtype`, `load_in` and `shard` are read.
             on_event: Called with the progress.
             run_dir: What the stages keep, and find; by default nothing.
 
@@ -112,8 +114,11 @@ class Run:
         Raises:
             CheckpointError: The base cannot be found, read or loaded.
             MissingExtraError: The recipe loads in few bits, and bitsandbytes is not installed.
+            DataError: The recipe divides the base, and there is one process.
+            OutOfMemoryError: There is one process, and its GPU has less memory than the base takes.
         """
         wait_passively()
+        require_processes(recipe)
         with _ranks.one_after_the_first():
             source = locate(base)
             # Before minutes of loading: can a pack change these weights? This also ends an interrupted change.
@@ -121,13 +126,7 @@ class Run:
         device, device_reason = pick_device(recipe.device)
         run_dir = run_dir or RunDir()
         on_event(Event("load", note=source.model_id))
-        if run_dir.folder is not None:
-            own = versions()
-            arithmetic = {
-                "device": device.partition(":")[0],
-                **{name: own[name] for name in ("nestpatch", "torch", "transformers")},
-            }
-            run_dir.context |= {"base": base_digest(checkpoint, source.path), **arithmetic}
+        _keep_apart(run_dir, checkpoint, source, device)
 
         def measured() -> tuple[str, str]:
             return pick_dtype(recipe.dtype, device, sum(file.stat().st_size for file in checkpoint.files))
@@ -135,11 +134,15 @@ class Run:
         # It may be measured, and must then be what it was before an interruption.
         dtype, dtype_reason = run_dir.value("dtype", {"dtype": recipe.dtype}, measured, _choice)
         run_dir.context |= {"dtype": dtype, "load_in": recipe.load_in}
-        loaded = load_model(source.path, _ranks.own_device(device), dtype, recipe.load_in)
+        own, count = _ranks.own_device(device), _ranks.HERE.count
+        shard, shard_reason = _shard(recipe, run_dir, own, base_bytes(checkpoint, dtype))
+        loaded = load_model(source.path, own, dtype, recipe.load_in, count if shard == "on" else 1)
+        run_dir.record.update({"parameter_bytes": held_bytes(loaded[0])})
         run = cls(source, checkpoint, *loaded, recipe, on_event, run_dir)
         run.decide("device", device, device_reason)
-        if _ranks.HERE.count > 1:
-            run.decide("processes", str(_ranks.HERE.count), "started by the launcher; each has the whole base")
+        if count > 1:
+            run.decide("processes", str(count), "started by the launcher")
+            run.decide("shard", shard, shard_reason)
         run.decide("dtype", dtype, dtype_reason)
         if recipe.load_in != "none":
             run.decide("load_in", recipe.load_in, "asked for; what is measured is the pack on the model in this form")
@@ -262,8 +265,9 @@ def _answers(
         run_dir.note_reused(f"{reused} of {len(prompts)} {name.replace('-', ' ')}")
     # The batches of `runtime.generate`: the same prompts run together, whether or not some of the batches were done before.
     for places, done in _ranks.rounds(by_length(runtime.token_ids(prompts), runtime.batch)):
-        missing = [prompts[place] for place in places if prompts[place] not in known]
-        answers = dict(zip(missing, runtime.generate(missing) if missing else [], strict=True))
+        missing, answers = [prompts[place] for place in places if prompts[place] not in known], {}
+        if not is_sharded(runtime.model) or any(_ranks.gathered(bool(missing))):
+            answers = dict(zip(missing, _generated(runtime, missing, prompts), strict=True))
         before = len(known)
         for new in _ranks.gathered(answers):
             known = {**new, **known}
@@ -273,11 +277,51 @@ def _answers(
     return [known[prompt] for prompt in prompts]
 
 
+def _generated(runtime: TransformersRuntime, missing: Sequence[str], prompts: Sequence[str]) -> list[str]:
+    """The answers to one batch, which may be empty. Where the model is divided, a rank without a prompt answers another one in
+    step with the others; transformers keeps the ranks in step within a batch (`synced_gpus`).
+    """
+    if missing or not is_sharded(runtime.model):
+        return runtime.generate(missing) if missing else []
+    runtime.generate(prompts[:1])
+    return []
+
+
 def _answer(row: Any) -> tuple[str, str]:
     prompt, answer = row["prompt"], row["answer"]
     if not isinstance(prompt, str) or not isinstance(answer, str):
         raise TypeError("it is no prompt with an answer")
     return prompt, answer
+
+
+def _keep_apart(run_dir: RunDir, checkpoint: Checkpoint, source: ModelLocation, device: str) -> None:
+    """Tells a run directory by the base and the arithmetic what it must not mix."""
+    if run_dir.folder is None:
+        return
+    used = versions()
+    arithmetic = {name: used[name] for name in ("nestpatch", "torch", "transformers")}
+    run_dir.context |= {
+        "base": base_digest(checkpoint, source.path),
+        "device": device.partition(":")[0],
+        **arithmetic,
+    }
+
+
+def _shard(recipe: Recipe, run_dir: RunDir, device: str, nbytes: int) -> tuple[str, str]:
+    """`choose_shard` of the first process, which a training that goes on finds again."""
+
+    def chosen() -> tuple[str, str]:
+        return choose_shard(recipe, device, nbytes)
+
+    inputs = {"shard": recipe.shard, "processes": _ranks.HERE.count}
+    return chosen() if _ranks.HERE.count == 1 else run_dir.value("shard", inputs, chosen, _sharding)
+
+
+def _sharding(row: Any) -> tuple[str, str]:
+    shard, reason = row
+    if shard not in ("on", "off") or not isinstance(reason, str):
+        raise ValueError("it says not whether the base is divided")
+    return shard, reason
 
 
 def _choice(row: Any) -> tuple[str, str]:

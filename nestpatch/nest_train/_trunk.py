@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nestpatch.events import Event, OnEvent, ignore
+from nestpatch.runtimes.sharded import is_sharded
 from nestpatch.runtimes.states import layers_of
 from nestpatch.runtimes.text import IGNORED, TokenPair, collate
 from nestpatch.runtimes.weights import MlpBlock
@@ -117,6 +118,11 @@ class Trunk:
     def layers(self) -> int:
         """Layers from the first patched one on; 0 where the architecture has no list of layers."""
         return len(self._layers) - self._start
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the base is divided between processes, which then make the same passes."""
+        return is_sharded(self._model)
 
     def remember(
         self,

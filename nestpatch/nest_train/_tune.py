@@ -222,13 +222,27 @@ def batch_loss(
         A scalar; without a gradient where `backward` was called.
     """
     shares = []
-    for some in micro_batches(batch if part is None else part, recipe.micro_batch):
-        share = _share(trunk, recipe, some, batch)
+    parts = micro_batches(batch if part is None else part, recipe.micro_batch)
+    for place in range(max(len(parts), _passes(trunk, recipe, batch))):
+        idle = place >= len(parts)
+        share = _share(trunk, recipe, _shortest(batch) if idle else parts[place], batch)
+        if idle:
+            share = 0 * share
         if backward is not None:
             backward(share)
             share = share.detach()
         shares.append(share)
     return torch.stack(shares).sum() if shares else torch.zeros(())
+
+
+def _passes(trunk: Trunk, recipe: Recipe, batch: Examples) -> int:
+    """Passes that every rank must make where the base is divided: those of the first one, which has the largest part."""
+    return len(micro_batches(part_of(batch, 0), recipe.micro_batch)) if trunk.sharded else 0
+
+
+def _shortest(batch: Examples) -> Examples:
+    """The example that a rank computes in step with the others when its own part is done."""
+    return _of_kinds(_longest_first(batch)[-1:])
 
 
 def micro_batches(batch: Examples, size: int) -> list[Examples]:

@@ -145,6 +145,12 @@ class Recipe:
         "memory: LLM.int8 (arXiv 2208.07339), QLoRA (arXiv 2305.14314)",
         choices=("none", "8bit", "4bit"),
     )
+    shard: str = _knob(
+        "auto",
+        "on divides the frozen base between the processes of a launcher; auto does where it does not fit on one device",
+        "memory: FSDP (arXiv 2304.11277)",
+        choices=("auto", "on", "off"),
+    )
     micro_batch: int = _knob(
         0, "prompts of a step that are computed at once; the step stays the same; 0 takes as many as fit", "memory", 0
     )
@@ -162,6 +168,8 @@ class Recipe:
             self.doses()
         if self.k_min > self.k_max:
             raise RecipeError(f"k_min is {self.k_min}, more than k_max, which is {self.k_max}")
+        if self.shard == "on" and self.load_in != "none":
+            raise RecipeError(f"shard=on does not divide a base in few bits (load_in={self.load_in})")
 
     def doses(self) -> tuple[float, ...]:
         """The strengths of `dose_strengths` that an evaluation does not measure anyway, in rising order.

@@ -22,6 +22,7 @@ from nestpatch.formats.safetensors import SINGLE
 from nestpatch.hub.client import Reference
 from nestpatch.rows import DTYPES
 from nestpatch.runtimes.quantized import keep_gradients, loading_options
+from nestpatch.runtimes.sharded import free_after_use, sharding_options
 from nestpatch.runtimes.threads import wait_passively
 
 if TYPE_CHECKING:
@@ -112,7 +113,9 @@ def _require_bounded(folder: Path) -> None:
                 raise CheckpointFormatError(f"{file} has {size} bytes; {MAX_JSON} are allowed")
 
 
-def load_model(source: Path, device: str, dtype: str, load_in: str = "none") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    source: Path, device: str, dtype: str, load_in: str = "none", shares: int = 1
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model, frozen and in evaluation mode.
 
     Args:
@@ -120,6 +123,7 @@ def load_model(source: Path, device: str, dtype: str, load_in: str = "none") -> 
         device: Where it computes.
         dtype: Name of a torch dtype.
         load_in: "8bit" or "4bit" keeps the matrices of the layers in so few bits; "none" in `dtype`.
+        shares: Processes that divide the weights, all of which call this; 1 loads the whole model. Not in few bits.
 
     Returns:
         (model, tokenizer); the tokenizer pads at the left.
@@ -131,7 +135,7 @@ def load_model(source: Path, device: str, dtype: str, load_in: str = "none") -> 
     wait_passively()
     import torch
 
-    options = loading_options(load_in, device, getattr(torch, dtype))
+    options = loading_options(load_in, device, getattr(torch, dtype)) | sharding_options(shares)
     if source.suffix == ".gguf" and source.is_file():
         model, tokenizer = _load_gguf(FloatModel(GgufCheckpoint(source)), getattr(torch, dtype), options)
     else:
@@ -140,7 +144,9 @@ def load_model(source: Path, device: str, dtype: str, load_in: str = "none") -> 
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.train(mode=False)
-    if options:  # quantized matrices were made on the device, and stay there
+    if shares > 1:
+        free_after_use(model)
+    elif options:  # quantized matrices were made on the device, and stay there
         keep_gradients(model)
     else:
         model.to(device=torch.device(device))  # type: ignore[call-arg]

@@ -8,6 +8,7 @@ import numpy as np
 
 from nestpatch.errors import MissingExtraError
 from nestpatch.rows import FloatArray
+from nestpatch.runtimes.sharded import whole
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +94,7 @@ def float_weight(linear: Any) -> torch.Tensor:
     """
     import torch
 
-    weight: torch.Tensor = linear.weight.detach()
+    weight: torch.Tensor = whole(linear.weight.detach())
     if not is_quantized(linear):
         return weight
     with torch.no_grad():  # whatever the layer stores, this is what it computes with

@@ -15,6 +15,7 @@ from nestpatch.formats.checkpoint import Checkpoint, IntArray, float_rows
 from nestpatch.formats.gguf.checkpoint import GgufCheckpoint
 from nestpatch.formats.gguf.hf.model import FloatModel
 from nestpatch.runtimes.quantized import float_weight, quantized_layers, resembles
+from nestpatch.runtimes.sharded import whole
 
 if TYPE_CHECKING:
     import torch
@@ -212,7 +213,7 @@ class StoredWeights(ParameterHomes):
             CheckpointFormatError: They differ.
         """
         layer = self._quantized.get(parameter)
-        weight = float_weight(layer) if layer is not None else self._parameters[parameter].detach()
+        weight = float_weight(layer) if layer is not None else whole(self._parameters[parameter].detach())
         matrix, same = weight.reshape(-1, weight.shape[-1]), same_weights if layer is None else resembles
         for stored in self.split(parameter, rows):
             if not same(float_rows(self.checkpoint, stored.tensor, stored.rows), matrix[rows[stored.part]]):

@@ -19,6 +19,7 @@ from nestpatch.rows import FloatArray
 from nestpatch.runtimes._pieces import decoded
 from nestpatch.runtimes.devices import pick_device, pick_dtype
 from nestpatch.runtimes.loading import load_model
+from nestpatch.runtimes.sharded import no_gradients
 from nestpatch.runtimes.states import layers_of, pooled_states
 from nestpatch.runtimes.text import (
     IGNORED,
@@ -178,7 +179,7 @@ class TransformersRuntime:
         for places in by_length(rows, self.batch):
             padded = pad_left([rows[i] for i in places], int(self.tokenizer.pad_token_id))
             ids, mask = (torch.from_numpy(part).to(self.model.device) for part in padded)
-            with self.active(), torch.inference_mode():
+            with self.active(), no_gradients(self.model):
                 out = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
             texts = self.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
             for place, text in zip(places, texts, strict=True):

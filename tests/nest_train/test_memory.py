@@ -15,8 +15,9 @@ import torch
 import transformers
 
 from nestpatch.errors import MissingExtraError, OutOfMemoryError
-from nestpatch.nest_train import _memory
-from nestpatch.nest_train._memory import fit_memory, free_memory, longest_batch
+from nestpatch.nest_train import _free, _memory
+from nestpatch.nest_train._free import free_memory
+from nestpatch.nest_train._memory import fit_memory, longest_batch
 from nestpatch.nest_train._run import Run, choose_attention
 from nestpatch.nest_train._targets import Examples
 from nestpatch.nest_train._tune import batch_loss, micro_batches
@@ -208,7 +209,7 @@ def test_on_a_cpu_with_little_memory_a_part_is(tuning: Tuning, tmp_path: Path, m
     one = _memory._bytes_of_one(run, tuning.trunk, tuning.deltas, longest_batch(tuning.data, BATCH), tmp_path)
     assert one > 4 * 320 * 3, "at least the logits of the answers"
     for free, wanted in ((3.9, "2 of 7 examples"), (1.1, "1 of 7 examples"), (4.1, "4 of 7 examples")):
-        monkeypatch.setattr(_memory, "free_memory", lambda free=free: int(free * one * _memory._PEAK))
+        monkeypatch.setattr(_free, "free_memory", lambda free=free: int(free * one * _memory._PEAK))
         size, run = fit(tuning, BATCH, tmp_path)
         assert run.decisions["micro-batch"] == f"{wanted} (more do not fit into memory)"
         assert size == int(wanted[0])
@@ -217,7 +218,7 @@ def test_on_a_cpu_with_little_memory_a_part_is(tuning: Tuning, tmp_path: Path, m
 def test_on_a_cpu_where_one_example_does_not_fit(tuning: Tuning, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     need = lambda _, trunk, *__: 100 if trunk.checkpointing else 300  # noqa: E731
     monkeypatch.setattr(_memory, "_bytes_of_one", need)
-    monkeypatch.setattr(_memory, "free_memory", lambda: int(200 * _memory._PEAK))
+    monkeypatch.setattr(_free, "free_memory", lambda: int(200 * _memory._PEAK))
     size, run = fit(tuning, BATCH, tmp_path)
     assert (size, tuning.trunk.checkpointing) == (2, True)
     assert run.decisions["checkpointing"] == "on (not one example fits into memory otherwise)"
@@ -225,7 +226,7 @@ def test_on_a_cpu_where_one_example_does_not_fit(tuning: Tuning, tmp_path: Path,
     with pytest.raises(OutOfMemoryError, match=says) as caught:
         fit(tuning, dataclasses.replace(BATCH, checkpointing="off"), tmp_path)
     assert "load_in=4bit" in caught.value.advice
-    monkeypatch.setattr(_memory, "free_memory", lambda: 99)
+    monkeypatch.setattr(_free, "free_memory", lambda: 99)
     with pytest.raises(OutOfMemoryError, match=says):
         fit(tuning, BATCH, tmp_path)
 
