@@ -69,6 +69,9 @@ if TYPE_CHECKING:
     from nestpatch.patcher.verify import verify as verify
     from nestpatch.prompts.readers import PromptSet as PromptSet
     from nestpatch.prompts.readers import load_prompts as load_prompts
+    from nestpatch.restore.carry import carry as carry
+    from nestpatch.restore.result import Restored as Restored
+    from nestpatch.restore.transplant import transplant as transplant
     from nestpatch.signing.keys import PrivateKey as PrivateKey
     from nestpatch.signing.keys import keygen as keygen
     from nestpatch.signing.keys import read_private as load_key
@@ -86,6 +89,7 @@ _HOMES = {
     "apply": "patcher.apply",
     "apply_in_place": "patcher.inplace",
     "builtin_suites": "evaluation.suites",
+    "carry": "restore.carry",
     "diff": "compare.diff",
     "doctor": "health.diagnosis",
     "evaluate": "evaluation.evaluator",
@@ -115,6 +119,7 @@ _HOMES = {
     "sign": "signing.verify:sign_pack",
     "status": "patcher.status",
     "train": "nest_train.train",
+    "transplant": "restore.transplant",
     "trust_key": "signing.store",
     "update": "patcher.update",
     "verify": "patcher.verify",
@@ -135,6 +140,7 @@ _HOMES = {
     "PromptSet": "prompts.readers",
     "Proven": "gate",
     "Recipe": "nest_train.recipe",
+    "Restored": "restore.result",
     "Scores": "evaluation.scores",
     "Status": "patcher.status",
     "Suite": "evaluation.suites",

@@ -31,6 +31,7 @@ from nestpatch.commands import (
     judging,
     patching,
     reporting,
+    restoring,
     serving,
     signing,
     training,
@@ -48,6 +49,7 @@ TRACEBACK = "NESTPATCH_TRACEBACK"
 SECTIONS: dict[str, dict[click.Command, str]] = {
     "Make packs": {
         training.train: "Train a pack that makes a model refuse.",
+        restoring.restore: "Give a fine-tune its safety back, without training.",
         evaluating.evaluate: "Measure attack success and over-refusal of a model.",
         judging.judge: "Compare judges of answers with a person.",
     },
