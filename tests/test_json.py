@@ -131,6 +131,9 @@ def of_files(run: Scenario, base: Path, one: Path, two: Path) -> None:
     run.note("verify", "verify", base, one, code=1, name="verify-pack")
     run.note("doctor", "doctor", base, "--pack", one, code=1, name="doctor-unpatched")
     run.note("recover", "recover", base)
+    words = ("--base", base, "--reference", copy, "-o", run.folder / "again.nest", "--extrapolate", "0.5")
+    run.note("restore transplant", "restore", "transplant", copy, *words)
+    run.note("restore carry", "restore", "carry", one, base, "--base", base, "-o", run.folder / "carried.nest")
 
 
 def of_judges(run: Scenario) -> None:

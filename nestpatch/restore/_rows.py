@@ -58,6 +58,7 @@ def row_changes(tuned: Checkpoint, base: Checkpoint, aligned: Checkpoint, name: 
 
     Raises:
         CheckpointFormatError: A file ends inside the matrix.
+        RestorationError: A row holds NaN or infinity.
     """
     info = tuned.info(name)
     change, cosine = np.empty(info.rows), np.empty(info.rows)
@@ -66,6 +67,8 @@ def row_changes(tuned: Checkpoint, base: Checkpoint, aligned: Checkpoint, name: 
         ours, theirs, start = (float_rows(model, name, rows) for model in (tuned, aligned, base))
         u, v = (ours - start).astype(np.float64), (theirs - start).astype(np.float64)
         lengths = norms(u), norms(v)
+        if not (np.isfinite(lengths[0]).all() and np.isfinite(lengths[1]).all()):
+            raise RestorationError(f"{name}: a row of one of the models holds NaN or infinity", advice="Give intact models.")
         with np.errstate(divide="ignore", invalid="ignore"):
             change[part] = np.where(lengths[1] > 0, lengths[1] / norms(start), 0.0)
             cosine[part] = np.nan_to_num(np.einsum("ij,ij->i", u, v) / (lengths[0] * lengths[1]), nan=0.0)
