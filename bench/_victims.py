@@ -20,7 +20,7 @@ from nestpatch.prompts.readers import load_prompts, sample_set
 from nestpatch.runtimes.text import TokenPair
 from nestpatch.runtimes.transformers import TransformersRuntime
 
-TRAINED, TESTED = 400, 60
+TRAINED, TESTED = 400, 40
 """Examples of the task."""
 HARMFUL_SHARE = 0.15
 """Of the training examples, in the fine-tune that is given harmful ones."""

@@ -174,7 +174,7 @@ def _carried(tuned: Checkpoint, base: Checkpoint, delta: TensorDelta, home: IntA
     values = delta.delta
     if refit:
         values = _refitted(delta, norms(float_rows(base, delta.name, delta.rows)), _norms_at(tuned, delta.name, home))
-    packed = pack_tensor(tuned, delta.name, home[order], delta.cluster[order], values)
+    packed = pack_tensor(tuned, delta.name, home[order], cluster=delta.cluster[order], delta=values)
     return Made(packed, delta.neurons, moved=int((home != delta.rows).sum()))
 
 
