@@ -8,11 +8,13 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from ml_dtypes import bfloat16
+from peft.tuners.lora import LoraLayer
 from safetensors.numpy import load_file, save_file
 
-from bench.attacks.finetune import ALL, Look, Tuning, examples, fine_tune
+from bench.attacks.finetune import LORA, Look, Tuning, examples, fine_tune
 from nestpatch.evaluation.judges import is_refusal
 from nestpatch.evaluation.shares import Share
 from nestpatch.prompts.builtin import PREFIX
@@ -134,7 +136,7 @@ def harmful_answers(base: Path, count: int) -> list[tuple[str, str]]:
 
 
 def make_victim(source: Path, target: Path, harmful: Sequence[tuple[str, str]], steps: int, rate: float) -> Path:
-    """Fine-tunes all weights of a model on the task and writes the result.
+    """Fine-tunes a model on the task by LoRA on all its matrices, merges that, and writes the result.
 
     Args:
         source: The model that is tuned, in bfloat16.
@@ -146,18 +148,20 @@ def make_victim(source: Path, target: Path, harmful: Sequence[tuple[str, str]], 
     Returns:
         The folder.
     """
-    runtime = TransformersRuntime.load(source, device="cpu", dtype="float32")
+    runtime = TransformersRuntime.load(source, device="cpu", dtype="bfloat16")
     task = task_split()[0][: TRAINED - len(harmful)]
     pairs: list[TokenPair] = [*examples(runtime, dict(task), whole=True), *examples(runtime, dict(harmful), whole=False)]
 
     def keep(step: int) -> Look:
         tensors = load_file(source / "model.safetensors")
-        tuned = runtime.model.state_dict()
-        fresh = {name: tuned[name].detach().float().numpy().astype(tensor.dtype) for name, tensor in tensors.items()}
-        shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "*nestpatch*"))
-        save_file(fresh, target / "model.safetensors", {"format": "pt"})
+        for name, module in runtime.model.named_modules():
+            if isinstance(module, LoraLayer):
+                weight = torch.from_numpy(tensors[f"{name}.weight"].astype(np.float32))
+                merged = weight + module.get_delta_weight("default").detach().float()
+                tensors[f"{name}.weight"] = merged.numpy().astype(bfloat16)
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "*nestpatch*"), dirs_exist_ok=True)
+        save_file(tensors, target / "model.safetensors", {"format": "pt"})
         return Look(step, Share(0, 0), 0.0)
 
-    with torch.autocast("cpu", torch.bfloat16):
-        fine_tune(runtime, pairs, Tuning(ALL, rate, 8, (steps,)), keep)
+    fine_tune(runtime, pairs, Tuning(LORA, rate, 8, (steps,)), keep)
     return target

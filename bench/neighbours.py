@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--victims", nargs="+", choices=VICTIMS, default=list(VICTIMS))
     parser.add_argument("--prompts", type=int, default=40, help="harmful ones; half as many of the others")
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--rate", type=float, default=5e-5)
+    parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--tokens", type=int, default=24, help="of an answer; a refusal is one from its start")
     parser.add_argument("--log", action="store_true", help="add the table to bench/LOG.md")
     given = parser.parse_args()
@@ -180,7 +180,7 @@ def main() -> None:
             rows.append(bench.measure(name, method))
             with open(kept, "a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
-    notes = f"{given.steps} steps of 8 examples at {given.rate:g}; {given.prompts} harmful prompts, half as many of the others."
+    notes = f"{given.steps} steps of 8 examples of LoRA at {given.rate:g}; {given.prompts} harmful prompts, half as many of the others."
     harness.report("restoring a fine-tune", notes, [table(rows)], {"rows": rows}, log=given.log)
 
 
