@@ -106,7 +106,7 @@ def write_pack(model: Path, path: Path) -> None:
         neurons = round(SHARE * info.rows)
         rows = np.sort(random.choice(info.rows, neurons, replace=False))
         change = (DELTA_STD * random.standard_normal((CLUSTERS, info.shape[1]))).astype(DTYPES["BF16"])
-        tensors.append(pack_tensor(checkpoint, name, rows, np.arange(neurons) % CLUSTERS, change))
+        tensors.append(pack_tensor(checkpoint, name, rows, change, cluster=np.arange(neurons) % CLUSTERS))
     label = Label("bench", description="random", license="Apache-2.0")
     pack = build_pack(tensors, label, model_id="bench/random", architecture="LlamaForCausalLM")
     nest.write(pack, path, overwrite=True)

@@ -59,9 +59,9 @@ def _carry(name: str, *options: str) -> Method:
 
 
 METHODS = (
+    _transplant("1.0 beyond", "--extrapolate", "1.0"),
     _transplant("all rows"),
     _transplant("0.5 beyond", "--extrapolate", "0.5"),
-    _transplant("1.0 beyond", "--extrapolate", "1.0"),
     _carry(""),
     _carry("refit", "--refit"),
 )
@@ -180,7 +180,7 @@ def main() -> None:
             rows.append(bench.measure(name, method))
             with open(kept, "a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
-    notes = f"{given.steps} steps of 8 examples of LoRA at {given.rate:g}; {given.prompts} harmful prompts, half as many of the others."
+    notes = f"{given.steps} steps of LoRA at {given.rate:g}; {given.prompts} harmful prompts, half as many of the others."
     harness.report("restoring a fine-tune", notes, [table(rows)], {"rows": rows}, log=given.log)
 
 

@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from nestpatch.prompts.readers import PromptSet as PromptSet
     from nestpatch.prompts.readers import load_prompts as load_prompts
     from nestpatch.restore.carry import carry as carry
+    from nestpatch.restore.extrapolate import extrapolate as extrapolate
     from nestpatch.restore.result import Restored as Restored
     from nestpatch.restore.transplant import transplant as transplant
     from nestpatch.signing.keys import PrivateKey as PrivateKey
@@ -100,6 +101,7 @@ _HOMES = {
     "export_onnx_adapter": "export.adapters",
     "export_safetensors": "export.safetensors",
     "extract": "compare.extract",
+    "extrapolate": "restore.extrapolate",
     "keygen": "signing.keys",
     "load_key": "signing.keys:read_private",
     "load_pack": "formats.nest:read",

@@ -1,7 +1,8 @@
 """`Pack`: the content of a `.nest` file, and the value that most of the library passes around.
 
-`Manifest` states what the pack is, which model it is for and how it was made; `TensorDelta` holds the change of one weight
-matrix; `Label` is the part of the manifest that the publisher chooses. The fields are those of docs/nest-format.md.
+`Manifest` states what the pack is, which model it is for and how it was made; `TensorDelta`, of `nestpatch.delta`, holds the
+change of one weight matrix; `Label` is the part of the manifest that the publisher chooses. The fields are those of
+docs/nest-format.md.
 Each constructor checks its own object and raises PackContentError; `Pack` also checks that the parts agree.
 """
 
@@ -14,14 +15,12 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from nestpatch.errors import DataError, PackContentError
-from nestpatch.rows import BLOCK_TYPES, DTYPES, SKETCHES, FloatArray, Rows, dtype_name
+from nestpatch.delta import TensorDelta, require
+from nestpatch.errors import DataError
+from nestpatch.rows import BLOCK_TYPES, DTYPES, dtype_name
 
 FORMATS = ("nest/1", "nest/2")
-"""nest/2 is that of the packs whose base is quantized, at least in part."""
+"""nest/2 is that of the packs that hold something of `Pack.additions`."""
 # semver.org, section "Is there a suggested regular expression", without build metadata groups.
 _SEMVER = re.compile(
     r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
@@ -34,14 +33,8 @@ TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 MAX_VERSION = 64
 """Characters of a version, at most."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}", re.ASCII)
-_TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*(?:\.[A-Za-z0-9_-]+)*", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
-
-
-def _require(condition: bool, reason: str) -> None:
-    if not condition:
-        raise PackContentError(reason)
 
 
 def name_problem(name: str) -> str | None:
@@ -65,7 +58,7 @@ def version_problem(version: str) -> str | None:
 
 
 def _require_digest(value: str, what: str) -> None:
-    _require(bool(_SHA256.fullmatch(value)), f"{what} is not a SHA-256 in lower-case hex: {value[:80]!r}")
+    require(bool(_SHA256.fullmatch(value)), f"{what} is not a SHA-256 in lower-case hex: {value[:80]!r}")
 
 
 @dataclass(frozen=True)
@@ -83,11 +76,11 @@ class TensorIdentity:
 
     def __post_init__(self) -> None:
         known = (*DTYPES, *BLOCK_TYPES)
-        _require(self.dtype in known, f"a base tensor has dtype {self.dtype[:40]!r}; known are {', '.join(known)}")
-        _require(2 <= len(self.shape) <= 3 and all(n > 0 for n in self.shape), f"impossible shape {list(self.shape)}")
+        require(self.dtype in known, f"a base tensor has dtype {self.dtype[:40]!r}; known are {', '.join(known)}")
+        require(2 <= len(self.shape) <= 3 and all(n > 0 for n in self.shape), f"impossible shape {list(self.shape)}")
         if self.quantized:
             width, elements = self.shape[-1], BLOCK_TYPES[self.dtype][0]
-            _require(width % elements == 0, f"a base tensor has rows of {width} elements, {self.dtype} blocks of {elements}")
+            require(width % elements == 0, f"a base tensor has rows of {width} elements, {self.dtype} blocks of {elements}")
         _require_digest(self.sha256, "a tensor's sha256")
         _require_digest(self.rows_sha256, "a tensor's rows_sha256")
 
@@ -140,17 +133,12 @@ class Manifest:
 
     def __post_init__(self) -> None:
         for problem in (name_problem(self.name), version_problem(self.version)):
-            _require(problem is None, problem or "")
-        _require(is_utc_time(self.created), f"created is not a UTC time like 2026-11-23T12:00:00Z: {self.created[:80]!r}")
+            require(problem is None, problem or "")
+        require(is_utc_time(self.created), f"created is not a UTC time like 2026-11-23T12:00:00Z: {self.created[:80]!r}")
         for pack_id in (*self.supersedes, *self.requires):
             _require_digest(pack_id, "an entry of supersedes or requires")
         for name, value in self.result.items():
             _require_digest(value, f"the result digest of {name}")
-
-    @property
-    def format(self) -> str:
-        """The format of the file, one of FORMATS: the base decides."""
-        return FORMATS[any(tensor.quantized for tensor in self.base.tensors.values())]
 
 
 def is_utc_time(text: str) -> bool:
@@ -162,63 +150,6 @@ def is_utc_time(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-@dataclass(frozen=True, eq=False)
-class TensorDelta:
-    """The change of one weight matrix."""
-
-    name: str
-    delta: Rows
-    """F32, BF16 or F16 [clusters, in_features]."""
-    rows: npt.NDArray[Any]
-    """The touched rows, int32 or int64 [neurons], sorted, unique."""
-    cluster: npt.NDArray[Any]
-    """Which delta each touched row gets, uint8 or uint16 [neurons]."""
-    sketch: npt.NDArray[np.float16]
-    """Sketches of the base's rows, float16 [neurons, 4]."""
-
-    def __post_init__(self) -> None:
-        name, neurons = self.name, self.rows.shape
-        _require(bool(_TENSOR_NAME.fullmatch(name)) and len(name) <= 256, f"{name[:100]!r} is not a tensor name")
-        _require(self.delta.dtype in DTYPES.values(), f"{name}:delta has dtype {self.delta.dtype}")
-        _require(self.rows.dtype in (np.int32, np.int64), f"{name}:rows has dtype {self.rows.dtype}")
-        _require(self.cluster.dtype in (np.uint8, np.uint16), f"{name}:cluster has dtype {self.cluster.dtype}")
-        _require(self.sketch.dtype == np.float16, f"{name}:sketch has dtype {self.sketch.dtype}")
-        _require(self.delta.ndim == 2 and min(self.delta.shape) > 0, f"{name}:delta has shape {list(self.delta.shape)}")
-        _require(len(neurons) == 1 and neurons[0] > 0, f"{name}:rows has shape {list(neurons)}")
-        _require(self.cluster.shape == neurons, f"{name}: rows and cluster differ in length")
-        _require(self.sketch.shape == (*neurons, SKETCHES), f"{name}:sketch has shape {list(self.sketch.shape)}")
-        _require(bool(np.isfinite(self.delta.astype(np.float32)).all()), f"{name}:delta holds NaN or infinity")
-        _require(bool(np.isfinite(self.sketch.astype(np.float32)).all()), f"{name}:sketch holds NaN or infinity")
-        _require(int(self.rows[0]) >= 0, f"{name}: row {int(self.rows[0])} is out of range")
-        _require(bool((self.rows[1:] > self.rows[:-1]).all()), f"{name}: rows are unsorted or repeated")
-        used = np.unique(self.cluster)
-        _require(int(used[-1]) < self.clusters, f"{name}: cluster {int(used[-1])} has no delta; there are {self.clusters}")
-        _require(len(used) == self.clusters, f"{name}: {self.clusters - len(used)} of {self.clusters} deltas have no row")
-
-    @property
-    def clusters(self) -> int:
-        """Number of deltas."""
-        return int(self.delta.shape[0])
-
-    @property
-    def neurons(self) -> int:
-        """Number of changed rows."""
-        return len(self.rows)
-
-    def dense(self, start: int = 0, stop: int | None = None) -> FloatArray:
-        """The change of each touched row, with the shared deltas written out.
-
-        Args:
-            start: First touched row, counted from 0 within `rows`.
-            stop: End of the slice; None for all that follow.
-
-        Returns:
-            float32 [stop - start, in_features].
-        """
-        dense: FloatArray = self.delta.astype(np.float32)[self.cluster[start:stop]]
-        return dense
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,24 +166,37 @@ class Pack:
 
     def __post_init__(self) -> None:
         names = [delta.name for delta in self.deltas]
-        _require(bool(names), "the pack changes nothing: it has no tensors")
-        _require(names == sorted(set(names)), "the tensors of a pack must be unique and in the order of their names")
+        require(bool(names), "the pack changes nothing: it has no tensors")
+        require(names == sorted(set(names)), "the tensors of a pack must be unique and in the order of their names")
         for what, listed in (("base.tensors", self.manifest.base.tensors), ("result.tensors", self.manifest.result)):
             odd = sorted(set(listed) ^ set(names))
-            _require(not odd, f"{what} and the arrays disagree about {', '.join(odd[:3])}")
+            require(not odd, f"{what} and the arrays disagree about {', '.join(odd[:3])}")
         for delta in self.deltas:
             rows, in_features = self.manifest.base.tensors[delta.name].matrix
             last, width = int(delta.rows[-1]), int(delta.delta.shape[1])
-            _require(last < rows, f"{delta.name}: row {last} is out of range; the matrix has {rows}")
-            _require(width == in_features, f"{delta.name}: deltas are {width} wide, the matrix {in_features}")
+            require(last < rows, f"{delta.name}: row {last} is out of range; the matrix has {rows}")
+            require(width == in_features, f"{delta.name}: deltas are {width} wide, the matrix {in_features}")
 
     def __iter__(self) -> Iterator[TensorDelta]:
         return iter(self.deltas)
 
     @property
+    def additions(self) -> tuple[str, ...]:
+        """What the pack holds that nest/1 does not have: the reasons for its format."""
+        tensors = self.manifest.base.tensors.items()
+        quantized = [f"base tensor {name!r} is quantized ({tensor.dtype})" for name, tensor in tensors if tensor.quantized]
+        factors = [f"tensor {delta.name!r} has factors" for delta in self.deltas if delta.factors is not None]
+        return (*quantized, *factors)
+
+    @property
+    def format(self) -> str:
+        """The format of the file, one of FORMATS."""
+        return FORMATS[bool(self.additions)]
+
+    @property
     def parameters(self) -> int:
-        """Number of values in all deltas."""
-        return sum(delta.delta.size for delta in self.deltas)
+        """Number of values in all vectors and factors."""
+        return sum(delta.delta.size + (0 if delta.factors is None else delta.factors.size) for delta in self.deltas)
 
     @property
     def delta_dtypes(self) -> tuple[str, ...]:

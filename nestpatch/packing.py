@@ -7,17 +7,18 @@ Everything that makes a pack (training, extraction) finds the rows and their del
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from nestpatch.delta import TensorDelta
 from nestpatch.errors import PackContentError, QuantizationError
 from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo, row_blocks
-from nestpatch.pack import BaseIdentity, Label, Manifest, Pack, TensorDelta, TensorIdentity, creation_time
-from nestpatch.rows import BLOCK_TYPES, FloatArray, Rows, merge, sketch
+from nestpatch.pack import BaseIdentity, Label, Manifest, Pack, TensorIdentity, creation_time
+from nestpatch.rows import BLOCK_TYPES, SKETCHES, FloatArray, Rows, merge, sketch
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +56,18 @@ def require_packable(checkpoint: Checkpoint, name: str) -> TensorInfo:
     return info
 
 
-def pack_tensor(checkpoint: Checkpoint, name: str, rows: IntArray, cluster: npt.NDArray[Any], delta: Rows) -> PackedTensor:
+def pack_tensor(
+    checkpoint: Checkpoint,
+    name: str,
+    rows: IntArray,
+    delta: Rows,
+    *,
+    cluster: npt.NDArray[Any] | None = None,
+    factors: Rows | None = None,
+) -> PackedTensor:
     """Packs the change of one weight matrix, with the indices in the smallest integer types that fit.
+
+    Give either `cluster`, where each row gets one of the vectors, or `factors`, where it gets a sum of them.
 
     The base is read in blocks, so memory does not grow with the matrix.
 
@@ -64,8 +75,9 @@ def pack_tensor(checkpoint: Checkpoint, name: str, rows: IntArray, cluster: npt.
         checkpoint: The base. The rows of quantized tensors are blocks: digests are those of the blocks.
         name: The tensor's name on disk; for a GGUF file that in the safetensors model, by which other files are found too.
         rows: The rows to change, sorted, int64 [neurons].
-        cluster: Which delta each row gets, any integer type [neurons].
-        delta: The deltas in their storage dtype (F32, BF16 or F16), [clusters, in_features].
+        delta: The vectors in their storage dtype (F32, BF16 or F16), [clusters or rank, in_features].
+        cluster: Which vector each row gets, any integer type [neurons].
+        factors: How much of each vector each row gets, in their storage dtype, [neurons, rank].
 
     Returns:
         The delta, the identity of the base tensor, and the digest of the merged rows.
@@ -76,25 +88,26 @@ def pack_tensor(checkpoint: Checkpoint, name: str, rows: IntArray, cluster: npt.
         QuantizationError: No pack can have a base of this type, or its rows cannot be quantized here.
     """
     info = require_packable(checkpoint, name)
+    packed = TensorDelta(
+        name=name,
+        delta=delta,
+        rows=rows.astype(np.int32 if info.rows < 2**31 else np.int64),
+        sketch=np.zeros((len(rows), SKETCHES), np.float16),
+        cluster=None if cluster is None else cluster.astype(np.uint8 if len(delta) <= 256 else np.uint16),
+        factors=factors,
+    )
     before, after, whole, sketches = sha256(), sha256(), sha256(), []
     # The arithmetic of the merge holds several arrays of eight bytes per element.
     for part in row_blocks(len(rows), 16 * max(info.row_bytes, 2 * info.shape[-1])):
         stored = checkpoint.read_rows(name, rows[part])
-        merged = as_merged(info, stored, delta[cluster[part]].astype(np.float32))
+        merged = as_merged(info, stored, packed.dense(part.start, part.stop))
         before.update(np.ascontiguousarray(stored).view(np.uint8).data)
         after.update(np.ascontiguousarray(merged).view(np.uint8).data)
         sketches.append(sketch(stored if info.plain else info.decoded(stored)))
     for block in checkpoint.read_all(name):
         whole.update(block)
-    packed = TensorDelta(
-        name=name,
-        delta=delta,
-        rows=rows.astype(np.int32 if info.rows < 2**31 else np.int64),
-        cluster=cluster.astype(np.uint8 if len(delta) <= 256 else np.uint16),
-        sketch=np.concatenate(sketches),
-    )
     identity = TensorIdentity(info.shape, info.dtype, whole.hexdigest(), before.hexdigest())
-    return PackedTensor(packed, identity, after.hexdigest())
+    return PackedTensor(replace(packed, sketch=np.concatenate(sketches)), identity, after.hexdigest())
 
 
 def as_merged(info: TensorInfo, stored: Rows, change: FloatArray) -> Rows:

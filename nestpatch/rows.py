@@ -32,6 +32,8 @@ BLOCK_TYPES: dict[str, tuple[int, int]] = {
 }  # fmt: skip
 """The quantized types of GGUF files that a pack's base may have -> (elements, bytes) of a block."""
 
+_SUM_BYTES = 1 << 18
+"""Bytes of the float64 sums that are held at a time: they fit into the cache of a processor."""
 SKETCHES = 4
 """Projections per row."""
 SKETCH_MATCH = 0.95
@@ -126,3 +128,29 @@ def merge(rows: Rows, delta: Rows, strength: float = 1.0) -> Rows:
     if not finite:
         raise PackContentError(f"the merged weights leave the range of {dtype_name(rows.dtype)}")
     return merged
+
+
+def low_rank(factors: Rows, basis: Rows) -> FloatArray:
+    """The changes that factors make of a basis: sums over k, in this order, in float64, rounded once to float32.
+
+    A product of matrices by a library adds in another order and so gives other bytes.
+
+    Args:
+        factors: [rows, rank], any float dtype of at most 32 bits, whose products are exact in float64.
+        basis: [rank, in_features], likewise.
+
+    Returns:
+        float32 [rows, in_features].
+    """
+    weights, vectors = factors.astype(np.float64), basis.astype(np.float64)
+    change = np.empty((len(weights), vectors.shape[1]), np.float32)
+    step = max(1, _SUM_BYTES // (8 * vectors.shape[1]))
+    for start in range(0, len(weights), step):
+        part = weights[start : start + step]
+        total = np.zeros((len(part), vectors.shape[1]))
+        product = np.empty_like(total)
+        for k, vector in enumerate(vectors):
+            np.multiply(part[:, k, None], vector, out=product)
+            total += product
+        change[start : start + step] = total
+    return change

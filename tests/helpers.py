@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, settings
 from safetensors.numpy import save
 
 from nestpatch import rows as library
-from nestpatch.pack import BaseIdentity, Manifest, Pack, TensorDelta, TensorIdentity
+from nestpatch.delta import TensorDelta
+from nestpatch.pack import BaseIdentity, Manifest, Pack, TensorIdentity
 
 DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -115,8 +116,12 @@ def tiny_pack(
     version: str = "1.0.0",
     neurons: int = 9,
     tensors: Sequence[str] | None = None,
+    low_rank: bool = False,
 ) -> Pack:
-    """A valid pack for a model: random deltas on random rows of its gate and up projections, or of the tensors named."""
+    """A valid pack for a model: random deltas on random rows of its gate and up projections, or of the tensors named.
+
+    With `low_rank`, rows get sums of the `clusters` vectors.
+    """
     stored = load_tensors(checkpoint_dir)
     random = np.random.default_rng(seed)
     chosen = sorted(tensors or (n for n in stored if any(f".{part}." in n for part in PATCHED)))
@@ -129,8 +134,12 @@ def tiny_pack(
             tensor,
             delta=(scale * random.standard_normal((clusters, matrix.shape[1]))).astype(DTYPES[delta_dtype]),
             rows=rows,
-            cluster=random.permutation(np.arange(neurons) % clusters).astype(np.uint8),
             sketch=library.sketch(matrix[rows]),
+            **(
+                {"factors": random.standard_normal((neurons, clusters)).astype(DTYPES[delta_dtype])}
+                if low_rank
+                else {"cluster": random.permutation(np.arange(neurons) % clusters).astype(np.uint8)}
+            ),
         )
         deltas.append(delta)
         digests = library.digest([whole]), library.digest([matrix[rows]])

@@ -17,12 +17,13 @@ import pytest
 from click.testing import CliRunner
 
 from nestpatch.cli import main
+from nestpatch.delta import TensorDelta
 from nestpatch.errors import DataError, OutputError, PackContentError
 from nestpatch.events import Event
 from nestpatch.formats import checkpoint as interface
 from nestpatch.formats import nest
 from nestpatch.formats.safetensors import SafetensorsCheckpoint
-from nestpatch.pack import Pack, TensorDelta
+from nestpatch.pack import Pack
 from nestpatch.patcher.apply import apply
 from tests.helpers import (
     DTYPES,

@@ -31,6 +31,7 @@ LAYERS = [
     {"nestpatch.events"},
     {"nestpatch.version"},
     {"nestpatch.rows"},
+    {"nestpatch.delta"},
     {"nestpatch.files"},
     {"nestpatch.pack"},
     {"nestpatch.formats"},
@@ -101,6 +102,7 @@ def test_importing_the_deployment_side_stays_light() -> None:
         "nestpatch.files.reading",
         "nestpatch.events",
         "nestpatch.rows",
+        "nestpatch.delta",
         "nestpatch.pack",
         "nestpatch.packing",
         *DEPLOYED,
@@ -282,7 +284,8 @@ def cycles(*, lazy: bool) -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["nestpatch.errors", "nestpatch.events", "nestpatch.rows", "nestpatch.pack", "nestpatch.packing", *DEPLOYED]
+    "name",
+    [*(f"nestpatch.{name}" for name in ("errors", "events", "rows", "delta", "pack", "packing")), *DEPLOYED],
 )
 def test_the_deployment_side_names_no_heavy_package(name: str) -> None:
     """Not even lazily: an import inside a function would fail on a host without the package."""

@@ -133,6 +133,8 @@ def of_files(run: Scenario, base: Path, one: Path, two: Path) -> None:
     run.note("recover", "recover", base)
     words = ("--base", base, "--reference", copy, "-o", run.folder / "again.nest", "--extrapolate", "0.5")
     run.note("restore transplant", "restore", "transplant", copy, *words)
+    words = ("--base", base, "--rank", 2, "--alpha", "0.5", "-o", run.folder / "further.nest")
+    run.note("restore extrapolate", "restore", "extrapolate", copy, *words)
     run.note("restore carry", "restore", "carry", one, base, "--base", base, "-o", run.folder / "carried.nest")
 
 

@@ -17,14 +17,16 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from nestpatch.delta import TensorDelta
 from nestpatch.errors import OutputError, PackContentError, PackError
 from nestpatch.files.atomic import new_place
 from nestpatch.formats import nest
-from nestpatch.pack import BaseIdentity, Manifest, Pack, TensorDelta, TensorIdentity
+from nestpatch.pack import BaseIdentity, Manifest, Pack, TensorIdentity
 from tests.attacks import tools
 from tests.helpers import DTYPES, FLOATS, PROPERTY, changed, tiny_checkpoint, tiny_pack, tree_digest
 
 GOLDEN = "7e570c003a34a6f163597827b8eba754abb1f2407de1db4471c9325e53e9427b"
+GOLDEN_LOW_RANK = "41f3924bcbfba0405c2c472b0b5658e28e092d384f8377b2f21411c3b25133ee"
 GOLDEN_2 = "9b95dfe047e99b5370cb5671afa83904218e50a5064d91191f60336ecc5be42b"
 BLOCKS = {"Q8_0": 32, "Q4_1": 32, "Q4_K": 256}
 """Some quantized types of bases, with the elements of a block."""
@@ -82,11 +84,19 @@ def fixed_quantized_pack() -> Pack:
     return Pack(manifest, (*pack.deltas, blocks))
 
 
+def fixed_low_rank_pack() -> Pack:
+    """The first of its tensors with factors in place of clusters."""
+    pack = fixed_pack()
+    factors = np.array([[0.5, -2], [0, 1], [3, 0]], np.float16)
+    return replace(pack, deltas=(replace(pack.deltas[0], cluster=None, factors=factors), *pack.deltas[1:]))
+
+
 def assert_same_pack(got: Pack, want: Pack) -> None:
     assert got.manifest == want.manifest
     assert [d.name for d in got] == [d.name for d in want]
     for ours, theirs in zip(got, want, strict=True):
-        for part in ("delta", "rows", "cluster", "sketch"):
+        assert nest.parts(ours).keys() == nest.parts(theirs).keys()
+        for part in nest.parts(ours):
             a, b = getattr(ours, part), getattr(theirs, part)
             assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), part
 
@@ -106,8 +116,14 @@ def tensors(draw: st.DrawFn, name: str) -> tuple[TensorDelta, TensorIdentity]:
     stored = draw(st.sampled_from([*FLOATS, *BLOCKS]))
     clusters, width = draw(st.integers(1, 3)), BLOCKS.get(stored) or draw(st.integers(1, 5))
     rows = sorted(draw(st.sets(st.integers(0, 40), min_size=clusters, max_size=8)))
-    # Every cluster is used at least once, in any order.
-    cluster = draw(st.permutations([number % clusters for number in range(len(rows))]))
+    # Every vector is used at least once, in any order.
+    cluster = np.array(draw(st.permutations([number % clusters for number in range(len(rows))])))
+    if draw(st.booleans()):
+        kind = {"cluster": cluster.astype(draw(st.sampled_from([np.uint8, np.uint16])))}
+    else:
+        some = np.array(draw(st.lists(st.sampled_from([-2, -0.5, 0, 0, 1, 3]), min_size=clusters, max_size=clusters)))
+        one = np.arange(clusters) == cluster[:, None]
+        kind = {"factors": np.where(one, 1, some).astype(DTYPES[draw(st.sampled_from(FLOATS))])}
     dtype = draw(st.sampled_from(FLOATS))
     value = st.floats(-4, 4, width=16)
     delta = np.resize([draw(value) for _ in range(min(5, width) * clusters)], (clusters, width))
@@ -116,8 +132,8 @@ def tensors(draw: st.DrawFn, name: str) -> tuple[TensorDelta, TensorIdentity]:
         name,
         delta=delta.astype(DTYPES[dtype]),
         rows=np.array(rows, draw(st.sampled_from([np.int32, np.int64]))),
-        cluster=np.array(cluster, draw(st.sampled_from([np.uint8, np.uint16]))),
         sketch=np.array(sketch, np.float16),
+        **kind,
     )
     shape = draw(st.sampled_from([(41, width), (1, 41, width), (6, 7, width)]))
     return change, TensorIdentity(shape, stored, draw(DIGESTS), draw(DIGESTS))
@@ -156,18 +172,20 @@ def test_golden_bytes() -> None:
     """A change of this digest is a change of the format: every published pack would get another id."""
     assert nest.pack_id(fixed_pack()) == GOLDEN
     assert nest.pack_id(fixed_quantized_pack()) == GOLDEN_2
+    assert nest.pack_id(fixed_low_rank_pack()) == GOLDEN_LOW_RANK
 
 
-def test_the_base_decides_the_format() -> None:
+def test_the_content_decides_the_format() -> None:
     """Older readers refuse nest/2 by its name; what they can read does not change."""
-    for pack, name in ((fixed_pack(), "nest/1"), (fixed_quantized_pack(), "nest/2")):
+    for pack, name in ((fixed_pack(), "nest/1"), (fixed_quantized_pack(), "nest/2"), (fixed_low_rank_pack(), "nest/2")):
         data = nest.encode(pack)
         (length,) = struct.unpack("<Q", data[:8])
         manifest = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["nest"])
-        assert manifest["format"] == pack.manifest.format == name
+        assert manifest["format"] == pack.format == name
+        assert bool(pack.additions) == (name == "nest/2")
         assert_same_pack(nest.decode(data), pack)
         other = {"nest/1": "nest/2", "nest/2": "nest/1"}[name]
-        with pytest.raises(PackContentError, match=f"a {other} pack"):
+        with pytest.raises(PackContentError, match=f"{other}"):
             nest.decode(tools.with_manifest(data, lambda manifest, other=other: manifest.update(format=other)))
 
 
@@ -382,8 +400,8 @@ def test_every_depth_of_nesting_is_read_or_refused() -> None:
 
 def test_manifest_json_and_parse_manifest_are_inverse() -> None:
     manifest = fixed_pack().manifest
-    value = nest.manifest_json(manifest)
-    assert nest.parse_manifest(nest.canonical_json(value)) == manifest
+    value = nest.manifest_json(fixed_pack())
+    assert nest.parse_manifest(nest.canonical_json(value)) == ("nest/1", manifest)
     assert value["result"] == {"tensors": {"a.weight": {"rows_sha256": "4" * 64}, "b.experts": {"rows_sha256": "5" * 64}}}
     renamed = changed(value, lambda v: v.update(name="other"))
-    assert nest.parse_manifest(nest.canonical_json(renamed)) == replace(manifest, name="other")
+    assert nest.parse_manifest(nest.canonical_json(renamed)) == ("nest/1", replace(manifest, name="other"))

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nestpatch.delta import MAX_RANK, TensorDelta
 from nestpatch.errors import PackContentError
-from nestpatch.pack import Pack, TensorDelta, TensorIdentity, name_problem, version_problem
+from nestpatch.pack import Pack, TensorIdentity, name_problem, version_problem
 from tests.helpers import PROPERTY, tiny_checkpoint, tiny_pack
 
 A, B = "a" * 64, "b" * 64
@@ -168,6 +169,8 @@ def poisoned(value: float, dtype: type = np.float32) -> np.ndarray:
         ({"cluster": np.array([0, 1, 2], np.uint8)}, "cluster 2 has no delta; there are 2"),
         ({"cluster": np.array([0, 1, 65535], np.uint16)}, "cluster 65535 has no delta; there are 2"),
         ({"cluster": np.array([1, 1, 1], np.uint8)}, "1 of 2 deltas have no row"),
+        ({"cluster": None}, "has neither clusters nor factors"),
+        ({"factors": np.ones((3, 2), np.float32)}, "has both clusters and factors"),
         ({"sketch": np.zeros((3, 4), np.float32)}, ":sketch has dtype float32"),
         ({"sketch": np.zeros((3, 5), np.float16)}, ":sketch has shape [3, 5]"),
         ({"sketch": np.zeros((2, 4), np.float16)}, ":sketch has shape [2, 4]"),
@@ -179,12 +182,63 @@ def test_delta_refuses(fields: dict[str, Any], says: str) -> None:
         delta(**fields)
 
 
+def low_rank(*factors: list[float], dtype: type = np.float32, **fields: Any) -> TensorDelta:
+    """The same rows with factors."""
+    return delta(cluster=None, factors=np.array(factors, dtype), **fields)
+
+
+@pytest.mark.parametrize(
+    ("factors", "says"),
+    [
+        (np.ones((3, 2)), ":factors has dtype float64"),
+        (np.ones((3, 2), np.int32), ":factors has dtype int32"),
+        (np.ones((3, 1), np.float32), ":factors has shape [3, 1]; rows and delta need [3, 2]"),
+        (np.ones((2, 2), np.float32), ":factors has shape [2, 2]; rows and delta need [3, 2]"),
+        (np.ones(6, np.float32), ":factors has shape [6]; rows and delta need [3, 2]"),
+        (np.array([[1, 1], [1, np.nan], [1, 1]], np.float16), ":factors holds NaN or infinity"),
+        (np.array([[1, 1], [1, -np.inf], [1, 1]], np.float32), ":factors holds NaN or infinity"),
+        (np.array([[1, 0], [2, -0.0], [3, 0]], np.float32), "1 of 2 deltas have no row: their factors are zero"),
+        (np.array([[1, 1], [0, -0.0], [3, 0]], np.float32), "row 2 does not change: its factors are zero"),
+        (np.array([[1, 2e38], [2e38, 1], [3, 0]], np.float32), "may leave the range of float32"),
+    ],
+)
+def test_factors_refuse(factors: np.ndarray, says: str) -> None:
+    with refuses(says):
+        delta(cluster=None, factors=factors)
+
+
+def test_the_rank_has_a_limit() -> None:
+    for rank, fits in ((MAX_RANK, True), (MAX_RANK + 1, False)):
+        fields = {"delta": np.ones((rank, 4), np.float32), "cluster": None, "factors": np.ones((3, rank), np.float32)}
+        if fits:
+            assert delta(**fields).rank == 256
+        else:
+            with refuses("has rank 257; 256 is allowed"):
+                delta(**fields)
+
+
+def test_low_rank_delta_answers() -> None:
+    made = low_rank([1, 2], [0, -1], [0.5, 0], delta=np.array([[1, 2, 3, 4], [5, 6, 7, 8]], np.float16))
+    assert (made.rank, made.clusters, made.neurons) == (2, 0, 3)
+    assert made.dense().dtype == np.float32
+    assert made.dense().tolist() == [[11, 14, 17, 20], [-5, -6, -7, -8], [0.5, 1, 1.5, 2]]
+    assert made.dense(1, 2).tolist() == [[-5, -6, -7, -8]]
+    assert made.dense_at(np.array([2, 0])).tolist() == [[0.5, 1, 1.5, 2], [11, 14, 17, 20]]
+    assert made.used(slice(1, 2)).tolist() == [1]
+    assert made.used(slice(2, 3)).tolist() == [0]
+    assert made.shares(slice(0, 2), np.array([1])).tolist() == [[2], [-1]]
+    assert made.squared_norm() == pytest.approx(float(np.square(made.dense().astype(float)).sum()))
+
+
 def test_delta_answers() -> None:
     made = delta(delta=np.array([[1, 2, 3, 4], [5, 6, 7, 8]], np.float16))
     assert (made.clusters, made.neurons) == (2, 3)
     assert made.dense().dtype == np.float32
     assert made.dense().tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [1, 2, 3, 4]]
     assert made.dense(1, 2).tolist() == [[5, 6, 7, 8]]
+    assert made.used(slice(1, 3)).tolist() == [0, 1]
+    assert made.shares(slice(0, 2), np.array([1, 0])).tolist() == [[0, 1], [1, 0]]
+    assert made.squared_norm() == 30 + 174 + 30
 
 
 def without_first(mapping: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from nestpatch.patcher.apply import apply
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.verify import Verdict, verify
 from nestpatch.restore.carry import carry
+from nestpatch.restore.extrapolate import extrapolate
 from nestpatch.restore.transplant import transplant
 from nestpatch.rows import merge, sketch
 from tests.calls import answer, run
@@ -281,6 +282,73 @@ def test_a_missing_model_is_named(tmp_path: Path) -> None:
         transplant(three.paths[0], tmp_path / "none", three.paths[2], three.output, LABEL)
 
 
+# --- extrapolate
+
+
+def truncated(change: np.ndarray, rank: int) -> np.ndarray:
+    """The part of a matrix of some rank, by a full SVD."""
+    left, values, right = np.linalg.svd(change.astype(np.float64), full_matrices=False)
+    return (left[:, :rank] * values[:rank]) @ right[:rank]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("onto", [False, True])
+def test_the_main_directions_are_extrapolated(tmp_path: Path, onto: bool, sharded: bool) -> None:
+    three = Three(tmp_path, "F32", sharded=sharded)
+    tuned, base, aligned = three.paths
+    model, source = (tuned, three.tuned) if onto else (aligned, three.aligned)
+    done = extrapolate(aligned, base, three.output, LABEL, rank=2, alpha=0.75, onto=tuned if onto else None)
+    assert done.model == model
+    apply(model, three.output, tmp_path / "restored")
+    for name, tensor in load_tensors(tmp_path / "restored").items():
+        change = three.aligned[name] - three.base[name]
+        part = truncated(change, 2) if ".mlp." in name else 0.0
+        np.testing.assert_allclose(tensor, source[name] + 0.75 * part, atol=1e-5)
+        untouched = ~change.any(axis=-1)
+        assert tensor[untouched].tobytes() == source[name][untouched].tobytes()
+    before = tree_digest(model)
+    apply_in_place(model, three.output)
+    assert verify(model, three.output).verdict is Verdict.PATCHED
+    revert(model)
+    assert {name: tree_digest(model)[name] for name in before} == before
+
+
+def test_a_patch_of_few_clusters_has_their_rank(tmp_path: Path) -> None:
+    base = tiny_checkpoint(tmp_path / "base", dtype="F32")
+    pack = tiny_pack(base, clusters=2)
+    patched = apply(base, pack, tmp_path / "patched").output
+    extrapolate(patched, base, tmp_path / "x.nest", LABEL, rank=8, alpha=1.0)
+    found = nest.read(tmp_path / "x.nest")
+    assert {delta.delta.shape[0] for delta in found} == {2}
+    for ours, theirs in zip(found, pack, strict=True):
+        assert np.array_equal(ours.rows, theirs.rows)
+        np.testing.assert_allclose(ours.dense(), theirs.dense(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "message"),
+    [
+        (0, 1.0, "the rank is from 1"),
+        (257, 1.0, "the rank is from 1"),
+        (1, 0.0, "alpha is above 0"),
+        (1, float("nan"), "alpha is"),
+    ],
+)
+def test_rank_and_alpha_are_checked(tmp_path: Path, rank: int, alpha: float, message: str) -> None:
+    three = Three(tmp_path)
+    with pytest.raises(DataError, match=message):
+        extrapolate(three.paths[2], three.paths[1], three.output, LABEL, rank=rank, alpha=alpha)
+
+
+def test_models_without_an_alignment_are_refused(tmp_path: Path) -> None:
+    three = Three(tmp_path)
+    with pytest.raises(RestorationError, match="hold the same rows in 6 matrices"):
+        extrapolate(three.paths[1], three.paths[1], three.output, LABEL, rank=2, alpha=1.0)
+    odd = write_checkpoint(tmp_path / "odd", broken(three.base, "nan"))
+    with pytest.raises(RestorationError, match=f"{GATE}: a row .* NaN"):
+        extrapolate(odd, three.paths[1], three.output, LABEL, rank=2, alpha=1.0)
+
+
 # --- carry
 
 
@@ -312,8 +380,19 @@ def test_a_pack_is_carried_to_a_fine_tune(tmp_path: Path, dtype: str, refit: boo
             assert (abs(factors - 1.5) < 0.1).all()
         delta = (old.delta * factors[:, None]).astype(np.float32)
         np.testing.assert_allclose(new.delta, delta, rtol=1e-6)
-        want = merge(stored[old.name][old.rows], new.delta[old.cluster])
+        want = merge(stored[old.name][old.rows], new.dense())
         assert patched[old.name][old.rows].tobytes() == want.tobytes()
+
+
+def test_a_change_of_low_rank_is_carried(tmp_path: Path) -> None:
+    three = Three(tmp_path, "F32")
+    _, base, aligned = three.paths
+    extrapolate(aligned, base, tmp_path / "low.nest", LABEL, rank=2, alpha=1.0, onto=base)
+    near = {name: (2 * tensor).astype(tensor.dtype) for name, tensor in added(three.base, 5, 0.002).items()}
+    carry(tmp_path / "low.nest", write_checkpoint(tmp_path / "near", near), base, tmp_path / "x.nest", LABEL, refit=True)
+    for old, new in zip(nest.read(tmp_path / "low.nest"), nest.read(tmp_path / "x.nest"), strict=True):
+        sides = (np.linalg.norm(tensors[old.name][old.rows].astype(np.float64), axis=1) for tensors in (near, three.base))
+        np.testing.assert_allclose(new.dense(), np.divide(*sides)[:, None] * old.dense(), atol=1e-5)
 
 
 def swapped(model: Path, target: Path, name: str, a: int, b: int) -> Path:

@@ -257,3 +257,56 @@ def test_rows_beyond_two_gibibytes(tmp_path):
     with open(path, "rb") as file:
         file.seek(start + 599_999 * width)
         assert file.read() == values[3].tobytes()
+
+
+def slow_sum(factors: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    """The low-rank rule on one element, by exact rational numbers and one rounding after each float64 addition."""
+    wide = Float(64, 52, 1023)
+
+    def added(total: float, term: Fraction) -> float:
+        exact = Fraction(total) + term
+        pattern = wide.write(int(exact < 0), abs(exact))
+        return struct.unpack("<d", struct.pack("<Q", pattern))[0]
+
+    total = 0.0
+    for factor, vector in zip(factors.tolist(), basis.tolist(), strict=True):
+        total = added(total, Fraction(factor) * Fraction(vector))
+    return F32.write(int(total < 0), abs(Fraction(total)))
+
+
+@PROPERTY
+@given(st.data())
+def test_low_rank_changes_are_sums_in_order(data: st.DataObject) -> None:
+    rank = data.draw(st.integers(1, 6))
+    number = st.floats(-(2.0**20), 2.0**20, width=32, allow_subnormal=False)
+    columns = [np.array(data.draw(st.lists(number, min_size=rank, max_size=rank)), np.float32) for _ in range(2)]
+    got = library.low_rank(columns[0][None], columns[1][:, None])
+    assert (got.dtype, got.shape) == (np.float32, (1, 1))
+    want = slow_sum(*columns)
+    assert int(got.view(np.uint32)[0, 0]) & 0x7FFFFFFF == want & 0x7FFFFFFF
+    assert float(got[0, 0]) == 0 or int(got.view(np.uint32)[0, 0]) == want
+
+
+def test_the_order_of_a_low_rank_sum_matters() -> None:
+    """1 is lost beside 2^60, and is not where the large terms cancel first."""
+    large = 2.0**60
+    factors, basis = np.array([[1, 1, -1]], np.float32), np.array([[large], [1], [large]], np.float32)
+    assert library.low_rank(factors, basis).tolist() == [[0]]
+    assert library.low_rank(factors[:, [0, 2, 1]], basis[[0, 2, 1]]).tolist() == [[1]]
+
+
+def test_a_low_rank_sum_begins_at_plus_zero() -> None:
+    zero = library.low_rank(np.array([[-1.0]], np.float32), np.zeros((1, 2), np.float32))
+    assert zero.view(np.uint32).tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_blocks_of_a_low_rank_sum_make_no_difference(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(3)
+    factors, basis = (random.standard_normal(shape).astype(DTYPES[dtype]) for shape in ((37, 5), (5, 24)))
+    whole = library.low_rank(factors, basis)
+    wanted = factors.astype(np.float64) @ basis.astype(np.float64)
+    assert np.abs(whole - wanted).max() < 1e-6 * np.abs(wanted).max()
+    monkeypatch.setattr(library, "_SUM_BYTES", 8 * 24 * 4)
+    assert library.low_rank(factors, basis).tobytes() == whole.tobytes()
+    assert library.low_rank(factors[5:9], basis).tobytes() == whole[5:9].tobytes()

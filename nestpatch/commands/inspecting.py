@@ -44,7 +44,7 @@ def show(pack: str, rows: bool, as_json: bool) -> None:
     found = look(pack)
     label, nbytes = found.pack.label, len(nest.encode(found.pack))
     if as_json:
-        manifest = nest.manifest_json(found.pack.manifest)
+        manifest = nest.manifest_json(found.pack)
         print_json({"pack": label, "pack_id": found.pack_id, "bytes": nbytes, "manifest": manifest})
     else:
         show_pack(found.pack, found.pack_id, nbytes, rows=rows)

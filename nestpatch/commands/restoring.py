@@ -91,6 +91,31 @@ def transplant(
 
 @restore.command(
     epilog=examples(
+        "nestpatch restore extrapolate aligned --base base --rank 6 --alpha 1.25 -o robust.nest",
+        "nestpatch restore extrapolate aligned --base base --rank 6 --alpha 0.5 --onto tuned -o restored.nest",
+    )
+)
+@click.argument("aligned", type=PathType)
+@click.option("--base", type=PathType, required=True, help="The model before its alignment.")
+@click.option("--rank", type=int, required=True, metavar="K", help="Singular directions of each matrix, at most.")
+@click.option("--alpha", type=float, required=True, metavar="A", help="How far they are continued.")
+@click.option("--onto", type=PathType, help="Make the pack for this fine-tune of ALIGNED.  [default: for ALIGNED]")
+@_tensor_option
+@_pack_options
+def extrapolate(aligned: Path, base: Path, rank: int, alpha: float, onto: Path | None, **rest: Any) -> None:
+    """Continue the alignment of ALIGNED in its main directions.
+
+    The pack adds A times the part of rank K of ALIGNED - BASE (LoX, arXiv 2506.15606): before a fine-tuning, so that less of
+    the alignment is lost by it, or after one, with --onto.
+    """
+    from nestpatch.restore.extrapolate import extrapolate as run
+
+    settings = {"rank": rank, "alpha": alpha, "onto": onto, "tensors": rest.pop("tensors")}
+    _make(lambda *made, **more: run(aligned, base, *made, **settings, **more), **rest)
+
+
+@restore.command(
+    epilog=examples(
         "nestpatch restore carry no-harm-1.0.0.nest tuned --base base -o no-harm-tuned.nest",
         "nestpatch restore carry no-harm-1.0.0.nest tuned --base base --refit -o no-harm-tuned.nest --version 1.0.1",
     )

@@ -177,7 +177,7 @@ def _extract_tensor(base: Checkpoint, tuned: Checkpoint, name: str, nbytes: int)
                 raise ExtractionError(f"{name} needs more than {MAX_CLUSTERS} clusters: each row changed in its own way")
             if nbytes + 4 * groups.count * groups.width > MAX_BYTES:
                 raise ExtractionError(f"the deltas up to {name} take more than {MAX_BYTES} bytes")
-    packed = pack_tensor(base, name, rows, cluster, groups.deltas())
+    packed = pack_tensor(base, name, rows, groups.deltas(), cluster=cluster)
     if packed.result != wanted.hexdigest():
         raise ExtractionError(f"{name}: the deltas do not give the tuned rows; did the models change during the extraction?")
     return packed

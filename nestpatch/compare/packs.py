@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nestpatch.delta import TensorDelta
 from nestpatch.formats import nest
 from nestpatch.formats.checkpoint import row_blocks
-from nestpatch.pack import Pack, TensorDelta
+from nestpatch.pack import Pack
 from nestpatch.rows import Rows
 
 SHOWN_ROWS = 5
@@ -37,6 +38,8 @@ class PackTensorDiff:
     """||B - A|| / ||A|| of the deltas of the kept rows; None where they cannot be compared."""
     clusters: tuple[int, int]
     """In A and in B."""
+    ranks: tuple[int, int]
+    """Of the changes of low rank in A and in B; 0 where there are clusters."""
     first_added: tuple[int, ...]
     first_removed: tuple[int, ...]
 
@@ -51,6 +54,8 @@ class PackTensorDiff:
             "relative": self.relative,
             "clusters_a": self.clusters[0],
             "clusters_b": self.clusters[1],
+            "rank_a": self.ranks[0],
+            "rank_b": self.ranks[1],
             "first_added": list(self.first_added),
             "first_removed": list(self.first_removed),
         }
@@ -122,7 +127,7 @@ def compare_packs(a: Pack, b: Pack) -> PackDiff:
     tensors = tuple(_compare_deltas(name, ours.get(name), theirs.get(name)) for name in names)
     same_base = not foreign if common else None
     ids = nest.pack_id(a), nest.pack_id(b)
-    old, new = (dict(_flat(nest.manifest_json(pack.manifest))) for pack in (a, b))
+    old, new = (dict(_flat(nest.manifest_json(pack))) for pack in (a, b))
     pairs = ((name, old.get(name), new.get(name)) for name in sorted({*old, *new}))
     fields = tuple(FieldDiff(*pair) for pair in pairs if pair[1] != pair[2] and not pair[0].startswith(_REPORTED_ELSEWHERE))
     return PackDiff(a.label, b.label, ids, same_base, foreign, tensors, fields)
@@ -138,14 +143,19 @@ def _compare_deltas(name: str, ours: TensorDelta | None, theirs: TensorDelta | N
     elif ours is not None and theirs is not None:
         change = base = 0.0
         for part in row_blocks(len(kept), 8 * ours.delta.shape[1]):
-            pair = [d.delta[d.cluster[w[part]]].astype(np.float32) for d, w in zip((ours, theirs), where, strict=True)]
+            pair = [d.dense_at(w[part]) for d, w in zip((ours, theirs), where, strict=True)]
             changed += int((pair[0] != pair[1]).any(axis=1).sum())
             changes, bases = squares(*pair)
             change, base = change + float(changes.sum()), base + float(bases.sum())
         relative = norm(change / base) if base > 0 else None
     clusters = 0 if ours is None else ours.clusters, 0 if theirs is None else theirs.clusters
+    ranks = _low_rank(ours), _low_rank(theirs)
     first = [tuple(found[:SHOWN_ROWS].tolist()) for found in (added, removed)]
-    return PackTensorDiff(name, len(kept), len(added), len(removed), changed, relative, clusters, *first)
+    return PackTensorDiff(name, len(kept), len(added), len(removed), changed, relative, clusters, ranks, *first)
+
+
+def _low_rank(delta: TensorDelta | None) -> int:
+    return 0 if delta is None or delta.factors is None else delta.rank
 
 
 def _flat(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:

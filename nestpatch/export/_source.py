@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from nestpatch import __version__
+from nestpatch.delta import TensorDelta
 from nestpatch.errors import BaseMismatchError, BusyError, OutputError, PackContentError, UnsupportedModelError
 from nestpatch.events import OnEvent
 from nestpatch.export._safetensors_writer import write_float_model
@@ -25,7 +26,7 @@ from nestpatch.formats.gguf.hf.model import AUTO, FloatModel
 from nestpatch.formats.provenance import PACKS, RECORD, VERSION, read_packs, row_ranges
 from nestpatch.formats.safetensors import SafetensorsCheckpoint
 from nestpatch.gate import Proven
-from nestpatch.pack import Pack, TensorDelta, creation_time
+from nestpatch.pack import Pack, creation_time
 from nestpatch.patcher.apply import apply
 from nestpatch.patcher.chain import Action
 from nestpatch.patcher.copies import fingerprint, sweep_unfinished
@@ -352,7 +353,7 @@ class MergedCheckpoint(ComputedCheckpoint):
         places[places == delta.neurons] = 0  # rows after the last touched one: the comparison below is false for them
         touched = delta.rows[places] == rows
         if touched.any():
-            change = delta.delta[delta.cluster[places[touched]]]
+            change = delta.dense_at(places[touched])
             found[touched] = merge(found[touched], change, self._strength)
         return found
 

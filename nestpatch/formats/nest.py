@@ -19,11 +19,12 @@ from typing import Any, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
+from nestpatch.delta import TensorDelta
 from nestpatch.errors import PackContentError, PackError, PackFormatError, PackTooNewError
 from nestpatch.files.atomic import write_bytes
 from nestpatch.files.reading import open_regular
-from nestpatch.pack import FORMATS, BaseIdentity, Manifest, Pack, TensorDelta, TensorIdentity
-from nestpatch.rows import BLOCK_TYPES, DTYPES
+from nestpatch.pack import FORMATS, BaseIdentity, Manifest, Pack, TensorIdentity
+from nestpatch.rows import DTYPES
 
 MAX_HEADER = 1 << 20
 MAX_PACK = 1 << 30
@@ -31,7 +32,8 @@ MAX_PACK = 1 << 30
 ALIGNMENT = 64
 _MAX_SIDE = 1 << 31
 """Rows or columns, at most: an empty tensor with a side of 0 could claim any number for the other."""
-PARTS = ("delta", "rows", "cluster", "sketch")
+_PARTS = ("delta", "rows", "cluster", "factors", "sketch")
+"""A tensor has all of them but one: clusters or factors."""
 _CODES: dict[str, np.dtype[Any]] = {
     **DTYPES,
     "I32": np.dtype("<i4"),
@@ -98,11 +100,11 @@ def encode(pack: Pack) -> bytes:
     Raises:
         PackContentError: The header or the file would be too long.
     """
-    arrays = {f"{d.name}:{part}": np.ascontiguousarray(getattr(d, part)) for d in pack for part in PARTS}
+    arrays = {f"{d.name}:{part}": np.ascontiguousarray(array) for d in pack for part, array in parts(d).items()}
     # Wide types first, so that every array begins at a multiple of its item size.
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     codes = {dtype: code for code, dtype in _CODES.items()}
-    header: dict[str, Any] = {"__metadata__": {"nest": canonical_json(manifest_json(pack.manifest))}}
+    header: dict[str, Any] = {"__metadata__": {"nest": canonical_json(manifest_json(pack))}}
     offset = 0
     for name in order:
         array = arrays[name]
@@ -116,6 +118,18 @@ def encode(pack: Pack) -> bytes:
     if 8 + len(text) + offset > MAX_PACK:
         raise PackContentError(f"the pack would have {8 + len(text) + offset} bytes; {MAX_PACK} are allowed")
     return struct.pack("<Q", len(text)) + text + b"".join(arrays[name].tobytes() for name in order)
+
+
+def parts(delta: TensorDelta) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of a tensor's change.
+
+    Args:
+        delta: The change.
+
+    Returns:
+        Part of the name in the file -> array.
+    """
+    return {part: array for part in _PARTS if (array := getattr(delta, part)) is not None}
 
 
 def pack_id(pack: Pack) -> str:
@@ -152,19 +166,30 @@ def decode(data: bytes) -> Pack:
             "this safetensors file is not a pack: its metadata must hold the key nest and no other",
             advice="Give the model first and a .nest file second: nestpatch apply MODEL PACK",
         )
-    manifest = parse_manifest(metadata["nest"])
-    arrays = {name: _array(name, entry, body) for name, entry in header.items()}
-    names = sorted({name.rpartition(":")[0] for name in arrays})
-    expected = {f"{name}:{part}" for name in names for part in PARTS}
-    if unknown := sorted(set(arrays) - expected):
-        raise PackTooNewError(f"unknown tensor {unknown[0]!r}")
-    if missing := sorted(expected - set(arrays)):
-        raise PackFormatError(f"tensor {missing[0]!r} is missing")
-    deltas = tuple(TensorDelta(name, *(arrays[f"{name}:{part}"] for part in PARTS)) for name in names)
-    pack = Pack(manifest, deltas)
+    named, manifest = parse_manifest(metadata["nest"])
+    pack = Pack(manifest, _deltas({name: _array(name, entry, body) for name, entry in header.items()}))
+    if pack.additions and pack.format != named:
+        raise PackContentError(f"the format {named} of the pack does not have what it holds: {pack.additions[0]}")
+    if pack.format != named:
+        raise PackContentError(f"the pack holds nothing that needs {named}: its format must be {pack.format}")
     if encode(pack) != data:
         raise PackFormatError("the file is not in canonical form (order, padding, alignment or manifest)")
     return pack
+
+
+def _deltas(arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[TensorDelta, ...]:
+    """The changes that named arrays are parts of, in the order of their names."""
+    found: dict[str, dict[str, npt.NDArray[Any]]] = {}
+    for name in sorted(arrays):
+        tensor, _, part = name.rpartition(":")
+        if part not in _PARTS:
+            raise PackTooNewError(f"unknown tensor {name!r}")
+        found.setdefault(tensor, {})[part] = arrays[name]
+    for tensor, has in found.items():
+        needed = {*_PARTS} - {"cluster" if "factors" in has else "factors"}
+        if missing := sorted(needed - has.keys()):
+            raise PackFormatError(f"tensor {f'{tensor}:{missing[0]}'!r} is missing")
+    return tuple(TensorDelta(tensor, **has) for tensor, has in sorted(found.items()))
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -315,22 +340,22 @@ def _strict_json(text: bytes | str, what: str) -> Any:
         raise PackFormatError(f"the {what} is not valid JSON: {error}") from None
 
 
-def manifest_json(manifest: Manifest) -> dict[str, Any]:
-    """Converts a manifest to plain JSON values, in the layout of docs/nest-format.md.
+def manifest_json(pack: Pack) -> dict[str, Any]:
+    """Converts the manifest of a pack to plain JSON values, in the layout of docs/nest-format.md.
 
     Args:
-        manifest: The manifest.
+        pack: The pack, whose content decides the format.
 
     Returns:
         A JSON object.
     """
-    base = manifest.base
+    manifest, base = pack.manifest, pack.manifest.base
     tensors = {
         name: {"shape": list(t.shape), "dtype": t.dtype, "sha256": t.sha256, "rows_sha256": t.rows_sha256}
         for name, t in base.tensors.items()
     }
     return {
-        "format": manifest.format,
+        "format": pack.format,
         "name": manifest.name,
         "version": manifest.version,
         "description": manifest.description,
@@ -352,14 +377,14 @@ def manifest_json(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def parse_manifest(text: str) -> Manifest:
+def parse_manifest(text: str) -> tuple[str, Manifest]:
     """Parses a manifest.
 
     Args:
         text: Canonical JSON.
 
     Returns:
-        The manifest.
+        The format that it names, one of FORMATS, and the manifest.
 
     Raises:
         PackFormatError: It is not canonical JSON, or a field is missing or of the wrong type.
@@ -385,13 +410,12 @@ def parse_manifest(text: str) -> Manifest:
         _require_fields(entry, _IDENTITY_FIELDS, f"base tensor {name!r}")
         if not _whole_numbers(entry["shape"]):
             raise PackFormatError(f"base tensor {name!r} has an impossible shape")
-    _require_format(value["format"], base["tensors"])
     identities = {
         name: TensorIdentity(tuple(entry["shape"]), entry["dtype"], entry["sha256"], entry["rows_sha256"])
         for name, entry in base["tensors"].items()
     }
     plain = {k: value[k] for k in ("name", "version", "description", "license", "created", "method", "evaluation")}
-    return Manifest(
+    manifest = Manifest(
         **plain,
         tags=tuple(value["tags"]),
         supersedes=tuple(value["supersedes"]),
@@ -399,16 +423,7 @@ def parse_manifest(text: str) -> Manifest:
         base=BaseIdentity(base["model_id"], base["revision"], base["architecture"], base["dtype"], identities),
         result={name: entry["rows_sha256"] for name, entry in result["tensors"].items()},
     )
-
-
-def _require_format(named: str, tensors: Mapping[str, Any]) -> None:
-    """Raises PackContentError unless the format is the one that packs with such base tensors have."""
-    quantized = [name for name, entry in tensors.items() if entry["dtype"] in BLOCK_TYPES]
-    if quantized and named == FORMATS[0]:
-        dtype = tensors[quantized[0]]["dtype"]
-        raise PackContentError(f"a base tensor of a {named} pack is quantized: {quantized[0]!r} has dtype {dtype}")
-    if not quantized and named != FORMATS[0]:
-        raise PackContentError(f"no base tensor of a {named} pack is quantized: its format must be {FORMATS[0]}")
+    return value["format"], manifest
 
 
 def _require_fields(value: Any, fields: Mapping[str, type], what: str) -> None:

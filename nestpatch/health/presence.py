@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nestpatch.delta import TensorDelta
 from nestpatch.formats.checkpoint import Checkpoint, float_rows
-from nestpatch.pack import Pack, TensorDelta
+from nestpatch.pack import Pack
 from nestpatch.patcher.merge import rows_of, touched_blocks
 from nestpatch.rows import SKETCHES, FloatArray, digest, sketch_signs
 

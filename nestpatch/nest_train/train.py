@@ -337,7 +337,7 @@ def _evaluated(
 ) -> Trained:
     """The result with the numbers of the pack, or with the reason why some are missing. The deltas are attached."""
     tensors = [
-        [part.name, *(sha256(getattr(part, name).tobytes()).hexdigest() for name in nest.PARTS)] for part in trained.pack
+        [part.name, *(sha256(array.tobytes()).hexdigest() for array in nest.parts(part).values())] for part in trained.pack
     ]
     inputs: dict[str, Any] = {"pack": digest_json(tensors)}
 
@@ -392,7 +392,7 @@ def _pack_tensors(run: Run, deltas: DeltaSet) -> list[PackedTensor]:
         for some in run.stored.split(projection.weight_name, rows):
             # An expert that has a tensor of its own needs the vectors of its own neurons alone.
             used, labels = np.unique(groups[some.part], return_inverse=True)
-            packed.append(pack_tensor(run.checkpoint, some.tensor, some.rows, labels, delta[used]))
+            packed.append(pack_tensor(run.checkpoint, some.tensor, some.rows, delta[used], cluster=labels))
     return packed
 
 

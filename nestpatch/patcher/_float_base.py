@@ -7,9 +7,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from nestpatch.delta import TensorDelta
 from nestpatch.errors import BaseMismatchError, QuantizationError
 from nestpatch.formats.checkpoint import Checkpoint, TensorInfo, float_rows
-from nestpatch.pack import TensorDelta, TensorIdentity
+from nestpatch.pack import TensorIdentity
 from nestpatch.patcher._likeness import least_likeness, likeness_of
 from nestpatch.patcher.findings import By, Evidence, Finding, State
 from nestpatch.patcher.merge import fitted, rows_of, touched_blocks, working_bytes

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from nestpatch.delta import TensorDelta
 from nestpatch.formats.checkpoint import TensorInfo
-from nestpatch.pack import TensorDelta, TensorIdentity
+from nestpatch.pack import TensorIdentity
 from nestpatch.patcher.findings import Evidence
 from nestpatch.rows import BLOCK_TYPES, SKETCH_MATCH, FloatArray, Rows, sketch, sketch_correlation
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from nestpatch.delta import TensorDelta
 from nestpatch.errors import BaseMismatchError, PackContentError, UndoError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.threads import beside, meanwhile
 from nestpatch.formats.checkpoint import Checkpoint
-from nestpatch.pack import Pack, TensorDelta
+from nestpatch.pack import Pack
 from nestpatch.patcher._rollback import sync_files
 from nestpatch.patcher._undo import MAGIC, TensorPacker, UndoReader, checksums, residual, restored
 from nestpatch.patcher.ledger import LedgerEntry, TensorRecord

@@ -16,9 +16,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from nestpatch.delta import TensorDelta
 from nestpatch.errors import BaseMismatchError, LedgerError, PackContentError, QuantizationError, UndoError
 from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo
-from nestpatch.pack import Pack, TensorDelta
+from nestpatch.pack import Pack
 from nestpatch.patcher._undo import UndoReader, bits, checksums, restored
 from nestpatch.patcher.findings import Finding, State, evidence_of
 from nestpatch.patcher.identity import examine, is_base

@@ -12,8 +12,9 @@ from hashlib import sha256
 
 import numpy as np
 
+from nestpatch.delta import TensorDelta
 from nestpatch.formats.checkpoint import Checkpoint
-from nestpatch.pack import Pack, TensorDelta, TensorIdentity
+from nestpatch.pack import Pack, TensorIdentity
 from nestpatch.patcher._float_base import against_base, fitted_to_base, is_rounded_base, require_origin
 from nestpatch.patcher._likeness import is_altered, is_nearest, kept_rows, least_likeness, likeness_of
 from nestpatch.patcher.findings import By, Finding, State, evidence_of

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from nestpatch.delta import TensorDelta
 from nestpatch.errors import PackContentError, QuantizationError
 from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo
 from nestpatch.formats.opening import open_checkpoint
-from nestpatch.pack import TensorDelta
 from nestpatch.rows import DTYPES, FloatArray, Rows, merge
 
 FROM_ROWS = "from the quantized rows"

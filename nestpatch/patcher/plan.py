@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nestpatch.delta import TensorDelta
 from nestpatch.errors import BaseMismatchError, DataError
 from nestpatch.formats.checkpoint import Checkpoint, TensorInfo
-from nestpatch.pack import Pack, TensorDelta
+from nestpatch.pack import Pack
 from nestpatch.patcher.findings import APPLICABLE, Finding, State
 from nestpatch.patcher.identity import examine
 from nestpatch.patcher.merge import QuantizedMerge, Retention, fitted, merged_rows, working_bytes

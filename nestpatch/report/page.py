@@ -143,13 +143,14 @@ def _notes(stored: Any, *, show_harmful: bool) -> list[str]:
 def _structure(subject: Subject) -> dict[str, Any]:
     """What a pack changes; without a pack nothing."""
     if subject.pack is None:
-        return {"layers": [], "clusters": 0, "neurons": 0, "more_layers": 0, "more_clusters": 0, "method": {}}
+        return {"layers": [], "clusters": 0, "kinds": (), "neurons": 0, "more_layers": 0, "more_clusters": 0, "method": {}}
     pack = subject.pack.proven.pack
     found = layers(pack)
     clusters = max(len(layer.cells) for layer in found)
     return {
         "layers": found[:MOST_LAYERS],
         "clusters": min(clusters, MOST_CLUSTERS),
+        "kinds": [kind for kind, some in (("clusters", clusters), ("rank", any(layer.rank for layer in found))) if some],
         "neurons": sum(layer.neurons for layer in found),
         "more_layers": max(0, len(found) - MOST_LAYERS),
         "more_clusters": max(0, clusters - MOST_CLUSTERS),

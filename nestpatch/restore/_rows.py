@@ -164,7 +164,7 @@ def pack_rows(
     if not kept.any():
         return None, wrong
     delta = delta if kept.all() else delta[kept]
-    return pack_tensor(model, name, rows[kept], cluster=np.arange(len(delta)), delta=delta), wrong
+    return pack_tensor(model, name, rows[kept], delta, cluster=np.arange(len(delta))), wrong
 
 
 def _exact_delta(info: TensorInfo, now: Rows, wanted: Rows) -> tuple[FloatArray, int]:

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from nestpatch.compare.extract import described
+from nestpatch.delta import TensorDelta
 from nestpatch.errors import RestorationError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.atomic import check_output
 from nestpatch.formats.checkpoint import Checkpoint, IntArray, float_rows, row_blocks
 from nestpatch.gate import PackLike, look
-from nestpatch.pack import Label, Pack, TensorDelta
+from nestpatch.pack import Label, Pack
 from nestpatch.packing import pack_tensor
 from nestpatch.patcher.plan import make_plan
 from nestpatch.restore._models import open_models, require_alike
@@ -171,10 +172,12 @@ def _check_homes(pack: Pack, homes: dict[str, IntArray], *, rematch: bool) -> in
 def _carried(tuned: Checkpoint, base: Checkpoint, delta: TensorDelta, home: IntArray, *, refit: bool) -> Made:
     """The change of one matrix on the rows of the fine-tune."""
     order = np.argsort(home)
-    values = delta.delta
+    values, factors = delta.delta, delta.factors
     if refit:
-        values = _refitted(delta, norms(float_rows(base, delta.name, delta.rows)), _norms_at(tuned, delta.name, home))
-    packed = pack_tensor(tuned, delta.name, home[order], cluster=delta.cluster[order], delta=values)
+        sides = norms(float_rows(base, delta.name, delta.rows)), _norms_at(tuned, delta.name, home)
+        values, factors = _refitted(delta, *sides)
+    cluster, factors = (None if found is None else found[order] for found in (delta.cluster, factors))
+    packed = pack_tensor(tuned, delta.name, home[order], values, cluster=cluster, factors=factors)
     return Made(packed, delta.neurons, moved=int((home != delta.rows).sum()))
 
 
@@ -186,9 +189,20 @@ def _norms_at(model: Checkpoint, name: str, rows: IntArray) -> Doubles:
     return found
 
 
-def _refitted(delta: TensorDelta, before: Doubles, after: Doubles) -> Rows:
-    """The deltas, each times the quotient of the norms of all its rows together."""
-    squares = [np.bincount(delta.cluster, lengths**2, delta.clusters) for lengths in (before, after)]
-    factor = np.sqrt(np.divide(squares[1], squares[0], out=np.ones(delta.clusters), where=squares[0] > 0))
-    scaled: Rows = (delta.delta.astype(np.float64) * factor[:, None]).astype(delta.delta.dtype)
+def _refitted(delta: TensorDelta, before: Doubles, after: Doubles) -> tuple[Rows, Rows | None]:
+    """(vectors, factors): each row's factors times the quotient of its norms, or a cluster's vector times that of its rows."""
+    if delta.factors is not None:
+        return delta.delta, _scaled(delta.factors, _quotient(before, after))
+    squares = [np.bincount(np.asarray(delta.cluster), lengths**2, delta.clusters) for lengths in (before, after)]
+    return _scaled(delta.delta, np.sqrt(_quotient(*squares))), None
+
+
+def _quotient(before: Doubles, after: Doubles) -> Doubles:
+    """What was multiplied with; 1 where there was nothing."""
+    return np.divide(after, before, out=np.ones_like(before), where=before > 0)
+
+
+def _scaled(values: Rows, factor: Doubles) -> Rows:
+    """Rows, each times a factor, in their dtype."""
+    scaled: Rows = (values.astype(np.float64) * factor[:, None]).astype(values.dtype)
     return scaled

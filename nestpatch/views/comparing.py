@@ -108,6 +108,7 @@ def _show_pack_diff(found: PackDiff) -> None:
     table = table_of("tensor", "rows kept", "added", "removed", "with other deltas", "relative norm", "clusters")
     for tensor in found.tensors:
         counts = tensor.kept, tensor.added, tensor.removed, tensor.changed
-        clusters = f"{tensor.clusters[0]} to {tensor.clusters[1]}"
+        kinds = zip(tensor.clusters, tensor.ranks, strict=True)
+        clusters = " to ".join(f"rank {rank}" if rank else str(count) for count, rank in kinds)
         table.add_row(escape(tensor.name), *map(str, counts), _number(tensor.relative), clusters)
     out.print(table)

@@ -15,7 +15,8 @@ from nestpatch.views.console import escape, fact_grid, out, size, table_of
 from nestpatch.views.evaluation import dose_table, headline_table, recommendation_text
 
 if TYPE_CHECKING:
-    from nestpatch.pack import Pack, TensorDelta
+    from nestpatch.delta import TensorDelta
+    from nestpatch.pack import Pack
 
 LINES = 25
 """Lines of `show`, unless --rows asks for everything."""
@@ -71,7 +72,7 @@ def _tensors(pack: Pack) -> Table:
     parts = {delta.name: [int(part) if part.isdecimal() else part for part in _NUMBER.split(delta.name)] for delta in pack}
     for delta in sorted(pack, key=lambda delta: parts[delta.name]):
         of = pack.manifest.base.tensors[delta.name].matrix[0]
-        table.add_row(escape(delta.name), str(delta.neurons), str(of), str(delta.clusters), _rms([delta]))
+        table.add_row(escape(delta.name), str(delta.neurons), str(of), _sharing([delta]), _rms([delta]))
     return table
 
 
@@ -82,19 +83,31 @@ def _kinds(pack: Pack) -> Table:
     for delta in pack:
         kinds.setdefault(_NUMBER.sub("*", delta.name), []).append(delta)
     for kind, deltas in list(kinds.items())[:MOST_KINDS]:
-        sums = len(deltas), sum(delta.neurons for delta in deltas), sum(delta.clusters for delta in deltas)
-        table.add_row(escape(kind), *map(str, sums), _rms(deltas))
+        sums = len(deltas), sum(delta.neurons for delta in deltas)
+        table.add_row(escape(kind), *map(str, sums), _sharing(deltas), _rms(deltas))
     if len(kinds) > MOST_KINDS:
         table.add_row(f"and {len(kinds) - MOST_KINDS} more kinds: --rows")
     return table
 
 
+def _sharing(deltas: list[TensorDelta]) -> str:
+    """How the rows share vectors: the number of clusters, and the rank of changes of low rank."""
+    clusters, ranks = sum(delta.clusters for delta in deltas), [delta.rank for delta in deltas if delta.factors is not None]
+    counts = [str(clusters)] if clusters else []
+    counts += [f"rank {min(ranks)}" + (f" to {max(ranks)}" if max(ranks) > min(ranks) else "")] if ranks else []
+    return ", ".join(counts)
+
+
 def _rms(deltas: list[TensorDelta]) -> str:
-    """The root mean square of the shared vectors."""
+    """The root mean square of the shared vectors; of a change of low rank that of the whole change."""
     import numpy as np
 
-    values = np.concatenate([delta.delta.astype(np.float64).ravel() for delta in deltas])
-    return f"{float(np.sqrt(np.square(values).mean())):.2g}"
+    squares, count = 0.0, 0
+    for delta in deltas:
+        low_rank = delta.factors is not None
+        squares += delta.squared_norm() if low_rank else float(np.square(delta.delta.astype(np.float64)).sum())
+        count += delta.delta.shape[1] * (delta.neurons if low_rank else delta.clusters)
+    return f"{(squares / count) ** 0.5:.2g}"
 
 
 def _facts(method: Mapping[str, Any], *, rows: bool) -> list[tuple[str, str]]:

@@ -130,6 +130,17 @@ def with_array(data: bytes, part: str, change: Callable[[np.ndarray], Any]) -> b
     return with_arrays(data, change_arrays)
 
 
+def with_factors(data: bytes, factors: np.ndarray, *, named: str = "nest/2") -> bytes:
+    """The file with factors in place of the first tensor's clusters, as a format."""
+
+    def change(arrays: Arrays) -> None:
+        name = first_tensor(arrays)
+        arrays[f"{name}:factors"] = factors
+        del arrays[f"{name}:cluster"]
+
+    return with_manifest(with_arrays(data, change), lambda manifest: manifest.update(format=named))
+
+
 def lay_out(metadata: Any, arrays: Arrays, order: list[str]) -> bytes:
     """The file with its arrays in a given order, one after the other."""
     header, offset = {"__metadata__": metadata}, 0

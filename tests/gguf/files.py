@@ -105,7 +105,10 @@ def repacked(model: Path, like: Pack) -> Pack:
 def packed(model: Path, like: Pack) -> list[PackedTensor]:
     """The tensors of such a pack."""
     checkpoint = open_checkpoint(model)
-    return [pack_tensor(checkpoint, delta.name, delta.rows.astype(np.int64), delta.cluster, delta.delta) for delta in like]
+    return [
+        pack_tensor(checkpoint, one.name, one.rows.astype(np.int64), one.delta, cluster=one.cluster, factors=one.factors)
+        for one in like
+    ]
 
 
 def digest(path: Path) -> str:

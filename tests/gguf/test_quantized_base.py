@@ -108,7 +108,7 @@ def forget(model: Path) -> None:
 def test_the_very_file_is_exact(kind: str, base: Path, file_of: FileOf) -> None:
     path = file_of(kind)
     pack, original = pack_of(base, path), digest(path)
-    assert (pack.manifest.format, pack.manifest.base.dtype) == ("nest/2", kind)
+    assert (pack.format, pack.manifest.base.dtype) == ("nest/2", kind)
     assert verify(path, pack, full=True).by == "digests"
     done = apply_in_place(path, pack)
     assert done.retention is not None
@@ -389,7 +389,7 @@ def mixed(base: Path, folder: Path) -> tuple[Path, Pack]:
 
 def test_a_mixed_pack(base: Path, tmp_path: Path) -> None:
     path, pack = mixed(base, tmp_path)
-    assert (pack.manifest.format, pack.manifest.base.dtype) == ("nest/2", "BF16/Q8_0")
+    assert (pack.format, pack.manifest.base.dtype) == ("nest/2", "BF16/Q8_0")
     assert nest.encode(nest.decode(nest.encode(pack))) == nest.encode(pack)
     original = digest(path)
     apply_in_place(path, pack)
@@ -503,14 +503,14 @@ def test_a_base_that_cannot_be_merged_is_refused_by_name(base: Path, tmp_path: P
     writer.close()
     name = "model.layers.0.mlp.gate_proj.weight"
     with pytest.raises(QuantizationError, match="IQ2_XXS, which no pack can have as its base") as caught:
-        pack_tensor(open_checkpoint(path), name, np.array([3]), np.array([0]), np.ones((1, 256), np.float32))
+        pack_tensor(open_checkpoint(path), name, np.array([3]), np.ones((1, 256), np.float32), cluster=np.array([0]))
     assert "Q4_K" in caught.value.advice
 
 
 def test_a_merge_out_of_range_is_refused(base: Path, file_of: FileOf) -> None:
     checkpoint, name = open_checkpoint(file_of("Q8_0")), "model.layers.0.mlp.gate_proj.weight"
     with pytest.raises((PackContentError, CheckpointError)):
-        pack_tensor(checkpoint, name, np.array([3]), np.array([0]), np.full((1, 256), 3e38, np.float32))
+        pack_tensor(checkpoint, name, np.array([3]), np.full((1, 256), 3e38, np.float32), cluster=np.array([0]))
 
 
 def test_a_base_of_one_type_gives_one_pack(base: Path, file_of: FileOf, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,7 +195,7 @@ def test_a_mixture_in_a_quantized_gguf_file(models: Any, training: Training, tmp
     before = file.read_bytes()
     result = training(file)
     pack = result.trained.pack
-    assert pack.manifest.format == "nest/2"
+    assert pack.format == "nest/2"
     assert all(".experts." in delta.name for delta in pack)
     apply_in_place(file, pack)
     assert near(loaded_logits(file), result.live, 1e-4)

@@ -51,8 +51,9 @@ def same_but_for_rounding(one: Pack, two: Pack) -> None:
     """The same rows in the same clusters, exactly; deltas that differ by the order of sums."""
     assert [part.name for part in one] == [part.name for part in two]
     for ours, theirs in zip(one, two, strict=True):
-        for name in nest.PARTS:
-            left, right = (np.asarray(getattr(part, name)) for part in (ours, theirs))
+        assert nest.parts(ours).keys() == nest.parts(theirs).keys()
+        for name in nest.parts(ours):
+            left, right = (nest.parts(part)[name] for part in (ours, theirs))
             assert left.shape == right.shape, name
             if name == "delta":
                 assert np.abs(left.astype(np.float32)).max() > 0

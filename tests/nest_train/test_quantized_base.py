@@ -154,7 +154,7 @@ def test_the_file_holds_what_was_evaluated(
     pack = trained.pack
     kind = open_checkpoint(file).info("model.layers.0.mlp.gate_proj.weight").dtype
     assert f"through the rounding to {kind} of the base's file" in pack.manifest.method["decisions"]["rounding"]
-    assert pack.manifest.format == "nest/2"
+    assert pack.format == "nest/2"
     assert (verify(file, pack, full=True).verdict, verify(file, pack).by) == (Verdict.BASE, "digests")
     apply_in_place(file, pack)
     patched = open_checkpoint(file)

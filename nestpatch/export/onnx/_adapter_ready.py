@@ -1,9 +1,10 @@
-"""A graph that accepts a pack at run time: two more inputs for each feed-forward matrix, which a caller may leave out.
+"""A graph that accepts a pack at run time: three more inputs for each feed-forward matrix, which a caller may leave out.
 
-    y = x @ W + Gather(x @ delta, map, axis=-1)
+    y = x @ W + Gather(x @ delta @ factors, map, axis=-1)
 
-`delta` [in, vectors] contains the shared vectors of a pack and one column of zeros; `map` [out] is the column that each neuron
-adds. Both are initializers that a caller may override; by default they are one column of zeros, so nothing is added.
+`delta` [in, vectors] contains the vectors of a pack. A column of `factors` [vectors, columns] is what the neurons of a cluster,
+or one neuron of a change of low rank, add of them. `map` [out] is the column of each neuron; the last column is zeros, for
+neurons that do not change. All three are initializers that a caller may override, by default zeros, so that nothing is added.
 onnxruntime overrides them from an .onnx_adapter file. This works for quantized matrices too, and rounds nothing.
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 from nestpatch.errors import CheckpointFormatError, UnsupportedModelError
 from nestpatch.export.onnx._graph import TRANSPOSED
 from nestpatch.formats.checkpoint import Checkpoint
-from nestpatch.formats.lora.onnx import DELTA, MAP, AdapterInput
+from nestpatch.formats.lora.onnx import DELTA, FACTORS, MAP, AdapterInput
 from nestpatch.runtimes.stored import StoredWeights
 from nestpatch.runtimes.weights import find_mlps
 
@@ -55,7 +56,7 @@ def adapter_inputs(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, 
 
 
 def add_inputs(model: ir.Model, weights: Mapping[str, str]) -> None:
-    """Adds the two inputs of each weight that accepts a pack.
+    """Adds the three inputs of each weight that accepts a pack.
 
     Args:
         model: The graph; changed in place.
@@ -89,18 +90,21 @@ def _add(graph: ir.Graph, node: ir.Node, module: str) -> None:
         width = weight.shape[0] if weight is not None and weight.shape is not None else None
     if not isinstance(rows, int) or not isinstance(width, int) or result.dtype is None:
         raise UnsupportedModelError(f"the graph has no fixed shape for {module}")
-    delta = _overridable(graph, module + DELTA, np.zeros((width, 1), result.dtype.numpy()), [width, f"{module}.vectors"])
+    kind, vectors, columns = result.dtype.numpy(), f"{module}.vectors", f"{module}.columns"
+    delta = _overridable(graph, module + DELTA, np.zeros((width, 1), kind), [width, vectors])
+    factors = _overridable(graph, module + FACTORS, np.zeros((1, 1), kind), [vectors, columns])
     place = _overridable(graph, module + MAP, np.zeros(rows, np.int32), [rows])
     product = ir.node("MatMul", [given, delta], name=f"{module}.nest/MatMul")
-    gather = ir.node("Gather", [product.outputs[0], place], {"axis": -1}, name=f"{module}.nest/Gather")
+    combined = ir.node("MatMul", [product.outputs[0], factors], name=f"{module}.nest/Factors")
+    gather = ir.node("Gather", [combined.outputs[0], place], {"axis": -1}, name=f"{module}.nest/Gather")
     add = ir.node("Add", [result, gather.outputs[0]], name=f"{module}.nest/Add")
-    for new, part in ((product, "product"), (gather, "change"), (add, "patched")):
+    for new, part in ((product, "product"), (combined, "combined"), (gather, "change"), (add, "patched")):
         new.outputs[0].name = f"{module}.nest_{part}"
         new.outputs[0].dtype = result.dtype
     gather.outputs[0].shape = add.outputs[0].shape = result.shape
     ir.convenience.replace_all_uses_with(result, add.outputs[0], replace_graph_outputs=True)
     add.replace_input_with(0, result)
-    graph.insert_after(node, [product, gather, add])
+    graph.insert_after(node, [product, combined, gather, add])
 
 
 def _overridable(graph: ir.Graph, name: str, content: np.ndarray, shape: list[int | str]) -> ir.Value:

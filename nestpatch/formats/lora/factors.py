@@ -1,8 +1,8 @@
 """A pack as low-rank factors, which the formats `peft` and `gguf` share.
 
-The shared vectors of a matrix are a LoRA already: change = b @ a, where `a` [rank, in_features] holds the vectors and
-`b` [rows, rank] has a one where a row uses a vector. Nothing is approximated. `a` is multiplied by the strength, in float32 as
-in the merge rule, so that an adapter is always loaded at scale 1 whatever its ranks are.
+The vectors of a matrix are a LoRA already: change = b @ a, where `a` [rank, in_features] holds the vectors and `b` [rows, rank]
+the factors of a change of low rank, or a one where a row is in a vector's cluster. Nothing is approximated. `a` is multiplied
+by the strength, in float32 as in the merge rule, so that an adapter is always loaded at scale 1 whatever its ranks are.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nestpatch.delta import TensorDelta
 from nestpatch.errors import OutputError, PackContentError, UnsupportedModelError
-from nestpatch.pack import TensorDelta
 from nestpatch.rows import FloatArray
 
 MAX_BYTES = 4 << 30
@@ -59,7 +59,7 @@ class Matrix:
     @property
     def rank(self) -> int:
         """The least rank that all parts fit into; 0 where nothing changes."""
-        return max((len(np.unique(part.delta.cluster[part.touched()])) for part in self.parts), default=0)
+        return max((len(part.delta.used(part.touched())) for part in self.parts), default=0)
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of the factors.
@@ -90,12 +90,12 @@ class Matrix:
         for part in self.parts:
             delta, touched = part.delta, part.touched()
             part_a, part_b = (a, b) if self.experts is None else (a[part.expert], b[part.expert])
-            used, column = np.unique(delta.cluster[touched], return_inverse=True)
+            used = delta.used(touched)
             with np.errstate(over="ignore"):
                 part_a[: len(used)] = np.float32(strength) * delta.delta[used].astype(np.float32)
             if not np.isfinite(part_a).all():
                 raise PackContentError(f"{delta.name}: the deltas leave the range of F32 at strength {strength}")
-            part_b[delta.rows[touched].astype(np.int64) - part.first, column] = 1
+            part_b[delta.rows[touched].astype(np.int64) - part.first, : len(used)] = delta.shares(touched, used)
         return a, b
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
+from nestpatch.delta import TensorDelta
 from nestpatch.errors import UnsupportedModelError
 from nestpatch.files.scratch import new_output
 from nestpatch.formats.gguf.names import RowSpan, expert_of, gguf_architecture, gguf_spans
 from nestpatch.formats.lora.factors import Matrix, Part, Written, check_shape, require_experts, size_of, sync_size
 from nestpatch.formats.provenance import PACKS, packs_json
-from nestpatch.pack import Pack, TensorDelta
+from nestpatch.pack import Pack
 
 MAX_LAYERS = 4096
 """More than any model has: the table of names grows with the number."""

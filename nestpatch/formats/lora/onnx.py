@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nestpatch.delta import TensorDelta
 from nestpatch.errors import BaseMismatchError, CheckpointFormatError, MissingExtraError, OutputError, UnsupportedModelError
 from nestpatch.files.scratch import new_output
 from nestpatch.formats.lora.factors import Written, sync_size
@@ -23,14 +24,16 @@ from nestpatch.formats.nest import pack_id
 from nestpatch.formats.onnx.graph import read_graph
 from nestpatch.formats.provenance import read_packs
 from nestpatch.pack import Pack
+from nestpatch.rows import FloatArray
 
 ADAPTER = "nestpatch.adapter"
-DELTA, MAP = ".nest_delta", ".nest_map"
-"""What follows a weight's module in the names of its two inputs."""
+DELTA, FACTORS, MAP = ".nest_delta", ".nest_factors", ".nest_map"
+"""What follows a weight's module in the names of its three inputs."""
 SUFFIX = ".onnx_adapter"
 MAX_GRAPH = 512 << 20
 """Bytes of the file of a graph that is read whole. The weights of an adapter-ready model are in another file."""
-_FORMAT = "nest-adapter/1"
+FORMAT, _OLD_FORMAT = "nest-adapter/2", "nest-adapter/1"
+"""In the old one there is no input for factors."""
 _FLOATS = {1: np.float32, 10: np.float16}
 """ONNX's numbers for the types that activations may have."""
 _VERSION = 1
@@ -57,6 +60,8 @@ class AdapterReady:
     """Ids of the packs that its weights contain already."""
     dtype: np.dtype[Any]
     """Of the activations, float32 or float16: vectors must have the same."""
+    factors: bool
+    """Whether changes of low rank can be added; nestpatch exported models that cannot before there were any."""
 
 
 def onnx_file(model: Path) -> Path | None:
@@ -105,7 +110,7 @@ def inputs_json(inputs: Mapping[str, AdapterInput]) -> str:
         JSON.
     """
     listed = {name: {"shape": list(one.shape), "sha256": one.sha256} for name, one in sorted(inputs.items())}
-    return json.dumps({"format": _FORMAT, "weights": listed})
+    return json.dumps({"format": FORMAT, "weights": listed})
 
 
 def read_inputs(model: Path) -> AdapterReady:
@@ -132,7 +137,7 @@ def read_inputs(model: Path) -> AdapterReady:
         )
     try:
         record = json.loads(graph.metadata[ADAPTER])
-        if record["format"] != _FORMAT:
+        if record["format"] not in (FORMAT, _OLD_FORMAT):
             raise CheckpointFormatError(
                 f"{file} takes adapters of format {record['format']!r}, which this nestpatch does not know",
                 advice="Upgrade nestpatch: pip install -U nestpatch",
@@ -145,7 +150,7 @@ def read_inputs(model: Path) -> AdapterReady:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointFormatError(f"the record of adapters in {file} is broken: {error!r}") from error
     packs = tuple(str(entry["pack_id"]) for entry in read_packs(graph.metadata))
-    return AdapterReady(file, inputs, packs, np.dtype(dtype))
+    return AdapterReady(file, inputs, packs, np.dtype(dtype), record["format"] == FORMAT)
 
 
 def parameters(pack: Pack, ready: AdapterReady, strength: float = 1.0) -> dict[str, npt.NDArray[Any]]:
@@ -157,7 +162,8 @@ def parameters(pack: Pack, ready: AdapterReady, strength: float = 1.0) -> dict[s
         strength: How much of the deltas the adapter adds.
 
     Returns:
-        Input name -> its content: vectors [in, clusters + 1] in the model's dtype, and int32 [out], the column of each neuron.
+        Input name -> its content: vectors [in, rank] and factors [rank, columns] in the model's dtype, and int32 [out], the
+        column of each neuron. An old model has no factors, and a last vector of zeros.
 
     Raises:
         BaseMismatchError: The model was not made from the pack's base, or contains the pack already.
@@ -166,21 +172,33 @@ def parameters(pack: Pack, ready: AdapterReady, strength: float = 1.0) -> dict[s
     _require_base(pack, ready)
     found: dict[str, npt.NDArray[Any]] = {}
     for delta in pack:
-        rows, width = ready.inputs[delta.name].shape
-        wide = np.zeros((width, delta.clusters + 1), np.float32)
-        with np.errstate(over="ignore"):
-            wide[:, :-1] = np.float32(strength) * delta.delta.astype(np.float32).T
-            vectors = wide.astype(ready.dtype)
-        if not np.isfinite(vectors).all():
-            raise UnsupportedModelError(
-                f"{delta.name}: the pack has numbers that {ready.dtype} cannot hold",
-                advice="Export the model with --dtype fp32.",
-            )
-        columns = np.full(rows, delta.clusters, np.int32)
-        columns[delta.rows] = delta.cluster
-        module = delta.name.removesuffix(".weight")
-        found |= {module + DELTA: vectors, module + MAP: columns}
+        rows, module = ready.inputs[delta.name].shape[0], delta.name.removesuffix(".weight")
+        vectors, factors = np.float32(strength) * delta.delta.astype(np.float32).T, _columns(delta)
+        if not ready.factors:
+            vectors = np.pad(vectors, ((0, 0), (0, 1)))
+        columns = np.full(rows, factors.shape[1] - 1, np.int32)
+        columns[delta.rows] = np.arange(delta.neurons) if delta.cluster is None else delta.cluster
+        found |= {module + DELTA: _fitted(delta, vectors, ready.dtype), module + MAP: columns}
+        if ready.factors:
+            found[module + FACTORS] = _fitted(delta, factors, ready.dtype)
     return found
+
+
+def _columns(delta: TensorDelta) -> FloatArray:
+    """The factors of all that a neuron can add: [rank, columns]; the last column adds nothing."""
+    columns = np.eye(delta.rank, dtype=np.float32) if delta.factors is None else delta.factors.astype(np.float32).T
+    return np.pad(columns, ((0, 0), (0, 1)))
+
+
+def _fitted(delta: TensorDelta, values: FloatArray, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """The values in the type of a model's activations."""
+    with np.errstate(over="ignore"):
+        fitted = np.ascontiguousarray(values, dtype)
+    if not np.isfinite(fitted).all():
+        raise UnsupportedModelError(
+            f"{delta.name}: the pack has numbers that {dtype} cannot hold", advice="Export the model with --dtype fp32."
+        )
+    return fitted
 
 
 def _require_base(pack: Pack, ready: AdapterReady) -> None:
@@ -192,6 +210,12 @@ def _require_base(pack: Pack, ready: AdapterReady) -> None:
         )
     if pack_id(pack) in ready.packs:
         raise BaseMismatchError(f"the weights of {ready.file} hold {pack.label} already", advice="Run it without an adapter.")
+    low_rank = [delta.name for delta in pack if delta.factors is not None]
+    if low_rank and not ready.factors:
+        raise UnsupportedModelError(
+            f"{ready.file} was exported before changes of low rank were known, such as that of {low_rank[0]}",
+            advice="Export it anew with --adapter-ready, or merge the pack: nestpatch apply MODEL PACK",
+        )
     base, inputs = pack.manifest.base.tensors, ready.inputs
     odd = [d.name for d in pack if (base[d.name].matrix, base[d.name].sha256) != (inputs[d.name].shape, inputs[d.name].sha256)]
     if odd:
@@ -217,7 +241,8 @@ def write(content: Mapping[str, npt.NDArray[Any]], ready: AdapterReady, output: 
         MissingExtraError: onnxruntime is not installed.
         OutputError: The path exists already, cannot be written, or onnxruntime does not run the model with the adapter.
     """
-    ranks = [values.shape[1] - 1 for name, values in content.items() if name.endswith(DELTA)]
+    spare = 0 if any(name.endswith(FACTORS) for name in content) else 1
+    ranks = [values.shape[1] - spare for name, values in content.items() if name.endswith(DELTA)]
     size = Written(len(ranks), max(ranks), sum(values.nbytes for values in content.values()))
     if dry_run:
         return size

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from nestpatch.delta import TensorDelta
 from nestpatch.errors import UnsupportedModelError
 from nestpatch.files.atomic import sync_folder
 from nestpatch.files.scratch import new_output
@@ -33,7 +34,7 @@ from nestpatch.formats.lora.factors import (
     sync_size,
 )
 from nestpatch.formats.provenance import PACKS, packs_json
-from nestpatch.pack import Pack, TensorDelta
+from nestpatch.pack import Pack
 
 CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # transformers loads single experts into stacks, and PEFT does the same for some classes. For others it loads an adapter without

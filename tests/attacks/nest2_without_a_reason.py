@@ -1,10 +1,10 @@
-"""The format of quantized bases for a pack that has none: it would have two files, and two ids."""
+"""The format of newer packs for one that nest/1 can hold: it would have two files, and two ids."""
 
 from nestpatch.errors import PackContentError
 from tests.attacks.tools import with_manifest
 
 ERROR = PackContentError
-SAYS = "no base tensor of a nest/2 pack is quantized: its format must be nest/1"
+SAYS = "the pack holds nothing that needs nest/2: its format must be nest/1"
 
 
 def attack(good: bytes) -> bytes:
