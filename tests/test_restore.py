@@ -303,7 +303,7 @@ def test_the_main_directions_are_extrapolated(tmp_path: Path, onto: bool, sharde
     for name, tensor in load_tensors(tmp_path / "restored").items():
         change = three.aligned[name] - three.base[name]
         part = truncated(change, 2) if ".mlp." in name else 0.0
-        np.testing.assert_allclose(tensor, source[name] + 0.75 * part, atol=1e-5)
+        np.testing.assert_allclose(tensor, source[name] + 0.75 * part, atol=2e-4)
         untouched = ~change.any(axis=-1)
         assert tensor[untouched].tobytes() == source[name][untouched].tobytes()
     before = tree_digest(model)
