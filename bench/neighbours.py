@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +40,8 @@ class Method:
 
     Attributes:
         name: As the table shows it.
-        command: The words after `nestpatch`. {victim}, {base}, {aligned}, {pack} and {output} are filled in.
+        command: The words after `python -m`, the last line of whose output is a JSON object. {victim}, {base}, {aligned}, {pack}
+            and {output} are filled in.
         victims: The fine-tunes that it is for.
     """
 
@@ -49,19 +51,27 @@ class Method:
 
 
 def _transplant(name: str, *options: str) -> Method:
-    words = ("restore", "transplant", "{victim}", "--base", "{base}", "--reference", "{aligned}", "-q", "-o", "{output}")
-    return Method(f"transplant {name}", (*words, *options))
+    words = ("{victim}", "--base", "{base}", "--reference", "{aligned}", "--json", "-o", "{output}")
+    return Method(f"transplant {name}", ("nestpatch", "restore", "transplant", *words, *options))
+
+
+def _extrapolate(name: str, *options: str) -> Method:
+    words = ("{aligned}", "--base", "{base}", "--onto", "{victim}", "--rank", "6", "--json", "-o", "{output}")
+    return Method(f"extrapolate {name}", ("nestpatch", "restore", "extrapolate", *words, *options))
 
 
 def _carry(name: str, *options: str) -> Method:
-    words = ("restore", "carry", "{pack}", "{victim}", "--base", "{base}", "-q", "-o", "{output}")
-    return Method(f"carry {name}".strip(), (*words, *options), ("unpatched",))
+    words = ("{pack}", "{victim}", "--base", "{base}", "--json", "-o", "{output}")
+    return Method(f"carry {name}".strip(), ("nestpatch", "restore", "carry", *words, *options), ("unpatched",))
 
 
 METHODS = (
     _transplant("1.0 beyond", "--extrapolate", "1.0"),
     _transplant("all rows"),
     _transplant("0.5 beyond", "--extrapolate", "0.5"),
+    _extrapolate("0.5", "--alpha", "0.5"),
+    _extrapolate("1.0", "--alpha", "1.0"),
+    Method("projection 0.1", ("bench._projection", "{victim}", "{base}", "{aligned}", "0.1", "{output}")),
     _carry(""),
     _carry("refit", "--refit"),
 )
@@ -137,7 +147,7 @@ class Bench:
         output.unlink(missing_ok=True)
         models = {role: self.work / place for role, place in (("victim", name), ("base", BASE), ("aligned", ALIGNED))}
         words = [word.format(**models, pack=self.pack, output=output) for word in method.command]
-        run, said = harness.measure([*harness.TOOL, *words, "--json"])
+        run, said = harness.measure([sys.executable, "-m", *words])
         made = json.loads(said)
         target = self.work / stem
         if not target.exists():

@@ -31,17 +31,12 @@ _MAX_ROWS = 65_536
 
 @dataclass(frozen=True, eq=False)
 class RowChanges:
-    """How two models changed the rows of a matrix of a third one, all [rows]."""
+    """How an alignment and a fine-tuning changed the rows of a matrix."""
 
-    aligned: Doubles
-    """||ALIGNED - BASE|| / ||BASE||; infinite where only BASE is zero."""
+    candidates: IntArray
+    """The numbers of the rows that the alignment changed, sorted."""
     cosine: Doubles
-    """Of TUNED - BASE and ALIGNED - BASE; 0 where either is zero."""
-
-    @property
-    def candidates(self) -> IntArray:
-        """The rows that the alignment changed."""
-        return np.flatnonzero(self.aligned > 0)
+    """Of TUNED - BASE and ALIGNED - BASE, [rows]; 0 where either is zero."""
 
 
 def row_changes(tuned: Checkpoint, base: Checkpoint, aligned: Checkpoint, name: str) -> RowChanges:
@@ -61,7 +56,7 @@ def row_changes(tuned: Checkpoint, base: Checkpoint, aligned: Checkpoint, name: 
         RestorationError: A row holds NaN or infinity.
     """
     info = tuned.info(name)
-    change, cosine = np.empty(info.rows), np.empty(info.rows)
+    changed, cosine = np.empty(info.rows, np.bool_), np.empty(info.rows)
     for part in row_blocks(info.rows, 32 * info.shape[-1]):
         rows = np.arange(part.start, part.stop)
         ours, theirs, start = (float_rows(model, name, rows) for model in (tuned, aligned, base))
@@ -69,10 +64,9 @@ def row_changes(tuned: Checkpoint, base: Checkpoint, aligned: Checkpoint, name: 
         lengths = norms(u), norms(v)
         if not (np.isfinite(lengths[0]).all() and np.isfinite(lengths[1]).all()):
             raise RestorationError(f"{name}: a row of one of the models holds NaN or infinity", advice="Give intact models.")
-        with np.errstate(divide="ignore", invalid="ignore"):
-            change[part] = np.where(lengths[1] > 0, lengths[1] / norms(start), 0.0)
-            cosine[part] = np.nan_to_num(np.einsum("ij,ij->i", u, v) / (lengths[0] * lengths[1]), nan=0.0)
-    return RowChanges(change, cosine)
+        changed[part], product = lengths[1] > 0, lengths[0] * lengths[1]
+        cosine[part] = np.divide(np.einsum("ij,ij->i", u, v), product, out=np.zeros_like(product), where=product > 0)
+    return RowChanges(np.flatnonzero(changed), cosine)
 
 
 def norms(rows: Rows) -> Doubles:
