@@ -1,8 +1,8 @@
 """Rows blended with their projection on the alignment: FGSN, later MSCP (arXiv 2508.09190), as a pack.
 
 `python -m bench._projection TUNED BASE ALIGNED SHARE OUTPUT`. It is no command of nestpatch, because it restores
-nothing: bench/LOG.md has the numbers. Rows that the alignment changed become (1 - SHARE) W + SHARE (D D^T W) / numel(D), where D
-is ALIGNED - BASE.
+nothing: bench/LOG.md has the numbers. Rows that the alignment changed become (1 - SHARE) W + SHARE (D D^T W) / numel(D), where
+D is ALIGNED - BASE.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ class Method:
 
     Attributes:
         name: As the table shows it.
-        command: The words after `python -m`, the last line of whose output is a JSON object. {victim}, {base}, {aligned}, {pack}
-            and {output} are filled in.
+        command: The words after `python -m`, the last line of whose output is a JSON object. {victim}, {base}, {aligned},
+            {pack} and {output} are filled in.
         victims: The fine-tunes that it is for.
     """
 
