@@ -96,6 +96,7 @@ def read_pack(folder: Path, data: bytes) -> None:
     """A pack that is accepted must be the canonical one."""
     pack = nest.decode(data)
     assert nest.encode(pack) == data, "accepted, but not canonical"
+    assert all(np.isfinite(delta.dense()).all() for delta in pack), "accepted, but its change is not finite"
 
 
 def read_tensors(checkpoint: Checkpoint) -> None:

@@ -116,17 +116,18 @@ def tiny_pack(
     version: str = "1.0.0",
     neurons: int = 9,
     tensors: Sequence[str] | None = None,
-    low_rank: bool = False,
+    kind: str = "clusters",
 ) -> Pack:
     """A valid pack for a model: random deltas on random rows of its gate and up projections, or of the tensors named.
 
-    With `low_rank`, rows get sums of the `clusters` vectors.
+    Of the kind "low rank", rows get sums of the `clusters` vectors; of the kind "mixed", those of every second tensor do.
     """
     stored = load_tensors(checkpoint_dir)
     random = np.random.default_rng(seed)
     chosen = sorted(tensors or (n for n in stored if any(f".{part}." in n for part in PATCHED)))
     deltas, identities, results = [], {}, {}
-    for tensor in chosen:
+    for number, tensor in enumerate(chosen):
+        low_rank = kind == "low rank" or (kind == "mixed" and number % 2 == 0)
         whole = stored[tensor]
         matrix = whole.reshape(-1, whole.shape[-1])
         rows = np.sort(random.choice(len(matrix), neurons, replace=False)).astype(np.int32)

@@ -11,11 +11,14 @@ from nestpatch.pack import Pack
 from tests.helpers import tiny_pack
 
 
-def varied_pack(model: Path, tensors: Sequence[str], *, scale: float = 0.3, seed: int = 0) -> Pack:
-    """A pack that changes these tensors through 1, 2, 3, ... shared vectors, with the model's own architecture."""
+def varied_pack(model: Path, tensors: Sequence[str], *, scale: float = 0.3, seed: int = 0, kind: str = "clusters") -> Pack:
+    """A pack that changes these tensors through 1, 2, 3, ... vectors, with the model's own architecture.
+
+    Of the kind "mixed", those of every second tensor are of low rank.
+    """
     parts = [
         tiny_pack(model, tensors=[name], clusters=1 + number % 5, neurons=7 + number % 3, delta_dtype="F32", scale=scale,
-                  seed=seed + number)
+                  seed=seed + number, kind="low rank" if kind == "mixed" and number % 2 == 0 else "clusters")
         for number, name in enumerate(sorted(tensors))
     ]  # fmt: skip
     identities = {name: identity for part in parts for name, identity in part.manifest.base.tensors.items()}

@@ -73,7 +73,11 @@ def is_nearest(delta: TensorDelta, identity: TensorIdentity, info: TensorInfo, r
     Any undo record leads from float rows to rows that merging turns into them again: from the base itself to the base without
     the pack's change, for one.
     """
-    plain, change = info.decoded(rows), delta.dense()
-    found = [sketch(plain + sign * change) for sign in (np.float32(0), np.float32(1), np.float32(-1))]
+    sketches: list[list[npt.NDArray[np.float16]]] = [[], [], []]
+    for part in info.blocks(delta.neurons, 4 * info.shape[-1]):
+        plain, change = info.decoded(rows[part]), delta.dense(part.start, part.stop)
+        for found_here, sign in zip(sketches, (0, 1, -1), strict=True):
+            found_here.append(sketch(plain + np.float32(sign) * change))
+    found = [np.concatenate(blocks) for blocks in sketches]
     gaps = [float(np.square(one.astype(np.float64) - delta.sketch.astype(np.float64)).sum()) for one in found]
     return sketch_correlation(delta.sketch, found[0]) >= least_likeness(info, identity) and gaps[0] <= min(gaps)

@@ -79,6 +79,26 @@ class Layer:
     delta: TensorDelta
     record: UndoReader
 
+    def undone(self, current: Rows, info: TensorInfo) -> Rows:
+        """What its rows held before the pack, by the undo record; block by block, as a change may touch all rows.
+
+        Args:
+            current: What its rows hold, [neurons, in_features] in the stored dtype, or uint8 [neurons, row_bytes].
+            info: The tensor.
+
+        Returns:
+            The same form.
+
+        Raises:
+            UndoError: The record is damaged.
+        """
+        original, parts = np.empty_like(current), list(info.blocks(len(current)))
+        found = self.record.residuals(self.delta.name, (current[part].nbytes for part in parts))
+        for part, data in zip(parts, found, strict=True):
+            lacking = np.frombuffer(data, f"<u{current.dtype.itemsize}").reshape(current[part].shape)
+            original[part] = restored(current[part], lacking, self.delta.dense(part.start, part.stop), self.entry.strength)
+        return original
+
 
 def layers_of(state_dir: StateDir, applied: Sequence[LedgerEntry], packs: Mapping[str, Pack]) -> dict[str, list[Layer]]:
     """The packs over every tensor, with their undo records.
@@ -292,9 +312,7 @@ def _prove(checkpoint: Checkpoint, name: str, stack: Sequence[Layer], base: Chec
     for layer in reversed(stack):
         places = np.searchsorted(rows, layer.delta.rows)
         current = values[places]
-        (data,) = layer.record.residuals(name, iter([current.nbytes]))
-        lacking = np.frombuffer(data, f"<u{current.dtype.itemsize}").reshape(current.shape)
-        original = restored(current, lacking, layer.delta.dense(), layer.entry.strength)
+        original = layer.undone(current, checkpoint.info(name))
         remade.append(_is_remade(checkpoint, layer, original, current, base))
         covered.append(bool(np.isin(layer.delta.rows, above).any()))
         values[places] = original

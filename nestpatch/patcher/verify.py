@@ -21,7 +21,6 @@ from nestpatch.errors import LedgerError, PackError, SignatureError, StateError
 from nestpatch.formats import nest
 from nestpatch.formats.checkpoint import Checkpoint, IntArray
 from nestpatch.pack import Pack
-from nestpatch.patcher._undo import restored
 from nestpatch.patcher.findings import APPLICABLE, By, Finding, State
 from nestpatch.patcher.held import SHOWN_ROWS, Difference, HeldTensor, Holds, Layer, layers_of, look
 from nestpatch.patcher.identity import examine
@@ -280,9 +279,7 @@ class _Verifier:
             values = self.checkpoint.read_rows(name, rows)
             for layer in reversed(layers):
                 where = np.searchsorted(rows, layer.delta.rows)
-                (data,) = layer.record.residuals(name, iter([layer.delta.neurons * info.row_bytes]))
-                lacking = np.frombuffer(data, f"<u{values.dtype.itemsize}").reshape(layer.delta.neurons, -1)
-                values[where] = restored(values[where], lacking, layer.delta.dense(), layer.entry.strength)
+                values[where] = layer.undone(values[where], info)
             bottom = values[np.searchsorted(rows, layers[0].delta.rows)]
             if identity.quantized and digest([bottom]) != identity.rows_sha256:
                 continue  # blocks of another quantizer

@@ -30,9 +30,14 @@ def family(request):
     return request.param
 
 
+def pack_of(family, sources, kind):
+    tensors = FUSED if family == "phi3" else None
+    return tiny_pack(sources(family), scale=0.3, clusters=3, delta_dtype="F32", tensors=tensors, kind=kind)
+
+
 @pytest.fixture(scope="module")
 def pack(family, sources):
-    return tiny_pack(sources(family), scale=0.3, clusters=3, delta_dtype="F32", tensors=FUSED if family == "phi3" else None)
+    return pack_of(family, sources, "mixed")
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +102,8 @@ def test_a_graph_has_the_usual_inputs_and_others_that_nobody_has_to_give(family,
     }
     part = "gate_up_proj" if family == "phi3" else "gate_proj"
     extra = {value.name for value in session.get_overridable_initializers()}
-    assert {f"model.layers.0.mlp.{part}.nest_delta", f"model.layers.1.mlp.{part}.nest_map"} <= extra
-    assert all(name.endswith((".nest_delta", ".nest_map")) for name in extra)
+    assert {f"model.layers.0.mlp.{part}.nest_{what}" for what in ("delta", "factors", "map")} <= extra
+    assert all(name.endswith((".nest_delta", ".nest_factors", ".nest_map")) for name in extra)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -181,6 +186,7 @@ def test_weights_without_inputs_are_named(sources, exports, tmp_path):
         '{"format": "nest-adapter/1", "weights": {}}',
         '{"format": "nest-adapter/1", "weights": []}',
         '{"format": "nest-adapter/2", "weights": {}}',
+        '{"format": "nest-adapter/3", "weights": {}}',
         '{"format": "nest-adapter/1"}',
         "[]",
         "{",
@@ -193,6 +199,29 @@ def test_broken_records_are_refused(pack, ready, tmp_path, said):
     save(model, tmp_path)
     with pytest.raises(CheckpointFormatError, match="adapters"):
         export_onnx_adapter(pack, tmp_path / "x.onnx_adapter", model=tmp_path)
+
+
+def test_models_of_before_there_were_factors_take_clusters(family, sources, torch_model, ready, tmp_path):
+    """The graph that such a model has: one product, and the column of zeros among the vectors."""
+    model = onnx_ir.load(str(ready.output / "model.onnx"))
+    for node in [node for node in model.graph if node.name.endswith(".nest/Factors")]:
+        onnx_ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
+        value = node.inputs[1]
+        model.graph.remove(node, safe=True)
+        model.graph.inputs.remove(value)
+        del model.graph.initializers[value.name]
+    record = model.metadata_props["nestpatch.adapter"]
+    model.metadata_props["nestpatch.adapter"] = record.replace("nest-adapter/2", "nest-adapter/1")
+    save(model, tmp_path)
+    output = tmp_path / "x.onnx_adapter"
+    with pytest.raises(UnsupportedModelError, match="before changes of low rank") as caught:
+        export_onnx_adapter(pack_of(family, sources, "low rank"), output, model=tmp_path)
+    assert "--adapter-ready" in caught.value.advice
+    pack = pack_of(family, sources, "clusters")
+    assert export_onnx_adapter(pack, output, model=tmp_path).rank == 3
+    ids, mask = batch(3, 24, (0, 7, 20))
+    distance, _ = compared(Run(tmp_path / "model.onnx", output), merged(torch_model(sources(family)), pack), ids, mask)
+    assert distance < 1e-4
 
 
 def test_what_is_no_model_is_refused(pack, tmp_path):
