@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,7 +21,6 @@ from nestpatch.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from nestpatch.pack import Label
     from nestpatch.restore.result import Restored
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -85,8 +85,8 @@ def transplant(
     """
     from nestpatch.restore.transplant import transplant as run
 
-    settings = {"cosine": cosine, "share": share, "extrapolate": extrapolate, "tensors": rest.pop("tensors")}
-    _make(lambda *made, **more: run(tuned, base, reference, *made, **settings, **more), **rest)
+    tensors = rest.pop("tensors")
+    _make(partial(run, tuned, base, reference, cosine=cosine, share=share, extrapolate=extrapolate, tensors=tensors), **rest)
 
 
 @restore.command(
@@ -110,8 +110,8 @@ def extrapolate(aligned: Path, base: Path, rank: int, alpha: float, onto: Path |
     """
     from nestpatch.restore.extrapolate import extrapolate as run
 
-    settings = {"rank": rank, "alpha": alpha, "onto": onto, "tensors": rest.pop("tensors")}
-    _make(lambda *made, **more: run(aligned, base, *made, **settings, **more), **rest)
+    tensors = rest.pop("tensors")
+    _make(partial(run, aligned, base, rank=rank, alpha=alpha, onto=onto, tensors=tensors), **rest)
 
 
 @restore.command(
@@ -134,8 +134,7 @@ def carry(pack: str, tuned: Path, base: Path, refit: bool, rematch: bool, **rest
     """
     from nestpatch.restore.carry import carry as run
 
-    settings = {"refit": refit, "rematch": rematch}
-    _make(lambda *made, **more: run(pack, tuned, base, *made, **settings, **more), **rest)
+    _make(partial(run, pack, tuned, base, refit=refit, rematch=rematch), **rest)
 
 
 def _make(
@@ -152,7 +151,7 @@ def _make(
     """Makes a pack and prints what it is."""
     from nestpatch.pack import Label
 
-    label: Label = Label(name or output.name.removesuffix(".nest"), pack_version, description, license_)
+    label = Label(name or output.name.removesuffix(".nest"), pack_version, description, license_)
     with progress(quiet or as_json) as on_event:
         done = run(output, label, on_event=on_event)
     if as_json:

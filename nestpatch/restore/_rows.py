@@ -72,7 +72,8 @@ def row_changes(tuned: Checkpoint, base: Checkpoint, aligned: Checkpoint, name: 
 def norms(rows: Rows) -> Doubles:
     """Euclidean norms of rows, float64 [rows]."""
     wide = rows.astype(np.float64, copy=False)
-    return np.sqrt(np.einsum("ij,ij->i", wide, wide))
+    lengths: Doubles = np.sqrt(np.einsum("ij,ij->i", wide, wide))
+    return lengths
 
 
 def first_rows(values: Mapping[str, Doubles], candidates: Selection, share: float) -> dict[str, IntArray]:

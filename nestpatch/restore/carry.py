@@ -193,8 +193,8 @@ def _refitted(delta: TensorDelta, before: Doubles, after: Doubles) -> tuple[Rows
     """(vectors, factors): each row's factors times the quotient of its norms, or a cluster's vector times that of its rows."""
     if delta.factors is not None:
         return delta.delta, _scaled(delta.factors, _quotient(before, after))
-    squares = [np.bincount(np.asarray(delta.cluster), lengths**2, delta.clusters) for lengths in (before, after)]
-    return _scaled(delta.delta, np.sqrt(_quotient(*squares))), None
+    whole = [np.sqrt(np.bincount(np.asarray(delta.cluster), lengths**2).astype(np.float64)) for lengths in (before, after)]
+    return _scaled(delta.delta, _quotient(whole[0], whole[1])), None
 
 
 def _quotient(before: Doubles, after: Doubles) -> Doubles:
