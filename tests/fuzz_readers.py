@@ -242,6 +242,7 @@ def prepare(folder: Path) -> dict[str, tuple[bytes, Reader]]:
     (undo,) = state_dir.folder.glob("*.undo")
     shard = next(model.glob("*.safetensors"))
     checkpoint = open_checkpoint(model)
+    other = tiny_checkpoint(folder / "other")
     write_journal(
         state_dir, "0" * 16, checkpoint, [Region(checkpoint.info(delta.name), delta.rows.astype("int64")) for delta in pack]
     )
@@ -250,8 +251,9 @@ def prepare(folder: Path) -> dict[str, tuple[bytes, Reader]]:
     assert read_ledger(state_dir).applied
     return {
         "pack": (nest.encode(pack), read_pack),
+        "low-rank pack": (nest.encode(tiny_pack(other, kind="mixed")), read_pack),
         "checkpoint": (shard.read_bytes(), read_checkpoint),
-        "gguf": (gguf_of(tiny_checkpoint(folder / "other"), folder / "m.gguf", "F16").read_bytes(), read_gguf),
+        "gguf": (gguf_of(other, folder / "m.gguf", "F16").read_bytes(), read_gguf),
         "gguf model": (whole_gguf(), read_gguf_model),
         **onnx_models(folder),
         "index": ((model / INDEX).read_bytes(), in_model(INDEX)),

@@ -5,6 +5,7 @@ def test_a_moment_of_fuzzing_finds_nothing():
     outcomes = fuzz(seconds=3, seed=1)
     files = {
         "pack",
+        "low-rank pack",
         "checkpoint",
         "gguf",
         "gguf model",

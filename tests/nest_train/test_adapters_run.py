@@ -53,7 +53,8 @@ def patched(models, tmp_path_factory):
     def get(family: str, strength: float):
         if (family, strength) not in made:
             base = models(family)
-            pack = varied_pack(base, touched(base))
+            # At other strengths than 1 every second tensor changes by a low rank.
+            pack = varied_pack(base, touched(base), kind="clusters" if strength == 1 else "mixed")
             folder = tmp_path_factory.mktemp("merged") / "model"
             apply(base, pack, folder, strength=strength)
             logits = [torch_logits(load_model(path, "cpu", "float32")[0]) for path in (base, folder)]
@@ -118,7 +119,7 @@ def test_a_pack_folded_into_a_loaded_model_is_the_merged_model(patched, family):
 def test_stacked_and_single_experts_give_the_same_adapter(models, tmp_path, family):
     """However the base stores its experts, llama.cpp knows them as one tensor."""
     stacked = models(f"{family}-stacked")
-    pack = varied_pack(stacked, ["model.layers.1.mlp.experts.gate_up_proj"])
+    pack = varied_pack(stacked, ["model.layers.1.mlp.experts.gate_up_proj"], kind="mixed")
     export_gguf_lora(pack, tmp_path / "lora.gguf")
     apply(stacked, pack, tmp_path / "merged")
     adapted = llama_logits(write_gguf(models(family), tmp_path / "base.gguf"), tmp_path / "lora.gguf")
@@ -130,7 +131,7 @@ def test_stacked_and_single_experts_give_the_same_adapter(models, tmp_path, fami
 def test_an_adapter_runs_on_a_quantized_base(models, tmp_path):
     """The change arrives whole, though the base is rounded: as on the float base, but for the base's own noise."""
     base = models("llama")
-    pack = varied_pack(base, touched(base), scale=0.05)
+    pack = varied_pack(base, touched(base), scale=0.05, kind="mixed")
     export_gguf_lora(pack, tmp_path / "lora.gguf")
     shifts = []
     for kind in ("F32", "Q8_0"):
