@@ -78,6 +78,10 @@ if TYPE_CHECKING:
     from nestpatch.patcher.verify import verify as verify
     from nestpatch.prompts.readers import PromptSet as PromptSet
     from nestpatch.prompts.readers import load_prompts as load_prompts
+    from nestpatch.restore.carry import carry as carry
+    from nestpatch.restore.extrapolate import extrapolate as extrapolate
+    from nestpatch.restore.result import Restored as Restored
+    from nestpatch.restore.transplant import transplant as transplant
     from nestpatch.signing.keys import PrivateKey as PrivateKey
     from nestpatch.signing.keys import keygen as keygen
     from nestpatch.signing.keys import read_private as load_key
@@ -95,6 +99,7 @@ _HOMES = {
     "apply": "patcher.apply",
     "apply_in_place": "patcher.inplace",
     "builtin_suites": "evaluation.suites",
+    "carry": "restore.carry",
     "detect": "evaluation.detecting",
     "diff": "compare.diff",
     "doctor": "health.diagnosis",
@@ -107,6 +112,7 @@ _HOMES = {
     "export_onnx_adapter": "export.adapters",
     "export_safetensors": "export.safetensors",
     "extract": "compare.extract",
+    "extrapolate": "restore.extrapolate",
     "guard_model": "guarding.holding",
     "keygen": "signing.keys",
     "load_guard": "guarding.file:read",
@@ -128,6 +134,7 @@ _HOMES = {
     "sign": "signing.verify:sign_pack",
     "status": "patcher.status",
     "train": "nest_train.train",
+    "transplant": "restore.transplant",
     "trust_key": "signing.store",
     "update": "patcher.update",
     "verify": "patcher.verify",
@@ -153,6 +160,7 @@ _HOMES = {
     "PromptSet": "prompts.readers",
     "Proven": "gate",
     "Recipe": "nest_train.recipe",
+    "Restored": "restore.result",
     "Scores": "evaluation.scores",
     "Status": "patcher.status",
     "Suite": "evaluation.suites",

@@ -11,6 +11,7 @@ NestpatchError
 │   ├── UnsupportedModelError    an architecture without a supported MLP
 │   ├── QuantizationError        a quantized type whose rows cannot be written, or would lose the patch
 │   ├── ExtractionError          two models whose difference is not a pack
+│   ├── RestorationError         models from which no pack that restores one can be made
 │   └── ParityError              an exported model that computes something else than its source
 ├── GuardError               the guard of a fine-tune
 │   ├── GuardFormatError         a file that is no guard, or a broken one
@@ -151,6 +152,12 @@ class ExtractionError(CheckpointError):
     """Both models are sound, but no pack turns the first into the second."""
 
     advice = "A pack changes rows of F32, BF16 or F16 matrices and nothing else. Publish the tuned model as a whole."
+
+
+class RestorationError(CheckpointError):
+    """The models are sound, but no pack that restores one of them can be made of them."""
+
+    advice = "Give a base, its aligned version and a fine-tune of either. See docs/restore.md."
 
 
 class ParityError(CheckpointError):

@@ -101,7 +101,7 @@ def pack_tensor(
     # The arithmetic of the merge holds several arrays of eight bytes per element.
     for part in row_blocks(len(rows), 16 * max(info.row_bytes, 2 * info.shape[-1])):
         stored = checkpoint.read_rows(name, rows[part])
-        merged = _merged(info, stored, packed.dense(part.start, part.stop))
+        merged = as_merged(info, stored, packed.dense(part.start, part.stop))
         before.update(np.ascontiguousarray(stored).view(np.uint8).data)
         after.update(np.ascontiguousarray(merged).view(np.uint8).data)
         sketches.append(sketch(stored if info.plain else info.decoded(stored)))
@@ -111,8 +111,21 @@ def pack_tensor(
     return PackedTensor(replace(packed, sketch=np.concatenate(sketches)), identity, after.hexdigest())
 
 
-def _merged(info: TensorInfo, stored: Rows, change: FloatArray) -> Rows:
-    """The merge at strength 1, in the form of the stored rows."""
+def as_merged(info: TensorInfo, stored: Rows, change: FloatArray) -> Rows:
+    """The merge at strength 1, in the form of the stored rows.
+
+    Args:
+        info: The matrix.
+        stored: Rows as `Checkpoint.read_rows` returns them.
+        change: Their change, float32 [rows, in_features].
+
+    Returns:
+        The merged rows, as they are stored.
+
+    Raises:
+        PackContentError: A sum leaves the range of the dtype.
+        QuantizationError: Rows of this type cannot be quantized here.
+    """
     if info.plain:
         return merge(stored, change)
     blocks = info.coding.encode(merge(info.decoded(stored), change))

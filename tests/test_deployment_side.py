@@ -43,6 +43,7 @@ LAYERS = [
     {"nestpatch.gate"},
     {"nestpatch.patcher"},
     {"nestpatch.compare"},
+    {"nestpatch.restore"},
     {"nestpatch.prompts"},
     {"nestpatch.runtimes"},
     {"nestpatch.health"},
@@ -78,7 +79,7 @@ def module_name(file: Path) -> str:
 
 
 FILES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
-LIGHT = ("files", "formats", "signing", "patcher", "compare", "health", "export")
+LIGHT = ("files", "formats", "signing", "patcher", "compare", "restore", "health", "export")
 DEPLOYED = [
     name for name in FILES if name.startswith(tuple(f"nestpatch.{room}" for room in LIGHT)) and ".export.onnx" not in name
 ]

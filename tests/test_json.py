@@ -140,6 +140,11 @@ def of_files(run: Scenario, base: Path, one: Path, two: Path) -> None:
     write_checkpoint(run.folder / "tuned", tuned)
     run.note("doctor", "doctor", run.folder / "tuned", "--pack", one, "--base", base, name="doctor-tuned")
     run.note("recover", "recover", base)
+    words = ("--base", base, "--reference", copy, "-o", run.folder / "again.nest", "--extrapolate", "0.5")
+    run.note("restore transplant", "restore", "transplant", copy, *words)
+    words = ("--base", base, "--rank", 2, "--alpha", "0.5", "-o", run.folder / "further.nest")
+    run.note("restore extrapolate", "restore", "extrapolate", copy, *words)
+    run.note("restore carry", "restore", "carry", one, base, "--base", base, "-o", run.folder / "carried.nest")
 
 
 def of_judges(run: Scenario) -> None:

@@ -121,7 +121,7 @@ def _extract_pack(base: Checkpoint, tuned: Checkpoint, found: CheckpointDiff, la
             tensors.append(_extract_tensor(base, tuned, tensor.name, nbytes))
             nbytes += tensors[-1].delta.delta.nbytes
             on_event(Event("extract", number, len(found.changed), tensor.name))
-        (model_id, architecture), (tuned_id, _) = _described(base.path), _described(tuned.path)
+        (model_id, architecture), (tuned_id, _) = described(base.path), described(tuned.path)
         method = {
             "name": "extracted",
             "nestpatch": __version__,
@@ -183,8 +183,15 @@ def _extract_tensor(base: Checkpoint, tuned: Checkpoint, name: str, nbytes: int)
     return packed
 
 
-def _described(path: Path) -> tuple[str, str]:
-    """(name of the model's folder, or of a file that has its own name; the class in config.json or ""): hints for people."""
+def described(path: Path) -> tuple[str, str]:
+    """What a model is called, for people.
+
+    Args:
+        path: The model.
+
+    Returns:
+        (name of the model's folder, or of a file that has its own name; the class in config.json, or "").
+    """
     place = Path(os.path.abspath(path))
     folder = place if place.is_dir() else place.parent
     name = folder.name if folder == place or place.stem == "model" else place.stem
