@@ -11,7 +11,8 @@ from typing import Any
 from nestpatch.evaluation.answers import write_answers
 from nestpatch.evaluation.dose import Dose, DosePoint, dose_json
 from nestpatch.evaluation.judges import Verdict
-from nestpatch.evaluation.scores import Evaluation, JudgedAnswer, Scores, SuiteResult
+from nestpatch.evaluation.result import Evaluation
+from nestpatch.evaluation.scores import JudgedAnswer, Scores, SuiteResult
 from nestpatch.evaluation.shares import Share
 from nestpatch.pack import Pack
 from tests.helpers import tiny_pack

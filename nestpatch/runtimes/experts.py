@@ -1,4 +1,6 @@
-"""The experts of a layer, computed one by one to observe and change their neurons, and which of them take part."""
+"""Neurons observed while a model computes, and the experts of a layer one by one: to observe and change their neurons, and to
+count which of them take part.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from nestpatch.runtimes.text import pad_left
 from nestpatch.runtimes.weights import MlpBlock
 
 _FACTOR = 3
@@ -94,6 +97,21 @@ class Batch:
 
     mask: torch.Tensor
     """bool [prompts, tokens], False where ids are padding."""
+
+
+def run_batch(model: Any, rows: Sequence[Sequence[int]], pad: int, batch: Batch) -> None:
+    """Runs prompts through a model without its head, for what observes its blocks.
+
+    Args:
+        model: A loaded model.
+        rows: Token ids of each prompt.
+        pad: The id of the padding token.
+        batch: Its mask is set.
+    """
+    ids, mask = (torch.from_numpy(part).to(model.device) for part in pad_left(rows, pad))
+    batch.mask = mask.bool()
+    with torch.inference_mode():
+        model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
 
 
 @contextmanager
