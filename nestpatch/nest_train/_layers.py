@@ -27,6 +27,7 @@ from nestpatch.nest_train._neurons import (
 from nestpatch.nest_train._ranks import from_first
 from nestpatch.nest_train._run import Run
 from nestpatch.nest_train._run_dir import digest_json
+from nestpatch.nest_train.avoid import without
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.rows import FloatArray
 from nestpatch.runtimes.weights import MlpBlock
@@ -68,7 +69,11 @@ Choose = Callable[[Run, Sequence[MlpBlock], "Activations", npt.NDArray[np.bool_]
 
 
 def find_clusters(
-    run: Run, data: TrainingData, blocks: Sequence[MlpBlock], choose: Choose | None = None
+    run: Run,
+    data: TrainingData,
+    blocks: Sequence[MlpBlock],
+    choose: Choose | None = None,
+    taken: Sequence[npt.NDArray[np.bool_]] = (),
 ) -> list[tuple[Selection, Clusters]]:
     """The stages probe, select and cluster.
 
@@ -77,6 +82,7 @@ def find_clusters(
         data: The prompts.
         blocks: The base's feed-forward blocks.
         choose: The stage select; None for `selected`. What it finds is not kept in a run directory.
+        taken: For `selected`.
 
     Returns:
         (selection, clusters) of each block.
@@ -97,7 +103,7 @@ def find_clusters(
     with run.run_dir.arrays("activations", inputs, shapes, record) as make:
         acts = Activations(make)
         inputs |= {"harmful prompts": len(data.harmful.prompts)}
-        selections = choose(run, blocks, acts, harmful) if choose else selected(run, blocks, acts, harmful, inputs)
+        selections = choose(run, blocks, acts, harmful) if choose else selected(run, blocks, acts, harmful, inputs, taken)
         return list(zip(selections, _clustered(run, blocks, acts, selections, inputs), strict=True))
 
 
@@ -124,6 +130,7 @@ def selected(
     acts: Activations,
     harmful: npt.NDArray[np.bool_],
     inputs: Mapping[str, Any] | None = None,
+    taken: Sequence[npt.NDArray[np.bool_]] = (),
 ) -> list[Selection]:
     """The stage select.
 
@@ -133,6 +140,7 @@ def selected(
         acts: float32 [prompts, neurons] of each block.
         harmful: bool [prompts].
         inputs: What the activations depend on; None keeps nothing in the run directory.
+        taken: bool [neurons] of each block, those that are left to other packs; without any, none are.
 
     Returns:
         A result per block, without neurons below the first patched layer.
@@ -149,6 +157,8 @@ def selected(
                 found.append(from_first(lambda: select(block.layer, acts[place], harmful, run.recipe)))  # noqa: B023 - called at once
             run.run_dir.keep_rows("selections", inputs, map(_row, found))
         run.on_event(Event("select", place + 1, len(blocks)))
+    if taken:
+        found = [without(one, others) for one, others in zip(found, taken, strict=True)]
     require_neurons(found)
     first, reason = choose_first_layer(found, run.recipe)
     run.decide("first layer", str(first), reason)
