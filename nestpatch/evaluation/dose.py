@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from nestpatch.errors import DataError
 from nestpatch.evaluation.concerns import MAX_RISE, MIN_PROMPTS, harm_done
 from nestpatch.evaluation.shares import HEADLINES, Share
-from nestpatch.measured import is_number
+from nestpatch.measured import BY_CATEGORY, is_number
+from nestpatch.measured import categories as by_category
 from nestpatch.patcher.plan import check_strength
 
 MAX_STRENGTHS = 32
@@ -79,9 +80,7 @@ class DosePoint:
             return None
         shares = {name: Share.from_json(stored.get(name)) for name in HEADLINES}
         drift = stored.get("kl_to_base")
-        named = stored.get("attack_success_by_category")
-        parts = {str(name): Share.from_json(share) for name, share in named.items()} if isinstance(named, Mapping) else {}
-        categories = {name: share for name, share in parts.items() if share is not None}
+        categories = {row.name: Share(row.before.count, row.before.total) for row in by_category(stored, None) if row.before}
         return cls(float(strength), **shares, kl_to_base=float(drift) if is_number(drift) else None, categories=categories)
 
     def as_json(self) -> dict[str, Any]:
@@ -89,7 +88,7 @@ class DosePoint:
         shares = {name: None if (share := getattr(self, name)) is None else share.as_json() for name in HEADLINES}
         drift = None if self.kl_to_base is None else round(self.kl_to_base, 6)
         categories = {name: share.as_json() for name, share in self.categories.items()}
-        return {"strength": self.strength, **shares, "attack_success_by_category": categories, "kl_to_base": drift}
+        return {"strength": self.strength, **shares, BY_CATEGORY: categories, "kl_to_base": drift}
 
 
 class Recommendation(NamedTuple):

@@ -14,12 +14,10 @@ from nestpatch.evaluation.shares import HEADLINES, Share
 from nestpatch.evaluation.suites import Suite
 from nestpatch.evaluation.tasks import TaskScore
 from nestpatch.events import OnEvent, ignore
-from nestpatch.measured import BENIGN, HARMFUL, LOOKALIKE
+from nestpatch.measured import BENIGN, BY_CATEGORY, HARMFUL, LOOKALIKE, MAX_CATEGORIES
 from nestpatch.prompts.readers import Prompt
 from nestpatch.runtimes.protocol import Generate
 
-MAX_CATEGORIES = 64
-"""Categories of harmful prompts that are told apart: a column with more values says something else than a category."""
 BESIDE_BASE = ("answer_agreement", "perplexity_rise", "task_fall")
 """Numbers that compare a model with its base."""
 
@@ -223,7 +221,7 @@ class Scores:
         """Totals, drift, utility and suites as plain values; None for what was not measured."""
         totals = self.totals()
         result: dict[str, Any] = {name: totals[name].as_json() if name in totals else None for name in HEADLINES}
-        result["attack_success_by_category"] = {name: share.as_json() for name, share in self.categories().items()}
+        result[BY_CATEGORY] = {name: share.as_json() for name, share in self.categories().items()}
         result["kl_to_base"] = None if self.drift is None else round(self.drift, 6)
         result["answer_agreement"] = self.agreement.as_json() if self.agreement else None
         result["text"] = self.text.as_json() if self.text else None

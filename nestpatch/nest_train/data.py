@@ -9,8 +9,8 @@ from difflib import get_close_matches
 from typing import Any
 
 from nestpatch.errors import PromptDataError
-from nestpatch.evaluation.scores import MAX_CATEGORIES
 from nestpatch.evaluation.suites import KINDS, Suite
+from nestpatch.measured import MAX_CATEGORIES
 from nestpatch.prompts.builtin import PREFIX
 from nestpatch.prompts.readers import Prompt, PromptSet, join_sets, load_prompts, sample_set
 
