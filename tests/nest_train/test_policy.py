@@ -139,6 +139,10 @@ def test_packs_of_two_categories_stack_in_any_order(pair: tuple[Path, list[Any]]
             nestpatch.apply_in_place(model, pack)
         found.append(digests(model))
         assert all(nestpatch.verify(model, pack).verdict is Verdict.PATCHED for pack in packs)
+        first, second = order
+        nestpatch.revert(model, only=nest.pack_id(first))
+        assert nestpatch.verify(model, second).verdict is Verdict.PATCHED
+        assert nestpatch.verify(model, first).verdict is Verdict.BASE
         nestpatch.revert(model)
         assert digests(model) == digests(base)
     assert found[0] == found[1] != digests(base)
