@@ -186,13 +186,13 @@ class StoredAblation:
         if not isinstance(stored, Mapping):
             return None
         chosen, random, how = (stored.get(name) for name in ("chosen", "random", "how"))
-        counts = [stored.get(name) for name in ("neurons", "total")]
+        neurons, total = stored.get("neurons"), stored.get("total")
         if not (isinstance(chosen, Mapping) and isinstance(random, Mapping) and isinstance(how, str)):
             return None
-        if not all(type(count) is int and 0 < count < _MOST for count in counts):
+        if not (type(neurons) is int and type(total) is int and 0 < neurons <= total < _MOST):
             return None
         left, random_left = (StoredShare.parse(stored.get(name)) for name in ("still_refused", "random_still_refused"))
-        return cls(how[:_LONGEST], *counts, chosen, random, left, random_left)
+        return cls(how[:_LONGEST], neurons, total, chosen, random, left, random_left)
 
 
 def drift(side: Any) -> float | None:

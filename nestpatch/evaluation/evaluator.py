@@ -28,12 +28,15 @@ from nestpatch.gate import PackLike, Trust, prove
 from nestpatch.measured import BENIGN
 from nestpatch.pack import Pack
 from nestpatch.runtimes.connection import EndpointSettings, is_endpoint
-from nestpatch.runtimes.protocol import Generate, Runtime, open_runtime
+from nestpatch.runtimes.protocol import Generate, Runtime, open_runtime, runtime_of
 from nestpatch.runtimes.transformers import TransformersRuntime
 from nestpatch.signing.trust import Policy
 
 NOT_MEASURED = "no benign suite: the drift from the base was not measured"
 NO_LOGITS = "an endpoint gives answers and no logits: the drift from the base was not measured"
+IN_TRANSFORMERS = (
+    "the .gguf file is run by transformers, where neurons can be switched off, at the values of its rounded weights"
+)
 _Opened: TypeAlias = Callable[[str | Path], AbstractContextManager[Runtime]]
 
 
@@ -125,7 +128,8 @@ def evaluate(
     neurons = None if ablate is None else Choice(ablate, proven, suites, on_event)
     with ExitStack() as stack:
         asked = open_judges(judges, labels=judge_labels, device=judge_device, stack=stack)
-        work = _Evaluator(suites, opened, on_event, list(overlaps(suites)), asked, texts, found_tasks, neurons)
+        notes = [*overlaps(suites), *([IN_TRANSFORMERS] if ablate is not None and runtime_of(model) == "llama.cpp" else ())]
+        work = _Evaluator(suites, opened, on_event, notes, asked, texts, found_tasks, neurons)
         for note in work.notes:
             on_event(Event("note", note=note))
         with work.keeping(keep, wanted):

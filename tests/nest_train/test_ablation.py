@@ -18,7 +18,7 @@ import nestpatch
 from nestpatch.cli import main
 from nestpatch.errors import DataError
 from nestpatch.evaluation.ablation import Choice, choose, parse_ablation
-from nestpatch.evaluation.evaluator import evaluate
+from nestpatch.evaluation.evaluator import IN_TRANSFORMERS, evaluate
 from nestpatch.evaluation.judges import Verdict
 from nestpatch.evaluation.scores import JudgedAnswer, Scores, SuiteResult
 from nestpatch.evaluation.shares import Share
@@ -118,7 +118,9 @@ def test_a_gguf_file_is_ablated_in_transformers(models: Any, suites: list[Suite]
     pack = pack_for(base)
     file = write_gguf(base, tmp_path / "m.gguf")
     wanted = evaluate(base, suites, pack=pack, ablate="patched", max_new_tokens=4).ablation
-    found = evaluate(file, suites, pack=pack, ablate="patched", max_new_tokens=4).ablation
+    result = evaluate(file, suites, pack=pack, ablate="patched", max_new_tokens=4)
+    found = result.ablation
+    assert IN_TRANSFORMERS in result.notes
     assert wanted is not None
     assert found is not None
     assert found.neurons == wanted.neurons
