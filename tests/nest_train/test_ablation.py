@@ -90,6 +90,7 @@ def test_without_the_packs_neurons_the_model_is_one_whose_columns_are_zero(
     wanted = evaluate(other, suites, base=base, max_new_tokens=6)
     off = found.ablation
     assert off is not None
+    assert found.patched is not None
     assert off.chosen.suites == wanted.model.suites
     assert off.chosen.drift == pytest.approx(wanted.model.drift, rel=1e-4)
     assert off.chosen.suites != found.patched.suites
