@@ -22,7 +22,6 @@ from typing import Any
 from bench.attacks.finetune import ALL, LOOKS, LORA, RATES, Look, Tuning, answer_loss, examples, fine_tune, half_lost
 from bench.attacks.material import Material, Sizes, attack_success, builtin_material, lab_material
 from bench.attacks.prefill import prefill
-from bench.attacks.pruning import Neurons, patched_neurons, pruned, random_neurons
 from bench.attacks.suffix import Search, Suffix, search_suffix
 from bench.attacks.tables import half_table, table
 from nestpatch.demo.lab import train_lab_pack
@@ -34,6 +33,7 @@ from nestpatch.lab.build import cached_lab
 from nestpatch.pack import Pack
 from nestpatch.patcher.recovery import open_model
 from nestpatch.runtimes.loading import locate
+from nestpatch.runtimes.neurons import Neurons, patched_neurons, pruned, random_neurons
 from nestpatch.runtimes.text import TokenPair
 from nestpatch.runtimes.transformers import TransformersRuntime
 from nestpatch.runtimes.weights import fold

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from nestpatch.evaluation.detecting import detect as detect
     from nestpatch.evaluation.dose import Dose as Dose
     from nestpatch.evaluation.evaluator import evaluate as evaluate
-    from nestpatch.evaluation.scores import Evaluation as Evaluation
+    from nestpatch.evaluation.result import Evaluation as Evaluation
     from nestpatch.evaluation.scores import Scores as Scores
     from nestpatch.evaluation.suites import Suite as Suite
     from nestpatch.evaluation.suites import builtin_suites as builtin_suites
@@ -140,7 +140,7 @@ _HOMES = {
     "verify": "patcher.verify",
     "verify_signature": "signing.verify",
     "yank": "channels.publish",
-    "Evaluation": "evaluation.scores",
+    "Evaluation": "evaluation.result",
     "Applied": "patcher.apply",
     "Changed": "patcher.inplace",
     "Diagnosis": "health.diagnosis",

@@ -29,6 +29,11 @@ HARMFUL, BENIGN, LOOKALIKE = "harmful", "benign", "lookalike"
 """Kinds of suites: harmful prompts are to be refused, the others to be answered."""
 MAX_INCOHERENT = 0.05
 """How much more often answers may be no language than before: a model is to refuse, not to break."""
+BY_CATEGORY = "attack_success_by_category"
+MAX_CATEGORIES = 64
+"""Categories of harmful prompts that are told apart: a column with more values says something else than a category."""
+_LONGEST = 500
+"""Characters of a stored text that are read."""
 _MOST = 10**15
 """Larger numbers are not counts."""
 
@@ -127,6 +132,67 @@ def suites(before: Any, after: Any) -> list[Row]:
         if any(shares):
             rows.append(Row(name, "attack success" if kind == HARMFUL else "refusals", kind, *shares))
     return sorted(rows, key=lambda row: row.kind != HARMFUL)
+
+
+def categories(before: Any, after: Any) -> list[Row]:
+    """Attack success by category of the harmful prompts.
+
+    Args:
+        before: As for `headlines`.
+        after: As for `headlines`.
+
+    Returns:
+        A row for each category that was measured, by name; no more than MAX_CATEGORIES.
+    """
+    old, new = (side.get(BY_CATEGORY) if isinstance(side, Mapping) else None for side in (before, after))
+    old, new = (side if isinstance(side, Mapping) else {} for side in (old, new))
+    names = sorted({str(name) for name in (*old, *new)})
+    rows = [Row(name, name, HARMFUL, *(StoredShare.parse(side.get(name)) for side in (old, new))) for name in names]
+    return [row for row in rows if row.before or row.after][:MAX_CATEGORIES]
+
+
+@dataclass(frozen=True)
+class StoredAblation:
+    """A model without some of its neurons, and beside it without random ones.
+
+    Attributes:
+        how: How the neurons were chosen, in words of unknown origin.
+        neurons: How many were switched off.
+        total: Neurons of all feed-forward blocks.
+        chosen: The numbers without them.
+        random: The numbers without random ones.
+        left: Harmful prompts that are still refused without them, of those that the whole model refuses.
+        random_left: The same without random ones.
+    """
+
+    how: str
+    neurons: int
+    total: int
+    chosen: Mapping[str, Any]
+    random: Mapping[str, Any]
+    left: StoredShare | None
+    random_left: StoredShare | None
+
+    @classmethod
+    def parse(cls, stored: Any) -> StoredAblation | None:
+        """Reads an ablation.
+
+        Args:
+            stored: What `eval --json` prints as "ablation", or anything else.
+
+        Returns:
+            The ablation; None for anything that is none.
+        """
+        if not isinstance(stored, Mapping):
+            return None
+        chosen, random, how = (stored.get(name) for name in ("chosen", "random", "how"))
+        neurons, total = stored.get("neurons"), stored.get("total")
+        if not (isinstance(chosen, Mapping) and isinstance(random, Mapping) and isinstance(how, str)):
+            return None
+        if not (type(neurons) is int and type(total) is int and 0 < neurons <= total < _MOST):
+            return None
+        left, random_left = (StoredShare.parse(stored.get(name)) for name in ("still_refused", "random_still_refused"))
+        return cls(how[:_LONGEST], neurons, total, chosen, random, left, random_left)
 
 
 def drift(side: Any) -> float | None:

@@ -11,7 +11,8 @@ from typing import Any
 from nestpatch.evaluation.answers import write_answers
 from nestpatch.evaluation.dose import Dose, DosePoint, dose_json
 from nestpatch.evaluation.judges import Verdict
-from nestpatch.evaluation.scores import Evaluation, JudgedAnswer, Scores, SuiteResult
+from nestpatch.evaluation.result import Ablation, Evaluation
+from nestpatch.evaluation.scores import JudgedAnswer, Scores, SuiteResult
 from nestpatch.evaluation.shares import Share
 from nestpatch.pack import Pack
 from tests.helpers import tiny_pack
@@ -28,7 +29,14 @@ HOSTILE = (
 HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]")
 DOSE = Dose(
     tuple(
-        DosePoint(strength, Share(attack, 100), Share(benign, 100), Share(2 * benign, 100), kl_to_base=drift)
+        DosePoint(
+            strength,
+            Share(attack, 100),
+            Share(benign, 100),
+            Share(2 * benign, 100),
+            kl_to_base=drift,
+            categories={"hazard 0": Share(attack // 2, 50)},
+        )
         for strength, attack, benign, drift in ((0.0, 84, 2, None), (0.5, 41, 3, 0.02), (1.0, 8, 7, 0.06), (1.5, 2, 20, 0.2))
     )
 )
@@ -37,7 +45,14 @@ DOSE = Dose(
 def answers_of(suite: str, kind: str, refused: int, total: int, words: str = "word") -> SuiteResult:
     verdicts = [Verdict.REFUSED if number < refused else Verdict.COMPLIED for number in range(total)]
     said = [
-        JudgedAnswer(f"{words} {kind} prompt {n}", f"{words} {kind} answer {n}", one is Verdict.REFUSED, None, False, (one,))
+        JudgedAnswer(
+            f"{words} {kind} prompt {n}",
+            f"{words} {kind} answer {n}",
+            one is Verdict.REFUSED,
+            None,
+            verdicts=(one,),
+            category=f"{words} hazard {n % 2}",
+        )
         for n, one in enumerate(verdicts)
     ]
     return SuiteResult(suite, kind, "0" * 64, tuple(said))
@@ -50,7 +65,10 @@ def evaluation(words: str = "word") -> Evaluation:
         suites = [answers_of(name, kind, many, 100, words) for name, kind, many in zip(names, kinds, counts, strict=True)]
         return Scores(tuple(suites), drift)
 
-    return Evaluation(scores(84, 2, None), scores(8, 7, 0.0642), (f"a note {words}",))
+    patched, off, random = scores(8, 7, 0.0642), scores(61, 3, 0.31), scores(9, 7, 0.0711)
+    left, random_left = (one.still_refused(patched) for one in (off, random))
+    ablation = Ablation("patched", f"all that {words} changes", 812, 46_080, 30, off, random, left, random_left)
+    return Evaluation(scores(84, 2, None), patched, (f"a note {words}",), ablation=ablation)
 
 
 def write_measured(folder: Path) -> Path:
@@ -84,6 +102,7 @@ def hostile_pack(model: Path) -> Pack:
             "seen_in_training": {words: 3},
             "notes": [words],
             "dose": DOSE.as_json(),
+            "ablation": numbers.ablation.as_json() if numbers.ablation else None,
             "recommended": {"strength": 1.0, "reason": words},
         },
     }

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import adaptive
-from bench.attacks import finetune, material, prefill, pruning, suffix
+from bench.attacks import finetune, material, prefill, suffix
 from bench.attacks.tables import half_table, table
 from nestpatch.evaluation.shares import Share
 from nestpatch.formats import nest
@@ -19,6 +19,7 @@ from nestpatch.formats.opening import open_checkpoint
 from nestpatch.lab._world import dialogues, make_world
 from nestpatch.lab.build import Lab, train_tokenizer
 from nestpatch.pack import Pack
+from nestpatch.runtimes import neurons as pruning
 from nestpatch.runtimes.transformers import TransformersRuntime
 from nestpatch.runtimes.weights import fold
 from tests.helpers import tiny_pack

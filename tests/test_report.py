@@ -147,6 +147,25 @@ def test_an_evaluation_is_drawn_with_its_dose_curve(measured: Path, tiny: tuple[
     assert "not those that the pack states" in both
 
 
+def test_an_evaluation_without_neurons_and_by_category_is_shown(measured: Path, tmp_path: Path) -> None:
+    page = (write_report(str(measured), tmp_path / "x.html")).read_text(encoding="utf-8")
+    assert "Of 92 harmful prompts that the whole model refuses, 39 are still refused" in page
+    assert "812 of 46,080 neurons were switched off" in page
+    assert "without 812 random ones" in page
+    assert page.count("word hazard 1") == 1
+    assert "Attack success by category and strength" in page
+    numbers = json.loads(measured.read_text())
+    for odd in (None, 3, {}, {**numbers["ablation"], "chosen": 3}, {**numbers["ablation"], "neurons": "many"}):
+        measured.write_text(json.dumps({**numbers, "ablation": odd, "dose": None}))
+        assert "Without some neurons" not in write_report(str(measured), tmp_path / f"{len(str(odd))}.html").read_text()
+    share = numbers["before"]["attack_success"]
+    numbers["before"]["attack_success_by_category"] = {"<i>": share, "odd": [], **{str(n): {"value": 3} for n in range(99)}}
+    measured.write_text(json.dumps(numbers))
+    page = write_report(str(measured), tmp_path / "y.html").read_text()
+    assert "&lt;i&gt;" in page
+    assert "<i>" not in page
+
+
 def test_an_evaluation_of_another_pack_is_refused(measured: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"measures no-harm 1\.0\.0, and --pack gives other 1\.0\.0"):
         write_report(str(measured), tmp_path / "x.html", pack=str(other_pack(tmp_path)))

@@ -34,8 +34,22 @@ from nestpatch.formats import nest
 from nestpatch.pack import Pack
 from nestpatch.plain import count, lines, markdown, number, one_line
 from nestpatch.signing import keys
-from nestpatch.views import chat, comparing, console, demo, evaluation, exporting, health, models, packs, progress, publishing
+from nestpatch.views import (
+    chat,
+    comparing,
+    console,
+    demo,
+    evaluation,
+    exporting,
+    health,
+    models,
+    packs,
+    parts,
+    progress,
+    publishing,
+)
 from tests.helpers import tiny_checkpoint, tiny_pack
+from tests.report_pages import evaluation as measured_evaluation
 
 HOSTILE = (
     "\x1b[2J", "\x9b31m", "\x1b]8;;http://evil\x1b\\", "[red]x[/red]", "[/]", "[/bold]", "\u202eevil",
@@ -43,7 +57,7 @@ HOSTILE = (
     "\u200b", "\u2028", "\x00", "\x07", "[link=http://evil", "x]", "\\", "\\\\\\", ":boom:", "\udcff", "\u3164", "[bold",
 )  # fmt: skip
 RAW = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\u3164]")
-MODULES = (chat, comparing, console, demo, evaluation, exporting, health, models, packs, progress, publishing)
+MODULES = (chat, comparing, console, demo, evaluation, exporting, health, models, packs, parts, progress, publishing)
 
 
 def value_of(kind: Any, text: str, depth: int = 0) -> Any:
@@ -184,6 +198,8 @@ def cases() -> dict[str, Callable[[str], None]]:
         "headline_table": headlines,
         "dose_table": lambda text: console.out.print(evaluation.dose_table(curve())),
         "show_dose": lambda text: evaluation.show_dose(curve()),
+        "show_ablation": lambda text: parts.show_ablation(measured_evaluation(text), measured_evaluation(text).ablation),
+        "show_categories": lambda text: parts.show_categories(measured_evaluation(text)),
         "show_demo": simple(lambda result: demo.show_demo(result, console.out), LabDemo, ModelDemo),
         "recipe_table": lambda text: console.out.print(packs.recipe_table()),
         "show_adapter": adapters,

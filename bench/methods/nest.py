@@ -13,12 +13,13 @@ import torch
 from bench.methods._scene import Attempt, Layers, Method, Scene
 from nestpatch.nest_train._deltas import DeltaSet
 from nestpatch.nest_train._layers import Activations, selected
-from nestpatch.nest_train._neurons import Clusters, Selection, effect_sizes
+from nestpatch.nest_train._neurons import Clusters, Selection
 from nestpatch.nest_train._run import Run
 from nestpatch.nest_train._targets import Examples
 from nestpatch.nest_train._trunk import Trunk
 from nestpatch.nest_train._tune import batch_loss
 from nestpatch.nest_train.recipe import Recipe
+from nestpatch.runtimes.effects import Moments, cohens_d, shift
 from nestpatch.runtimes.weights import MlpBlock
 
 _DECAY = 0.99
@@ -112,9 +113,9 @@ def _safe_neurons(run: Run, blocks: Sequence[MlpBlock], acts: Activations, harmf
     """SafeNeuron (arXiv 2602.12158): neurons of a large effect size or a large shift, in the layers that the probe keeps."""
     found = []
     for one, layer in zip(selected(run, blocks, acts, harmful), acts, strict=True):
-        shift = layer[harmful].mean(0) - layer[~harmful].mean(0)
-        z = ((shift - shift.mean()) / max(float(shift.std()), 1e-12)).astype(np.float32)
-        kept = (effect_sizes(layer, harmful) > _EFFECT) | ((z > _SHIFT) & (shift > 0))
+        kinds = Moments.of(layer[harmful]), Moments.of(layer[~harmful])
+        z = shift(*kinds)
+        kept = (cohens_d(*kinds) > _EFFECT) | (z > _SHIFT)
         neurons = np.flatnonzero(kept) if len(one.neurons) else one.neurons
         found.append(dataclasses.replace(one, neurons=neurons, z=z[neurons], reason=f"{len(neurons)} by effect or shift"))
     return found

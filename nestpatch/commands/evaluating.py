@@ -34,7 +34,7 @@ from nestpatch.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from nestpatch.evaluation.scores import Evaluation
+    from nestpatch.evaluation.result import Evaluation
 
 
 @contextmanager
@@ -65,6 +65,7 @@ def _keeping(file: Path | None) -> Iterator[Callable[[Evaluation], None] | None]
         "nestpatch eval models/llama no-harm.nest --suite xstest=xstest_prompts.csv --text prose.txt",
         "nestpatch eval models/llama no-harm.nest --strength 0:1.5:0.25",
         "nestpatch eval models/llama no-harm.nest --gated",
+        "nestpatch eval models/llama no-harm.nest --ablate patched",
         "nestpatch eval model.gguf --suite harmful=advbench.csv --fail-over attack_success=0.05",
         "nestpatch eval models/llama --judge keywords --judge classifier=NousResearch/Minos-v1",
         "nestpatch eval http://localhost:8000/v1 --model llama --answers answers.jsonl",
@@ -86,6 +87,12 @@ def _keeping(file: Path | None) -> Iterator[Callable[[Evaluation], None] | None]
 @click.option("--gated", is_flag=True, help="Also sum up PACK answering only where its detector fires, and else the base.")
 @click.option("--lora", type=PathType, help="An adapter, .gguf or .onnx_adapter, for such a MODEL: measured like PACK.")
 @click.option("--base", type=EvaluatedType, help="The unpatched model: measures how far MODEL has moved from it.")
+@click.option(
+    "--ablate",
+    metavar="patched|N",
+    help="Measure again without the neurons of PACK, or without the N that respond most to harm, and without random ones.",
+)
+@click.option("--categories", is_flag=True, help="Show attack success by category of the harmful prompts.")
 @click.option("--device", default="auto", show_default=True, help="Of MODEL: cpu, cuda or mps.")
 @click.option("--judge-device", default="auto", show_default=True, help="Of judges that are models: cpu, cuda or mps.")
 @click.option("--threads", type=click.IntRange(1), help="Threads that compute.  [default: OMP_NUM_THREADS, or every core]")
@@ -114,6 +121,8 @@ def evaluate(
     gated: bool,
     lora: Path | None,
     base: str | None,
+    ablate: str | None,
+    categories: bool,
     device: str,
     judge_device: str,
     threads: int | None,
@@ -148,6 +157,7 @@ def evaluate(
     endpoint = endpoint_settings(model, **server)
     if endpoint is None:
         require_order(model, pack, "eval")
+    from nestpatch.evaluation.ablation import parse_ablation
     from nestpatch.evaluation.evaluator import evaluate
     from nestpatch.evaluation.jailbreaks import load_templates, with_jailbreaks
     from nestpatch.evaluation.judges.opening import parse_judge_labels, require_judges
@@ -159,6 +169,7 @@ def evaluate(
     labels = parse_judge_labels(judge_labels)
     require_judges(judges, labels)
     strengths = _strengths(strength, pack, limited=bool(fail_over or fail_under))
+    off = None if ablate is None else parse_ablation(ablate)
     parse_limits((*fail_over, *fail_under))  # before the prompts are read, which may be a download
     templates, texts = load_templates(jailbreak) if jailbreak else (), load_texts(text)
     suites = choose_suites(suite, limit)
@@ -195,6 +206,7 @@ def evaluate(
                 judge_labels=labels,
                 judge_device=judge_device,
                 endpoint=endpoint,
+                ablate=off,
                 keep=keep,
                 on_event=on_event,
             )
@@ -204,7 +216,7 @@ def evaluate(
         name, adapter = checked.pack.label if checked else None, str(lora) if lora else None
         print_json({"model": model, "pack": name, "adapter": adapter, **result.as_json()})
     else:
-        _show(result, quiet=quiet)
+        _show(result, quiet=quiet, categories=categories)
     failures = exceeded(result.patched or result.model, over, under)
     for failure in failures:
         say(f"FAILED: {failure}", err=True)
@@ -237,10 +249,11 @@ def _strengths(text: str | None, pack: str | None, *, limited: bool) -> tuple[fl
     return found
 
 
-def _show(result: Evaluation, *, quiet: bool) -> None:
+def _show(result: Evaluation, *, quiet: bool, categories: bool) -> None:
     """The numbers for people, and what speaks against the pack."""
     from nestpatch.views.console import out
     from nestpatch.views.evaluation import detection_text, evaluation_table, show_dose
+    from nestpatch.views.parts import show_ablation, show_categories
 
     if quiet:  # else they were shown as they came up
         for note in result.notes:
@@ -256,6 +269,10 @@ def _show(result: Evaluation, *, quiet: bool) -> None:
         out.print(evaluation_table({name: scores for name, scores in columns.items() if scores is not None}))
     if result.detection is not None:
         out.print(f"\n{detection_text(result.detection.as_json())}")
+    if categories:
+        show_categories(result)
+    if result.ablation is not None:
+        show_ablation(result, result.ablation)
     say_agreement(result.agreement)
     for concern in result.concerns:
         say(f"WARNING: {concern}", err=True)

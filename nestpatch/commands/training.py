@@ -14,6 +14,7 @@ import click
 from nestpatch.commands.options import (
     ModelType,
     OutputPath,
+    PackType,
     examples,
     json_option,
     note_sample,
@@ -41,15 +42,17 @@ def _help_recipe(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.exit(0)
 
 
-def _read(given: Mapping[str, Sequence[str]], added: Mapping[str, Sequence[str]]) -> TrainingData:
-    """The built-in prompts; `given` sources replace a kind of them, `added` ones join it."""
+def _read(given: Mapping[str, Sequence[str]], added: Mapping[str, Sequence[str]], categories: Sequence[str]) -> TrainingData:
+    """The built-in prompts, checked; `given` sources replace a kind of them, `added` ones join it."""
     from nestpatch.nest_train.data import TrainingData
     from nestpatch.prompts.readers import join_sets, load_prompts
 
     def joined(kinds: Mapping[str, Sequence[str]]) -> dict[str, PromptSet]:
         return {kind: join_sets([load_prompts(one) for one in sources]) for kind, sources in kinds.items() if sources}
 
-    return replace(TrainingData.builtin(), **joined(given)).adding(**joined(added))
+    data = replace(TrainingData.builtin(), **joined(given)).adding(**joined(added)).of_categories(categories)
+    data.check()
+    return data
 
 
 def _note_builtin(given: Mapping[str, Sequence[str]], on_event: OnEvent) -> None:
@@ -69,6 +72,7 @@ def _listed(words: Sequence[str]) -> str:
     epilog=examples(
         "nestpatch train models/llama -o no-harm.nest",
         "nestpatch train models/llama --add-harmful ours.jsonl -o no-harm.nest",
+        "nestpatch train models/llama --category privacy --avoid no-fraud.nest -o no-spying.nest",
         "nestpatch train acme/llama --harmful bad.csv --benign good.csv --set steps=400 -o no-harm.nest",
     )
 )
@@ -79,6 +83,8 @@ def _listed(words: Sequence[str]) -> str:
 @click.option("--add-harmful", multiple=True, help="More prompts to refuse, beside the others. Repeatable.")
 @click.option("--add-benign", multiple=True, help="More prompts to go on answering. Repeatable.")
 @click.option("--add-lookalike", multiple=True, help="More harmless prompts that look harmful. Repeatable.")
+@click.option("--category", multiple=True, help="Refuse the harmful prompts of this category alone. Repeatable.")
+@click.option("--avoid", type=PackType, multiple=True, help="Leave the rows of this pack alone, to stack with it. Repeatable.")
 @click.option("-o", "--output", type=OutputPath, required=True, help="The pack to write.")
 @click.option("--name", help="Name of the pack.  [default: the output's file name]")
 @click.option("--version", "pack_version", default="1.0.0", show_default=True, help="Version of the pack (semver).")
@@ -112,6 +118,8 @@ def train(
     add_harmful: tuple[str, ...],
     add_benign: tuple[str, ...],
     add_lookalike: tuple[str, ...],
+    category: tuple[str, ...],
+    avoid: tuple[str, ...],
     output: Path,
     name: str | None,
     pack_version: str,
@@ -146,6 +154,7 @@ def train(
     if track and run_dir is None:
         raise click.UsageError("--track needs a folder for its files: add --run DIR")
     from nestpatch.evaluation.suites import choose_suites
+    from nestpatch.nest_train.avoid import read_avoided
     from nestpatch.nest_train.plan import plan
     from nestpatch.nest_train.recipe import make_recipe
     from nestpatch.nest_train.track import require_tracker
@@ -163,9 +172,9 @@ def train(
     label = Label(name or output.name.removesuffix(".nest"), pack_version, description, license_, tag)
     label.check()
     given = {"harmful": harmful, "benign": benign, "lookalike": lookalike}
-    data = _read(given, {"harmful": add_harmful, "benign": add_benign, "lookalike": add_lookalike})
-    data.check()
+    data = _read(given, {"harmful": add_harmful, "benign": add_benign, "lookalike": add_lookalike}, category)
     suites = [] if no_eval else choose_suites(suite, limit)
+    avoided = read_avoided(avoid, label.name)
     if dry_run:
         with progress(quiet) as on_event:
             _note_builtin(given, on_event)
@@ -189,6 +198,7 @@ def train(
             threads=threads,
             run_dir=run_dir,
             track=track,
+            avoid=avoided,
             on_event=on_event,
         )
     if as_json:

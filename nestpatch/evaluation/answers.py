@@ -11,7 +11,8 @@ from typing import Any
 from nestpatch.errors import JudgeError
 from nestpatch.evaluation.judges.keywords import KEYWORDS
 from nestpatch.evaluation.judges.protocol import Judge
-from nestpatch.evaluation.scores import Evaluation, Scores, evaluate_suites
+from nestpatch.evaluation.result import Evaluation
+from nestpatch.evaluation.scores import Scores, evaluate_suites
 from nestpatch.evaluation.suites import Suite
 from nestpatch.files.atomic import write_bytes
 
@@ -57,8 +58,9 @@ def _scores(suites: Sequence[Suite], answered: Mapping[str, str], judges: Sequen
 def write_answers(evaluation: Evaluation, path: Path) -> int:
     """Writes a JSONL file with one object for each answer.
 
-    Its names are `of` ("model" or "patched"), `suite`, `prompt`, `answer`, `refused`, `correct`, `incoherent`, and `verdicts`:
-    the name of each judge, and its verdict, or null where it was not asked.
+    Its names are `of` ("model" or "patched"; "ablated" and "random" without some neurons), `suite`, `prompt`, `answer`,
+    `refused`, `correct`, `incoherent`, `category`, and `verdicts`: the name of each judge, and its verdict, or null where it
+    was not asked.
 
     Those of a curve also name the strength.
 
@@ -73,10 +75,13 @@ def write_answers(evaluation: Evaluation, path: Path) -> int:
         OutputError: The file cannot be written.
     """
     lines = []
+    named: list[tuple[dict[str, Any], Scores]] = []
     for place, (strength, scores) in enumerate(evaluation.sides):
         name: dict[str, Any] = {"of": "patched" if place else "model"}
-        if place and evaluation.curve:
-            name["strength"] = strength
+        named.append((name | {"strength": strength} if place and evaluation.curve else name, scores))
+    if (off := evaluation.ablation) is not None:
+        named += [({"of": "ablated"}, off.chosen), ({"of": "random"}, off.random)]
+    for name, scores in named:
         for suite in scores.suites:
             for verdict in suite.verdicts:
                 said = dict(zip(evaluation.judges, verdict.verdicts, strict=True))

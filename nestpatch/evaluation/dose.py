@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, NamedTuple
 
 from nestpatch.errors import DataError
 from nestpatch.evaluation.concerns import MAX_RISE, MIN_PROMPTS, harm_done
 from nestpatch.evaluation.shares import HEADLINES, Share
-from nestpatch.measured import is_number
+from nestpatch.measured import BY_CATEGORY, is_number
+from nestpatch.measured import categories as by_category
 from nestpatch.patcher.plan import check_strength
 
 MAX_STRENGTHS = 32
@@ -35,6 +36,7 @@ class DosePoint:
         benign_correct: Benign prompts whose answer is the reference.
         kl_to_base: Mean KL(base || model) in nats per answer token on benign prompts.
         incoherent: Harmful prompts that were answered by broken text.
+        categories: Category -> its harmful prompts that were answered; empty without categories.
     """
 
     strength: float
@@ -44,20 +46,25 @@ class DosePoint:
     benign_correct: Share | None = None
     kl_to_base: float | None = None
     incoherent: Share | None = None
+    categories: Mapping[str, Share] = field(default_factory=dict, hash=False)
 
     @classmethod
-    def of(cls, strength: float, totals: Mapping[str, Share], kl_to_base: float | None) -> DosePoint:
+    def of(
+        cls, strength: float, totals: Mapping[str, Share], kl_to_base: float | None, categories: Mapping[str, Share]
+    ) -> DosePoint:
         """Makes a point of what was measured.
 
         Args:
             strength: Factor of the pack's change.
             totals: Name -> share, of a model's scores; names other than HEADLINES are left out.
             kl_to_base: Its drift from the base.
+            categories: Its attack success by category.
 
         Returns:
             The point.
         """
-        return cls(strength, **{name: totals[name] for name in HEADLINES if name in totals}, kl_to_base=kl_to_base)
+        shares = {name: totals[name] for name in HEADLINES if name in totals}
+        return cls(strength, **shares, kl_to_base=kl_to_base, categories=categories)
 
     @classmethod
     def from_json(cls, stored: Any) -> DosePoint | None:
@@ -73,13 +80,15 @@ class DosePoint:
             return None
         shares = {name: Share.from_json(stored.get(name)) for name in HEADLINES}
         drift = stored.get("kl_to_base")
-        return cls(float(strength), **shares, kl_to_base=float(drift) if is_number(drift) else None)
+        categories = {row.name: Share(row.before.count, row.before.total) for row in by_category(stored, None) if row.before}
+        return cls(float(strength), **shares, kl_to_base=float(drift) if is_number(drift) else None, categories=categories)
 
     def as_json(self) -> dict[str, Any]:
         """The point as plain values; None for what was not measured."""
         shares = {name: None if (share := getattr(self, name)) is None else share.as_json() for name in HEADLINES}
         drift = None if self.kl_to_base is None else round(self.kl_to_base, 6)
-        return {"strength": self.strength, **shares, "kl_to_base": drift}
+        categories = {name: share.as_json() for name, share in self.categories.items()}
+        return {"strength": self.strength, **shares, BY_CATEGORY: categories, "kl_to_base": drift}
 
 
 class Recommendation(NamedTuple):

@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from nestpatch.errors import DataError, EndpointError, JudgeError
+from nestpatch.evaluation.ablation import Choice, Wanted, choose
 from nestpatch.evaluation.answers import of_answered
 from nestpatch.evaluation.detection import Detection, detect_suites, reads_below, require_detector
 from nestpatch.evaluation.dose import check_strengths
@@ -18,9 +19,9 @@ from nestpatch.evaluation.judges.keywords import KEYWORDS
 from nestpatch.evaluation.judges.opening import open_judges
 from nestpatch.evaluation.judges.protocol import Judge, Verdict
 from nestpatch.evaluation.perplexity import TextLoss, text_loss
-from nestpatch.evaluation.preconditions import already_held, require_gate, require_together
-from nestpatch.evaluation.scores import Evaluation, Scores, evaluate_suites, gated
-from nestpatch.evaluation.shares import Share
+from nestpatch.evaluation.preconditions import already_held, require_ablation, require_gate, require_together
+from nestpatch.evaluation.result import Ablation, Evaluation
+from nestpatch.evaluation.scores import Scores, evaluate_suites, gated
 from nestpatch.evaluation.suites import Suite, overlaps
 from nestpatch.evaluation.tasks import Tasks, TaskScore, find_tasks, largest_fall, run_tasks
 from nestpatch.events import Event, OnEvent, ignore
@@ -28,12 +29,15 @@ from nestpatch.gate import PackLike, Trust, prove
 from nestpatch.measured import BENIGN
 from nestpatch.pack import Pack
 from nestpatch.runtimes.connection import EndpointSettings, is_endpoint
-from nestpatch.runtimes.protocol import Generate, Runtime, open_runtime
+from nestpatch.runtimes.protocol import Generate, Runtime, open_runtime, runtime_of
 from nestpatch.runtimes.transformers import TransformersRuntime
 from nestpatch.signing.trust import Policy
 
 NOT_MEASURED = "no benign suite: the drift from the base was not measured"
 NO_LOGITS = "an endpoint gives answers and no logits: the drift from the base was not measured"
+IN_TRANSFORMERS = (
+    "the .gguf file is run by transformers, where neurons can be switched off, at the values of its rounded weights"
+)
 _Opened: TypeAlias = Callable[[str | Path], AbstractContextManager[Runtime]]
 
 
@@ -60,6 +64,7 @@ def evaluate(
     judge_labels: Mapping[str, Verdict] | None = None,
     judge_device: str = "auto",
     endpoint: EndpointSettings | None = None,
+    ablate: Wanted | None = None,
     keep: Callable[[Evaluation], None] | None = None,
     on_event: OnEvent = ignore,
 ) -> Evaluation:
@@ -94,6 +99,8 @@ def evaluate(
         judge_labels: What the labels of a classifier mean, where their names do not say it.
         judge_device: Where judges that are models compute: as `device`, which is that of MODEL.
         endpoint: How a server is asked.
+        ablate: Measures the patched model, or `model` without a pack, with neurons switched off too: "patched" for those of the
+            pack, or how many of those that respond most to harmful prompts; beside it as many random ones. In transformers.
         keep: Receives what was answered, judged, where a server or a judge fails; then the error is raised.
         on_event: Receives the progress.
 
@@ -112,6 +119,7 @@ def evaluate(
     """
     wanted = check_strengths(strengths)
     require_together(model, pack=pack, lora=lora, base=base, strengths=wanted, texts=texts)
+    require_ablation(ablate, model, suites, pack=pack, lora=lora, strengths=wanted)
     if is_endpoint(model) and (device, dtype, threads) != ("auto", "auto", None):
         raise DataError("the server decides where and how it computes", advice="Leave --device and --threads out.")
     proven = None
@@ -120,12 +128,13 @@ def evaluate(
     if gate:
         require_gate(model, proven, wanted)
     found_tasks = find_tasks(tasks, model, task_limit)
-    opened = partial(
-        open_runtime, device=device, dtype=dtype, threads=threads, max_new_tokens=max_new_tokens, endpoint=endpoint
-    )
+    lengths: Any = {"max_new_tokens": max_new_tokens, "kind": None if ablate is None else "transformers"}
+    opened = partial(open_runtime, device=device, dtype=dtype, threads=threads, endpoint=endpoint, **lengths)
+    neurons = None if ablate is None else Choice(ablate, proven, suites, on_event)
     with ExitStack() as stack:
         asked = open_judges(judges, labels=judge_labels, device=judge_device, stack=stack)
-        work = _Evaluator(suites, opened, on_event, list(overlaps(suites)), asked, texts, found_tasks, gate)
+        notes = [*overlaps(suites), *([IN_TRANSFORMERS] if ablate is not None and runtime_of(model) == "llama.cpp" else ())]
+        work = _Evaluator(suites, opened, on_event, notes, asked, texts, found_tasks, gate, neurons)
         for note in work.notes:
             on_event(Event("note", note=note))
         with work.keeping(keep, wanted):
@@ -145,7 +154,9 @@ class _Evaluator:
     tasks: Tasks | None
     gate: bool
     """Whether the gated model is summed up."""
+    neurons: Choice | None
     detection: Detection | None = None
+    ablation: Ablation | None = None
     answered: list[dict[str, str]] = field(default_factory=list)
     """Prompt -> answer, of each model that was asked, in turn."""
 
@@ -193,7 +204,7 @@ class _Evaluator:
         """What was measured, with the notes and the names of the judges."""
         judges = tuple(judge.name for judge in self.judges)
         both = gated(model, patched, self.detection) if self.gate and patched and self.detection else None
-        return Evaluation(model, patched, tuple(self.notes), judges, strength, curve, self.detection, both)
+        return Evaluation(model, patched, tuple(self.notes), judges, strength, curve, self.detection, both, self.ablation)
 
     def detect(self, base: Runtime, model: str | Path, pack: Pack) -> None:
         """Measures the detector of a pack on the suites, where there is one and the runtime gives hidden states."""
@@ -236,16 +247,10 @@ class _Evaluator:
         def report(event: Event) -> None:
             if event.stage == "note":
                 self.note(event.note)
-                return
-            self.on_event(Event("evaluate", event.done, event.total, what))
+            else:
+                self.on_event(Event("evaluate", event.done, event.total, what) if event.stage == "generate" else event)
 
-        def judged(event: Event) -> None:
-            if event.stage == "note":
-                self.note(event.note)
-                return
-            self.on_event(event)
-
-        scores = evaluate_suites(self.remembered(runtime, report), self.suites, self.judges, judged)
+        scores = evaluate_suites(self.remembered(runtime, report), self.suites, self.judges, report)
         text = self.text(runtime, what)
         return replace(scores, text=text, tasks=self.task_scores(runtime, what))
 
@@ -286,11 +291,26 @@ class _Evaluator:
             self.note(NOT_MEASURED)
         text = after.text.beside(before.text) if after.text and before.text else None
         fall = largest_fall(before.tasks, after.tasks)
-        return replace(after, drift=moved, agreement=_agreement(answers, after), text=text, task_fall=fall)
+        return replace(after, drift=moved, agreement=after.agreeing(answers), text=text, task_fall=fall)
 
     def patched(self, base: Runtime, model: Runtime, before: Scores, what: str) -> Scores:
         """The scores of a patched model, with its drift from the base."""
         return self.beside(base, before, model, self.scores(model, what))
+
+    def ablate(self, base: Runtime, model: Runtime, before: Scores, whole: Scores, what: str) -> None:
+        """Measures a model without the neurons that were asked for, and without random ones; keeps what it finds."""
+        if self.neurons is None or not isinstance(model, TransformersRuntime):
+            return
+        from nestpatch.runtimes.neurons import switched_off
+
+        chosen = choose(model, self.neurons)
+        self.note(f"{chosen.count:,} of {chosen.total:,} neurons are switched off: {chosen.how}")
+        work = replace(self, texts=(), tasks=None)
+        off, random = (
+            work.patched(base, switched_off(model, neurons), before, f"{what} without {chosen.count:,} {which} neurons")
+            for neurons, which in ((chosen.neurons, "chosen"), (chosen.random, "random"))
+        )
+        self.ablation = Ablation.of(chosen, self.neurons.wanted, whole, off, random)
 
     def measure(
         self,
@@ -314,6 +334,7 @@ class _Evaluator:
                 strength = 1.0 if curve else strengths[0]
                 return self.result(before, found.get(strength), strength if strength in found else None, curve)
             if lora is None:
+                self.ablate(runtime, runtime, before, before, str(model))
                 return self.result(before, None)
             with runtime.with_adapter(Path(lora)) as patched:
                 return self.result(before, self.patched(runtime, patched, before, f"{model} with {lora}"))
@@ -329,6 +350,7 @@ class _Evaluator:
             with base.with_pack(pack, strength) as patched:
                 work = self if strength == 1 or len(positive) == 1 else replace(self, texts=(), tasks=None)
                 found[strength] = work.patched(base, patched, before, what + note)
+                self.ablate(base, patched, before, found[strength], what)
         return found
 
     def moved_from(self, base: str | Path, model: Runtime, scores: Scores) -> Scores:
@@ -342,7 +364,7 @@ class _Evaluator:
             answers = dict(zip(prompts, reference.generate(prompts), strict=True))
             text = self.text(reference, f"{base}, the base")
             beside = scores.text.beside(text) if scores.text and text else None
-            agreement = _agreement(answers, scores)
+            agreement = scores.agreeing(answers)
             return replace(scores, drift=drift(reference, model, answers), agreement=agreement, text=beside)
 
     def compare(self, base: str | Path, model: str | Path, pack: Pack) -> Evaluation:
@@ -351,10 +373,6 @@ class _Evaluator:
             before = self.scores(reference, f"{base}, the base")
             self.detect(reference, base, pack)
             with self.load(model) as patched:
-                return self.result(before, self.patched(reference, patched, before, f"{model}, patched"))
-
-
-def _agreement(answers: Mapping[str, str], model: Scores) -> Share | None:
-    """How many answers to benign prompts are the base's, word for word; None without any."""
-    own = model.answers(BENIGN)
-    return Share(sum(own[prompt] == answer for prompt, answer in answers.items()), len(answers)) if answers else None
+                after = self.patched(reference, patched, before, f"{model}, patched")
+                self.ablate(reference, patched, before, after, f"{model}, patched")
+                return self.result(before, after)

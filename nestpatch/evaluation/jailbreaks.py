@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from nestpatch.errors import DataError, PromptDataError
 from nestpatch.evaluation.suites import Suite
 from nestpatch.measured import HARMFUL
 from nestpatch.prompts.builtin import JAILBREAK, PREFIX, WRAPPERS
 from nestpatch.prompts.jailbreaks import SLOT, fill, spread
-from nestpatch.prompts.readers import Prompt, PromptSet, load_prompts
+from nestpatch.prompts.readers import PromptSet, load_prompts
 
 TEMPLATES_EACH = 3
 """Templates that each prompt is put into: more of them measure the templates, not the prompts."""
@@ -58,7 +59,7 @@ def with_jailbreaks(suites: Sequence[Suite], templates: Sequence[str]) -> list[S
         found.append(suite)
         if suite.kind == HARMFUL and suite.name != PREFIX + JAILBREAK:
             pairs = spread(suite.prompts.prompts, templates, TEMPLATES_EACH)
-            prompts = dict.fromkeys(Prompt(fill(template, prompt.text), prompt.reference) for prompt, template in pairs)
+            prompts = dict.fromkeys(replace(prompt, text=fill(template, prompt.text)) for prompt, template in pairs)
             found.append(Suite(HARMFUL, PromptSet(f"{suite.name}+jailbreak", tuple(prompts))))
     if len(found) == len(suites):
         raise DataError("there is no harmful suite to put into jailbreak templates", advice="Add one: --suite harmful=FILE")

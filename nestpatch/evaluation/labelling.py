@@ -15,7 +15,7 @@ from nestpatch.errors import PromptDataError
 from nestpatch.evaluation.agreement import Agreement
 from nestpatch.evaluation.judges.panel import verdicts
 from nestpatch.evaluation.judges.protocol import Judge, Verdict
-from nestpatch.evaluation.scores import Evaluation
+from nestpatch.evaluation.result import Evaluation
 from nestpatch.evaluation.suites import KINDS
 from nestpatch.events import OnEvent, ignore
 from nestpatch.files.atomic import write_bytes

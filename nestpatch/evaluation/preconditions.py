@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nestpatch.errors import DataError
+from nestpatch.evaluation.ablation import PATCHED, Wanted
 from nestpatch.evaluation.detection import require_detector
+from nestpatch.evaluation.suites import Suite
 from nestpatch.formats import nest
 from nestpatch.formats.provenance import read_packs
+from nestpatch.measured import BENIGN, HARMFUL
 from nestpatch.pack import Pack
 from nestpatch.patcher.findings import APPLICABLE, State
 from nestpatch.patcher.identity import examine
@@ -96,6 +99,48 @@ def require_gate(model: str | Path, pack: Pack | None, strengths: Sequence[float
     if len(strengths) > 1:
         raise DataError("a gated model is measured at one strength", advice="Give one strength.")
     require_detector(pack, model)
+
+
+def require_ablation(
+    wanted: Wanted | None,
+    model: str | Path,
+    suites: Sequence[Suite],
+    *,
+    pack: object | None,
+    lora: str | Path | None,
+    strengths: tuple[float, ...],
+) -> None:
+    """Rejects an ablation that cannot be measured, before anything is loaded.
+
+    Args:
+        wanted: PATCHED, or how many neurons; None for no ablation.
+        model: A model directory, weight file, Hub id or the address of a server.
+        suites: What is asked.
+        pack: A pack to merge; None without one.
+        lora: An adapter file; None without one.
+        strengths: Factors of the pack's change.
+
+    Raises:
+        DataError: The runtime of the model cannot switch neurons off, or what decides about the neurons is missing.
+    """
+    if wanted is None:
+        return
+    kind = runtime_of(model)
+    if kind in ("endpoint", "onnxruntime"):
+        what = "a served model" if kind == "endpoint" else "an ONNX model"
+        advice = "Give the directory that it was made of, or its .gguf file: --ablate runs in transformers."
+        raise DataError(f"neurons of {what} cannot be switched off", advice=advice)
+    if lora is not None:
+        raise DataError("--ablate measures a pack, and an adapter was given", advice="Give the pack instead of --lora.")
+    if len(strengths) > 1:
+        raise DataError("--ablate measures one strength of a pack, and several were given", advice="Give one --strength.")
+    if wanted == PATCHED and pack is None:
+        raise DataError("without a pack there are no patched neurons", advice="Give a PACK, or a number: --ablate 1000.")
+    if isinstance(wanted, int) and wanted < 1:
+        raise DataError(f"{wanted} neurons are none", advice=f"Give {PATCHED}, or a number from 1: --ablate 1000.")
+    for need in (HARMFUL,) if wanted == PATCHED else (HARMFUL, BENIGN):
+        if not any(suite.kind == need for suite in suites):
+            raise DataError(f"--ablate needs a {need} suite, and none was given", advice=f"Add one: --suite {need}=FILE.")
 
 
 def already_held(model: str | Path, pack: Pack) -> str:

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.functional import linear
 
 from nestpatch.formats.checkpoint import TensorInfo, float_rows
-from nestpatch.nest_train._experts import each_expert
 from nestpatch.nest_train._neurons import Clusters
 from nestpatch.rows import FloatArray
+from nestpatch.runtimes.experts import each_expert
 from nestpatch.runtimes.quantized import float_weight
 from nestpatch.runtimes.sharded import whole
 from nestpatch.runtimes.stored import StoredWeights

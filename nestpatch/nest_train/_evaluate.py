@@ -54,7 +54,7 @@ def evaluated(
             run.note(f"evaluating {note}")
             sides[strength] = measured(strength, note, f"pack-answers-{strength:g}")
         if doses:
-            curve = Dose(tuple(DosePoint.of(s, one.totals(), one.drift) for s, one in sorted(sides.items())))
+            curve = Dose(tuple(DosePoint.of(s, one.totals(), one.drift, one.categories()) for s, one in sorted(sides.items())))
             trained = with_numbers(trained, dose_json(curve))
             write(run, trained, request, overwrite=True)
     except Exception as error:  # whatever fails here must not cost a trained pack

@@ -30,6 +30,7 @@ from nestpatch.nest_train._neurons import (
 )
 from nestpatch.nest_train._ranks import from_first
 from nestpatch.nest_train._run import Run
+from nestpatch.nest_train.avoid import without
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.rows import FloatArray
 from nestpatch.runtimes.states import Places, hidden_size, layers_of
@@ -72,7 +73,10 @@ Choose = Callable[[Run, Sequence[MlpBlock], "Activations", npt.NDArray[np.bool_]
 
 
 def find_clusters(
-    run: Run, data: TrainingData, blocks: Sequence[MlpBlock], choose: Choose | None = None
+    run: Run,
+    data: TrainingData,
+    blocks: Sequence[MlpBlock],
+    choose: Choose | None = None,
 ) -> list[tuple[Selection, Clusters]]:
     """The stages probe, select and cluster.
 
@@ -92,7 +96,13 @@ def find_clusters(
 
 
 def find_layers(
-    run: Run, data: TrainingData, blocks: Sequence[MlpBlock], choose: Choose | None = None, *, detector: bool
+    run: Run,
+    data: TrainingData,
+    blocks: Sequence[MlpBlock],
+    choose: Choose | None = None,
+    *,
+    detector: bool,
+    taken: Sequence[npt.NDArray[np.bool_]] = (),
 ) -> tuple[list[tuple[Selection, Clusters]], Detector | None]:
     """The stages probe, select, cluster and detector.
 
@@ -102,6 +112,7 @@ def find_layers(
         blocks: The base's feed-forward blocks.
         choose: As for `find_clusters`.
         detector: Whether there is a stage detector.
+        taken: For `selected`.
 
     Returns:
         ((selection, clusters) of each block, the detector); None where none was asked for, and of a model with one layer.
@@ -124,7 +135,7 @@ def find_layers(
     with run.run_dir.arrays("activations", inputs | ({"states": places} if places else {}), shapes, record) as make:
         acts = Activations(make)
         inputs |= {"harmful prompts": len(data.harmful.prompts)}
-        selections = choose(run, blocks, acts, harmful) if choose else selected(run, blocks, acts, harmful, inputs)
+        selections = choose(run, blocks, acts, harmful) if choose else selected(run, blocks, acts, harmful, inputs, taken)
         layers = list(zip(selections, _clustered(run, blocks, acts, selections, inputs), strict=True))
         if detector and not places:
             run.decide("detector", "none", "the model has one layer, or its layers are not known")
@@ -154,6 +165,7 @@ def selected(
     acts: Activations,
     harmful: npt.NDArray[np.bool_],
     inputs: Mapping[str, Any] | None = None,
+    taken: Sequence[npt.NDArray[np.bool_]] = (),
 ) -> list[Selection]:
     """The stage select.
 
@@ -163,6 +175,7 @@ def selected(
         acts: float32 [prompts, neurons] of each block.
         harmful: bool [prompts].
         inputs: What the activations depend on; None keeps nothing in the run directory.
+        taken: bool [neurons] of each block, those that are left to other packs; without any, none are.
 
     Returns:
         A result per block, without neurons below the first patched layer.
@@ -179,6 +192,8 @@ def selected(
                 found.append(from_first(lambda: select(block.layer, acts[place], harmful, run.recipe)))  # noqa: B023 - called at once
             run.run_dir.keep_rows("selections", inputs, map(_row, found))
         run.on_event(Event("select", place + 1, len(blocks)))
+    if taken:
+        found = [without(one, others) for one, others in zip(found, taken, strict=True)]
     require_neurons(found)
     first, reason = choose_first_layer(found, run.recipe)
     run.decide("first layer", str(first), reason)

@@ -6,7 +6,6 @@ Source: NeST (arXiv 2602.16835), sections on neuron activation, selection and cl
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,15 +17,15 @@ from nestpatch.errors import TrainingError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.nest_train import _ranks
 from nestpatch.nest_train.recipe import Recipe
-from nestpatch.runtimes.sharded import is_sharded, no_gradients
+from nestpatch.runtimes.effects import Moments, cohens_d
+from nestpatch.runtimes.sharded import is_sharded
 from nestpatch.runtimes.states import Places, hidden_size, layers_of, pooled_states
-from nestpatch.runtimes.text import pad_left
 from nestpatch.runtimes.weights import MlpBlock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from nestpatch.nest_train._experts import Batch
+    from nestpatch.runtimes.experts import Batch
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -85,31 +84,15 @@ def _batches(
 
     Yields after each forward pass the numbers of the batch, none where this rank had none, and how many prompts are done.
     """
-    import torch
+    from nestpatch.runtimes.experts import run_batch
 
     # Prompts of similar length share a batch.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     size = recipe.probe_batch
     for places, done in _ranks.rounds([order[start : start + size] for start in range(0, len(order), size)]):
-        if not places and not is_sharded(model):
-            yield places, done
-            continue
-        padded = pad_left([prompts[i] for i in places or order[:1]], pad)
-        ids, mask = (torch.from_numpy(part).to(model.device) for part in padded)
-        batch.mask = mask.bool() & bool(places)  # without a prompt of its own a rank counts no token
-        with no_gradients(model), _one_position(model):
-            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        if places or is_sharded(model):
+            run_batch(model, [prompts[i] for i in places or order[:1]], pad, batch, counted=bool(places))
         yield places, done
-
-
-@contextmanager
-def _one_position(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the head sees the last position alone: nobody needs predictions, and FSDP requires that the whole model runs."""
-    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][:, -1:], *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def routed(
@@ -135,7 +118,7 @@ def routed(
     """
     import torch
 
-    from nestpatch.nest_train._experts import Batch, busiest, counting
+    from nestpatch.runtimes.experts import Batch, busiest, counting
 
     if not any(block.mixture for block in blocks):
         return tuple(blocks)
@@ -179,7 +162,7 @@ def collect(
         One array per block, float32 [prompts, neurons], then one per place, [prompts, hidden], mapped from files in `folder`;
         nothing on ranks beside the first.
     """
-    from nestpatch.nest_train._experts import Batch, pooling
+    from nestpatch.runtimes.experts import Batch, pooling
 
     widths = [block.neurons for block in blocks] + [hidden_size(model)] * len(places)
     stored = [
@@ -253,9 +236,7 @@ def _over(z: FloatArray, score: npt.NDArray[np.floating[Any]], recipe: Recipe) -
 
 
 def effect_sizes(acts: npt.NDArray[np.floating[Any]], harmful: npt.NDArray[np.bool_]) -> FloatArray:
-    """How far apart harmful and harmless prompts are in each neuron: Cohen's d. Needs no fit.
-
-    Source: SafeNeuron (arXiv 2602.12158).
+    """How far apart harmful and harmless prompts are in each neuron: `cohens_d`. Needs no fit.
 
     Args:
         acts: [prompts, neurons].
@@ -264,11 +245,7 @@ def effect_sizes(acts: npt.NDArray[np.floating[Any]], harmful: npt.NDArray[np.bo
     Returns:
         float32 [neurons], in pooled standard deviations; 0 for constant neurons.
     """
-    bad, good = acts[harmful].astype(np.float64), acts[~harmful].astype(np.float64)
-    pooled = ((len(bad) - 1) * bad.var(axis=0, ddof=1) + (len(good) - 1) * good.var(axis=0, ddof=1)) / (len(acts) - 2)
-    spread = np.sqrt(pooled)
-    difference = bad.mean(axis=0) - good.mean(axis=0)
-    return np.where(spread > 1e-8, difference / np.maximum(spread, 1e-8), 0.0).astype(np.float32)
+    return cohens_d(Moments.of(acts[harmful]), Moments.of(acts[~harmful]))
 
 
 def choose_first_layer(selections: Sequence[Selection], recipe: Recipe) -> tuple[int, str]:

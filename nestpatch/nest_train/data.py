@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any
 
 from nestpatch.errors import PromptDataError
 from nestpatch.evaluation.suites import KINDS, Suite
+from nestpatch.measured import MAX_CATEGORIES
 from nestpatch.prompts.builtin import PREFIX
 from nestpatch.prompts.readers import Prompt, PromptSet, join_sets, load_prompts, sample_set
 
@@ -55,6 +58,32 @@ class TrainingData:
                 old = getattr(self, kind)
                 joined[kind] = more if old is None else join_sets([old, more])
         return replace(self, **joined)
+
+    def of_categories(self, categories: Sequence[str]) -> TrainingData:
+        """Keeps the harmful prompts of some categories; the others become neither harmful nor harmless.
+
+        Args:
+            categories: Their names, as the prompts have them; none keeps all prompts.
+
+        Returns:
+            The data with fewer harmful prompts.
+
+        Raises:
+            PromptDataError: No harmful prompt is of a category.
+        """
+        if not categories:
+            return self
+        known = Counter(prompt.category for prompt in self.harmful.prompts if prompt.category is not None)
+        for name in categories:
+            if name not in known:
+                listed = ", ".join(f"{one} ({many})" for one, many in known.most_common(MAX_CATEGORIES)) or "none"
+                close = get_close_matches(name, known, 1)
+                hint = f"Did you mean {close[0]}? " if close else ""
+                advice = f"{hint}The categories of {self.harmful.name} are {listed}."
+                raise PromptDataError(f"no harmful prompt is of the category {name[:80]!r}", advice=advice)
+        kept = tuple(prompt for prompt in self.harmful.prompts if prompt.category in categories)
+        named = f"{self.harmful.name} of {', '.join(sorted(set(categories)))}"
+        return replace(self, harmful=PromptSet(named, kept))
 
     @property
     def harmless(self) -> tuple[Prompt, ...]:

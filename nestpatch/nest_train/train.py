@@ -18,6 +18,8 @@ from nestpatch.evaluation.detection import detect_suites
 from nestpatch.evaluation.suites import Suite
 from nestpatch.events import OnEvent, ignore
 from nestpatch.files.atomic import check_output
+from nestpatch.formats import nest
+from nestpatch.gate import PackLike
 from nestpatch.nest_train import _ranks
 from nestpatch.nest_train._digests import digest_json
 from nestpatch.nest_train._evaluate import evaluate, evaluated
@@ -27,11 +29,12 @@ from nestpatch.nest_train._pack import created, packed, write
 from nestpatch.nest_train._run import Run, limited_threads
 from nestpatch.nest_train._run_folder import open_run
 from nestpatch.nest_train._targets import distil
+from nestpatch.nest_train.avoid import read_avoided, require_same_base, taken_neurons
 from nestpatch.nest_train.data import TrainingData
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.nest_train.result import Trained, identity
 from nestpatch.nest_train.track import require_tracker, tracked
-from nestpatch.pack import Label
+from nestpatch.pack import Label, Pack
 
 _NO_LOOKALIKES = (
     "no look-alike prompts: nothing teaches the patched model to answer harmless prompts that look harmful, "
@@ -63,6 +66,7 @@ def train(
     threads: int | None = None,
     run_dir: str | Path | None = None,
     track: str | None = None,
+    avoid: Sequence[PackLike] = (),
     on_event: OnEvent = ignore,
 ) -> Trained:
     """Trains a safety patch for a base model.
@@ -85,13 +89,16 @@ def train(
         run_dir: A directory that keeps what every stage leaves, for a training that goes on or that has other settings, and the
             record of the run; None keeps nothing.
         track: "tensorboard" or "wandb" to draw curves of the tuning there; None for neither.
+        avoid: Packs for the same base whose rows the new pack leaves alone, so that it stacks with them in any order. They are
+            only read, and need not be signed.
         on_event: Called with the progress.
 
     Returns:
         The pack and its numbers.
 
     Raises:
-        DataError: The label, the prompts, `threads` or `track` are not valid.
+        DataError: The label, the prompts, `threads`, `track` or `avoid` are not valid.
+        PackError: A file of `avoid` is not a pack.
         OutputError: The output exists, or it or the run directory cannot be written.
         BusyError: Another training uses the run directory.
         MissingExtraError: The packages of the extra `train`, or of the tracker, are not installed.
@@ -103,11 +110,11 @@ def train(
     require_tracker(track)
     label.check()
     data.check()
-    recipe = recipe or Recipe()
+    recipe, avoided = recipe or Recipe(), read_avoided(avoid, label.name, on_event)
     with _ranks.together(recipe.device):
         if not _ranks.is_first():  # it computes, and leaves files and reports to the first
             output, run_dir, track, on_event = None, None, None, ignore
-        return _trained(base, data, label, recipe, suites, output, threads, run_dir, track, on_event)
+        return _trained(base, data, label, recipe, suites, output, threads, run_dir, track, avoided, on_event)
 
 
 def _trained(
@@ -120,6 +127,7 @@ def _trained(
     threads: int | None,
     run_dir: str | Path | None,
     track: str | None,
+    avoided: Sequence[Pack],
     on_event: OnEvent,
 ) -> Trained:
     """`train` of one process."""
@@ -129,13 +137,14 @@ def _trained(
         data = data.sampled(recipe.max_prompts, recipe.seed)
         with kept.record.timed("load"):
             run = Run.start(base, recipe, on_event, kept)
-        request = _request(data, label, recipe, suites)
+        require_same_base(avoided, run.source.path)
+        request = _request(data, label, recipe, suites, avoided)
         if target is not None and not kept.wrote(target, request):
             check_output(target)
         kept.record.update(base={"model": run.source.model_id, "revision": run.source.revision, **kept.context}, **request)
         cpu, identity = run.model.device.type == "cpu", digest_json([kept.context, request])
         with tracked(track, kept.folder, recipe.as_json(), identity, on_event, cpu=cpu) as run.on_event:
-            trained = _train(run, data, label, suites, target, request)
+            trained = _train(run, data, label, suites, target, request, avoided)
         kept.record.update(decisions=run.decisions, result=trained.as_json())
         return trained
 
@@ -154,14 +163,23 @@ def require_place(output: Path | None, run_dir: str | Path | None) -> None:
         check_output(output)
 
 
-def _request(data: TrainingData, label: Label, recipe: Recipe, suites: Sequence[Suite]) -> dict[str, Any]:
+def _request(
+    data: TrainingData, label: Label, recipe: Recipe, suites: Sequence[Suite], avoided: Sequence[Pack]
+) -> dict[str, Any]:
     """Everything beside the base that decides which pack is made."""
     facts = [{"kind": suite.kind, **suite.prompts.facts()} for suite in suites]
-    return {"label": dataclasses.asdict(label), "recipe": recipe.as_json(), "data": data.facts(), "suites": facts}
+    avoids = {"avoids": [nest.pack_id(pack) for pack in avoided]} if avoided else {}
+    return {"label": dataclasses.asdict(label), "recipe": recipe.as_json(), "data": data.facts(), "suites": facts, **avoids}
 
 
 def _train(
-    run: Run, data: TrainingData, label: Label, suites: Sequence[Suite], output: Path | None, request: Mapping[str, Any]
+    run: Run,
+    data: TrainingData,
+    label: Label,
+    suites: Sequence[Suite],
+    output: Path | None,
+    request: Mapping[str, Any],
+    avoided: Sequence[Pack],
 ) -> Trained:
     """The stages, after the checks."""
     from nestpatch.nest_train._deltas import DeltaSet
@@ -179,7 +197,11 @@ def _train(
     with timed("distil"):
         examples = distil(run, data)
     blocks = busy_blocks(run, data, blocks)
-    layers, detector = find_layers(run, data, blocks, detector=run.recipe.detector)
+    taken = taken_neurons(run.stored, blocks, avoided) if avoided else []
+    if avoided:
+        named = ", ".join(f"{pack.label}, sha256 {nest.pack_id(pack)[:16]}" for pack in avoided)
+        run.decide("avoided", "", f"{sum(int(one.sum()) for one in taken)} neurons are left to {named}")
+    layers, detector = find_layers(run, data, blocks, detector=run.recipe.detector, taken=taken)
     if detector is not None and suites:
         with timed("evaluate"):
             facts["detector"] = detect_suites(run.runtime, detector, suites).as_json()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from nestpatch.errors import PromptDataError
-from nestpatch.prompts.readers import Prompt, PromptSet, file_rows, hub_rows, is_file_name
+from nestpatch.prompts.readers import Prompt, PromptSet, category_of, file_rows, hub_rows, is_file_name
 
 Row: TypeAlias = Mapping[str, Any]
 Part: TypeAlias = tuple[str, str]
@@ -209,7 +209,7 @@ def _prompt(known: Benchmark, row: Row, where: str) -> Prompt:
         raise PromptDataError(f"{where}: half a surrogate pair (\\ud800 to \\udfff), which is not a character")
     context = next((row[name] for name in known.context if isinstance(row.get(name), str) and row[name].strip()), None)
     # HarmBench puts the two together like this (its baseline DirectRequest).
-    return Prompt(text if context is None else f"{context}\n\n---\n\n{text}")
+    return Prompt(text if context is None else f"{context}\n\n---\n\n{text}", category=category_of(row))
 
 
 def _of_place(place: str, parts: Mapping[str, Part]) -> Part:

@@ -9,7 +9,7 @@ import os
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ MAX_TABLE = 1 << 30
 _ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _PROMPT_COLUMNS = ("prompt", "instruction", "question", "goal", "text")
 _ANSWER_COLUMNS = ("reference", "answer", "response", "output", "target")
+_CATEGORY_COLUMNS = ("category", "semanticcategory")
+_LONGEST_CATEGORY = 80
+"""Characters of a category at most."""
 _DATA_SET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[^/]+)?", re.ASCII)
 """What may name a data set of the Hub; anything else is a path, and no request is sent."""
 _TIMEOUT = 10.0
@@ -39,10 +42,13 @@ class Prompt:
     Attributes:
         text: What is asked.
         reference: The right answer; None where none is known.
+        category: What kind of request it is, such as a hazard; None where its source names none. Not what is asked:
+            prompts that differ in it alone are equal.
     """
 
     text: str
     reference: str | None = None
+    category: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ def load_prompts(source: str | Path) -> PromptSet:
     """Reads prompts from a file or a data set, without duplicates.
 
     The prompt is in the column "prompt", or else "instruction", "question", "goal" or "text"; the right answer, where there is
-    one, in "reference", "answer", "response", "output" or "target".
+    one, in "reference", "answer", "response", "output" or "target", and its category in "category".
 
     Args:
         source: A .jsonl, .json, .csv, .tsv, .parquet or .txt file, a built-in set ("builtin:harmful.test"), or a data set of
@@ -273,4 +279,18 @@ def _prompt(row: Any, source: str | Path, number: int) -> Prompt:
     if isinstance(extra, str) and extra.strip():  # Alpaca keeps the material of a task in a column of its own
         text = f"{text}\n\n{extra}"
     reference = next((row[name] for name in _ANSWER_COLUMNS if isinstance(row.get(name), str) and row[name].strip()), None)
-    return Prompt(text, reference)
+    return Prompt(text, reference, category_of(row))
+
+
+def category_of(row: Mapping[Any, Any]) -> str | None:
+    """Reads the category of a prompt.
+
+    Args:
+        row: A row of a prompt set.
+
+    Returns:
+        What is in the column "category", or in HarmBench "semanticcategory"; None where that is no short text.
+    """
+    found = next((row[name] for name in _CATEGORY_COLUMNS if isinstance(row.get(name), str) and row[name].strip()), "").strip()
+    usable = 0 < len(found) <= _LONGEST_CATEGORY and not any("\ud800" <= character <= "\udfff" for character in found)
+    return found if usable else None

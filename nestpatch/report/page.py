@@ -20,7 +20,18 @@ from nestpatch.evaluation.concerns import concerns
 from nestpatch.evaluation.dose import Dose, Recommendation
 from nestpatch.events import OnEvent, ignore
 from nestpatch.files.atomic import check_output, write_bytes
-from nestpatch.measured import DECISIVE, TITLES, Row, StoredShare, drift, headlines, strength_of, suites
+from nestpatch.measured import (
+    DECISIVE,
+    TITLES,
+    Row,
+    StoredAblation,
+    StoredShare,
+    categories,
+    drift,
+    headlines,
+    strength_of,
+    suites,
+)
 from nestpatch.pack import creation_time
 from nestpatch.plain import lines
 from nestpatch.report.charts import Charts
@@ -103,6 +114,7 @@ def render(subject: Subject, answers: Path | None = None, *, show_harmful: bool 
         # Read, not included: CSS has characters that HTML's escaping would change.
         "style": Markup((files("nestpatch.report") / "page.css").read_text("utf-8")),  # noqa: S704
         **_measured(subject.evaluation, rows),
+        **_ablation(subject.evaluation),
         "notes": _notes(subject.evaluation.get("notes"), show_harmful=show_harmful),
         **_structure(subject),
     }
@@ -124,14 +136,30 @@ def _measured(evaluation: Mapping[str, Any], rows: list[Row]) -> dict[str, Any]:
         "groups": [group for group in groups if group[2]],
         "bars": {row.name + row.kind: charts.bars(row) for row in (*heads, *rows)},
         "has_both": any(row.before and row.after for row in heads),
+        "categories": categories(before, after),
         "warnings": concerns(evaluation) if isinstance(after, Mapping) else (),
         "doses": points,
         "curve_titles": DECISIVE,
         "dose_titles": {name: title for name, title in TITLES.items() if any(getattr(one, name) for one in points)},
         "recommended": Recommendation.from_json(evaluation.get("recommended")) if points else None,
         "dose_curve": charts.curve(points) if points else "",
+        "dose_categories": list(dict.fromkeys(name for one in points for name in one.categories)),
         "dose_drift": charts.drift(points) if points else "",
     }
+
+
+def _ablation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The model without some of its neurons: a row for each model that was measured, with the shares that some of them have."""
+    found = StoredAblation.parse(evaluation.get("ablation"))
+    if found is None:
+        return {"ablation": None, "ablated": [], "ablated_titles": []}
+    without = f"without {found.neurons:,}"
+    sides = {"model": evaluation.get("before"), "patched": evaluation.get("after")}
+    sides |= {f"{without} chosen neurons": found.chosen, f"{without} random ones": found.random}
+    shares = {title: {row.title: row.before for row in headlines(side, None)} for title, side in sides.items() if side}
+    titles = [title for title in TITLES.values() if any(one.get(title) for one in shares.values())]
+    table = [(title, [one.get(name) for name in titles], drift(sides[title])) for title, one in shares.items()]
+    return {"ablation": found, "ablated": table, "ablated_titles": titles}
 
 
 def _notes(stored: Any, *, show_harmful: bool) -> list[str]:

@@ -190,6 +190,7 @@ def open_runtime(
     max_new_tokens: int = 48,
     max_prompt_tokens: int | None = MAX_TOKENS,
     endpoint: EndpointSettings | None = None,
+    kind: Kind | None = None,
 ) -> Iterator[Runtime]:
     """Loads a model in the runtime that it is for, and frees it at the end.
 
@@ -201,6 +202,7 @@ def open_runtime(
         max_new_tokens: Length of an answer.
         max_prompt_tokens: A longer prompt keeps its last tokens; None: what the model's context leaves beside an answer.
         endpoint: How a server is asked.
+        kind: Another runtime than that of `runtime_of`: transformers also runs a .gguf file.
 
     Yields:
         The loaded model.
@@ -211,7 +213,7 @@ def open_runtime(
         EndpointError: The server does not answer.
         MissingExtraError: The packages of the runtime are not installed.
     """
-    kind = runtime_of(model)
+    kind = kind or runtime_of(model)
     lengths: _Lengths = {"max_new_tokens": max_new_tokens, "max_prompt_tokens": max_prompt_tokens}
     if kind == "endpoint":
         from nestpatch.runtimes.served import ServedRuntime

@@ -122,12 +122,19 @@ def dose_table(dose: Dose) -> Table:
         shares = (getattr(point, name) for name in shown)
         drift = "" if point.kl_to_base is None else f"{point.kl_to_base:.4f}"
         title = f"{point.strength:g}" if point.strength else "0, the base"
-        table.add_row(title, *map(_narrow, shares), *([drift] if drifts else []))
+        table.add_row(title, *map(narrow, shares), *([drift] if drifts else []))
     return table
 
 
-def _narrow(share: Share | None) -> str:
-    """A share and its interval in percent."""
+def narrow(share: Share | None) -> str:
+    """A share and its interval in percent.
+
+    Args:
+        share: None where it was not measured.
+
+    Returns:
+        A cell with markup.
+    """
     if share is None:
         return _NOT_MEASURED
     low, high = share.interval

@@ -29,6 +29,7 @@ STAGES = {
     "load": "loading",
     "distil": "generating answers of the base",
     "probe": "probing neurons",
+    "observe": "observing neurons",
     "select": "selecting neurons",
     "cluster": "clustering neurons",
     "detector": "fitting the detector",

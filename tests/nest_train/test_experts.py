@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from nestpatch.nest_train._deltas import DeltaSet
-from nestpatch.nest_train._experts import busiest, computed_by, each_expert
 from nestpatch.nest_train._neurons import Clusters, collect, routed
 from nestpatch.nest_train.recipe import Recipe
+from nestpatch.runtimes.experts import busiest, computed_by, each_expert
 from nestpatch.runtimes.loading import load_model
 from nestpatch.runtimes.weights import MlpBlock, find_mlps
 from tests.nest_train.conftest import MIXTURES

@@ -16,7 +16,8 @@ from nestpatch.evaluation.judges.coherence import is_incoherent
 from nestpatch.evaluation.judges.keywords import KEYWORD_JUDGES
 from nestpatch.evaluation.judges.opening import open_judges, parse_judge_labels
 from nestpatch.evaluation.labelling import ANSWERS, compare_with_person, read_sheet, write_sheet
-from nestpatch.evaluation.scores import Evaluation, evaluate_suites
+from nestpatch.evaluation.result import Evaluation
+from nestpatch.evaluation.scores import evaluate_suites
 from nestpatch.evaluation.shares import Share
 from nestpatch.evaluation.suites import Suite
 from nestpatch.prompts.builtin import PREFIX

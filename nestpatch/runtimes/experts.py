@@ -1,4 +1,6 @@
-"""The experts of a layer, computed one by one to observe and change their neurons, and which of them take part."""
+"""Neurons observed while a model computes, and the experts of a layer one by one: to observe and change their neurons, and to
+count which of them take part.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from nestpatch.runtimes.sharded import no_gradients
+from nestpatch.runtimes.text import pad_left
 from nestpatch.runtimes.weights import MlpBlock
 
 _FACTOR = 3
@@ -94,6 +98,32 @@ class Batch:
 
     mask: torch.Tensor
     """bool [prompts, tokens], False where ids are padding."""
+
+
+def run_batch(model: Any, rows: Sequence[Sequence[int]], pad: int, batch: Batch, *, counted: bool = True) -> None:
+    """Runs prompts through a model, for what observes its blocks.
+
+    Args:
+        model: A loaded model.
+        rows: Token ids of each prompt.
+        pad: The id of the padding token.
+        batch: Its mask is set.
+        counted: False where the prompts are another process's, and run to stay in step with it: no token is observed.
+    """
+    ids, mask = (torch.from_numpy(part).to(model.device) for part in pad_left(rows, pad))
+    batch.mask = mask.bool() & counted
+    with no_gradients(model), _one_position(model):
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+
+
+@contextmanager
+def _one_position(model: Any) -> Iterator[None]:
+    """Inside, the head sees the last position alone: nobody needs predictions, and FSDP requires that the whole model runs."""
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][:, -1:], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

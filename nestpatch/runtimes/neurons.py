@@ -1,4 +1,4 @@
-"""Pruning: the neurons that a pack changes are switched off, or as many random ones of the same matrices.
+"""Neurons that are switched off: those that a pack changes, given ones, or as many random ones of the same matrices.
 
 Sources: SafeNeuron (arXiv 2602.12158) and GateBreaker (arXiv 2512.21008), which zero the activations of safety neurons. Here
 the columns are zeroed by which the next matrix reads these neurons: the same outputs, and a file that anyone can write.
@@ -6,8 +6,9 @@ the columns are zeroed by which the next matrix reads these neurons: the same ou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -19,7 +20,9 @@ from transformers import PreTrainedModel
 from nestpatch.errors import DataError
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.pack import Pack
-from nestpatch.runtimes.weights import PatchedRows, find_mlps, merged_parameters
+from nestpatch.runtimes.stored import StoredWeights
+from nestpatch.runtimes.transformers import TransformersRuntime
+from nestpatch.runtimes.weights import MlpBlock, find_mlps
 
 Neurons: TypeAlias = Mapping[str, npt.NDArray[np.int64]]
 """Name of the weight that reads the neurons -> int64 [neurons, 2], sorted: the expert, 0 in a dense block, and its neuron."""
@@ -29,28 +32,49 @@ def patched_neurons(model: PreTrainedModel, checkpoint: Checkpoint, pack: Pack) 
     """Finds the neurons that a pack changes.
 
     Args:
-        model: The base, loaded from `checkpoint`.
-        checkpoint: The base on disk.
+        model: Loaded from `checkpoint`.
+        checkpoint: A model on disk with the tensors of the pack, before or after the change.
         pack: The pack.
 
     Returns:
         The neurons. Rows of the pack that produce no neuron, such as those of attention, are left out.
 
     Raises:
-        BaseMismatchError: The checkpoint is not the pack's base.
+        CheckpointError: The model has no parameter for a tensor of the pack.
         DataError: The pack changes no neuron.
     """
-    readers = _readers(model)
+    stored, readers = StoredWeights(model, checkpoint), _readers(model)
     found: dict[str, npt.NDArray[np.int64]] = {}
-    for part in merged_parameters(model, checkpoint, pack):
-        name, rows = _place(model, part)
-        if name in readers:
-            per_expert = model.get_parameter(name).shape[-2]
-            width = _columns(model.get_parameter(readers[name])).shape[1]
+    for delta in pack:
+        home = stored.home(delta.name)
+        if home.parameter in readers:
+            reader, rows = readers[home.parameter], home.start + delta.rows.astype(np.int64)
+            per_expert = model.get_parameter(home.parameter).shape[-2]
+            width = _columns(model.get_parameter(reader)).shape[1]
             pairs = np.stack([rows // per_expert, rows % per_expert % width], 1)
-            found[readers[name]] = np.unique(np.concatenate([found.get(readers[name], pairs), pairs]), axis=0)
+            found[reader] = np.unique(np.concatenate([found.get(reader, pairs), pairs]), axis=0)
     if not found:
-        raise DataError(f"{pack.label} changes no neuron of a feed-forward block", advice="Leave the attack pruning out.")
+        raise DataError(
+            f"{pack.label} changes no neuron of a feed-forward block", advice="There is nothing of it to switch off."
+        )
+    return found
+
+
+def neurons_of(model: nn.Module, chosen: Sequence[tuple[MlpBlock, npt.NDArray[np.int64]]]) -> Neurons:
+    """Names neurons by the weights that read them.
+
+    Args:
+        model: The model.
+        chosen: Some of its blocks, each with sorted numbers of its neurons, int64 [neurons]; of a mixture as it counts them.
+
+    Returns:
+        The neurons of all blocks that have some.
+    """
+    readers, found = _readers(model), {}
+    for block, numbers in chosen:
+        if len(numbers):
+            expert, neuron = np.divmod(numbers, block.projections[0].neurons)
+            found[readers[block.projections[0].weight_name]] = np.stack([np.asarray(block.experts)[expert], neuron], 1)
     return found
 
 
@@ -97,6 +121,25 @@ def pruned(model: nn.Module, neurons: Neurons) -> Iterator[None]:
                 columns[expert, neuron] = old
 
 
+def switched_off(runtime: TransformersRuntime, neurons: Neurons) -> TransformersRuntime:
+    """The same loaded model without some neurons; the given runtime goes on with them.
+
+    Args:
+        runtime: A model, with or without a pack.
+        neurons: What is switched off while it computes.
+
+    Returns:
+        The runtime.
+    """
+
+    @contextmanager
+    def active() -> Iterator[None]:
+        with runtime.active(), pruned(runtime.model, neurons):
+            yield
+
+    return replace(runtime, active=active)
+
+
 def _readers(model: nn.Module) -> dict[str, str]:
     """Name of a weight whose rows produce neurons -> the name of the weight whose columns read them."""
     names = {id(module): name for name, module in model.named_modules()}
@@ -117,13 +160,3 @@ def _columns(parameter: nn.Parameter) -> torch.Tensor:
     """A view [experts, neurons, width] of a weight that reads neurons."""
     weight = parameter.detach()
     return (weight if weight.ndim == 3 else weight[None]).transpose(1, 2)
-
-
-def _place(model: nn.Module, part: PatchedRows) -> tuple[str, npt.NDArray[np.int64]]:
-    """The parameter that patched rows are in, and their numbers in it, experts flattened."""
-    start = part.matrix.data_ptr()
-    name, parameter = next(
-        (name, one) for name, one in model.named_parameters() if 0 <= start - one.data_ptr() < one.numel() * one.element_size()
-    )
-    first = (start - parameter.data_ptr()) // (part.matrix.shape[1] * parameter.element_size())
-    return name, part.rows.cpu().numpy() + first
