@@ -49,7 +49,7 @@ TRACEBACK = "NESTPATCH_TRACEBACK"
 SECTIONS: dict[str, dict[click.Command, str]] = {
     "Make packs": {
         training.train: "Train a pack that makes a model refuse.",
-        restoring.restore: "Give a fine-tune its safety back, without training.",
+        restoring.restore: "Bring a pack or aligned rows to a fine-tune.",
         evaluating.evaluate: "Measure attack success and over-refusal of a model.",
         judging.judge: "Compare judges of answers with a person.",
     },
