@@ -153,16 +153,16 @@ class Bench:
         if not target.exists():
             apply(models["victim"], output, target, trust="none", listed=False)
         facts = ("rows", "inexact_rows", "moved_rows", "bytes")
-        return target, {**run.numbers(), **{fact: made[fact] for fact in facts if fact in made}}
+        return target, {"s": run.seconds, **{fact: made[fact] for fact in facts if fact in made}}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of a Markdown table, shares in per cent."""
-    heads = ("model", "restored by", "attack success", "refusals, look-alike", "benign", "task", "rows", "s", "MB")
+    heads = ("model", "restored by", "attack success", "refusals, look-alike", "benign", "task", "rows", "s")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
         shares = [f"{100 * row[kind]['value']:.0f} %" for kind in ("harmful", "lookalike", "benign", "task")]
-        cost = [f"{row['rows']}", f"{row['s']:.0f}", f"{row['rss_mb']:.0f}"] if "rows" in row else ["", "", ""]
+        cost = [f"{row['rows']}", f"{row['s']:.0f}"] if "rows" in row else ["", ""]
         lines.append(f"| {' | '.join([row['model'], row['method'], *shares, *cost])} |")
     return "\n".join(lines)
 

@@ -32,7 +32,7 @@ TRACEBACK = "NESTPATCH_TRACEBACK"
 SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Make packs": {
         "train": ("training.train", "Train a pack that makes a model refuse."),
-        "restore": ("restoring.restore", "Give a fine-tune its safety back, without training."),
+        "restore": ("restoring.restore", "Bring a pack or aligned rows to a fine-tune."),
         "eval": ("evaluating.evaluate", "Measure attack success and over-refusal of a model."),
         "judge": ("judging.judge", "Compare judges of answers with a person."),
         "detect": ("detecting.detect", "Say which prompts ask for harm, by a pack's detector."),

@@ -28,7 +28,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @click.group()
 def restore() -> None:
-    """Give a fine-tune its safety back: a pack made of checkpoints, without training.
+    """Bring a pack or aligned rows to a fine-tune: a pack made of checkpoints, without training.
 
     The pack's base is the fine-tune: apply, verify and revert handle it like any other. Models are directories, safetensors or
     GGUF files of one architecture and dtype. Nothing is measured: do that before you use the pack, with nestpatch eval.
