@@ -13,7 +13,7 @@ from nestpatch.guarding.guard import Guard
 from nestpatch.guarding.holding import GuardedModel, Mode, check_mode, guard_model
 
 
-class GuardCallback(TrainerCallback):  # type: ignore[misc]
+class GuardCallback(TrainerCallback):
     """Keeps a fine-tune to a guard: `Trainer(..., callbacks=[GuardCallback("guard.safetensors")])`.
 
     When the training begins, the model is compared with the guard; after each step of the optimizer, what the guard protects is
