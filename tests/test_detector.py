@@ -13,6 +13,7 @@ from safetensors import safe_open
 from nestpatch.detector import Detector, DetectorFacts
 from nestpatch.errors import PackContentError
 from nestpatch.formats import nest
+from nestpatch.formats.manifest import manifest_json
 from nestpatch.pack import Pack
 from nestpatch.patcher.apply import apply
 from tests.attacks.tools import DETECTOR
@@ -38,7 +39,7 @@ def test_a_detector_survives_the_file(tmp_path: Path) -> None:
     with safe_open(tmp_path / "x.nest", "np") as file:
         assert file.get_tensor("detector:weight").tobytes() == WEIGHT.tobytes()
     assert (plain.format, pack.format) == ("nest/1", "nest/2")
-    assert "detector" not in nest.manifest_json(plain)
+    assert "detector" not in manifest_json(plain)
 
 
 def test_a_matrix_may_be_named_detector(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from nestpatch.delta import TensorDelta
 from nestpatch.errors import OutputError, PackContentError, PackError
 from nestpatch.files.atomic import new_place
 from nestpatch.formats import nest
+from nestpatch.formats.manifest import canonical_json, manifest_json, parse_manifest
 from nestpatch.pack import BaseIdentity, Manifest, Pack, TensorIdentity
 from tests.attacks import tools
 from tests.helpers import DTYPES, FLOATS, PROPERTY, changed, tiny_checkpoint, tiny_pack, tree_digest
@@ -400,8 +401,8 @@ def test_every_depth_of_nesting_is_read_or_refused() -> None:
 
 def test_manifest_json_and_parse_manifest_are_inverse() -> None:
     manifest = fixed_pack().manifest
-    value = nest.manifest_json(fixed_pack())
-    assert nest.parse_manifest(nest.canonical_json(value)) == ("nest/1", manifest)
+    value = manifest_json(fixed_pack())
+    assert parse_manifest(canonical_json(value)) == ("nest/1", manifest)
     assert value["result"] == {"tensors": {"a.weight": {"rows_sha256": "4" * 64}, "b.experts": {"rows_sha256": "5" * 64}}}
     renamed = changed(value, lambda v: v.update(name="other"))
-    assert nest.parse_manifest(nest.canonical_json(renamed)) == ("nest/1", replace(manifest, name="other"))
+    assert parse_manifest(canonical_json(renamed)) == ("nest/1", replace(manifest, name="other"))

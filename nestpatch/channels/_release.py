@@ -27,7 +27,7 @@ from nestpatch.channels.listing import (
 )
 from nestpatch.channels.rules import choose, latest
 from nestpatch.errors import PublishError, VersionError
-from nestpatch.formats.nest import canonical_json
+from nestpatch.formats.manifest import canonical_json
 from nestpatch.hub.client import Reference
 from nestpatch.measured import StoredShare, headlines, suites
 from nestpatch.pack import TIME_FORMAT, Manifest

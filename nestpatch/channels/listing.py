@@ -21,7 +21,7 @@ from nestpatch.errors import (
     SignatureFormatError,
     SwappedFileError,
 )
-from nestpatch.formats.nest import canonical_json
+from nestpatch.formats.manifest import canonical_json
 from nestpatch.pack import Manifest, is_utc_time, name_problem, version_problem
 from nestpatch.signing.envelopes import Envelope, members, parse_json
 from nestpatch.signing.keys import PublicKey

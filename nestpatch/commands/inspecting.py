@@ -38,13 +38,14 @@ def show(pack: str, rows: bool, as_json: bool) -> None:
     PACK is a file, or a channel such as hub://owner/name[@VERSION].
     """
     from nestpatch.formats import nest
+    from nestpatch.formats.manifest import manifest_json
     from nestpatch.gate import look
     from nestpatch.views.packs import show_pack
 
     found = look(pack)
     label, nbytes = found.pack.label, len(nest.encode(found.pack))
     if as_json:
-        manifest = nest.manifest_json(found.pack)
+        manifest = manifest_json(found.pack)
         print_json({"pack": label, "pack_id": found.pack_id, "bytes": nbytes, "manifest": manifest})
     else:
         show_pack(found.pack, found.pack_id, nbytes, rows=rows)

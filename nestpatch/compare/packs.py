@@ -13,6 +13,7 @@ import numpy.typing as npt
 from nestpatch.delta import TensorDelta
 from nestpatch.formats import nest
 from nestpatch.formats.checkpoint import row_blocks
+from nestpatch.formats.manifest import canonical_json, manifest_json
 from nestpatch.pack import Pack
 from nestpatch.rows import Rows
 
@@ -127,7 +128,7 @@ def compare_packs(a: Pack, b: Pack) -> PackDiff:
     tensors = tuple(_compare_deltas(name, ours.get(name), theirs.get(name)) for name in names)
     same_base = not foreign if common else None
     ids = nest.pack_id(a), nest.pack_id(b)
-    old, new = (dict(_flat(nest.manifest_json(pack))) for pack in (a, b))
+    old, new = (dict(_flat(manifest_json(pack))) for pack in (a, b))
     pairs = ((name, old.get(name), new.get(name)) for name in sorted({*old, *new}))
     fields = tuple(FieldDiff(*pair) for pair in pairs if pair[1] != pair[2] and not pair[0].startswith(_REPORTED_ELSEWHERE))
     return PackDiff(a.label, b.label, ids, same_base, foreign, tensors, fields)
@@ -164,7 +165,7 @@ def _flat(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Any
         for key, entry in value.items():
             yield from _flat(entry, f"{path}.{key}" if path else key, depth + 1)
     else:
-        yield path, nest.canonical_json(value) if isinstance(value, (dict, list)) else value
+        yield path, canonical_json(value) if isinstance(value, (dict, list)) else value
 
 
 Sums = npt.NDArray[np.float64]

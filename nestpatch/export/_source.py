@@ -19,10 +19,10 @@ from nestpatch.events import OnEvent
 from nestpatch.export._safetensors_writer import write_float_model
 from nestpatch.files.atomic import check_output
 from nestpatch.files.scratch import PATCHED, claimed, scratch
-from nestpatch.formats import nest
 from nestpatch.formats.checkpoint import Checkpoint, ComputedCheckpoint, IntArray, TensorInfo
 from nestpatch.formats.gguf.checkpoint import GgufCheckpoint
 from nestpatch.formats.gguf.hf.model import AUTO, FloatModel
+from nestpatch.formats.manifest import canonical_json
 from nestpatch.formats.provenance import PACKS, RECORD, VERSION, read_packs, row_ranges
 from nestpatch.formats.safetensors import SafetensorsCheckpoint
 from nestpatch.gate import Proven
@@ -162,7 +162,7 @@ class ExportSource:
         """The metadata that lists the packs; empty where there are none."""
         fields = ("name", "version", "pack_id", "strength")
         listed = [{field: getattr(entry, field) for field in fields} for entry in self.entries]
-        return {PACKS: nest.canonical_json(listed or list(self.claimed))} if listed or self.claimed else {}
+        return {PACKS: canonical_json(listed or list(self.claimed))} if listed or self.claimed else {}
 
     def record(self) -> dict[str, str]:
         """The same with all fields of the ledger, for formats that have room for them."""
@@ -170,7 +170,7 @@ class ExportSource:
         for entry in entries:
             for delta in self.packs[entry["pack_id"]] if entry["tensors"] else ():
                 entry["tensors"][delta.name]["row_numbers"] = row_ranges(delta.rows)
-        return {VERSION: __version__, **self.keys(), **({RECORD: nest.canonical_json(entries)} if entries else {})}
+        return {VERSION: __version__, **self.keys(), **({RECORD: canonical_json(entries)} if entries else {})}
 
 
 @contextmanager

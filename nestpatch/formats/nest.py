@@ -1,4 +1,4 @@
-"""The `.nest` file format: canonical writer, strict reader. docs/nest-format.md is the normative text.
+"""The `.nest` file format: canonical writer, strict reader. docs/nest-format.md is the normative text; `manifest` has the JSON.
 
 A pack has exactly one encoding. The reader names what is wrong with a bad file; at the end it encodes what it read and compares
 the bytes, so that it accepts only what the writer writes.
@@ -6,7 +6,6 @@ the bytes, so that it accepts only what the writer writes.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
@@ -14,17 +13,17 @@ from collections.abc import Mapping
 from hashlib import sha256
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from nestpatch.delta import TensorDelta
-from nestpatch.detector import DetectorFacts
 from nestpatch.errors import PackContentError, PackError, PackFormatError, PackTooNewError
 from nestpatch.files.atomic import write_bytes
 from nestpatch.files.reading import open_regular
-from nestpatch.pack import FORMATS, BaseIdentity, Manifest, Pack, TensorIdentity
+from nestpatch.formats.manifest import canonical_json, manifest_json, parse_manifest, strict_json, whole_numbers
+from nestpatch.pack import Pack
 from nestpatch.rows import DTYPES
 
 MAX_HEADER = 1 << 20
@@ -45,62 +44,6 @@ _CODES: dict[str, np.dtype[Any]] = {
     "U16": np.dtype("<u2"),
 }
 _ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
-_MANIFEST_FIELDS: dict[str, type] = {
-    "format": str,
-    "name": str,
-    "version": str,
-    "description": str,
-    "license": str,
-    "created": str,
-    "tags": list,
-    "base": dict,
-    "result": dict,
-    "supersedes": list,
-    "requires": list,
-    "method": dict,
-    "evaluation": dict,
-}
-_DETECTOR_FIELDS: dict[str, type] = {
-    "layer": int,
-    "pooling": str,
-    "bias": float,
-    "threshold": float,
-    "max_false_positive_rate": float,
-    "auc": float,
-    "detection_rate": float,
-    "false_positive_rate": float,
-    "harmful": int,
-    "harmless": int,
-}
-_BASE_FIELDS: dict[str, type] = {
-    "model_id": str,
-    "revision": str,
-    "architecture": str,
-    "dtype": str,
-    "tensors": dict,
-}
-_IDENTITY_FIELDS: dict[str, type] = {"shape": list, "dtype": str, "sha256": str, "rows_sha256": str}
-_RESULT_FIELDS: dict[str, type] = {"rows_sha256": str}
-
-
-def canonical_json(value: Any) -> str:
-    """Encodes a value as JSON in the one form that packs use: sorted keys, no spaces, no needless escapes.
-
-    Args:
-        value: Plain JSON values.
-
-    Returns:
-        The text.
-
-    Raises:
-        PackContentError: JSON cannot hold the value (NaN, infinity, lone surrogates, other types).
-    """
-    try:
-        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        text.encode("utf-8")
-    except (TypeError, ValueError) as error:
-        raise PackContentError(f"the manifest cannot be written as JSON: {error}") from error
-    return text
 
 
 def encode(pack: Pack) -> bytes:
@@ -291,7 +234,7 @@ def _head_length(prefix: bytes, size: int) -> int:
 
 def _parse_head(head: bytes, size: int) -> dict[str, Any]:
     """The header of a file of `size` bytes, whose tensors must fill the file exactly."""
-    header = _strict_json(head[8:], "header")
+    header = strict_json(head[8:], "header")
     if not isinstance(header, dict):
         raise PackFormatError("the header is not a JSON object")
     spans = sorted(_span(name, entry) for name, entry in header.items() if name != "__metadata__")
@@ -313,20 +256,16 @@ def _span(name: str, entry: Any) -> tuple[int, int]:
     if unknown := sorted(set(entry) - _ENTRY_FIELDS):
         raise PackTooNewError(f"tensor {name!r} has the unknown field {unknown[0]!r}")
     offsets = entry.get("data_offsets")
-    if not (_whole_numbers(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
+    if not (whole_numbers(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
         raise PackFormatError(f"tensor {name!r} has impossible data_offsets")
     return offsets[0], offsets[1]
-
-
-def _whole_numbers(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
 def _array(name: str, entry: Mapping[str, Any], body: memoryview) -> npt.NDArray[Any]:
     code, shape = entry.get("dtype"), entry.get("shape")
     if not isinstance(code, str) or code not in _CODES:
         raise PackFormatError(f"tensor {name!r} has dtype {code!r}; a pack may hold {', '.join(_CODES)}")
-    if not _whole_numbers(shape) or len(shape) > 2:
+    if not whole_numbers(shape) or len(shape) > 2:
         raise PackFormatError(f"tensor {name!r} has an impossible shape")
     start, stop = entry["data_offsets"]
     dtype = _CODES[code]
@@ -337,127 +276,3 @@ def _array(name: str, entry: Mapping[str, Any], body: memoryview) -> npt.NDArray
         raise PackFormatError(f"tensor {name!r} has an impossible shape")
     # A copy: aligned, and independent of the file's bytes.
     return np.frombuffer(bytes(body[start:stop]), dtype).reshape(shape)
-
-
-def _strict_json(text: bytes | str, what: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise PackFormatError(f"the {what} has the duplicate key {twice!r}")
-        return result
-
-    def refuse(constant: str) -> Any:
-        raise PackFormatError(f"the {what} holds {constant}")
-
-    try:
-        # Bytes would let json guess UTF-16.
-        decoded = text if isinstance(text, str) else text.decode("utf-8")
-        return json.loads(decoded, object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise PackFormatError(f"the {what} is not valid JSON: {error}") from None
-
-
-def manifest_json(pack: Pack) -> dict[str, Any]:
-    """Converts the manifest of a pack to plain JSON values, in the layout of docs/nest-format.md.
-
-    Args:
-        pack: The pack, whose content decides the format.
-
-    Returns:
-        A JSON object.
-    """
-    manifest, base = pack.manifest, pack.manifest.base
-    tensors = {
-        name: {"shape": list(t.shape), "dtype": t.dtype, "sha256": t.sha256, "rows_sha256": t.rows_sha256}
-        for name, t in base.tensors.items()
-    }
-    detector = {} if manifest.detector is None else {"detector": manifest.detector.as_json()}
-    return {
-        "format": pack.format,
-        "name": manifest.name,
-        "version": manifest.version,
-        "description": manifest.description,
-        "license": manifest.license,
-        "created": manifest.created,
-        "tags": list(manifest.tags),
-        "base": {
-            "model_id": base.model_id,
-            "revision": base.revision,
-            "architecture": base.architecture,
-            "dtype": base.dtype,
-            "tensors": tensors,
-        },
-        "result": {"tensors": {name: {"rows_sha256": value} for name, value in manifest.result.items()}},
-        "supersedes": list(manifest.supersedes),
-        "requires": list(manifest.requires),
-        "method": dict(manifest.method),
-        "evaluation": dict(manifest.evaluation),
-        **detector,
-    }
-
-
-def parse_manifest(text: str) -> tuple[str, Manifest]:
-    """Parses a manifest.
-
-    Args:
-        text: Canonical JSON.
-
-    Returns:
-        The format that it names, one of FORMATS, and the manifest.
-
-    Raises:
-        PackFormatError: It is not canonical JSON, or a field is missing or of the wrong type.
-        PackTooNewError: It has a format version or a field that this nestpatch does not know.
-        PackContentError: A value is impossible.
-    """
-    value = _strict_json(text, "manifest")
-    if isinstance(value, dict) and isinstance(value.get("format"), str) and value["format"] not in FORMATS:
-        known = " and ".join(map(repr, FORMATS))
-        raise PackTooNewError(f"the pack has format {value['format'][:40]!r}; this nestpatch reads {known}")
-    optional = {"detector": dict} if isinstance(value, dict) and "detector" in value else {}
-    _require_fields(value, {**_MANIFEST_FIELDS, **optional}, "manifest")
-    if canonical_json(value) != text:
-        raise PackFormatError("the manifest is not canonical JSON (sorted keys, no spaces)")
-    base, result = value["base"], value["result"]
-    _require_fields(base, _BASE_FIELDS, "manifest's base")
-    _require_fields(result, {"tensors": dict}, "manifest's result")
-    for kind in ("tags", "supersedes", "requires"):
-        if not all(isinstance(entry, str) for entry in value[kind]):
-            raise PackFormatError(f"the manifest's {kind} must be a list of strings")
-    for name, entry in result["tensors"].items():
-        _require_fields(entry, _RESULT_FIELDS, f"result tensor {name!r}")
-    for name, entry in base["tensors"].items():
-        _require_fields(entry, _IDENTITY_FIELDS, f"base tensor {name!r}")
-        if not _whole_numbers(entry["shape"]):
-            raise PackFormatError(f"base tensor {name!r} has an impossible shape")
-    if optional:
-        _require_fields(value["detector"], _DETECTOR_FIELDS, "manifest's detector")
-    identities = {
-        name: TensorIdentity(tuple(entry["shape"]), entry["dtype"], entry["sha256"], entry["rows_sha256"])
-        for name, entry in base["tensors"].items()
-    }
-    plain = {k: value[k] for k in ("name", "version", "description", "license", "created", "method", "evaluation")}
-    manifest = Manifest(
-        **plain,
-        tags=tuple(value["tags"]),
-        supersedes=tuple(value["supersedes"]),
-        requires=tuple(value["requires"]),
-        base=BaseIdentity(base["model_id"], base["revision"], base["architecture"], base["dtype"], identities),
-        result={name: entry["rows_sha256"] for name, entry in result["tensors"].items()},
-        detector=DetectorFacts(**value["detector"]) if optional else None,
-    )
-    return value["format"], manifest
-
-
-def _require_fields(value: Any, fields: Mapping[str, type], what: str) -> None:
-    if not isinstance(value, dict):
-        raise PackFormatError(f"the {what} is not a JSON object")
-    if unknown := sorted(set(value) - set(fields)):
-        raise PackTooNewError(f"the {what} has the unknown field {unknown[0]!r}")
-    for name, kind in fields.items():
-        if name not in value:
-            raise PackFormatError(f"the {what} lacks the field {name!r}")
-        if type(value[name]) is not kind:
-            raise PackFormatError(f"the {what} has a {name!r} that is not of type {kind.__name__}")

@@ -15,6 +15,7 @@ import numpy as np
 
 from nestpatch.formats import nest
 from nestpatch.formats.checkpoint import IntArray
+from nestpatch.formats.manifest import canonical_json
 from nestpatch.pack import Pack
 
 PACKS = "nestpatch.packs"
@@ -38,7 +39,7 @@ def packs_json(pack: Pack, strength: float) -> str:
         Canonical JSON: equal packs give equal bytes.
     """
     name, version = pack.manifest.name, pack.manifest.version
-    return nest.canonical_json([{"name": name, "version": version, "pack_id": nest.pack_id(pack), "strength": strength}])
+    return canonical_json([{"name": name, "version": version, "pack_id": nest.pack_id(pack), "strength": strength}])
 
 
 def read_packs(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:

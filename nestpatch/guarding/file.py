@@ -11,7 +11,8 @@ import numpy as np
 from nestpatch.errors import GuardFormatError
 from nestpatch.files.atomic import write_bytes
 from nestpatch.files.reading import read_bounded
-from nestpatch.formats.nest import MAX_PACK, canonical_json
+from nestpatch.formats.manifest import canonical_json
+from nestpatch.formats.nest import MAX_PACK
 from nestpatch.guarding.guard import Guard, GuardedTensor
 
 FORMAT = "nestpatch-guard/1"

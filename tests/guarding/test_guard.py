@@ -14,6 +14,7 @@ from safetensors.numpy import load, save
 import nestpatch
 from nestpatch.errors import BaseMismatchError, GuardFormatError, OutputError
 from nestpatch.formats import nest
+from nestpatch.formats.manifest import canonical_json
 from nestpatch.guarding.file import decode, encode
 from nestpatch.guarding.guard import Guard
 from nestpatch.health.checks import Check, Health
@@ -112,9 +113,7 @@ def test_a_file_that_is_not_quite_a_guard_is_refused(scene: Scene, change: Calla
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     facts, arrays = json.loads(header["__metadata__"]["nestpatch_guard"]), load(data)
     change(facts, arrays)
-    bad = save(
-        {name: np.ascontiguousarray(part) for name, part in arrays.items()}, {"nestpatch_guard": nest.canonical_json(facts)}
-    )
+    bad = save({name: np.ascontiguousarray(part) for name, part in arrays.items()}, {"nestpatch_guard": canonical_json(facts)})
     with pytest.raises(GuardFormatError, match=reason):
         decode(bad)
 

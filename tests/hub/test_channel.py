@@ -54,7 +54,7 @@ from nestpatch.errors import (
     VersionError,
     YankedError,
 )
-from nestpatch.formats.nest import canonical_json
+from nestpatch.formats.manifest import canonical_json
 from nestpatch.signing.envelopes import Envelope
 from nestpatch.signing.keys import PrivateKey
 from nestpatch.signing.subject import Subject

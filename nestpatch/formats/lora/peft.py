@@ -21,7 +21,6 @@ from nestpatch.delta import TensorDelta
 from nestpatch.errors import UnsupportedModelError
 from nestpatch.files.atomic import sync_folder
 from nestpatch.files.scratch import new_output
-from nestpatch.formats import nest
 from nestpatch.formats.gguf.names import GGUF_ARCHITECTURES, expert_of
 from nestpatch.formats.lora.factors import (
     MERGE_INSTEAD,
@@ -33,6 +32,7 @@ from nestpatch.formats.lora.factors import (
     size_of,
     sync_size,
 )
+from nestpatch.formats.manifest import canonical_json
 from nestpatch.formats.provenance import PACKS, packs_json
 from nestpatch.pack import Pack
 
@@ -190,7 +190,7 @@ def _write_weights(file: IO[bytes], found: list[Matrix], rank: int, strength: fl
                 "data_offsets": [offset, end],
             }
             offset = end
-    text = nest.canonical_json(header).encode("utf-8")
+    text = canonical_json(header).encode("utf-8")
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)) + text)
     for matrix in found:
