@@ -12,7 +12,8 @@ from click.testing import CliRunner
 import nestpatch
 from nestpatch.cli import main
 from nestpatch.errors import BaseMismatchError, CheckpointFormatError, DataError, PromptDataError
-from nestpatch.evaluation.evaluator import NOT_MEASURED, evaluate
+from nestpatch.evaluation._evaluator import NOT_MEASURED
+from nestpatch.evaluation.evaluator import evaluate
 from nestpatch.evaluation.suites import load_suite
 from nestpatch.formats import nest
 from nestpatch.prompts.readers import load_prompts
