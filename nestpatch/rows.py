@@ -45,6 +45,22 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
+def united(parts: Iterable[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
+    """The row numbers that are in any of several arrays.
+
+    np.unique would do, but imports all of numpy.ma, which takes longer than hashing the rows of a small model.
+
+    Args:
+        parts: Row numbers, at least one array of them.
+
+    Returns:
+        int64, sorted, each once.
+    """
+    rows = np.sort(np.concatenate([part.astype(np.int64) for part in parts]))
+    kept: npt.NDArray[np.int64] = rows[np.concatenate([rows[:1] == rows[:1], rows[1:] != rows[:-1]])]
+    return kept
+
+
 def digest(blocks: Iterable[Rows]) -> str:
     """SHA-256 (hex) of the bytes of consecutive blocks of rows.
 

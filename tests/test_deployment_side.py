@@ -62,9 +62,10 @@ LAYERS = [
 ]
 
 
-def modules_after(code: str, *arguments: str) -> set[str]:
-    """The top-level modules that a fresh Python holds after some code, which prints nothing itself."""
-    report = "\nimport json, sys; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+def modules_after(code: str, *arguments: str, whole: bool = False) -> set[str]:
+    """The top-level modules that a fresh Python holds after some code, which prints nothing itself; `whole`: all modules."""
+    names = "name" if whole else "name.partition('.')[0]"
+    report = f"\nimport json, sys; print(json.dumps(sorted({{{names} for name in sys.modules}})))"
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code + report, *arguments], capture_output=True, text=True, env=environment, check=False
@@ -122,6 +123,57 @@ def test_applying_stays_light(tmp_path: Path) -> None:
     loaded = modules_after(code, str(model), str(tmp_path / "x.nest"), str(tmp_path / "out"))
     assert (tmp_path / "out" / "config.json").is_file()
     assert not loaded & HEAVY
+
+
+START = {
+    "rich",
+    "numpy.ma",
+    "numpy.random",
+    "cryptography",
+    "difflib",
+    "traceback",
+    "jsonschema",
+    "http",
+    "ssl",
+    "asyncio",
+    "email",
+}
+"""What takes milliseconds to import and patching does not need; traceback comes with the threads of `apply` and `revert`."""
+
+
+@pytest.mark.parametrize(
+    ("words", "rooms"),
+    [
+        (["apply", "base", "x.nest", "--in-place", "--allow-unsigned"], {"patching"}),
+        (["verify", "base"], {"inspecting", "patching"}),
+        (["status", "base"], {"inspecting", "patching"}),
+        (["revert", "base"], {"patching"}),
+    ],
+)
+def test_a_command_imports_what_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], rooms: set[str]
+) -> None:
+    """The start of a command is half of its time on a small model, so its modules are counted here by name."""
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("NESTPATCH_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    nest.write(tiny_pack(tiny_checkpoint(tmp_path / "base")), tmp_path / "x.nest")
+    if words[0] != "apply":
+        nestpatch.apply_in_place("base", "x.nest")
+    code = """import sys, io
+from contextlib import redirect_stdout
+from nestpatch.cli import main
+try:
+    with redirect_stdout(io.StringIO()):
+        main([*sys.argv[1:], "--json"])
+except SystemExit as end:
+    assert not end.code"""
+    loaded = modules_after(code, *words, whole=True)
+    threads = {"traceback"} if words[0] in ("apply", "revert") else set()
+    assert not loaded & (START - threads)
+    assert {name.split(".")[2] for name in loaded if name.startswith("nestpatch.commands.")} == {*rooms, "options"}
+    strange = {name.split(".")[1] for name in loaded if name.startswith("nestpatch.")} & {"views", "hub", "channels", "compare"}
+    assert not strange
 
 
 def test_exporting_adapters_stays_light(tmp_path: Path) -> None:

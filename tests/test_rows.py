@@ -310,3 +310,11 @@ def test_blocks_of_a_low_rank_sum_make_no_difference(dtype: str, monkeypatch: py
     monkeypatch.setattr(library, "_SUM_BYTES", 8 * 24 * 4)
     assert library.low_rank(factors, basis).tobytes() == whole.tobytes()
     assert library.low_rank(factors[5:9], basis).tobytes() == whole[5:9].tobytes()
+
+
+@PROPERTY
+@given(st.lists(st.lists(st.integers(0, 2**40), max_size=8), min_size=1, max_size=4))
+def test_united_rows_are_those_of_any(parts: list[list[int]]) -> None:
+    found = library.united([np.array(part, np.int32 if max(part, default=0) < 2**31 else np.int64) for part in parts])
+    assert found.dtype == np.int64
+    assert found.tolist() == sorted({row for part in parts for row in part})

@@ -36,6 +36,7 @@ from nestpatch.patcher.plan import make_plan, measure
 from nestpatch.patcher.recovery import remove_temporary_files, remove_undo_records, require_writable
 from nestpatch.patcher.state_dir import StateDir
 from nestpatch.patcher.steps import PlannedSteps
+from nestpatch.rows import united
 from nestpatch.signing.subject import Origin
 
 
@@ -167,7 +168,7 @@ class Transaction:
         for pack_id in dict.fromkeys(step.link.pack_id for step in self.planned.steps):
             for delta in self.planned.packs[pack_id]:
                 touched.setdefault(delta.name, []).append(delta.rows.astype(np.int64))
-        unions = {name: np.unique(np.concatenate(rows)) if len(rows) > 1 else rows[0] for name, rows in touched.items()}
+        unions = {name: united(rows) if len(rows) > 1 else rows[0] for name, rows in touched.items()}
         regions = [Region(self.checkpoint.info(name), rows) for name, rows in sorted(unions.items())]
         try:
             write_journal(self.state_dir, identity, self.checkpoint, regions, makes=makes, retires=retires)

@@ -26,7 +26,7 @@ from nestpatch.patcher.identity import examine, is_base
 from nestpatch.patcher.ledger import LedgerEntry
 from nestpatch.patcher.merge import FROM_ROWS, LEAST_RETENTION, QuantizedMerge, Retention, fitted, merged_rows
 from nestpatch.patcher.state_dir import StateDir
-from nestpatch.rows import Rows, digest
+from nestpatch.rows import Rows, digest, united
 
 SHOWN_ROWS = 5
 """Row numbers that a difference names."""
@@ -246,7 +246,7 @@ def _by_ledger(checkpoint: Checkpoint, stack: Sequence[Layer]) -> list[HeldTenso
     found, above = [], np.empty(0, np.int64)
     for layer in reversed(stack):
         found.append(_compare(checkpoint, layer, above))
-        above = np.union1d(above, layer.delta.rows.astype(np.int64))
+        above = united([above, layer.delta.rows])
     if len(stack) > 1 and any(one.holds is Holds.OTHER for one in found) and _all_before(checkpoint, stack):
         return [replace(one, holds=Holds.BEFORE) for one in found]
     return found
@@ -305,7 +305,7 @@ class _Proof:
 
 def _prove(checkpoint: Checkpoint, name: str, stack: Sequence[Layer], base: Checkpoint | None) -> list[_Proof]:
     """Follows the undo records of a tensor's packs down to the base, in memory. One proof a layer, bottom first."""
-    rows = np.unique(np.concatenate([layer.delta.rows.astype(np.int64) for layer in stack]))
+    rows = united(layer.delta.rows for layer in stack)
     values = checkpoint.read_rows(name, rows)
     remade, covered = [], []
     above = np.empty(0, np.int64)
@@ -316,7 +316,7 @@ def _prove(checkpoint: Checkpoint, name: str, stack: Sequence[Layer], base: Chec
         remade.append(_is_remade(checkpoint, layer, original, current, base))
         covered.append(bool(np.isin(layer.delta.rows, above).any()))
         values[places] = original
-        above = np.union1d(above, layer.delta.rows.astype(np.int64))
+        above = united([above, layer.delta.rows])
     proofs = []
     for layer, again, over in zip(stack, reversed(remade), reversed(covered), strict=True):
         identity = layer.pack.manifest.base.tensors[name]

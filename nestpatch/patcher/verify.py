@@ -30,7 +30,7 @@ from nestpatch.patcher.recovery import open_model
 from nestpatch.patcher.state_dir import StateDir
 from nestpatch.patcher.status import ReleasedPack, released_packs
 from nestpatch.patcher.steps import Judge
-from nestpatch.rows import Rows, digest
+from nestpatch.rows import Rows, digest, united
 from nestpatch.signing.store import load_policy
 from nestpatch.signing.trust import Policy
 
@@ -275,7 +275,7 @@ class _Verifier:
             entry = layers[0].entry
             if info.dtype != identity.dtype or (entry.base_mismatch_allowed and not entry.foreign):
                 continue  # no digest to compare with
-            rows = np.unique(np.concatenate([layer.delta.rows.astype(np.int64) for layer in layers]))
+            rows = united(layer.delta.rows for layer in layers)
             values = self.checkpoint.read_rows(name, rows)
             for layer in reversed(layers):
                 where = np.searchsorted(rows, layer.delta.rows)
