@@ -123,9 +123,6 @@ def test_the_command_line_evaluates_gguf_files(made, suites, tmp_path):
     assert plain.exit_code == 0, plain.output
     numbers = json.loads(plain.stdout)
     require_schema(numbers, "eval")
-    names = {"model", "pack", "adapter", "before", "after", "strength", "warnings", "notes", "dose", "recommended"}
-    names |= {"judges", "agreement"}
-    assert set(numbers) == names
     assert (numbers["model"], numbers["pack"], numbers["adapter"]) == (str(file), None, None)
     assert (numbers["after"], numbers["warnings"], numbers["notes"]) == (None, [], [])
     packed, adapted = (

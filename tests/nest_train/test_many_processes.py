@@ -33,10 +33,10 @@ SETTINGS = [*options(QUICK), "--set=check_prompts=2", "--set=probe_batch=16", "-
 FAILING = """import os, runpy
 if os.environ["RANK"] == "1":
     from nestpatch.errors import OutOfMemoryError
-    from nestpatch.nest_train import _neurons
+    from nestpatch.runtimes import experts
     def fail(*_):
         raise OutOfMemoryError("the second process has no memory left")
-    _neurons.pad_left = fail
+    experts.pad_left = fail
 runpy.run_module("nestpatch.nest_train", run_name="__main__")
 """
 
