@@ -119,8 +119,8 @@ def test_adapters_work_on_quantized_matrices(family, bits, exports, ready, sourc
     before, _ = compared(Run(tmp_path / "model.onnx"), plain, ids, mask)
     untouched, deviation = compared(Run(tmp_path / "model.onnx", made.output), plain, ids, mask)
     after, _ = compared(Run(tmp_path / "model.onnx", made.output), merged(plain, pack), ids, mask)
-    # What is left is the rounding of the matrices, which the patched model has as the base had.
-    assert after < 2 * before
+    # What is left is the rounding of the matrices, which the patched model has as the base had: of other activations.
+    assert after < 3 * before
     assert bits == 4 or after < untouched / 3
     assert deviation > 0.5
 
