@@ -1,7 +1,7 @@
 """What a guard saves in a fine-tune: `python -m bench.guarding MODEL PACK`, or `--lab SEED`.
 
 The patched model is fine-tuned on harmless prompts with the base's answers (task `benign`), and on the same with a tenth of
-harmful prompts that the base answered (`harmful`), with all weights and with LoRA, without a guard and in each of its modes.
+harmful prompts that the base answered (`harmful`), with all weights and with LoRA, without a guard and with it.
 Before and after: attack success, refusals of look-alikes and of harmless prompts, and the loss of the base's answers to
 held-out harmless prompts, which is the fine-tune's own task. Each row is printed and added to `--output`; a table comes at the
 end.
@@ -27,6 +27,7 @@ from nestpatch.demo.lab import train_lab_pack
 from nestpatch.errors import DataError, NestpatchError
 from nestpatch.evaluation.judges import is_refusal
 from nestpatch.evaluation.shares import Share
+from nestpatch.guarding.export import ENERGY
 from nestpatch.guarding.guard import Guard
 from nestpatch.guarding.holding import guard_model
 from nestpatch.lab.build import cached_lab
@@ -36,7 +37,7 @@ from nestpatch.runtimes.text import TokenPair
 from nestpatch.runtimes.transformers import TransformersRuntime
 
 BENIGN, HARMFUL = "benign", "harmful"
-NONE, MODES = "none", ("subspace", "rows")
+NONE, GUARDED = "none", "guarded"
 Row = dict[str, Any]
 
 
@@ -47,7 +48,7 @@ class Plan:
     Attributes:
         tasks: BENIGN or HARMFUL.
         weights: ALL or LORA.
-        guards: NONE or a mode.
+        guards: NONE or GUARDED.
         steps: Of each training.
         rank: Of LoRA.
         seed: Of the trainings.
@@ -100,12 +101,19 @@ class Bench:
                 rows.append(self.measured())
                 return Look(step, Share(0, 0), 0.0)
 
-            def watch(model: Any, mode: str = guard) -> Any:
-                return (lambda: None) if mode == NONE else guard_model(model, self.guard, mode).project
+            def watch(model: Any, kind: str = guard) -> Any:
+                return (lambda: None) if kind == NONE else guard_model(model, self.guard).project
 
             tuning = Tuning(weights, plan.rate or RATES[weights], looks=(plan.steps,), rank=plan.rank)
             fine_tune(self.runtime, self._examples(task, plan.share), tuning, measure, plan.seed, watch)
-            facts = {"task": task, "weights": weights, "guard": guard, "steps": plan.steps, "seed": plan.seed}
+            facts = {
+                "task": task,
+                "weights": weights,
+                "guard": guard,
+                "energy": self.guard.energy,
+                "steps": plan.steps,
+                "seed": plan.seed,
+            }
             yield facts | rows[0] | {"seconds": time.perf_counter() - began}
 
     def measured(self) -> Row:
@@ -136,7 +144,9 @@ def _refused(answers: Sequence[str]) -> Share:
     return Share(sum(map(is_refusal, answers)), len(answers))
 
 
-def prepared(model: Path, pack: Any, material: Material, lookalike: Sequence[str], loading: dict[str, Any]) -> Bench:
+def prepared(
+    model: Path, pack: Any, material: Material, lookalike: Sequence[str], loading: dict[str, Any], energy: float = ENERGY
+) -> Bench:
     """Patches a copy of a model, makes its guard, and lets the base answer the prompts.
 
     Args:
@@ -145,6 +155,7 @@ def prepared(model: Path, pack: Any, material: Material, lookalike: Sequence[str
         material: The prompts.
         lookalike: Harmless prompts that look harmful.
         loading: Arguments of `TransformersRuntime.load`.
+        energy: Of the guard.
     """
     prompts = [*material.benign, *material.held_out, *(prompt for prompt, _ in material.complying)]
     base = TransformersRuntime.load(model, **loading)
@@ -153,7 +164,7 @@ def prepared(model: Path, pack: Any, material: Material, lookalike: Sequence[str
     with tempfile.TemporaryDirectory() as folder:
         patched, file = Path(folder) / model.name, Path(folder) / "guard.safetensors"
         nestpatch.apply(model, pack, patched, trust="none")
-        guard = nestpatch.export_guard(patched, pack, file, trust="none").guard
+        guard = nestpatch.export_guard(patched, pack, file, energy=energy, trust="none", device="cpu").guard
         runtime = TransformersRuntime.load(patched, **loading)
     kept = {prompt: answer for prompt, answer in answers.items() if answer and not is_refusal(answer)}
     return Bench(runtime, guard, material, tuple(lookalike), kept)
@@ -181,7 +192,8 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--lab", type=int, metavar="SEED", help="the lab's model, and a pack that is trained on it")
     parser.add_argument("--tasks", nargs="+", choices=(BENIGN, HARMFUL), default=[BENIGN, HARMFUL])
     parser.add_argument("--weights", nargs="+", choices=(ALL, LORA), default=[ALL, LORA], help="what is trained")
-    parser.add_argument("--guards", nargs="+", choices=(NONE, *MODES), default=[NONE, *MODES])
+    parser.add_argument("--guards", nargs="+", choices=(NONE, GUARDED), default=[NONE, GUARDED])
+    parser.add_argument("--energy", type=float, default=ENERGY, help="of the inputs of harmful prompts, kept by the guard")
     parser.add_argument("--steps", type=int, default=100, help="of 8 examples")
     parser.add_argument("--rank", type=int, default=8, help="of LoRA")
     parser.add_argument("--seed", type=int, default=0)
@@ -209,7 +221,7 @@ def opened(given: argparse.Namespace, folder: Path) -> Bench:
         model, pack, material = lab.base, train_lab_pack(lab, folder / "lab.nest").pack, lab_material(lab, sizes)
         source = str(lab.prompts("lookalike.test"))
     lookalike = [prompt.text for prompt in sample_set(load_prompts(source), given.limit, 0).prompts]
-    return prepared(model, pack, material, lookalike, loading)
+    return prepared(model, pack, material, lookalike, loading, given.energy)
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -28,7 +28,7 @@ def test_both_sides_are_measured_for_every_guard(models, tmp_path: Path) -> None
     pytest.importorskip("peft")
     nest.write(tiny_pack(models("llama")), tmp_path / "p.nest")
     bench = guarding.prepared(models("llama"), tmp_path / "p.nest", material(2), ["Poison weeds?"], LOADING)
-    guards = (guarding.NONE, *guarding.MODES)
+    guards = (guarding.NONE, guarding.GUARDED)
     plan = guarding.Plan((guarding.HARMFUL,), (ALL, LORA), guards, steps=2, rank=4, seed=0)
     rows = list(bench.run(plan))
     assert [(row["weights"], row["guard"]) for row in rows[1:]] == [(w, guard) for w in (ALL, LORA) for guard in guards]

@@ -37,6 +37,7 @@ ELSEWHERE = {
     "train --dry-run",
     "eval",
     "detect",
+    "guard",
     "chat",
     "demo --lab",
     "lab build",
@@ -132,7 +133,6 @@ def of_files(run: Scenario, base: Path, one: Path, two: Path) -> None:
     run.note("diff MODEL MODEL -o", "diff", base, copy, "-o", run.folder / "safe.nest", "--license", "Apache-2.0")
     run.note("verify", "verify", base, one, code=1, name="verify-pack")
     run.note("doctor", "doctor", base, "--pack", one, code=1, name="doctor-unpatched")
-    run.note("guard", "guard", copy, one, "-o", run.folder / "guard.safetensors")
     random = np.random.default_rng(0)
     tuned = {
         name: part + (0.01 * random.standard_normal(part.shape)).astype(part.dtype) for name, part in load_tensors(copy).items()

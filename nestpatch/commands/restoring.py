@@ -62,7 +62,7 @@ _tensor_option = click.option(
 @restore.command(
     epilog=examples(
         "nestpatch restore transplant tuned --base base --reference aligned -o restored.nest",
-        "nestpatch restore transplant tuned --base base --reference aligned --extrapolate 0.5 -o restored.nest",
+        "nestpatch restore transplant tuned --base base --reference aligned --extrapolate 0.5 -o x.nest",
     )
 )
 @click.argument("tuned", type=PathType)
@@ -92,7 +92,7 @@ def transplant(
 @restore.command(
     epilog=examples(
         "nestpatch restore extrapolate aligned --base base --rank 6 --alpha 1.25 -o robust.nest",
-        "nestpatch restore extrapolate aligned --base base --rank 6 --alpha 0.5 --onto tuned -o restored.nest",
+        "nestpatch restore extrapolate aligned --base base --rank 6 --alpha 0.5 --onto tuned -o x.nest",
     )
 )
 @click.argument("aligned", type=PathType)
@@ -117,7 +117,7 @@ def extrapolate(aligned: Path, base: Path, rank: int, alpha: float, onto: Path |
 @restore.command(
     epilog=examples(
         "nestpatch restore carry no-harm-1.0.0.nest tuned --base base -o no-harm-tuned.nest",
-        "nestpatch restore carry no-harm-1.0.0.nest tuned --base base --refit -o no-harm-tuned.nest --version 1.0.1",
+        "nestpatch restore carry no-harm-1.0.0.nest tuned --base base --refit -o no-harm-tuned.nest",
     )
 )
 @click.argument("pack", type=PackType)

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from nestpatch.errors import DataError
 from nestpatch.guarding.file import read
 from nestpatch.guarding.guard import Guard
-from nestpatch.guarding.holding import GuardedModel, Mode, check_mode, guard_model
+from nestpatch.guarding.holding import GuardedModel, guard_model
 
 
 class GuardCallback(TrainerCallback):
@@ -21,22 +21,18 @@ class GuardCallback(TrainerCallback):
 
     Args:
         guard: A guard, or its file.
-        mode: "subspace" or "rows", as for `guard_model`.
 
     Raises:
-        DataError: The mode is not known.
         GuardFormatError: The file is not a guard.
     """
 
-    def __init__(self, guard: str | Path | Guard, mode: Mode = "subspace") -> None:
-        check_mode(mode)
+    def __init__(self, guard: str | Path | Guard) -> None:
         self.guard = guard if isinstance(guard, Guard) else read(guard)
-        self.mode: Mode = mode
         self._model: GuardedModel | None = None
 
     def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
         """Compares the model with the guard. Raises GuardMismatchError, UnsupportedModelError."""
-        self._model = guard_model(model, self.guard, self.mode)
+        self._model = guard_model(model, self.guard)
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Restores what the guard protects."""

@@ -1,8 +1,9 @@
-"""The file of a guard: safetensors with three arrays for each tensor and one JSON text, in one encoding only."""
+"""The file of a guard: safetensors with arrays for each tensor and matrix and one JSON text, in one encoding only."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,21 @@ from nestpatch.files.atomic import write_bytes
 from nestpatch.files.reading import read_bounded
 from nestpatch.formats.manifest import canonical_json
 from nestpatch.formats.nest import MAX_PACK
-from nestpatch.guarding.guard import Guard, GuardedTensor
+from nestpatch.guarding.guard import Guard, GuardedMatrix, PatchedRows
 
 FORMAT = "nestpatch-guard/1"
 _KEY = "nestpatch_guard"
 _PARTS = ("rows", "basis", "coordinates")
-_FIELDS: dict[str, type] = {"format": str, "pack": str, "pack_id": str, "strength": float, "tensors": dict}
+_INPUTS = "inputs"
+_FIELDS: dict[str, type] = {
+    "format": str,
+    "pack": str,
+    "pack_id": str,
+    "strength": float,
+    "energy": float,
+    "prompts": int,
+    "tensors": dict,
+}
 _TENSOR_FIELDS: dict[str, type] = {"shape": list, "change": float}
 
 
@@ -38,9 +48,12 @@ def encode(guard: Guard) -> bytes:
         "pack": guard.pack,
         "pack_id": guard.pack_id,
         "strength": float(guard.strength),
-        "tensors": {one.name: {"shape": list(one.shape), "change": one.change} for one in guard},
+        "energy": float(guard.energy),
+        "prompts": guard.prompts,
+        "tensors": {one.name: {"shape": list(one.shape), "change": one.change} for one in guard.tensors},
     }
-    arrays = {f"{one.name}:{part}": np.ascontiguousarray(getattr(one, part)) for one in guard for part in _PARTS}
+    arrays = {f"{one.name}:{part}": np.ascontiguousarray(getattr(one, part)) for one in guard.tensors for part in _PARTS}
+    arrays |= {f"{one.name}:{_INPUTS}": np.ascontiguousarray(one.basis) for one in guard.matrices}
     return save(arrays, {_KEY: canonical_json(facts)})
 
 
@@ -75,7 +88,10 @@ def decode(data: bytes) -> Guard:
         facts["pack"],
         facts["pack_id"],
         facts["strength"],
+        facts["energy"],
+        facts["prompts"],
         tuple(_tensor(name, entry, arrays) for name, entry in facts["tensors"].items()),
+        tuple(_matrices(arrays)),
     )
     if encode(guard) != data:
         raise GuardFormatError("the file is not in canonical form")
@@ -120,7 +136,14 @@ def write(guard: Guard, path: str | Path) -> int:
     return len(data)
 
 
-def _tensor(name: str, entry: Any, arrays: dict[str, Any]) -> GuardedTensor:
+def _matrices(arrays: dict[str, Any]) -> Iterator[GuardedMatrix]:
+    for name in sorted(arrays):
+        matrix, _, part = name.rpartition(":")
+        if part == _INPUTS:
+            yield GuardedMatrix(matrix, arrays[name])
+
+
+def _tensor(name: str, entry: Any, arrays: dict[str, Any]) -> PatchedRows:
     _require_fields(entry, _TENSOR_FIELDS, f"tensor {name!r}")
     if not all(type(n) is int and 0 < n < 1 << 31 for n in entry["shape"]):
         raise GuardFormatError(f"tensor {name!r} has an impossible shape")
@@ -128,7 +151,7 @@ def _tensor(name: str, entry: Any, arrays: dict[str, Any]) -> GuardedTensor:
     if missing:
         raise GuardFormatError(f"tensor {name!r} lacks its {missing[0]}")
     rows, basis, coordinates = (arrays[f"{name}:{part}"] for part in _PARTS)
-    return GuardedTensor(name, tuple(entry["shape"]), rows, basis, coordinates, entry["change"])
+    return PatchedRows(name, tuple(entry["shape"]), rows, basis, coordinates, entry["change"])
 
 
 def _require_fields(value: Any, fields: dict[str, type], what: str) -> None:

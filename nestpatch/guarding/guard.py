@@ -1,16 +1,17 @@
 """`Guard`: what a fine-tune of a patched model must leave alone. Needs numpy alone.
 
-For each tensor that a pack changes a guard holds the changed rows, an orthonormal basis Q [k, in_features] of the space that
-the pack's deltas span there, and the coordinates C [rows, k] that the patched rows have in it. A model keeps to the guard as
-long as W[rows] Q^T = C: what the rows do along the deltas is what the pack made of it. The coordinates also tell the patched
-model from its base, whose rows differ from C by the whole change of the pack, and from any other model.
+For each linear layer a guard holds an orthonormal basis Q [k, in_features] of the directions that harmful prompts use in its
+inputs. A training keeps to the guard as long as it does not change W Q^T: then harmful prompts get the outputs that they got.
+
+For each tensor that the pack changes a guard also holds the changed rows, a basis of the space that the deltas span there, and
+the coordinates that the patched rows have in it. They tell the patched model from its base, whose rows differ from them by the
+whole change of the pack, and from any other model.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +35,8 @@ def _require(condition: bool, reason: str) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class GuardedTensor:
-    """What a fine-tune must leave alone in one weight matrix.
+class PatchedRows:
+    """What a tensor of the patched model holds of the pack, by which the model is recognised.
 
     Raises:
         GuardFormatError: The parts contradict each other.
@@ -46,7 +47,7 @@ class GuardedTensor:
     shape: tuple[int, ...]
     """Of the whole tensor; the experts of a stacked one are counted as rows."""
     rows: npt.NDArray[np.int64]
-    """The protected rows [n], sorted, unique."""
+    """The rows that the pack changes, [n], sorted, unique."""
     basis: FloatArray
     """Orthonormal [k, in_features]."""
     coordinates: FloatArray
@@ -70,8 +71,8 @@ class GuardedTensor:
         _require(bool(np.isfinite(self.change) and self.change > 0), f"{name}: the pack's change is {self.change}")
 
     @classmethod
-    def of(cls, delta: TensorDelta, checkpoint: Checkpoint, strength: float) -> GuardedTensor:
-        """Derives what is protected in one tensor.
+    def of(cls, delta: TensorDelta, checkpoint: Checkpoint, strength: float) -> PatchedRows:
+        """Reads what one tensor holds of the pack.
 
         Args:
             delta: The pack's change of it.
@@ -88,6 +89,29 @@ class GuardedTensor:
 
 
 @dataclass(frozen=True, eq=False)
+class GuardedMatrix:
+    """A weight matrix, and the directions of its inputs that it must go on mapping as it does.
+
+    Raises:
+        GuardFormatError: The parts contradict each other.
+    """
+
+    name: str
+    """Of the parameter in transformers."""
+    basis: FloatArray
+    """Orthonormal [k, in_features]."""
+
+    def __post_init__(self) -> None:
+        name = self.name[:100]
+        _require(self.basis.ndim == 2 and self.basis.dtype == np.float32, f"{name}: the inputs are no float32 matrix")
+        rank, width = self.basis.shape
+        _require(0 < rank <= width, f"{name}: {rank} directions of inputs in {width}")
+        _require(bool(np.isfinite(self.basis).all()), f"{name} holds NaN or infinity")
+        error = np.abs(self.basis.astype(np.float64) @ self.basis.T - np.eye(rank)).max()
+        _require(bool(error <= _ORTHONORMAL), f"{name}: the directions are not orthonormal")
+
+
+@dataclass(frozen=True, eq=False)
 class Guard:
     """What a fine-tune of a patched model must leave alone. `nestpatch.export_guard` makes it, `nestpatch.load_guard` reads it.
 
@@ -100,46 +124,30 @@ class Guard:
     pack_id: str
     strength: float
     """At which the pack is in the model."""
-    tensors: tuple[GuardedTensor, ...]
+    energy: float
+    """Share of the energy of harmful prompts' inputs that the guarded directions hold."""
+    prompts: int
+    """How many harmful prompts these were."""
+    tensors: tuple[PatchedRows, ...]
+    """In the order of their names."""
+    matrices: tuple[GuardedMatrix, ...]
     """In the order of their names."""
 
     def __post_init__(self) -> None:
         _require(bool(_SHA256.fullmatch(self.pack_id)), f"the id of the pack is not a SHA-256: {self.pack_id[:80]!r}")
         _require(0 < self.strength <= 2, f"strength {self.strength} is out of range")
-        names = [one.name for one in self.tensors]
-        _require(bool(names) and names == sorted(set(names)), "a guard needs tensors, unique and in the order of their names")
-
-    def __iter__(self) -> Iterator[GuardedTensor]:
-        return iter(self.tensors)
-
-    @classmethod
-    def of(cls, pack: Pack, pack_id: str, checkpoint: Checkpoint, strength: float = 1.0) -> Guard:
-        """Derives the guard of a model. Whether the model holds the pack is not checked here.
-
-        Args:
-            pack: The pack.
-            pack_id: Its id.
-            checkpoint: The patched model.
-            strength: At which the pack is in it.
-
-        Raises:
-            CheckpointError: The rows cannot be read.
-            PackContentError: All deltas of the pack are zero.
-        """
-        deltas = [delta for delta in pack if delta.delta.astype(np.float32).any()]
-        if not deltas:
-            raise PackContentError(f"{pack.label} changes nothing: all its deltas are zero")
-        return cls(pack.label, pack_id, strength, tuple(GuardedTensor.of(delta, checkpoint, strength) for delta in deltas))
+        _require(0 < self.energy < 1, f"energy {self.energy} is out of range")
+        _require(self.prompts > 0, f"{self.prompts} prompts are none")
+        for what, parts in (("tensors", self.tensors), ("matrices", self.matrices)):
+            names = [one.name for one in parts]
+            _require(
+                bool(names) and names == sorted(set(names)), f"a guard needs {what}, unique and in the order of their names"
+            )
 
     @property
-    def rows(self) -> int:
-        """Number of protected rows."""
-        return sum(len(one.rows) for one in self.tensors)
-
-    @property
-    def rank(self) -> int:
-        """Largest number of protected directions in one tensor."""
-        return max(len(one.basis) for one in self.tensors)
+    def directions(self) -> float:
+        """Mean share of the directions of a matrix's inputs that is guarded."""
+        return float(np.mean([len(one.basis) / one.basis.shape[1] for one in self.matrices]))
 
     def as_json(self) -> dict[str, Any]:
         """The guard for `--json`, without its arrays.
@@ -151,7 +159,29 @@ class Guard:
             "pack": self.pack,
             "pack_id": self.pack_id,
             "strength": self.strength,
-            "tensors": len(self.tensors),
-            "rows": self.rows,
-            "rank": self.rank,
+            "matrices": len(self.matrices),
+            "directions": self.directions,
+            "energy": self.energy,
+            "prompts": self.prompts,
         }
+
+
+def patched_rows(pack: Pack, checkpoint: Checkpoint, strength: float) -> tuple[PatchedRows, ...]:
+    """Reads what a model holds of a pack. Whether it does is not checked here.
+
+    Args:
+        pack: The pack.
+        checkpoint: The patched model.
+        strength: At which the pack is in it.
+
+    Returns:
+        One for each tensor, without those whose deltas are all zero.
+
+    Raises:
+        CheckpointError: The rows cannot be read.
+        PackContentError: All deltas of the pack are zero.
+    """
+    deltas = [delta for delta in pack if delta.delta.astype(np.float32).any()]
+    if not deltas:
+        raise PackContentError(f"{pack.label} changes nothing: all its deltas are zero")
+    return tuple(PatchedRows.of(delta, checkpoint, strength) for delta in deltas)

@@ -2,65 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from nestpatch.errors import CheckpointError, DataError, GuardMismatchError, UnsupportedModelError
-from nestpatch.guarding.guard import Guard, GuardedTensor
-from nestpatch.rows import row_space
+from nestpatch.errors import CheckpointError, GuardMismatchError, UnsupportedModelError
+from nestpatch.guarding.guard import Guard, PatchedRows
 from nestpatch.runtimes.stored import ParameterHomes
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-Mode: TypeAlias = Literal["subspace", "rows"]
-"""What is kept: the coordinates of the protected rows in the protected subspace, or these rows as they are."""
 _MISSING = 0.25
 """Share of a pack's change that may be missing: the base lacks all of it, rounding to four bits a tenth."""
 
 
 @dataclass(frozen=True, eq=False)
-class _HeldRows:
-    """Protected rows of a trained matrix."""
+class _HeldMatrix:
+    """A trained matrix, which keeps W Q^T."""
 
     matrix: torch.Tensor
-    """A view [rows of the tensor, in_features] of the parameter."""
-    rows: torch.Tensor
+    """The parameter, [out_features, in_features]."""
     basis: torch.Tensor
-    """float32 [k, in_features]."""
-    coordinates: torch.Tensor
-    """float32 [protected, k]."""
-
-    def distance(self) -> torch.Tensor:
-        """How far the coordinates are from those of the patched model, float32 [protected, k]."""
-        return self.matrix[self.rows].float() @ self.basis.T - self.coordinates
-
-    def project(self) -> None:
-        """Gives the rows their coordinates back, and leaves what is orthogonal to the basis."""
-        rows = self.matrix[self.rows].float() - self.distance() @ self.basis
-        self.matrix[self.rows] = rows.to(self.matrix.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class _FrozenRows:
-    """Protected rows of a trained matrix, as they are at the start."""
-
-    matrix: torch.Tensor
-    rows: torch.Tensor
+    """Q, float32 [k, in_features]."""
     start: torch.Tensor
+    """W Q^T at the start, float32 [out_features, k]."""
 
     def project(self) -> None:
-        """Gives the rows their start back."""
-        self.matrix[self.rows] = self.start
+        """Gives the matrix its product with the basis back, and leaves what is orthogonal to the basis."""
+        wide = self.matrix.float()
+        self.matrix.copy_(wide - (wide @ self.basis.T - self.start) @ self.basis)
 
 
 @dataclass(frozen=True, eq=False)
-class _HeldInputs:
-    """The A factors of a LoRA layer, [rank, in_features]. B A has no component in the subspace where A has none."""
+class _HeldFactors:
+    """The A factors of a LoRA layer, [rank, in_features]. B A has no component in the basis where A has none."""
 
     factors: Sequence[torch.Tensor]
     basis: torch.Tensor
@@ -72,20 +51,7 @@ class _HeldInputs:
             factor.copy_(wide - (wide @ self.basis.T) @ self.basis)
 
 
-@dataclass(frozen=True, eq=False)
-class _FrozenOutputs:
-    """The protected rows of the B factors of a LoRA layer, [out_features, rank]."""
-
-    factors: Sequence[torch.Tensor]
-    rows: torch.Tensor
-
-    def project(self) -> None:
-        """Makes these rows zero, so that the adapter does not change the protected rows."""
-        for factor in self.factors:
-            factor[self.rows] = 0
-
-
-_Held: TypeAlias = "_HeldRows | _FrozenRows | _HeldInputs | _FrozenOutputs"
+_Held: TypeAlias = "_HeldMatrix | _HeldFactors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,62 +71,52 @@ class GuardedModel:
                 one.project()
 
 
-def check_mode(mode: str) -> None:
-    """Checks the name of a mode before any work.
-
-    Args:
-        mode: One of Mode.
-
-    Raises:
-        DataError: It is none.
-    """
-    if mode not in get_args(Mode):
-        raise DataError(f"there is no mode {mode!r}; modes are {', '.join(get_args(Mode))}")
-
-
-def guard_model(model: nn.Module, guard: Guard, mode: Mode = "subspace") -> GuardedModel:
+def guard_model(model: nn.Module, guard: Guard) -> GuardedModel:
     """Prepares a model for a fine-tune that keeps to a guard: a full one, or one with LoRA adapters of PEFT.
 
-    In a full fine-tune the protected rows keep their coordinates in the protected subspace (`mode="subspace"`), or do not
-    change at all (`mode="rows"`). With LoRA the adapter's change of these rows has no component in the subspace, which is
-    reached by taking the component out of the A factor, and so out of the change of all rows of the matrix; or the rows are not
-    changed at all. What LoRA starts with is projected at once.
+    In a full fine-tune every matrix W keeps W Q^T, Q being the directions that harmful prompts use in its inputs. With LoRA
+    the change B A has no component in these directions, because the A factor has none. What LoRA starts with is projected at
+    once.
 
     Args:
         model: The patched model, loaded by transformers, with or without adapters.
         guard: From `load_guard`.
-        mode: What is kept.
 
     Returns:
         The model's parts that are kept. Its `project` belongs after each step of the optimizer.
 
     Raises:
-        DataError: The mode is not known.
         GuardMismatchError: The model is not the one that the guard was made from, or its weights are divided between devices.
-        UnsupportedModelError: A protected matrix has an adapter of another kind than LoRA.
+        UnsupportedModelError: A guarded matrix has an adapter of another kind than LoRA.
     """
-    check_mode(mode)
     outer: Any = model  # of PEFT, or the model itself
     inner = outer.get_base_model() if hasattr(outer, "get_base_model") else outer
     homes, layers = ParameterHomes(inner), _adapted_layers(inner)
-    held: list[_Held] = []
-    shared: dict[str, list[tuple[GuardedTensor, int]]] = {}
-    for tensor in guard:
-        rows = _checked(homes, tensor, guard)
-        home = homes.home(tensor.name)
-        if home.parameter in layers:
-            shared.setdefault(home.parameter, []).append((tensor, home.start))
-        elif rows.matrix.requires_grad:
-            held.append(rows if mode == "subspace" else _FrozenRows(rows.matrix, rows.rows, _copy(rows)))
-    for parameter, tensors in shared.items():
-        held.append(_held_factors(parameter, layers[parameter], tensors, mode))
-    done = GuardedModel(guard, tuple(held))
+    for tensor in guard.tensors:
+        _require_patched(homes, tensor, guard)
+    done = GuardedModel(guard, tuple(_held(inner, layers, guard)))
     done.project()
     return done
 
 
-def _checked(homes: ParameterHomes, tensor: GuardedTensor, guard: Guard) -> _HeldRows:
-    """The protected rows of one tensor in a loaded model. Raises GuardMismatchError where the pack is not in them."""
+def _held(model: Any, layers: Mapping[str, Any], guard: Guard) -> Iterator[_Held]:
+    """What is kept of each matrix that is trained."""
+    import torch
+
+    parameters = {name.replace(".base_layer.", "."): value for name, value in model.named_parameters()}
+    for one in guard.matrices:
+        if one.name not in parameters or tuple(parameters[one.name].shape[1:]) != one.basis.shape[1:]:
+            raise GuardMismatchError(f"the guard of {guard.pack} is for another model: it has no {one.name} of this width")
+        matrix, basis = parameters[one.name], torch.from_numpy(one.basis)
+        if one.name in layers:
+            yield _HeldFactors(*_factors(one.name, layers[one.name], basis))
+        elif matrix.requires_grad:
+            basis = basis.to(matrix.device)
+            yield _HeldMatrix(matrix, basis, matrix.detach().float() @ basis.T)
+
+
+def _require_patched(homes: ParameterHomes, tensor: PatchedRows, guard: Guard) -> None:
+    """Raises GuardMismatchError where the pack is not in the rows of a tensor."""
     import torch
 
     try:
@@ -174,25 +130,16 @@ def _checked(homes: ParameterHomes, tensor: GuardedTensor, guard: Guard) -> _Hel
             f"the guard of {guard.pack} is for another model: {tensor.name} is {found}",
             advice="A guard needs whole matrices: not those of DeepSpeed ZeRO-3 or FSDP. Otherwise: give the patched model.",
         )
-    device = matrix.device
-    rows = _HeldRows(
-        matrix,
-        torch.from_numpy(tensor.rows).to(device),
-        torch.from_numpy(tensor.basis).to(device),
-        torch.from_numpy(tensor.coordinates).to(device),
+    rows, basis, coordinates = (
+        torch.from_numpy(part).to(matrix.device) for part in (tensor.rows, tensor.basis, tensor.coordinates)
     )
     with torch.no_grad():
-        missing = float(rows.distance().norm()) / tensor.change
+        missing = float((matrix[rows].float() @ basis.T - coordinates).norm()) / tensor.change
     if not missing <= _MISSING:  # also for NaN
         raise GuardMismatchError(
             f"the model is not the one that the guard was made from: the rows of {tensor.name} are off by {missing:.0%} of the "
             f"change of {guard.pack}"
         )
-    return rows
-
-
-def _copy(rows: _HeldRows) -> torch.Tensor:
-    return rows.matrix[rows.rows].detach().clone()
 
 
 def _adapted_layers(model: nn.Module) -> dict[str, Any]:
@@ -206,20 +153,14 @@ def _adapted_layers(model: nn.Module) -> dict[str, Any]:
     return {f"{name.replace('.base_layer', '')}.{getattr(layer, 'parameter_name', 'weight')}": layer for name, layer in layers}
 
 
-def _held_factors(name: str, layer: Any, tensors: Sequence[tuple[GuardedTensor, int]], mode: Mode) -> _Held:
-    """What is kept of the adapters of one layer, whose weight holds one or several tensors, from some row on each."""
-    import torch
+def _factors(name: str, layer: Any, basis: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """(the A factors of the adapters of a layer, the basis beside them). Raises UnsupportedModelError for other adapters."""
     from peft.tuners.lora import LoraLayer
 
-    plain = isinstance(layer, LoraLayer) and len(layer.lora_A) and not hasattr(layer, "parameter_name")
-    if not plain or len(layer.lora_magnitude_vector) or getattr(layer, "lora_variant", None):
+    if not isinstance(layer, LoraLayer) or len(layer.lora_magnitude_vector) or not len(layer.lora_A):
         raise UnsupportedModelError(
             f"{name} has an adapter of type {type(layer).__name__} that is not plain LoRA",
-            advice="Use LoRA without use_dora on the matrices of the guard, or leave them out of the adapter's targets.",
+            advice="Use LoRA without use_dora on the matrices of the guard, or leave them out of target_modules.",
         )
-    device = layer.lora_A[next(iter(layer.lora_A))].weight.device
-    if mode == "rows":
-        rows = np.concatenate([tensor.rows + start for tensor, start in tensors])
-        return _FrozenOutputs([one.weight for one in layer.lora_B.values()], torch.from_numpy(rows).to(device))
-    basis = row_space(np.concatenate([tensor.basis for tensor, _ in tensors]))
-    return _HeldInputs([one.weight for one in layer.lora_A.values()], torch.from_numpy(basis).to(device))
+    factors: list[Any] = [one.weight for one in layer.lora_A.values()]
+    return factors, basis.to(factors[0].device)

@@ -95,7 +95,8 @@ def show_guard(done: ExportedGuard) -> None:
     guard = done.guard
     out.print(f"[bold]{escape(guard.pack)}[/] wrote [bold]{escape(done.output)}[/] in {done.seconds:.2f} s")
     rows = fact_grid()
-    what = f"{guard.rows} rows of {len(guard.tensors)} tensors, {guard.rank} directions at most, {size(done.nbytes)}"
+    share = f"{100 * guard.directions:.0f} % of the directions of their inputs"
+    what = f"{len(guard.matrices)} matrices, {share}, of {guard.prompts} harmful prompts, {size(done.nbytes)}"
     rows.add_row("guard", what)
     rows.add_row("Trainer", escape(f'callbacks=[nestpatch.GuardCallback("{done.output}")]'))
     out.print(rows)

@@ -27,6 +27,7 @@ STAGES = {
     "lab.train": "training the lab's base model",
     "lab.write": "writing the lab",
     "load": "loading",
+    "guard": "reading harmful prompts",
     "distil": "generating answers of the base",
     "probe": "probing neurons",
     "observe": "observing neurons",

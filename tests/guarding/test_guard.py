@@ -1,4 +1,4 @@
-"""Guards: what is derived from a patched model, its file, the command, and what a changed model tells the doctor."""
+"""Guards: the value, its file, and what a changed model tells the doctor. Trainings are in test_training.py."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ import pytest
 from safetensors.numpy import load, save
 
 import nestpatch
-from nestpatch.errors import BaseMismatchError, GuardFormatError, OutputError
+from nestpatch.errors import GuardFormatError
 from nestpatch.formats import nest
 from nestpatch.formats.manifest import canonical_json
-from nestpatch.guarding.file import decode, encode
-from nestpatch.guarding.guard import Guard
+from nestpatch.formats.opening import open_checkpoint
+from nestpatch.guarding.file import decode, encode, write
+from nestpatch.guarding.guard import Guard, GuardedMatrix, patched_rows
 from nestpatch.health.checks import Check, Health
 from nestpatch.pack import Pack
 from nestpatch.rows import row_space
-from tests.calls import answer, refused, run
 from tests.helpers import load_tensors, tiny_checkpoint, tiny_pack, write_checkpoint
 from tests.schemas import require_schema
+
+FIRST = "model.layers.0.mlp.gate_proj.weight"
 
 
 class Scene:
@@ -38,7 +40,13 @@ class Scene:
         nestpatch.apply(self.base, self.file, self.model)
 
     def guard(self) -> Guard:
-        return nestpatch.export_guard(self.model, self.file, self.folder / "guard.safetensors").guard
+        """A guard as `export_guard` makes it, of any directions."""
+        rows = patched_rows(self.pack, open_checkpoint(self.model), 1.0)
+        random = np.random.default_rng(0)
+        names = sorted(one.name for one in rows)
+        bases = {name: np.linalg.qr(random.standard_normal((64, 5)))[0].T.astype(np.float32).copy() for name in names}
+        matrices = tuple(GuardedMatrix(name, basis) for name, basis in bases.items())
+        return Guard(self.pack.label, nest.pack_id(self.pack), 1.0, 0.9, 7, rows, matrices)
 
     def tuned(self, move: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Path:
         """The patched model, whose protected rows moved: (rows, basis) -> their change."""
@@ -54,11 +62,9 @@ def scene(tmp_path: Path) -> Scene:
     return Scene(tmp_path.resolve())
 
 
-def test_a_guard_spans_the_deltas_and_knows_the_patched_rows(scene: Scene) -> None:
-    guard = scene.guard()
+def test_the_patched_model_is_known_by_what_its_rows_hold_of_the_pack(scene: Scene) -> None:
     patched, base = load_tensors(scene.model), load_tensors(scene.base)
-    assert (guard.pack, guard.pack_id, guard.rank, guard.rows) == (scene.pack.label, nest.pack_id(scene.pack), 3, 80)
-    for tensor, delta in zip(guard, scene.pack, strict=True):
+    for tensor, delta in zip(scene.guard().tensors, scene.pack, strict=True):
         assert tensor.name == delta.name
         np.testing.assert_array_equal(tensor.rows, delta.rows)
         np.testing.assert_allclose(tensor.basis @ tensor.basis.T, np.eye(3), atol=1e-6)
@@ -73,16 +79,14 @@ def test_deltas_that_depend_on_each_other_span_fewer_directions(scene: Scene) ->
     first, *others = scene.pack.deltas
     same = np.stack([first.delta[0], first.delta[0] * 2, first.delta[2]])
     pack = Pack(scene.pack.manifest, (replace(first, delta=same), *others))
-    from nestpatch.formats.opening import open_checkpoint
-
-    guard = Guard.of(pack, "0" * 64, open_checkpoint(scene.model))
-    assert [len(tensor.basis) for tensor in guard] == [2, 3, 3, 3]
+    assert [len(one.basis) for one in patched_rows(pack, open_checkpoint(scene.model), 1.0)] == [2, 3, 3, 3]
 
 
 def test_a_file_is_read_as_it_was_written(scene: Scene) -> None:
-    guard = scene.guard()
-    file = scene.folder / "guard.safetensors"
+    guard, file = scene.guard(), scene.folder / "guard.safetensors"
+    assert write(guard, file) == file.stat().st_size
     assert encode(nestpatch.load_guard(file)) == file.read_bytes() == encode(guard)
+    assert guard.directions == pytest.approx(5 / 64)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +98,11 @@ def test_a_file_is_read_as_it_was_written(scene: Scene) -> None:
         (lambda facts, _: facts.update(strength=1), "not of type float"),
         (lambda facts, _: facts.update(strength=7.0), "out of range"),
         (lambda facts, _: facts.update(pack_id="abc"), "not a SHA-256"),
+        (lambda facts, _: facts.update(energy=1.0), "energy 1.0 is out of range"),
+        (lambda facts, _: facts.update(prompts=0), "0 prompts are none"),
+        (lambda _, arrays: [arrays.pop(name) for name in list(arrays) if name.endswith(":inputs")], "a guard needs matrices"),
+        (lambda _, arrays: arrays.update({f"{FIRST}:inputs": arrays[f"{FIRST}:inputs"] * 2}), "directions are not orthonormal"),
+        (lambda _, arrays: arrays.update({f"{FIRST}:inputs": arrays[f"{FIRST}:inputs"][0]}), "no float32 matrix"),
         (lambda facts, _: facts["tensors"].clear(), "needs tensors"),
         (lambda facts, _: facts["tensors"].popitem(), "not in canonical form"),
         (lambda facts, _: next(iter(facts["tensors"].values())).update(shape=[4, -64]), "impossible shape"),
@@ -125,25 +134,6 @@ def test_other_files_are_refused(scene: Scene, tmp_path: Path) -> None:
         (tmp_path / "bad").write_bytes(content)
         with pytest.raises(GuardFormatError, match="it is no guard"):
             nestpatch.load_guard(tmp_path / "bad")
-
-
-def test_a_model_without_the_pack_has_no_guard(scene: Scene) -> None:
-    with pytest.raises(BaseMismatchError, match=r"does not hold no-harm 1\.0\.0"):
-        nestpatch.export_guard(scene.base, scene.file, scene.folder / "g")
-    (scene.folder / "taken").touch()
-    with pytest.raises(OutputError, match="exists already"):
-        nestpatch.export_guard(scene.model, scene.file, scene.folder / "taken")
-
-
-def test_the_command(scene: Scene) -> None:
-    file = scene.folder / "g.safetensors"
-    value = answer("guard", scene.model, scene.file, "-o", file)
-    require_schema(value, "guard")
-    assert (value["rows"], value["rank"], value["bytes"]) == (80, 3, file.stat().st_size)
-    assert "80 rows of 4 tensors" in run("guard", scene.model, scene.file, "-o", scene.folder / "h").stdout
-    assert "does not hold" in refused("BaseMismatchError", "guard", scene.base, scene.file, "-o", scene.folder / "i")
-    assert "exists already" in refused("OutputError", "guard", scene.model, scene.file, "-o", file)
-    assert run("guard", scene.file, scene.model, "-o", scene.folder / "i").exit_code == 2
 
 
 def subspace(scene: Scene, model: Path) -> tuple[Check, nestpatch.Diagnosis]:

@@ -1,7 +1,8 @@
-"""Trainings keep to their guard: real ones, of transformers and PEFT, on tiny random models."""
+"""Guards of real models, and trainings of transformers and PEFT that keep to them, on tiny random models."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,19 @@ import torch
 import transformers
 
 import nestpatch
-from nestpatch.errors import DataError, GuardMismatchError, UnsupportedModelError
+from nestpatch.errors import BaseMismatchError, DataError, GuardMismatchError, OutputError, UnsupportedModelError
 from nestpatch.formats import nest
-from nestpatch.formats.opening import open_checkpoint
 from nestpatch.guarding.guard import Guard
+from nestpatch.prompts.readers import Prompt, PromptSet
+from nestpatch.runtimes.text import prompt_ids
+from tests.calls import answer, refused, run
 from tests.helpers import load_tensors, tiny_pack
 from tests.nest_train.conftest import models, tokenizer
+from tests.schemas import require_schema
 
 __all__ = ["models", "tokenizer"]
-MODES = ("subspace", "rows")
+PROMPTS = PromptSet("harmful", tuple(Prompt(f"How do I rob the {what}?") for what in ("bank", "old shop", "train", "museum")))
+ENERGY = 0.6
 
 
 class Scene:
@@ -31,7 +36,9 @@ class Scene:
         nest.write(self.pack, folder / "p.nest")
         nestpatch.apply(base, folder / "p.nest", self.model)
         self.file = folder / "guard.safetensors"
-        self.guard = nestpatch.export_guard(self.model, folder / "p.nest", self.file).guard
+        self.base, self.patch = base, folder / "p.nest"
+        made = nestpatch.export_guard(self.model, self.patch, self.file, prompts=PROMPTS, energy=ENERGY, device="cpu")
+        self.guard = made.guard
 
     def load(self, **options: Any) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(self.model, **options)
@@ -60,58 +67,69 @@ def train(model: Any, folder: Path, *callbacks: Any, steps: int = 3, **options: 
     transformers.Trainer(model, arguments, train_dataset=rows, callbacks=list(callbacks)).train()
 
 
-def off(weights: dict[str, Any], guard: Guard) -> float:
-    """The largest change of a protected coordinate."""
-    return max(float(np.abs(weights[one.name][one.rows] @ one.basis.T - one.coordinates).max(initial=0.0)) for one in guard)
+def off(before: dict[str, Any], after: dict[str, Any], guard: Guard) -> float:
+    """The largest change of what the guarded directions are mapped to."""
+    return max(float(np.abs((after[one.name] - before[one.name]) @ one.basis.T).max()) for one in guard.matrices)
 
 
 def weights_of(model: Any) -> dict[str, np.ndarray]:
     return {name: value.detach().float().numpy().copy() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_full_fine_tune_keeps_to_its_guard(scene: Scene, tmp_path: Path, mode: str) -> None:
+def test_the_directions_hold_the_energy_of_the_inputs_of_harmful_prompts(scene: Scene) -> None:
+    model, seen = scene.load(), {}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(scene.model)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: seen.setdefault(f"{name}.weight", []).append(args[0][0].detach().numpy())
+            )
+    with torch.inference_mode():
+        for ids in prompt_ids(tokenizer, [prompt.text for prompt in PROMPTS.prompts], 512):
+            model(torch.tensor([ids]))
+    assert [one.name for one in scene.guard.matrices] == sorted(seen)
+    for one in scene.guard.matrices:
+        inputs = np.concatenate(seen[one.name]).astype(np.float64)
+        inputs /= np.linalg.norm(inputs, axis=1, keepdims=True)
+        held = [float(((inputs @ basis.T) ** 2).sum() / len(inputs)) for basis in (one.basis, one.basis[:-1])]
+        assert held[0] >= ENERGY - 1e-6 > held[1], "as few directions as hold the energy"
+    assert scene.guard.prompts == len(PROMPTS.prompts)
+
+
+def test_a_full_fine_tune_keeps_to_its_guard(scene: Scene, tmp_path: Path) -> None:
     model = scene.load()
     before = weights_of(model)
-    train(model, tmp_path, nestpatch.GuardCallback(scene.file, mode=mode))
+    train(model, tmp_path, nestpatch.GuardCallback(scene.file))
     after = weights_of(model)
-    assert off(after, scene.guard) < 1e-5
-    for one in scene.guard:
-        moved = after[one.name] - before[one.name]
-        spared = np.setdiff1d(np.arange(len(moved)), one.rows)
-        assert np.abs(moved[spared]).max() > 0.01
-        assert bool(np.abs(moved[one.rows]).max() == 0) is (mode == "rows")
-        assert np.abs(moved[spared] @ one.basis.T).max() > 0.01
+    assert off(before, after, scene.guard) < 1e-5
+    assert all(np.abs(after[one.name] - before[one.name]).max() > 0.01 for one in scene.guard.matrices)
 
 
 def test_without_the_guard_the_same_training_leaves_it(scene: Scene, tmp_path: Path) -> None:
     model = scene.load()
+    before = weights_of(model)
     train(model, tmp_path)
-    assert off(weights_of(model), scene.guard) > 0.01
+    assert off(before, weights_of(model), scene.guard) > 0.01
 
 
-def test_rows_in_bfloat16_keep_to_their_guard_but_for_rounding(scene: Scene, tmp_path: Path) -> None:
-    model = scene.load(dtype=torch.bfloat16)
+def test_weights_in_bfloat16_keep_to_their_guard_but_for_rounding(scene: Scene, tmp_path: Path) -> None:
+    model, bare = (scene.load(dtype=torch.bfloat16) for _ in range(2))
+    before = weights_of(model)
     train(model, tmp_path, nestpatch.GuardCallback(scene.guard))
-    bare = scene.load(dtype=torch.bfloat16)
     train(bare, tmp_path)
-    assert off(weights_of(model), scene.guard) < 0.1 * off(weights_of(bare), scene.guard)
+    assert off(before, weights_of(model), scene.guard) < 0.2 * off(before, weights_of(bare), scene.guard)
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", ["llama", "phi3"])
-def test_a_merged_lora_keeps_to_its_guard(models, tmp_path: Path, mode: str, family: str) -> None:
+def test_a_merged_lora_keeps_to_its_guard(models, tmp_path: Path, family: str) -> None:
     peft = pytest.importorskip("peft")
     scene = Scene(tmp_path, models(family), "gate_proj" if family == "llama" else "gate_up_proj")
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
     model = peft.get_peft_model(scene.load(), config)
-    train(model, tmp_path, nestpatch.GuardCallback(scene.file, mode=mode))
+    train(model, tmp_path, nestpatch.GuardCallback(scene.file))
     after, before = weights_of(model.merge_and_unload()), weights_of(scene.load())
-    assert off(after, scene.guard) < 1e-5
-    for one in scene.guard:
-        moved = after[one.name] - before[one.name]
-        assert np.abs(moved).max() > 0.01
-        assert bool(np.abs(moved[one.rows]).max() < 1e-7) is (mode == "rows")
+    assert off(before, after, scene.guard) < 1e-5
+    assert all(np.abs(after[one.name] - before[one.name]).max() > 0.01 for one in scene.guard.matrices)
 
 
 def test_an_adapter_of_transformers_itself(scene: Scene, tmp_path: Path) -> None:
@@ -120,33 +138,24 @@ def test_an_adapter_of_transformers_itself(scene: Scene, tmp_path: Path) -> None
     model.add_adapter(peft.LoraConfig(r=4, target_modules=["gate_proj", "down_proj"]))
     held = nestpatch.guard_model(model, scene.guard)
     train(model, tmp_path, nestpatch.GuardCallback(scene.guard))
-    for layer, one in zip(held.held, scene.guard, strict=True):
+    assert len(held.held) == 4  # two matrices of two layers
+    for layer in held.held:
         (factor,) = layer.factors
         assert factor.abs().max() > 0.01
-        np.testing.assert_allclose((factor @ torch.from_numpy(one.basis).T).detach(), 0, atol=1e-6)
+        np.testing.assert_allclose((factor @ layer.basis.T).detach(), 0, atol=1e-6)
 
 
 def test_what_is_not_trained_is_not_held(scene: Scene) -> None:
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(scene.load(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    model = peft.get_peft_model(scene.load(), peft.LoraConfig(r=4, target_modules=["lm_head"]))
     assert nestpatch.guard_model(model, scene.guard).held == ()
 
 
-def test_experts_that_are_stacked(tmp_path: Path, models) -> None:
-    """Two tensors of each expert on disk are rows of one parameter."""
-    base = models("qwen3-moe")
-    scene = Scene(tmp_path, base, ".experts.1.gate_proj")
-    model = scene.load()
-    held = nestpatch.guard_model(model, scene.guard)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter))
-    held.project()
-    model.save_pretrained(tmp_path / "after")
-    stored = load_tensors(tmp_path / "after")
-    assert off(stored, scene.guard) < 1e-4
-    spared = scene.guard.tensors[0].name.replace("experts.1", "experts.2")
-    assert np.abs(stored[spared] - load_tensors(scene.model)[spared]).max() > 1
+def test_experts_that_are_stacked_have_no_guard(tmp_path: Path, models) -> None:
+    """They are no linear layers; the model is known by the pack in them all the same."""
+    scene = Scene(tmp_path, models("qwen3-moe"), ".experts.1.gate_proj")
+    assert {one.name.split(".")[3] for one in scene.guard.matrices} == {"self_attn"}
+    assert nestpatch.guard_model(scene.load(), scene.guard).guard is scene.guard
 
 
 def test_another_model_is_refused(scene: Scene, models, tmp_path: Path, tokenizer) -> None:
@@ -162,8 +171,6 @@ def test_another_model_is_refused(scene: Scene, models, tmp_path: Path, tokenize
     )
     with pytest.raises(GuardMismatchError, match="instead of"):
         train(wider, tmp_path, nestpatch.GuardCallback(scene.file))
-    with pytest.raises(DataError, match="there is no mode 'columns'"):
-        nestpatch.GuardCallback(scene.guard, "columns")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("other", ["dora", "ia3"])
@@ -178,14 +185,29 @@ def test_other_adapters_are_refused(scene: Scene, other: str) -> None:
         nestpatch.guard_model(peft.get_peft_model(scene.load(), config), scene.guard)
 
 
-def test_adapters_of_stacked_experts_are_refused(tmp_path: Path, models) -> None:
-    peft = pytest.importorskip("peft", minversion="0.17")
-    scene = Scene(tmp_path, models("qwen3-moe"), ".experts.1.gate_proj")
-    config = peft.LoraConfig(r=4, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
-    with pytest.raises(UnsupportedModelError, match=r"experts\.gate_up_proj has an adapter"):
-        nestpatch.guard_model(peft.get_peft_model(scene.load(), config), scene.guard)
+def test_what_has_no_guard(scene: Scene, tmp_path: Path) -> None:
+    with pytest.raises(BaseMismatchError, match=r"does not hold no-harm 1\.0\.0"):
+        nestpatch.export_guard(scene.base, scene.patch, tmp_path / "g")
+    with pytest.raises(DataError, match="an energy of 1 is out of range"):
+        nestpatch.export_guard(scene.model, scene.patch, tmp_path / "g", energy=1.0)
+    with pytest.raises(DataError, match="no harmful prompts"):
+        nestpatch.export_guard(scene.model, scene.patch, tmp_path / "g", prompts=PromptSet("none", ()))
+    (tmp_path / "taken").touch()
+    with pytest.raises(OutputError, match="exists already"):
+        nestpatch.export_guard(scene.model, scene.patch, tmp_path / "taken")
 
 
-def test_a_guard_of_a_model_on_disk_is_that_of_the_export(scene: Scene) -> None:
-    again = Guard.of(scene.pack, scene.guard.pack_id, open_checkpoint(scene.model))
-    assert all(np.array_equal(a.coordinates, b.coordinates) for a, b in zip(again, scene.guard, strict=True))
+def test_the_command(scene: Scene, tmp_path: Path) -> None:
+    (tmp_path / "harmful.jsonl").write_text("\n".join(json.dumps({"prompt": prompt.text}) for prompt in PROMPTS.prompts))
+    words = ("guard", scene.model, scene.patch, "--harmful", tmp_path / "harmful.jsonl", "--energy", ENERGY)
+    file = tmp_path / "g.safetensors"
+    value = answer(*words, "-o", file)
+    require_schema(value, "guard")
+    assert (value["matrices"], value["prompts"], value["bytes"]) == (14, 4, file.stat().st_size)
+    assert file.read_bytes() == scene.file.read_bytes()
+    assert "14 matrices" in run(*words, "-o", tmp_path / "h").stdout
+    assert "does not hold" in refused("BaseMismatchError", "guard", scene.base, scene.patch, "-o", tmp_path / "i")
+    assert "exists already" in refused("OutputError", *words, "-o", file)
+    wrong = run(*words[:-1], 2, "-o", tmp_path / "i")
+    assert (wrong.exit_code, "out of range" in wrong.stderr) == (2, True)
+    assert run("guard", scene.patch, scene.model, "-o", tmp_path / "i").exit_code == 2
