@@ -137,6 +137,9 @@ COMMANDS = {
     "adapter unload": "{address} x",
     "adapter scale": "{address} x 1",
     "adapter list": "{address}",
+    "restore transplant": "{model} --base {other} --reference {model} -o {out.nest}",
+    "restore extrapolate": "{model} --base {other} --rank 2 --alpha 1 -o {out.nest}",
+    "restore carry": "{x.nest} {model} --base {other} -o {out.nest}",
 }
 RUNNING = {
     # A base without a tokenizer: no training begins.
@@ -147,6 +150,8 @@ RUNNING = {
     "eval --fail-over": "{limit} {other} --suite harmful={x.jsonl}",
     "eval --base": "{other} {other} --suite harmful={x.csv} --suite benign={x.txt}",
     "judge": "{x.csv} --judge keywords",
+    "detect": "{other} {x.nest} {text}",
+    "guard": "{other} {x.nest} --harmful {x.jsonl} -o {out.safetensors}",
     "judge --judge": "guard={other} {x.csv}",
     "lab build": "{x.txt}",
     "demo --keep": "{x.txt}",

@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ from nestpatch.views import (
     comparing,
     console,
     demo,
+    detecting,
     evaluation,
     exporting,
     health,
@@ -47,6 +49,7 @@ from nestpatch.views import (
     parts,
     progress,
     publishing,
+    restoring,
 )
 from tests.helpers import tiny_checkpoint, tiny_pack
 from tests.report_pages import evaluation as measured_evaluation
@@ -57,7 +60,10 @@ HOSTILE = (
     "\u200b", "\u2028", "\x00", "\x07", "[link=http://evil", "x]", "\\", "\\\\\\", ":boom:", "\udcff", "\u3164", "[bold",
 )  # fmt: skip
 RAW = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\u3164]")
-MODULES = (chat, comparing, console, demo, evaluation, exporting, health, models, packs, parts, progress, publishing)
+MODULES = (
+    chat, comparing, console, demo, detecting, evaluation, exporting, health, models, packs, parts, progress, publishing,
+    restoring,
+)  # fmt: skip
 
 
 def value_of(kind: Any, text: str, depth: int = 0) -> Any:
@@ -121,6 +127,25 @@ def changed(text: str) -> None:
 
     for done in (filled(Changed, text), dataclasses.replace(filled(Changed, text), steps=())):
         models.show_changed(done)
+
+
+def guards(text: str) -> None:
+    from nestpatch.guarding.export import ExportedGuard
+
+    guard: Any = SimpleNamespace(pack=text, matrices=(text,), directions=0.1, prompts=7)
+    exporting.show_guard(ExportedGuard(Path(text), guard, 1, 0.1))
+
+
+def restored(text: str) -> None:
+    from nestpatch.restore.result import Restored
+
+    restoring.show_restored(filled(Restored, text))
+
+
+def detected(text: str) -> None:
+    from nestpatch.evaluation.detecting import Detected
+
+    detecting.show_detected(filled(Detected, text))
 
 
 def shown_packs(text: str) -> None:
@@ -187,6 +212,9 @@ def cases() -> dict[str, Callable[[str], None]]:
         "show_error": lambda text: console.show_error(ValueError(text), text),
         "show_applied": simple(models.show_applied, Applied),
         "show_exported": simple(exporting.show_exported, ExportedGguf, ExportedSafetensors, ExportedOnnx),
+        "show_guard": guards,
+        "show_restored": restored,
+        "show_detected": detected,
         "show_changed": changed,
         "show_status": simple(models.show_status, Status),
         "show_patched": lambda text: models.show_patched([filled(PatchedModel, text)]),

@@ -241,7 +241,9 @@ def _evaluation(manifest: Manifest) -> list[str]:
     lines = [f"| {markdown(title)} | {_share(old)} | {_share(new)} |" for title, old, new in rows if old and new]
     table = ["## Evaluation", "", "| | before | after |", "|---|---|---|", *lines, ""] if lines else []
     probe = manifest.detector
-    return table + ([] if probe is None else ["## Detector", "", f"A linear probe of the base: {probe.sentence}.", ""])
+    return table + (
+        [] if probe is None else ["## Detector", "", f"A linear probe of the base: {markdown(probe.sentence)}.", ""]
+    )
 
 
 def _share(share: StoredShare) -> str:

@@ -52,8 +52,8 @@ def guarded_matrices(
         )
     rows, found, groups = runtime.token_ids(prompts), [], list(_groups(linear))
     for number, names in enumerate(groups):
-        sums: dict[str, torch.Tensor] = {}
-        handles = [linear[name].register_forward_pre_hook(_adding(sums, name)) for name in names]
+        sums = {name: _Covariance(linear[name].in_features) for name in names}
+        handles = [linear[name].register_forward_pre_hook(sums[name].add) for name in names]
         try:
             with runtime.active(), torch.inference_mode():
                 for place, row in enumerate(rows, start=1):
@@ -63,7 +63,7 @@ def guarded_matrices(
         finally:
             for handle in handles:
                 handle.remove()
-        found += [GuardedMatrix(f"{name}.weight", _main_directions(sums[name], energy)) for name in names]
+        found += [GuardedMatrix(f"{name}.weight", _main_directions(sums[name].total(), energy)) for name in names]
     return tuple(sorted(found, key=lambda one: one.name))
 
 
@@ -92,23 +92,41 @@ def _groups(linear: dict[str, nn.Linear]) -> Iterator[list[str]]:
     yield group
 
 
-def _adding(sums: dict[str, torch.Tensor], name: str) -> Any:
-    """A hook that adds the covariance of a layer's inputs, each of length 1."""
-    from torch.nn.functional import normalize
+class _Covariance:
+    """The sum of x x^T over the inputs x of a layer, each of length 1."""
 
-    def add(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        inputs = normalize(args[0].detach().float().reshape(-1, args[0].shape[-1]), dim=1)
-        product = inputs.T @ inputs
-        sums[name] = sums[name] + product if name in sums else product
+    def __init__(self, width: int) -> None:
+        self._width, self._waiting, self._inputs = width, 0, list[Any]()
+        self._sum: Any = None
 
-    return add
+    def add(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """Called by the layer with its inputs. As many as its width are multiplied at once: adding matrices takes longest."""
+        from torch.nn.functional import normalize
+
+        inputs = normalize(args[0].detach().float().reshape(-1, self._width), dim=1)
+        self._inputs.append(inputs)
+        self._waiting += len(inputs)
+        if self._waiting >= self._width:
+            self.total()
+
+    def total(self) -> torch.Tensor:
+        """The sum so far, [width, width]."""
+        import torch
+
+        if self._inputs:
+            inputs = torch.cat(self._inputs)
+            product = inputs.T @ inputs
+            self._sum = product if self._sum is None else self._sum + product
+            self._waiting, self._inputs = 0, []
+        found: torch.Tensor = self._sum
+        return found
 
 
 def _main_directions(covariance: torch.Tensor, energy: float) -> Any:
     """Orthonormal float32 [k, in_features]: the fewest directions that hold a share of the energy."""
     import torch
 
-    values, vectors = torch.linalg.eigh(covariance.double().cpu())
+    values, vectors = torch.linalg.eigh(covariance.cpu())
     kept = torch.cumsum(values.flip(0), 0) / values.sum()
     count = int((kept < energy).sum()) + 1
     return vectors.flip(1)[:, :count].T.contiguous().float().numpy()

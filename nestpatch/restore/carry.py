@@ -115,7 +115,7 @@ def _require_absent(pack: Pack, tuned: Checkpoint, base: Checkpoint) -> None:
     if whole > 0 and along > _HELD * whole:
         raise RestorationError(
             f"{tuned.path} holds {100 * along / whole:.0f} % of the change of {pack.label}: it was tuned from the patched one",
-            advice="To strengthen it again: nestpatch restore transplant TUNED --base BASE --reference PATCHED",
+            advice="Train a pack for it: nestpatch train. `restore transplant --extrapolate 0.5` gives back a little.",
         )
 
 
