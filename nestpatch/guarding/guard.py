@@ -34,6 +34,11 @@ def _require(condition: bool, reason: str) -> None:
         raise GuardFormatError(reason)
 
 
+def _is_orthonormal(basis: FloatArray) -> bool:
+    error = np.abs(basis.astype(np.float64) @ basis.T - np.eye(len(basis))).max()
+    return bool(error <= _ORTHONORMAL)
+
+
 @dataclass(frozen=True, eq=False)
 class PatchedRows:
     """What a tensor of the patched model holds of the pack, by which the model is recognised.
@@ -66,8 +71,7 @@ class PatchedRows:
             _require(array.dtype == np.float32 and array.shape == shape, f"{name}: {list(array.shape)} should be {list(shape)}")
             _require(bool(np.isfinite(array).all()), f"{name} holds NaN or infinity")
         _require(0 < rank <= self.shape[-1], f"{name}: a basis of {rank} directions in {self.shape[-1]}")
-        error = np.abs(self.basis.astype(np.float64) @ self.basis.T - np.eye(rank)).max()
-        _require(bool(error <= _ORTHONORMAL), f"{name}: the basis is not orthonormal")
+        _require(_is_orthonormal(self.basis), f"{name}: the basis is not orthonormal")
         _require(bool(np.isfinite(self.change) and self.change > 0), f"{name}: the pack's change is {self.change}")
 
     @classmethod
@@ -107,8 +111,7 @@ class GuardedMatrix:
         rank, width = self.basis.shape
         _require(0 < rank <= width, f"{name}: {rank} directions of inputs in {width}")
         _require(bool(np.isfinite(self.basis).all()), f"{name} holds NaN or infinity")
-        error = np.abs(self.basis.astype(np.float64) @ self.basis.T - np.eye(rank)).max()
-        _require(bool(error <= _ORTHONORMAL), f"{name}: the directions are not orthonormal")
+        _require(_is_orthonormal(self.basis), f"{name}: the directions are not orthonormal")
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import numpy as np
 
 from nestpatch.errors import CheckpointError, GuardMismatchError, UnsupportedModelError
 from nestpatch.guarding.guard import Guard, PatchedRows
-from nestpatch.runtimes.stored import ParameterHomes
+from nestpatch.runtimes.stored import ParameterHomes, unwrapped
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +103,7 @@ def _held(model: Any, layers: Mapping[str, Any], guard: Guard) -> Iterator[_Held
     """What is kept of each matrix that is trained."""
     import torch
 
-    parameters = {name.replace(".base_layer.", "."): value for name, value in model.named_parameters()}
+    parameters = {unwrapped(name): value for name, value in model.named_parameters()}
     for one in guard.matrices:
         if one.name not in parameters or tuple(parameters[one.name].shape[1:]) != one.basis.shape[1:]:
             raise GuardMismatchError(f"the guard of {guard.pack} is for another model: it has no {one.name} of this width")

@@ -7,7 +7,9 @@ eigenvalue as its limit, and inputs of length 1, so that the few huge activation
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nestpatch.errors import UnsupportedModelError
@@ -50,21 +52,48 @@ def guarded_matrices(
         raise UnsupportedModelError(
             "the layers of this model hold no linear layers that a guard could keep", advice="Fine-tune it without a guard."
         )
-    rows, found, groups = runtime.token_ids(prompts), [], list(_groups(linear))
+    rows = runtime.token_ids(prompts)
+    readers = _readers(runtime, linear, rows[0])
+    groups, bases = list(_groups({name: linear[name] for name in dict.fromkeys(readers.values())})), dict[str, Any]()
     for number, names in enumerate(groups):
-        sums = {name: _Covariance(linear[name].in_features) for name in names}
-        handles = [linear[name].register_forward_pre_hook(sums[name].add) for name in names]
-        try:
-            with runtime.active(), torch.inference_mode():
-                for place, row in enumerate(rows, start=1):
-                    ids = torch.tensor([row], device=runtime.model.device)
-                    runtime.model.base_model(input_ids=ids, use_cache=False)
-                    on_event(Event("guard", number * len(rows) + place, len(groups) * len(rows)))
-        finally:
-            for handle in handles:
-                handle.remove()
-        found += [GuardedMatrix(f"{name}.weight", _main_directions(sums[name].total(), energy)) for name in names]
-    return tuple(sorted(found, key=lambda one: one.name))
+        sums: dict[str, torch.Tensor] = {}
+        with runtime.active(), torch.inference_mode(), _hooks({name: linear[name] for name in names}, partial(_add, sums)):
+            for place, row in enumerate(rows, start=1):
+                _read(runtime, row)
+                on_event(Event("guard", number * len(rows) + place, len(groups) * len(rows)))
+        bases |= {name: _main_directions(total, energy) for name, total in sums.items()}
+    # An expert that no prompt is routed to has no directions.
+    names = [name for name in sorted(linear) if readers[name] in bases]
+    return tuple(GuardedMatrix(f"{name}.weight", bases[readers[name]]) for name in names)
+
+
+def _read(runtime: TransformersRuntime, row: Sequence[int]) -> None:
+    """One forward pass of the layers."""
+    import torch
+
+    runtime.model.base_model(input_ids=torch.tensor([row], device=runtime.model.device), use_cache=False)
+
+
+@contextmanager
+def _hooks(linear: dict[str, nn.Linear], see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """Inside, a function sees the name and the inputs of each layer."""
+    handles = [layer.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0])) for name, layer in linear.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _readers(runtime: TransformersRuntime, linear: dict[str, nn.Linear], row: Sequence[int]) -> dict[str, str]:
+    """Name of each layer -> the first one with the same inputs, such as the query's for the key's: they share directions."""
+    import torch
+
+    seen: dict[str, torch.Tensor] = {}  # keeps the inputs alive, so that no two of them have one id
+    with runtime.active(), torch.inference_mode(), _hooks(linear, seen.__setitem__):
+        _read(runtime, row)
+    first = {id(seen[name]): name for name in reversed(linear) if name in seen}
+    return {name: first[id(seen[name])] if name in seen else name for name in linear}
 
 
 def _linear_layers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
@@ -92,34 +121,13 @@ def _groups(linear: dict[str, nn.Linear]) -> Iterator[list[str]]:
     yield group
 
 
-class _Covariance:
-    """The sum of x x^T over the inputs x of a layer, each of length 1."""
+def _add(sums: dict[str, torch.Tensor], name: str, inputs: torch.Tensor) -> None:
+    """Adds x x^T of the inputs x of a layer, each of length 1."""
+    from torch.nn.functional import normalize
 
-    def __init__(self, width: int) -> None:
-        self._width, self._waiting, self._inputs = width, 0, list[Any]()
-        self._sum: Any = None
-
-    def add(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        """Called by the layer with its inputs. As many as its width are multiplied at once: adding matrices takes longest."""
-        from torch.nn.functional import normalize
-
-        inputs = normalize(args[0].detach().float().reshape(-1, self._width), dim=1)
-        self._inputs.append(inputs)
-        self._waiting += len(inputs)
-        if self._waiting >= self._width:
-            self.total()
-
-    def total(self) -> torch.Tensor:
-        """The sum so far, [width, width]."""
-        import torch
-
-        if self._inputs:
-            inputs = torch.cat(self._inputs)
-            product = inputs.T @ inputs
-            self._sum = product if self._sum is None else self._sum + product
-            self._waiting, self._inputs = 0, []
-        found: torch.Tensor = self._sum
-        return found
+    inputs = normalize(inputs.detach().float().reshape(-1, inputs.shape[-1]), dim=1)
+    product = inputs.T @ inputs
+    sums[name] = sums[name].add_(product) if name in sums else product
 
 
 def _main_directions(covariance: torch.Tensor, energy: float) -> Any:

@@ -65,9 +65,9 @@ class ParameterHomes:
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
         self._prefix = model.base_model_prefix
-        self._quantized = {_unwrapped(name): layer for name, layer in quantized_layers(model).items()}
+        self._quantized = {unwrapped(name): layer for name, layer in quantized_layers(model).items()}
         named = model.named_parameters(remove_duplicate=False)
-        self._parameters: dict[str, torch.Tensor] = {_unwrapped(name): parameter for name, parameter in named}
+        self._parameters: dict[str, torch.Tensor] = {unwrapped(name): parameter for name, parameter in named}
         transforms = get_model_conversion_mapping(model)
         self._renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
         self._converters = [one for one in transforms if isinstance(one, WeightConverter)]
@@ -222,8 +222,12 @@ class StoredWeights(ParameterHomes):
                 )
 
 
-def _unwrapped(parameter: str) -> str:
-    """The name that a parameter had before PEFT wrapped its layer."""
+def unwrapped(parameter: str) -> str:
+    """The name that a parameter had before PEFT wrapped its layer.
+
+    Args:
+        parameter: Its name now.
+    """
     return parameter.replace(".base_layer.", ".")
 
 
