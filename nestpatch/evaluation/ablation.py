@@ -196,7 +196,7 @@ def _moments(
 def _batches(runtime: TransformersRuntime, rows: Sequence[Sequence[int]], on_event: OnEvent, what: str) -> Iterator[list[int]]:
     """Batches of similar length, which report when they are asked for."""
     done = 0
-    for places in by_length(rows, runtime.batch):
+    for places in by_length(rows, runtime.together):
         yield places
         done += len(places)
         on_event(Event("observe", done, len(rows), what))

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from nestpatch import __version__
 from nestpatch.files.atomic import write_bytes
 from nestpatch.files.reading import read_bounded
 from nestpatch.pack import utc_now
@@ -24,13 +25,15 @@ from nestpatch.plain import finite
 _FORMAT = "nestpatch-run/1"
 _MAX_RECORD = 64 << 20
 _MAX_SESSIONS = 1000
-PACKAGES = ("nestpatch", "torch", "transformers", "accelerate", "scikit-learn", "numpy")
-"""The packages whose versions decide what a training computes."""
+PACKAGES = ("torch", "transformers", "accelerate", "scikit-learn", "numpy")
+"""The packages whose versions decide what a training computes, beside this one."""
 
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that train."""
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    # This package may run from its source tree, which has no metadata.
+    own = {"python": platform.python_version(), "nestpatch": __version__}
+    return own | {name: version(name) for name in PACKAGES}
 
 
 class Stopwatch:

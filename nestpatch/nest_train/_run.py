@@ -264,7 +264,7 @@ def _answers(
     if reused := sum(prompt in known for prompt in prompts):
         run_dir.note_reused(f"{reused} of {len(prompts)} {name.replace('-', ' ')}")
     # The batches of `runtime.generate`: the same prompts run together, whether or not some of the batches were done before.
-    for places, done in _ranks.rounds(by_length(runtime.token_ids(prompts), runtime.batch)):
+    for places, done in _ranks.rounds(by_length(runtime.token_ids(prompts), runtime.together)):
         missing, answers = [prompts[place] for place in places if prompts[place] not in known], {}
         if not is_sharded(runtime.model) or any(_ranks.gathered(bool(missing))):
             answers = dict(zip(missing, _generated(runtime, missing, prompts), strict=True))

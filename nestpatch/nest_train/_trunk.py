@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nestpatch.events import Event, OnEvent, ignore
+from nestpatch.nest_train._free import free_on
 from nestpatch.runtimes.sharded import is_sharded
 from nestpatch.runtimes.states import layers_of
 from nestpatch.runtimes.text import IGNORED, TokenPair, collate
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 _BATCH = 32
 """Examples that are computed together once, at most."""
+_SHARE = 0.25
+"""Of an accelerator's free memory, for stored states: the rest is for the steps."""
 _TOLERANCE = 0.2
 """Mean change of the likely tokens' log-probabilities, in nats, that is still rounding: bfloat16 gives up to 0.1, a layer that
 is wrongly skipped several nats."""
@@ -72,18 +75,27 @@ class _Checkpointed(_InPlaceOf):
 
 
 class _Store:
-    """Rows of hidden states of many examples, in one file that is mapped into memory."""
+    """Rows of hidden states of many examples: on the accelerator where it has room, else in a file mapped into memory.
+
+    Args:
+        path: The file.
+        rows: How many there will be.
+        like: [..., width], such states.
+    """
 
     def __init__(self, path: Path, rows: int, like: torch.Tensor) -> None:
         width = like.shape[-1]
-        self._rows = torch.from_file(str(path), shared=True, size=rows * width, dtype=like.dtype).view(rows, width)
+        if like.device.type != "cpu" and rows * width * like.itemsize < _SHARE * free_on(like.device):
+            self._rows = like.new_empty(rows, width)
+        else:
+            self._rows = torch.from_file(str(path), shared=True, size=rows * width, dtype=like.dtype).view(rows, width)
         self._places: dict[TokenPair, slice] = {}
         self._end = 0
 
     def put(self, pair: TokenPair, rows: torch.Tensor) -> None:
         """Stores the rows of one example."""
         place = slice(self._end, self._end + len(rows))
-        self._rows[place] = rows.cpu()
+        self._rows[place] = rows.to(self._rows.device)
         self._places[pair], self._end = place, place.stop
 
     def get(self, pair: TokenPair) -> torch.Tensor:
@@ -252,6 +264,7 @@ class Trunk:
         if self._hidden is not None:
             rows = [self._hidden.get(pair) for pair in batch]
             hidden = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self._model.device)
+            hidden = nn.functional.pad(hidden, (0, 0, 0, ids.shape[1] - hidden.shape[1]))
         with self._answers(labels, extra), self._replaced(hidden):
             logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
         count = int(wanted.sum())

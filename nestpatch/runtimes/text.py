@@ -23,6 +23,8 @@ IGNORED = -100
 """The label that PyTorch's cross entropy leaves out."""
 MAX_TOKENS = 512
 """Tokens of a prompt, and of an answer, that an evaluation reads at most."""
+_ALIGNED = 8
+"""Tokens of which the width of a batch is a multiple on an accelerator."""
 IntArray: TypeAlias = npt.NDArray[np.int64]
 
 
@@ -235,11 +237,14 @@ def collate(pairs: Sequence[TokenPair], pad: int, device: Any) -> tuple[torch.Te
         device: Where the tensors are put.
 
     Returns:
-        (ids, mask, labels), int64 [pairs, longest]; labels are IGNORED except on answer tokens.
+        (ids, mask, labels), int64 [pairs, width]; labels are IGNORED except on answer tokens. The width is that of the longest
+        pair; on an accelerator, whose kernels for attention want it and are chosen anew for each width, a multiple of 8.
     """
     import torch
 
     width = max(len(pair.prompt) + len(pair.answer) for pair in pairs)
+    if torch.device(device).type != "cpu":
+        width += -width % _ALIGNED
     ids = torch.full((len(pairs), width), pad)
     mask = torch.zeros(len(pairs), width, dtype=torch.long)
     labels = torch.full((len(pairs), width), IGNORED)

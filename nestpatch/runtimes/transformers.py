@@ -19,7 +19,7 @@ from nestpatch.rows import FloatArray
 from nestpatch.runtimes._pieces import decoded
 from nestpatch.runtimes.devices import pick_device, pick_dtype
 from nestpatch.runtimes.loading import load_model
-from nestpatch.runtimes.sharded import no_gradients
+from nestpatch.runtimes.sharded import is_sharded, no_gradients
 from nestpatch.runtimes.states import layers_of, pooled_states
 from nestpatch.runtimes.text import (
     IGNORED,
@@ -39,6 +39,11 @@ from nestpatch.runtimes.weights import find_mlps, merged_parameters, swapped_in
 if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_BATCH = 64
+"""Prompts that run together on a CPU."""
+_ACCELERATED_BATCH = 256
+"""The same on an accelerator, where a token of a small model takes as long for 256 prompts as for 64."""
 
 
 def answer_logits(model: PreTrainedModel, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> tuple[Any, Any]:
@@ -71,7 +76,7 @@ class TransformersRuntime:
         tokenizer: Its tokenizer; pads at the left.
         max_new_tokens: Length of an answer.
         max_prompt_tokens: A longer prompt keeps its last tokens.
-        batch: Prompts that run together.
+        batch: Prompts that run together, at most; 0 chooses by the device.
         path: The model on disk, which a pack is merged with; None: no pack can be attached.
         active: Entered while the model computes: puts other weights in, and takes them out again.
     """
@@ -80,7 +85,7 @@ class TransformersRuntime:
     tokenizer: PreTrainedTokenizerBase
     max_new_tokens: int = 48
     max_prompt_tokens: int = MAX_TOKENS
-    batch: int = 64
+    batch: int = 0
     path: Path | None = None
     active: Callable[[], AbstractContextManager[None]] = nullcontext
 
@@ -122,6 +127,11 @@ class TransformersRuntime:
         if max_prompt_tokens is None:
             max_prompt_tokens = prompt_room(_context(model), max_new_tokens)
         return cls(model, tokenizer, max_new_tokens, max_prompt_tokens, path=path)
+
+    @property
+    def together(self) -> int:
+        """Prompts that run together, at most."""
+        return self.batch or (_BATCH if self.model.device.type == "cpu" else _ACCELERATED_BATCH)
 
     @property
     def context(self) -> int | None:
@@ -176,17 +186,33 @@ class TransformersRuntime:
         config = self._greedily(self.max_new_tokens)
         rows = self.token_ids(prompts)
         answers, done = [""] * len(rows), 0
-        for places in by_length(rows, self.batch):
+        for places in by_length(rows, self.together):
             padded = pad_left([rows[i] for i in places], int(self.tokenizer.pad_token_id))
             ids, mask = (torch.from_numpy(part).to(self.model.device) for part in padded)
             with self.active(), no_gradients(self.model):
-                out = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
-            texts = self.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+                texts = self._completions(ids, mask, config)
             for place, text in zip(places, texts, strict=True):
                 answers[place] = text.strip()
             done += len(places)
             on_event(Event("generate", done, len(rows)))
         return answers
+
+    def _completions(self, ids: torch.Tensor, mask: torch.Tensor, config: GenerationConfig) -> list[str]:
+        """The answers to one batch; where memory does not suffice for all of it, half after half."""
+        from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+        try:
+            out = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+        except Exception as error:  # each device has its own
+            # Processes that share one model make the same passes.
+            if len(ids) == 1 or is_sharded(self.model) or not should_reduce_batch_size(error):
+                raise
+        else:
+            return list(self.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True))
+        clear_device_cache(garbage_collection=True)
+        half = len(ids) // 2
+        halves = [(ids[:half], mask[:half]), (ids[half:], mask[half:])]
+        return [text for part in halves for text in self._completions(*part, config)]
 
     def stream(self, prompt: Conversation) -> Iterator[str]:
         """Generates a greedy answer piece by piece.
@@ -270,7 +296,7 @@ class TransformersRuntime:
             raise DataError(f"there is no layer {layer}: the model has {len(layers)}", advice="Give the model of the pack.")
         rows = self.token_ids(prompts)
         found: dict[int, FloatArray] = {}
-        for places in by_length(rows, self.batch):
+        for places in by_length(rows, self.together):
             # Padded at the right, so that positions begin at 0 as they do in other runtimes.
             pairs = [TokenPair(tuple(rows[place]), ()) for place in places]
             ids, mask, _ = collate(pairs, int(self.tokenizer.pad_token_id), self.model.device)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from nestpatch.errors import DataError
 from nestpatch.runtimes._pieces import pieces
@@ -112,3 +113,27 @@ def test_pieces_wait_for_what_a_later_token_may_change() -> None:
     data = "\u20ac\u20ac".encode()
     assert "".join(pieces(data[:-1], strict, partial=lambda _: True)) == "\ufffd" * 5
     assert "".join(pieces(data, strict, partial=lambda _: True)) == "\u20ac\u20ac"
+
+
+def test_a_batch_that_memory_does_not_hold_is_answered_in_parts(models: Callable[..., Path]) -> None:
+    prompts = [f"Paint bank {number}." for number in range(7)]
+    with open_runtime(models("llama"), device="cpu", max_new_tokens=8) as model:
+        assert isinstance(model, TransformersRuntime)
+        wanted, generate, sizes = model.generate(prompts), model.model.generate, []
+
+        def small_memory(input_ids: torch.Tensor, **options: object) -> torch.Tensor:
+            sizes.append(len(input_ids))
+            if len(input_ids) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return generate(input_ids=input_ids, **options)
+
+        model.model.generate = small_memory
+        assert model.generate(prompts) == wanted
+        assert max(size for size in sizes if size <= 2) == 2
+
+        def none(**_: object) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        model.model.generate = none
+        with pytest.raises(torch.OutOfMemoryError):
+            model.generate(prompts)

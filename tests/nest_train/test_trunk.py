@@ -32,15 +32,17 @@ def pairs(count: int, seed: int = 0) -> list[TokenPair]:
 class Tuned:
     """A tiny model with deltas in its upper layer, and its trunk."""
 
-    def __init__(self, folder: Path, place: Path, first: int = 1, attention: str = "", load_in: str = "none") -> None:
-        self.model, tokenizer = load_model(folder, "cpu", "float32", load_in)
+    def __init__(
+        self, folder: Path, place: Path, first: int = 1, attention: str = "", load_in: str = "none", device: str = "cpu"
+    ) -> None:
+        self.model, tokenizer = load_model(folder, device, "float32", load_in)
         if attention:
             self.model.set_attn_implementation(attention)
         self.pad = int(tokenizer.pad_token_id)
         blocks = find_mlps(self.model)
         self.deltas = DeltaSet(blocks, groups_of(blocks, first))
         torch.manual_seed(1)
-        self.deltas.restore([0.3 * torch.randn_like(delta) for delta in self.deltas.snapshot()])
+        self.deltas.restore([0.3 * torch.randn(delta.shape) for delta in self.deltas.snapshot()])
         self.trunk = Trunk(self.model, blocks, self.deltas.first_layer, self.pad)
         self.place = place
 
@@ -49,7 +51,7 @@ class Tuned:
 
     def plain(self, batch: list[TokenPair]) -> tuple[torch.Tensor, torch.Tensor]:
         """By the whole model as it is now."""
-        logits, labels = answer_logits(self.model, collate(batch, self.pad, "cpu"))
+        logits, labels = answer_logits(self.model, collate(batch, self.pad, self.model.device))
         return logits, labels
 
     def gradients(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -68,10 +70,19 @@ def tuned(models: Any, tmp_path: Path) -> Tuned:
     return Tuned(models("llama"), tmp_path)
 
 
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("attention", ["", "eager"])
 @pytest.mark.parametrize("family", [*CONFIGS, "mixtral", "deepseek-v3", "qwen2-vl", "gemma3-vl"])
-def test_stored_hidden_states_give_the_whole_models_numbers(models: Any, tmp_path: Path, family: str, attention: str) -> None:
-    made = Tuned(models(family), tmp_path, attention=attention)
+def test_stored_hidden_states_give_the_whole_models_numbers(
+    models: Any, tmp_path: Path, family: str, attention: str, device: str
+) -> None:
+    made = Tuned(models(family), tmp_path, attention=attention, device=device)
     examples = pairs(50)
     harmful, harmless = examples[:3], examples[3:7]
     where, why = made.remember(examples, examples[3:])
