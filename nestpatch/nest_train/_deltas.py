@@ -51,6 +51,7 @@ class RowDeltas(nn.Module, ABC):
         self.register_buffer("membership", membership, persistent=False)
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("cluster", cluster, persistent=False)
+        self._numbers, self._labels = rows.cpu().numpy(), cluster.cpu().numpy()
 
     @property
     @abstractmethod
@@ -71,24 +72,23 @@ class RowDeltas(nn.Module, ABC):
         added = linear(linear(x, self.delta.to(x.dtype)), self.membership[start:stop].to(x.dtype))
         if self.residual is None:
             return added
-        here = (self.rows >= start) & (self.rows < stop)
+        here = slice(*np.searchsorted(self._numbers, (start, stop)))
         return added.index_add(-1, self.rows[here] - start, linear(x, self.residual[here].to(x.dtype)))
 
-    @torch.no_grad()
-    def round_rows(self) -> None:
-        """Where the base is quantized: computes what rounding changes in each row of base plus delta.
+    def rounding_error(self, delta: torch.Tensor) -> torch.Tensor:
+        """What rounding changes in each row of base plus delta, of a quantized base.
 
-        The forward pass adds it as a constant, so that the deltas are trained for the rows that a file will hold. The gradient
-        passes the rounding unchanged (straight-through estimator, arXiv 1308.3432).
+        Args:
+            delta: The values of `delta`, on the CPU.
+
+        Returns:
+            float32 [rows, in], on the CPU.
         """
-        if not self.rounding:
-            self.residual = None
-            return
-        residual = torch.zeros(len(self.rows), self.delta.shape[-1])
+        error = torch.zeros(len(self._numbers), delta.shape[-1])
         for part, rows, info in self.rounding:
-            wanted = rows + self.delta.detach()[self.cluster[part]].float().cpu().numpy()
-            residual[part] = torch.from_numpy(info.coding.decode(info.coding.encode(wanted)) - wanted)
-        self.residual = residual.to(self.membership)
+            wanted = rows + delta.numpy()[self._labels[part]]
+            error[part] = torch.from_numpy(info.coding.decode(info.coding.encode(wanted)) - wanted)
+        return error
 
 
 class ClusterDelta(RowDeltas):
@@ -212,13 +212,31 @@ class DeltaSet:
                 if not info.plain:
                     kinds.add(info.dtype)
                     module.rounding.append((some.part, float_rows(stored.checkpoint, some.tensor, some.rows), info))
-            module.round_rows()
+        self._round()
         return sorted(kinds)
 
     def round_rows(self) -> None:
-        """Rounds the rows of quantized tensors; see `RowDeltas.round_rows`."""
+        """Where the base is quantized: computes what rounding changes in each row of base plus delta, after every step.
+
+        The forward pass adds it as a constant, so that the deltas are trained for the rows that a file will hold. The gradient
+        passes the rounding unchanged (straight-through estimator, arXiv 1308.3432).
+        """
+        self._round()
+
+    @torch.no_grad()
+    def _round(self) -> None:
         for module in self.modules:
-            module.round_rows()
+            module.residual = None
+        modules = [module for module in self.modules if module.rounding]
+        if not modules:
+            return
+        # One copy from the accelerator and one back, not two for each matrix: every copy waits for all that is computed.
+        deltas = torch.cat([module.delta.flatten() for module in modules]).float().cpu()
+        parts = deltas.split([module.delta.numel() for module in modules])
+        errors = [m.rounding_error(part.view(m.delta.shape)) for m, part in zip(modules, parts, strict=True)]
+        moved = torch.cat([error.flatten() for error in errors]).to(modules[0].membership)
+        for module, error, part in zip(modules, errors, moved.split([e.numel() for e in errors]), strict=True):
+            module.residual = part.view(error.shape)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -260,7 +278,7 @@ class DeltaSet:
         """Sets all deltas to copies that `snapshot` returned."""
         for module, delta in zip(self.modules, deltas, strict=True):
             module.delta.copy_(delta)
-            module.round_rows()
+        self._round()
 
     def round_to(self, dtype: str) -> None:
         """Rounds the deltas to their storage dtype ("F32", "BF16" or "F16"), so that what is evaluated is what ships."""
