@@ -325,7 +325,7 @@ def _look(step: int, held_out: Examples, loss_of: Callable[[Examples], torch.Ten
     verdicts = iter([is_refusal(text) for text in answer([example.text for kind in kinds for example in kind])])
     refused = [sum(next(verdicts) for _ in kind) / len(kind) if kind else None for kind in kinds]
     answered = None if refused[0] is None else 1 - refused[0]
-    return Look(step, loss, answered, refused[1], refused[2])
+    return Look(step, loss, answered, refused[1], refused[2], count)
 
 
 @torch.no_grad()

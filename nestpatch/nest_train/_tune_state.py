@@ -24,6 +24,9 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW remembers of each parameter, beside the number of its steps."""
 
 
+_SHARES = ("attack_success", "refusal_benign", "refusal_lookalike")
+
+
 @dataclass(frozen=True)
 class Look:
     """What the held-out prompts showed at one step."""
@@ -35,20 +38,44 @@ class Look:
     refusal_benign: float | None = None
     refusal_lookalike: float | None = None
     """None also where there are no look-alikes."""
+    prompts: int = 0
+    """Prompts of each kind that were answered, at most."""
+
+    @property
+    def _shares(self) -> list[float]:
+        return [share for name in _SHARES if (share := getattr(self, name)) is not None]
 
     @property
     def score(self) -> tuple[float, float]:
         """Smaller is better: answered harmful and refused harmless prompts count alike; the loss decides between equals."""
         if not math.isfinite(self.loss):
             return math.inf, math.inf
-        shares = (self.attack_success, self.refusal_benign, self.refusal_lookalike)
-        return sum(share for share in shares if share is not None), self.loss
+        return sum(self._shares), self.loss
+
+    @property
+    def error(self) -> float:
+        """The standard error of the sum of the shares."""
+        return math.sqrt(sum(share * (1 - share) for share in self._shares) / max(1, self.prompts))
+
+    def better(self, kept: Look, best: Look) -> bool:
+        """Whether this look is to be kept instead of an earlier one.
+
+        A few dozen answers differ by chance, so the loss decides between looks whose sums of shares are within a standard
+        error of the smallest one (the rule of Breiman et al., Classification and Regression Trees, 1984).
+
+        Args:
+            kept: The look that is kept until now.
+            best: The look with the smallest score, this one included.
+        """
+        limit = best.score[0] + best.error
+        return kept.score[0] > limit or (self.score[0] <= limit and (self.loss, self.score) < (kept.loss, kept.score))
 
     @property
     def scalars(self) -> dict[str, float]:
         """What was measured, by the names of curves."""
         values = dataclasses.asdict(self)
-        return {f"held_out/{name}": value for name, value in values.items() if name != "step" and value is not None}
+        hidden = ("step", "prompts")
+        return {f"held_out/{name}": value for name, value in values.items() if name not in hidden and value is not None}
 
     def as_json(self) -> dict[str, float | int | None]:
         """The numbers, rounded; those that are not finite, which a manifest cannot store, are None."""
@@ -234,7 +261,8 @@ class TuneState:
             change: What is trained.
         """
         self.looks.append(look)
-        if len(self.looks) == 1 or look.score < self.looks[self._best].score:
+        best = min(self.looks, key=lambda one: one.score)
+        if len(self.looks) == 1 or look.better(self.looks[self._best], best):
             self._best, self._kept, self.stale = len(self.looks) - 1, change.snapshot(), 0
         else:
             self.stale += 1
@@ -305,8 +333,8 @@ class TuneState:
 
 
 def _look(entry: Any) -> Look:
-    shares = (entry[name] for name in ("attack_success", "refusal_benign", "refusal_lookalike"))
-    return Look(int(entry["step"]), float(entry["loss"]), *(None if share is None else float(share) for share in shares))
+    known = {name: None if entry[name] is None else float(entry[name]) for name in _SHARES}
+    return Look(int(entry["step"]), float(entry["loss"]), **known, prompts=int(entry["prompts"]))
 
 
 def _check(stored: Mapping[str, torch.Tensor], like: Sequence[torch.Tensor], *, optimizer: bool) -> None:

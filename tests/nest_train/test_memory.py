@@ -343,7 +343,7 @@ def test_a_training_in_little_memory(models: Any, data: Any) -> None:
     """One example at a time, with checkpoints: the same pack but for rounding, and it says how it was made."""
     packs = []
     for settings in ({}, {"micro_batch": 1, "checkpointing": "on"}):
-        recipe = dataclasses.replace(QUICK, first_layer=1, **settings)
+        recipe = dataclasses.replace(QUICK, first_layer=1, dtype="float32", **settings)
         packs.append(train(models("llama"), data, Label("x"), recipe=recipe).pack)
     whole, parts = packs
     assert whole.manifest.method["decisions"]["micro-batch"] == "4 of 4 examples (the whole batch fits into memory)"

@@ -20,6 +20,7 @@ from nestpatch.nest_train._deltas import DeltaSet
 from nestpatch.nest_train._targets import Example, Examples
 from nestpatch.nest_train._trunk import Trunk
 from nestpatch.nest_train._tune import Look, TuneResult, batch_loss, batches, tune
+from nestpatch.nest_train._tune_state import TuneState
 from nestpatch.nest_train.recipe import Recipe
 from nestpatch.runtimes.loading import load_model
 from nestpatch.runtimes.text import TokenPair, collate
@@ -338,6 +339,29 @@ def test_tuning_minimises_another_loss(tuning: Tuning) -> None:
     assert result.kept == result.looks[-1]
     assert result.kept.loss < result.before.loss == len(tuning.deltas.modules)
     assert (tuning.flat() > 0).all()
+
+
+def test_the_loss_decides_between_looks_that_differ_by_chance() -> None:
+    def kept(*looks: Look) -> int:
+        state = TuneState()
+        for look in looks:
+            state.looked(look, Nothing())
+        return state.result.kept.step
+
+    base, early = Look(0, 2.7, 0.8, 0.0, 0.0, 48), Look(80, 1.1, 0.08, 0.10, 0.12, 48)
+    assert kept(base, early) == 80
+    assert kept(base, early, Look(160, 0.9, 0.06, 0.17, 0.12, 48)) == 160, "5 points are less than a standard error of 7"
+    assert kept(base, early, Look(160, 0.9, 0.06, 0.25, 0.25, 48)) == 80, "26 points are more"
+    assert kept(base, early, Look(160, 1.2, 0.08, 0.08, 0.12, 48)) == 80, "a better sum by chance, and a larger loss"
+    assert kept(base, early, Look(160, 1.2, 0.02, 0.02, 0.02, 48)) == 160, "now the earlier one is out of reach"
+    assert kept(base, Look(80, math.nan, 0.0, 0.0, 0.0, 48)) == 0
+
+
+class Nothing:
+    """A change without values."""
+
+    def snapshot(self) -> list[torch.Tensor]:
+        return []
 
 
 def test_tuning_is_deterministic_and_depends_on_the_seed(models: Any, tmp_path: Path) -> None:
