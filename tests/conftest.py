@@ -10,6 +10,8 @@ os.environ.pop("NESTPATCH_HOME", None)
 os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="nestpatch-tests-")
 # Some tests run as other users.
 os.chmod(os.environ["XDG_CONFIG_HOME"], 0o777)  # noqa: PTH101
+# pytest-xdist sets it, and output of a given width is wrapped.
+os.environ.pop("COLUMNS", None)
 # Before any Hugging Face library is imported: a test that reaches for the network fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
