@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from nestpatch.channels.listing import CHANNEL_FILE, ListedFile
@@ -195,8 +195,22 @@ class FolderReader:
             raise HubUnavailableError(f"cannot read {file}: {error.strerror}", advice=advice) from error
 
 
-ChannelReader: TypeAlias = HubReader | WebReader | FolderReader
-"""An address from which a channel can be read."""
+class ChannelReader(Protocol):
+    """An address from which a channel can be read."""
+
+    @property
+    def name(self) -> str | None:
+        """The name that its channel must have; None: its address does not require one."""
+
+    @property
+    def address(self) -> str:
+        """How it is remembered and shown."""
+
+    def channel(self, known: str = "") -> ChannelFile:
+        """Reads the channel file; `known` is the last known revision."""
+
+    def read(self, revision: str, file: ListedFile, on_event: OnEvent = ignore) -> bytes:
+        """Reads a file that the channel of a revision lists; its content is unchecked."""
 
 
 def read_start(file: Path, most: int) -> bytes:
