@@ -22,7 +22,7 @@ from nestpatch.channels.listing import CHANNEL_FILE, ListedFile
 from nestpatch.errors import DataError, HubAnswerError, HubNotFoundError, HubUnavailableError, SwappedFileError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.reading import open_regular
-from nestpatch.hub.client import SCHEME, Reference, Snapshot, looks_local, scrubbed, shown
+from nestpatch.hub.client import SCHEME, Reference, Snapshot, looks_local, scrubbed, shown, token
 from nestpatch.hub.fetch import Request, fetch
 from nestpatch.hub.ranges import RemoteFile
 from nestpatch.pack import version_problem
@@ -72,13 +72,12 @@ class HubReader:
         Raises:
             HubError: The file cannot be read.
         """
-        from huggingface_hub import get_token
-
         from nestpatch import __version__
 
         # Not with the headers of huggingface_hub, which can cost a request of their own.
-        token = get_token()
-        headers = {"User-Agent": f"nestpatch/{__version__}"} | ({"Authorization": f"Bearer {token}"} if token else {})
+        headers = {"User-Agent": f"nestpatch/{__version__}"}
+        if secret := token():
+            headers["Authorization"] = f"Bearer {secret}"
         url = f"{self.endpoint}/{quote(self.name)}/resolve/main/{CHANNEL_FILE}"
         answer = fetch(Request(url, Reference(self.name), MAX_BYTES, headers, known))
         commit = answer.headers.get("x-repo-commit", "")
