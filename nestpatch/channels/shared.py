@@ -1,4 +1,4 @@
-"""Channels that several models follow in one command: each is asked once, and each of its files is read once.
+"""Channels of one command: all are asked at the same time, each once however many models follow it, and each file is read once.
 
 What is shared is what the server sent. Whether a model may have it is decided for every model by itself, as in `follow`.
 """
@@ -78,9 +78,13 @@ class SharedReader:
         """Reads the channel file, as the reader does; its content is there also where nothing is new."""
         return self._once("", self._ask)
 
-    def read(self, revision: str, file: ListedFile, on_event: OnEvent = ignore) -> bytes:  # noqa: ARG002 - of no single model
-        """Reads a listed file, as the reader does."""
-        return self._once((revision, file), lambda: self.reader.read(revision, file))
+    def read(self, revision: str, file: ListedFile, on_event: OnEvent = ignore) -> bytes:
+        """Reads a listed file, as the reader does. `on_event` of the first who asks is called, from another thread."""
+        return self._once((revision, file), lambda: self.reader.read(revision, file, on_event))
+
+    def begin(self) -> None:
+        """Asks for the channel file, and does not wait for the answer."""
+        self._start("", self._ask)
 
     def _ask(self) -> ChannelFile:
         known = recall(self.address)
@@ -88,13 +92,16 @@ class SharedReader:
         return found if found.data is not None or known is None else ChannelFile(found.revision, known.data)
 
     def _once(self, what: object, work: Callable[[], T]) -> T:
+        return self.stop.result_of(self._start(what, work))
+
+    def _start(self, what: object, work: Callable[[], T]) -> Future[T]:
         with self._lock:
             first = what not in self._answers
             answer = self._answers.setdefault(what, Future())
         if first:
             # A thread of its own, so that whoever waits can be stopped.
             Thread(target=_answer, args=(answer, work), daemon=True).start()
-        return self.stop.result_of(cast("Future[T]", answer))
+        return cast("Future[T]", answer)
 
 
 def _answer(answer: Future[T], work: Callable[[], T]) -> None:

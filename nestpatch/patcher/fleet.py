@@ -106,7 +106,7 @@ def update_all(
         began = time.perf_counter()
         try:
             stop.check()
-            return UpdatedModel(model, task.update(model, given, readers.open), time.perf_counter() - began)
+            return UpdatedModel(model, task.update(model, given, readers), time.perf_counter() - began)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with one model leaves the others alone
             why = named(error)
             return UpdatedModel(model, (), time.perf_counter() - began, str(why), type(why).__name__, why.advice)

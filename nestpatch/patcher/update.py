@@ -6,14 +6,15 @@ Every pack passes the gate before it is applied.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nestpatch.channels.follow import Followed, download, follow
-from nestpatch.channels.readers import ChannelReader, open_reader
 from nestpatch.channels.rules import Decision, GoBack, Stay, Upgrade, choose, decide
+from nestpatch.channels.shared import SharedReader, SharedReaders, Stop
 from nestpatch.errors import ChannelError, NestpatchError, PublisherError, named
 from nestpatch.events import OnEvent, ignore
 from nestpatch.formats.checkpoint import Checkpoint
@@ -105,9 +106,10 @@ def update(
         CheckpointError: The model cannot be read.
         StateError: The ledger is broken, or an interrupted change cannot be ended.
     """
-    given = list(map(open_reader, channels))
+    readers = SharedReaders(Stop())
+    given = list(map(readers.open, channels))
     task = Task(policy_of(policy), check, allow_unsigned, allow_overlap, base, dither, on_event)
-    return task.update(Path(model), given, open_reader)
+    return task.update(Path(model), given, readers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,15 +124,13 @@ class Task:
     dither: bool = False
     on_event: OnEvent = ignore
 
-    def update(
-        self, model: Path, given: Sequence[ChannelReader], open_channel: Callable[[str], ChannelReader]
-    ) -> tuple[Updated, ...]:
+    def update(self, model: Path, given: Sequence[SharedReader], readers: SharedReaders) -> tuple[Updated, ...]:
         """Brings one model to what its channels offer.
 
         Args:
             model: The model to patch in place.
-            given: The channels; empty means those that the model follows.
-            open_channel: Opens a channel that the model follows.
+            given: The channels, of `readers`; empty means those that the model follows.
+            readers: The readers of the command.
 
         Returns:
             One value per channel.
@@ -143,16 +143,18 @@ class Task:
         open_checkpoint(model)
         work = _Work(self, model)
         ledger = work.ledger()
-        # A channel as given may contain credentials; its address does not.
-        readers = {reader.address: reader for reader in given}
-        wanted = list(readers) or ledger.follows
+        wanted = dict.fromkeys([reader.address for reader in given] or ledger.follows)
         if not wanted:
             raise _follows_nothing(model, ledger)
+        for channel in wanted:
+            with suppress(NestpatchError):  # raised again below
+                readers.open(channel).begin()
         results = []
-        for channel in dict.fromkeys(wanted):
+        for channel in wanted:
             try:
-                reader = readers.get(channel) or open_channel(channel)
-                results.append(work.bring(follow(reader, self.policy, model, allow_unsigned=self.allow_unsigned)))
+                # A channel as given may contain credentials; its address does not, and leads to the reader that has them.
+                followed = follow(readers.open(channel), self.policy, model, allow_unsigned=self.allow_unsigned)
+                results.append(work.bring(followed))
             except (NestpatchError, OSError) as error:
                 why = named(error)
                 failed = Updated(shown(channel), "failed", "", "", str(why), error=type(why).__name__, advice=why.advice)
