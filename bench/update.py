@@ -119,7 +119,7 @@ def main() -> None:
     publish(
         "a fleet's update",
         f"Whole processes against the local Hub of the tests, medians of\n{options.rounds} rounds after one that was not"
-        f" counted. `status` is a command without a network, for comparison. Requests: {counted}. Load: {load}.",
+        f" counted. `status` is a command without a network, for comparison.\nRequests: {counted}.\nLoad: {load}.",
         results,
         {"rounds": options.rounds, "requests": requests},
         log=options.log,

@@ -24,8 +24,8 @@ from nestpatch.patcher.update import Task, Updated
 from nestpatch.signing.trust import Policy
 
 AT_ONCE = 4
-"""Models that are changed at the same time, by threads. On two cores eight were no faster, and neither were two processes of
-two threads each: most of the time is waiting for the disk (bench/LOG.md, 2026-11-26)."""
+"""Models that are changed at the same time, by threads: they wait for the disk together. Eight were no faster on two cores, and
+two processes of two threads hardly (bench/LOG.md, 2026-11-26)."""
 
 
 @dataclass(frozen=True)
