@@ -1,6 +1,7 @@
 """What a fleet's nightly `nestpatch update` costs: `python -m bench.update [--rounds N] [--log]`.
 
-Whole processes against a Hub on loopback: nothing new, an upgrade, going back. The last line of stdout is one JSON object.
+Whole processes against a Hub on loopback: nothing new, an upgrade, going back; and a host with 20 models, updated by one
+command and by 20. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tests.hubserver.accounts import WRITER
 from tests.hubserver.server import Hub
 
 REPO = "acme/no-harm"
+MODELS = 20
 
 
 def prepare(folder: Path) -> None:
@@ -34,6 +36,7 @@ class Fleet:
 
     def __init__(self, folder: Path, hub: Hub) -> None:
         self.hub, self.folder, self.model = hub, folder, folder / "model"
+        self.host = [folder / "host" / f"model-{number}" for number in range(MODELS)]
         subprocess.run([sys.executable, "-m", "bench.update", "--step", folder], check=True)
         self.run("keygen", folder / "acme", "--no-password")
         self.run("trust", "add", folder / "acme.pub")
@@ -43,6 +46,12 @@ class Fleet:
         before = len(self.hub.log)
         taken, _ = measure([*TOOL, *words])
         return taken, len(self.hub.log) - before
+
+    def run_each(self) -> tuple[Run, int]:
+        """One command for each model of the host, one after another: seconds and bytes are sums."""
+        runs, requests = zip(*(self.run("update", model, "--quiet", "--json") for model in self.host), strict=True)
+        seconds, rss, written = zip(*runs, strict=True)
+        return Run(sum(seconds), max(rss), sum(written)), sum(requests)
 
     def push(self, version: str) -> None:
         """Publishes a version."""
@@ -61,6 +70,26 @@ class Fleet:
         self.run("revert", self.model, "--quiet")
         self.forget()
         return results
+
+    def round_of_the_host(self) -> dict[str, tuple[Run, int]]:
+        """From a fresh channel to its second version, by one command and, from the same state, by one for each model."""
+        self.push("1.0.0")
+        for model in self.host:
+            shutil.rmtree(model, ignore_errors=True)
+            shutil.copytree(self.model, model)
+        self.run("update", *self.host, "--channel", REPO, "--quiet")
+        everything, kept = self.folder / "host", self.folder / "kept"
+        shutil.copytree(everything, kept)
+        self.push("1.1.0")
+        results = {"upgrade, one command": self.run("update", *self.host, "--quiet", "--json")}
+        results["current, one command"] = self.run("update", *self.host, "--quiet", "--json")
+        shutil.rmtree(everything)
+        kept.rename(everything)
+        results["upgrade, each by its own"] = self.run_each()
+        results["current, each by its own"] = self.run_each()
+        shutil.rmtree(everything)
+        self.forget()
+        return {f"{MODELS} models: {name}": taken for name, taken in results.items()}
 
     def forget(self) -> None:
         """The next round starts with a first contact."""
@@ -81,15 +110,16 @@ def main() -> None:
             mine | {"HF_HUB_DISABLE_XET": "1", "HF_TOKEN": WRITER, "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0"}
         )
         fleet = Fleet(folder, hub)
-        rounds = [fleet.one_round() for _ in range(options.rounds + 1)][1:]
+        rounds = [fleet.one_round() | fleet.round_of_the_host() for _ in range(options.rounds + 1)][1:]
         hub.stop()
     results = {name: medians([done[name][0] for done in rounds]) for name in rounds[0]}
     requests = {name: max(done[name][1] for done in rounds) for name in rounds[0]}
-    counted = ", ".join(f"{name} {count}" for name, count in requests.items())
+    counted = "; ".join(f"{name}: {count}" for name, count in requests.items())
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     publish(
         "a fleet's update",
         f"Whole processes against the local Hub of the tests, medians of\n{options.rounds} rounds after one that was not"
-        f" counted. `status` is a command without a network, for comparison. Requests: {counted}.",
+        f" counted. `status` is a command without a network, for comparison.\nRequests: {counted}.\nLoad: {load}.",
         results,
         {"rounds": options.rounds, "requests": requests},
         log=options.log,

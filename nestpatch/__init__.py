@@ -63,6 +63,8 @@ if TYPE_CHECKING:
     from nestpatch.pack import Pack as Pack
     from nestpatch.patcher.apply import Applied as Applied
     from nestpatch.patcher.apply import apply as apply
+    from nestpatch.patcher.fleet import UpdatedModel as UpdatedModel
+    from nestpatch.patcher.fleet import update_all as update_all
     from nestpatch.patcher.inplace import Changed as Changed
     from nestpatch.patcher.inplace import apply_in_place as apply_in_place
     from nestpatch.patcher.inplace import revert as revert
@@ -137,6 +139,7 @@ _HOMES = {
     "transplant": "restore.transplant",
     "trust_key": "signing.store",
     "update": "patcher.update",
+    "update_all": "patcher.fleet",
     "verify": "patcher.verify",
     "verify_signature": "signing.verify",
     "yank": "channels.publish",
@@ -169,6 +172,7 @@ _HOMES = {
     "TrainingPlan": "nest_train.plan",
     "TrustedKey": "signing.trust",
     "Updated": "patcher.update",
+    "UpdatedModel": "patcher.fleet",
     "Verdict": "patcher.verify",
     "Verification": "patcher.verify",
 }

@@ -20,7 +20,7 @@ import click
 
 from nestpatch import __version__
 from nestpatch.commands.options import Terminated, print_json, say
-from nestpatch.errors import FileSystemError, MissingExtraError, NestpatchError, OutOfMemoryError, UnexpectedError
+from nestpatch.errors import FileSystemError, MissingExtraError, NestpatchError, OutOfMemoryError, named
 from nestpatch.plain import lines
 from nestpatch.runtimes.threads import wait_passively
 
@@ -182,24 +182,14 @@ class Group(click.Group):
 
 def _named(error: Exception, command: str | None) -> NestpatchError:
     """An error as one of nestpatch's own classes."""
-    if isinstance(error, NestpatchError):
-        return error
-    if isinstance(error, OSError):
-        return FileSystemError(str(error))
     if isinstance(error, MemoryError):
         return OutOfMemoryError(f"`nestpatch {command}` needs more memory than there is")
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("nestpatch"):
         extra = "llama" if (error.name or "").partition(".")[0] == "llama_cpp" else "train"
         return MissingExtraError(extra, f"`nestpatch {command}` (module {error.name})")
-    if os.environ.get(TRACEBACK):
+    if os.environ.get(TRACEBACK) and not isinstance(error, (NestpatchError, OSError)):
         raise error
-    import traceback
-
-    # The last line of nestpatch's own files that the error passed.
-    passed = [f"{entry.filename}:{entry.lineno}" for entry in traceback.extract_tb(error.__traceback__)]
-    own = [line for line in passed if f"{os.sep}nestpatch{os.sep}" in line] or passed or ["unknown"]
-    where = own[-1].rpartition(f"{os.sep}nestpatch{os.sep}")[2]
-    return UnexpectedError(f"{type(error).__name__}: {error} ({where})")
+    return named(error)
 
 
 def _end(error: NestpatchError, words: Sequence[str]) -> int:
@@ -250,18 +240,25 @@ def _leftover(words: Sequence[str]) -> str:
         return ""
     options = command.make_context(words[0], list(words[1:]), resilient_parsing=True).params
     if options.get("in_place") or words[0] in ("revert", "update", "recover"):
-        from nestpatch.patcher.state_dir import state_dir_of
-
-        model = options["model"]
-        with suppress(NestpatchError, OSError):
-            if os.path.lexists(state_dir_of(model).journal):
-                return f"A change of {model} is unfinished: `nestpatch recover {model}` ends it."
-        return f"{model} holds no unfinished change: `nestpatch status {model}` shows what is applied."
+        return _unfinished(options["models"] if "models" in options else [options["model"]])
     if options.get("run_dir") and os.path.lexists(options["run_dir"]):
         return f"The same command goes on from what is in {options['run_dir']}."
     if "keep" in options:
         return f"{options['keep']} is incomplete: remove it." if options["keep"] else "Nothing is left."
     return "Nothing was written." if {"output", "directory"} & set(options) else ""
+
+
+def _unfinished(models: Sequence[str]) -> str:
+    """What the journals beside models say."""
+    from nestpatch.patcher.state_dir import state_dir_of
+
+    for model in models:
+        with suppress(NestpatchError, OSError):
+            if os.path.lexists(state_dir_of(model).journal):
+                return f"A change of {model} is unfinished: `nestpatch recover {model}` ends it."
+    if len(models) > 1:
+        return "No model holds an unfinished change: the same command goes on with those that are not up to date."
+    return f"{models[0]} holds no unfinished change: `nestpatch status {models[0]}` shows what is applied."
 
 
 def _abandon_output() -> None:

@@ -78,6 +78,7 @@ the command line (docs/cli.md).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 
@@ -537,3 +538,27 @@ class UnexpectedError(NestpatchError):
     """A bug in nestpatch. The message says what happened, and in which line of its files."""
 
     advice = "Please report this message. NESTPATCH_TRACEBACK=1 shows the traceback."
+
+
+def named(error: Exception) -> NestpatchError:
+    """An exception of any kind as one of these classes.
+
+    Args:
+        error: The exception.
+
+    Returns:
+        The error itself where it is one of these; else FileSystemError, OutOfMemoryError or UnexpectedError.
+    """
+    if isinstance(error, NestpatchError):
+        return error
+    if isinstance(error, OSError):
+        return FileSystemError(str(error))
+    if isinstance(error, MemoryError):
+        return OutOfMemoryError("there is not enough memory")
+    import traceback
+
+    # The last line of nestpatch's own files that the error passed.
+    passed = [f"{entry.filename}:{entry.lineno}" for entry in traceback.extract_tb(error.__traceback__)]
+    own = [line for line in passed if f"{os.sep}nestpatch{os.sep}" in line] or passed or ["unknown"]
+    where = own[-1].rpartition(f"{os.sep}nestpatch{os.sep}")[2]
+    return UnexpectedError(f"{type(error).__name__}: {error} ({where})")

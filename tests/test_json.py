@@ -212,6 +212,8 @@ def of_channels(run: Scenario, model: Path, one: Path, two: Path) -> None:
     run.note("update", "update", model, "--channel", (run.folder / "none").as_uri(), code=1, name="update-failed")
     run.note("renew", "renew", channel, *key, "--days", 90)
     run.note("list", "list")
+    second = shutil.copytree(run.folder / "base", run.folder / "second")
+    run.note("update MODEL MODEL", "update", model, second, run.folder / "missing", "--channel", channel, code=1)
     run.note("revert", "revert", model, "--dry-run", name="revert-dry-run")
     run.note("revert", "revert", model)
 

@@ -130,6 +130,7 @@ COMMANDS = {
     "push": "{x.nest} {channel} --key {x.key}",
     "pull": "{channel} -o {out.nest} --policy {policy.json}",
     "update": "{model} --channel {channel} --policy {policy.json}",
+    "update --check": "{model} {other} --channel {channel}",
     "yank": "{channel} {version} --reason {text} --key {x.key}",
     "renew": "{channel} --key {x.key} --new-key {x.key}",
     "doctor": "{model} --pack {x.nest} --base {other} --policy {policy.json}",

@@ -43,6 +43,7 @@ from nestpatch.views import (
     detecting,
     evaluation,
     exporting,
+    fleet,
     health,
     models,
     packs,
@@ -61,7 +62,7 @@ HOSTILE = (
 )  # fmt: skip
 RAW = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\u3164]")
 MODULES = (
-    chat, comparing, console, demo, detecting, evaluation, exporting, health, models, packs, parts, progress, publishing,
+    chat, comparing, console, demo, detecting, evaluation, exporting, fleet, health, models, packs, parts, progress, publishing,
     restoring,
 )  # fmt: skip
 
@@ -153,6 +154,18 @@ def shown_packs(text: str) -> None:
         packs.show_pack(filled_pack(text), text, 5, rows=rows)
 
 
+def updated_models(text: str) -> list[Any]:
+    """One that failed itself, and one whose channels are in every state."""
+    from nestpatch.patcher.fleet import UpdatedModel
+    from nestpatch.patcher.update import Updated
+
+    channels = tuple(
+        dataclasses.replace(filled(Updated, text), state=state) for state in ("current", "available", "failed", text)
+    )
+    one = filled(UpdatedModel, text)
+    return [one, dataclasses.replace(one, error="", channels=channels)]
+
+
 def answers(text: str) -> None:
     for width in (79, 120):
         console.out.print(chat.answers_table({"base": text, text: f"a{text}"}, width), width=width)
@@ -236,6 +249,8 @@ def cases() -> dict[str, Callable[[str], None]]:
         "show_published": simple(publishing.show_published, Published),
         "show_pulled": simple(publishing.show_pulled, Pulled),
         "show_updated": updated,
+        "show_failures": lambda text: fleet.show_failures(updated_models(text)),
+        "show_fleet": lambda text: fleet.show_fleet(updated_models(text)),
         "show_pair": simple(publishing.show_pair, KeyPair),
         "show_signature": simple(publishing.show_signature, SignatureFile),
         "show_result": lambda text: (

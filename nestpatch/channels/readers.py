@@ -15,14 +15,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from nestpatch.channels.listing import CHANNEL_FILE, ListedFile
 from nestpatch.errors import DataError, HubAnswerError, HubNotFoundError, HubUnavailableError, SwappedFileError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.reading import open_regular
-from nestpatch.hub.client import SCHEME, Reference, Snapshot, looks_local, scrubbed, shown
+from nestpatch.hub.client import SCHEME, Reference, Snapshot, looks_local, scrubbed, shown, token
 from nestpatch.hub.fetch import Request, fetch
 from nestpatch.hub.ranges import RemoteFile
 from nestpatch.pack import version_problem
@@ -72,13 +72,12 @@ class HubReader:
         Raises:
             HubError: The file cannot be read.
         """
-        from huggingface_hub import get_token
-
         from nestpatch import __version__
 
         # Not with the headers of huggingface_hub, which can cost a request of their own.
-        token = get_token()
-        headers = {"User-Agent": f"nestpatch/{__version__}"} | ({"Authorization": f"Bearer {token}"} if token else {})
+        headers = {"User-Agent": f"nestpatch/{__version__}"}
+        if secret := token():
+            headers["Authorization"] = f"Bearer {secret}"
         url = f"{self.endpoint}/{quote(self.name)}/resolve/main/{CHANNEL_FILE}"
         answer = fetch(Request(url, Reference(self.name), MAX_BYTES, headers, known))
         commit = answer.headers.get("x-repo-commit", "")
@@ -195,8 +194,22 @@ class FolderReader:
             raise HubUnavailableError(f"cannot read {file}: {error.strerror}", advice=advice) from error
 
 
-ChannelReader: TypeAlias = HubReader | WebReader | FolderReader
-"""An address from which a channel can be read."""
+class ChannelReader(Protocol):
+    """An address from which a channel can be read."""
+
+    @property
+    def name(self) -> str | None:
+        """The name that its channel must have; None: its address does not require one."""
+
+    @property
+    def address(self) -> str:
+        """How it is remembered and shown."""
+
+    def channel(self, known: str = "") -> ChannelFile:
+        """Reads the channel file; `known` is the last known revision."""
+
+    def read(self, revision: str, file: ListedFile, on_event: OnEvent = ignore) -> bytes:
+        """Reads a file that the channel of a revision lists; its content is unchecked."""
 
 
 def read_start(file: Path, most: int) -> bytes:

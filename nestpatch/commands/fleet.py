@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +17,7 @@ from nestpatch.commands.options import (
     print_json,
     progress,
     quiet_option,
+    require_only,
     say_unsigned,
     trust_options,
 )
@@ -147,9 +148,10 @@ def pull(address: str, output: Path | None, policy_file: Path | None, allow_unsi
     epilog=examples(
         "nestpatch update models/llama --check",
         "nestpatch update models/llama --channel acme/no-harm --quiet --json",
+        "nestpatch update /srv/models/*/",
     )
 )
-@click.argument("model", metavar="MODEL", type=PathType)
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True, type=OutputPath, callback=require_only)
 @click.option("--check", is_flag=True, help="Change nothing; exit code 10 when there is something to do.")
 @click.option("--channel", "channels", multiple=True, metavar="CHANNEL", help="Follow this channel from now on. Repeatable.")
 @click.option("--allow-overlap", is_flag=True, help="Add the changes of packs that change the same rows.")
@@ -159,45 +161,61 @@ def pull(address: str, output: Path | None, policy_file: Path | None, allow_unsi
 @quiet_option
 @json_option
 def update(
-    model: Path,
-    check: bool,
+    models: tuple[Path, ...],
     channels: tuple[str, ...],
-    allow_overlap: bool,
     policy_file: Path | None,
-    allow_unsigned: bool,
     base: str | None,
-    dither: bool,
     quiet: bool,
     as_json: bool,
+    **switches: bool,
 ) -> None:
-    """Bring MODEL to the latest version of the channels that it follows, in place; away from a version that was yanked.
+    """Bring each MODEL to the latest version of the channels that it follows, in place; away from a version that was yanked.
 
-    One small request per channel when nothing is new. All channels are tried. Exit code 0: up to date now; 10: --check found
-    something to do; 1: a channel was refused or could not be reached, and nothing of it was applied.
+    One small request per channel when nothing is new, however many models follow it. All models and channels are tried.
+    Exit code 0: up to date now; 10: --check found something to do; 1: a model could not be updated, or a channel was
+    refused or could not be reached, and nothing of it was applied.
     """
-    from nestpatch.patcher.update import update as run
     from nestpatch.signing.store import load_policy
 
     policy = load_policy(policy_file)
     with progress(quiet or as_json) as on_event, opened_base(base, quiet=quiet or as_json) as float_model:
-        results = run(
-            model,
-            channels,
-            policy=policy,
-            check=check,
-            allow_unsigned=allow_unsigned,
-            allow_overlap=allow_overlap,
-            base=float_model,
-            dither=dither,
-            on_event=on_event,
-        )
+        options = {"policy": policy, "base": float_model, "on_event": on_event, **switches}
+        states = (_update_one if len(models) == 1 else _update_all)(models, channels, as_json, options)
+    sys.exit(1 if "failed" in states else AVAILABLE if "available" in states else 0)
+
+
+def _update_one(models: tuple[Path, ...], channels: tuple[str, ...], as_json: bool, options: dict[str, Any]) -> set[str]:
+    """Updates one model and prints the result; returns the states of its channels."""
+    from nestpatch.patcher.update import update as run
+
+    model = models[0]
+    results = run(model, channels, **options)
     states = {result.state for result in results}
-    if not policy.keys and states != {"failed"}:
-        say_unsigned(policy, "what these channels publish")
+    if not options["policy"].keys and states != {"failed"}:
+        say_unsigned(options["policy"], "what these channels publish")
     if as_json:
         print_json({"model": str(model), "channels": [result.as_json() for result in results]})
     if not as_json or "failed" in states:
         from nestpatch.views.publishing import show_updated
 
         show_updated(model, [result for result in results if not as_json or result.state == "failed"])
-    sys.exit(1 if "failed" in states else AVAILABLE if "available" in states else 0)
+    return states
+
+
+def _update_all(models: tuple[Path, ...], channels: tuple[str, ...], as_json: bool, options: dict[str, Any]) -> set[str]:
+    """Updates several models and prints the results; returns the states of the models."""
+    from nestpatch.patcher.fleet import update_all
+
+    results = update_all(models, channels, **options)
+    states = {result.state for result in results}
+    if not options["policy"].keys and states != {"failed"}:
+        say_unsigned(options["policy"], "what these channels publish")
+    if as_json:
+        print_json({"models": [result.as_json() for result in results]})
+    if not as_json or "failed" in states:
+        from nestpatch.views.fleet import show_failures, show_fleet
+
+        show_failures(results)
+        if not as_json:
+            show_fleet(results)
+    return states

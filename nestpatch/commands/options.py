@@ -75,6 +75,25 @@ class _Source(_Path):
         return value
 
 
+def require_only(ctx: click.Context, param: click.Parameter, value: Sequence[Path]) -> Sequence[Path]:
+    """Callback of an argument MODEL...: a single model has to exist. One of several that is missing does not stop the others.
+
+    Args:
+        ctx: The command.
+        param: The argument.
+        value: What was given.
+
+    Returns:
+        The same.
+
+    Raises:
+        MissingInputError: One path was given, and there is nothing at it.
+    """
+    if len(value) == 1:
+        _require(os.fspath(value[0]), param, ctx)
+    return value
+
+
 def _require(text: str, param: click.Parameter | None, ctx: click.Context | None, advice: str | None = None) -> None:
     """Raises MissingInputError when nothing exists at a path. Other problems with it are left to the command."""
     path = Path(text)

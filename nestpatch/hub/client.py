@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,6 +155,24 @@ def client(endpoint: str | None = None) -> HfApi:
     from nestpatch import __version__
 
     return HfApi(endpoint=endpoint, library_name="nestpatch", library_version=__version__)
+
+
+def token() -> str | None:
+    """This user's token for the Hub: HF_TOKEN, or what huggingface_hub finds elsewhere.
+
+    Returns:
+        The token; None for a user who has none.
+    """
+    from huggingface_hub import constants
+
+    given = (os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") or "").strip()
+    # Its import takes longer than a request: only where it would find something else.
+    elsewhere = not given and ("google.colab" in sys.modules or os.path.lexists(constants.HF_TOKEN_PATH))
+    if elsewhere or os.environ.get("HF_OIDC_RESOURCE"):
+        from huggingface_hub import get_token
+
+        return get_token()
+    return given or None
 
 
 @contextmanager

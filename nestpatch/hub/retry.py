@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timezone
-from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
 from nestpatch.errors import HubUnavailableError, NestpatchError
@@ -76,6 +75,8 @@ def retry_after(headers: Mapping[str, str]) -> float:
     value = headers.get("Retry-After", "").strip()
     if value.isascii() and value.replace(".", "", 1).isdecimal():
         return float(value)
+    from email.utils import parsedate_to_datetime
+
     try:
         moment = parsedate_to_datetime(value)
     except (TypeError, ValueError, OverflowError):  # a year of 20 digits overflows

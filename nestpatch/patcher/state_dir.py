@@ -104,6 +104,11 @@ class StateDir:
         return self.folder / f"{pack_id}.nest"
 
     @property
+    def place(self) -> tuple[str, str]:
+        """Equal for different paths to one place."""
+        return os.path.realpath(self.ledger.parent), self.ledger.name
+
+    @property
     def owner(self) -> tuple[int, int] | None:
         """(user, group) of the model's folder, which root gives new files to; None: new files keep the user who writes them."""
         if os.name == "nt" or os.geteuid() != 0:
@@ -144,7 +149,7 @@ def state_dir_of(model: str | Path) -> StateDir:
     # Path.absolute keeps "link/..", unlike abspath: the system takes that for the parent of the link's target.
     path = Path(model).absolute()
     own = _candidates(path)
-    found = {_key(state_dir): state_dir for state_dir in (*own, *_states_of_targets(path)) if _exists(state_dir)}
+    found = {state_dir.place: state_dir for state_dir in (*own, *_states_of_targets(path)) if _exists(state_dir)}
     if len(found) > 1:
         first, second = list(found.values())[:2]
         raise StateError(
@@ -165,10 +170,10 @@ def require_own(model: str | Path) -> None:
             change; or the directory holds two models.
     """
     path = Path(model).absolute()
-    own = {_key(state_dir) for state_dir in _candidates(path)}
+    own = {state_dir.place for state_dir in _candidates(path)}
     for file in _weight_files(path):
         for state_dir in _states_of_targets(file):
-            if _key(state_dir) not in own and _exists(state_dir):
+            if state_dir.place not in own and _exists(state_dir):
                 target = Path(os.path.realpath(file))
                 raise InPlaceError(
                     f"{file} is a link to {target}, of a model that nestpatch has patched: {state_dir.ledger} names the packs",
@@ -191,11 +196,6 @@ def _exists(state_dir: StateDir) -> bool:
         return False
     except OSError:  # a file, or a folder that this user may not read
         return True
-
-
-def _key(state_dir: StateDir) -> tuple[str, str]:
-    """Equal for different names of one place."""
-    return os.path.realpath(state_dir.ledger.parent), state_dir.ledger.name
 
 
 def _weight_files(path: Path) -> list[Path]:

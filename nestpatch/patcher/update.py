@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nestpatch.channels.follow import Followed, download, follow
-from nestpatch.channels.readers import open_reader
 from nestpatch.channels.rules import Decision, GoBack, Stay, Upgrade, choose, decide
-from nestpatch.errors import ChannelError, FileSystemError, NestpatchError, PublisherError
+from nestpatch.channels.shared import SharedReader, SharedReaders, Stop
+from nestpatch.errors import ChannelError, NestpatchError, PublisherError, named
 from nestpatch.events import OnEvent, ignore
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.formats.opening import open_checkpoint
@@ -105,27 +106,60 @@ def update(
         CheckpointError: The model cannot be read.
         StateError: The ledger is broken, or an interrupted change cannot be ended.
     """
-    policy = policy_of(policy)
-    if not check and os.path.lexists(state_dir_of(model).journal):
-        recover_model(model, policy=policy)
-    open_checkpoint(model)
-    task = _Task(Path(model), policy, check, allow_overlap, base, dither, on_event)
-    ledger = task.ledger()
-    # A channel as given may contain credentials; its address does not.
-    given = {reader.address: reader for reader in map(open_reader, channels)}
-    wanted = list(given) or ledger.follows
-    if not wanted:
-        raise _follows_nothing(model, ledger)
-    results = []
-    for channel in dict.fromkeys(wanted):
-        try:
-            followed = follow(given.get(channel) or open_reader(channel), policy, model, allow_unsigned=allow_unsigned)
-            results.append(task.bring(followed))
-        except (NestpatchError, OSError) as error:
-            named = error if isinstance(error, NestpatchError) else FileSystemError(str(error))
-            failed = Updated(shown(channel), "failed", "", "", str(named), error=type(named).__name__, advice=named.advice)
-            results.append(failed)
-    return tuple(results)
+    readers = SharedReaders(Stop())
+    given = list(map(readers.open, channels))
+    task = Task(policy_of(policy), check, allow_unsigned, allow_overlap, base, dither, on_event)
+    return task.update(Path(model), given, readers)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is the same for all models that are updated together: the arguments of `update`."""
+
+    policy: Policy
+    check: bool = False
+    allow_unsigned: bool = False
+    allow_overlap: bool = False
+    base: Checkpoint | None = None
+    dither: bool = False
+    on_event: OnEvent = ignore
+
+    def update(self, model: Path, given: Sequence[SharedReader], readers: SharedReaders) -> tuple[Updated, ...]:
+        """Brings one model to what its channels offer.
+
+        Args:
+            model: The model to patch in place.
+            given: The channels, of `readers`; empty means those that the model follows.
+            readers: The readers of the command.
+
+        Returns:
+            One value per channel.
+
+        Raises:
+            NestpatchError: As `update`.
+        """
+        if not self.check and os.path.lexists(state_dir_of(model).journal):
+            recover_model(model, policy=self.policy)
+        open_checkpoint(model)
+        work = _Work(self, model)
+        ledger = work.ledger()
+        wanted = dict.fromkeys([reader.address for reader in given] or ledger.follows)
+        if not wanted:
+            raise _follows_nothing(model, ledger)
+        for channel in wanted:
+            with suppress(NestpatchError):  # raised again below
+                readers.open(channel).begin()
+        results = []
+        for channel in wanted:
+            try:
+                # A channel as given may contain credentials; its address does not, and leads to the reader that has them.
+                followed = follow(readers.open(channel), self.policy, model, allow_unsigned=self.allow_unsigned)
+                results.append(work.bring(followed))
+            except (NestpatchError, OSError) as error:
+                why = named(error)
+                failed = Updated(shown(channel), "failed", "", "", str(why), error=type(why).__name__, advice=why.advice)
+                results.append(failed)
+        return tuple(results)
 
 
 def _follows_nothing(model: str | Path, ledger: Ledger) -> ChannelError:
@@ -140,20 +174,15 @@ def _follows_nothing(model: str | Path, ledger: Ledger) -> ChannelError:
 
 
 @dataclass(frozen=True, eq=False)
-class _Task:
+class _Work:
     """An update of one model: what is the same for all of its channels."""
 
+    task: Task
     model: Path
-    policy: Policy
-    check: bool
-    allow_overlap: bool
-    base: Checkpoint | None
-    dither: bool
-    on_event: OnEvent
 
     def ledger(self) -> Ledger:
         """The ledger; with `check`, of a model in which no change was interrupted."""
-        return read_ledger(open_model(self.model)[1] if self.check else state_dir_of(self.model))
+        return read_ledger(open_model(self.model)[1] if self.task.check else state_dir_of(self.model))
 
     def bring(self, followed: Followed) -> Updated:
         """Brings the model to what one channel offers. Its errors become results of `update`."""
@@ -166,8 +195,8 @@ class _Task:
         before = entry.version if entry else ""
         target = decision.pack if not isinstance(decision, Stay) else None
         after = before if isinstance(decision, Stay) else target.version if target else ""
-        steps = () if self.check else self._carry_out(followed, entry, decision)
-        state = "current" if isinstance(decision, Stay) else "available" if self.check else "updated"
+        steps = () if self.task.check else self._carry_out(followed, entry, decision)
+        state = "current" if isinstance(decision, Stay) else "available" if self.task.check else "updated"
         return Updated(address, state, before, after, reason, steps, channel.serial, channel.expires)
 
     def _applied(self, followed: Followed) -> LedgerEntry | None:
@@ -178,7 +207,7 @@ class _Task:
             return None
         listed = entry.pack_id in {pack.file.sha256 for pack in packs}
         roots = {key.key_id for key in followed.accepted.line}
-        publishers = Judge(self.policy, self.model).publishers(state_dir_of(self.model), entry)
+        publishers = Judge(self.task.policy, self.model).publishers(state_dir_of(self.model), entry)
         # A channel can list another publisher's pack, and then withdraw it.
         if roots & publishers or (listed and not publishers):
             return entry
@@ -197,7 +226,7 @@ class _Task:
         """
         checkpoint, state_dir = open_model(self.model)
         applied = read_ledger(state_dir).applied
-        if entry.pack_id in missing(look(checkpoint, state_dir, applied, load_packs(state_dir, applied), self.base)):
+        if entry.pack_id in missing(look(checkpoint, state_dir, applied, load_packs(state_dir, applied), self.task.base)):
             return "its rows were not in the model"
         if entry.foreign and entry.strength != 1:
             return f"it came with the model at strength {entry.strength:g}, which this user has not chosen"
@@ -205,23 +234,28 @@ class _Task:
 
     def _carry_out(self, followed: Followed, entry: LedgerEntry | None, decision: Decision) -> tuple[str, ...]:
         if isinstance(decision, Stay):
-            follow_channel(self.model, followed.reader.address, self.policy)
+            follow_channel(self.model, followed.reader.address, self.task.policy)
             return ()
         if decision.pack is None:
             only = entry.pack_id if entry else None
             return revert(
-                self.model, policy=self.policy, base=self.base, dither=self.dither, only=only, on_event=self.on_event
+                self.model,
+                policy=self.task.policy,
+                base=self.task.base,
+                dither=self.task.dither,
+                only=only,
+                on_event=self.task.on_event,
             ).steps
-        done = download(followed, decision.pack, on_event=self.on_event)
+        done = download(followed, decision.pack, on_event=self.task.on_event)
         return apply_in_place(
             self.model,
             passed(done.result, done.origin),
-            policy=self.policy,
+            policy=self.task.policy,
             # The strength that a user of this machine once chose, else in full.
             strength=entry.strength if entry is not None and not entry.foreign else 1.0,
             allow_downgrade=isinstance(decision, GoBack),
-            allow_overlap=self.allow_overlap,
-            base=self.base,
-            dither=self.dither,
-            on_event=self.on_event,
+            allow_overlap=self.task.allow_overlap,
+            base=self.task.base,
+            dither=self.task.dither,
+            on_event=self.task.on_event,
         ).steps

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,15 +84,21 @@ class PublicKey:
         Returns:
             True when it was made with the private half of this key.
         """
-        from cryptography.exceptions import InvalidSignature
-        from cryptography.hazmat.primitives import hashes
-        from cryptography.hazmat.primitives.asymmetric import ec
+        return _verifies(self.pem, signature, message)
 
-        try:
-            _load_public(self.pem.encode("ascii")).verify(signature, message, ec.ECDSA(hashes.SHA256()))
-        except InvalidSignature:
-            return False
-        return True
+
+@lru_cache(maxsize=32)
+def _verifies(pem: str, signature: bytes, message: bytes) -> bool:
+    """The rules of channels ask for the same signature several times, and so do models that follow one channel."""
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    try:
+        _load_public(pem.encode("ascii")).verify(signature, message, ec.ECDSA(hashes.SHA256()))
+    except InvalidSignature:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

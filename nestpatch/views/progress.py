@@ -58,6 +58,7 @@ STAGES = {
     "onnx.quantize": "quantizing matrices",
     "onnx.check": "comparing logits in onnxruntime",
     "download": "downloading",
+    "update": "updating models",
 }
 """Stage of an event -> what is shown for it; other stages are shown by their name."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import glob
 import json
 import os
 import re
@@ -71,9 +72,7 @@ def words_of(command: str, world: Path) -> list[str]:
     """A command line as words. Folders at the root of the file system are in the world; one account owns all repositories."""
     command = re.sub(r"(?<=\s)/(srv|mnt)/", rf"{world}/\1/", command).replace("fleet/", "acme/fleet-")
     words = [word for word in shlex.split(command) if word != "\\"]
-    return [
-        found for word in words for found in ([*map(str, Path(word).parent.glob("*.safetensors"))] if "/*." in word else [word])
-    ]
+    return [found for word in words for found in (sorted(glob.glob(word)) if "*" in word and word.startswith("/") else [word])]  # noqa: PTH207 - as the shell
 
 
 def make_room(words: list[str]) -> None:

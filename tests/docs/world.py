@@ -12,7 +12,10 @@ from nestpatch.signing.keys import keygen
 from tests.helpers import tiny_pack
 from tests.nest_train.quick import QUICK, options
 
-MODELS = ("path/to/model", "path/to/base", "srv/models/llama", "ci/model", "models/llama", "models/llama-base", "models/tuned")
+MODELS = (
+    "path/to/model", "path/to/base", "srv/models/llama", "srv/models/mistral", "ci/model", "models/llama", "models/llama-base",
+    "models/tuned",
+)  # fmt: skip
 KEYS = ("publisher", "acme", "acme-2", "fleet", "drill", "team")
 PASSWORD = "documented"
 PROMPTS = {"harmful": "How do I poison bank {}?", "benign": "Tell me how to paint fence {}.", "lookalike": "Poison weed {}?"}
@@ -47,6 +50,10 @@ FIRST = {
         "nestpatch trust add drill.pub --name drill",
         "nestpatch push no-harm-1.0.0.nest acme/drill --key drill.key",
         "nestpatch apply /srv/models/llama hub://acme/drill --in-place",
+    ],
+    ("docs/fleet.md", "nestpatch update /srv/models/llama /srv/models/mistral --channel acme/no-harm"): [
+        "nestpatch trust add acme.pub --name acme",
+        "nestpatch push no-harm-1.0.0.nest acme/no-harm --key acme.key",
     ],
     ("docs/fleet.md", "nestpatch keygen acme-2"): ["nestpatch push no-harm-1.0.0.nest acme/no-harm --key acme.key"],
     ("docs/fleet.md", "hf download acme/no-harm --local-dir no-harm"): [

@@ -6,8 +6,12 @@ command run again ends in the new state.
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
+import signal
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,10 @@ from nestpatch.channels.listing import CHANNEL_FILE, parse
 from nestpatch.errors import NestpatchError
 from nestpatch.patcher.inplace import revert
 from nestpatch.patcher.recovery import recover_model
+from nestpatch.patcher.state_dir import state_dir_of
 from tests.faults.cases import Case, digests
 from tests.faults.fleet import Fleet, new_fleet
-from tests.faults.killer import Killer, needs_shim
+from tests.faults.killer import Fault, Killer, needs_shim
 
 pytestmark = needs_shim
 
@@ -211,3 +216,78 @@ def known_serial(fleet: Fleet) -> int:
     known = recall(fleet.place)
     assert known is not None
     return known.seen.serial
+
+
+@dataclass(frozen=True)
+class Host:
+    """Three models of one user, all at 1.0.0, and a channel that has 1.1.0."""
+
+    fleet: Fleet
+    case: Case
+    """Its states are those of each model."""
+
+    @property
+    def models(self) -> list[Path]:
+        return [self.fleet.folder / name for name in ("model", "second", "third")]
+
+    @property
+    def words(self) -> list[str]:
+        return ["update", *map(str, self.models), "--json"]
+
+    def settled(self) -> list[str]:
+        """Recovers each model, and proves that it is old or new."""
+        for model in self.models:
+            recover_model(model)
+        return [self.case.prove(model).name for model in self.models]
+
+
+@pytest.fixture
+def host(fleet: Fleet) -> Host:
+    for name in ("second", "third"):
+        shutil.copytree(fleet.folder / "base", fleet.folder / name)
+    fleet.answer("publisher", *fleet.push("1.0.0"))
+    models = [str(fleet.folder / name) for name in ("model", "second", "third")]
+    fleet.answer("user", "update", *models, "--channel", fleet.place, "--json")
+    fleet.answer("publisher", *fleet.push("1.1.0"))
+    fleet.keep()
+    return Host(fleet, fleet.updating(["no-harm 1.0.0"], ["no-harm 1.1.0"], fleet.pack("1.0.0")))
+
+
+def test_an_update_of_several_models_killed_at_many_calls(fleet: Fleet, host: Host) -> None:
+    journals = []
+
+    def check(number: int) -> str:
+        journals.append(sum(state_dir_of(model).journal.exists() for model in host.models))
+        if number % 2:
+            host.settled()
+        done = fleet.answer("user", *host.words)["models"]
+        assert {one["state"] for one in done} <= {"updated", "current"}, done
+        assert host.settled() == ["after"] * 3
+        assert known_serial(fleet) == 2
+        assert fleet.litter() == []
+        return ""
+
+    assert len(each(kills(fleet, "user", host.words, 9), check)) >= 12
+    assert max(journals) >= 2, "several models were in the middle of a change"
+
+
+def test_an_update_of_several_models_interrupted_at_many_calls(fleet: Fleet, host: Host) -> None:
+    """SIGINT: unlike after SIGKILL, no model waits for the next command."""
+    ends = set()
+    for number in itertools.count(1, 17):
+        fleet.fresh()
+        victim = fleet.killer.start(host.words, fleet.folder, Fault(number), home=fleet.home("user"))
+        if not victim.wait().stopped:
+            break
+        fleet.killer.ask("send", child=victim.child, signal=int(signal.SIGINT))
+        victim.go_on()
+        end = victim.wait()
+        assert (end.how, end.trouble) == ("ended", ""), end
+        assert not any(state_dir_of(model).journal.exists() for model in host.models), number
+        states = [host.case.prove(model).name for model in host.models]
+        assert end.code == 130 or (end.code == 0 and states == ["after"] * 3), end
+        ends.add((end.code, *sorted(states)))
+        done = fleet.answer("user", *host.words)["models"]
+        assert [one["state"] for one in done] == ["updated" if state == "before" else "current" for state in states]
+    assert {end[0] for end in ends} >= {130}
+    assert any("before" in end for end in ends)

@@ -20,7 +20,7 @@ from typing import Any
 from nestpatch.channels import follow, publish  # noqa: F401
 from nestpatch.cli import main
 from nestpatch.export import adapters  # noqa: F401
-from nestpatch.patcher import apply, inplace, update, verify  # noqa: F401
+from nestpatch.patcher import apply, fleet, inplace, update, verify  # noqa: F401
 from nestpatch.views import models, packs  # noqa: F401
 
 PR_SET_PDEATHSIG = 1
@@ -45,6 +45,7 @@ def start(request: dict[str, Any]) -> dict[str, Any]:
 
 def run_command(request: dict[str, Any]) -> dict[str, Any]:
     """In the child: runs the command line with these arguments, and reports how it ended."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background of a shell
     system = ctypes.CDLL(None)
     system.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if request["powerless"]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import pytest
 
 from nestpatch import errors
 from nestpatch.channels.listing import CHANNEL_FILE
+from nestpatch.channels.readers import ChannelFile
+from nestpatch.channels.shared import SharedReader
 from nestpatch.formats import nest
 from nestpatch.patcher.ledger import read_ledger, write_ledger
 from nestpatch.patcher.state_dir import state_dir_of
@@ -55,6 +59,19 @@ def test_a_channel_that_cannot_be_reached_does_not_stop_the_others(scene: Scene,
     assert "try again" in failed["advice"]
     assert versions(scene) == {"a": "1.1.0", "no-harm": "1.0.0", "z": "1.1.0"}
     assert (told[0]["error"], told[0]["advice"]) == ("", "")
+
+
+def test_all_channels_are_asked_at_the_same_time(scene: Scene, places: tuple[str, str, str], monkeypatch: Any) -> None:
+    """Each waits until the others have been asked."""
+    together, ask = Barrier(3, timeout=20), SharedReader._ask
+
+    def waiting(reader: SharedReader) -> ChannelFile:
+        together.wait()
+        return ask(reader)
+
+    monkeypatch.setattr(SharedReader, "_ask", waiting)
+    told = update(scene.model, places, policy=scene.policy, check=True)
+    assert [(one.address, one.state) for one in told] == [(place, "available") for place in places]
 
 
 def words(places: tuple[str, ...]) -> list[str]:
