@@ -101,7 +101,7 @@ def clear(folder: Path, *patterns: str) -> None:
 def main() -> None:
     """Measures, prints the table and the JSON object."""
     options = options_of(__doc__, QUICK, rounds=3).parse_args()
-    size = "quick" if options.quick else "full"
+    size = "quick" if options.quick else "1b"
     folder = prepared("bench.onnx", size)
     clear(folder, "work-*", "new-*", "*.onnx_adapter")
     results = in_rounds(partial(one_round, folder, contenders(folder)), options.rounds)
