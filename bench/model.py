@@ -45,7 +45,7 @@ MODELS = {
     "8b": Sizes(4096, 14336, 32, 32, 8, 128256),
     "70b": Sizes(8192, 28672, 80, 64, 8, 128256),
 }
-"""The shapes of TinyLlama-1.1B, Llama-3.2-3B, Llama-3.1-8B and Llama-3.1-70B. The last two are sparse files (bench/sparse.py)."""
+"""The shapes of TinyLlama 1.1B, Llama 3.2 3B, Llama 3.1 8B and 70B. The last two are sparse files (bench/sparse.py)."""
 
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """Of Llama 3, which every converter knows."""

@@ -1,7 +1,7 @@
-"""Models of 8 and 70 billion parameters in files of holes: only the rows that a pack touches hold numbers, and take room on disk.
+"""Models of 8 and 70 billion parameters in files of holes: the rows that a pack touches hold numbers, and take room on disk.
 
-A directory of shards as transformers saves them, and a GGUF file of the types that llama.cpp's Q4_K_M mixes. nestpatch reads and
-writes the touched rows of such files, and their digests, as in any model; what it leaves alone is not there to be read.
+A directory of shards as transformers saves them, and a GGUF file of the types that llama.cpp's Q4_K_M mixes. nestpatch reads,
+hashes and writes the touched rows of such files as those of any model.
 """
 
 from __future__ import annotations

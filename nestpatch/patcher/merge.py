@@ -209,8 +209,9 @@ def rows_of(delta: TensorDelta, part: slice) -> IntArray:
 def working_bytes(info: TensorInfo) -> int:
     """Bytes that a row takes while it is merged or undone, for blocks of rows that keep memory flat (bench/large.py).
 
-    Plain rows are held as they were and as they will be, and as float32 between the two; the numbers of quantized rows are held
-    several times, as float32 and float64. Layouts that read the whole matrix for every block hold more of it (`info.chunks`).
+    Plain rows are held as they were and as they will be, and as float32 between the two, while blocks before them are still
+    being hashed and packed; the numbers of quantized rows are held several times, as float32 and float64. Layouts that read
+    the whole matrix for every block hold more of it (`info.chunks`).
 
     Args:
         info: The tensor.
@@ -219,8 +220,8 @@ def working_bytes(info: TensorInfo) -> int:
         Bytes per row.
     """
     if info.plain:
-        return (4 if info.chunks == 1 else 1) * info.row_bytes
-    return 16 * info.shape[-1]
+        return (8 if info.chunks == 1 else 1) * info.row_bytes
+    return 32 * info.shape[-1]
 
 
 def touched_blocks(delta: TensorDelta, checkpoint: Checkpoint) -> Iterator[tuple[slice, Rows]]:
