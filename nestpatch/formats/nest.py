@@ -137,6 +137,7 @@ def decode(data: bytes) -> Pack:
         PackTooNewError: It has a format version, a tensor or a field that this nestpatch does not know.
         PackContentError: Its content contradicts itself.
     """
+    data = bytes(data)  # no copy, but of a buffer that may change
     length = _head_length(data[:8], len(data))
     header, body = _parse_head(data[:length], len(data)), memoryview(data)[length:]
     metadata = header.pop("__metadata__", None)
