@@ -64,7 +64,7 @@ def update_once(model: Path, packs: Path, base: Sequence[object]) -> Run:
     return taken
 
 
-def measure_all(size: str, formats: Sequence[str], rounds: int) -> dict[str, Run]:
+def measure_all(size: str, formats: Sequence[str], rounds: int, *, updates: bool) -> dict[str, Run]:
     """The medians of the rounds; after them the files hold what they held before."""
     folder = prepared("bench.large", size)
     base, results = folder / "base", {}
@@ -73,7 +73,8 @@ def measure_all(size: str, formats: Sequence[str], rounds: int) -> dict[str, Run
         done = []
         for _ in range(rounds):
             done.append(first_three(model, folder / f"{VERSIONS[0]}.nest", options))
-            done[-1]["update"] = update_once(model, folder, options)
+            if updates:
+                done[-1]["update"] = update_once(model, folder, options)
         prefix = "" if kind == "safetensors" else f"{kind}_"
         results |= {prefix + name: medians([one[name] for one in done]) for name in done[0]}
     if digest_data(weight_files(folder)) != (folder / "base.sha256").read_text():
@@ -86,9 +87,10 @@ def main() -> None:
     parser = options_of(__doc__, readme.OPTION, rounds=1)
     parser.add_argument("--size", choices=SIZES, nargs="+", default=SIZES, help="billions of parameters")
     parser.add_argument("--format", choices=FORMATS, nargs="+", default=FORMATS, help="of the files")
+    parser.add_argument("--no-update", action="store_true", help="leave out the update, the longest step")
     options = parser.parse_args()
     for size in options.size:
-        results = measure_all(size, options.format, options.rounds)
+        results = measure_all(size, options.format, options.rounds, updates=not options.no_update)
         facts = {"parameters": parameters(size), "rounds": options.rounds}
         publish(
             f"patching {parameters(size) / 1e9:.1f} B parameters in sparse files",
@@ -102,7 +104,8 @@ def main() -> None:
             readme.keep(size, results, **facts)
 
 
-if sys.argv[1:3] == ["--step", "prepare"]:
-    prepare(sys.argv[3])
-elif __name__ == "__main__":
-    main()
+if __name__ == "__main__":
+    if sys.argv[1:3] == ["--step", "prepare"]:
+        prepare(sys.argv[3])
+    else:
+        main()

@@ -117,7 +117,8 @@ def main() -> None:
         readme.keep(size, results, parameters=parameters(size), rounds=options.rounds)
 
 
-if sys.argv[1:3] == ["--step", "prepare"]:
-    prepare(sys.argv[3])
-elif __name__ == "__main__":
-    main()
+if __name__ == "__main__":
+    if sys.argv[1:3] == ["--step", "prepare"]:
+        prepare(sys.argv[3])
+    else:
+        main()

@@ -105,7 +105,8 @@ def main() -> None:
     )
 
 
-if sys.argv[1:2] == ["--step"]:
-    prepare(Path(sys.argv[2]))
-elif __name__ == "__main__":
-    main()
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--step"]:
+        prepare(Path(sys.argv[2]))
+    else:
+        main()
