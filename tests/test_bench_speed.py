@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import merge_script, peers, readme
+from bench import large, merge_script, peers, readme
 from bench.harness import TOOL, measure_apart
 from bench.model import Sizes
 from bench.sparse import GGUF, VERSIONS, digest_data, make_sparse, weight_files
@@ -61,9 +61,9 @@ def peaks(folder: Path, kind: str) -> dict[str, float]:
 def test_memory_does_not_grow_with_the_model(sparse, kind: str) -> None:
     if kind == "gguf":
         pytest.importorskip("llama_cpp")
-    small, large = (peaks(sparse(sizes, gguf=kind == "gguf"), kind) for sizes in (NARROW, WIDE[kind]))
-    growth = {name: large[name] - small[name] for name in small}
-    assert max(growth.values()) < GROWTH_MB, (small, large)
+    narrow, wide = (peaks(sparse(sizes, gguf=kind == "gguf"), kind) for sizes in (NARROW, WIDE[kind]))
+    growth = {name: wide[name] - narrow[name] for name in narrow}
+    assert max(growth.values()) < GROWTH_MB, (narrow, wide)
 
 
 def test_a_sparse_model_has_shards_and_numbers_in_the_touched_rows(sparse) -> None:
@@ -79,6 +79,16 @@ def test_a_sparse_model_has_shards_and_numbers_in_the_touched_rows(sparse) -> No
         assert abs(float(rows.astype(np.float32).std()) - 0.02) < 0.001
         assert (ours.rows == theirs.rows).all()
         assert not (ours.delta == theirs.delta).all()
+
+
+def test_a_large_model_is_patched_and_updated_and_left_as_it_was(sparse) -> None:
+    folder = sparse(NARROW)
+    base, pack = folder / "base", folder / f"{VERSIONS[0]}.nest"
+    files = set(base.iterdir())
+    assert large.first_three(base, pack, []).keys() == {"in_place", "verify", "revert"}
+    assert large.update_once(base, folder, []).rss_mb > 20
+    assert digest_data(weight_files(folder)[:-1]) == (folder / "base.sha256").read_text()
+    assert set(base.iterdir()) == files
 
 
 def test_a_digest_of_the_data_sees_each_page_and_its_place(tmp_path: Path) -> None:
