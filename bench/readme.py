@@ -33,7 +33,7 @@ _DENSE = {
     "peft": "PEFT `merge_and_unload` and `save_pretrained`",
     "mergekit": "mergekit, its LoRA merged",
     "in_place_gguf": "apply in place, bf16 GGUF file",
-    "export_lora": "llama.cpp's `llama-export-lora`, the same file",
+    "export_lora": "llama.cpp's `llama-export-lora`, the same file; beside the row above",
 }
 _LARGE = {"in_place": "apply in place", "verify": "verify", "update": "update to the next version", "revert": "revert"}
 _FORMATS = {"": "safetensors", "gguf_": "GGUF Q4_K_M, exactly"}
@@ -75,22 +75,25 @@ def tables(found: dict[str, Measured]) -> str:
         Markdown, a table of each kind that was measured.
     """
     kinds = (
-        (_dense, [found[name] for name in ("1b", "3b") if name in found]),
-        (_large, [found[name] for name in ("8b", "70b") if name in found]),
-        (_onnx, [found[name] for name in ("onnx",) if name in found]),
+        (_dense, _labelled(found, {"1b": "1.1 B", "3b": "3.2 B"})),
+        (_large, _labelled(found, {"8b": "8 B", "70b": "70 B"})),
+        (_onnx, _labelled(found, {"onnx": "1.1 B"})),
     )
     return "\n\n".join(part for table, models in kinds if models for part in table(models))
 
 
+def _labelled(found: dict[str, Measured], labels: dict[str, str]) -> list[Measured]:
+    return [{**found[name], "label": label} for name, label in labels.items() if name in found]
+
+
 def _dense(models: Sequence[Measured]) -> tuple[str, str]:
-    head = ["", *(f"{_billions(m)} {what}" for m in models for what in ("s", "to apply", "MB"))]
+    head = ["", *(f"{model['label']}{what}" for model in models for what in (", s", ", ratio", ", MB"))]
     rows = []
     for name, label in _DENSE.items():
         if any(name in model["runs"] for model in models):
             rows.append([label, *(cell for model in models for cell in _cells(model["runs"], name))])
-    return f"bfloat16 Llamas, {_measured(models)}. The middle column is the time beside that of applying in place.", _table(
-        head, rows
-    )
+    intro = "bfloat16 Llamas; the ratio is that to applying in place, MB the peak memory"
+    return f"{intro} ({_measured(models)}):", _table(head, rows)
 
 
 def _cells(runs: dict[str, dict[str, float]], name: str) -> list[str]:
@@ -102,7 +105,7 @@ def _cells(runs: dict[str, dict[str, float]], name: str) -> list[str]:
 
 
 def _large(models: Sequence[Measured]) -> tuple[str, str]:
-    head = ["", *(f"{_billions(m)} {what}" for m in models for what in ("s", "MB"))]
+    head = ["", *(f"{model['label']}{what}" for model in models for what in (", s", ", MB"))]
     rows = []
     for prefix, kind in _FORMATS.items():
         for name, label in _LARGE.items():
@@ -110,22 +113,20 @@ def _large(models: Sequence[Measured]) -> tuple[str, str]:
             cells = [cell for run in runs for cell in _plain_cells(run)]
             if any(runs):
                 rows.append([f"{label}, {kind}", *cells])
-    what = "Sparse files with the shapes of Llama 3.1; the touched rows, 3 % of the neurons of half of the layers, hold numbers"
-    return f"{what}: {_measured(models)}.", _table(head, rows)
+    what = (
+        "Sparse files with the shapes of Llama 3.1, whose touched rows hold numbers: 3 % of the neurons in half of the layers"
+    )
+    return f"{what}\n({_measured(models)}):", _table(head, rows)
 
 
 def _onnx(models: Sequence[Measured]) -> tuple[str, str]:
     runs = models[0]["runs"]
     rows = [[label, *_plain_cells(runs[name])] for name, label in _ONNX.items() if name in runs]
-    return f"The model of {_billions(models[0])} in ONNX, {_measured(models)}.", _table(["", "s", "MB"], rows)
+    return f"The model of {models[0]['label']} in ONNX ({_measured(models)}):", _table(["", "s", "MB"], rows)
 
 
 def _plain_cells(run: dict[str, float] | None) -> list[str]:
     return ["", ""] if run is None else [_number(run["seconds"]), f"{run['rss_mb']:,.0f}"]
-
-
-def _billions(model: Measured) -> str:
-    return f"{model['parameters'] / 1e9:.1f} B" if model["parameters"] < 5e9 else f"{model['parameters'] / 1e9:.0f} B"
 
 
 def _number(value: float) -> str:
@@ -133,13 +134,20 @@ def _number(value: float) -> str:
 
 
 def _measured(models: Sequence[Measured]) -> str:
-    """When, where and how often; each fact once where it is the same for all."""
-    return "; ".join(dict.fromkeys(f"{m['date']}, {m['machine']}, medians of {m['rounds']}" for m in models))
+    """When, where and how often, each model by itself where they differ."""
+    facts = {model["label"]: f"{model['date']}, {model['machine']}, {_rounds(model['rounds'])}" for model in models}
+    if len(set(facts.values())) == 1:
+        return next(iter(facts.values()))
+    return "; ".join(f"{label}: {fact}" for label, fact in facts.items())
+
+
+def _rounds(count: int) -> str:
+    return f"medians of {count} rounds" if count > 1 else "one round"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
+    return "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in lines)
 
 
 if __name__ == "__main__":
