@@ -40,13 +40,15 @@ site: $(STAMP)
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz_readers --seconds 60
 
-# What takes minutes; bench/README.md names the others.
+# What takes minutes, and README's tables of speed; bench/README.md names the others.
 bench: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m bench.demo --lab
-	$(BIN)/python -m bench.patch
+	$(BIN)/python -m bench.patch --readme
+	$(BIN)/python -m bench.patch --size 3b --readme
+	$(BIN)/python -m bench.large --readme
 	$(BIN)/python -m bench.gguf
-	$(BIN)/python -m bench.onnx
+	$(BIN)/python -m bench.onnx --readme
 	$(BIN)/python -m bench.update
 
 clean:

@@ -79,7 +79,7 @@ def main() -> None:
     parser = options_of(__doc__, QUICK)
     parser.add_argument("--llama-cpp", type=Path, help="a checkout of llama.cpp, whose converter is the peer")
     options = parser.parse_args()
-    size = "quick" if options.quick else "full"
+    size = "quick" if options.quick else "1b"
     folder = prepared("bench.gguf", size)
     results = in_rounds(partial(one_round, folder, contenders(folder, options.llama_cpp)), options.rounds)
     forget(folder / "base")

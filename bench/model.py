@@ -6,22 +6,46 @@ import json
 import math
 import shutil
 import struct
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from bench.harness import digest_file
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Rows = dict[str, npt.NDArray[np.int64]]
 
 SHARE, CLUSTERS = 0.015, 6
 """Neurons of each layer that the pack changes, and deltas of each projection."""
 WEIGHT_STD, DELTA_STD = 0.02, 0.0006
 """Deltas have 3 % of the weights' RMS."""
-CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False, "dtype": "bfloat16"}
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"}
+PATCHED = ("gate", "up")
+
+
+class Sizes(NamedTuple):
+    """What determines the shapes of a Llama."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    tie_word_embeddings: bool = False
+
+
 MODELS = {
-    "full": (2048, 5632, 22, 32, 4, 32000),
-    "quick": (768, 2048, 12, 12, 4, 32000),
-    "large": (3072, 8192, 34, 24, 8, 128256),
+    "quick": Sizes(768, 2048, 12, 12, 4, 32000),
+    "1b": Sizes(2048, 5632, 22, 32, 4, 32000),
+    "3b": Sizes(3072, 8192, 28, 24, 8, 128256, tie_word_embeddings=True),
+    "8b": Sizes(4096, 14336, 32, 32, 8, 128256),
+    "70b": Sizes(8192, 28672, 80, 64, 8, 128256),
 }
-"""The large one is zeros, and holes on disk: does memory grow with the model?"""
+"""The shapes of TinyLlama 1.1B, Llama 3.2 3B, Llama 3.1 8B and 70B. The last two are sparse files (bench/sparse.py)."""
 
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """Of Llama 3, which every converter knows."""
@@ -31,43 +55,53 @@ QUICK = {"--quick": "about 0.1 B parameters instead of 1.1 B"}
 """The flag for the smaller one."""
 
 
-def shapes_of(sizes: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+def shapes_of(sizes: Sizes) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape of a Llama."""
-    hidden, wide, layers, heads, kv_heads, vocab = sizes
+    hidden, wide, layers, heads, kv_heads, vocab, tied = sizes
     kv = hidden // heads * kv_heads
     layer = {
-        **{f"mlp.{part}_proj": (wide, hidden) for part in ("gate", "up")},
+        **{f"mlp.{part}_proj": (wide, hidden) for part in PATCHED},
         **{f"self_attn.{part}_proj": (kv, hidden) for part in "kv"},
         **{f"self_attn.{part}_proj": (hidden, hidden) for part in "oq"},
         **{f"{part}_layernorm": (hidden,) for part in ("input", "post_attention")},
         "mlp.down_proj": (hidden, wide),
     }
     inner = {f"model.layers.{n}.{part}": shape for n in range(layers) for part, shape in layer.items()}
-    shapes = {"model.embed_tokens": (vocab, hidden), **inner, "model.norm": (hidden,), "lm_head": (vocab, hidden)}
+    shapes = {"model.embed_tokens": (vocab, hidden), **inner, "model.norm": (hidden,)}
+    if not tied:
+        shapes["lm_head"] = (vocab, hidden)
     return {f"{name}.weight": shape for name, shape in shapes.items()}
 
 
-def write_model(folder: Path, sizes: tuple[int, ...], *, sparse: bool) -> None:
-    """A random model, tensor by tensor, or one of zeros."""
-    import ml_dtypes
-    import numpy as np
-
+def safetensors_header(shapes: Mapping[str, tuple[int, ...]]) -> tuple[bytes, int]:
+    """(what precedes the tensors of a bfloat16 file, bytes of the tensors)."""
     header, end = {}, 0
-    for name, shape in shapes_of(sizes).items():
+    for name, shape in shapes.items():
         start, end = end, end + 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
     text += b" " * (-len(text) % 64)
-    random = np.random.default_rng(0)
+    return struct.pack("<Q", len(text)) + text, end
+
+
+def write_config(folder: Path, sizes: Sizes) -> None:
+    """The config.json of a model."""
+    (folder / "config.json").write_text(json.dumps(CONFIG | sizes._asdict()))
+
+
+def write_model(folder: Path, sizes: Sizes) -> None:
+    """A random model, tensor by tensor."""
+    import ml_dtypes
+    import numpy as np
+
+    shapes, random = shapes_of(sizes), np.random.default_rng(0)
     with open(folder / "model.safetensors", "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        if sparse:
-            file.truncate(file.tell() + end)
-        for shape in () if sparse else shapes_of(sizes).values():
+        file.write(safetensors_header(shapes)[0])
+        for shape in shapes.values():
             norm = len(shape) == 1
             values = np.ones(shape) if norm else random.standard_normal(shape, np.float32) * np.float32(WEIGHT_STD)
             file.write(values.astype(ml_dtypes.bfloat16).view(np.uint8).data)
-    (folder / "config.json").write_text(json.dumps(CONFIG | dict(zip(SIZES, sizes, strict=True))))
+    write_config(folder, sizes)
 
 
 def write_tokenizer(model: Path) -> None:
@@ -90,8 +124,26 @@ def write_tokenizer(model: Path) -> None:
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}))
 
 
-def write_pack(model: Path, path: Path) -> None:
-    """Random deltas on random rows of all gate and up projections."""
+def touched_rows(sizes: Sizes, share: float = SHARE, layers: Iterable[int] | None = None) -> Rows:
+    """Tensor name -> the rows that packs change: the same neurons in the gate and up projections of a layer.
+
+    Args:
+        sizes: Of the model.
+        share: Of the neurons of a layer.
+        layers: Which layers; all when None.
+    """
+    import numpy as np
+
+    random, found = np.random.default_rng(1), {}
+    for layer in range(sizes.num_hidden_layers) if layers is None else layers:
+        wide = sizes.intermediate_size
+        rows = np.sort(random.choice(wide, round(share * wide), replace=False))
+        found |= {f"model.layers.{layer}.mlp.{part}_proj.weight": rows for part in PATCHED}
+    return found
+
+
+def write_pack(model: Path, rows: Rows, path: Path, version: str = "1.0.0") -> None:
+    """Random deltas on the rows."""
     import numpy as np
 
     from nestpatch.formats import nest
@@ -101,37 +153,42 @@ def write_pack(model: Path, path: Path) -> None:
     from nestpatch.rows import DTYPES
 
     checkpoint, random, tensors = open_checkpoint(model), np.random.default_rng(1), []
-    for name in (name for name in checkpoint.tensors() if "gate_proj" in name or "up_proj" in name):
-        info = checkpoint.info(name)
-        neurons = round(SHARE * info.rows)
-        rows = np.sort(random.choice(info.rows, neurons, replace=False))
-        change = (DELTA_STD * random.standard_normal((CLUSTERS, info.shape[1]))).astype(DTYPES["BF16"])
-        tensors.append(pack_tensor(checkpoint, name, rows, change, cluster=np.arange(neurons) % CLUSTERS))
-    label = Label("bench", description="random", license="Apache-2.0")
+    for name, chosen in rows.items():
+        change = (DELTA_STD * random.standard_normal((CLUSTERS, checkpoint.info(name).shape[1]))).astype(DTYPES["BF16"])
+        tensors.append(pack_tensor(checkpoint, name, chosen, change, cluster=np.arange(len(chosen)) % CLUSTERS))
+    label = Label("no-harm", version, description="random", license="Apache-2.0")
     pack = build_pack(tensors, label, model_id="bench/random", architecture="LlamaForCausalLM")
     nest.write(pack, path, overwrite=True)
 
 
 def forget(model: Path) -> None:
-    """Removes what nestpatch keeps of a model."""
-    (model / "nestpatch.json").unlink(missing_ok=True)
-    shutil.rmtree(model / ".nestpatch", ignore_errors=True)
+    """Removes what nestpatch keeps of a model, a directory or a file."""
+    ledger, state = (model / "nestpatch.json", model / ".nestpatch")
+    if not model.is_dir():
+        ledger, state = model.with_name(f"{model.name}.nestpatch.json"), model.with_name(f".{model.name}.nestpatch")
+    ledger.unlink(missing_ok=True)
+    shutil.rmtree(state, ignore_errors=True)
+
+
+def place_of(sizes: Sizes) -> Path:
+    """Where a model is kept between runs."""
+    from nestpatch.lab.build import cache_folder
+
+    return cache_folder() / "bench" / "-".join(map(str, sizes[:6]))
 
 
 def cached_model(size: str) -> Path:
-    """The folder of a model: base/ and patch.nest in it, made where they are missing or damaged."""
-    from nestpatch.lab.build import cache_folder
-
+    """The folder of a dense model: base/ and patch.nest in it, made where they are missing or damaged."""
     sizes = MODELS[size]
-    folder = cache_folder() / "bench" / "-".join(map(str, sizes))
+    folder = place_of(sizes)
     model, card = folder / "base", folder / "base.sha256"
     if not card.is_file() or card.read_text() != digest_file(model / "model.safetensors"):  # the card is written last
         shutil.rmtree(folder, ignore_errors=True)
         model.mkdir(parents=True)
-        write_model(model, sizes, sparse=size == "large")
+        write_model(model, sizes)
         card.write_text(digest_file(model / "model.safetensors"))
     forget(model)
-    write_pack(model, folder / "patch.nest")
+    write_pack(model, touched_rows(sizes), folder / "patch.nest")
     return folder
 
 

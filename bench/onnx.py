@@ -14,6 +14,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from bench import readme
 from bench.harness import TOOL, Run, digest_file, in_rounds, measure, options_of, prepared, publish, ratios_of
 from bench.model import QUICK, cached_model, forget, parameters, write_tokenizer
 
@@ -100,8 +101,8 @@ def clear(folder: Path, *patterns: str) -> None:
 
 def main() -> None:
     """Measures, prints the table and the JSON object."""
-    options = options_of(__doc__, QUICK, rounds=3).parse_args()
-    size = "quick" if options.quick else "full"
+    options = options_of(__doc__, QUICK | readme.OPTION, rounds=3).parse_args()
+    size = "quick" if options.quick else "1b"
     folder = prepared("bench.onnx", size)
     clear(folder, "work-*", "new-*", "*.onnx_adapter")
     results = in_rounds(partial(one_round, folder, contenders(folder)), options.rounds)
@@ -124,6 +125,8 @@ def main() -> None:
         },
         log=options.log,
     )
+    if options.readme and not options.quick:
+        readme.keep("onnx", results, parameters=parameters(size), rounds=options.rounds)
 
 
 if sys.argv[1:2] == ["--step"]:

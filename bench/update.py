@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from bench.harness import TOOL, Run, measure, medians, options_of, publish
@@ -97,21 +99,28 @@ class Fleet:
         shutil.rmtree(self.folder / "user" / "channels")
 
 
+@contextmanager
+def local_hub(folder: Path) -> Iterator[Hub]:
+    """A Hub that processes started meanwhile find, with a home of nestpatch of their own."""
+    hub, before = Hub(folder / "hub"), dict(os.environ)
+    hub.start()
+    (folder / "user").mkdir(exist_ok=True)
+    mine = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf"), "NESTPATCH_HOME": str(folder / "user")}
+    os.environ.update(mine | {"HF_HUB_DISABLE_XET": "1", "HF_TOKEN": WRITER, "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0"})
+    try:
+        yield hub
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        hub.stop()
+
+
 def main() -> None:
     """Measures, prints the table and the JSON object."""
     options = options_of(__doc__).parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        hub = Hub(folder / "hub")
-        hub.start()
-        mine = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf"), "NESTPATCH_HOME": str(folder / "user")}
-        (folder / "user").mkdir(exist_ok=True)
-        os.environ.update(
-            mine | {"HF_HUB_DISABLE_XET": "1", "HF_TOKEN": WRITER, "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0"}
-        )
-        fleet = Fleet(folder, hub)
+    with tempfile.TemporaryDirectory() as name, local_hub(Path(name)) as hub:
+        fleet = Fleet(Path(name), hub)
         rounds = [fleet.one_round() | fleet.round_of_the_host() for _ in range(options.rounds + 1)][1:]
-        hub.stop()
     results = {name: medians([done[name][0] for done in rounds]) for name in rounds[0]}
     requests = {name: max(done[name][1] for done in rounds) for name in rounds[0]}
     counted = "; ".join(f"{name}: {count}" for name, count in requests.items())
@@ -126,7 +135,8 @@ def main() -> None:
     )
 
 
-if sys.argv[1:2] == ["--step"]:
-    prepare(Path(sys.argv[2]))
-elif __name__ == "__main__":
-    main()
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--step"]:
+        prepare(Path(sys.argv[2]))
+    else:
+        main()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
@@ -155,13 +155,18 @@ def sweep_writes(path: Path) -> None:
 
 
 def write_bytes(
-    path: Path, data: bytes, *, overwrite: bool = False, mode: int = 0o666, owner: tuple[int, int] | None = None
+    path: Path,
+    data: bytes | Iterable[bytes | memoryview],
+    *,
+    overwrite: bool = False,
+    mode: int = 0o666,
+    owner: tuple[int, int] | None = None,
 ) -> None:
     """Writes a small file whole or not at all.
 
     Args:
         path: The file.
-        data: Its content.
+        data: Its content, or the parts of it in order.
         overwrite: Whether a file there is replaced.
         mode: Its permissions, less the umask, from the first byte on.
         owner: (user, group) to give it to; only root can.
@@ -175,6 +180,6 @@ def write_bytes(
     ):
         if owner is not None:
             os.fchown(file.fileno(), *owner)
-        file.write(data)
+        file.writelines([data] if isinstance(data, bytes) else data)
         file.flush()
         os.fsync(file.fileno())

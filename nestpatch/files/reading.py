@@ -21,13 +21,13 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import FileIO
+from io import BytesIO, FileIO
 from pathlib import Path
 from typing import Any, NoReturn
 
 from nestpatch.errors import CheckpointFormatError, NestpatchError
 
-BLOCK = 16 << 20
+BLOCK = 1 << 20
 """Bytes read at a time, so that a limit costs no memory that the file does not fill."""
 MAX_JSON = 64 << 20
 """Bytes of a JSON file in a model's folder. The largest are vocabularies: the tokenizer.json of Gemma 3 has 33 MB."""
@@ -149,14 +149,15 @@ def read_open(file: FileIO, limit: int, path: str | Path) -> bytes:
     too_long = f"it is too long: at most {limit} bytes are allowed"
     if os.fstat(file.fileno()).st_size > limit:
         _refuse(errno.EFBIG, too_long, path)
-    blocks, left = [], limit
+    # Not a list of blocks: joining them would hold the content twice.
+    content, left = BytesIO(), limit
     # The size is no promise: files of /proc have none, and others grow.
     while block := file.read(min(BLOCK, left + 1)):
         left -= len(block)
         if left < 0:
             _refuse(errno.EFBIG, too_long, path)
-        blocks.append(block)
-    return b"".join(blocks)
+        content.write(block)
+    return content.getvalue()
 
 
 def read_json(path: Path, *, missing: Any = None) -> Any:

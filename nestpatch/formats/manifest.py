@@ -58,12 +58,12 @@ def canonical_json(value: Any) -> str:
         The text.
 
     Raises:
-        PackContentError: JSON cannot hold the value (NaN, infinity, lone surrogates, other types).
+        PackContentError: JSON cannot hold the value (NaN, infinity, lone surrogates, other types), or it is nested too deeply.
     """
     try:
         text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         text.encode("utf-8")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise PackContentError(f"the manifest cannot be written as JSON: {error}") from error
     return text
 

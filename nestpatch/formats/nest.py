@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from io import BufferedReader
 from pathlib import Path
@@ -58,6 +58,21 @@ def encode(pack: Pack) -> bytes:
     Raises:
         PackContentError: The header or the file would be too long.
     """
+    return b"".join(encoded(pack))
+
+
+def encoded(pack: Pack) -> Iterator[bytes | memoryview]:
+    """Encodes a pack in parts: comparing, hashing and writing it need no copy of the whole.
+
+    Args:
+        pack: The pack.
+
+    Yields:
+        The bytes of its `.nest` file, in order.
+
+    Raises:
+        PackContentError: As `encode`.
+    """
     arrays = {f"{d.name}:{part}": np.ascontiguousarray(array) for d in pack for part, array in parts(d).items()}
     if pack.detector_weight is not None:
         arrays[_DETECTOR] = np.ascontiguousarray(pack.detector_weight)
@@ -77,7 +92,8 @@ def encode(pack: Pack) -> bytes:
         raise PackContentError(f"the header would have {len(text)} bytes; {MAX_HEADER} are allowed")
     if 8 + len(text) + offset > MAX_PACK:
         raise PackContentError(f"the pack would have {8 + len(text) + offset} bytes; {MAX_PACK} are allowed")
-    return struct.pack("<Q", len(text)) + text + b"".join(arrays[name].tobytes() for name in order)
+    yield struct.pack("<Q", len(text)) + text
+    yield from (arrays[name].reshape(-1).view(np.uint8).data for name in order)
 
 
 def parts(delta: TensorDelta) -> dict[str, npt.NDArray[Any]]:
@@ -101,7 +117,10 @@ def pack_id(pack: Pack) -> str:
     Returns:
         The SHA-256 of its `.nest` file, in hex.
     """
-    return sha256(encode(pack)).hexdigest()
+    state = sha256()
+    for part in encoded(pack):
+        state.update(part)
+    return state.hexdigest()
 
 
 def decode(data: bytes) -> Pack:
@@ -111,13 +130,14 @@ def decode(data: bytes) -> Pack:
         data: Its bytes.
 
     Returns:
-        The pack; its arrays are copies.
+        The pack; its arrays are views of the bytes.
 
     Raises:
         PackFormatError: The file is not a pack, or not in canonical form.
         PackTooNewError: It has a format version, a tensor or a field that this nestpatch does not know.
         PackContentError: Its content contradicts itself.
     """
+    data = bytes(data)  # no copy, but of a buffer that may change
     length = _head_length(data[:8], len(data))
     header, body = _parse_head(data[:length], len(data)), memoryview(data)[length:]
     metadata = header.pop("__metadata__", None)
@@ -134,9 +154,18 @@ def decode(data: bytes) -> Pack:
         raise PackContentError(f"the format {named} of the pack does not have what it holds: {pack.additions[0]}")
     if pack.format != named:
         raise PackContentError(f"the pack holds nothing that needs {named}: its format must be {pack.format}")
-    if encode(pack) != data:
+    if not _is_encoding(pack, data):
         raise PackFormatError("the file is not in canonical form (order, padding, alignment or manifest)")
     return pack
+
+
+def _is_encoding(pack: Pack, data: bytes) -> bool:
+    found, end = np.frombuffer(data, np.uint8), 0
+    for part in encoded(pack):
+        start, end = end, end + len(part)
+        if not np.array_equal(np.frombuffer(part, np.uint8), found[start:end]):
+            return False
+    return end == len(data)
 
 
 def _deltas(arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[TensorDelta, ...]:
@@ -172,9 +201,9 @@ def read_bytes(path: str | Path) -> bytes:
         with open_regular(path) as raw, BufferedReader(raw) as file:
             size = os.fstat(raw.fileno()).st_size
             prefix = file.read(8)
-            head = prefix + file.read(_head_length(prefix, size) - 8)
-            _parse_head(head, size)
-            return head + file.read(size - len(head))
+            _parse_head(prefix + file.read(_head_length(prefix, size) - 8), size)
+            file.seek(0)
+            return file.read(size)
     except OSError as error:
         raise PackError(f"cannot read the pack {path}: {error.strerror or error}", advice="Check the path.") from error
     except PackError as error:
@@ -215,9 +244,9 @@ def write(pack: Pack, path: str | Path, *, overwrite: bool = False) -> str:
         OutputError: The path exists already, or cannot be written.
         PackContentError: As `encode`.
     """
-    data = encode(pack)
-    write_bytes(Path(path), data, overwrite=overwrite)
-    return sha256(data).hexdigest()
+    identity = pack_id(pack)
+    write_bytes(Path(path), encoded(pack), overwrite=overwrite)
+    return identity
 
 
 def _head_length(prefix: bytes, size: int) -> int:
@@ -274,5 +303,4 @@ def _array(name: str, entry: Mapping[str, Any], body: memoryview) -> npt.NDArray
         raise PackFormatError(f"tensor {name!r}: shape and dtype need {nbytes} bytes, it has {stop - start}")
     if max(shape, default=0) >= _MAX_SIDE:
         raise PackFormatError(f"tensor {name!r} has an impossible shape")
-    # A copy: aligned, and independent of the file's bytes.
-    return np.frombuffer(bytes(body[start:stop]), dtype).reshape(shape)
+    return np.frombuffer(body[start:stop], dtype).reshape(shape)

@@ -31,6 +31,7 @@ from nestpatch.errors import CheckpointError, InPlaceError, JournalError
 from nestpatch.files.atomic import sync_folder
 from nestpatch.files.reading import open_regular
 from nestpatch.formats.checkpoint import CHUNK, Checkpoint, IntArray, TensorInfo
+from nestpatch.patcher.merge import working_bytes
 from nestpatch.patcher.state_dir import TRANSACTION, UNDO, StateDir
 from nestpatch.rows import Rows
 from nestpatch.signing.machine import is_ours, seal
@@ -162,7 +163,7 @@ def write_journal(
         put(MAGIC + struct.pack("<Q", len(header)) + header)
         for region in regions:
             put(np.ascontiguousarray(region.rows, "<i8").data)
-            for _, rows in checkpoint.iter_rows(region.info.name, region.rows):
+            for _, rows in checkpoint.iter_rows(region.info.name, region.rows, row_bytes=working_bytes(region.info)):
                 put(rows.view(np.uint8).data)
         digest = state.digest()
         file.write(digest + (bytes.fromhex(seal("journal", state_dir.folder, digest)) or bytes(_DIGEST)))

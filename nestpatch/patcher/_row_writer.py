@@ -20,7 +20,7 @@ from nestpatch.pack import Pack
 from nestpatch.patcher._rollback import sync_files
 from nestpatch.patcher._undo import MAGIC, TensorPacker, UndoReader, checksums, residual, restored
 from nestpatch.patcher.ledger import LedgerEntry, TensorRecord
-from nestpatch.patcher.merge import QuantizedMerge, Retention, rows_of
+from nestpatch.patcher.merge import QuantizedMerge, Retention, rows_of, working_bytes
 from nestpatch.patcher.plan import MergedBlock, merged_blocks
 
 _SYNC_STRIDE = 8
@@ -136,7 +136,7 @@ class RowWriter:
 
     def _restore(self, delta: TensorDelta, entry: LedgerEntry, reader: UndoReader) -> None:
         info, record = self.checkpoint.info(delta.name), entry.tensors[delta.name]
-        parts = list(info.blocks(delta.neurons))
+        parts = list(info.blocks(delta.neurons, working_bytes(info)))
         residuals = reader.residuals(delta.name, (info.row_bytes * (part.stop - part.start) for part in parts))
         found, back = sha256(), sha256()
         for part, data in zip(parts, residuals, strict=True):

@@ -134,9 +134,11 @@ class TensorPacker:
         Args:
             file: The record. It begins with MAGIC, and the parts follow in the order of the pack's tensors.
         """
-        packed = b"".join([*self._packed, self._squeeze.flush()])
+        # Not joined: of quantized rows these are megabytes.
+        packed = [*self._packed, self._squeeze.flush()]
         table = np.stack([np.concatenate(sums) for sums in self._sums]).astype("<u8").tobytes()
-        file.writelines(struct.pack("<Q", len(part)) + part for part in (packed, table))
+        for part in (packed, [table]):
+            file.writelines([struct.pack("<Q", sum(map(len, part))), *part])
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from nestpatch.patcher._undo import UndoReader, bits, checksums, restored
 from nestpatch.patcher.findings import Finding, State, evidence_of
 from nestpatch.patcher.identity import examine, is_base
 from nestpatch.patcher.ledger import LedgerEntry
-from nestpatch.patcher.merge import FROM_ROWS, LEAST_RETENTION, QuantizedMerge, Retention, fitted, merged_rows
+from nestpatch.patcher.merge import FROM_ROWS, LEAST_RETENTION, QuantizedMerge, Retention, fitted, merged_rows, working_bytes
 from nestpatch.patcher.state_dir import StateDir
 from nestpatch.rows import Rows, digest, united
 
@@ -331,7 +331,7 @@ def _is_remade(checkpoint: Checkpoint, layer: Layer, original: Rows, current: Ro
     info: TensorInfo = fitted(checkpoint, delta, quantized.base)
     total = Retention()
     try:
-        for part in info.blocks(delta.neurons):
+        for part in info.blocks(delta.neurons, working_bytes(info)):
             made, retention = merged_rows(info, delta, dtype, part, original[part], layer.entry.strength, quantized)
             total += retention
             if not np.array_equal(bits(made), bits(np.ascontiguousarray(current[part]))):

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
 from nestpatch.errors import LedgerError, PackError, SignatureError, SignatureFormatError, StateError, UndoError
 from nestpatch.files.atomic import write_bytes
-from nestpatch.files.reading import read_bounded
+from nestpatch.files.reading import BLOCK, open_regular, read_bounded
 from nestpatch.formats import nest
 from nestpatch.pack import Pack
 from nestpatch.patcher.ledger import LedgerEntry
@@ -43,12 +43,18 @@ def keep(state_dir: StateDir, pack: Pack, pack_id: str, origin: Origin) -> None:
     """
     kept = state_dir.pack(pack_id)
     signatures = {suffix: content for suffix, content in origin.signatures.items() if _SUFFIX.fullmatch(suffix)}
-    for suffix, data in {"": nest.encode(pack), **signatures}.items():
+    if _digest(kept) != pack_id:
+        _replace(kept, nest.encoded(pack), state_dir)
+    for suffix, data in signatures.items():
         file = kept.with_name(f"{kept.name}{suffix}")
         if _read(file) != data:
-            if os.path.lexists(file) and not file.is_file() and not file.is_dir():
-                file.unlink()  # a pipe or a dangling link under the name of a kept file
-            write_bytes(file, data, overwrite=True, owner=state_dir.owner)
+            _replace(file, data, state_dir)
+
+
+def _replace(file: Path, data: bytes | Iterable[bytes | memoryview], state_dir: StateDir) -> None:
+    if os.path.lexists(file) and not file.is_file() and not file.is_dir():
+        file.unlink()  # a pipe or a dangling link under the name of a kept file
+    write_bytes(file, data, overwrite=True, owner=state_dir.owner)
 
 
 def load_pack(state_dir: StateDir, pack_id: str, label: str) -> Pack:
@@ -163,6 +169,18 @@ def _read_checked(path: Path, pack_id: str, what: str) -> bytes:
             advice="Apply the pack's file again: nestpatch apply MODEL PACK --in-place restores the copy.",
         )
     return data
+
+
+def _digest(file: Path) -> str:
+    """SHA-256 of a kept file, block by block; empty where it cannot be read."""
+    state = sha256()
+    try:
+        with open_regular(file, follow=False) as raw:
+            while block := raw.read(BLOCK):
+                state.update(block)
+    except OSError:
+        return ""
+    return state.hexdigest()
 
 
 def _read(file: Path) -> bytes | None:

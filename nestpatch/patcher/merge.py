@@ -147,14 +147,21 @@ def merged_rows(
 
 
 def _noise(info: TensorInfo, delta: TensorDelta, part: slice, rows: FloatArray) -> FloatArray:
-    """Uniform over one quantization step of each element's neighbours, float32 like `rows`; the same at every run."""
-    seed = sha256(f"{delta.name} {part.start}".encode() + delta.rows[part].tobytes()).digest()
-    random = np.random.default_rng(np.frombuffer(seed, np.uint64))
+    """Uniform over one quantization step of each element's neighbours, float32 like `rows`; the same at every run.
+
+    Each row has a seed of its own, so that the noise does not depend on how rows are cut into blocks.
+    """
     width, span = rows.shape[1], info.coding.span
     padded = np.pad(np.abs(rows), ((0, 0), (0, -width % span))).reshape(len(rows), -1, span)
     step = np.repeat(2 * padded.max(axis=2) / info.coding.steps, span, axis=1)[:, :width]
-    scaled: FloatArray = (random.random(rows.shape, np.float32) - np.float32(0.5)) * step
+    uniform = np.stack([_generator(delta.name, row).random(width, np.float32) for row in delta.rows[part].tolist()])
+    scaled: FloatArray = (uniform - np.float32(0.5)) * step
     return scaled
+
+
+def _generator(tensor: str, row: int) -> np.random.Generator:
+    """The random numbers of one row."""
+    return np.random.default_rng(np.frombuffer(sha256(f"{tensor} {row}".encode()).digest(), np.uint64))
 
 
 def require_retention(retentions: dict[str, Retention], label: str) -> None:
@@ -200,7 +207,11 @@ def rows_of(delta: TensorDelta, part: slice) -> IntArray:
 
 
 def working_bytes(info: TensorInfo) -> int:
-    """Bytes that a row takes while it is processed: quantized ones become float32.
+    """Bytes that a row takes while it is merged or undone, for blocks of rows that keep memory flat (bench/large.py).
+
+    Plain rows are held as they were and as they will be, and as float32 between the two, while blocks before them are still
+    being hashed and packed; the numbers of quantized rows are held several times, as float32 and float64. Layouts that read
+    the whole matrix for every block hold more of it (`info.chunks`).
 
     Args:
         info: The tensor.
@@ -208,7 +219,9 @@ def working_bytes(info: TensorInfo) -> int:
     Returns:
         Bytes per row.
     """
-    return info.row_bytes if info.plain else 4 * info.shape[-1]
+    if info.plain:
+        return (8 if info.chunks == 1 else 1) * info.row_bytes
+    return 32 * info.shape[-1]
 
 
 def touched_blocks(delta: TensorDelta, checkpoint: Checkpoint) -> Iterator[tuple[slice, Rows]]:

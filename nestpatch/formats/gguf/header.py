@@ -35,7 +35,7 @@ _MAX_NAMES = 1 << 16
 MAX_DIMENSIONS = 4
 _MAX_ITEMS = 1 << 22
 """Values of an array that is read. The largest vocabularies have some 300,000 tokens, and somewhat more merges."""
-STRETCH = 4 << 20
+STRETCH = 1 << 20
 """Bytes read at a time."""
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -68,28 +68,39 @@ class Header:
 
 
 class _Cursor:
-    """The beginning of the file, read as far as it is needed."""
+    """The beginning of the file, read as far as it is needed; what has been passed is dropped, as vocabularies are long."""
 
     def __init__(self, file: FileIO, size: int) -> None:
         self.file, self.size = file, size
         self.data = bytearray()
+        self.begin = 0
+        """Where `data` begins in the file."""
         self.at = 0
+        """Position in the file."""
         self.arrays = 0
 
     def need(self, count: int) -> int:
-        """Loads the next `count` bytes and moves past them; returns their position."""
+        """Loads the next `count` bytes and moves past them; returns where they are in `data`."""
         start, end = self.at, self.at + count
         if end > self.size:
             raise ValueError("the file ends inside its header")
         if end > MAX_HEADER:
             raise ValueError(f"the header is longer than {MAX_HEADER} bytes")
-        while end > len(self.data):
-            block = self.file.read(max(STRETCH, end - len(self.data)))
+        if end > self.begin + len(self.data):
+            self._load(end)
+        self.at = end
+        return start - self.begin
+
+    def _load(self, end: int) -> None:
+        """Keeps the file from the position to `end` at least."""
+        del self.data[: self.at - self.begin]
+        self.begin = self.at
+        self.file.seek(self.begin + len(self.data))
+        while end > self.begin + len(self.data):
+            block = self.file.read(max(STRETCH, end - self.begin - len(self.data)))
             if not block:
                 raise ValueError("the file ends inside its header")
             self.data += block
-        self.at = end
-        return start
 
     def number(self, code: str) -> Any:
         return struct.unpack_from(code, self.data, self.need(struct.calcsize(code)))[0]
@@ -103,16 +114,16 @@ class _Cursor:
 
     def skip_strings(self, count: int) -> None:
         """Moves past strings, of which there may be hundreds of thousands."""
-        unpack, position = struct.Struct("<Q").unpack_from, self.at
+        unpack, position = struct.Struct("<Q").unpack_from, self.at - self.begin
         for _ in range(count):
             if position + 8 > len(self.data):
-                self.at = position
-                self.need(8)
+                self.at = self.begin + position
+                position = self.need(8)
             length: int = unpack(self.data, position)[0]
             if length > _MAX_STRING:
                 raise ValueError(f"a string claims {length} bytes")
             position += 8 + length
-        self.at = position
+        self.at = self.begin + position
         self.need(0)
 
 
