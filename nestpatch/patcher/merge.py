@@ -8,15 +8,17 @@ survives rounding is measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nestpatch.delta import TensorDelta
 from nestpatch.errors import PackContentError, QuantizationError
+from nestpatch.files.threads import beside
 from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.rows import DTYPES, FloatArray, Rows, merge
@@ -104,7 +106,14 @@ def fitted(checkpoint: Checkpoint, delta: TensorDelta, base: Checkpoint | None) 
 
 
 def merged_rows(
-    info: TensorInfo, delta: TensorDelta, dtype: str, part: slice, stored: Rows, strength: float, quantized: QuantizedMerge
+    info: TensorInfo,
+    delta: TensorDelta,
+    dtype: str,
+    part: slice,
+    stored: Rows,
+    change: FloatArray,
+    strength: float,
+    quantized: QuantizedMerge,
 ) -> tuple[Rows, Retention]:
     """What some touched rows must hold after a merge, from what they hold now.
 
@@ -114,6 +123,7 @@ def merged_rows(
         dtype: The dtype of the tensor in the pack's base.
         part: Which of the delta's rows `stored` holds.
         stored: [rows, in_features] in the stored dtype, or uint8 [rows, row_bytes].
+        change: float32 [rows, in_features], the delta of these rows written out.
         strength: Multiplies the delta.
         quantized: What may be used for rounded rows.
 
@@ -124,7 +134,6 @@ def merged_rows(
         PackContentError: A sum leaves the range of the dtype.
         QuantizationError: Rows of this type cannot be quantized here.
     """
-    change = delta.dense(part.start, part.stop)
     # Quantized rows, and with a base also those of another dtype, are made anew; all others follow the merge rule. Where the
     # pack's base is quantized, float rows have lost nothing that a float base could give back.
     if info.plain and (quantized.base is None or info.dtype == dtype or dtype not in DTYPES):
@@ -222,6 +231,34 @@ def touched_blocks(delta: TensorDelta, checkpoint: Checkpoint) -> Iterator[tuple
         An iterator over (part of the delta's rows, their content).
     """
     return checkpoint.iter_rows(delta.name, delta.rows, row_bytes=working_bytes(checkpoint.info(delta.name)))
+
+
+def row_digests(checkpoint: Checkpoint, deltas: Iterable[TensorDelta]) -> Iterator[str]:
+    """The SHA-256 of the rows that a pack touches, tensor by tensor. They are hashed beside the reading of the next ones.
+
+    Args:
+        checkpoint: The model.
+        deltas: The pack's changes of some tensors.
+
+    Yields:
+        Hex digests of the rows as they are stored, in the order of the deltas.
+
+    Raises:
+        CheckpointFormatError: A tensor has no rows that can be patched, or the file ends before them.
+    """
+
+    def add(read: tuple[Any, Rows, bool]) -> str | None:
+        state, rows, last = read
+        state.update(rows.view(np.uint8).data)
+        return str(state.hexdigest()) if last else None
+
+    def blocks() -> Iterator[tuple[Any, Rows, bool]]:
+        for delta in deltas:
+            state = sha256()
+            for part, rows in touched_blocks(delta, checkpoint):
+                yield state, rows, part.stop == delta.neurons
+
+    yield from (found for found in beside(add, blocks()) if found is not None)
 
 
 def untouched(delta: TensorDelta, rows: int) -> IntArray:
