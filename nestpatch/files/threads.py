@@ -11,12 +11,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, TypeVar
+from functools import partial
+from queue import SimpleQueue
+from threading import Lock, Thread
+from typing import Any, Generic, TypeVar
 
 from nestpatch.errors import DataError
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -57,6 +57,63 @@ def limited(threads: int | None) -> Iterator[None]:
         _LIMIT.reset(before)
 
 
+class Job(Generic[R]):
+    """Work for another thread. concurrent.futures has the same, and takes as long to import as hashing 8 MB."""
+
+    def __init__(self, work: Callable[[], R]) -> None:
+        """Prepares the work; `run` does it.
+
+        Args:
+            work: What to do.
+        """
+        self._work = work
+        self._error: BaseException | None = None
+        self._ended = Lock()
+        self._ended.acquire()
+
+    def run(self) -> None:
+        """Does the work, in the thread that calls this."""
+        try:
+            self._result = self._work()
+        except BaseException as error:  # noqa: BLE001 - raised where the result is wanted
+            self._error = error
+        finally:
+            self._ended.release()
+
+    def done(self) -> bool:
+        """Whether the work has ended."""
+        return not self._ended.locked()
+
+    def result(self) -> R:
+        """Waits for the work, and returns its result or raises its exception."""
+        with self._ended:
+            if self._error is not None:
+                raise self._error
+            return self._result
+
+
+@contextmanager
+def _started(count: int) -> Iterator[Callable[[Job[Any]], None]]:
+    """Yields a function that queues a job for some threads. Leaving the block waits for all jobs."""
+    jobs: SimpleQueue[Job[Any] | None] = SimpleQueue()
+
+    def serve() -> None:
+        while (job := jobs.get()) is not None:
+            job.run()
+
+    threads = [Thread(target=serve) for _ in range(count)]
+    try:
+        for thread in threads:
+            thread.start()
+        yield jobs.put
+    finally:
+        for _ in threads:
+            jobs.put(None)
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+
+
 def beside(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Maps a function over items in a second thread, while this thread produces the items; in this one if it is the only one.
 
@@ -72,12 +129,11 @@ def beside(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     if allowed() == 1:
         yield from map(work, items)
         return
-    from concurrent.futures import ThreadPoolExecutor
-
-    waiting: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(1) as pool:
+    waiting: deque[Job[R]] = deque()
+    with _started(1) as start:
         for item in items:
-            waiting.append(pool.submit(work, item))
+            waiting.append(Job(partial(work, item)))
+            start(waiting[-1])
             if len(waiting) > _AHEAD:
                 yield waiting.popleft().result()
         while waiting:
@@ -98,31 +154,30 @@ def in_parts(work: Callable[[slice], None], count: int, least: int) -> None:
     if threads == 1:
         work(parts[0])
         return
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(threads - 1) as pool:
-        others = [pool.submit(work, part) for part in parts[1:]]
+    others = [Job(partial(work, part)) for part in parts[1:]]
+    with _started(threads - 1) as start:
+        for other in others:
+            start(other)
         work(parts[0])
     for other in others:
         other.result()
 
 
 @contextmanager
-def meanwhile() -> Iterator[Callable[[Callable[[], None]], Future[None]]]:
-    """Yields a function that queues work for a second thread and returns its Future.
+def meanwhile() -> Iterator[Callable[[Callable[[], None]], Job[None]]]:
+    """Yields a function that queues work for a second thread and returns it.
 
     The work is to wait for the disk, so `limited` does not count its thread. Leaving the block waits for all of the work and
     raises the first exception that it raised.
     """
-    from concurrent.futures import ThreadPoolExecutor
+    begun: list[Job[None]] = []
 
-    started: list[Future[None]] = []
+    def begin(work: Callable[[], None]) -> Job[None]:
+        begun.append(Job(work))
+        start(begun[-1])
+        return begun[-1]
 
-    def start(work: Callable[[], None]) -> Future[None]:
-        started.append(pool.submit(work))
-        return started[-1]
-
-    with ThreadPoolExecutor(1) as pool:
-        yield start
-    for future in started:
-        future.result()
+    with _started(1) as start:
+        yield begin
+    for job in begun:
+        job.result()
