@@ -171,7 +171,10 @@ class RowWriter:
                 yield tensor, part, self.checkpoint.read_rows(tensor.delta.name, rows_of(tensor.delta, part))
 
     def _report(self, stage: str, number: int, pack: Pack, name: str, start: Start) -> None:
-        """Reports progress, and every few tensors has the disk start to write while the next ones are computed."""
+        """Reports progress, and every few tensors has the disk start to write while the next ones are computed.
+
+        After the last one it writes beside the syncing of the undo record.
+        """
         self.on_event(Event(stage, number, len(pack.deltas), name))
-        if self.syncing and number % _SYNC_STRIDE == 0:
+        if self.syncing and (number % _SYNC_STRIDE == 0 or number == len(pack.deltas)):
             start(partial(sync_files, self.checkpoint.info(name).files))

@@ -8,7 +8,7 @@ when the base has the digest that the pack names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, TypeAlias
@@ -24,9 +24,9 @@ from nestpatch.patcher._undo import UndoReader, bits, checksums, restored
 from nestpatch.patcher.findings import Finding, State, evidence_of
 from nestpatch.patcher.identity import examine, is_base
 from nestpatch.patcher.ledger import LedgerEntry
-from nestpatch.patcher.merge import FROM_ROWS, LEAST_RETENTION, QuantizedMerge, Retention, fitted, merged_rows, row_digests
+from nestpatch.patcher.merge import FROM_ROWS, LEAST_RETENTION, QuantizedMerge, Retention, fitted, merged_rows
 from nestpatch.patcher.state_dir import StateDir
-from nestpatch.rows import Rows, united
+from nestpatch.rows import Rows, digest, united
 
 SHOWN_ROWS = 5
 """Row numbers that a difference names."""
@@ -159,12 +159,10 @@ def look(
         for entry in applied
         if entry.foreign
     }
-    own = [layer.delta for stack in layers.values() if not _is_foreign(stack) for layer in reversed(stack)]
-    digests = row_digests(checkpoint, own)
     found: list[HeldTensor] = []
     for name, stack in layers.items():
-        if not _is_foreign(stack):
-            found += _by_ledger(checkpoint, stack, digests)
+        if not any(layer.entry.foreign for layer in stack):
+            found += _by_ledger(checkpoint, stack)
             continue
         findings = [examined.get(layer.entry.pack_id, {}).get(name) for layer in stack]
         if len(stack) == 1 and not down_to_base and _is_plainly_there(stack[0], findings[0]):
@@ -174,10 +172,6 @@ def look(
         found += [_judged(*one, strict=down_to_base) for one in zip(stack, findings, proofs, strict=True)]
     order = {entry.pack_id: number for number, entry in enumerate(applied)}
     return sorted(found, key=lambda one: (-order[one.entry.pack_id], one.tensor))
-
-
-def _is_foreign(stack: Sequence[Layer]) -> bool:
-    return any(layer.entry.foreign for layer in stack)
 
 
 def _require_fit(checkpoint: Checkpoint, entry: LedgerEntry, pack: Pack) -> None:
@@ -247,14 +241,11 @@ def require_proven(found: Sequence[HeldTensor]) -> None:
             )
 
 
-def _by_ledger(checkpoint: Checkpoint, stack: Sequence[Layer], digests: Iterator[str]) -> list[HeldTensor]:
-    """Compares with the digests that this machine recorded, top first. Rows that a pack above changed again are skipped.
-
-    `digests`: of the rows of each layer, in this order.
-    """
+def _by_ledger(checkpoint: Checkpoint, stack: Sequence[Layer]) -> list[HeldTensor]:
+    """Compares with the digests that this machine recorded, top first. Rows that a pack above changed again are skipped."""
     found, above = [], np.empty(0, np.int64)
     for layer in reversed(stack):
-        found.append(_compare(checkpoint, layer, above, next(digests)))
+        found.append(_compare(checkpoint, layer, above))
         above = united([above, layer.delta.rows])
     if len(stack) > 1 and any(one.holds is Holds.OTHER for one in found) and _all_before(checkpoint, stack):
         return [replace(one, holds=Holds.BEFORE) for one in found]
@@ -273,9 +264,10 @@ def _all_before(checkpoint: Checkpoint, stack: Sequence[Layer]) -> bool:
     return bool(np.array_equal(sums, np.array([base[row] for row in rows.tolist()], np.uint64)))
 
 
-def _compare(checkpoint: Checkpoint, layer: Layer, above: IntArray, rows_sha256: str) -> HeldTensor:
+def _compare(checkpoint: Checkpoint, layer: Layer, above: IntArray) -> HeldTensor:
     entry, delta = layer.entry, layer.delta
     expected = entry.tensors[delta.name]
+    rows_sha256 = digest(rows for _, rows in checkpoint.iter_rows(delta.name, delta.rows))
     if rows_sha256 == expected.after:
         return HeldTensor(entry, delta.name, Holds.PACK)
     sums = np.concatenate([checksums(rows) for _, rows in checkpoint.iter_rows(delta.name, delta.rows)])

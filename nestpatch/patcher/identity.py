@@ -7,7 +7,6 @@ files are compared by sketches. A few megabytes are read at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -20,7 +19,7 @@ from nestpatch.pack import Pack, TensorIdentity
 from nestpatch.patcher._float_base import against_base, fitted_to_base, is_rounded_base, require_origin
 from nestpatch.patcher._likeness import is_altered, is_nearest, kept_rows, least_likeness, likeness_of
 from nestpatch.patcher.findings import By, Finding, State, evidence_of
-from nestpatch.patcher.merge import row_digests, touched_blocks
+from nestpatch.patcher.merge import touched_blocks
 from nestpatch.rows import DTYPES, SKETCH_MATCH, Rows, digest, sketch, sketch_correlation
 
 _ROW_TOLERANCE = 0.05
@@ -42,9 +41,7 @@ def examine(pack: Pack, checkpoint: Checkpoint, base: Checkpoint | None = None) 
         BaseMismatchError: `base` is not the base of the pack.
         QuantizationError: Rows were quantized in a way that cannot be repeated.
     """
-    hashed = [delta for delta in pack if _may_have_bytes(delta, pack, checkpoint)]
-    stored = dict(zip((delta.name for delta in hashed), row_digests(checkpoint, hashed), strict=True))
-    findings = [_examine_tensor(pack, delta, checkpoint, base, stored.get(delta.name, "")) for delta in pack]
+    findings = [_examine_tensor(pack, delta, checkpoint, base) for delta in pack]
     evidence = evidence_of(findings)
     if evidence.patched:
         return [replace(f, state=State.PATCHED) if f.state is State.ROUNDED else f for f in findings]
@@ -65,24 +62,14 @@ def _in_doubt(finding: Finding, pack: Pack, checkpoint: Checkpoint) -> Finding:
     return replace(finding, state=State.CHANGED, detail=detail, by=None)
 
 
-def _may_have_bytes(delta: TensorDelta, pack: Pack, checkpoint: Checkpoint) -> bool:
-    """Whether a tensor is stored in a form that digests in the pack can recognise."""
-    identity = pack.manifest.base.tensors[delta.name]
-    if not checkpoint.has(delta.name) or (info := checkpoint.info(delta.name)).shape != identity.shape:
-        return False
-    return info.dtype == identity.dtype if identity.quantized else info.plain
-
-
-def _examine_tensor(pack: Pack, delta: TensorDelta, checkpoint: Checkpoint, base: Checkpoint | None, stored: str) -> Finding:
-    """`stored`: the digest of its rows, where `_may_have_bytes`."""
+def _examine_tensor(pack: Pack, delta: TensorDelta, checkpoint: Checkpoint, base: Checkpoint | None) -> Finding:
     name, identity = delta.name, pack.manifest.base.tensors[delta.name]
     if not checkpoint.has(name):
         return Finding(name, State.MISSING)
     info = checkpoint.info(name)
     if info.shape != identity.shape:
         return Finding(name, State.SHAPE, f"{list(info.shape)} instead of {list(identity.shape)}")
-    known = _by_own_bytes(delta, identity, pack.manifest.result[name], checkpoint, stored) if stored else None
-    if known is not None:
+    if known := _by_own_bytes(delta, identity, pack.manifest.result[name], checkpoint):
         if known.state is State.BASE and identity.quantized and base is not None:
             require_origin(delta, identity, checkpoint, base)
         return known
@@ -93,49 +80,47 @@ def _examine_tensor(pack: Pack, delta: TensorDelta, checkpoint: Checkpoint, base
     return against_base(delta, info, base, partial(touched_blocks, delta, checkpoint))
 
 
-def _by_own_bytes(
-    delta: TensorDelta, identity: TensorIdentity, result: str, checkpoint: Checkpoint, stored: str
-) -> Finding | None:
+def _by_own_bytes(delta: TensorDelta, identity: TensorIdentity, result: str, checkpoint: Checkpoint) -> Finding | None:
     """What the digests in the pack say; None for rows that may be the base without having its bytes."""
     name, info = delta.name, checkpoint.info(delta.name)
     if identity.quantized:
-        return _by_blocks(delta, identity, result, checkpoint, stored)
-    state = _by_digest(delta, identity, result, checkpoint, stored)
+        return _by_blocks(delta, identity, result, checkpoint) if info.dtype == identity.dtype else None
+    if not info.plain:
+        return None
+    state, found = _by_digest(delta, identity, result, checkpoint)
     if state is not None:
         return Finding(
             name, state, f"{info.dtype} instead of {identity.dtype}" if state is State.WIDENED else "", by=By.DIGESTS
         )
     if info.dtype == identity.dtype or not checkpoint.converted:
-        return _describe_stranger(delta, identity, stored, checkpoint)
+        return _describe_stranger(delta, identity, found, checkpoint)
     return None
 
 
-def _by_digest(delta: TensorDelta, identity: TensorIdentity, result: str, checkpoint: Checkpoint, stored: str) -> State | None:
-    """The state of rows of plain numbers by the digests; None where they match nothing."""
+def _by_digest(delta: TensorDelta, identity: TensorIdentity, result: str, checkpoint: Checkpoint) -> tuple[State | None, str]:
+    """(the state by the digests, None where they match nothing; the digest of the stored rows)."""
     info = checkpoint.info(delta.name)
-    if info.dtype == identity.dtype and stored == identity.rows_sha256:
-        return State.BASE
+    stored, narrowed = sha256(), sha256()
     # A narrower safetensors copy is not the base: a small delta would be rounded away in it.
     narrower = DTYPES[info.dtype].itemsize < DTYPES[identity.dtype].itemsize
-    if info.dtype != identity.dtype and (checkpoint.converted or not narrower):
-        narrowed = (_narrow(rows, identity.dtype) for _, rows in touched_blocks(delta, checkpoint))
-        if _digest_of_all(narrowed) == identity.rows_sha256:
-            return State.WIDENED
-    return State.PATCHED if stored == result else None
+    other = info.dtype != identity.dtype and (checkpoint.converted or not narrower)
+    for _, rows in touched_blocks(delta, checkpoint):
+        stored.update(rows.view(np.uint8).data)
+        narrow = _narrow(rows, identity.dtype) if other else None
+        other = narrow is not None
+        if narrow is not None:
+            narrowed.update(narrow.view(np.uint8).data)
+    found = stored.hexdigest()
+    if info.dtype == identity.dtype and found == identity.rows_sha256:
+        return State.BASE, found
+    if other and narrowed.hexdigest() == identity.rows_sha256:
+        return State.WIDENED, found
+    return (State.PATCHED if found == result else None), found
 
 
-def _digest_of_all(blocks: Iterable[Rows | None]) -> str:
-    """The SHA-256 of blocks; empty where one is None."""
-    state = sha256()
-    for rows in blocks:
-        if rows is None:
-            return ""
-        state.update(rows.view(np.uint8).data)
-    return state.hexdigest()
-
-
-def _by_blocks(delta: TensorDelta, identity: TensorIdentity, result: str, checkpoint: Checkpoint, found: str) -> Finding | None:
+def _by_blocks(delta: TensorDelta, identity: TensorIdentity, result: str, checkpoint: Checkpoint) -> Finding | None:
     """Blocks of the base's type, by digest; None where another quantizer made them, or merged the pack into them."""
+    found = digest(rows for _, rows in touched_blocks(delta, checkpoint))
     if found in (identity.rows_sha256, result):
         return Finding(delta.name, State.BASE if found == identity.rows_sha256 else State.PATCHED, by=By.DIGESTS)
     # Only now: sketches take longer than digests.

@@ -8,17 +8,15 @@ survives rounding is measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from nestpatch.delta import TensorDelta
 from nestpatch.errors import PackContentError, QuantizationError
-from nestpatch.files.threads import beside
 from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.rows import DTYPES, FloatArray, Rows, merge
@@ -231,34 +229,6 @@ def touched_blocks(delta: TensorDelta, checkpoint: Checkpoint) -> Iterator[tuple
         An iterator over (part of the delta's rows, their content).
     """
     return checkpoint.iter_rows(delta.name, delta.rows, row_bytes=working_bytes(checkpoint.info(delta.name)))
-
-
-def row_digests(checkpoint: Checkpoint, deltas: Iterable[TensorDelta]) -> Iterator[str]:
-    """The SHA-256 of the rows that a pack touches, tensor by tensor. They are hashed beside the reading of the next ones.
-
-    Args:
-        checkpoint: The model.
-        deltas: The pack's changes of some tensors.
-
-    Yields:
-        Hex digests of the rows as they are stored, in the order of the deltas.
-
-    Raises:
-        CheckpointFormatError: A tensor has no rows that can be patched, or the file ends before them.
-    """
-
-    def add(read: tuple[Any, Rows, bool]) -> str | None:
-        state, rows, last = read
-        state.update(rows.view(np.uint8).data)
-        return str(state.hexdigest()) if last else None
-
-    def blocks() -> Iterator[tuple[Any, Rows, bool]]:
-        for delta in deltas:
-            state = sha256()
-            for part, rows in touched_blocks(delta, checkpoint):
-                yield state, rows, part.stop == delta.neurons
-
-    yield from (found for found in beside(add, blocks()) if found is not None)
 
 
 def untouched(delta: TensorDelta, rows: int) -> IntArray:
