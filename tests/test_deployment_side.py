@@ -25,6 +25,7 @@ HEAVY = {"torch", "transformers", "click", "sklearn", "accelerate", "datasets", 
 """Beside these, cryptography is loaded only where something is signed or verified."""
 LAYERS = [
     {"nestpatch"},  # the root holds __version__; its own imports happen on first use
+    {"nestpatch.values"},
     {"nestpatch.errors"},
     {"nestpatch.plain"},
     {"nestpatch.measured"},

@@ -19,7 +19,6 @@ import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from hashlib import sha256
 from io import FileIO
 from pathlib import Path
@@ -30,11 +29,11 @@ import numpy as np
 from nestpatch.errors import CheckpointError, InPlaceError, JournalError
 from nestpatch.files.atomic import sync_folder
 from nestpatch.files.reading import open_regular
-from nestpatch.files.threads import beside
 from nestpatch.formats.checkpoint import CHUNK, Checkpoint, IntArray, TensorInfo
 from nestpatch.patcher.state_dir import TRANSACTION, UNDO, StateDir
 from nestpatch.rows import Rows
 from nestpatch.signing.machine import is_ours, seal
+from nestpatch.values import dataclass
 
 _FAMILY = b"nestpatch-journal/"
 MAGIC = _FAMILY + b"3\n"
@@ -161,8 +160,10 @@ def write_journal(
             state.update(data)
 
         put(MAGIC + struct.pack("<Q", len(header)) + header)
-        for _ in beside(put, _content(checkpoint, regions)):
-            pass
+        for region in regions:
+            put(np.ascontiguousarray(region.rows, "<i8").data)
+            for _, rows in checkpoint.iter_rows(region.info.name, region.rows):
+                put(rows.view(np.uint8).data)
         digest = state.digest()
         file.write(digest + (bytes.fromhex(seal("journal", state_dir.folder, digest)) or bytes(_DIGEST)))
         file.flush()
@@ -170,14 +171,6 @@ def write_journal(
     sync_folder(state_dir.folder)
     # The folder may be as new as the journal.
     sync_folder(state_dir.folder.parent)
-
-
-def _content(checkpoint: Checkpoint, regions: Sequence[Region]) -> Iterator[Any]:
-    """Row numbers and rows of all regions, as a journal has them."""
-    for region in regions:
-        yield np.ascontiguousarray(region.rows, "<i8").data
-        for _, rows in checkpoint.iter_rows(region.info.name, region.rows):
-            yield rows.view(np.uint8).data
 
 
 def _witnesses(checkpoint: Checkpoint, regions: Sequence[Region]) -> list[tuple[str, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +25,7 @@ from nestpatch.patcher.ledger import LedgerEntry, TensorRecord
 from nestpatch.patcher.merge import QuantizedMerge, Retention, rows_of
 from nestpatch.patcher.plan import MergedBlock, merged_blocks
 from nestpatch.rows import Rows
+from nestpatch.values import dataclass
 
 _SYNC_STRIDE = 8
 """Tensors between two syncs."""

@@ -9,7 +9,7 @@ when the base has the digest that the pack names.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum
 from typing import Any, TypeAlias
 
@@ -27,6 +27,7 @@ from nestpatch.patcher.ledger import LedgerEntry
 from nestpatch.patcher.merge import FROM_ROWS, LEAST_RETENTION, QuantizedMerge, Retention, fitted, merged_rows
 from nestpatch.patcher.state_dir import StateDir
 from nestpatch.rows import Rows, digest, united
+from nestpatch.values import dataclass
 
 SHOWN_ROWS = 5
 """Row numbers that a difference names."""

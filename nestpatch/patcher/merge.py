@@ -9,7 +9,7 @@ survives rounding is measured.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from nestpatch.errors import PackContentError, QuantizationError
 from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.rows import DTYPES, FloatArray, Rows, merge
+from nestpatch.values import dataclass
 
 FROM_ROWS = "from the quantized rows"
 """Source of quantized rows as ledgers name it, where there was no float base."""

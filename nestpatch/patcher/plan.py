@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from nestpatch.patcher.findings import APPLICABLE, Finding, State
 from nestpatch.patcher.identity import examine
 from nestpatch.patcher.merge import QuantizedMerge, Retention, fitted, merged_rows, working_bytes
 from nestpatch.rows import FloatArray, Rows
+from nestpatch.values import dataclass
 
 _MAX_STRENGTH = 1.5
 _SHOWN = 3

@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from nestpatch.files.reading import read_bounded
 from nestpatch.patcher.ledger import LedgerEntry, read_ledger
 from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.signing.store import user_folder
+from nestpatch.values import dataclass
 
 FORMAT = "nestpatch-models/1"
 _MOST_MODELS = 1000
