@@ -174,7 +174,13 @@ except SystemExit as end:
     loaded = modules_after(code, *words, whole=True)
     assert not loaded & START
     assert {name.split(".")[2] for name in loaded if name.startswith("nestpatch.commands.")} == {*rooms, "options"}
-    strange = {name.split(".")[1] for name in loaded if name.startswith("nestpatch.")} & {"views", "hub", "channels", "compare"}
+    strange = {name.split(".")[1] for name in loaded if name.startswith("nestpatch.")} & {
+        "views",
+        "hub",
+        "channels",
+        "compare",
+        "evaluation",
+    }
     assert not strange
 
 

@@ -20,7 +20,7 @@ from nestpatch.errors import DataError
 
 T = TypeVar("T")
 R = TypeVar("R")
-_AHEAD = 2
+_AHEAD = 1
 """Items that may wait for the second thread: each holds blocks of rows in memory."""
 _LIMIT: ContextVar[int | None] = ContextVar("threads", default=None)
 
