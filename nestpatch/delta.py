@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy.typing as npt
 
 from nestpatch.errors import PackContentError
 from nestpatch.rows import DTYPES, SKETCHES, FloatArray, Rows, low_rank
+from nestpatch.values import dataclass
 
 MAX_RANK = 256
 """Vectors of a change of low rank, at most."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from nestpatch.errors import PackContentError
 from nestpatch.rows import FloatArray
+from nestpatch.values import dataclass
 
 POOLINGS = ("last", "mean", "max")
 """How the hidden states of a prompt's tokens become one: that of the last token, their mean, or the largest of each number."""

@@ -7,7 +7,7 @@ with the reason. Commands and Python callers use the same function. The only way
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -19,6 +19,7 @@ from nestpatch.signing.store import load_policy
 from nestpatch.signing.subject import EVERYTHING, Origin, Subject
 from nestpatch.signing.trust import Policy, Rule
 from nestpatch.signing.verify import SignatureResult, UnverifiedPack, apply_policy, verify_signature
+from nestpatch.values import dataclass
 
 CHANNELS = ("hub://", "file://", "https://", "http://")
 """Beginnings of texts that name a pack by its channel instead of by a file."""

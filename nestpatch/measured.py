@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, TypeGuard
+
+from nestpatch.values import dataclass
 
 INCOHERENT = "incoherent"
 TITLES = {

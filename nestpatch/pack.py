@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime, timezone
 from typing import Any
 
@@ -19,6 +19,7 @@ from nestpatch.delta import TensorDelta, require
 from nestpatch.detector import Detector, DetectorFacts
 from nestpatch.errors import DataError
 from nestpatch.rows import BLOCK_TYPES, DTYPES, FloatArray, dtype_name
+from nestpatch.values import dataclass
 
 FORMATS = ("nest/1", "nest/2")
 """nest/2 is that of the packs that hold something of `Pack.additions`."""

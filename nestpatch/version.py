@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import total_ordering
+
+from nestpatch.values import dataclass
 
 
 @total_ordering

@@ -25,6 +25,7 @@ HEAVY = {"torch", "transformers", "click", "sklearn", "accelerate", "datasets", 
 """Beside these, cryptography is loaded only where something is signed or verified."""
 LAYERS = [
     {"nestpatch"},  # the root holds __version__; its own imports happen on first use
+    {"nestpatch.values"},
     {"nestpatch.errors"},
     {"nestpatch.plain"},
     {"nestpatch.measured"},
@@ -132,13 +133,15 @@ START = {
     "cryptography",
     "difflib",
     "traceback",
+    "logging",
+    "concurrent",
     "jsonschema",
     "http",
     "ssl",
     "asyncio",
     "email",
 }
-"""What takes milliseconds to import and patching does not need; traceback comes with the threads of `apply` and `revert`."""
+"""What takes milliseconds to import and patching does not need."""
 
 
 @pytest.mark.parametrize(
@@ -169,10 +172,15 @@ try:
 except SystemExit as end:
     assert not end.code"""
     loaded = modules_after(code, *words, whole=True)
-    threads = {"traceback"} if words[0] in ("apply", "revert") else set()
-    assert not loaded & (START - threads)
+    assert not loaded & START
     assert {name.split(".")[2] for name in loaded if name.startswith("nestpatch.commands.")} == {*rooms, "options"}
-    strange = {name.split(".")[1] for name in loaded if name.startswith("nestpatch.")} & {"views", "hub", "channels", "compare"}
+    strange = {name.split(".")[1] for name in loaded if name.startswith("nestpatch.")} & {
+        "views",
+        "hub",
+        "channels",
+        "compare",
+        "evaluation",
+    }
     assert not strange
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 from dataclasses import dataclass
 from fractions import Fraction
@@ -257,6 +259,29 @@ def test_rows_beyond_two_gibibytes(tmp_path):
     with open(path, "rb") as file:
         file.seek(start + 599_999 * width)
         assert file.read() == values[3].tobytes()
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no hints")
+@pytest.mark.parametrize("refused", [False, True])
+def test_the_disk_is_told_which_rows_come(tmp_path, monkeypatch, refused):
+    """Runs of rows, before the first is read; a file system that takes no hints is no error."""
+    from nestpatch.formats._rowio import read_rows_at
+    from nestpatch.formats.checkpoint import TensorInfo
+
+    values, told = np.arange(40, dtype=np.float32).reshape(10, 4), []
+    (tmp_path / "a").write_bytes(bytes(64) + values.tobytes())
+
+    def advise(_: int, offset: int, length: int, advice: int) -> None:
+        told.append((offset, length, advice))
+        if refused:
+            raise OSError(errno.EOPNOTSUPP, "not here")
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    info = TensorInfo("a", "F32", (10, 4), tmp_path / "a", 64, values.nbytes)
+    rows = np.array([1, 2, 7])
+    assert np.array_equal(read_rows_at(info, rows, np.dtype(np.float32)), values[rows])
+    spans = [(64 + 16, 32, os.POSIX_FADV_WILLNEED), (64 + 7 * 16, 16, os.POSIX_FADV_WILLNEED)]
+    assert told == spans[: 1 if refused else 2]
 
 
 def slow_sum(factors: np.ndarray, basis: np.ndarray) -> np.ndarray:

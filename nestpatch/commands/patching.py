@@ -22,6 +22,7 @@ from nestpatch.commands.options import (
     require_order,
     say,
     say_unchecked,
+    threads_option,
     trust_options,
 )
 
@@ -56,6 +57,7 @@ dither_option = click.option(
 @click.option("--allow-base-mismatch", is_flag=True, help="Patch a model that is not the pack's base. Recorded in the ledger.")
 @base_option
 @dither_option
+@threads_option
 @click.option("--detach", is_flag=True, help="In place: first replace links by copies of their files.")
 @trust_options
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
@@ -140,14 +142,8 @@ def apply(
                 dry_run=dry_run,
                 on_event=on_event,
             )
-    from nestpatch.evaluation.concerns import concerns
-
     say_unchecked(checked)
-    evaluation = checked.pack.manifest.evaluation
-    warnings = list(concerns(evaluation)) if evaluation else []
-    for warning in warnings:
-        say(f"WARNING: {checked.pack.label}: {warning}", err=True)
-    _say_recommended(checked.pack)
+    warnings = _say_evaluated(checked.pack) if checked.pack.manifest.evaluation else []
     if as_json:
         facts = {"pack": checked.pack.label, "pack_id": checked.pack_id, "strength": strength}
         print_json({"model": str(model), **facts, **done.as_json(), "warnings": warnings})
@@ -164,6 +160,17 @@ def _show(done: Applied | Changed) -> None:
         show_applied(done)
     else:
         show_changed(done)
+
+
+def _say_evaluated(pack: Pack) -> list[str]:
+    """Reports what speaks against a pack by its evaluation, and the strength that it recommends. Returns the warnings."""
+    from nestpatch.evaluation.concerns import concerns
+
+    warnings = list(concerns(pack.manifest.evaluation))
+    for warning in warnings:
+        say(f"WARNING: {pack.label}: {warning}", err=True)
+    _say_recommended(pack)
+    return warnings
 
 
 def _say_recommended(pack: Pack) -> None:
@@ -188,6 +195,7 @@ def _say_recommended(pack: Pack) -> None:
 @trust_options
 @base_option
 @dither_option
+@threads_option
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @quiet_option
 @json_option

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from nestpatch.evaluation.shares import HEADLINES, Share
 from nestpatch.measured import BY_CATEGORY, is_number
 from nestpatch.measured import categories as by_category
 from nestpatch.patcher.plan import check_strength
+from nestpatch.values import dataclass
 
 MAX_STRENGTHS = 32
 """Strengths of a curve, at most: each costs a whole evaluation."""

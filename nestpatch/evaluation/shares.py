@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from nestpatch.measured import TITLES, StoredShare
+from nestpatch.values import dataclass
 
 HEADLINES = tuple(TITLES)
 """The shares that sum a model up."""

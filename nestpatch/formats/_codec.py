@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from nestpatch.rows import DTYPES, FloatArray
+from nestpatch.values import dataclass
 
 Blocks = npt.NDArray[np.uint8]
 _STEPS = {"F32": 1 << 25, "BF16": 1 << 9, "F16": 1 << 12}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from nestpatch.errors import OutputError, QuantizationError
 from nestpatch.formats._codec import Codec, FloatCodec
 from nestpatch.rows import DTYPES, FloatArray, Rows
+from nestpatch.values import dataclass
 
 IntArray = npt.NDArray[np.int64]
 CHUNK = 2 << 20

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from nestpatch.formats import nest
 from nestpatch.formats.checkpoint import IntArray
 from nestpatch.formats.manifest import canonical_json
 from nestpatch.pack import Pack
+from nestpatch.values import dataclass
 
 PACKS = "nestpatch.packs"
 """Metadata key of an exported file: JSON, the packs in it, bottom first."""

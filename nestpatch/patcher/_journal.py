@@ -19,7 +19,6 @@ import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from hashlib import sha256
 from io import FileIO
 from pathlib import Path
@@ -35,6 +34,7 @@ from nestpatch.patcher.merge import working_bytes
 from nestpatch.patcher.state_dir import TRANSACTION, UNDO, StateDir
 from nestpatch.rows import Rows
 from nestpatch.signing.machine import is_ours, seal
+from nestpatch.values import dataclass
 
 _FAMILY = b"nestpatch-journal/"
 MAGIC = _FAMILY + b"3\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +12,7 @@ from nestpatch.formats.checkpoint import TensorInfo
 from nestpatch.pack import TensorIdentity
 from nestpatch.patcher.findings import Evidence
 from nestpatch.rows import BLOCK_TYPES, SKETCH_MATCH, FloatArray, Rows, sketch, sketch_correlation
+from nestpatch.values import dataclass
 
 _COARSE_MATCH = 0.85
 """SKETCH_MATCH for types of under four bits, which round more coarsely."""

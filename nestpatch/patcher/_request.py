@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from nestpatch.events import OnEvent
@@ -15,6 +14,7 @@ from nestpatch.patcher.plan import check_strength
 from nestpatch.patcher.state_dir import StateDir
 from nestpatch.patcher.steps import Judge, PlannedSteps, plan_apply
 from nestpatch.signing.trust import Policy
+from nestpatch.values import dataclass
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,6 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +24,7 @@ import numpy.typing as npt
 from nestpatch.errors import UndoError
 from nestpatch.files.reading import open_regular
 from nestpatch.rows import FloatArray, Rows
+from nestpatch.values import dataclass
 
 MAGIC = b"nestpatch-undo/1\n"
 _LEVEL = 1

@@ -19,11 +19,12 @@ Public: `Link`, `Step`, `Action`, `Allowed`, `steps_to_apply`, `steps_to_revert`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from enum import Enum
 from typing import TypeAlias
 
 from nestpatch.errors import ChainError, DowngradeError, OverlapError, PublisherError, RequirementError
+from nestpatch.values import dataclass
 from nestpatch.version import Version
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
+
+from nestpatch.values import dataclass
 
 _SURE = 3.0
 """Standard deviations from which rounded rows count as patched. In doubt they are the base: a pack whose effect cannot be seen

@@ -9,7 +9,7 @@ when the base has the digest that the pack names.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum
 from typing import Any, TypeAlias
 
@@ -27,6 +27,7 @@ from nestpatch.patcher.ledger import LedgerEntry
 from nestpatch.patcher.merge import FROM_ROWS, LEAST_RETENTION, QuantizedMerge, Retention, fitted, merged_rows, working_bytes
 from nestpatch.patcher.state_dir import StateDir
 from nestpatch.rows import Rows, digest, united
+from nestpatch.values import dataclass
 
 SHOWN_ROWS = 5
 """Row numbers that a difference names."""
@@ -332,7 +333,8 @@ def _is_remade(checkpoint: Checkpoint, layer: Layer, original: Rows, current: Ro
     total = Retention()
     try:
         for part in info.blocks(delta.neurons, working_bytes(info)):
-            made, retention = merged_rows(info, delta, dtype, part, original[part], layer.entry.strength, quantized)
+            change = delta.dense(part.start, part.stop)
+            made, retention = merged_rows(info, delta, dtype, part, original[part], change, layer.entry.strength, quantized)
             total += retention
             if not np.array_equal(bits(made), bits(np.ascontiguousarray(current[part]))):
                 return False

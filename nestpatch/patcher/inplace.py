@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from nestpatch.patcher.registry import record
 from nestpatch.patcher.state_dir import StateDir, require_own, state_dir_of
 from nestpatch.patcher.steps import Judge, plan_revert
 from nestpatch.signing.trust import Policy
+from nestpatch.values import dataclass
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, replace
 from functools import partial
 from hashlib import sha256
 from typing import Any, TypeAlias
@@ -25,6 +25,7 @@ from nestpatch.pack import name_problem, version_problem
 from nestpatch.patcher.chain import Link
 from nestpatch.patcher.state_dir import PACK_ID, TRANSACTION, StateDir
 from nestpatch.signing.machine import is_ours, seal
+from nestpatch.values import dataclass
 
 FORMAT = "nestpatch-ledger/1"
 _MAX_LEDGER = 64 << 20

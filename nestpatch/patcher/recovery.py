@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import Enum
 from glob import escape
 from io import FileIO
@@ -44,6 +43,7 @@ from nestpatch.rows import digest
 from nestpatch.signing.store import load_policy
 from nestpatch.signing.trust import Policy
 from nestpatch.signing.verify import VerifiedPack
+from nestpatch.values import dataclass
 
 _MOST_PACKS = 64
 """Kept packs that are read to confirm a journal, at most."""

@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from nestpatch.files.reading import read_bounded
 from nestpatch.patcher.ledger import LedgerEntry, read_ledger
 from nestpatch.patcher.state_dir import state_dir_of
 from nestpatch.signing.store import user_folder
+from nestpatch.values import dataclass
 
 FORMAT = "nestpatch-models/1"
 _MOST_MODELS = 1000
@@ -99,7 +99,8 @@ def _change(edit: Callable[[list[str]], list[str]]) -> None:
         if models != known:
             # Escapes represent file names that are not valid text.
             data = json.dumps({"format": FORMAT, "models": models}, indent=1) + "\n"
-            write_bytes(file, data.encode("ascii"), overwrite=True, mode=0o600)
+            # The list before this change would do after a power cut.
+            write_bytes(file, data.encode("ascii"), overwrite=True, mode=0o600, sync=False)
 
 
 def _file() -> Path:

@@ -16,12 +16,12 @@ import os
 import re
 import stat
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from nestpatch.errors import CheckpointFormatError, InPlaceError, StateError
 from nestpatch.formats.onnx.folder import models
 from nestpatch.formats.safetensors import INDEX, SINGLE, indexed_files, only_file
+from nestpatch.values import dataclass
 
 LEDGER = "nestpatch.json"
 _FOLDER = ".nestpatch"

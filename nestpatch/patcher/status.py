@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from nestpatch.patcher.state_dir import PACK_ID
 from nestpatch.rows import digest
 from nestpatch.signing.store import load_policy
 from nestpatch.signing.trust import Policy
+from nestpatch.values import dataclass
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Public: `plan_apply`, `plan_revert`, `plan_from_ledger`, `PlannedSteps`, `Judge`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from nestpatch.patcher.ledger import Ledger, LedgerEntry
 from nestpatch.patcher.state_dir import StateDir
 from nestpatch.signing.subject import Origin
 from nestpatch.signing.trust import Policy
+from nestpatch.values import dataclass
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum
 from hashlib import sha256
 from pathlib import Path
@@ -33,6 +33,7 @@ from nestpatch.patcher.steps import Judge
 from nestpatch.rows import Rows, digest, united
 from nestpatch.signing.store import load_policy
 from nestpatch.signing.trust import Policy
+from nestpatch.values import dataclass
 
 
 class Verdict(Enum):

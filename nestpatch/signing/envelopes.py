@@ -12,12 +12,12 @@ import base64
 import binascii
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
 from nestpatch.errors import BadSignatureError, SignatureFormatError
 from nestpatch.signing.keys import PrivateKey, PublicKey
+from nestpatch.values import dataclass
 
 MAX_BYTES = 1 << 20
 """Largest signed file that is read; in practice they are kilobytes."""

@@ -11,9 +11,11 @@ import glob
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+from nestpatch.values import dataclass
 
 EVERYTHING = "*"
 _PATH = re.compile(r"[/~\\]|[A-Za-z]:[/\\]|\*+[/\\]|\.{1,2}(?:[/\\]|$)")

@@ -6,13 +6,14 @@ Keys and rules name models by patterns of paths and of model ids (subject.py).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from nestpatch.errors import KeyFileError, SignatureFormatError, TrustError
 from nestpatch.signing.envelopes import members, parse_json
 from nestpatch.signing.keys import PublicKey
 from nestpatch.signing.subject import EVERYTHING, NO_MODEL, Subject, is_path
+from nestpatch.values import dataclass
 
 FORMAT = "nestpatch-trust/1"
 _MAX_NAME = 96

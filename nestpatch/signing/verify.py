@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -24,6 +24,7 @@ from nestpatch.signing.envelopes import MAX_BYTES, Bundle
 from nestpatch.signing.keys import PrivateKey
 from nestpatch.signing.subject import NO_MODEL, Subject, is_path
 from nestpatch.signing.trust import Policy, Rule
+from nestpatch.values import dataclass
 
 MAX_SIGNATURES = 64
 SUFFIX = ".sig"
