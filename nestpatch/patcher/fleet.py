@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def update_all(
 
     several = distinct(models)
     with ThreadPoolExecutor(min(AT_ONCE, len(several)) or 1) as pool:
-        found = [pool.submit(one, model) for model in several]
+        found = [pool.submit(copy_context().run, one, model) for model in several]  # with the caller's limit of threads
         try:
             for done, future in enumerate(as_completed(found), 1):
                 on_event(Event("update", done, len(several), str(future.result().model)))

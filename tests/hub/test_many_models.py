@@ -15,6 +15,7 @@ import pytest
 from nestpatch.channels.listing import CHANNEL_FILE
 from nestpatch.errors import DataError
 from nestpatch.events import Event
+from nestpatch.files.threads import allowed
 from nestpatch.formats import nest
 from nestpatch.patcher import fleet
 from nestpatch.patcher.fleet import update_all
@@ -72,6 +73,18 @@ def test_models_are_changed_at_the_same_time(scene: Scene, host: list[Path], mon
 
     monkeypatch.setattr(Task, "update", waiting)
     assert [one.state for one in update_all(host[:4], policy=scene.policy)] == ["updated"] * 4
+
+
+def test_the_limit_of_threads_holds_for_every_model(scene: Scene, host: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, change = [], Task.update
+
+    def looking(*arguments: Any) -> Any:
+        seen.append(allowed())
+        return change(*arguments)
+
+    monkeypatch.setattr(Task, "update", looking)
+    assert answer("update", *host, "--threads", 3)["models"]
+    assert seen == [3] * len(host)
 
 
 def cut(model: Path) -> None:
