@@ -18,6 +18,7 @@ from nestpatch.commands.options import (
     progress,
     quiet_option,
     say_unsigned,
+    threads_option,
     trust_options,
 )
 from nestpatch.commands.patching import base_option, dither_option
@@ -156,6 +157,7 @@ def pull(address: str, output: Path | None, policy_file: Path | None, allow_unsi
 @trust_options
 @base_option
 @dither_option
+@threads_option
 @quiet_option
 @json_option
 def update(

@@ -19,6 +19,7 @@ from nestpatch.commands.options import (
     progress,
     quiet_option,
     require_order,
+    threads_option,
 )
 from nestpatch.commands.patching import base_option
 
@@ -106,6 +107,7 @@ def list_models(as_json: bool) -> None:
 @click.argument("pack", type=PackType, required=False)
 @click.option("--strength", type=float, default=1.0, show_default=True, help="The strength at which PACK should be applied.")
 @base_option
+@threads_option
 @click.option("--full", is_flag=True, help="Also hash the whole tensors, not only the patched rows.")
 @json_option
 def verify(model: Path, pack: str | None, strength: float, base: str | None, full: bool, as_json: bool) -> None:

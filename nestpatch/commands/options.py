@@ -272,6 +272,20 @@ def quiet_option(command: F) -> F:
     return click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")(command)
 
 
+def threads_option(command: F) -> F:
+    """--threads, for every command that reads and writes the rows of a model. It holds while the command runs."""
+    text = "Threads that hash and quantize rows; results are the same.  [default: every core]"
+    option = click.option("--threads", type=click.IntRange(1), expose_value=False, callback=_limit_threads, help=text)
+    return option(command)
+
+
+def _limit_threads(context: click.Context, _: click.Parameter, threads: int | None) -> None:
+    if threads is not None and not context.resilient_parsing:
+        from nestpatch.files.threads import limited
+
+        context.with_resource(limited(threads))
+
+
 def proven(pack: str, model: str | Path | None, policy_file: Path | None, on_event: OnEvent, *, allow_unsigned: bool) -> Proven:
     """Passes a pack through the gate, and warns on stderr when only --allow-unsigned let it pass.
 

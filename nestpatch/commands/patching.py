@@ -22,6 +22,7 @@ from nestpatch.commands.options import (
     require_order,
     say,
     say_unchecked,
+    threads_option,
     trust_options,
 )
 
@@ -56,6 +57,7 @@ dither_option = click.option(
 @click.option("--allow-base-mismatch", is_flag=True, help="Patch a model that is not the pack's base. Recorded in the ledger.")
 @base_option
 @dither_option
+@threads_option
 @click.option("--detach", is_flag=True, help="In place: first replace links by copies of their files.")
 @trust_options
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
@@ -188,6 +190,7 @@ def _say_recommended(pack: Pack) -> None:
 @trust_options
 @base_option
 @dither_option
+@threads_option
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @quiet_option
 @json_option

@@ -105,7 +105,7 @@ def temporary(path: Path) -> Path:
 
 
 @contextmanager
-def new_place(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_place(path: Path, *, overwrite: bool = False, sync: bool = True) -> Iterator[Path]:
     """Yields a temporary path to create a file or directory at, and renames it to `path` afterwards.
 
     When the block raises, what was written is removed and `path` is untouched.
@@ -113,6 +113,7 @@ def new_place(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Args:
         path: The final path.
         overwrite: Whether a file there is replaced.
+        sync: Whether the rename is on the disk in the end; after a power cut, the earlier file may else be there.
 
     Yields:
         The temporary path, in the same directory.
@@ -127,7 +128,8 @@ def new_place(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         if not overwrite:
             _refuse_taken(path, overwrite)
         os.replace(sibling, path)
-        sync_folder(path.parent)
+        if sync:
+            sync_folder(path.parent)
     except OSError as error:
         remove(sibling)
         # A directory cannot replace what another process has put there since: then that is the reason.
@@ -167,7 +169,13 @@ def sweep_writes(path: Path) -> None:
 
 
 def write_bytes(
-    path: Path, data: bytes, *, overwrite: bool = False, mode: int = 0o666, owner: tuple[int, int] | None = None
+    path: Path,
+    data: bytes,
+    *,
+    overwrite: bool = False,
+    mode: int = 0o666,
+    owner: tuple[int, int] | None = None,
+    sync: bool = True,
 ) -> None:
     """Writes a small file whole or not at all.
 
@@ -177,12 +185,13 @@ def write_bytes(
         overwrite: Whether a file there is replaced.
         mode: Its permissions, less the umask, from the first byte on.
         owner: (user, group) to give it to; only root can.
+        sync: As in `new_place`; the content is always on the disk before it gets its name.
 
     Raises:
         OutputError: The path exists already, or cannot be written.
     """
     with (
-        new_place(path, overwrite=overwrite) as sibling,
+        new_place(path, overwrite=overwrite, sync=sync) as sibling,
         open(sibling, "wb", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, mode)) as file,
     ):
         if owner is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 
@@ -16,29 +17,37 @@ from nestpatch.patcher.findings import By, Evidence, Finding, State
 from nestpatch.patcher.merge import fitted, rows_of, touched_blocks, untouched, working_bytes
 from nestpatch.rows import Rows, digest, merge
 
+Blocks = Callable[[], Iterable[tuple[slice, Rows]]]
 _WITNESSES = 16
 """Untouched rows that show how a tensor was rounded."""
 _ROUNDING = 1.5
 """How much farther from the float base than plain quantization rows may be: other quantizers weigh errors differently."""
 
 
-def against_base(delta: TensorDelta, info: TensorInfo, base: Checkpoint, blocks: Iterable[tuple[slice, Rows]]) -> Finding:
-    """Compares rounded rows with the float rows that they were made from. `info`: as `fitted_to_base` returns it."""
-    codec, plain, merged, count = info.coding, True, True, 0
+def against_base(delta: TensorDelta, info: TensorInfo, base: Checkpoint, blocks: Blocks) -> Finding:
+    """Compares rounded rows with the float rows that they were made from.
+
+    Args:
+        delta: The pack's change of the tensor.
+        info: The tensor, as `fitted_to_base` returns it.
+        base: The float model.
+        blocks: Gives the rows from the start at each call.
+    """
+    if _is_plain(delta, info, base, blocks()):
+        return Finding(delta.name, State.BASE, info.dtype, by=By.FLOAT_BASE)
+    # Only now: quantizing the merged rows too takes twice as long.
+    codec, merged, count = info.coding, True, 0
     # Squared distances, summed over the rows: of plain rounding from the base; of the rows from the base; of the rows from the
     # patched base; between the base and the patched base.
     sums = np.zeros(4)
-    for part, rows in blocks:
+    for part, rows in blocks():
         origin = base.read_rows(delta.name, rows_of(delta, part))
         goal = merge(origin, delta.dense(part.start, part.stop)).astype(np.float32)
         origin, stored = origin.astype(np.float32), rows.view(np.uint8)
-        rounded, found = codec.encode(origin), codec.decode(stored)
-        plain = plain and np.array_equal(rounded, stored)
+        rounded, found = codec.decode(codec.encode(origin)), codec.decode(stored)
         merged = merged and np.array_equal(codec.encode(goal), stored)
-        sums += [np.vdot(gap, gap) for gap in (codec.decode(rounded) - origin, found - origin, found - goal, goal - origin)]
+        sums += [np.vdot(gap, gap) for gap in (rounded - origin, found - origin, found - goal, goal - origin)]
         count += origin.size
-    if plain:
-        return Finding(delta.name, State.BASE, info.dtype, by=By.FLOAT_BASE)
     if merged:
         return Finding(delta.name, State.PATCHED, info.dtype, by=By.FLOAT_BASE)
     cost, to_base, to_patched, between = sums.tolist()
@@ -50,6 +59,15 @@ def against_base(delta: TensorDelta, info: TensorInfo, base: Checkpoint, blocks:
         return Finding(delta.name, State.PATCHED, detail, by=By.FLOAT_BASE)
     evidence = Evidence.of(to_base, to_patched, between, count)
     return Finding(delta.name, State.ROUNDED, f"{detail}: not quantized plainly", evidence=evidence, by=By.FLOAT_BASE)
+
+
+def _is_plain(delta: TensorDelta, info: TensorInfo, base: Checkpoint, blocks: Iterable[tuple[slice, Rows]]) -> bool:
+    """Whether rows are what their codec makes of the float rows."""
+    for part, rows in blocks:
+        origin = base.read_rows(delta.name, rows_of(delta, part)).astype(np.float32)
+        if not np.array_equal(info.coding.encode(origin), rows.view(np.uint8)):
+            return False
+    return True
 
 
 def fitted_to_base(delta: TensorDelta, identity: TensorIdentity, checkpoint: Checkpoint, base: Checkpoint) -> TensorInfo:
@@ -92,7 +110,9 @@ def _require_float_base(delta: TensorDelta, identity: TensorIdentity, base: Chec
 
 def require_origin(delta: TensorDelta, identity: TensorIdentity, checkpoint: Checkpoint, base: Checkpoint) -> None:
     """Raises BaseMismatchError unless the base's own blocks were quantized from `base`: rows are about to be made from it."""
-    found = against_base(delta, fitted_to_base(delta, identity, checkpoint, base), base, touched_blocks(delta, checkpoint))
+    found = against_base(
+        delta, fitted_to_base(delta, identity, checkpoint, base), base, partial(touched_blocks, delta, checkpoint)
+    )
     if found.state not in (State.BASE, State.ROUNDED):
         raise BaseMismatchError(
             f"{base.path} is not the float model that {checkpoint.path} was quantized from: {delta.name}: {found.detail}",
@@ -114,8 +134,8 @@ def is_rounded_base(delta: TensorDelta, identity: TensorIdentity, checkpoint: Ch
         info = fitted_to_base(delta, identity, checkpoint, base)
     except (BaseMismatchError, QuantizationError):
         return False
-    blocks = ((part, rows[part]) for part in info.blocks(delta.neurons, working_bytes(info)))
-    found = against_base(delta, info, base, blocks)
+    parts = list(info.blocks(delta.neurons, working_bytes(info)))
+    found = against_base(delta, info, base, lambda: ((part, rows[part]) for part in parts))
     if found.state is not State.ROUNDED or (found.evidence is not None and found.evidence.patched):
         return found.state is State.BASE
     # Where rows that the pack leaves alone are the base's own rows after plain rounding, so would these be.

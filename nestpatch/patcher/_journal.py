@@ -30,6 +30,7 @@ import numpy as np
 from nestpatch.errors import CheckpointError, InPlaceError, JournalError
 from nestpatch.files.atomic import sync_folder
 from nestpatch.files.reading import open_regular
+from nestpatch.files.threads import beside
 from nestpatch.formats.checkpoint import CHUNK, Checkpoint, IntArray, TensorInfo
 from nestpatch.patcher.state_dir import TRANSACTION, UNDO, StateDir
 from nestpatch.rows import Rows
@@ -160,10 +161,8 @@ def write_journal(
             state.update(data)
 
         put(MAGIC + struct.pack("<Q", len(header)) + header)
-        for region in regions:
-            put(np.ascontiguousarray(region.rows, "<i8").data)
-            for _, rows in checkpoint.iter_rows(region.info.name, region.rows):
-                put(rows.view(np.uint8).data)
+        for _ in beside(put, _content(checkpoint, regions)):
+            pass
         digest = state.digest()
         file.write(digest + (bytes.fromhex(seal("journal", state_dir.folder, digest)) or bytes(_DIGEST)))
         file.flush()
@@ -171,6 +170,14 @@ def write_journal(
     sync_folder(state_dir.folder)
     # The folder may be as new as the journal.
     sync_folder(state_dir.folder.parent)
+
+
+def _content(checkpoint: Checkpoint, regions: Sequence[Region]) -> Iterator[Any]:
+    """Row numbers and rows of all regions, as a journal has them."""
+    for region in regions:
+        yield np.ascontiguousarray(region.rows, "<i8").data
+        for _, rows in checkpoint.iter_rows(region.info.name, region.rows):
+            yield rows.view(np.uint8).data
 
 
 def _witnesses(checkpoint: Checkpoint, regions: Sequence[Region]) -> list[tuple[str, int]]:

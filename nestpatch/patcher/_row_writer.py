@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from nestpatch.delta import TensorDelta
 from nestpatch.errors import BaseMismatchError, PackContentError, UndoError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.threads import beside, meanwhile
-from nestpatch.formats.checkpoint import Checkpoint
+from nestpatch.formats.checkpoint import Checkpoint, TensorInfo
 from nestpatch.pack import Pack
 from nestpatch.patcher._rollback import sync_files
 from nestpatch.patcher._undo import MAGIC, TensorPacker, UndoReader, checksums, residual, restored
 from nestpatch.patcher.ledger import LedgerEntry, TensorRecord
 from nestpatch.patcher.merge import QuantizedMerge, Retention, rows_of
 from nestpatch.patcher.plan import MergedBlock, merged_blocks
+from nestpatch.rows import Rows
 
 _SYNC_STRIDE = 8
 """Tensors between two syncs."""
@@ -36,15 +39,13 @@ class _TensorLog:
         self.delta, self.strength = delta, strength
         self.before, self.after, self.packer, self.retention = sha256(), sha256(), TensorPacker(), Retention()
 
-    def add(self, block: MergedBlock) -> _TensorLog | None:
-        """Adds a block. Returns the log after the last block, None before."""
-        old, new, part = block.old, block.new, block.part
-        self.before.update(old.view(np.uint8).data)
-        self.after.update(new.view(np.uint8).data)
+    def add(self, block: MergedBlock, difference: npt.NDArray[Any]) -> _TensorLog | None:
+        """Adds a block, and what its undoing lacks. Returns the log after the last block, None before."""
+        self.before.update(block.old.view(np.uint8).data)
+        self.after.update(block.new.view(np.uint8).data)
         self.retention += block.retention
-        change = self.delta.dense(part.start, part.stop)
-        self.packer.add(residual(old, new, change, self.strength), checksums(old), checksums(new))
-        return self if part.stop == self.delta.neurons else None
+        self.packer.add(difference, checksums(block.old), checksums(block.new))
+        return self if block.part.stop == self.delta.neurons else None
 
     def record(self, pack: Pack) -> TensorRecord:
         """The ledger's record. Raises PackContentError when the rows are not those that the pack names as its result."""
@@ -56,6 +57,37 @@ class _TensorLog:
         if from_base and not identity.quantized and record.after != pack.manifest.result[name]:
             raise PackContentError(f"{name}: the merged rows differ from the result that {pack.label} names")
         return record
+
+
+class _Undone:
+    """What the rows of one tensor held before a pack, found block by block."""
+
+    def __init__(self, delta: TensorDelta, entry: LedgerEntry, record: UndoReader, info: TensorInfo) -> None:
+        self.delta, self.entry, self.parts = delta, entry, list(info.blocks(delta.neurons))
+        self.residuals = record.residuals(delta.name, (info.row_bytes * (part.stop - part.start) for part in self.parts))
+        self.found, self.back = sha256(), sha256()
+
+    def undo(self, part: slice, merged: Rows) -> tuple[_Undone, slice, Rows]:
+        """(this tensor, the part, its rows before the pack) of the next part, from what its rows hold."""
+        difference = np.frombuffer(next(self.residuals), f"<u{merged.dtype.itemsize}").reshape(merged.shape)
+        original = restored(merged, difference, self.delta.dense(part.start, part.stop), self.entry.strength)
+        self.found.update(merged.view(np.uint8).data)
+        self.back.update(original.view(np.uint8).data)
+        if part.stop == self.delta.neurons:
+            next(self.residuals, None)  # its end closes the file
+        return self, part, original
+
+    def check(self) -> None:
+        """Raises BaseMismatchError or UndoError, after the last part, unless both digests are those of the ledger."""
+        entry, record = self.entry, self.entry.tensors[self.delta.name]
+        if (found := self.found.hexdigest()) != record.after:
+            raise BaseMismatchError(
+                f"{self.delta.name} no longer holds what {entry.label} wrote: rows sha256 {found[:12]}.. "
+                f"instead of {record.after[:12]}..",
+                advice="Something else changed the model. `nestpatch verify MODEL` names the rows. Nothing was changed now.",
+            )
+        if self.back.hexdigest() != record.before:
+            raise UndoError(f"the undo record of {entry.label} does not restore what {self.delta.name} held before")
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,22 +122,22 @@ class RowWriter:
             if self.owner is not None:
                 os.fchown(file.fileno(), *self.owner)
             file.write(MAGIC)
-            for log in beside(lambda pair: pair[0].add(pair[1]), self._merged(pack, strength)):
+            for log in beside(lambda written: written[0].add(*written[1:]), self._merged(pack, strength)):
                 if log is not None:
                     records[log.delta.name] = log.record(pack)
                     log.packer.write(file)
-                    self._report("merge", len(records), pack, start)
+                    self._report("merge", len(records), pack, log.delta.name, start)
             file.flush()
             os.fsync(file.fileno())
         return records
 
-    def _merged(self, pack: Pack, strength: float) -> Iterator[tuple[_TensorLog, MergedBlock]]:
+    def _merged(self, pack: Pack, strength: float) -> Iterator[tuple[_TensorLog, MergedBlock, npt.NDArray[Any]]]:
         """Writes the merged rows block by block, and yields what is to be recorded of each block."""
         for delta in pack:
             log = _TensorLog(delta, strength)
-            for block in merged_blocks(pack, delta, strength, self.checkpoint, self.quantized):
+            for block, change in merged_blocks(pack, delta, strength, self.checkpoint, self.quantized):
                 self.checkpoint.write_rows(delta.name, rows_of(delta, block.part), block.new)
-                yield log, block
+                yield log, block, residual(block.old, block.new, change, strength)
 
     def restore(self, pack: Pack, entry: LedgerEntry, undo: Path, gone: frozenset[str] = frozenset()) -> None:
         """Puts back what the rows held before a pack, bit for bit.
@@ -121,37 +153,28 @@ class RowWriter:
             UndoError: The record is damaged, or does not lead to what the rows held before.
         """
         reader = UndoReader(undo, [delta.name for delta in pack])
+        wanted, number = [delta for delta in pack if delta.name not in gone], len(gone)
+        undone = (_Undone(delta, entry, reader, self.checkpoint.info(delta.name)) for delta in wanted)
         with meanwhile() as start:
-            for number, delta in enumerate(pack, start=1):
-                if delta.name not in gone:
-                    self._restore(delta, entry, reader)
-                self._report("undo", number, pack, start)
+            for tensor, part, original in beside(lambda read: read[0].undo(*read[1:]), self._read(undone)):
+                delta = tensor.delta
+                self.checkpoint.write_rows(delta.name, rows_of(delta, part), original)
+                if part.stop == delta.neurons:
+                    tensor.check()
+                    number += 1
+                    self._report("undo", number, pack, delta.name, start)
 
-    def _report(self, stage: str, number: int, pack: Pack, start: Start) -> None:
-        """Reports progress, and every few tensors has the disk start to write while the next ones are computed."""
-        name = pack.deltas[number - 1].name
+    def _read(self, undone: Iterable[_Undone]) -> Iterator[tuple[_Undone, slice, Rows]]:
+        """Reads what the rows of some tensors hold, block by block."""
+        for tensor in undone:
+            for part in tensor.parts:
+                yield tensor, part, self.checkpoint.read_rows(tensor.delta.name, rows_of(tensor.delta, part))
+
+    def _report(self, stage: str, number: int, pack: Pack, name: str, start: Start) -> None:
+        """Reports progress, and every few tensors has the disk start to write while the next ones are computed.
+
+        After the last one it writes beside the syncing of the undo record.
+        """
         self.on_event(Event(stage, number, len(pack.deltas), name))
-        if self.syncing and number % _SYNC_STRIDE == 0:
+        if self.syncing and (number % _SYNC_STRIDE == 0 or number == len(pack.deltas)):
             start(partial(sync_files, self.checkpoint.info(name).files))
-
-    def _restore(self, delta: TensorDelta, entry: LedgerEntry, reader: UndoReader) -> None:
-        info, record = self.checkpoint.info(delta.name), entry.tensors[delta.name]
-        parts = list(info.blocks(delta.neurons))
-        residuals = reader.residuals(delta.name, (info.row_bytes * (part.stop - part.start) for part in parts))
-        found, back = sha256(), sha256()
-        for part, data in zip(parts, residuals, strict=True):
-            rows = rows_of(delta, part)
-            merged = self.checkpoint.read_rows(delta.name, rows)
-            difference = np.frombuffer(data, f"<u{merged.dtype.itemsize}").reshape(merged.shape)
-            original = restored(merged, difference, delta.dense(part.start, part.stop), entry.strength)
-            self.checkpoint.write_rows(delta.name, rows, original)
-            found.update(merged.view(np.uint8).data)
-            back.update(original.view(np.uint8).data)
-        if found.hexdigest() != record.after:
-            raise BaseMismatchError(
-                f"{delta.name} no longer holds what {entry.label} wrote: rows sha256 {found.hexdigest()[:12]}.. "
-                f"instead of {record.after[:12]}..",
-                advice="Something else changed the model. `nestpatch verify MODEL` names the rows. Nothing was changed now.",
-            )
-        if back.hexdigest() != record.before:
-            raise UndoError(f"the undo record of {entry.label} does not restore what {delta.name} held before")

@@ -332,7 +332,8 @@ def _is_remade(checkpoint: Checkpoint, layer: Layer, original: Rows, current: Ro
     total = Retention()
     try:
         for part in info.blocks(delta.neurons):
-            made, retention = merged_rows(info, delta, dtype, part, original[part], layer.entry.strength, quantized)
+            change = delta.dense(part.start, part.stop)
+            made, retention = merged_rows(info, delta, dtype, part, original[part], change, layer.entry.strength, quantized)
             total += retention
             if not np.array_equal(bits(made), bits(np.ascontiguousarray(current[part]))):
                 return False

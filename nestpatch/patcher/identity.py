@@ -8,6 +8,7 @@ files are compared by sketches. A few megabytes are read at a time.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 
 import numpy as np
@@ -75,7 +76,8 @@ def _examine_tensor(pack: Pack, delta: TensorDelta, checkpoint: Checkpoint, base
     if base is None or (identity.quantized and info.plain):
         return _by_sketch(delta, identity, checkpoint)
     # In parts, as the base was read for the first comparison: a base on the Hub keeps what it has fetched.
-    return against_base(delta, fitted_to_base(delta, identity, checkpoint, base), base, touched_blocks(delta, checkpoint))
+    info = fitted_to_base(delta, identity, checkpoint, base)
+    return against_base(delta, info, base, partial(touched_blocks, delta, checkpoint))
 
 
 def _by_own_bytes(delta: TensorDelta, identity: TensorIdentity, result: str, checkpoint: Checkpoint) -> Finding | None:

@@ -104,7 +104,14 @@ def fitted(checkpoint: Checkpoint, delta: TensorDelta, base: Checkpoint | None) 
 
 
 def merged_rows(
-    info: TensorInfo, delta: TensorDelta, dtype: str, part: slice, stored: Rows, strength: float, quantized: QuantizedMerge
+    info: TensorInfo,
+    delta: TensorDelta,
+    dtype: str,
+    part: slice,
+    stored: Rows,
+    change: FloatArray,
+    strength: float,
+    quantized: QuantizedMerge,
 ) -> tuple[Rows, Retention]:
     """What some touched rows must hold after a merge, from what they hold now.
 
@@ -114,6 +121,7 @@ def merged_rows(
         dtype: The dtype of the tensor in the pack's base.
         part: Which of the delta's rows `stored` holds.
         stored: [rows, in_features] in the stored dtype, or uint8 [rows, row_bytes].
+        change: float32 [rows, in_features], the delta of these rows written out.
         strength: Multiplies the delta.
         quantized: What may be used for rounded rows.
 
@@ -124,7 +132,6 @@ def merged_rows(
         PackContentError: A sum leaves the range of the dtype.
         QuantizationError: Rows of this type cannot be quantized here.
     """
-    change = delta.dense(part.start, part.stop)
     # Quantized rows, and with a base also those of another dtype, are made anew; all others follow the merge rule. Where the
     # pack's base is quantized, float rows have lost nothing that a float base could give back.
     if info.plain and (quantized.base is None or info.dtype == dtype or dtype not in DTYPES):

@@ -18,7 +18,7 @@ from nestpatch.pack import Pack
 from nestpatch.patcher.findings import APPLICABLE, Finding, State
 from nestpatch.patcher.identity import examine
 from nestpatch.patcher.merge import QuantizedMerge, Retention, fitted, merged_rows, working_bytes
-from nestpatch.rows import Rows
+from nestpatch.rows import FloatArray, Rows
 
 _MAX_STRENGTH = 1.5
 _SHOWN = 3
@@ -119,7 +119,7 @@ def _mismatch(pack: Pack, checkpoint: Checkpoint, findings: list[Finding]) -> Ba
 
 def merged_blocks(
     pack: Pack, delta: TensorDelta, strength: float, checkpoint: Checkpoint, quantized: QuantizedMerge
-) -> Iterator[MergedBlock]:
+) -> Iterator[tuple[MergedBlock, FloatArray]]:
     """The new content of a tensor's touched rows, from what the checkpoint holds now.
 
     Args:
@@ -130,7 +130,7 @@ def merged_blocks(
         quantized: What may be used for rounded rows.
 
     Yields:
-        Blocks of rows, in order.
+        (block of rows, their delta written out as float32 [rows, in_features]), in order.
 
     Raises:
         PackContentError: A sum leaves the range of the dtype.
@@ -138,7 +138,8 @@ def merged_blocks(
     """
     info, dtype = fitted(checkpoint, delta, quantized.base), pack.manifest.base.tensors[delta.name].dtype
     for part, old in checkpoint.iter_rows(delta.name, delta.rows, row_bytes=working_bytes(info)):
-        yield MergedBlock(part, old, *merged_rows(info, delta, dtype, part, old, strength, quantized))
+        change = delta.dense(part.start, part.stop)
+        yield MergedBlock(part, old, *merged_rows(info, delta, dtype, part, old, change, strength, quantized)), change
 
 
 def measure(pack: Pack, strength: float, checkpoint: Checkpoint, quantized: QuantizedMerge) -> dict[str, Retention]:
@@ -161,5 +162,5 @@ def measure(pack: Pack, strength: float, checkpoint: Checkpoint, quantized: Quan
     for delta in pack:
         if not checkpoint.info(delta.name).plain:
             blocks = merged_blocks(pack, delta, strength, checkpoint, quantized)
-            retentions[delta.name] = sum((block.retention for block in blocks), Retention())
+            retentions[delta.name] = sum((block.retention for block, _ in blocks), Retention())
     return retentions

@@ -99,7 +99,8 @@ def _change(edit: Callable[[list[str]], list[str]]) -> None:
         if models != known:
             # Escapes represent file names that are not valid text.
             data = json.dumps({"format": FORMAT, "models": models}, indent=1) + "\n"
-            write_bytes(file, data.encode("ascii"), overwrite=True, mode=0o600)
+            # The list before this change would do after a power cut.
+            write_bytes(file, data.encode("ascii"), overwrite=True, mode=0o600, sync=False)
 
 
 def _file() -> Path:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 
+from nestpatch.files.threads import cores
+
 _POLICY = "OMP_WAIT_POLICY"
 
 
@@ -38,7 +40,4 @@ def pick_threads(wanted: int | None = None) -> int:
         wanted = int(first)
     if wanted is not None:
         return max(1, wanted)
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS and Windows
-        return os.cpu_count() or 1
+    return cores()

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from nestpatch.errors import DataError, QuantizationError
+from nestpatch.files.threads import in_parts
 from nestpatch.formats._codec import Blocks, Codec, FloatCodec
 from nestpatch.rows import DTYPES, FloatArray
 
@@ -25,6 +26,8 @@ _NEEDS_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
 """Types whose quantizer needs an importance matrix; some of them abort the process without one."""
 _STEPS = {"Q2_K": 3, "TQ1_0": 2, "TQ2_0": 2, "Q3_K": 7, "IQ3_S": 7, "Q5_0": 31, "Q5_1": 31, "Q5_K": 31, "Q6_K": 63, "Q8_0": 254}
 """Steps between the smallest and the largest value of a block; 15 for all other types."""
+_WORTHWHILE = 1 << 15
+"""Numbers from which quantizing takes longer than starting a thread."""
 _LIBRARY = {"linux": "libggml-base.so", "darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
 
 
@@ -153,10 +156,15 @@ class GgmlCodec(Codec):
 
             found: Blocks = gguf.quantize(rows, _type(self.name)).view(np.uint8).reshape(len(rows), -1)
             return found
-        out = np.empty((len(rows), row_bytes(self.name, rows.shape[1])), np.uint8)
-        written = library.ggml_quantize_chunk(int(_type(self.name)), rows.ctypes.data, out.ctypes.data, 0, *rows.shape, None)
-        if written != out.nbytes:
-            raise QuantizationError(f"ggml wrote {written} bytes of {self.name} instead of {out.nbytes}")
+        out, number = np.empty((len(rows), row_bytes(self.name, rows.shape[1])), np.uint8), int(_type(self.name))
+
+        def quantize(part: slice) -> None:
+            source, target = rows[part], out[part]
+            written = library.ggml_quantize_chunk(number, source.ctypes.data, target.ctypes.data, 0, *source.shape, None)
+            if written != target.nbytes:
+                raise QuantizationError(f"ggml wrote {written} bytes of {self.name} instead of {target.nbytes}")
+
+        in_parts(quantize, len(rows), _WORTHWHILE // max(1, rows.shape[1]))
         return out
 
     def decode(self, blocks: Blocks) -> FloatArray:
