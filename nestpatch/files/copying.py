@@ -17,8 +17,8 @@ from pathlib import Path
 from nestpatch.files.flushing import STRETCH
 
 PIECE = 128 << 10
-"""Bytes of one write to a new file. For larger ones Linux looks for larger pieces of free memory, which can take longer than the
-write itself (bench/LOG.md, 2026-11-26)."""
+"""Bytes of one write to a new file. For larger ones Linux looks for larger pieces of free memory, which can take longer than
+the write itself (bench/LOG.md, 2026-11-26)."""
 _FICLONE = 0x40049409
 """ioctl of Linux: let the target share the source's blocks (btrfs, XFS, bcachefs)."""
 _REAL_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)

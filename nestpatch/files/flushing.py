@@ -6,13 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nestpatch.files.atomic import sync_file
-from nestpatch.files.threads import meanwhile
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future
+from nestpatch.files.threads import Job, meanwhile
 
 STRETCH = 256 << 20
 """Bytes of a large file between two flushes."""
@@ -28,10 +24,10 @@ def flushing() -> Iterator[Callable[[Path], None]]:
         OSError: On leaving the block: a file could not be synced.
     """
     with meanwhile() as start:
-        pending: list[Future[None]] = []
+        pending: list[Job[None]] = []
 
         def flush(path: Path) -> None:
-            pending[:] = [future for future in pending if not future.done()]
+            pending[:] = [job for job in pending if not job.done()]
             if len(pending) < 2:
                 pending.append(start(partial(sync_file, path)))
 

@@ -1,8 +1,8 @@
 """The SHA-256 of a file while it is being written.
 
-`Sink` writes a file and hashes it in a second thread, which reads back what is still in the page cache, and a third has the disk
-write meanwhile: the digest of a 16 GB file costs little time on top of writing it. `seal` does the same for a file that another
-program wrote.
+`Sink` writes a file and hashes it in a second thread, which reads back what is still in the page cache; a third has the disk
+write meanwhile. So the digest of a 16 GB file costs little time on top of writing it. `seal` does the same for a file that
+another program wrote.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _COPY = 64 << 20
 class Sink:
     """A new file that is written from its start to its end, and its SHA-256.
 
-    Use it as a context manager: the block writes; leaving it syncs the file and ends the threads. When the block raises, the file
-    is closed as it is, without a digest.
+    Use it as a context manager: the block writes; leaving it syncs the file and ends the threads. When the block raises, the
+    file is closed as it is, without a digest.
 
         with Sink(path) as sink:
             sink.write(header)
