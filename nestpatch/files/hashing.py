@@ -1,14 +1,12 @@
 """The SHA-256 of a file while it is being written.
 
-`Sink` writes a file and hashes it in a second thread, which reads back what is still in the page cache; a third has the disk
-write meanwhile. So the digest of a 16 GB file costs little time on top of writing it. `seal` does the same for a file that
-another program wrote.
+`Sink` writes a file and hashes it in a second thread, which reads back what is still in the page cache: the digest of a 16 GB
+file costs little time on top of writing it. `seal` hashes a file that something else wrote while it is synced.
 """
 
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -18,7 +16,6 @@ from types import TracebackType
 from nestpatch.errors import CheckpointFormatError
 from nestpatch.files.atomic import sync_file
 from nestpatch.files.copying import PIECE, copy_in_kernel
-from nestpatch.files.flushing import STRETCH, flushing
 from nestpatch.files.threads import meanwhile
 
 Data = bytes | memoryview
@@ -30,8 +27,8 @@ _COPY = 64 << 20
 class Sink:
     """A new file that is written from its start to its end, and its SHA-256.
 
-    Use it as a context manager: the block writes; leaving it syncs the file and ends the threads. When the block raises, the
-    file is closed as it is, without a digest.
+    Use it as a context manager: the block writes; leaving it syncs the file and ends the hashing thread. When the block raises,
+    the file is closed as it is, without a digest.
 
         with Sink(path) as sink:
             sink.write(header)
@@ -62,11 +59,9 @@ class Sink:
         self._in_kernel = True
         self._failure: OSError | None = None
         self._thread = Thread(target=self._hash, daemon=True)
-        self._flushes, self._flushed = ExitStack(), 0
 
     def __enter__(self) -> Sink:
         if self._kept:
-            self._flush = self._flushes.enter_context(flushing())
             self._thread.start()
         return self
 
@@ -118,9 +113,6 @@ class Sink:
         with self._news:
             self.nbytes += count
             self._news.notify()
-        if self._kept and self.nbytes - self._flushed >= STRETCH:
-            self._flush(self._path)
-            self._flushed = self.nbytes
 
     @property
     def sha256(self) -> str:
@@ -132,9 +124,8 @@ class Sink:
             if not self._kept:
                 return
             try:
-                with self._flushes:
-                    if kind is None:
-                        os.fsync(self._file.fileno())
+                if kind is None:
+                    os.fsync(self._file.fileno())
             finally:
                 with self._news:
                     self._done = True

@@ -12,7 +12,6 @@ import pytest
 from nestpatch.errors import OutputError, QuantizationError
 from nestpatch.export import _gguf_tensors as tensors
 from nestpatch.export._gguf_writer import write_gguf
-from nestpatch.files import hashing
 from nestpatch.files.flushing import flushing
 from nestpatch.files.hashing import Sink
 from nestpatch.files.threads import limited
@@ -58,24 +57,6 @@ def test_a_file_that_is_not_kept_is_neither_hashed_nor_synced(tmp_path: Path, mo
         sink.write(b"bytes")
     assert (tmp_path / "out").read_bytes() == b"bytes"
     assert sink.sha256 == sha256(b"").hexdigest()
-
-
-def test_the_disk_writes_while_a_file_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
-    real = os.fsync
-
-    def sync(handle: int) -> None:
-        sizes.append(os.fstat(handle).st_size)
-        real(handle)
-
-    monkeypatch.setattr(os, "fsync", sync)
-    monkeypatch.setattr(hashing, "STRETCH", 10)
-    with Sink(tmp_path / "out") as sink:
-        for _ in range(20):
-            sink.write(b"0123456789")
-    assert sizes[0] < 200 or len(sizes) > 1
-    assert sizes[-1] == sink.nbytes == 200
-    assert sink.sha256 == sha256(b"0123456789" * 20).hexdigest()
 
 
 def test_what_the_disk_refuses_meanwhile_is_told(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
