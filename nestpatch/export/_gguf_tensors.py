@@ -1,8 +1,13 @@
-"""The tensors of a GGUF file: planned from those of the checkpoint, then written a few megabytes of rows at a time."""
+"""The tensors of a GGUF file: planned from those of the checkpoint, then written a few megabytes of rows at a time.
+
+Rows are converted by all threads that may compute, while the rows before them are written. Each row is converted by itself, so
+the file does not depend on their number.
+"""
 
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -11,7 +16,9 @@ import numpy as np
 from nestpatch.errors import CheckpointFormatError, QuantizationError, UnsupportedModelError
 from nestpatch.export._gguf_families import Family
 from nestpatch.export._model_config import OTHER_CONVERTER, ModelConfig
+from nestpatch.export._stored import append_tensor
 from nestpatch.files.hashing import Data, Sink
+from nestpatch.files.threads import beside, in_parts, limited
 from nestpatch.formats.checkpoint import Checkpoint, row_blocks
 from nestpatch.formats.gguf import quants
 from nestpatch.formats.gguf.names import gguf_name, gguf_spans, is_reordered
@@ -21,6 +28,8 @@ from nestpatch.rows import DTYPES, FloatArray, Rows
 HEAD = "lm_head.weight"
 SKIPPED = re.compile(r".+\.(?:rotary_emb\.inv_freq|attention\.masked_bias|attention\.bias)")
 """Buffers in old checkpoints that are computed from config.json."""
+_WORTHWHILE = 1 << 16
+"""Numbers from which converting takes longer than starting a thread."""
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 
 
@@ -198,15 +207,10 @@ def write_tensor(target: Target, checkpoint: Checkpoint, sink: Sink) -> None:
         info = checkpoint.info(piece.tensor)
         whole = piece.rows == (info.rows if len(info.shape) > 1 else info.shape[0])
         if not whole or info.dtype != target.dtype or target.head or target.shift:
-            for rows in _read(piece, target, checkpoint):
-                sink.write(_converted(rows, target))
-            continue
-        extent = checkpoint.extent(piece.tensor)
-        if extent is not None:
-            sink.copy(extent.file, extent.offset, extent.nbytes)
-            continue
-        for block in checkpoint.read_all(piece.tensor):
-            sink.write(block)
+            blocks = (_converted(rows, target) for rows in _read(piece, target, checkpoint))
+            deque(beside(sink.write, blocks), maxlen=0)
+        else:
+            append_tensor(piece.tensor, checkpoint, sink)
 
 
 def _read(piece: TensorPiece, target: Target, checkpoint: Checkpoint) -> Iterator[Rows]:
@@ -230,14 +234,27 @@ def _interleave(rows: Rows, head: int) -> Rows:
 
 
 def _converted(rows: Rows, target: Target) -> Data:
-    if rows.dtype != DTYPES.get(target.dtype) or target.shift:
-        wide = rows.astype(np.float32)
-        if target.shift:
-            wide = wide + np.float32(target.shift)
-        rows = quants.codec(target.dtype).encode(wide)
-        if target.dtype in DTYPES and np.isfinite(wide).all():
-            stored = rows.view(DTYPES[target.dtype]).astype(np.float32, copy=False)
-            if not np.isfinite(stored).all():
-                reason = f"{target.name} has values outside the range of {target.dtype}"
-                raise QuantizationError(reason, advice="Export with --type bf16 or f32.")
-    return np.ascontiguousarray(rows).view(np.uint8).reshape(-1).data
+    if rows.dtype == DTYPES.get(target.dtype) and not target.shift:
+        return np.ascontiguousarray(rows).view(np.uint8).reshape(-1).data
+    out = np.empty((len(rows), quants.row_bytes(target.dtype, rows.shape[1])), np.uint8)
+
+    def convert(part: slice) -> None:
+        with limited(1):  # the codec would divide the part once more
+            out[part] = _encoded(rows[part], target)
+
+    in_parts(convert, len(rows), _WORTHWHILE // rows.shape[1])
+    return out.reshape(-1).data
+
+
+def _encoded(rows: Rows, target: Target) -> Rows:
+    """The rows in the target's type, as bytes. Raises QuantizationError for numbers outside its range."""
+    wide = rows.astype(np.float32)
+    if target.shift:
+        wide = wide + np.float32(target.shift)
+    stored = quants.codec(target.dtype).encode(wide)
+    if target.dtype in DTYPES and np.isfinite(wide).all():
+        arrived = stored.view(DTYPES[target.dtype]).astype(np.float32, copy=False)
+        if not np.isfinite(arrived).all():
+            reason = f"{target.name} has values outside the range of {target.dtype}"
+            raise QuantizationError(reason, advice="Export with --type bf16 or f32.")
+    return stored

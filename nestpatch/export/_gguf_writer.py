@@ -166,7 +166,7 @@ def write_gguf(
                 nbytes, digest = _write(plan, checkpoint, sibling, on_event)
             else:
                 with scratch(sibling, WHOLE) as whole, claimed(whole):
-                    _write(plan, checkpoint, whole, on_event)
+                    _write(plan, checkpoint, whole, on_event, kept=False)
                     quantize_file(whole, sibling, wanted.name, on_event)
                 nbytes, digest = seal(sibling)
             confirm()
@@ -185,9 +185,9 @@ def write_gguf(
     )
 
 
-def _write(plan: GgufPlan, checkpoint: Checkpoint, path: Path, on_event: OnEvent) -> tuple[int, str]:
-    """Writes the file as planned. Returns (bytes, SHA-256)."""
-    with Sink(path) as sink:
+def _write(plan: GgufPlan, checkpoint: Checkpoint, path: Path, on_event: OnEvent, *, kept: bool = True) -> tuple[int, str]:
+    """Writes the file as planned. Returns (bytes, SHA-256); the digest of a file that is not kept is not taken."""
+    with Sink(path, kept=kept) as sink:
         sink.write(plan.header())
         for number, target in enumerate(plan.targets, start=1):
             before = sink.nbytes

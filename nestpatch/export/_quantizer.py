@@ -49,10 +49,11 @@ def quantize_file(source: Path, target: Path, kind: str, on_event: OnEvent = ign
         MissingExtraError: llama-cpp-python is not installed.
         QuantizationError: llama.cpp failed; the message has the end of its log.
     """
+    from nestpatch.files.threads import allowed
     from nestpatch.formats.gguf.quants import code
 
     require_quantizer()
-    command = [sys.executable, "-m", "nestpatch.export._quantizer", str(source), str(target), str(code(kind))]
+    command = [sys.executable, "-m", "nestpatch.export._quantizer", str(source), str(target), str(code(kind)), str(allowed())]
     roots = [str(Path(nestpatch.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, roots))}
     tail: deque[str] = deque(maxlen=_TAIL)
@@ -84,8 +85,8 @@ def _exit_with_parent() -> None:
     os._exit(3)
 
 
-def _work(source: str, target: str, file_type: int) -> int:
-    """Quantizes one file in this process. Returns the exit code."""
+def _work(source: str, target: str, file_type: int, threads: int) -> int:
+    """Quantizes one file in this process; the bytes do not depend on the threads. Returns the exit code."""
     import llama_cpp
 
     messages: list[str] = []
@@ -100,7 +101,7 @@ def _work(source: str, target: str, file_type: int) -> int:
 
     llama_cpp.llama_log_set(hear, ctypes.c_void_p(0))
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = file_type
+    params.ftype, params.nthread = file_type, threads
     failed = int(llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params)))
     if failed:
         print("\n".join(messages), flush=True)  # noqa: T201
@@ -109,4 +110,4 @@ def _work(source: str, target: str, file_type: int) -> int:
 
 if __name__ == "__main__":
     Thread(target=_exit_with_parent, daemon=True).start()
-    sys.exit(_work(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+    sys.exit(_work(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nestpatch.errors import CheckpointFormatError
 from nestpatch.events import Event, OnEvent
+from nestpatch.export._stored import append_tensor
 from nestpatch.files.atomic import sync_tree
 from nestpatch.files.hashing import Sink
 from nestpatch.formats.checkpoint import Checkpoint, TensorInfo
@@ -48,8 +49,7 @@ def write_file(
         sink.write(struct.pack("<Q", len(text)) + text)
         for number, info in enumerate(order, start=1):
             end = sink.nbytes + info.nbytes
-            for block in checkpoint.read_all(info.name):
-                sink.write(block)
+            append_tensor(info.name, checkpoint, sink)
             if sink.nbytes != end:
                 raise CheckpointFormatError(f"{info.file} ends inside tensor {info.name}")
             on_event(Event("export", number, len(order), info.name))

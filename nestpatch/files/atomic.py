@@ -44,6 +44,19 @@ def _refuse_taken(path: Path, overwrite: bool) -> None:
         raise OutputError(f"{path} is not a file, and is not replaced")
 
 
+def sync_file(path: Path) -> None:
+    """Waits until the content of a file is on the disk.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: It cannot be opened or synced.
+    """
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames in a directory durable, where the system can (Windows cannot open directories).
 
@@ -75,8 +88,7 @@ def sync_tree(folder: Path) -> None:
         if entry.is_dir() and not entry.is_symlink():
             sync_tree(entry)
         elif entry.is_file():
-            with open(entry, "rb") as file:
-                os.fsync(file.fileno())
+            sync_file(entry)
     sync_folder(folder)
 
 

@@ -9,27 +9,28 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from nestpatch.files.threads import meanwhile
+from nestpatch.files.flushing import STRETCH
 
-STRETCH = 256 << 20
-"""Bytes between two flushes."""
+PIECE = 128 << 10
+"""Bytes of one write to a new file. For larger ones Linux looks for larger pieces of free memory, which can take longer than
+the write itself (bench/LOG.md, 2026-11-26)."""
 _FICLONE = 0x40049409
 """ioctl of Linux: let the target share the source's blocks (btrfs, XFS, bcachefs)."""
 _REAL_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
-def copy_file(source: Path, target: Path, *, flush: bool = False) -> str:
+def copy_file(source: Path, target: Path, *, flush: Callable[[Path], None] | None = None) -> str:
     """Copies the content and the mode of a file to a new file; links are followed.
 
     Args:
         source: The file to copy.
         target: The new file.
-        flush: Whether the disk begins to write while the copy goes on, for a caller that will sync the file.
+        flush: Is called with the target when a stretch of it was copied, of `flushing`.
 
     Returns:
         How it was copied: "reflink", "kernel" or "buffered".
@@ -41,14 +42,14 @@ def copy_file(source: Path, target: Path, *, flush: bool = False) -> str:
         open(source, "rb") as read,
         # The source may be readable by its owner only: so is the copy, from the first byte on.
         open(target, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as write,
-        _flushing(write.fileno(), flush) as go_on,
     ):
+        go_on = partial(flush, target) if flush is not None else lambda: None
         how = _reflink(read.fileno(), write.fileno()) or _whole_in_kernel(read.fileno(), write.fileno(), go_on)
         if how is None:
             read.seek(0)
             write.seek(0)
             write.truncate()
-            shutil.copyfileobj(read, write, 16 << 20)
+            shutil.copyfileobj(read, write, PIECE)
             how = "buffered"
     # A read-only base must not make its own copy unpatchable.
     target.chmod(source.stat().st_mode & 0o777 | 0o600)
@@ -78,23 +79,6 @@ def copy_in_kernel(source: int, target: int, nbytes: int, offset: int | None = N
         if error.errno in _REAL_FAILURES:
             raise
         return 0
-
-
-@contextmanager
-def _flushing(handle: int, flush: bool) -> Iterator[Callable[[], None]]:
-    """Yields a function that lets another thread sync the file, or that does nothing."""
-    if not flush:
-        yield lambda: None
-        return
-    with meanwhile() as start:
-        under_way = start(lambda: None)
-
-        def go_on() -> None:
-            nonlocal under_way
-            if under_way.done():
-                under_way = start(partial(os.fsync, handle))
-
-        yield go_on
 
 
 def _reflink(read: int, write: int) -> str | None:

@@ -1,19 +1,22 @@
 """The SHA-256 of a file while it is being written.
 
 `Sink` writes a file and hashes it in a second thread, which reads back what is still in the page cache: the digest of a 16 GB
-file costs little time on top of writing it. `seal` does the same for a file that another program wrote.
+file costs little time on top of writing it. `seal` hashes a file that something else wrote while it is synced.
 """
 
 from __future__ import annotations
 
 import os
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from threading import Condition, Thread
 from types import TracebackType
 
 from nestpatch.errors import CheckpointFormatError
-from nestpatch.files.copying import copy_in_kernel
+from nestpatch.files.atomic import sync_file
+from nestpatch.files.copying import PIECE, copy_in_kernel
+from nestpatch.files.threads import meanwhile
 
 Data = bytes | memoryview
 _BLOCK = 1 << 20
@@ -36,17 +39,18 @@ class Sink:
         nbytes: Bytes written so far.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, kept: bool = True) -> None:
         """Creates the file, or empties an existing one.
 
         Args:
             path: The file.
+            kept: False for a file that only another program reads, and that is removed then: it is neither hashed nor synced.
 
         Raises:
             OSError: It cannot be created.
         """
         self.nbytes = 0
-        self._path = path
+        self._path, self._kept = path, kept
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed in __exit__
         self._state = sha256()
         self._news = Condition()
@@ -57,7 +61,8 @@ class Sink:
         self._thread = Thread(target=self._hash, daemon=True)
 
     def __enter__(self) -> Sink:
-        self._thread.start()
+        if self._kept:
+            self._thread.start()
         return self
 
     def write(self, data: Data) -> None:
@@ -71,7 +76,7 @@ class Sink:
         """
         view = memoryview(data)
         while view:
-            view = view[self._file.write(view) :]
+            view = view[self._file.write(view[:PIECE]) :]
         self._notify(memoryview(data).nbytes)
 
     def copy(self, file: Path, offset: int, nbytes: int) -> None:
@@ -116,6 +121,8 @@ class Sink:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         with self._file:
+            if not self._kept:
+                return
             try:
                 if kind is None:
                     os.fsync(self._file.fileno())
@@ -149,11 +156,12 @@ class Sink:
             return self.nbytes > hashed and not self._stopped
 
 
-def seal(path: Path) -> tuple[int, str]:
-    """Syncs a file that another program wrote, and hashes it.
+def seal(path: Path, *, sync: bool = True) -> tuple[int, str]:
+    """Hashes a file that something else wrote, and syncs it meanwhile.
 
     Args:
         path: The file.
+        sync: Whether to sync it.
 
     Returns:
         (bytes, SHA-256 in hex).
@@ -162,8 +170,10 @@ def seal(path: Path) -> tuple[int, str]:
         OSError: It cannot be read or synced.
     """
     state = sha256()
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        while block := file.read(_BLOCK):
-            state.update(block)
+    with meanwhile() as start, open(path, "rb", buffering=0) as file:
+        if sync:
+            start(partial(sync_file, path))
+        buffer = memoryview(bytearray(_BLOCK))
+        while count := file.readinto(buffer):
+            state.update(buffer[:count])
         return file.tell(), state.hexdigest()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from nestpatch.errors import BusyError, ChainError
 from nestpatch.events import Event, OnEvent, ignore
-from nestpatch.files.atomic import sync_tree
+from nestpatch.files.atomic import sync_file, sync_tree
+from nestpatch.files.flushing import flushing
+from nestpatch.files.hashing import seal
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.gate import PackLike, Trust
 from nestpatch.pack import Pack
@@ -224,8 +226,10 @@ def _write_copy(
     touched = {file for name in change.planned.tensor_names for file in checkpoint.info(name).files}
     linked = frozenset(checkpoint.files) - touched if hard_link else frozenset()
     before = fingerprint(checkpoint.files, change.state_dir)
-    with new_model(target, directory=root_of(checkpoint).is_dir()) as sibling:
-        copy_model(checkpoint, sibling, linked, on_event, flush=sync)
+    with new_model(target, directory=root_of(checkpoint).is_dir()) as sibling, ExitStack() as threads:
+        # The disk writes the copy while rows are merged into it.
+        flush = threads.enter_context(flushing()) if sync else None
+        copy_model(checkpoint, sibling, linked, on_event, flush)
         # Before the rows are read: a half-written change in them would look like another base.
         _require_unchanged(checkpoint, change.state_dir, before)
         copy = checkpoint.reopen(sibling)
@@ -248,13 +252,11 @@ def _require_unchanged(checkpoint: Checkpoint, state_dir: StateDir, before: tupl
 
 def _seal(file: Path, sibling: Path, target: Path, on_event: OnEvent, *, digest: bool, sync: bool) -> WrittenFile:
     """Syncs one written file and takes its digest; reports it under its final name."""
-    state = sha256()
-    with open(file, "rb") as handle:
-        if sync:
-            os.fsync(handle.fileno())
-        if digest:
-            on_event(Event("digest", note=file.name))
-            while block := handle.read(1 << 20):
-                state.update(block)
+    found = None
+    if digest:
+        on_event(Event("digest", note=file.name))
+        found = seal(file, sync=sync)[1]
+    elif sync:
+        sync_file(file)
     final = target if file == sibling else target / file.name
-    return WrittenFile(final, file.stat().st_size, state.hexdigest() if digest else None)
+    return WrittenFile(final, file.stat().st_size, found)

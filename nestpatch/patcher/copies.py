@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -233,7 +233,9 @@ def _remove_copy(path: Path, target: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def copy_model(checkpoint: Checkpoint, target: Path, linked: Collection[Path], on_event: OnEvent, *, flush: bool) -> None:
+def copy_model(
+    checkpoint: Checkpoint, target: Path, linked: Collection[Path], on_event: OnEvent, flush: Callable[[Path], None] | None
+) -> None:
     """Copies the files of a model, and its companions.
 
     Args:
@@ -241,7 +243,7 @@ def copy_model(checkpoint: Checkpoint, target: Path, linked: Collection[Path], o
         target: The file or directory to write.
         linked: Weight files that get a hard link instead of a copy.
         on_event: Receives progress.
-        flush: Whether the disk starts writing meanwhile, for a caller that syncs later.
+        flush: As `copy_file` has it.
 
     Raises:
         OSError: A file cannot be read or written.

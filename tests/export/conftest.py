@@ -10,7 +10,7 @@ import pytest
 
 from nestpatch.export._gguf_writer import write_gguf
 from nestpatch.formats.opening import open_checkpoint
-from tests.export.families import make
+from tests.export.families import WIDE, make
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +30,9 @@ def exported(family: Callable[[str], Path]) -> Callable[[str], Path]:
         return write_gguf(open_checkpoint(folder), folder.with_suffix(".gguf"), kind="f32").output
 
     return export
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bfloat16 model whose rows every block type fits."""
+    return make("llama3", tmp_path_factory.mktemp("wide") / "wide", dtype="bfloat16", **WIDE)

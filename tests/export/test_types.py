@@ -21,18 +21,11 @@ from nestpatch.formats.gguf import quants as gguf_types
 from nestpatch.formats.gguf.quants import ALIASES, DIRECT, NEED_IMATRIX, QUANTIZED, file_type
 from nestpatch.formats.opening import open_checkpoint
 from tests.export.expected import expected_tensors
-from tests.export.families import WIDE, make
 from tests.export.running import loaded, logits
 from tests.export.test_families import IDS, assert_holds, stored, with_tensors
 from tests.helpers import load_tensors
 
 Made = Callable[[str], Path]
-
-
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bfloat16 model whose rows every block type fits."""
-    return make("llama3", tmp_path_factory.mktemp("wide") / "wide", dtype="bfloat16", **WIDE)
 
 
 @pytest.mark.parametrize("kind", ["f16", "BF16", "q8_0", "Q8_0"])
