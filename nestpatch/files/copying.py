@@ -30,7 +30,7 @@ def copy_file(source: Path, target: Path, *, flush: Callable[[Path], None] | Non
     Args:
         source: The file to copy.
         target: The new file.
-        flush: Is called with the target when a stretch of it was copied, of `flushing`.
+        flush: Of `flushing`; is called with a target of at least STRETCH bytes whenever so much of it was copied.
 
     Returns:
         How it was copied: "reflink", "kernel" or "buffered".
@@ -93,10 +93,11 @@ def _reflink(read: int, write: int) -> str | None:
 
 
 def _whole_in_kernel(read: int, write: int, go_on: Callable[[], None]) -> str | None:
-    left = os.fstat(read).st_size
+    size = left = os.fstat(read).st_size
     while left:
         if not (copied := copy_in_kernel(read, write, min(left, STRETCH))):
             return None  # unsupported here; some file systems end early instead of failing
         left -= copied
-        go_on()
+        if size >= STRETCH:
+            go_on()
     return "kernel"
