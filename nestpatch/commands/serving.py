@@ -105,9 +105,10 @@ def load(
     from nestpatch.export import serving
     from nestpatch.export.adapters import adapter_output
 
+    # The pack first: a server is waited for.
+    with progress(quiet or as_json) as on_event:
+        passed = proven(pack, base, policy_file, on_event, allow_unsigned=allow_unsigned)
     with _connected(url, server, key_variable) as (endpoint, kind):
-        with progress(quiet or as_json) as on_event:
-            passed = proven(pack, base, policy_file, on_event, allow_unsigned=allow_unsigned)
         target = output or adapter_output(pack, passed.pack, "lora" if kind == "vllm" else "gguf-lora")
         done = serving.load(endpoint, kind, passed, target, base=base, strength=strength, name=name, server_path=server_path)
     say_unchecked(passed)
