@@ -27,6 +27,7 @@ from nestpatch.commands.signing import password_option, unlocked
 
 if TYPE_CHECKING:
     from nestpatch.channels.publish import Published
+    from nestpatch.signing.trust import Policy
 
 AVAILABLE = 10
 """Exit code of `update --check` when there is something to do."""
@@ -186,6 +187,11 @@ def update(
     sys.exit(1 if "failed" in states else AVAILABLE if "available" in states else 0)
 
 
+def _say_unsigned(policy: Policy, states: set[str]) -> None:
+    if not policy.keys and states != {"failed"}:
+        say_unsigned(policy, "what these channels publish")
+
+
 def _update_one(models: tuple[Path, ...], channels: tuple[str, ...], as_json: bool, options: dict[str, Any]) -> set[str]:
     """Updates one model and prints the result; returns the states of its channels."""
     from nestpatch.patcher.update import update as run
@@ -193,8 +199,7 @@ def _update_one(models: tuple[Path, ...], channels: tuple[str, ...], as_json: bo
     model = models[0]
     results = run(model, channels, **options)
     states = {result.state for result in results}
-    if not options["policy"].keys and states != {"failed"}:
-        say_unsigned(options["policy"], "what these channels publish")
+    _say_unsigned(options["policy"], states)
     if as_json:
         print_json({"model": str(model), "channels": [result.as_json() for result in results]})
     if not as_json or "failed" in states:
@@ -210,8 +215,7 @@ def _update_all(models: tuple[Path, ...], channels: tuple[str, ...], as_json: bo
 
     results = update_all(models, channels, **options)
     states = {result.state for result in results}
-    if not options["policy"].keys and states != {"failed"}:
-        say_unsigned(options["policy"], "what these channels publish")
+    _say_unsigned(options["policy"], states)
     if as_json:
         print_json({"models": [result.as_json() for result in results]})
     if not as_json or "failed" in states:

@@ -7,7 +7,6 @@ the file does not depend on their number.
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -16,9 +15,9 @@ import numpy as np
 from nestpatch.errors import CheckpointFormatError, QuantizationError, UnsupportedModelError
 from nestpatch.export._gguf_families import Family
 from nestpatch.export._model_config import OTHER_CONVERTER, ModelConfig
-from nestpatch.export._stored import append_tensor
+from nestpatch.export._stored import append_blocks, append_tensor
 from nestpatch.files.hashing import Data, Sink
-from nestpatch.files.threads import beside, in_parts, limited
+from nestpatch.files.threads import in_parts, limited
 from nestpatch.formats.checkpoint import Checkpoint, row_blocks
 from nestpatch.formats.gguf import quants
 from nestpatch.formats.gguf.names import gguf_name, gguf_spans, is_reordered
@@ -207,8 +206,7 @@ def write_tensor(target: Target, checkpoint: Checkpoint, sink: Sink) -> None:
         info = checkpoint.info(piece.tensor)
         whole = piece.rows == (info.rows if len(info.shape) > 1 else info.shape[0])
         if not whole or info.dtype != target.dtype or target.head or target.shift:
-            blocks = (_converted(rows, target) for rows in _read(piece, target, checkpoint))
-            deque(beside(sink.write, blocks), maxlen=0)
+            append_blocks((_converted(rows, target) for rows in _read(piece, target, checkpoint)), sink)
         else:
             append_tensor(piece.tensor, checkpoint, sink)
 

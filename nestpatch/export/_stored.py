@@ -1,12 +1,26 @@
-"""Tensors that an export contains as the model stores them."""
+"""Appending tensors to an export: blocks while the next ones are made, and tensors as the model stores them."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
-from nestpatch.files.hashing import Sink
+from nestpatch.files.hashing import Data, Sink
 from nestpatch.files.threads import beside
 from nestpatch.formats.checkpoint import Checkpoint
+
+
+def append_blocks(blocks: Iterable[Data], sink: Sink) -> None:
+    """Appends blocks, each in another thread while this one makes the next.
+
+    Args:
+        blocks: The bytes, in order.
+        sink: The file.
+
+    Raises:
+        OSError: The disk is full, or another failure of it.
+    """
+    deque(beside(sink.write, blocks), maxlen=0)
 
 
 def append_tensor(name: str, checkpoint: Checkpoint, sink: Sink) -> None:
@@ -24,4 +38,4 @@ def append_tensor(name: str, checkpoint: Checkpoint, sink: Sink) -> None:
     if extent is not None:
         sink.copy(extent.file, extent.offset, extent.nbytes)
         return
-    deque(beside(sink.write, checkpoint.read_all(name)), maxlen=0)
+    append_blocks(checkpoint.read_all(name), sink)

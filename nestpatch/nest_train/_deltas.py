@@ -30,6 +30,10 @@ class RowDeltas(nn.Module, ABC):
         rows: The rows that change, sorted, int64 [rows].
         cluster: Which delta each row gets, int64 [rows].
         clusters: Number of deltas.
+
+    Attributes:
+        numbers: `rows` as a NumPy array.
+        labels: `cluster` as a NumPy array.
     """
 
     base: Any
@@ -51,7 +55,8 @@ class RowDeltas(nn.Module, ABC):
         self.register_buffer("membership", membership, persistent=False)
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("cluster", cluster, persistent=False)
-        self._numbers, self._labels = rows.cpu().numpy(), cluster.cpu().numpy()
+        # On the CPU too: a look at them on an accelerator waits for all that is computed.
+        self.numbers, self.labels = rows.cpu().numpy(), cluster.cpu().numpy()
 
     @property
     @abstractmethod
@@ -72,7 +77,7 @@ class RowDeltas(nn.Module, ABC):
         added = linear(linear(x, self.delta.to(x.dtype)), self.membership[start:stop].to(x.dtype))
         if self.residual is None:
             return added
-        here = slice(*np.searchsorted(self._numbers, (start, stop)))
+        here = slice(*np.searchsorted(self.numbers, (start, stop)))
         return added.index_add(-1, self.rows[here] - start, linear(x, self.residual[here].to(x.dtype)))
 
     def rounding_error(self, delta: torch.Tensor) -> torch.Tensor:
@@ -84,9 +89,9 @@ class RowDeltas(nn.Module, ABC):
         Returns:
             float32 [rows, in], on the CPU.
         """
-        error = torch.zeros(len(self._numbers), delta.shape[-1])
+        error = torch.zeros(len(self.numbers), delta.shape[-1])
         for part, rows, info in self.rounding:
-            wanted = rows + delta.numpy()[self._labels[part]]
+            wanted = rows + delta.numpy()[self.labels[part]]
             error[part] = torch.from_numpy(info.coding.decode(info.coding.encode(wanted)) - wanted)
         return error
 
@@ -207,7 +212,7 @@ class DeltaSet:
         kinds = set()
         for projection, module in self.places:
             module.rounding = []
-            for some in stored.split(projection.weight_name, module.rows.cpu().numpy()):
+            for some in stored.split(projection.weight_name, module.numbers):
                 info = as_type(stored.checkpoint.info(some.tensor))
                 if not info.plain:
                     kinds.add(info.dtype)

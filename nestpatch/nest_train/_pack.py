@@ -77,7 +77,7 @@ def _pack_tensors(run: Run, deltas: DeltaSet) -> list[PackedTensor]:
     """Packs every trained delta, for the tensors on disk that the weight was loaded from."""
     packed = []
     for projection, module in deltas.places:
-        rows, groups = module.rows.cpu().numpy(), module.cluster.cpu().numpy()
+        rows, groups = module.numbers, module.labels
         run.stored.require_same(projection.weight_name, rows)
         delta = module.delta.detach().float().cpu().numpy().astype(DTYPES[run.recipe.delta_dtype])
         for some in run.stored.split(projection.weight_name, rows):
