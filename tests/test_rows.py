@@ -264,9 +264,12 @@ def test_rows_beyond_two_gibibytes(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no hints")
 @pytest.mark.parametrize("refused", [False, True])
 def test_the_disk_is_told_which_rows_come(tmp_path, monkeypatch, refused):
-    """Runs of rows, before the first is read; a file system that takes no hints is no error."""
+    """Runs of rows that are not in memory, before the first is read; a file system that takes no hints is no error."""
+    from nestpatch.formats import _rowio
     from nestpatch.formats._rowio import read_rows_at
     from nestpatch.formats.checkpoint import TensorInfo
+
+    monkeypatch.setattr(_rowio, "_CACHED_ONLY", 0)  # as on a system that cannot tell what is in memory
 
     values, told = np.arange(40, dtype=np.float32).reshape(10, 4), []
     (tmp_path / "a").write_bytes(bytes(64) + values.tobytes())
@@ -282,6 +285,23 @@ def test_the_disk_is_told_which_rows_come(tmp_path, monkeypatch, refused):
     assert np.array_equal(read_rows_at(info, rows, np.dtype(np.float32)), values[rows])
     spans = [(64 + 16, 32, os.POSIX_FADV_WILLNEED), (64 + 7 * 16, 16, os.POSIX_FADV_WILLNEED)]
     assert told == spans[: 1 if refused else 2]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="nothing can be evicted from memory")
+def test_rows_are_the_same_from_memory_and_from_the_disk(tmp_path):
+    """Of three runs the second is evicted from memory, in pages of its own."""
+    from nestpatch.formats._rowio import read_rows_at
+    from nestpatch.formats.checkpoint import TensorInfo
+
+    values = np.arange(300 * 4096, dtype=np.float32).reshape(300, 4096)
+    (tmp_path / "a").write_bytes(bytes(64) + values.tobytes())
+    info = TensorInfo("a", "F32", values.shape, tmp_path / "a", 64, values.nbytes)
+    rows = np.array([0, 1, 150, 151, 299])
+    for offset, length in ((64 + 140 * info.row_bytes, 20 * info.row_bytes), (0, 0)):
+        with open(tmp_path / "a", "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_DONTNEED)
+        assert np.array_equal(read_rows_at(info, rows, np.dtype(np.float32)), values[rows])
 
 
 def slow_sum(factors: np.ndarray, basis: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nestpatch.errors import UndoError
-from nestpatch.patcher._undo import MAGIC, TensorPacker, UndoReader, checksums, residual, restored
+from nestpatch.patcher._undo import MAGIC, TensorPacker, UndoBlock, UndoReader, checksums, residual, restored
 from nestpatch.rows import DTYPES, merge
 
 
@@ -51,7 +51,7 @@ def records(folder, tensors, block=3):
             parts = [slice(i, min(i + block, rows)) for i in range(0, rows, block)]
             packer = TensorPacker()
             for p in parts:
-                packer.add(lacking[p], before[p], after[p])
+                packer.add(UndoBlock(lacking[p], before[p], after[p]))
             packer.write(file)
             content[name] = (lacking, before, after)
     return content

@@ -16,6 +16,9 @@ from nestpatch.files.reading import open_regular
 from nestpatch.formats.checkpoint import CHUNK, IntArray, TensorInfo
 from nestpatch.rows import Rows
 
+_CACHED_ONLY = getattr(os, "RWF_NOWAIT", 0)
+"""Flag of a read that fails instead of waiting for a disk; 0 where there is none."""
+
 
 def read_rows_at(info: TensorInfo, rows: IntArray, dtype: np.dtype[Any]) -> Rows:
     """Reads sorted rows; consecutive ones are read together.
@@ -34,11 +37,25 @@ def read_rows_at(info: TensorInfo, rows: IntArray, dtype: np.dtype[Any]) -> Rows
     out = np.empty((len(rows), info.row_bytes), np.uint8)
     runs = list(_runs(info, rows, out))
     with open_regular(info.file) as file:
-        if len(runs) > 1:
-            _announce(file, runs)
-        for target, offset in runs:
+        left = runs[_read_cached(file, runs) :]
+        if len(left) > 1:
+            _announce(file, left)
+        for target, offset in left:
             read_into(file, target, offset, info)
     return out.view(dtype)
+
+
+def _read_cached(file: FileIO, runs: Iterable[tuple[memoryview, int]]) -> int:
+    """Reads parts of a file as long as they are in memory. Returns how many it read: none where the system cannot tell."""
+    read = 0
+    if _CACHED_ONLY:
+        handle = file.fileno()
+        with suppress(OSError):
+            for target, offset in runs:
+                if os.preadv(handle, (target,), offset, _CACHED_ONLY) != len(target):
+                    break
+                read += 1
+    return read
 
 
 def _announce(file: FileIO, runs: Iterable[tuple[memoryview, int]]) -> None:
@@ -60,8 +77,7 @@ def write_rows_at(info: TensorInfo, rows: IntArray, values: Rows) -> None:
     data = np.ascontiguousarray(values).view(np.uint8)
     with open_regular(info.file, write=True) as file:
         for source, offset in _runs(info, rows, data):
-            file.seek(offset)
-            write_all(file, source)
+            write_at(file, source, offset)
 
 
 def read_all_at(info: TensorInfo) -> Iterator[bytes]:
@@ -120,12 +136,16 @@ def read_into(file: FileIO, out: memoryview, offset: int, info: TensorInfo) -> N
         out = out[count:]
 
 
-def write_all(file: FileIO, data: memoryview) -> None:
-    """Writes a buffer at the file's position.
+def write_at(file: FileIO, data: memoryview, offset: int) -> None:
+    """Writes a buffer.
 
     Args:
         file: The open file.
         data: The buffer.
+        offset: Where to write.
     """
+    if not hasattr(os, "pwrite"):  # Windows
+        file.seek(offset)
     while data:
-        data = data[file.write(data) :]
+        written = os.pwrite(file.fileno(), data, offset) if hasattr(os, "pwrite") else file.write(data)
+        data, offset = data[written:], offset + written

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from nestpatch.delta import TensorDelta
 from nestpatch.formats.checkpoint import Checkpoint, float_rows
 from nestpatch.pack import Pack
-from nestpatch.patcher.merge import rows_of, touched_blocks
+from nestpatch.patcher.touched import rows_of, touched_blocks
 from nestpatch.rows import SKETCHES, FloatArray, digest, sketch_signs
 
 VISIBLE = 0.006

@@ -20,7 +20,7 @@ from nestpatch.formats.checkpoint import Checkpoint, float_rows
 from nestpatch.health.checks import Check, Health
 from nestpatch.health.presence import VISIBLE
 from nestpatch.pack import Pack
-from nestpatch.patcher.merge import rows_of, touched_blocks
+from nestpatch.patcher.touched import rows_of, touched_blocks
 from nestpatch.rows import FloatArray, merge, row_space
 
 OFTEN = 3.0

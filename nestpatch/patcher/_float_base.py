@@ -14,7 +14,8 @@ from nestpatch.formats.checkpoint import Checkpoint, TensorInfo, float_rows
 from nestpatch.pack import TensorIdentity
 from nestpatch.patcher._likeness import least_likeness, likeness_of
 from nestpatch.patcher.findings import By, Evidence, Finding, State
-from nestpatch.patcher.merge import fitted, rows_of, touched_blocks, untouched, working_bytes
+from nestpatch.patcher.merge import fitted
+from nestpatch.patcher.touched import rows_of, touched_blocks, untouched, working_bytes
 from nestpatch.rows import Rows, digest, merge
 
 Blocks = Callable[[], Iterable[tuple[slice, Rows]]]

@@ -30,8 +30,8 @@ from nestpatch.errors import CheckpointError, InPlaceError, JournalError
 from nestpatch.files.atomic import sync_folder
 from nestpatch.files.reading import open_regular
 from nestpatch.formats.checkpoint import CHUNK, Checkpoint, IntArray, TensorInfo
-from nestpatch.patcher.merge import working_bytes
 from nestpatch.patcher.state_dir import TRANSACTION, UNDO, StateDir
+from nestpatch.patcher.touched import working_bytes
 from nestpatch.rows import Rows
 from nestpatch.signing.machine import is_ours, seal
 from nestpatch.values import dataclass

@@ -8,10 +8,8 @@ from dataclasses import field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nestpatch.delta import TensorDelta
 from nestpatch.errors import BaseMismatchError, PackContentError, UndoError
@@ -20,10 +18,11 @@ from nestpatch.files.threads import beside, meanwhile
 from nestpatch.formats.checkpoint import Checkpoint, TensorInfo
 from nestpatch.pack import Pack
 from nestpatch.patcher._rollback import sync_files
-from nestpatch.patcher._undo import MAGIC, TensorPacker, UndoReader, checksums, residual, restored
+from nestpatch.patcher._undo import MAGIC, TensorPacker, UndoBlock, UndoReader, restored, undo_block
 from nestpatch.patcher.ledger import LedgerEntry, TensorRecord
-from nestpatch.patcher.merge import QuantizedMerge, Retention, rows_of, working_bytes
+from nestpatch.patcher.merge import QuantizedMerge, Retention
 from nestpatch.patcher.plan import MergedBlock, merged_blocks
+from nestpatch.patcher.touched import rows_of, working_bytes
 from nestpatch.rows import Rows
 from nestpatch.values import dataclass
 
@@ -40,12 +39,12 @@ class _TensorLog:
         self.delta, self.strength = delta, strength
         self.before, self.after, self.packer, self.retention = sha256(), sha256(), TensorPacker(), Retention()
 
-    def add(self, block: MergedBlock, difference: npt.NDArray[Any]) -> _TensorLog | None:
+    def add(self, block: MergedBlock, undo: UndoBlock) -> _TensorLog | None:
         """Adds a block, and what its undoing lacks. Returns the log after the last block, None before."""
         self.before.update(block.old.view(np.uint8).data)
         self.after.update(block.new.view(np.uint8).data)
         self.retention += block.retention
-        self.packer.add(difference, checksums(block.old), checksums(block.new))
+        self.packer.add(undo)
         return self if block.part.stop == self.delta.neurons else None
 
     def record(self, pack: Pack) -> TensorRecord:
@@ -132,13 +131,13 @@ class RowWriter:
             os.fsync(file.fileno())
         return records
 
-    def _merged(self, pack: Pack, strength: float) -> Iterator[tuple[_TensorLog, MergedBlock, npt.NDArray[Any]]]:
+    def _merged(self, pack: Pack, strength: float) -> Iterator[tuple[_TensorLog, MergedBlock, UndoBlock]]:
         """Writes the merged rows block by block, and yields what is to be recorded of each block."""
         for delta in pack:
             log = _TensorLog(delta, strength)
             for block, change in merged_blocks(pack, delta, strength, self.checkpoint, self.quantized):
                 self.checkpoint.write_rows(delta.name, rows_of(delta, block.part), block.new)
-                yield log, block, residual(block.old, block.new, change, strength)
+                yield log, block, undo_block(block.old, block.new, change, strength)
 
     def restore(self, pack: Pack, entry: LedgerEntry, undo: Path, gone: frozenset[str] = frozenset()) -> None:
         """Puts back what the rows held before a pack, bit for bit.

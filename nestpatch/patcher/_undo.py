@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from nestpatch.errors import UndoError
 from nestpatch.files.reading import open_regular
-from nestpatch.rows import FloatArray, Rows
+from nestpatch.rows import FloatArray, Rows, scaled
 from nestpatch.values import dataclass
 
 MAGIC = b"nestpatch-undo/1\n"
@@ -50,8 +50,10 @@ def _unmerged(merged: Rows, delta: FloatArray, strength: float) -> Rows:
     if merged.dtype == np.uint8:
         return merged
     with np.errstate(over="ignore", invalid="ignore"):
-        lowered: Rows = (merged.astype(np.float32) - np.float32(strength) * delta).astype(merged.dtype)
-    return lowered
+        lowered = merged.astype(np.float32)
+        lowered -= scaled(delta, strength)
+        narrow: Rows = lowered.astype(merged.dtype, copy=False)
+    return narrow
 
 
 def residual(original: Rows, merged: Rows, delta: FloatArray, strength: float) -> npt.NDArray[Any]:
@@ -107,6 +109,30 @@ def checksums(rows: Rows) -> Checksums:
     return total
 
 
+@dataclass(frozen=True, eq=False)
+class UndoBlock:
+    """What a record holds of some rows."""
+
+    residual: npt.NDArray[Any]
+    before: Checksums
+    after: Checksums
+
+
+def undo_block(original: Rows, merged: Rows, delta: FloatArray, strength: float) -> UndoBlock:
+    """What a record holds of rows that a merge changes.
+
+    Args:
+        original: [rows, in_features], as stored.
+        merged: The same rows after the merge.
+        delta: float32 [rows, in_features].
+        strength: Factor on the delta.
+
+    Returns:
+        Their residual, and their checksums before and after.
+    """
+    return UndoBlock(residual(original, merged, delta, strength), checksums(original), checksums(merged))
+
+
 class TensorPacker:
     """Compresses one tensor's part of a record, block by block."""
 
@@ -116,17 +142,15 @@ class TensorPacker:
         self._packed: list[bytes] = []
         self._sums: tuple[list[Checksums], list[Checksums]] = [], []
 
-    def add(self, difference: npt.NDArray[Any], before: Checksums, after: Checksums) -> None:
+    def add(self, block: UndoBlock) -> None:
         """Adds the next rows.
 
         Args:
-            difference: Their residual.
-            before: Their checksums before the merge.
-            after: Their checksums after it.
+            block: What the record holds of them.
         """
-        self._packed.append(self._squeeze.compress(difference.data))
-        self._sums[0].append(before)
-        self._sums[1].append(after)
+        self._packed.append(self._squeeze.compress(block.residual.data))
+        self._sums[0].append(block.before)
+        self._sums[1].append(block.after)
 
     def write(self, file: BinaryIO) -> None:
         """Writes the tensor's part.

@@ -24,9 +24,10 @@ from nestpatch.patcher._undo import UndoReader, bits, checksums, restored
 from nestpatch.patcher.findings import Finding, State, evidence_of
 from nestpatch.patcher.identity import examine, is_base
 from nestpatch.patcher.ledger import LedgerEntry
-from nestpatch.patcher.merge import FROM_ROWS, LEAST_RETENTION, QuantizedMerge, Retention, fitted, merged_rows, working_bytes
+from nestpatch.patcher.merge import FROM_ROWS, LEAST_RETENTION, QuantizedMerge, Retention, fitted, merged_rows
 from nestpatch.patcher.state_dir import StateDir
-from nestpatch.rows import Rows, digest, united
+from nestpatch.patcher.touched import touched_digests, working_bytes
+from nestpatch.rows import Rows, united
 from nestpatch.values import dataclass
 
 SHOWN_ROWS = 5
@@ -160,10 +161,15 @@ def look(
         for entry in applied
         if entry.foreign
     }
+    ours = {name for name, stack in layers.items() if not any(layer.entry.foreign for layer in stack)}
+    digests = {
+        entry.pack_id: touched_digests([delta for delta in packs[entry.pack_id] if delta.name in ours], checkpoint)
+        for entry in applied
+    }
     found: list[HeldTensor] = []
     for name, stack in layers.items():
-        if not any(layer.entry.foreign for layer in stack):
-            found += _by_ledger(checkpoint, stack)
+        if name in ours:
+            found += _by_ledger(checkpoint, stack, [digests[layer.entry.pack_id][name] for layer in stack])
             continue
         findings = [examined.get(layer.entry.pack_id, {}).get(name) for layer in stack]
         if len(stack) == 1 and not down_to_base and _is_plainly_there(stack[0], findings[0]):
@@ -242,11 +248,11 @@ def require_proven(found: Sequence[HeldTensor]) -> None:
             )
 
 
-def _by_ledger(checkpoint: Checkpoint, stack: Sequence[Layer]) -> list[HeldTensor]:
+def _by_ledger(checkpoint: Checkpoint, stack: Sequence[Layer], digests: Sequence[str]) -> list[HeldTensor]:
     """Compares with the digests that this machine recorded, top first. Rows that a pack above changed again are skipped."""
     found, above = [], np.empty(0, np.int64)
-    for layer in reversed(stack):
-        found.append(_compare(checkpoint, layer, above))
+    for layer, rows_sha256 in zip(reversed(stack), reversed(digests), strict=True):
+        found.append(_compare(checkpoint, layer, above, rows_sha256))
         above = united([above, layer.delta.rows])
     if len(stack) > 1 and any(one.holds is Holds.OTHER for one in found) and _all_before(checkpoint, stack):
         return [replace(one, holds=Holds.BEFORE) for one in found]
@@ -265,10 +271,9 @@ def _all_before(checkpoint: Checkpoint, stack: Sequence[Layer]) -> bool:
     return bool(np.array_equal(sums, np.array([base[row] for row in rows.tolist()], np.uint64)))
 
 
-def _compare(checkpoint: Checkpoint, layer: Layer, above: IntArray) -> HeldTensor:
+def _compare(checkpoint: Checkpoint, layer: Layer, above: IntArray, rows_sha256: str) -> HeldTensor:
     entry, delta = layer.entry, layer.delta
     expected = entry.tensors[delta.name]
-    rows_sha256 = digest(rows for _, rows in checkpoint.iter_rows(delta.name, delta.rows))
     if rows_sha256 == expected.after:
         return HeldTensor(entry, delta.name, Holds.PACK)
     sums = np.concatenate([checksums(rows) for _, rows in checkpoint.iter_rows(delta.name, delta.rows)])

@@ -7,6 +7,7 @@ files are compared by sketches. A few megabytes are read at a time.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -19,7 +20,7 @@ from nestpatch.pack import Pack, TensorIdentity
 from nestpatch.patcher._float_base import against_base, fitted_to_base, is_rounded_base, require_origin
 from nestpatch.patcher._likeness import is_altered, is_nearest, kept_rows, least_likeness, likeness_of
 from nestpatch.patcher.findings import By, Finding, State, evidence_of
-from nestpatch.patcher.merge import touched_blocks
+from nestpatch.patcher.touched import touched_blocks, touched_digests
 from nestpatch.rows import DTYPES, SKETCH_MATCH, Rows, digest, sketch, sketch_correlation
 
 _ROW_TOLERANCE = 0.05
@@ -41,7 +42,8 @@ def examine(pack: Pack, checkpoint: Checkpoint, base: Checkpoint | None = None) 
         BaseMismatchError: `base` is not the base of the pack.
         QuantizationError: Rows were quantized in a way that cannot be repeated.
     """
-    findings = [_examine_tensor(pack, delta, checkpoint, base) for delta in pack]
+    digests = touched_digests([delta for delta in pack if _has_digest(pack, delta, checkpoint)], checkpoint)
+    findings = [_examine_tensor(pack, delta, checkpoint, base, digests) for delta in pack]
     evidence = evidence_of(findings)
     if evidence.patched:
         return [replace(f, state=State.PATCHED) if f.state is State.ROUNDED else f for f in findings]
@@ -62,14 +64,25 @@ def _in_doubt(finding: Finding, pack: Pack, checkpoint: Checkpoint) -> Finding:
     return replace(finding, state=State.CHANGED, detail=detail, by=None)
 
 
-def _examine_tensor(pack: Pack, delta: TensorDelta, checkpoint: Checkpoint, base: Checkpoint | None) -> Finding:
+def _has_digest(pack: Pack, delta: TensorDelta, checkpoint: Checkpoint) -> bool:
+    """Whether the digest of a tensor's rows can say what they are."""
+    identity = pack.manifest.base.tensors[delta.name]
+    if not checkpoint.has(delta.name) or checkpoint.info(delta.name).shape != identity.shape:
+        return False
+    info = checkpoint.info(delta.name)
+    return info.dtype == identity.dtype if identity.quantized else info.plain
+
+
+def _examine_tensor(
+    pack: Pack, delta: TensorDelta, checkpoint: Checkpoint, base: Checkpoint | None, digests: Mapping[str, str]
+) -> Finding:
     name, identity = delta.name, pack.manifest.base.tensors[delta.name]
     if not checkpoint.has(name):
         return Finding(name, State.MISSING)
     info = checkpoint.info(name)
     if info.shape != identity.shape:
         return Finding(name, State.SHAPE, f"{list(info.shape)} instead of {list(identity.shape)}")
-    if known := _by_own_bytes(delta, identity, pack.manifest.result[name], checkpoint):
+    if name in digests and (known := _by_own_bytes(delta, identity, pack.manifest.result[name], checkpoint, digests[name])):
         if known.state is State.BASE and identity.quantized and base is not None:
             require_origin(delta, identity, checkpoint, base)
         return known
@@ -80,47 +93,42 @@ def _examine_tensor(pack: Pack, delta: TensorDelta, checkpoint: Checkpoint, base
     return against_base(delta, info, base, partial(touched_blocks, delta, checkpoint))
 
 
-def _by_own_bytes(delta: TensorDelta, identity: TensorIdentity, result: str, checkpoint: Checkpoint) -> Finding | None:
-    """What the digests in the pack say; None for rows that may be the base without having its bytes."""
-    name, info = delta.name, checkpoint.info(delta.name)
+def _by_own_bytes(
+    delta: TensorDelta, identity: TensorIdentity, result: str, checkpoint: Checkpoint, found: str
+) -> Finding | None:
+    """What the digests in the pack say of rows with the digest `found`; None where they may be the base without its bytes."""
+    info = checkpoint.info(delta.name)
     if identity.quantized:
-        return _by_blocks(delta, identity, result, checkpoint) if info.dtype == identity.dtype else None
-    if not info.plain:
-        return None
-    state, found = _by_digest(delta, identity, result, checkpoint)
-    if state is not None:
-        return Finding(
-            name, state, f"{info.dtype} instead of {identity.dtype}" if state is State.WIDENED else "", by=By.DIGESTS
-        )
+        return _by_blocks(delta, identity, result, checkpoint, found)
+    if found == identity.rows_sha256 and info.dtype == identity.dtype:
+        return Finding(delta.name, State.BASE, by=By.DIGESTS)
+    if _is_widened(delta, identity, checkpoint):
+        return Finding(delta.name, State.WIDENED, f"{info.dtype} instead of {identity.dtype}", by=By.DIGESTS)
+    if found == result:
+        return Finding(delta.name, State.PATCHED, by=By.DIGESTS)
     if info.dtype == identity.dtype or not checkpoint.converted:
         return _describe_stranger(delta, identity, found, checkpoint)
     return None
 
 
-def _by_digest(delta: TensorDelta, identity: TensorIdentity, result: str, checkpoint: Checkpoint) -> tuple[State | None, str]:
-    """(the state by the digests, None where they match nothing; the digest of the stored rows)."""
-    info = checkpoint.info(delta.name)
-    stored, narrowed = sha256(), sha256()
+def _is_widened(delta: TensorDelta, identity: TensorIdentity, checkpoint: Checkpoint) -> bool:
+    """Whether rows are those of the base in another dtype that lost nothing."""
+    stored = checkpoint.info(delta.name).dtype
     # A narrower safetensors copy is not the base: a small delta would be rounded away in it.
-    narrower = DTYPES[info.dtype].itemsize < DTYPES[identity.dtype].itemsize
-    other = info.dtype != identity.dtype and (checkpoint.converted or not narrower)
+    narrower = DTYPES[stored].itemsize < DTYPES[identity.dtype].itemsize
+    if stored == identity.dtype or (narrower and not checkpoint.converted):
+        return False
+    state = sha256()
     for _, rows in touched_blocks(delta, checkpoint):
-        stored.update(rows.view(np.uint8).data)
-        narrow = _narrow(rows, identity.dtype) if other else None
-        other = narrow is not None
-        if narrow is not None:
-            narrowed.update(narrow.view(np.uint8).data)
-    found = stored.hexdigest()
-    if info.dtype == identity.dtype and found == identity.rows_sha256:
-        return State.BASE, found
-    if other and narrowed.hexdigest() == identity.rows_sha256:
-        return State.WIDENED, found
-    return (State.PATCHED if found == result else None), found
+        narrow = _narrow(rows, identity.dtype)
+        if narrow is None:
+            return False
+        state.update(narrow.view(np.uint8).data)
+    return state.hexdigest() == identity.rows_sha256
 
 
-def _by_blocks(delta: TensorDelta, identity: TensorIdentity, result: str, checkpoint: Checkpoint) -> Finding | None:
+def _by_blocks(delta: TensorDelta, identity: TensorIdentity, result: str, checkpoint: Checkpoint, found: str) -> Finding | None:
     """Blocks of the base's type, by digest; None where another quantizer made them, or merged the pack into them."""
-    found = digest(rows for _, rows in touched_blocks(delta, checkpoint))
     if found in (identity.rows_sha256, result):
         return Finding(delta.name, State.BASE if found == identity.rows_sha256 else State.PATCHED, by=By.DIGESTS)
     # Only now: sketches take longer than digests.

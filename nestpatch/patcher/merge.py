@@ -8,7 +8,6 @@ survives rounding is measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -17,8 +16,9 @@ import numpy as np
 
 from nestpatch.delta import TensorDelta
 from nestpatch.errors import PackContentError, QuantizationError
-from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo
+from nestpatch.formats.checkpoint import Checkpoint, TensorInfo
 from nestpatch.formats.opening import open_checkpoint
+from nestpatch.patcher.touched import rows_of, untouched
 from nestpatch.rows import DTYPES, FloatArray, Rows, merge
 from nestpatch.values import dataclass
 
@@ -199,62 +199,3 @@ def require_retention(retentions: dict[str, Retention], label: str) -> None:
         "Or load the pack beside the model: nestpatch export PACK --to gguf-lora, or onnx-adapter. "
         "Or accept noisier rows: --dither.",
     )
-
-
-def rows_of(delta: TensorDelta, part: slice) -> IntArray:
-    """The row numbers of a part of a delta.
-
-    Args:
-        delta: The delta.
-        part: Which of its rows.
-
-    Returns:
-        int64 [rows], sorted.
-    """
-    return delta.rows[part].astype(np.int64)
-
-
-def working_bytes(info: TensorInfo) -> int:
-    """Bytes that a row takes while it is merged or undone, for blocks of rows that keep memory flat (bench/large.py).
-
-    Plain rows are held as they were and as they will be, and as float32 between the two, while blocks before them are still
-    being hashed and packed; the numbers of quantized rows are held several times, as float32 and float64. Layouts that read
-    the whole matrix for every block hold more of it (`info.chunks`).
-
-    Args:
-        info: The tensor.
-
-    Returns:
-        Bytes per row.
-    """
-    if info.plain:
-        return (8 if info.chunks == 1 else 1) * info.row_bytes
-    return 32 * info.shape[-1]
-
-
-def touched_blocks(delta: TensorDelta, checkpoint: Checkpoint) -> Iterator[tuple[slice, Rows]]:
-    """Reads the rows that a pack touches, as they are stored.
-
-    Args:
-        delta: The pack's change of the tensor.
-        checkpoint: The model.
-
-    Returns:
-        An iterator over (part of the delta's rows, their content).
-    """
-    return checkpoint.iter_rows(delta.name, delta.rows, row_bytes=working_bytes(checkpoint.info(delta.name)))
-
-
-def untouched(delta: TensorDelta, rows: int) -> IntArray:
-    """The rows of a matrix that a pack leaves alone.
-
-    Args:
-        delta: The pack's change of the matrix.
-        rows: How many rows the matrix has.
-
-    Returns:
-        Row numbers in rising order, int64.
-    """
-    spared = np.ones(rows, bool)
-    spared[delta.rows] = False
-    return np.flatnonzero(spared)

@@ -16,7 +16,8 @@ from nestpatch.formats.checkpoint import Checkpoint, TensorInfo
 from nestpatch.pack import Pack
 from nestpatch.patcher.findings import APPLICABLE, Finding, State
 from nestpatch.patcher.identity import examine
-from nestpatch.patcher.merge import QuantizedMerge, Retention, fitted, merged_rows, working_bytes
+from nestpatch.patcher.merge import QuantizedMerge, Retention, fitted, merged_rows
+from nestpatch.patcher.touched import working_bytes
 from nestpatch.rows import FloatArray, Rows
 from nestpatch.values import dataclass
 

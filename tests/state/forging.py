@@ -15,7 +15,7 @@ import numpy as np
 from nestpatch.formats import nest
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.pack import Pack
-from nestpatch.patcher._undo import MAGIC, TensorPacker, checksums, residual
+from nestpatch.patcher._undo import MAGIC, TensorPacker, undo_block
 from nestpatch.patcher.ledger import FORMAT
 from nestpatch.patcher.state_dir import StateDir
 from nestpatch.rows import Rows
@@ -119,7 +119,7 @@ def write_undo(scene: Scene, pack: Pack, path: Path, strength: float = 1.0, lie:
             current = checkpoint.read_rows(delta.name, delta.rows.astype(np.int64))
             original = np.ascontiguousarray(lie(delta.name, current))
             packer = TensorPacker()
-            packer.add(residual(original, current, delta.dense(), strength), checksums(original), checksums(current))
+            packer.add(undo_block(original, current, delta.dense(), strength))
             packer.write(file)
             before, after = (sha256(rows.tobytes()).hexdigest() for rows in (original, current))
             tensors[delta.name] = {"rows": delta.neurons, "before": before, "after": after, "retention": None}

@@ -16,7 +16,7 @@ import numpy as np
 
 from nestpatch.files.reading import open_regular
 from nestpatch.formats._codec import Blocks
-from nestpatch.formats._rowio import read_into, read_rows_at, write_all, write_rows_at
+from nestpatch.formats._rowio import read_into, read_rows_at, write_at, write_rows_at
 from nestpatch.formats.checkpoint import CHUNK, IntArray, TensorInfo
 from nestpatch.rows import Rows
 
@@ -152,8 +152,7 @@ class ColumnLayout:
         with open_regular(self.tensor.file, write=True) as file:
             for lines, first, window, offset in self._windows(file, rows):
                 window[:, rows - first] = elements[:, lines].T
-                file.seek(offset)
-                write_all(file, window.data.cast("B"))
+                write_at(file, window.data.cast("B"), offset)
 
     def _windows(self, file: FileIO, rows: IntArray) -> Iterator[tuple[slice, int, Rows, int]]:
         """(lines, first column, content [lines, columns], offset) of pieces of the file that cover all elements of the rows."""
