@@ -123,6 +123,18 @@ def sketch_correlation(ours: npt.NDArray[np.float16], theirs: npt.NDArray[np.flo
     return float(a @ b) / norm if norm > 0 else float(np.array_equal(a, b))
 
 
+def inner(ours: npt.NDArray[Any], theirs: npt.NDArray[Any]) -> float:
+    """The sum of the products of two blocks of rows, added in float64.
+
+    BLAS would need copies in float64, and its threads keep the processors busy while they wait for more.
+
+    Args:
+        ours: [rows, in_features], any float dtype of numpy.
+        theirs: The same shape.
+    """
+    return float(np.einsum("ij,ij->", ours, theirs, dtype=np.float64))
+
+
 def row_space(matrix: Rows) -> FloatArray:
     """An orthonormal basis of the space that the rows of a matrix span.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from click.testing import CliRunner
 
 from nestpatch.cli import main
 from nestpatch.errors import DataError, UndoError
-from nestpatch.files.threads import allowed, beside, cores, in_parts, limited
+from nestpatch.files.threads import allowed, beside, cores, in_parts, limited, spread
 from nestpatch.formats import checkpoint as interface
 from nestpatch.formats import nest
 from nestpatch.formats.gguf import quants
@@ -140,19 +142,48 @@ def test_the_error_of_a_part_is_raised(threads: int, bad: int) -> None:
         in_parts(work, 9, 1)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_results_keep_their_order_and_errors_their_place(threads: int) -> None:
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("mapped", [beside, spread])
+def test_results_keep_their_order_and_errors_their_place(mapped: Callable[..., Iterator[int]], threads: int) -> None:
     def work(item: int) -> int:
+        time.sleep(0.002 * (item % 3))
         if item == 5:
             raise UndoError("five")
         return -item
 
     found = []
     with limited(threads), pytest.raises(UndoError, match="five"):
-        found += beside(work, range(9))
+        found += mapped(work, range(9))
     assert found == [0, -1, -2, -3, -4]
     with limited(threads):
-        assert list(beside(work, range(5))) == [0, -1, -2, -3, -4]
+        assert list(mapped(work, range(5))) == [0, -1, -2, -3, -4]
+
+
+def test_spread_work_runs_at_once_and_is_divided_no_further() -> None:
+    """Each of four items waits until all four have begun."""
+    together, inside = threading.Barrier(4, timeout=30), []
+
+    def work(_: int) -> None:
+        together.wait()
+        inside.append(allowed())
+
+    with limited(4):
+        assert len(list(spread(work, range(4)))) == 4
+    assert inside == [1] * 4
+
+
+def test_few_items_are_read_before_their_results_are_wanted() -> None:
+    """Each item holds rows in memory."""
+    read = []
+
+    def items() -> Iterator[int]:
+        for item in range(100):
+            read.append(item)
+            yield item
+
+    with limited(3):
+        for result in spread(abs, items()):
+            assert len(read) <= result + 4
 
 
 def test_the_command_line_rejects_no_threads(tmp_path: Path) -> None:

@@ -126,15 +126,40 @@ def beside(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     Yields:
         The results, in the order of the items.
     """
+    return _mapped(work, items, 1)
+
+
+def spread(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Maps a function over items in as many threads as may compute, while this thread only produces the items.
+
+    For work that takes much longer than producing an item, and releases the interpreter. An exception is raised in the place of
+    its result; unfinished work is waited for.
+
+    Args:
+        work: Runs in several threads at once; nothing that it calls is divided among further threads.
+        items: Iterated in this thread, at most _AHEAD items before the results and the work.
+
+    Yields:
+        The results, in the order of the items.
+    """
+
+    def alone(item: T) -> R:
+        with limited(1):
+            return work(item)
+
+    return _mapped(alone, items, allowed())
+
+
+def _mapped(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
     if allowed() == 1:
         yield from map(work, items)
         return
     waiting: deque[Job[R]] = deque()
-    with _started(1) as start:
+    with _started(threads) as start:
         for item in items:
             waiting.append(Job(partial(work, item)))
             start(waiting[-1])
-            if len(waiting) > _AHEAD:
+            if len(waiting) >= threads + _AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

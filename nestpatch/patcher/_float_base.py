@@ -16,7 +16,7 @@ from nestpatch.patcher._likeness import least_likeness, likeness_of
 from nestpatch.patcher.findings import By, Evidence, Finding, State
 from nestpatch.patcher.merge import fitted
 from nestpatch.patcher.touched import rows_of, touched_blocks, untouched, working_bytes
-from nestpatch.rows import Rows, digest, merge
+from nestpatch.rows import Rows, digest, inner, merge
 
 Blocks = Callable[[], Iterable[tuple[slice, Rows]]]
 _WITNESSES = 16
@@ -47,7 +47,7 @@ def against_base(delta: TensorDelta, info: TensorInfo, base: Checkpoint, blocks:
         origin, stored = origin.astype(np.float32), rows.view(np.uint8)
         rounded, found = codec.decode(codec.encode(origin)), codec.decode(stored)
         merged = merged and np.array_equal(codec.encode(goal), stored)
-        sums += [np.vdot(gap, gap) for gap in (rounded - origin, found - origin, found - goal, goal - origin)]
+        sums += [inner(gap, gap) for gap in (rounded - origin, found - origin, found - goal, goal - origin)]
         count += origin.size
     if merged:
         return Finding(delta.name, State.PATCHED, info.dtype, by=By.FLOAT_BASE)

@@ -24,10 +24,10 @@ from nestpatch.patcher._undo import UndoReader, bits, checksums, restored
 from nestpatch.patcher.findings import Finding, State, evidence_of
 from nestpatch.patcher.identity import examine, is_base
 from nestpatch.patcher.ledger import LedgerEntry
-from nestpatch.patcher.merge import FROM_ROWS, LEAST_RETENTION, QuantizedMerge, Retention, fitted, merged_rows
+from nestpatch.patcher.merge import FROM_ROWS, LEAST_RETENTION, QuantizedMerge, Retention, fitted, merged_rows, touched_block
 from nestpatch.patcher.state_dir import StateDir
 from nestpatch.patcher.touched import touched_digests, working_bytes
-from nestpatch.rows import Rows, united
+from nestpatch.rows import Rows, inner, united
 from nestpatch.values import dataclass
 
 SHOWN_ROWS = 5
@@ -339,7 +339,8 @@ def _is_remade(checkpoint: Checkpoint, layer: Layer, original: Rows, current: Ro
     try:
         for part in info.blocks(delta.neurons, working_bytes(info)):
             change = delta.dense(part.start, part.stop)
-            made, retention = merged_rows(info, delta, dtype, part, original[part], change, layer.entry.strength, quantized)
+            block = touched_block(info, delta, dtype, part, original[part], quantized.base)
+            made, retention = merged_rows(block, change, layer.entry.strength, dither=quantized.dither)
             total += retention
             if not np.array_equal(bits(made), bits(np.ascontiguousarray(current[part]))):
                 return False
@@ -359,7 +360,7 @@ def _delivered(info: TensorInfo, layer: Layer, original: Rows, current: Rows) ->
     for part in info.blocks(layer.delta.neurons):
         wanted = layer.entry.strength * layer.delta.dense(part.start, part.stop).astype(np.float64)
         moved = info.decoded(current[part]).astype(np.float64) - info.decoded(original[part])
-        total += Retention(float(np.vdot(moved, wanted)), float(np.vdot(wanted, wanted)))
+        total += Retention(inner(moved, wanted), inner(wanted, wanted))
     return total
 
 

@@ -15,6 +15,7 @@ from hashlib import sha256
 import numpy as np
 
 from nestpatch.delta import TensorDelta
+from nestpatch.files.threads import spread
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.pack import Pack, TensorIdentity
 from nestpatch.patcher._float_base import against_base, fitted_to_base, is_rounded_base, require_origin
@@ -43,7 +44,9 @@ def examine(pack: Pack, checkpoint: Checkpoint, base: Checkpoint | None = None) 
         QuantizationError: Rows were quantized in a way that cannot be repeated.
     """
     digests = touched_digests([delta for delta in pack if _has_digest(pack, delta, checkpoint)], checkpoint)
-    findings = [_examine_tensor(pack, delta, checkpoint, base, digests) for delta in pack]
+    # Comparing with a float base is quantizing its rows.
+    mapped = map if base is None else spread
+    findings = list(mapped(lambda delta: _examine_tensor(pack, delta, checkpoint, base, digests), pack))
     evidence = evidence_of(findings)
     if evidence.patched:
         return [replace(f, state=State.PATCHED) if f.state is State.ROUNDED else f for f in findings]

@@ -19,7 +19,7 @@ from nestpatch.errors import PackContentError, QuantizationError
 from nestpatch.formats.checkpoint import Checkpoint, TensorInfo
 from nestpatch.formats.opening import open_checkpoint
 from nestpatch.patcher.touched import rows_of, untouched
-from nestpatch.rows import DTYPES, FloatArray, Rows, merge
+from nestpatch.rows import DTYPES, FloatArray, Rows, inner, merge, scaled
 from nestpatch.values import dataclass
 
 FROM_ROWS = "from the quantized rows"
@@ -104,53 +104,80 @@ def fitted(checkpoint: Checkpoint, delta: TensorDelta, base: Checkpoint | None) 
     return replace(info, codec=info.codec.fitted(origin, checkpoint.read_rows(delta.name, rows).view(np.uint8)))
 
 
-def merged_rows(
-    info: TensorInfo,
-    delta: TensorDelta,
-    dtype: str,
-    part: slice,
-    stored: Rows,
-    change: FloatArray,
-    strength: float,
-    quantized: QuantizedMerge,
-) -> tuple[Rows, Retention]:
-    """What some touched rows must hold after a merge, from what they hold now.
+@dataclass(frozen=True, eq=False)
+class TouchedBlock:
+    """Some touched rows of a tensor, and what merging needs beside them."""
+
+    info: TensorInfo
+    """The tensor, as `fitted` gives it."""
+    delta: TensorDelta
+    part: slice
+    """Which of the delta's rows these are."""
+    stored: Rows
+    """What they hold: [rows, in_features] in the stored dtype, or uint8 [rows, row_bytes]."""
+    plain: bool
+    """Whether the merge rule applies: all other rows are made anew."""
+    origin: Rows | None
+    """The rows of the float base from which they are made; None: from `stored`."""
+
+
+def touched_block(
+    info: TensorInfo, delta: TensorDelta, dtype: str, part: slice, stored: Rows, base: Checkpoint | None
+) -> TouchedBlock:
+    """Reads what merging needs beside the touched rows.
 
     Args:
         info: The tensor, as `fitted` gives it.
         delta: The pack's change of it.
         dtype: The dtype of the tensor in the pack's base.
-        part: Which of the delta's rows `stored` holds.
-        stored: [rows, in_features] in the stored dtype, or uint8 [rows, row_bytes].
-        change: float32 [rows, in_features], the delta of these rows written out.
-        strength: Multiplies the delta.
-        quantized: What may be used for rounded rows.
+        part: Which of the delta's rows these are.
+        stored: What they hold.
+        base: The float model, for rounded rows.
 
     Returns:
-        (rows in the form of `stored`, how much of the delta they hold).
+        The block.
+
+    Raises:
+        CheckpointError: Rows of the base cannot be read.
+    """
+    # Quantized rows, and with a base also those of another dtype, are made anew; all others follow the merge rule. Where the
+    # pack's base is quantized, float rows have lost nothing that a float base could give back.
+    plain = info.plain and (base is None or info.dtype == dtype or dtype not in DTYPES)
+    origin = None if plain or base is None else base.read_rows(delta.name, rows_of(delta, part))
+    return TouchedBlock(info, delta, part, stored, plain, origin)
+
+
+def merged_rows(block: TouchedBlock, change: FloatArray, strength: float, *, dither: bool) -> tuple[Rows, Retention]:
+    """What some touched rows must hold after a merge, from what they hold now.
+
+    Args:
+        block: The rows.
+        change: float32 [rows, in_features], the delta of these rows written out.
+        strength: Multiplies the delta.
+        dither: Whether noise is added before rounding.
+
+    Returns:
+        (rows in the form of `block.stored`, how much of the delta they hold).
 
     Raises:
         PackContentError: A sum leaves the range of the dtype.
         QuantizationError: Rows of this type cannot be quantized here.
     """
-    # Quantized rows, and with a base also those of another dtype, are made anew; all others follow the merge rule. Where the
-    # pack's base is quantized, float rows have lost nothing that a float base could give back.
-    if info.plain and (quantized.base is None or info.dtype == dtype or dtype not in DTYPES):
+    info, stored = block.info, block.stored
+    if block.plain:
         return merge(stored, change, strength), Retention()
-    requested = np.float32(strength) * change
-    if quantized.base is not None:
-        exact = quantized.base.read_rows(delta.name, rows_of(delta, part))
-        start, wanted = exact.astype(np.float32), merge(exact, change, strength).astype(np.float32)
+    requested = scaled(change, strength)
+    if block.origin is not None:
+        start, wanted = block.origin.astype(np.float32), merge(block.origin, change, strength).astype(np.float32)
     else:
         start = info.coding.decode(stored.view(np.uint8))
         wanted = start + requested
-    noisy = wanted + _noise(info, delta, part, wanted) if quantized.dither else wanted
+    noisy = wanted + _noise(info, block.delta, block.part, wanted) if dither else wanted
     blocks = info.coding.encode(noisy)
     arrived = info.coding.decode(blocks)
     if not np.isfinite(arrived).all():
-        raise PackContentError(f"the merged weights of {delta.name} leave the range of {info.dtype}")
-    wide = requested.astype(np.float64)
-    retention = Retention(float(np.vdot((arrived - start).astype(np.float64), wide)), float(np.vdot(wide, wide)))
+        raise PackContentError(f"the merged weights of {block.delta.name} leave the range of {info.dtype}")
+    retention = Retention(inner(arrived - start, requested), inner(requested, requested))
     return blocks.view(stored.dtype), retention
 
 

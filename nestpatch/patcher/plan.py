@@ -6,17 +6,18 @@ Only the touched rows are read, a few megabytes at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from nestpatch.delta import TensorDelta
 from nestpatch.errors import BaseMismatchError, DataError
+from nestpatch.files.threads import spread
 from nestpatch.formats.checkpoint import Checkpoint, TensorInfo
 from nestpatch.pack import Pack
 from nestpatch.patcher.findings import APPLICABLE, Finding, State
 from nestpatch.patcher.identity import examine
-from nestpatch.patcher.merge import QuantizedMerge, Retention, fitted, merged_rows
+from nestpatch.patcher.merge import QuantizedMerge, Retention, TouchedBlock, fitted, merged_rows, touched_block
 from nestpatch.patcher.touched import working_bytes
 from nestpatch.rows import FloatArray, Rows
 from nestpatch.values import dataclass
@@ -39,10 +40,13 @@ class TensorPlan:
 class MergedBlock:
     """Some touched rows of a tensor, as they are stored, before and after a merge."""
 
+    delta: TensorDelta
     part: slice
     """Which of the delta's rows these are."""
     old: Rows
     new: Rows
+    change: FloatArray
+    """float32 [rows, in_features], the delta of these rows written out."""
     retention: Retention
 
 
@@ -119,28 +123,39 @@ def _mismatch(pack: Pack, checkpoint: Checkpoint, findings: list[Finding]) -> Ba
 
 
 def merged_blocks(
-    pack: Pack, delta: TensorDelta, strength: float, checkpoint: Checkpoint, quantized: QuantizedMerge
-) -> Iterator[tuple[MergedBlock, FloatArray]]:
-    """The new content of a tensor's touched rows, from what the checkpoint holds now.
+    pack: Pack, deltas: Sequence[TensorDelta], strength: float, checkpoint: Checkpoint, quantized: QuantizedMerge
+) -> Iterator[MergedBlock]:
+    """The new content of touched rows, from what the checkpoint holds now. A few blocks are read ahead.
 
     Args:
         pack: The pack that is merged.
-        delta: Its change of the tensor.
-        strength: Multiplies the delta.
+        deltas: The changes of the tensors in question.
+        strength: Multiplies the deltas.
         checkpoint: The model.
         quantized: What may be used for rounded rows.
 
     Yields:
-        (block of rows, their delta written out as float32 [rows, in_features]), in order.
+        The blocks of rows, in order.
 
     Raises:
         PackContentError: A sum leaves the range of the dtype.
         QuantizationError: Rows of this type cannot be quantized here.
     """
-    info, dtype = fitted(checkpoint, delta, quantized.base), pack.manifest.base.tensors[delta.name].dtype
-    for part, old in checkpoint.iter_rows(delta.name, delta.rows, row_bytes=working_bytes(info)):
-        change = delta.dense(part.start, part.stop)
-        yield MergedBlock(part, old, *merged_rows(info, delta, dtype, part, old, change, strength, quantized)), change
+
+    def touched() -> Iterator[TouchedBlock]:
+        for delta in deltas:
+            info, dtype = fitted(checkpoint, delta, quantized.base), pack.manifest.base.tensors[delta.name].dtype
+            for part, old in checkpoint.iter_rows(delta.name, delta.rows, row_bytes=working_bytes(info)):
+                yield touched_block(info, delta, dtype, part, old, quantized.base)
+
+    def merged(block: TouchedBlock) -> MergedBlock:
+        change = block.delta.dense(block.part.start, block.part.stop)
+        new, retention = merged_rows(block, change, strength, dither=quantized.dither)
+        return MergedBlock(block.delta, block.part, block.stored, new, change, retention)
+
+    # Adding takes less time than handing a block to another thread, quantizing a hundred times more.
+    mapped = spread if any(not checkpoint.info(delta.name).plain for delta in deltas) else map
+    return mapped(merged, touched())
 
 
 def measure(pack: Pack, strength: float, checkpoint: Checkpoint, quantized: QuantizedMerge) -> dict[str, Retention]:
@@ -159,9 +174,8 @@ def measure(pack: Pack, strength: float, checkpoint: Checkpoint, quantized: Quan
         PackContentError: A sum leaves the range of the dtype.
         QuantizationError: Rows of this type cannot be quantized here.
     """
-    retentions = {}
-    for delta in pack:
-        if not checkpoint.info(delta.name).plain:
-            blocks = merged_blocks(pack, delta, strength, checkpoint, quantized)
-            retentions[delta.name] = sum((block.retention for block, _ in blocks), Retention())
+    deltas = [delta for delta in pack if not checkpoint.info(delta.name).plain]
+    retentions = {delta.name: Retention() for delta in deltas}
+    for block in merged_blocks(pack, deltas, strength, checkpoint, quantized):
+        retentions[block.delta.name] += block.retention
     return retentions

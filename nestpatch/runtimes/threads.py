@@ -11,14 +11,18 @@ import os
 from nestpatch.files.threads import cores
 
 _POLICY = "OMP_WAIT_POLICY"
+_SPINS = "OPENBLAS_THREAD_TIMEOUT"
+"""Binary logarithm of the processor cycles that numpy's OpenBLAS waits actively: at least 4, and 26 where it is not set."""
 
 
 def wait_passively() -> None:
-    """Makes OpenMP threads sleep while they wait. An OMP_WAIT_POLICY that the user set is kept.
+    """Makes the threads of OpenMP and of numpy's OpenBLAS sleep while they wait. What the user set is kept.
 
-    OpenMP reads the variable when it is loaded: call this before torch or llama.cpp is imported.
+    The libraries read the variables when they are loaded: call this before numpy, torch or llama.cpp is imported.
     """
     os.environ.setdefault(_POLICY, "PASSIVE")
+    if not may_spin():
+        os.environ.setdefault(_SPINS, "4")
 
 
 def may_spin() -> bool:

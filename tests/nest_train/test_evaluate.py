@@ -297,12 +297,16 @@ def test_llama_cpp_takes_the_threads_that_were_asked_for(base, tmp_path, monkeyp
 
 def test_threads_wait_passively_unless_the_user_says_otherwise(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("OPENBLAS_THREAD_TIMEOUT", raising=False)
     threads.wait_passively()
     assert threads.os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert threads.os.environ["OPENBLAS_THREAD_TIMEOUT"] == "4"
     assert not threads.may_spin()
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    monkeypatch.delenv("OPENBLAS_THREAD_TIMEOUT")
     threads.wait_passively()
     assert threads.os.environ["OMP_WAIT_POLICY"] == "active"
+    assert "OPENBLAS_THREAD_TIMEOUT" not in threads.os.environ
     assert threads.may_spin()
 
 
