@@ -7,6 +7,8 @@ file costs little time on top of writing it. `seal` hashes a file that something
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -16,6 +18,7 @@ from types import TracebackType
 from nestpatch.errors import CheckpointFormatError
 from nestpatch.files.atomic import sync_file
 from nestpatch.files.copying import PIECE, copy_in_kernel
+from nestpatch.files.flushing import STRETCH, flushing
 from nestpatch.files.threads import meanwhile
 
 Data = bytes | memoryview
@@ -27,8 +30,8 @@ _COPY = 64 << 20
 class Sink:
     """A new file that is written from its start to its end, and its SHA-256.
 
-    Use it as a context manager: the block writes; leaving it syncs the file and ends the hashing thread. When the block raises,
-    the file is closed as it is, without a digest.
+    Use it as a context manager: the block writes, and the disk begins to; leaving it syncs the file and ends the hashing
+    thread. When the block raises, the file is closed as it is, without a digest.
 
         with Sink(path) as sink:
             sink.write(header)
@@ -59,9 +62,13 @@ class Sink:
         self._in_kernel = True
         self._failure: OSError | None = None
         self._thread = Thread(target=self._hash, daemon=True)
+        self._flushing = ExitStack()
+        self._flush: Callable[[Path], None] | None = None
+        self._next_flush = STRETCH
 
     def __enter__(self) -> Sink:
         if self._kept:
+            self._flush = self._flushing.enter_context(flushing())
             self._thread.start()
         return self
 
@@ -113,6 +120,9 @@ class Sink:
         with self._news:
             self.nbytes += count
             self._news.notify()
+        if self._flush is not None and self.nbytes >= self._next_flush:
+            self._next_flush = self.nbytes + STRETCH
+            self._flush(self._path)
 
     @property
     def sha256(self) -> str:
@@ -124,8 +134,12 @@ class Sink:
             if not self._kept:
                 return
             try:
+                self._flushing.close()
                 if kind is None:
                     os.fsync(self._file.fileno())
+            except OSError:
+                if kind is None:
+                    raise
             finally:
                 with self._news:
                     self._done = True

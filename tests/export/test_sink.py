@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from nestpatch.errors import CheckpointFormatError
+from nestpatch.files import flushing, hashing
 from nestpatch.files.hashing import Sink, seal
 
 DATA = np.random.default_rng(0).integers(0, 256, 3_300_017, np.uint8).tobytes()
@@ -35,6 +36,44 @@ def test_bytes_size_and_digest(kernel: str, tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "out").read_bytes() == want
     assert (sink.nbytes, sink.sha256) == (len(want), sha256(want).hexdigest())
     assert seal(tmp_path / "out") == (len(want), sha256(want).hexdigest())
+
+
+def test_the_disk_begins_to_write_before_the_file_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, sync = [], flushing.sync_file
+
+    def watched(path: Path) -> None:
+        synced.append(path)
+        sync(path)
+
+    monkeypatch.setattr(hashing, "STRETCH", 1 << 20)
+    monkeypatch.setattr(flushing, "sync_file", watched)
+    with Sink(tmp_path / "out") as sink:
+        for start in range(0, len(DATA), 100_000):
+            sink.write(DATA[start : start + 100_000])
+    assert set(synced) == {tmp_path / "out"}
+    assert 1 <= len(synced) <= len(DATA) >> 20
+    assert (sink.nbytes, sink.sha256) == (len(DATA), sha256(DATA).hexdigest())
+    assert (tmp_path / "out").read_bytes() == DATA
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_disk_that_fails_meanwhile_is_told_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool) -> None:
+    """Unless the block raised an error of its own."""
+
+    def broken(_: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(hashing, "STRETCH", 1000)
+    monkeypatch.setattr(flushing, "sync_file", broken)
+
+    def write() -> None:
+        with Sink(tmp_path / "out") as sink:
+            sink.write(DATA[:2000])
+            if stopped:
+                raise ValueError("stopped")
+
+    with pytest.raises(ValueError if stopped else OSError, match="stopped" if stopped else "Input/output error"):
+        write()
 
 
 def test_an_empty_file(tmp_path: Path) -> None:
