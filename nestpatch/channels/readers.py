@@ -22,7 +22,7 @@ from nestpatch.channels.listing import CHANNEL_FILE, ListedFile
 from nestpatch.errors import DataError, HubAnswerError, HubNotFoundError, HubUnavailableError, SwappedFileError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.reading import open_regular
-from nestpatch.hub.client import SCHEME, Reference, Snapshot, looks_local, scrubbed, shown, token
+from nestpatch.hub.client import SCHEME, Reference, Snapshot, looks_local, request_headers, resolve_url, scrubbed, shown
 from nestpatch.hub.fetch import Request, fetch
 from nestpatch.hub.ranges import RemoteFile
 from nestpatch.pack import version_problem
@@ -72,14 +72,8 @@ class HubReader:
         Raises:
             HubError: The file cannot be read.
         """
-        from nestpatch import __version__
-
-        # Not with the headers of huggingface_hub, which can cost a request of their own.
-        headers = {"User-Agent": f"nestpatch/{__version__}"}
-        if secret := token():
-            headers["Authorization"] = f"Bearer {secret}"
-        url = f"{self.endpoint}/{quote(self.name)}/resolve/main/{CHANNEL_FILE}"
-        answer = fetch(Request(url, Reference(self.name), MAX_BYTES, headers, known))
+        url = resolve_url(self.endpoint, self.name, "main", CHANNEL_FILE)
+        answer = fetch(Request(url, Reference(self.name), MAX_BYTES, request_headers(), known))
         commit = answer.headers.get("x-repo-commit", "")
         if not re.fullmatch(r"[0-9a-f]{40}", commit):
             raise HubAnswerError(f"{shown(self.endpoint)} names no commit for {self.name}: {commit[:80]!r}")
@@ -100,7 +94,7 @@ class HubReader:
             HubError: The file cannot be read.
             SwappedFileError: Its size on the Hub is not the listed one.
         """
-        remote = RemoteFile(Snapshot(self.name, revision, ()), file.path, endpoint=self.endpoint)
+        remote = RemoteFile(Snapshot(self.name, revision, ()), file.path, endpoint=self.endpoint, lasting=False)
         data = remote.read_all(file.size, lambda done: on_event(Event("download", done, file.size, file.name)))
         if data is None:
             raise SwappedFileError(f"{remote} has {remote.size} bytes; the channel lists {file.size}")

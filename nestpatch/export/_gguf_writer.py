@@ -25,6 +25,7 @@ from nestpatch.files.scratch import WHOLE, claimed, new_output, scratch
 from nestpatch.formats.checkpoint import Checkpoint
 from nestpatch.formats.gguf import quants
 from nestpatch.formats.gguf.header import Facts, encode_header, padding
+from nestpatch.formats.gguf.package import gguf_module
 from nestpatch.formats.gguf.quants import AUTO, FileType, file_type
 from nestpatch.formats.provenance import VERSION
 
@@ -56,14 +57,12 @@ class GgufPlan:
 
     def header(self) -> bytes:
         """All bytes before those of the tensors."""
-        from gguf import GGML_QUANT_VERSION
-
         facts = {
             **self.facts,
             "general.size_label": _size_label(self.targets),
             # llama.cpp replaces the number when it quantizes.
             "general.file_type": quants.code(self.type if self.kind.direct else "F16"),
-            "general.quantization_version": GGML_QUANT_VERSION,
+            "general.quantization_version": gguf_module("constants").GGML_QUANT_VERSION,
             **self.vocabulary.facts,
         }
         return encode_header(facts, [(target.name, target.shape, target.dtype, target.nbytes) for target in self.targets])
@@ -201,10 +200,9 @@ def _write(plan: GgufPlan, checkpoint: Checkpoint, path: Path, on_event: OnEvent
 
 def _size_label(targets: Sequence[Target]) -> str:
     """The size in words: "1.1B"; of a mixture, the number of experts and the size of one with the shared part: "8x7B"."""
-    from gguf import size_label
-
     stacks = [target.shape for target in targets if target.name.endswith("_exps.weight")]
     shared = sum(math.prod(target.shape) for target in targets if not target.name.endswith("_exps.weight"))
     each = sum(math.prod(shape[1:]) for shape in stacks)
     count = stacks[0][0] if stacks else 0
+    size_label = gguf_module("utility").size_label
     return str(size_label(shared + sum(math.prod(shape) for shape in stacks), shared, each, count))

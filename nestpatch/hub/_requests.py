@@ -1,77 +1,103 @@
-"""One GET request with the HTTP library of huggingface_hub: what fetch.py and ranges.py share."""
+"""One GET request, by whichever HTTP library suits: what fetch.py and ranges.py share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Container, Mapping
 from urllib.parse import urlsplit
 
 from nestpatch.errors import HubAnswerError
+from nestpatch.hub._plain import FILES, MOST_OF_AN_ERROR, Reply, get, suits
 from nestpatch.hub.client import Reference, Snapshot, explained, first_line, http_library, network_error, shown
 from nestpatch.hub.retry import TRANSIENT, AgainError, retry_after
 
+REDIRECTS = {301, 302, 303, 307, 308}
+MOST_REDIRECTS = 4
 
-@contextmanager
-def streamed(
-    url: str, headers: Mapping[str, str], what: Reference | Snapshot | str, endpoint: str, *, follow_redirects: bool
-) -> Iterator[Any]:
-    """One GET request, whose body is read inside the block.
+
+def answered(
+    url: str,
+    headers: Mapping[str, str],
+    what: Reference | Snapshot | str,
+    limit: int,
+    check: Callable[[], None],
+    *,
+    lasting: bool = False,
+    passed: Container[int] = (),
+) -> Reply:
+    """One GET request: by the standard library where that can make it, else by the HTTP library of huggingface_hub.
 
     Args:
         url: The full address; may contain credentials.
         headers: Headers to send.
         what: What is asked for, for messages.
-        endpoint: The server, for messages.
-        follow_redirects: Whether the HTTP library follows redirects.
+        limit: Bytes of the body that are wanted at most; what is longer is cut soon after.
+        check: Called between reads; raises where the time is over.
+        lasting: Whether more requests to this host follow, so that a connection which stays open is worth its library.
+        passed: Statuses of 400 or more that are returned.
 
-    Yields:
-        The response of httpx.
+    Returns:
+        The answer, whose status is below 400 or one of `passed`. Redirects are not followed.
 
     Raises:
         AgainError: The connection broke, or the status is transient.
-        HubError: huggingface_hub raised an error, here or inside the block.
+        HubError: Another status of 400 or more.
     """
     from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError
+
+    reply = None
+    if not lasting and suits(url, headers):
+        reply = get(url, headers, limit, constants.HF_HUB_DOWNLOAD_TIMEOUT, check)
+    if reply is None:
+        reply = _by_library(url, headers, what, limit, check)
+    if reply.status in TRANSIENT:
+        pause = retry_after({"Retry-After": reply.headers.get("retry-after", "")})
+        raise AgainError(f"the server answered {reply.status}", pause)
+    if reply.status >= 400 and reply.status not in passed:
+        _raise_for(reply, url, what)
+    return reply
+
+
+def _by_library(
+    url: str, headers: Mapping[str, str], what: Reference | Snapshot | str, limit: int, check: Callable[[], None]
+) -> Reply:
+    from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
     # Compressed bytes would have another length than the server says.
     asked, wait = {**headers, "Accept-Encoding": "identity"}, constants.HF_HUB_DOWNLOAD_TIMEOUT
-    with explained(what, endpoint):
+    with explained(what, _server(url)):
         try:
-            with get_session().stream("GET", url, headers=asked, timeout=wait, follow_redirects=follow_redirects) as response:
-                if response.status_code in TRANSIENT:
-                    raise AgainError(f"the server answered {response.status_code}", retry_after(response.headers))
-                yield response
-        except HfHubHTTPError:
-            raise
+            with get_session().stream("GET", url, headers=asked, timeout=wait, follow_redirects=False) as response:
+                status, data = response.status_code, bytearray()
+                most = limit if status in FILES else MOST_OF_AN_ERROR if status >= 400 else -1
+                for block in response.iter_raw() if most >= 0 else ():
+                    data += block
+                    check()
+                    if len(data) > most:
+                        break
+                return Reply(status, {name.lower(): value for name, value in response.headers.items()}, bytes(data))
         except network_error() as error:
             raise AgainError(first_line(error)) from error
 
 
-def raise_for(status: int, headers: Mapping[str, str], data: bytes, url: str, what: Reference | Snapshot | str) -> None:
-    """Raises the error that huggingface_hub sees in an answer with a status of 400 or more.
+def _server(url: str) -> str:
+    """The server of an address, for messages."""
+    parts = urlsplit(shown(url))
+    return f"{parts.scheme}://{parts.netloc}"
 
-    Args:
-        status: The status.
-        headers: The headers, names in lower case.
-        data: The beginning of the body.
-        url: The full address; may contain credentials.
-        what: What was asked for, for messages.
 
-    Raises:
-        HubError: Always.
-    """
+def _raise_for(reply: Reply, url: str, what: Reference | Snapshot | str) -> None:
+    """Raises the HubError that huggingface_hub sees in an answer with a status of 400 or more."""
     from huggingface_hub.utils import hf_raise_for_status
 
     library = http_library()
     # The body is here as a whole, whatever these said about the way it came.
     kept = {
         name: value
-        for name, value in headers.items()
+        for name, value in reply.headers.items()
         if name not in {"content-encoding", "content-length", "transfer-encoding"}
     }
-    with explained(what, urlsplit(shown(url)).netloc):
-        hf_raise_for_status(library.Response(status, headers=kept, content=data, request=library.Request("GET", url)))
-    raise HubAnswerError(f"{shown(url)} answered {status}")
+    with explained(what, _server(url)):
+        request = library.Request("GET", url)
+        hf_raise_for_status(library.Response(reply.status, headers=kept, content=reply.data, request=request))
+    raise HubAnswerError(f"{shown(url)} answered {reply.status}")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, cast
+from urllib.parse import quote
 
 from nestpatch.errors import HubAccessError, HubAnswerError, HubError, HubNotFoundError, HubUnavailableError
 from nestpatch.hub.deadline import Deadline, SlowError
@@ -161,10 +162,12 @@ def token() -> str | None:
     """This user's token for the Hub: HF_TOKEN, or what huggingface_hub finds elsewhere.
 
     Returns:
-        The token; None for a user who has none.
+        The token; None for a user who has none, or forbids to send it unasked (HF_HUB_DISABLE_IMPLICIT_TOKEN).
     """
     from huggingface_hub import constants
 
+    if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        return None
     given = (os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") or "").strip()
     # Its import takes longer than a request: only where it would find something else.
     elsewhere = not given and ("google.colab" in sys.modules or os.path.lexists(constants.HF_TOKEN_PATH))
@@ -173,6 +176,33 @@ def token() -> str | None:
 
         return get_token()
     return given or None
+
+
+def request_headers() -> dict[str, str]:
+    """Who asks, and this user's token. The headers of huggingface_hub can cost a request of their own.
+
+    Returns:
+        Headers for the Hub, and for no other server.
+    """
+    from nestpatch import __version__
+
+    secret = token()
+    return {"User-Agent": f"nestpatch/{__version__}"} | ({"Authorization": f"Bearer {secret}"} if secret else {})
+
+
+def resolve_url(endpoint: str, repo_id: str, revision: str, path: str) -> str:
+    """The address of a file in a model repository of the Hub.
+
+    Args:
+        endpoint: Address of the Hub.
+        repo_id: owner/name.
+        revision: A branch or a commit.
+        path: The file's path in the repository.
+
+    Returns:
+        The full address, which may lead to another server.
+    """
+    return f"{endpoint}/{quote(repo_id)}/resolve/{quote(revision, safe='')}/{quote(path)}"
 
 
 @contextmanager

@@ -7,14 +7,10 @@ from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
 from nestpatch.errors import HubAnswerError
-from nestpatch.hub._plain import Reply, get, suits
-from nestpatch.hub._requests import raise_for, streamed
+from nestpatch.hub._requests import MOST_REDIRECTS, REDIRECTS, answered
 from nestpatch.hub.client import Reference, Snapshot, shown
 from nestpatch.hub.deadline import Deadline
-from nestpatch.hub.retry import TRANSIENT, AgainError, retried, retry_after
-
-_REDIRECTS = {301, 302, 303, 307, 308}
-_MOST_REDIRECTS = 4
+from nestpatch.hub.retry import retried
 
 
 @dataclass(frozen=True)
@@ -64,60 +60,29 @@ def fetch(request: Request) -> Answer:
 def _attempt(request: Request, deadline: Deadline) -> Answer:
     """Follows redirects as long as they stay on the host: another host could serve anything."""
     url, commit = request.url, ""
-    for _ in range(_MOST_REDIRECTS):
+    for _ in range(MOST_REDIRECTS):
         answer, status = _ask(request, url, deadline)
         # The Hub names the commit where it redirects; what answers in the end may be a cache.
         commit = commit or answer.headers.get("x-repo-commit", "")
         headers = {**answer.headers, **({"x-repo-commit": commit} if commit else {})}
         known = bool(request.known_commit) and commit == request.known_commit
-        if status not in _REDIRECTS or known:
+        if status not in REDIRECTS or known:
             return Answer(None if known else answer.data, headers)
         there = urljoin(url, headers.get("location", ""))
         if urlsplit(there)[:2] != urlsplit(url)[:2]:
             host = (urlsplit(there).hostname or "")[:100]
             raise HubAnswerError(f"{shown(url)} redirects to another host: {host}")
         url = there
-    raise HubAnswerError(f"{shown(request.url)} redirects more than {_MOST_REDIRECTS} times")
+    raise HubAnswerError(f"{shown(request.url)} redirects more than {MOST_REDIRECTS} times")
 
 
 def _ask(request: Request, url: str, deadline: Deadline) -> tuple[Answer, int]:
     """One answer and its status."""
-    reply = _plainly(request, url, deadline) or _by_library(request, url, deadline)
-    if reply.status in _REDIRECTS or reply.status == 304:
+    reply = answered(url, request.headers, request.what, request.limit, deadline.check)
+    if reply.status in REDIRECTS or reply.status == 304:
         return Answer(None, reply.headers), reply.status
     if reply.status != 200:
         raise HubAnswerError(f"{shown(request.url)} answered {reply.status}, which is not a file")
     if len(reply.data) > request.limit:
         raise HubAnswerError(f"{shown(request.url)} is longer than the expected {request.limit} bytes")
     return Answer(reply.data, reply.headers), reply.status
-
-
-def _plainly(request: Request, url: str, deadline: Deadline) -> Reply | None:
-    """By the standard library; None where the other library is needed."""
-    from huggingface_hub import constants
-
-    if not suits(url, request.headers):
-        return None
-    reply = get(url, request.headers, request.limit, constants.HF_HUB_DOWNLOAD_TIMEOUT, deadline.check)
-    if reply is not None and reply.status in TRANSIENT:
-        pause = retry_after({"Retry-After": reply.headers.get("retry-after", "")})
-        raise AgainError(f"the server answered {reply.status}", pause)
-    if reply is not None and reply.status >= 400:
-        raise_for(reply.status, reply.headers, reply.data, url, request.what)
-    return reply
-
-
-def _by_library(request: Request, url: str, deadline: Deadline) -> Reply:
-    from huggingface_hub.utils import hf_raise_for_status
-
-    host = urlsplit(shown(url)).netloc
-    with streamed(url, request.headers, request.what, host, follow_redirects=False) as response:
-        status, headers = response.status_code, {name.lower(): value for name, value in response.headers.items()}
-        hf_raise_for_status(response)
-        data = bytearray()
-        for block in response.iter_raw() if status == 200 else ():
-            data += block
-            deadline.check()
-            if len(data) > request.limit:
-                break
-        return Reply(status, headers, bytes(data))

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from urllib.parse import urljoin, urlsplit
 
 from nestpatch.errors import HubAnswerError
-from nestpatch.hub._requests import streamed
-from nestpatch.hub.client import Snapshot, client
+from nestpatch.hub._plain import Reply
+from nestpatch.hub._requests import MOST_REDIRECTS, REDIRECTS, answered
+from nestpatch.hub.client import Snapshot, request_headers, resolve_url, shown
 from nestpatch.hub.deadline import Deadline
 from nestpatch.hub.retry import AgainError, retried
 
 _BLOCK = 4 << 20
 """Bytes of one request when a whole file is read."""
+_LARGE_BLOCK = 16 << 20
+"""The same where each request has a connection of its own."""
 _EXPIRED = {400, 401, 403, 404, 410}
 """Statuses with which an expired signed address answers."""
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
@@ -58,21 +61,28 @@ class RemoteFile:
         meter: Counts what is received.
         endpoint: Address of the Hub; None: that of HF_ENDPOINT.
         share: Number of parts that are read at the same time, each of which gets its share of the bandwidth.
+        lasting: Whether many parts are read, over a connection that stays open.
     """
 
     def __init__(
-        self, snapshot: Snapshot, name: str, meter: Meter | None = None, *, endpoint: str | None = None, share: int = 1
+        self,
+        snapshot: Snapshot,
+        name: str,
+        meter: Meter | None = None,
+        *,
+        endpoint: str | None = None,
+        share: int = 1,
+        lasting: bool = True,
     ) -> None:
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers
+        from huggingface_hub import constants
 
         self.snapshot, self.name, self.meter = snapshot, name, meter or Meter()
         self.size: int | None = None
         """Bytes of the whole file; known after the first part."""
-        self._share = share
-        self._endpoint = client(endpoint).endpoint
-        self._url = hf_hub_url(snapshot.repo_id, name, revision=snapshot.commit, endpoint=self._endpoint)
-        self._headers = build_hf_headers()
+        self._share, self._lasting = share, lasting
+        self._endpoint = endpoint or str(constants.ENDPOINT)
+        self._url = resolve_url(self._endpoint, snapshot.repo_id, snapshot.commit, name)
+        self._headers = request_headers()
         self._signed: str | None = None
 
     def __str__(self) -> str:
@@ -112,13 +122,15 @@ class RemoteFile:
             HubError: As for `read`.
         """
         deadline, parts = Deadline(size), []
-        for start in range(0, size, _BLOCK):
-            stop = min(start + _BLOCK, size)
+        block = _BLOCK if self._lasting else _LARGE_BLOCK
+        for start in range(0, size, block):
+            stop = min(start + block, size)
             parts.append(self.read(start, stop, deadline))
             if self.size != size:
                 return None
             on_block(stop)
-        return b"".join(parts)
+        # Most files are one part, which is not copied.
+        return b"".join(parts) if len(parts) != 1 else parts[0]
 
     def _attempt(self, start: int, stop: int, deadline: Deadline) -> bytes:
         address = self._signed
@@ -136,45 +148,44 @@ class RemoteFile:
     def _fetch(
         self, url: str, headers: Mapping[str, str], start: int, stop: int, deadline: Deadline, *, signed: bool = False
     ) -> bytes:
-        from huggingface_hub.utils import hf_raise_for_status
-
         asked = {**headers, "Range": f"bytes={start}-{stop - 1}"}
-        with streamed(url, asked, self.snapshot, self._endpoint, follow_redirects=True) as response:
-            if signed and response.status_code in _EXPIRED:
-                raise _ExpiredError
-            hf_raise_for_status(response)
-            for answer in (*response.history, response):
-                commit = answer.headers.get("X-Repo-Commit", self.snapshot.commit)
-                if commit != self.snapshot.commit:
-                    raise HubAnswerError(f"asked for {self}, the Hub answered with commit {commit[:12]}")
-            stop = self._checked_stop(response, start, stop)
-            data = self._body(response, stop - start, deadline)
-            if not str(response.url).startswith(f"{self._endpoint}/"):
-                self._signed = str(response.url)
-            return data
+        reply, last = self._followed(url, asked, stop - start, deadline, _EXPIRED if signed else ())
+        self.meter.add(len(reply.data))
+        if signed and reply.status in _EXPIRED:
+            raise _ExpiredError
+        wanted = self._checked_stop(reply, last, start, stop) - start
+        if len(reply.data) != wanted:
+            raise AgainError(f"received {len(reply.data)} bytes, expected {wanted}")
+        if not last.startswith(f"{self._endpoint}/"):
+            self._signed = last
+        return reply.data
 
-    def _checked_stop(self, response: Any, start: int, stop: int) -> int:
+    def _followed(
+        self, url: str, headers: Mapping[str, str], limit: int, deadline: Deadline, passed: Container[int]
+    ) -> tuple[Reply, str]:
+        """(answer, address that gave it), after redirects."""
+        for _ in range(MOST_REDIRECTS + 1):
+            reply = answered(url, headers, self.snapshot, limit, deadline.check, lasting=self._lasting, passed=passed)
+            commit = reply.headers.get("x-repo-commit", self.snapshot.commit)
+            if commit != self.snapshot.commit:
+                raise HubAnswerError(f"asked for {self}, the Hub answered with commit {commit[:12]}")
+            if reply.status not in REDIRECTS:
+                return reply, url
+            there = urljoin(url, reply.headers.get("location", ""))
+            if urlsplit(there)[:2] != urlsplit(url)[:2]:
+                # The token is for the Hub alone.
+                headers = {name: value for name, value in headers.items() if name != "Authorization"}
+            url = there
+        raise HubAnswerError(f"{shown(self._endpoint)} redirects more than {MOST_REDIRECTS} times for {self}")
+
+    def _checked_stop(self, reply: Reply, url: str, start: int, stop: int) -> int:
         """The end of the range that was sent: before `stop` only where the file ends there."""
-        said = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        if response.status_code != 206 or said is None:
-            raise HubAnswerError(f"{response.url.host} does not send parts of {self}: status {response.status_code}")
+        said = _CONTENT_RANGE.fullmatch(reply.headers.get("content-range", ""))
+        if reply.status != 206 or said is None:
+            raise HubAnswerError(f"{urlsplit(url).hostname} does not send parts of {self}: status {reply.status}")
         first, last, size = map(int, said.groups())
         if self.size is None:
             self.size = size
         if size != self.size or (first, last + 1) != (start, min(stop, size)):
             raise HubAnswerError(f"asked for bytes {start}-{stop - 1} of {self}, got {said[0]}")
         return last + 1
-
-    def _body(self, response: Any, length: int, deadline: Deadline) -> bytes:
-        data = bytearray()
-        try:
-            for block in response.iter_raw():
-                data += block
-                deadline.check()
-                if len(data) > length:
-                    break
-        finally:
-            self.meter.add(len(data))
-        if len(data) != length:
-            raise AgainError(f"received {len(data)} bytes, expected {length}")
-        return bytes(data)

@@ -16,10 +16,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from huggingface_hub import constants, get_token
 
+from nestpatch.channels.follow import fetch_pack
 from nestpatch.channels.listing import CHANNEL_FILE
 from nestpatch.channels.readers import HubReader
 from nestpatch.errors import HubError, HubUnavailableError
-from nestpatch.hub import _plain, fetch
+from nestpatch.hub import _plain, _requests, fetch
 from nestpatch.hub.client import token
 from nestpatch.hub.fetch import Request
 from nestpatch.signing.store import save_policy
@@ -88,10 +89,36 @@ def test_both_ways_see_the_same(scene: Scene, monkeypatch: pytest.MonkeyPatch) -
 
 def test_which_way_is_taken(scene: Scene, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    for module, name in ((fetch, "get"), (fetch, "streamed")):
-        monkeypatch.setattr(module, name, noting(taken, name, getattr(module, name)))
+    for name in ("get", "_by_library"):
+        monkeypatch.setattr(_requests, name, noting(taken, name, getattr(_requests, name)))
     assert outcome(scene)[0] == ""
-    assert taken == (["get"] if way == "standard library" else ["streamed"])
+    assert taken == (["get"] if way == "standard library" else ["_by_library"])
+
+
+def test_a_pack_comes_whole_from_the_cdn_without_the_token(scene: Scene, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene.publish("3.0.0", seed=3)
+    monkeypatch.setenv("HF_TOKEN", "hf_reader")
+    taken: list[str] = []
+    monkeypatch.setattr(_requests, "_by_library", noting(taken, "library", _requests._by_library))
+    asked = len(scene.hub.seen())
+    done = fetch_pack(f"{REPO}@3.0.0", scene.policy)
+    assert done.data == scene.pack("3.0.0", seed=3).read_bytes()
+    assert bool(taken) == (way == "huggingface_hub")
+    new = scene.hub.seen()[asked:]
+    assert {one.token for one in new if one.place == "hub"} == {"hf_reader"}
+    assert [one.token for one in new if one.place == "cdn"] == [None]
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("bend", ["cut", "dropped", "in trouble"])
+def test_a_pack_is_asked_for_again(scene: Scene, bend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first answer of the CDN is bad."""
+    monkeypatch.setattr("nestpatch.hub.retry.WAITS", (0.01,))
+    scene.publish("3.0.0", seed=3)
+    bent, _ = BENDS[bend]
+    assert bent is not None
+    scene.hub.fault(r"GET /[0-9a-f]{64}\?", bent(), times=1)
+    assert fetch_pack(f"{REPO}@3.0.0", scene.policy).data == scene.pack("3.0.0", seed=3).read_bytes()
 
 
 def noting(taken: list[str], name: str, function: Callable[..., object]) -> Callable[..., object]:
@@ -174,6 +201,9 @@ def test_the_token_is_that_of_huggingface_hub(monkeypatch: pytest.MonkeyPatch, t
                 if stored:
                     file.write_text(stored)
                 assert token() == get_token(), (environment, stored)
+    monkeypatch.setenv("HF_TOKEN", "hf_a")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    assert token() is None
 
 
 # TLS
@@ -233,16 +263,18 @@ def test_certificates_are_checked(secure: tuple[str, Path], monkeypatch: pytest.
 # What it is for
 
 
-def test_nothing_new_imports_no_http_library(
-    scene: Scene, machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Half of the time of an update that finds nothing new would be these imports."""
+@pytest.mark.parametrize("new", [False, True])
+def test_an_update_imports_no_http_library(scene: Scene, machine: Callable[..., Machine], new: bool) -> None:
+    """Half of the time of an update that finds nothing new would be these imports, and a third of its memory."""
     save_policy(scene.policy)
+    if new:
+        scene.publish("3.0.0", seed=3)
     fleet = machine(NESTPATCH_HOME=str(scene.folder / "user"))
     done = fleet.start("-X", "importtime", "-m", "nestpatch", "update", str(scene.model), "--quiet", "--json")
     assert done.returncode == 0, done.stderr
     names = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert {"nestpatch.patcher.update", "numpy", "http.client"} <= names
+    assert ('"updated"' in done.stdout) == new
     heavy = {
         "httpx",
         "httpx2",

@@ -22,6 +22,7 @@ from nestpatch.errors import CheckpointFormatError, NestpatchError, Quantization
 from nestpatch.files.reading import open_regular
 from nestpatch.formats.checkpoint import TensorInfo
 from nestpatch.formats.gguf import quants
+from nestpatch.formats.gguf.package import gguf_module
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -292,10 +293,8 @@ def _locate(described: list[_Described], path: Path, data: int, size: int, align
 
 def _size(name: str, shape: tuple[int, ...], code: int) -> tuple[str, int]:
     """(type name, bytes) of a tensor."""
-    from gguf import GGMLQuantizationType
-
     try:
-        dtype: str = GGMLQuantizationType(code).name
+        dtype: str = gguf_module("constants").GGMLQuantizationType(code).name
     except ValueError:
         raise ValueError(f"tensor {name[:80]!r} has the unknown type {code}: upgrade gguf, or the file is broken") from None
     count = math.prod(shape)
@@ -332,12 +331,11 @@ def encode_header(facts: Mapping[str, Fact], tensors: Sequence[_TensorEntry]) ->
     Raises:
         CheckpointFormatError: A text is not valid Unicode, or a number does not fit into 32 bits.
     """
-    from gguf import GGMLQuantizationType
-
+    types = gguf_module("constants").GGMLQuantizationType
     parts, offset = [MAGIC + struct.pack("<IQQ", _VERSIONS[-1], len(tensors), len(facts)), encode_facts(facts)], 0
     for name, shape, kind, nbytes in tensors:
         dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
-        parts += [_string(name), dimensions, struct.pack("<IQ", int(GGMLQuantizationType[kind]), offset)]
+        parts += [_string(name), dimensions, struct.pack("<IQ", int(types[kind]), offset)]
         offset += nbytes + padding(nbytes)
     data = b"".join(parts)
     return data + bytes(padding(len(data)))

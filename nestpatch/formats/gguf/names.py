@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from nestpatch.errors import UnsupportedModelError
+from nestpatch.formats.gguf.package import gguf_module
 
 GGUF_ARCHITECTURES: dict[str, str] = {
     "LlamaForCausalLM": "llama",
@@ -91,19 +92,17 @@ def expert_of(name: str) -> tuple[str, int, str] | None:
 
 @lru_cache(maxsize=8)
 def _table(architecture: str, layers: int) -> Any:
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
     if not 0 <= layers <= MAX_LAYERS:
         raise UnsupportedModelError(
             f"a model of {layers} layers",
             advice=f"llama.cpp runs models of up to {MAX_LAYERS} layers; this file may be broken.",
         )
-    known = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
+    known = {name: arch for arch, name in gguf_module("constants").MODEL_ARCH_NAMES.items()}
     if architecture not in known:
         raise UnsupportedModelError(
             f"the GGUF architecture {architecture[:100]!r} is not known", advice="Upgrade gguf: pip install -U gguf"
         )
-    return get_tensor_name_map(known[architecture], layers)
+    return gguf_module("tensor_mapping").get_tensor_name_map(known[architecture], layers)
 
 
 def gguf_name(name: str, architecture: str, layers: int) -> str | None:

@@ -20,6 +20,7 @@ import numpy as np
 from nestpatch.errors import DataError, QuantizationError
 from nestpatch.files.threads import in_parts
 from nestpatch.formats._codec import Blocks, Codec, FloatCodec
+from nestpatch.formats.gguf.package import gguf_module
 from nestpatch.rows import DTYPES, FloatArray
 
 _NEEDS_IMATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
@@ -32,10 +33,8 @@ _LIBRARY = {"linux": "libggml-base.so", "darwin": "libggml-base.dylib", "win32":
 
 
 def _type(name: str) -> Any:
-    from gguf import GGMLQuantizationType
-
     try:
-        return GGMLQuantizationType[name]
+        return gguf_module("constants").GGMLQuantizationType[name]
     except KeyError:
         raise QuantizationError(f"{name} is not a tensor type of GGUF files") from None
 
@@ -53,9 +52,7 @@ def block(name: str) -> tuple[int, int]:
     Raises:
         QuantizationError: There is no such type.
     """
-    from gguf import GGML_QUANT_SIZES
-
-    elements, nbytes = GGML_QUANT_SIZES[_type(name)]
+    elements, nbytes = gguf_module("constants").GGML_QUANT_SIZES[_type(name)]
     return int(elements), int(nbytes)
 
 
@@ -128,10 +125,8 @@ class GgmlCodec(Codec):
                 advice="Patch the float model and quantize it anew, or load an adapter: nestpatch export PACK --to gguf-lora",
             )
         if library is None:
-            import gguf
-
             try:
-                gguf.quantize(np.zeros((1, block(self.name)[0]), np.float32), code)
+                gguf_module("quants").quantize(np.zeros((1, block(self.name)[0]), np.float32), code)
             except NotImplementedError:
                 reason = f"quantizing rows to {self.name} needs llama.cpp's library"
                 raise QuantizationError(reason, advice="pip install 'nestpatch[llama]'") from None
@@ -152,9 +147,7 @@ class GgmlCodec(Codec):
         rows = np.ascontiguousarray(rows, np.float32)
         library = _ggml()
         if library is None:
-            import gguf
-
-            found: Blocks = gguf.quantize(rows, _type(self.name)).view(np.uint8).reshape(len(rows), -1)
+            found: Blocks = gguf_module("quants").quantize(rows, _type(self.name)).view(np.uint8).reshape(len(rows), -1)
             return found
         out, number = np.empty((len(rows), row_bytes(self.name, rows.shape[1])), np.uint8), int(_type(self.name))
 
@@ -179,13 +172,11 @@ class GgmlCodec(Codec):
         Raises:
             QuantizationError: The type cannot be decoded here.
         """
-        import gguf
-
         try:
-            found: FloatArray = gguf.dequantize(np.ascontiguousarray(blocks), _type(self.name)).astype(np.float32, copy=False)
+            found: FloatArray = gguf_module("quants").dequantize(np.ascontiguousarray(blocks), _type(self.name))
         except NotImplementedError:
             raise QuantizationError(f"rows of type {self.name} cannot be read here") from None
-        return found
+        return found.astype(np.float32, copy=False)
 
 
 def codec(name: str) -> Codec:
@@ -264,6 +255,4 @@ def code(name: str) -> int:
     Raises:
         KeyError: There is no such type; `file_type` checks names that users give.
     """
-    from gguf import LlamaFileType
-
-    return int(LlamaFileType["ALL_F32" if name == "F32" else f"MOSTLY_{name}"])
+    return int(gguf_module("constants").LlamaFileType["ALL_F32" if name == "F32" else f"MOSTLY_{name}"])
