@@ -44,7 +44,7 @@ def working_bytes(info: TensorInfo) -> int:
     """
     if info.plain:
         return (8 if info.chunks == 1 else 1) * info.row_bytes
-    return 32 * info.shape[-1]
+    return 48 * info.shape[-1]
 
 
 def touched_blocks(delta: TensorDelta, checkpoint: Checkpoint) -> Iterator[tuple[slice, Rows]]:
