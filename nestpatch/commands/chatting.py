@@ -16,6 +16,8 @@ from nestpatch.commands.options import (
     EvaluatedType,
     PackType,
     PathType,
+    compute_threads_option,
+    device_option,
     endpoint_settings,
     examples,
     json_option,
@@ -60,8 +62,8 @@ _HELP = {
 @click.option("--base", type=EvaluatedType, help="The unpatched model: answers beside MODEL, which may be patched.")
 @click.option("--gate", type=EvaluatedType, help="PACK's base: its detector switches the adapter of the llama-server MODEL.")
 @click.option("--adapter", metavar="NAME", help="That adapter: its number or file name.  [default: the only one]")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda or mps.")
-@click.option("--threads", type=click.IntRange(1), help="Threads that compute.  [default: OMP_NUM_THREADS, or every core]")
+@device_option()
+@compute_threads_option
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Length of an answer.")
 @server_options
 @quiet_option

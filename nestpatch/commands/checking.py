@@ -13,6 +13,7 @@ from nestpatch.commands.options import (
     ModelType,
     PackType,
     PathType,
+    device_option,
     examples,
     json_option,
     print_json,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 @click.option("--online", is_flag=True, help="Ask the channels now, instead of what this user has last read of them.")
 @click.option("--measure", is_flag=True, help="Also evaluate MODEL, which may take minutes. --suite and --limit imply it.")
 @suite_options
-@click.option("--device", default="auto", show_default=True, help="Of the evaluation: cpu, cuda or mps.")
+@device_option("Of the evaluation")
 @quiet_option
 @json_option
 def doctor(

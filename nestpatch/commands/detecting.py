@@ -10,6 +10,8 @@ from nestpatch.commands.options import (
     ModelType,
     PackType,
     PathType,
+    compute_threads_option,
+    device_option,
     examples,
     json_option,
     print_json,
@@ -34,8 +36,8 @@ from nestpatch.commands.options import (
 @click.argument("prompt", nargs=-1)
 @trust_options
 @click.option("--prompts", type=PathType, multiple=True, help="A file of prompts, as for --suite of eval. Repeatable.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda or mps.")
-@click.option("--threads", type=click.IntRange(1), help="Threads that compute.  [default: OMP_NUM_THREADS, or every core]")
+@device_option()
+@compute_threads_option
 @quiet_option
 @json_option
 def detect(

@@ -17,6 +17,8 @@ from nestpatch.commands.options import (
     OutputPath,
     PackType,
     PathType,
+    compute_threads_option,
+    device_option,
     endpoint_settings,
     examples,
     json_option,
@@ -93,9 +95,9 @@ def _keeping(file: Path | None) -> Iterator[Callable[[Evaluation], None] | None]
     help="Measure again without the neurons of PACK, or without the N that respond most to harm, and without random ones.",
 )
 @click.option("--categories", is_flag=True, help="Show attack success by category of the harmful prompts.")
-@click.option("--device", default="auto", show_default=True, help="Of MODEL: cpu, cuda or mps.")
-@click.option("--judge-device", default="auto", show_default=True, help="Of judges that are models: cpu, cuda or mps.")
-@click.option("--threads", type=click.IntRange(1), help="Threads that compute.  [default: OMP_NUM_THREADS, or every core]")
+@device_option("Of MODEL")
+@device_option("Of judges that are models", "--judge-device")
+@compute_threads_option
 @click.option("--max-new-tokens", type=click.IntRange(1), default=48, show_default=True, help="Length of an answer.")
 @judge_options
 @server_options

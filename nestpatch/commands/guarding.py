@@ -10,6 +10,8 @@ from nestpatch.commands.options import (
     NewFile,
     PackType,
     PathType,
+    compute_threads_option,
+    device_option,
     examples,
     json_option,
     print_json,
@@ -36,8 +38,8 @@ from nestpatch.commands.options import (
     "--energy", type=float, default=0.9, show_default=True, help="Share of the energy of their inputs that is kept, under 1."
 )
 @click.option("--strength", type=float, default=1.0, show_default=True, help="The strength at which PACK was applied.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda or mps.")
-@click.option("--threads", type=click.IntRange(1), help="Threads that compute.  [default: OMP_NUM_THREADS, or every core]")
+@device_option()
+@compute_threads_option
 @trust_options
 @quiet_option
 @json_option

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from nestpatch.commands.options import ModelType, PathType, examples, json_option, print_json, progress, quiet_option, say
+from nestpatch.commands.options import (
+    ModelType,
+    PathType,
+    device_option,
+    examples,
+    json_option,
+    print_json,
+    progress,
+    quiet_option,
+    say,
+)
 
 if TYPE_CHECKING:
     from nestpatch.evaluation.agreement import Agreement
@@ -60,7 +70,7 @@ def say_agreement(agreement: Sequence[Agreement]) -> None:
 )
 @click.argument("sheet", type=PathType)
 @judge_options
-@click.option("--device", default="auto", show_default=True, help="Of judges that are models: cpu, cuda or mps.")
+@device_option("Of judges that are models")
 @quiet_option
 @json_option
 def judge(sheet: Path, judges: tuple[str, ...], judge_labels: tuple[str, ...], device: str, quiet: bool, as_json: bool) -> None:

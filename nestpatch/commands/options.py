@@ -298,6 +298,22 @@ def threads_option(command: F) -> F:
     return option(command)
 
 
+def compute_threads_option(command: F) -> F:
+    """--threads, for every command that runs a model: the number is handed to the library that computes."""
+    text = "Threads that compute.  [default: OMP_NUM_THREADS, or every core]"
+    return click.option("--threads", type=click.IntRange(1), help=text)(command)
+
+
+def device_option(of: str = "", name: str = "--device") -> Callable[[F], F]:
+    """--device, for every command that may run a model in transformers.
+
+    Args:
+        of: What the device is for, such as "Of MODEL"; empty where there is one model.
+        name: The option, where a command has two.
+    """
+    return click.option(name, default="auto", show_default=True, help=f"{of}{': ' if of else ''}cpu, cuda or mps.")
+
+
 def _limit_threads(context: click.Context, _: click.Parameter, threads: int | None) -> None:
     if threads is not None and not context.resilient_parsing:
         from nestpatch.files.threads import limited
