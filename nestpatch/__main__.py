@@ -7,9 +7,9 @@ import gc
 import os
 import sys
 
-_YOUNG = 50_000
+_YOUNG = 10_000
 """New objects after which Python looks for garbage. Its own 700 have it search the imported modules a hundred times, in vain:
-8 of 150 ms."""
+10 of 150 ms."""
 _SLOTS = 16_384
 """Of 8 bytes each, in the first frame."""
 _ENDING = frozenset({"torch", "llama_cpp", "onnxruntime"})

@@ -13,12 +13,13 @@ import pytest
 from click.testing import CliRunner
 
 from nestpatch.cli import main
-from nestpatch.errors import DataError, UndoError
+from nestpatch.errors import DataError, PackContentError, UndoError
 from nestpatch.files.threads import allowed, beside, cores, in_parts, limited, spread
 from nestpatch.formats import checkpoint as interface
 from nestpatch.formats import nest
 from nestpatch.formats.gguf import quants
 from nestpatch.formats.opening import open_checkpoint
+from nestpatch.patcher import _row_writer
 from nestpatch.patcher._undo import UndoReader
 from nestpatch.patcher.inplace import apply_in_place, revert
 from nestpatch.patcher.state_dir import state_dir_of
@@ -83,6 +84,24 @@ def test_a_damaged_record_is_found_with_any_number_of_threads(tmp_path: Path, th
         revert(model)
     assert (model / "model.safetensors").read_bytes() == before
     assert not state_dir_of(model).journal.exists()
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_no_thread_outlives_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantized: bool) -> None:
+    """Even while the error is held: at its end a process waits for every thread."""
+
+    def fail(*_: object) -> None:
+        raise PackContentError("not what was promised")
+
+    base = tiny_checkpoint(tmp_path / "base", **SIZES)
+    model = gguf_of(base, tmp_path / "m.gguf", "Q8_0") if quantized else base
+    monkeypatch.setattr(_row_writer._TensorLog, "record", fail)
+    before, held = set(threading.enumerate()), []
+    for _ in range(2):
+        with limited(3), pytest.raises(PackContentError, match="promised") as caught:
+            apply_in_place(model, tiny_pack(base), base=base if quantized else None)
+        held.append(caught.value)
+        assert set(threading.enumerate()) == before
 
 
 def test_reading_stays_in_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -114,7 +114,7 @@ def _started(count: int) -> Iterator[Callable[[Job[Any]], None]]:
                 thread.join()
 
 
-def beside(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def beside(work: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
     """Maps a function over items in a second thread, while this thread produces the items; in this one if it is the only one.
 
     An exception is raised in the place of its result; unfinished work is waited for.
@@ -129,7 +129,7 @@ def beside(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     return _mapped(work, items, 1)
 
 
-def spread(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def spread(work: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
     """Maps a function over items in as many threads as may compute, while this thread only produces the items.
 
     For work that takes much longer than producing an item, and releases the interpreter. An exception is raised in the place of
@@ -150,7 +150,7 @@ def spread(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     return _mapped(alone, items, allowed())
 
 
-def _mapped(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
+def _mapped(work: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R, None, None]:
     if allowed() == 1:
         yield from map(work, items)
         return

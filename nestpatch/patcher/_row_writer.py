@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import field
 from functools import partial
 from hashlib import sha256
@@ -118,11 +119,13 @@ class RowWriter:
             QuantizationError: Rows cannot be quantized here.
         """
         records: dict[str, TensorRecord] = {}
-        with meanwhile() as start, open(undo, "xb") as file:
+        # Closed at once when an error ends the loop, so that no thread waits for it.
+        logs = closing(beside(lambda written: written[0].add(*written[1:]), self._merged(pack, strength)))
+        with meanwhile() as start, open(undo, "xb") as file, logs as found:
             if self.owner is not None:
                 os.fchown(file.fileno(), *self.owner)
             file.write(MAGIC)
-            for log in beside(lambda written: written[0].add(*written[1:]), self._merged(pack, strength)):
+            for log in found:
                 if log is not None:
                     records[log.delta.name] = log.record(pack)
                     log.packer.write(file)
@@ -156,8 +159,9 @@ class RowWriter:
         reader = UndoReader(undo, [delta.name for delta in pack])
         wanted, number = [delta for delta in pack if delta.name not in gone], len(gone)
         undone = (_Undone(delta, entry, reader, self.checkpoint.info(delta.name)) for delta in wanted)
-        with meanwhile() as start:
-            for tensor, part, original in beside(lambda read: read[0].undo(*read[1:]), self._read(undone)):
+        rows = closing(beside(lambda read: read[0].undo(*read[1:]), self._read(undone)))
+        with meanwhile() as start, rows as found:
+            for tensor, part, original in found:
                 delta = tensor.delta
                 self.checkpoint.write_rows(delta.name, rows_of(delta, part), original)
                 if part.stop == delta.neurons:
