@@ -33,8 +33,8 @@ def working_bytes(info: TensorInfo) -> int:
     """Bytes that a row takes while it is merged or undone, for blocks of rows that keep memory flat (bench/large.py).
 
     Plain rows are held as they were and as they will be, and as float32 between the two, while blocks before them are still
-    being hashed and packed; the numbers of quantized rows are held several times, as float32 and float64. Layouts that read
-    the whole matrix for every block hold more of it (`info.chunks`).
+    being hashed and packed; the numbers of quantized rows are held a dozen times as float32 while they are quantized and read
+    back, in every thread. Layouts that read the whole matrix for every block hold more of it (`info.chunks`).
 
     Args:
         info: The tensor.
