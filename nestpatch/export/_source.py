@@ -391,6 +391,6 @@ def merged_view(pack: Pack, checkpoint: Checkpoint, strength: float = 1.0) -> Me
         if tensor.state is not State.BASE or strength != 1.0:
             continue
         merged = merged_blocks(pack, [tensor.delta], strength, checkpoint, QuantizedMerge())
-        if digest(block.new for block in merged) != pack.manifest.result[name]:
+        if digest(block.new for block, _ in merged) != pack.manifest.result[name]:
             raise PackContentError(f"{name}: the merged rows are not those that {pack.label} promises")
     return MergedCheckpoint(plan, checkpoint)

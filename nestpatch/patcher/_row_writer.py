@@ -137,11 +137,11 @@ class RowWriter:
     def _merged(self, pack: Pack, strength: float) -> Iterator[tuple[_TensorLog, MergedBlock, UndoBlock]]:
         """Writes the merged rows block by block, and yields what is to be recorded of each block."""
         log: _TensorLog | None = None
-        for block in merged_blocks(pack, pack.deltas, strength, self.checkpoint, self.quantized):
+        for block, change in merged_blocks(pack, pack.deltas, strength, self.checkpoint, self.quantized):
             if log is None or log.delta is not block.delta:
                 log = _TensorLog(block.delta, strength)
             self.checkpoint.write_rows(block.delta.name, rows_of(block.delta, block.part), block.new)
-            yield log, block, undo_block(block.old, block.new, block.change, strength)
+            yield log, block, undo_block(block.old, block.new, change, strength)
 
     def restore(self, pack: Pack, entry: LedgerEntry, undo: Path, gone: frozenset[str] = frozenset()) -> None:
         """Puts back what the rows held before a pack, bit for bit.

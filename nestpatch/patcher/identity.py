@@ -21,7 +21,7 @@ from nestpatch.pack import Pack, TensorIdentity
 from nestpatch.patcher._float_base import against_base, fitted_to_base, is_rounded_base, require_origin
 from nestpatch.patcher._likeness import is_altered, is_nearest, kept_rows, least_likeness, likeness_of
 from nestpatch.patcher.findings import By, Finding, State, evidence_of
-from nestpatch.patcher.touched import touched_blocks, touched_digests
+from nestpatch.patcher.touched import reads_whole, touched_blocks, touched_digests
 from nestpatch.rows import DTYPES, SKETCH_MATCH, Rows, digest, sketch, sketch_correlation
 
 _ROW_TOLERANCE = 0.05
@@ -44,8 +44,8 @@ def examine(pack: Pack, checkpoint: Checkpoint, base: Checkpoint | None = None) 
         QuantizationError: Rows were quantized in a way that cannot be repeated.
     """
     digests = touched_digests([delta for delta in pack if _has_digest(pack, delta, checkpoint)], checkpoint)
-    # Comparing with a float base is quantizing its rows.
-    mapped = map if base is None else spread
+    # Comparing with a float base is mostly quantizing its rows.
+    mapped = map if base is None or reads_whole(pack, checkpoint) else spread
     findings = list(mapped(lambda delta: _examine_tensor(pack, delta, checkpoint, base, digests), pack))
     evidence = evidence_of(findings)
     if evidence.patched:

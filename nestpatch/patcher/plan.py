@@ -45,8 +45,6 @@ class MergedBlock:
     """Which of the delta's rows these are."""
     old: Rows
     new: Rows
-    change: FloatArray
-    """float32 [rows, in_features], the delta of these rows written out."""
     retention: Retention
 
 
@@ -124,7 +122,7 @@ def _mismatch(pack: Pack, checkpoint: Checkpoint, findings: list[Finding]) -> Ba
 
 def merged_blocks(
     pack: Pack, deltas: Sequence[TensorDelta], strength: float, checkpoint: Checkpoint, quantized: QuantizedMerge
-) -> Iterator[MergedBlock]:
+) -> Iterator[tuple[MergedBlock, FloatArray]]:
     """The new content of touched rows, from what the checkpoint holds now. A few blocks are read ahead.
 
     Args:
@@ -135,7 +133,7 @@ def merged_blocks(
         quantized: What may be used for rounded rows.
 
     Yields:
-        The blocks of rows, in order.
+        (block of rows, its delta written out as float32 [rows, in_features]), in order.
 
     Raises:
         PackContentError: A sum leaves the range of the dtype.
@@ -148,10 +146,10 @@ def merged_blocks(
             for part, old in checkpoint.iter_rows(delta.name, delta.rows, row_bytes=working_bytes(info)):
                 yield touched_block(info, delta, dtype, part, old, quantized.base)
 
-    def merged(block: TouchedBlock) -> MergedBlock:
+    def merged(block: TouchedBlock) -> tuple[MergedBlock, FloatArray]:
         change = block.delta.dense(block.part.start, block.part.stop)
         new, retention = merged_rows(block, change, strength, dither=quantized.dither)
-        return MergedBlock(block.delta, block.part, block.stored, new, change, retention)
+        return MergedBlock(block.delta, block.part, block.stored, new, retention), change
 
     # Adding takes less time than handing a block to another thread, quantizing a hundred times more.
     mapped = spread if any(not checkpoint.info(delta.name).plain for delta in deltas) else map
@@ -176,6 +174,6 @@ def measure(pack: Pack, strength: float, checkpoint: Checkpoint, quantized: Quan
     """
     deltas = [delta for delta in pack if not checkpoint.info(delta.name).plain]
     retentions = {delta.name: Retention() for delta in deltas}
-    for block in merged_blocks(pack, deltas, strength, checkpoint, quantized):
+    for block, _ in merged_blocks(pack, deltas, strength, checkpoint, quantized):
         retentions[block.delta.name] += block.retention
     return retentions

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 
 import numpy as np
@@ -13,7 +13,7 @@ from nestpatch.formats.checkpoint import Checkpoint, IntArray, TensorInfo
 from nestpatch.rows import Rows
 
 _HASHED = 4
-"""Blocks of rows that are in memory while they are read in one thread and hashed in another."""
+"""Blocks of rows that may be in memory while they are read in one thread and hashed in another."""
 
 
 def rows_of(delta: TensorDelta, part: slice) -> IntArray:
@@ -75,7 +75,20 @@ def untouched(delta: TensorDelta, rows: int) -> IntArray:
     return np.flatnonzero(spared)
 
 
-def touched_digests(deltas: Iterable[TensorDelta], checkpoint: Checkpoint) -> dict[str, str]:
+def reads_whole(deltas: Iterable[TensorDelta], checkpoint: Checkpoint) -> bool:
+    """Whether reading rows passes over whole matrices. Blocks are large then, and one should be in memory at a time.
+
+    Args:
+        deltas: Changes of tensors, some of which the model may lack.
+        checkpoint: The model.
+
+    Returns:
+        True if that is so for any of the tensors.
+    """
+    return any(checkpoint.info(delta.name).chunks > 1 for delta in deltas if checkpoint.has(delta.name))
+
+
+def touched_digests(deltas: Sequence[TensorDelta], checkpoint: Checkpoint) -> dict[str, str]:
     """The digests of the rows that a pack touches, as they are stored: read in this thread, hashed in another.
 
     Args:
@@ -89,16 +102,17 @@ def touched_digests(deltas: Iterable[TensorDelta], checkpoint: Checkpoint) -> di
         CheckpointError: Rows cannot be read.
     """
     states = {delta.name: sha256() for delta in deltas}
+    whole = reads_whole(deltas, checkpoint)
 
     def blocks() -> Iterator[tuple[str, Rows]]:
         for delta in deltas:
-            row_bytes = _HASHED * checkpoint.info(delta.name).row_bytes
+            row_bytes = (1 if whole else _HASHED) * checkpoint.info(delta.name).row_bytes
             for _, rows in checkpoint.iter_rows(delta.name, delta.rows, row_bytes=row_bytes):
                 yield delta.name, rows
 
     def update(block: tuple[str, Rows]) -> None:
         states[block[0]].update(np.ascontiguousarray(block[1]).view(np.uint8).data)
 
-    for _ in beside(update, blocks()):
+    for _ in (map if whole else beside)(update, blocks()):
         pass
     return {name: state.hexdigest() for name, state in states.items()}
