@@ -280,4 +280,4 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    wait_passively()  # before a command imports torch
+    wait_passively()  # before a command imports numpy or torch

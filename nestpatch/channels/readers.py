@@ -22,7 +22,17 @@ from nestpatch.channels.listing import CHANNEL_FILE, ListedFile
 from nestpatch.errors import DataError, HubAnswerError, HubNotFoundError, HubUnavailableError, SwappedFileError
 from nestpatch.events import Event, OnEvent, ignore
 from nestpatch.files.reading import open_regular
-from nestpatch.hub.client import SCHEME, Reference, Snapshot, looks_local, request_headers, resolve_url, scrubbed, shown
+from nestpatch.hub.client import (
+    SCHEME,
+    Reference,
+    Snapshot,
+    default_endpoint,
+    looks_local,
+    request_headers,
+    resolve_url,
+    scrubbed,
+    shown,
+)
 from nestpatch.hub.fetch import Request, fetch
 from nestpatch.hub.ranges import RemoteFile
 from nestpatch.pack import version_problem
@@ -41,19 +51,13 @@ class ChannelFile:
     """None: nothing is new since the known revision."""
 
 
-def _endpoint() -> str:
-    from huggingface_hub import constants
-
-    return str(constants.ENDPOINT)
-
-
 @dataclass(frozen=True)
 class HubReader:
     """A model repository. Its main branch is looked up once; everything else is read from that commit."""
 
     name: str
     """owner/name, which is also the name that its channel must have."""
-    endpoint: str = field(default_factory=_endpoint)
+    endpoint: str = field(default_factory=default_endpoint)
 
     @property
     def address(self) -> str:

@@ -144,8 +144,10 @@ def write_at(file: FileIO, data: memoryview, offset: int) -> None:
         data: The buffer.
         offset: Where to write.
     """
-    if not hasattr(os, "pwrite"):  # Windows
-        file.seek(offset)
     while data:
-        written = os.pwrite(file.fileno(), data, offset) if hasattr(os, "pwrite") else file.write(data)
+        if hasattr(os, "pwrite"):
+            written = os.pwrite(file.fileno(), data, offset)
+        else:  # Windows
+            file.seek(offset)
+            written = file.write(data)
         data, offset = data[written:], offset + written

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import re
 import ssl
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from nestpatch.hub.retry import AgainError
 
-FILES = {200, 206}
+_FILES = {200, 206}
 """Statuses of answers that are a file, or a part of one."""
 _BLOCK = 64 << 10
-MOST_OF_AN_ERROR = 64 << 10
+_MOST_OF_AN_ERROR = 64 << 10
 """Bytes of an answer that is no file: it may say why."""
 
 
@@ -56,6 +57,39 @@ def suits(url: str, headers: Mapping[str, str]) -> bool:
     )
 
 
+def wanted(status: int, limit: int) -> int:
+    """How much of an answer's body is read.
+
+    Args:
+        status: Of the answer.
+        limit: Bytes that are wanted of a file.
+
+    Returns:
+        Bytes; -1 where only the status counts.
+    """
+    return limit if status in _FILES else _MOST_OF_AN_ERROR if status >= 400 else -1
+
+
+def collected(blocks: Iterable[bytes], most: int, check: Callable[[], None]) -> bytes:
+    """A body, as it was sent.
+
+    Args:
+        blocks: Its bytes, in order.
+        most: Bytes that are wanted, as `wanted` returns them. What is longer is cut soon after.
+        check: Called after each block; raises where the time is over.
+
+    Returns:
+        The bytes.
+    """
+    data = bytearray()
+    for block in blocks if most >= 0 else ():
+        data += block
+        check()
+        if len(data) > most:
+            break
+    return bytes(data)
+
+
 def get(url: str, headers: Mapping[str, str], limit: int, wait: float, check: Callable[[], None]) -> Reply | None:
     """Makes a request, and follows no redirect.
 
@@ -83,8 +117,12 @@ def get(url: str, headers: Mapping[str, str], limit: int, wait: float, check: Ca
     try:
         connection.request("GET", target, headers={"Accept": "*/*", **headers, "Accept-Encoding": "identity"})
         response = connection.getresponse()
-        most = limit if response.status in FILES else MOST_OF_AN_ERROR if response.status >= 400 else -1
-        return Reply(response.status, _joined(response), _body(response, most, check))
+        most = wanted(response.status, limit)
+        data = collected(iter(partial(response.read1, _BLOCK), b""), most, check)
+        # http.client does not say so itself when a part of the announced bytes is missing.
+        if len(data) <= most and response.length:
+            raise AgainError(f"the connection broke, with {response.length} bytes missing")
+        return Reply(response.status, _joined(response), data)
     except ssl.SSLCertVerificationError:
         return None
     except (OSError, HTTPException) as error:
@@ -100,22 +138,3 @@ def _joined(response: HTTPResponse) -> dict[str, str]:
         key = name.lower()
         found[key] = f"{found[key]}, {value}" if key in found else value
     return found
-
-
-def _body(response: HTTPResponse, most: int, check: Callable[[], None]) -> bytes:
-    """The body, as it was sent. `most`: bytes that are wanted; -1: none."""
-    data = bytearray()
-    for block in _blocks(response) if most >= 0 else ():
-        data += block
-        check()
-        if len(data) > most:
-            return bytes(data)
-    # http.client does not say so itself when a part of the announced bytes is missing.
-    if most >= 0 and response.length:
-        raise AgainError(f"the connection broke, with {response.length} bytes missing")
-    return bytes(data)
-
-
-def _blocks(response: HTTPResponse) -> Iterator[bytes]:
-    while block := response.read1(_BLOCK):
-        yield block

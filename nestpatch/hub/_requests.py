@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from nestpatch.errors import HubAnswerError
-from nestpatch.hub._plain import FILES, MOST_OF_AN_ERROR, Reply, get, suits
+from nestpatch.hub._plain import Reply, collected, get, suits, wanted
 from nestpatch.hub.client import Reference, Snapshot, explained, first_line, http_library, network_error, shown
 from nestpatch.hub.retry import TRANSIENT, AgainError, retry_after
 
@@ -68,16 +68,24 @@ def _by_library(
     with explained(what, _server(url)):
         try:
             with get_session().stream("GET", url, headers=asked, timeout=wait, follow_redirects=False) as response:
-                status, data = response.status_code, bytearray()
-                most = limit if status in FILES else MOST_OF_AN_ERROR if status >= 400 else -1
-                for block in response.iter_raw() if most >= 0 else ():
-                    data += block
-                    check()
-                    if len(data) > most:
-                        break
-                return Reply(status, {name.lower(): value for name, value in response.headers.items()}, bytes(data))
+                data = collected(response.iter_raw(), wanted(response.status_code, limit), check)
+                return Reply(response.status_code, {name.lower(): value for name, value in response.headers.items()}, data)
         except network_error() as error:
             raise AgainError(first_line(error)) from error
+
+
+def led_to(url: str, headers: Mapping[str, str]) -> tuple[str, bool]:
+    """Where an answer with a status of REDIRECTS leads.
+
+    Args:
+        url: The address that gave it.
+        headers: Of the answer, names in lower case.
+
+    Returns:
+        (full address, whether it is on the same server).
+    """
+    there = urljoin(url, headers.get("location", ""))
+    return there, urlsplit(there)[:2] == urlsplit(url)[:2]
 
 
 def _server(url: str) -> str:

@@ -178,6 +178,13 @@ def token() -> str | None:
     return given or None
 
 
+def default_endpoint() -> str:
+    """The address of the Hub: that of HF_ENDPOINT where it is set."""
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT)
+
+
 def request_headers() -> dict[str, str]:
     """Who asks, and this user's token. The headers of huggingface_hub can cost a request of their own.
 

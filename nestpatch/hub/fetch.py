@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 from nestpatch.errors import HubAnswerError
-from nestpatch.hub._requests import MOST_REDIRECTS, REDIRECTS, answered
+from nestpatch.hub._requests import MOST_REDIRECTS, REDIRECTS, answered, led_to
 from nestpatch.hub.client import Reference, Snapshot, shown
 from nestpatch.hub.deadline import Deadline
 from nestpatch.hub.retry import retried
@@ -68,8 +68,8 @@ def _attempt(request: Request, deadline: Deadline) -> Answer:
         known = bool(request.known_commit) and commit == request.known_commit
         if status not in REDIRECTS or known:
             return Answer(None if known else answer.data, headers)
-        there = urljoin(url, headers.get("location", ""))
-        if urlsplit(there)[:2] != urlsplit(url)[:2]:
+        there, same = led_to(url, headers)
+        if not same:
             host = (urlsplit(there).hostname or "")[:100]
             raise HubAnswerError(f"{shown(url)} redirects to another host: {host}")
         url = there

@@ -11,12 +11,12 @@ import re
 import threading
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 from nestpatch.errors import HubAnswerError
 from nestpatch.hub._plain import Reply
-from nestpatch.hub._requests import MOST_REDIRECTS, REDIRECTS, answered
-from nestpatch.hub.client import Snapshot, request_headers, resolve_url, shown
+from nestpatch.hub._requests import MOST_REDIRECTS, REDIRECTS, answered, led_to
+from nestpatch.hub.client import Snapshot, default_endpoint, request_headers, resolve_url, shown
 from nestpatch.hub.deadline import Deadline
 from nestpatch.hub.retry import AgainError, retried
 
@@ -74,13 +74,11 @@ class RemoteFile:
         share: int = 1,
         lasting: bool = True,
     ) -> None:
-        from huggingface_hub import constants
-
         self.snapshot, self.name, self.meter = snapshot, name, meter or Meter()
         self.size: int | None = None
         """Bytes of the whole file; known after the first part."""
         self._share, self._lasting = share, lasting
-        self._endpoint = endpoint or str(constants.ENDPOINT)
+        self._endpoint = endpoint or default_endpoint()
         self._url = resolve_url(self._endpoint, snapshot.repo_id, snapshot.commit, name)
         self._headers = request_headers()
         self._signed: str | None = None
@@ -129,8 +127,7 @@ class RemoteFile:
             if self.size != size:
                 return None
             on_block(stop)
-        # Most files are one part, which is not copied.
-        return b"".join(parts) if len(parts) != 1 else parts[0]
+        return b"".join(parts)
 
     def _attempt(self, start: int, stop: int, deadline: Deadline) -> bytes:
         address = self._signed
@@ -171,11 +168,10 @@ class RemoteFile:
                 raise HubAnswerError(f"asked for {self}, the Hub answered with commit {commit[:12]}")
             if reply.status not in REDIRECTS:
                 return reply, url
-            there = urljoin(url, reply.headers.get("location", ""))
-            if urlsplit(there)[:2] != urlsplit(url)[:2]:
+            url, same = led_to(url, reply.headers)
+            if not same:
                 # The token is for the Hub alone.
                 headers = {name: value for name, value in headers.items() if name != "Authorization"}
-            url = there
         raise HubAnswerError(f"{shown(self._endpoint)} redirects more than {MOST_REDIRECTS} times for {self}")
 
     def _checked_stop(self, reply: Reply, url: str, start: int, stop: int) -> int:

@@ -70,26 +70,31 @@ def _in_doubt(finding: Finding, pack: Pack, checkpoint: Checkpoint) -> Finding:
 def _has_digest(pack: Pack, delta: TensorDelta, checkpoint: Checkpoint) -> bool:
     """Whether the digest of a tensor's rows can say what they are."""
     identity = pack.manifest.base.tensors[delta.name]
-    if not checkpoint.has(delta.name) or checkpoint.info(delta.name).shape != identity.shape:
+    if _misfit(delta.name, identity, checkpoint) is not None:
         return False
     info = checkpoint.info(delta.name)
     return info.dtype == identity.dtype if identity.quantized else info.plain
+
+
+def _misfit(name: str, identity: TensorIdentity, checkpoint: Checkpoint) -> Finding | None:
+    """What is wrong with a tensor before its rows are read; None where it has the base's shape."""
+    if not checkpoint.has(name):
+        return Finding(name, State.MISSING)
+    shape = checkpoint.info(name).shape
+    return None if shape == identity.shape else Finding(name, State.SHAPE, f"{list(shape)} instead of {list(identity.shape)}")
 
 
 def _examine_tensor(
     pack: Pack, delta: TensorDelta, checkpoint: Checkpoint, base: Checkpoint | None, digests: Mapping[str, str]
 ) -> Finding:
     name, identity = delta.name, pack.manifest.base.tensors[delta.name]
-    if not checkpoint.has(name):
-        return Finding(name, State.MISSING)
-    info = checkpoint.info(name)
-    if info.shape != identity.shape:
-        return Finding(name, State.SHAPE, f"{list(info.shape)} instead of {list(identity.shape)}")
+    if misfit := _misfit(name, identity, checkpoint):
+        return misfit
     if name in digests and (known := _by_own_bytes(delta, identity, pack.manifest.result[name], checkpoint, digests[name])):
         if known.state is State.BASE and identity.quantized and base is not None:
             require_origin(delta, identity, checkpoint, base)
         return known
-    if base is None or (identity.quantized and info.plain):
+    if base is None or (identity.quantized and checkpoint.info(name).plain):
         return _by_sketch(delta, identity, checkpoint)
     # In parts, as the base was read for the first comparison: a base on the Hub keeps what it has fetched.
     info = fitted_to_base(delta, identity, checkpoint, base)
